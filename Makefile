@@ -1,0 +1,76 @@
+# RIVER, two-stage. `make` alone lists the targets; README.md tells the story.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+DATASET ?= $(shell cat .last_dataset 2>/dev/null || echo shapes)
+ARGS ?=
+export DEVICE MIRROR
+
+BIN := .venv/bin
+RIVER = $(BIN)/python -m pipelines
+CONFIG = --config configs/$(DATASET).yaml
+# The data set of the last target that named one is the next one's default.
+remember = $(if $(filter command line environment,$(origin DATASET)),@echo $(DATASET) > .last_dataset)
+
+.PHONY: help setup demo test lint data train-autoencoder encode train-flow sample predict evaluate inspect
+
+help:  ## list the targets
+	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-18s %s\n", $$1, $$2}'
+	@echo
+	@echo "data sets: $(notdir $(basename $(wildcard configs/*.yaml)))"
+
+setup: $(BIN)/.ready  ## .venv with everything, from constraints.txt
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("RIVER needs python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## the whole story on the embedded `shapes` data, minutes on two CPU cores
+	@$(RIVER) demo --config configs/shapes.yaml $(ARGS)
+
+test: setup  ## all tests
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: setup  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+data: setup  ## fetch (MIRROR=folder or URL), check, unpack and index the raw videos
+	$(remember)
+	@$(RIVER) data $(CONFIG) $(ARGS)
+
+train-autoencoder: setup  ## stage 1: train the VQGAN
+	$(remember)
+	@$(RIVER) train-autoencoder $(CONFIG) $(ARGS)
+
+encode: setup  ## all splits -> latents/<dataset>.zarr (trains the autoencoder first when there is none)
+	$(remember)
+	@$(RIVER) encode $(CONFIG) $(ARGS)
+
+train-flow: setup  ## stage 2: train the flow, from the store alone
+	$(remember)
+	@$(RIVER) train-flow $(CONFIG) $(ARGS)
+
+sample: setup  ## predicted videos of the test split: GIF, MP4, contact sheet, latents
+	$(remember)
+	@$(RIVER) sample $(CONFIG) $(ARGS)
+
+predict: setup  ## continue any clip: make predict VIDEO=clip.mp4
+	$(remember)
+	@test -n "$(VIDEO)" || { echo "name a video: make predict VIDEO=clip.mp4" >&2; exit 2; }
+	@$(RIVER) predict "$(VIDEO)" $(CONFIG) $(ARGS)
+
+evaluate: setup  ## PSNR and SSIM beside two baselines, with their protocol
+	$(remember)
+	@$(RIVER) evaluate $(CONFIG) $(ARGS)
+
+inspect: setup  ## what is in the store; ARGS="--video ID --gif out.gif" decodes one
+	$(remember)
+	@$(RIVER) inspect $(CONFIG) $(ARGS)

@@ -1,0 +1,237 @@
+"""Reading a complete store: its latents, its videos, and a fingerprint of what it holds."""
+
+import difflib
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from zarr.errors import ZarrUserWarning
+
+from latent_cache import schema
+from latent_cache.chunks import FrameReader
+from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """One split of a complete store. Made by `latent_cache.open`.
+
+    Attributes:
+        latents: [frame, c, y, x] zarr array, videos laid end to end; plain zarr access, without our checks.
+        codes: [frame, y, x] uint16 zarr array, or None.
+        video_ids, video_views: [videos].
+        offsets: [videos + 1] int64, first frame of each video.
+        mean, std: [c] float32, of the training split, whichever split this is. std may be 0 (a constant channel).
+    """
+
+    url: str
+    split: str
+    metadata: StoreMetadata
+    latents: zarr.Array
+    codes: zarr.Array | None
+    video_ids: list[str]
+    video_views: list[str]
+    offsets: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[videos] int64 frames of each video."""
+        return np.diff(self.offsets)
+
+    @property
+    def frames(self) -> int:
+        """Frames of all videos together."""
+        return int(self.offsets[-1])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a frame's latent."""
+        return self.latents.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the split's latents in memory."""
+        return self.latents.nbytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what the split is: metadata, videos, autoencoder and statistics.
+
+        Reads no bulk data; the training split's statistics stand for it. `software` is left out: the same latents
+        written by other versions are the same latents.
+        """
+        digest = hashlib.sha256()
+        described = asdict(self.metadata) | {
+            "software": None,
+            "format_version": schema.FORMAT_VERSION,
+            "split": self.split,
+            "shape": list(self.latents.shape),
+            "dtype": self.latents.dtype.name,
+            "video_ids": self.video_ids,
+            "video_views": self.video_views,
+        }
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        for values in (self.offsets.astype("<i8"), self.mean.astype("<f4"), self.std.astype("<f4")):
+            digest.update(values.tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def latent_reader(self) -> FrameReader:
+        """Checked reading of latents by frame or by chunk."""
+        return FrameReader(self.latents, self.url, self.video_ids, self.offsets)
+
+    def load(self) -> torch.Tensor:
+        """All latents of the split.
+
+        Returns:
+            [frame, c, y, x] on the CPU, in the dtype of the store: float16 unless it was written as float32.
+        Raises:
+            CorruptStoreError: a chunk is missing, damaged or holds NaN; names its file and its videos.
+        """
+        self.latent_reader.check_files()
+        # numpy's memory, since numpy asks for huge pages: touching 150 MB for the first time costs six times less.
+        latents = np.empty(self.latents.shape, self.latents.dtype)
+        self.latent_reader.read_all(latents)
+        return torch.from_numpy(latents)
+
+    def video(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
+        """Latents of one video.
+
+        Args:
+            video: its id, or its row in the split (which says the view, so that `view` is not looked at).
+        Returns:
+            [n, c, y, x] in the dtype of the store.
+        Raises:
+            StoreError: no such video.
+            CorruptStoreError: a chunk that holds some of it is missing or damaged.
+        """
+        row = self.row(video, view)
+        return self.latent_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def video_codes(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
+        """Codes of one video, [n, y, x] uint16. Arguments and errors as in `video`, and a store without codes."""
+        if self.codes is None:
+            raise StoreError(f"{self.url}: the store has no codes: encode again with cache.codes=true and --overwrite")
+        row = self.row(video, view)
+        reader = FrameReader(self.codes, self.url, self.video_ids, self.offsets)
+        return reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def row(self, video: str | int, view: str = IDENTITY_VIEW) -> int:
+        """The row of a video, given by its id and view or by the row itself."""
+        where = f"{self.url}, split {self.split!r}"
+        if isinstance(video, int | np.integer):
+            if not 0 <= video < len(self.video_ids):
+                raise StoreError(f"{where}: no video {video}: rows are 0 to {len(self.video_ids) - 1}")
+            return int(video)
+        row = self._rows.get((video, view))
+        if row is not None:
+            return row
+        views = sorted(found_view for found_id, found_view in self._rows if found_id == video)
+        if views:
+            raise StoreError(f"{where}: video {video!r} has no view {view!r}: it has {views}")
+        close = difflib.get_close_matches(video, self.video_ids, n=3) or self.video_ids[:3]
+        raise StoreError(f"{where}: no video {video!r} among {len(self.video_ids)}: did you mean one of {close}?")
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], int]:
+        return {pair: row for row, pair in enumerate(zip(self.video_ids, self.video_views, strict=True))}
+
+
+def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
+    """Open one split of a complete store, as `latent_cache.open`.
+
+    Args:
+        url: a local path, or a URL that fsspec knows.
+        split: its name; see `splits`.
+    Raises:
+        StoreError: no store of ours there, or no such split.
+        IncompleteStoreError: its writer has not finished.
+        CorruptStoreError: damaged metadata. Chunks are checked when they are read.
+    """
+    url = str(url).rstrip("/")
+    group = schema.open_group(url)
+    if group.attrs.get("complete") is not True:
+        raise IncompleteStoreError(f"{url}: the store is not complete: run `make encode` again, it goes on from there")
+    metadata = StoreMetadata.from_attrs(group.attrs, url)
+    try:
+        arrays = group.get(split)
+        if not isinstance(arrays, zarr.Group):
+            raise StoreError(f"{url}: no split {split!r}: there are {_split_names(group)}")
+        latents, codes = arrays[LATENTS], arrays.get(CODES)
+        names = (schema.VIDEO_ID, schema.VIDEO_VIEW)
+        offsets = np.asarray(arrays[schema.VIDEO_OFFSET][:], dtype=np.int64)
+        video_ids, video_views = ([str(value) for value in arrays[name][:]] for name in names)
+        mean, std = (np.array(latents.attrs[name], dtype=np.float32) for name in ("mean", "std"))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CorruptStoreError(
+            f"{url}/{split}: an array or attribute is missing or damaged ({error}): restore the store from a copy, or "
+            "write it again with --overwrite"
+        ) from error
+
+    sound = (
+        len(offsets) == len(video_ids) + 1 == len(video_views) + 1
+        and offsets[0] == 0
+        and offsets[-1] == latents.shape[0]
+        and bool((np.diff(offsets) > 0).all())
+        and all(video_ids)  # a missing chunk of names reads as empty ones, without an error
+        and all(video_views)
+        and latents.chunks[1:] == latents.shape[1:]
+        and mean.shape == std.shape == latents.shape[1:2]
+        and bool(np.isfinite([mean, std]).all())
+        and (codes is None or codes.shape == (latents.shape[0], *latents.shape[2:]))
+    )
+    if not sound:
+        raise CorruptStoreError(
+            f"{url}/{split}: offsets, names, statistics and latents do not fit together "
+            f"({len(video_ids)} videos, latents {latents.shape}): restore the store, or write it again with --overwrite"
+        )
+    return LatentCache(
+        url=url,
+        split=split,
+        metadata=metadata,
+        latents=latents,
+        codes=codes,
+        video_ids=video_ids,
+        video_views=video_views,
+        offsets=offsets,
+        mean=mean,
+        std=std,
+    )
+
+
+def open_metadata(url: str | Path) -> StoreMetadata:
+    """What a store's latents are latents of, whether it is complete or not. Raises as `schema.open_group`."""
+    return StoreMetadata.from_attrs(schema.open_group(url).attrs, str(url))
+
+
+def is_complete(url: str | Path) -> bool:
+    """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
+    path = schema.local_path(url)
+    if path is not None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
+        return False
+    try:
+        return schema.open_group(url).attrs.get("complete") is True
+    except IncompleteStoreError:
+        return False
+
+
+def splits(url: str | Path) -> list[str]:
+    """Names of a store's splits: train, val, test, then any others. Raises as `schema.open_group`."""
+    return _split_names(schema.open_group(url))
+
+
+def _split_names(group: zarr.Group) -> list[str]:
+    with warnings.catch_warnings():
+        # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
+        warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
+        found = set(group.group_keys())
+    return [name for name in schema.SPLIT_ORDER if name in found] + sorted(found - set(schema.SPLIT_ORDER))

@@ -1,0 +1,186 @@
+"""The store's names and attributes, and how a store of ours is told from anything else."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.errors import ContainsArrayError
+from zarr.storage import FsspecStore, LocalStore
+
+from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+
+FORMAT = "river-latents"
+FORMAT_VERSION = 1
+
+# Below about 1 MiB the cost a chunk (0.1-0.3 ms, whatever its size) shows in the loading time.
+CHUNK_BYTES = 8 * 2**20
+
+LATENTS, CODES = "latents", "codes"
+VIDEO_OFFSET, VIDEO_ID, VIDEO_VIEW = "video_offset", "video_id", "video_view"
+DIMENSIONS = {
+    LATENTS: ("frame", "channel", "y", "x"),
+    CODES: ("frame", "y", "x"),
+    VIDEO_OFFSET: ("video_boundary",),
+    VIDEO_ID: ("video",),
+    VIDEO_VIEW: ("video",),
+}
+
+TRAIN = "train"  # the split whose statistics standardise all splits
+SPLIT_ORDER = (TRAIN, "val", "test")
+IDENTITY_VIEW = "identity"
+
+PROGRESS_FOLDER = ".encoding"  # the writer's lock and markers; gone from a complete store
+
+
+@dataclass(frozen=True)
+class StoreMetadata:
+    """What the latents of a store are latents of: the attributes of its root group.
+
+    Args:
+        dataset: name of the data set.
+        fps: frames a second of the stored frames, after the frame step.
+        preprocessing: image size, resize filter, crop, frame step.
+        autoencoder: at least `sha256` of the weights; also architecture and down-sampling factor.
+        software: versions that wrote it. Two stores that differ only here hold the same thing.
+    Raises:
+        ValueError: a value that JSON cannot hold, or no `autoencoder.sha256`.
+    """
+
+    dataset: str
+    fps: float
+    preprocessing: dict[str, Any]
+    autoencoder: dict[str, Any]
+    software: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            try:
+                # What is compared after reading is JSON: a tuple given here must equal the list that comes back.
+                object.__setattr__(self, name, json.loads(json.dumps(value, allow_nan=False)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"metadata.{name} = {value!r} cannot be written as JSON: {error}") from error
+        if not self.autoencoder.get("sha256"):
+            raise ValueError(
+                f"metadata.autoencoder = {self.autoencoder!r} lacks `sha256`, the digest of the weights, "
+                "without which nobody can tell which autoencoder decodes the store"
+            )
+
+    def to_attrs(self, complete: bool) -> dict[str, Any]:
+        """The root group's attributes, in the order in which they are written."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self), "complete": complete}
+
+    @classmethod
+    def from_attrs(cls, attrs: Mapping[str, Any], url: str) -> "StoreMetadata":
+        """Inverse of `to_attrs`.
+
+        Raises:
+            CorruptStoreError: attributes of ours that lack an entry.
+        """
+        try:
+            return cls(**{name: attrs[name] for name in cls.__dataclass_fields__})
+        except (KeyError, ValueError, AttributeError) as error:
+            raise CorruptStoreError(
+                f"{url}: the root attributes are damaged ({error}): write the store again with --overwrite"
+            ) from error
+
+    def differences(self, other: "StoreMetadata") -> list[str]:
+        """Lines `key: <self's> here, <other's> there` of all that makes latents differ; empty when none does."""
+        here, there = dict(_flatten(asdict(self))), dict(_flatten(asdict(other)))
+        return [
+            f"{key}: {here.get(key)!r} here, {there.get(key)!r} there"
+            for key in sorted(here.keys() | there.keys())
+            if not key.startswith("software") and here.get(key) != there.get(key)
+        ]
+
+
+def open_group(url: str | Path) -> zarr.Group:
+    """Open a store's root group for reading, whether complete or not.
+
+    Args:
+        url: a local path, or a URL that fsspec knows.
+    Raises:
+        StoreError: no such path, no Zarr v3 group, a group of somebody else's, an unknown version.
+        IncompleteStoreError: a store whose writer stopped before its first write was done.
+        CorruptStoreError: metadata that cannot be parsed.
+    """
+    url = str(url)
+    path = local_path(url)
+    if path is not None and not path.exists():
+        raise StoreError(f"{url}: there is no such path: write the store with `make encode`, or check paths.latents")
+    if path is not None and not path.is_dir():
+        raise StoreError(f"{url}: a file, and a store is a folder: check paths.latents")
+    try:
+        group = zarr.open_group(_read_only_store(url), mode="r", zarr_format=3, use_consolidated=False)
+    except ContainsArrayError as error:
+        raise StoreError(f"{url}: a Zarr array, not a store: give the folder that ends in .zarr above it") from error
+    except FileNotFoundError as error:
+        if path is not None and (path / PROGRESS_FOLDER).exists():
+            raise IncompleteStoreError(f"{url}: only begun: run `make encode` again") from error
+        raise StoreError(f"{url}: not a Zarr v3 group (it has no zarr.json): check paths.latents") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptStoreError(
+            f"{url}/zarr.json cannot be parsed ({error}): remove the store and write it again with `make encode`"
+        ) from error
+
+    found = group.attrs.get("format")
+    if found != FORMAT:
+        raise StoreError(f"{url}: a Zarr group, but its format is {found!r}, not {FORMAT!r}: no store of latents")
+    version = group.attrs.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{url}: format_version is {version!r}, and this program knows {FORMAT_VERSION}: update the program, "
+            "or move the store away and encode again"
+        )
+    return group
+
+
+def create_array(
+    group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any]
+) -> zarr.Array:
+    """Create an array, over an older one of that name. Empty chunks are written: a missing file always means a loss."""
+    is_latents = name == LATENTS
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        # Latents compress by 10 % at most. zstd's own checksum guards the others, which nothing else would.
+        compressors=[Crc32cCodec() if is_latents else ZstdCodec(level=3, checksum=True)],
+        filters=None,
+        fill_value=float("nan") if is_latents else "" if dtype.kind == "T" else 0,
+        dimension_names=DIMENSIONS[name],
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
+
+
+def local_path(url: str | Path) -> Path | None:
+    """The path that a URL means on this machine; None for remote ones."""
+    text = str(url)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if "://" in text or "::" in text else Path(text)
+
+
+def _read_only_store(url: str) -> Store:
+    path = local_path(url)
+    if path is not None:
+        return LocalStore(path, read_only=True)
+    try:
+        return FsspecStore.from_url(url, read_only=True)
+    except (ImportError, ValueError) as error:  # no package for the protocol, or no such protocol
+        raise StoreError(f"{url}: cannot be opened ({error}): give a local path, or install the protocol") from error
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,155 @@
+"""The command line: `python -m pipelines COMMAND --config configs/<dataset>.yaml` (installed as `river`)."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipelines.errors import EXIT_DONE, EXIT_SKIPPED, EXIT_USAGE, StoppedBySignal, UserError
+
+COMMANDS = {
+    "demo": "the whole story on one data set: videos, autoencoder, store, flow, prediction, metrics",
+    "data": "fetch, check, unpack and index the raw videos",
+    "train-autoencoder": "stage 1: train the VQGAN",
+    "encode": "encode all splits into the store of latents",
+    "train-flow": "stage 2: train the flow from the store alone",
+    "sample": "predict videos of the test split: GIF, MP4, contact sheet, latents",
+    "predict": "continue any video file",
+    "evaluate": "PSNR and SSIM with baselines and protocol",
+    "inspect": "what is in a store; decode any of its videos",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the user's end in one clear message and an exit code.
+
+    Returns:
+        0 done; 1 failed; 2 bad usage, configuration or input; 3 finished, but some videos were skipped; 128 + signal.
+    """
+    options = _parser().parse_args(arguments)
+    # Imports take seconds: not before the command line is known to be right.
+    from latent_cache import StoreError
+    from stage1_autoencoder.videos.base import VideoError
+
+    try:
+        return _run(options)
+    except (UserError, StoreError, VideoError) as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except StoppedBySignal as stopped:
+        print(f"{options.command}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        print(f"{options.command}: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipelines.config import dump_config, load_config
+    from pipelines.runtime.progress import say, set_quiet
+    from pipelines.runtime.session import Session, resolve_device
+
+    set_quiet(options.quiet)
+    session = Session(
+        device=resolve_device(options.device),
+        strict=options.strict,
+        overwrite=options.overwrite,
+        restart=options.restart,
+        mirror=options.mirror,
+    )
+    if options.command == "inspect" and options.config is None:
+        config = None
+    else:
+        config = load_config(options.config or "configs/shapes.yaml", options.set)
+    if options.dry_run and config is not None:
+        from pipelines.plan import describe_plan
+
+        say(dump_config(config))
+        say(describe_plan(config))
+        return EXIT_DONE
+    _command(options, config)(session)
+    if session.skipped:
+        print(f"{options.command}: finished; {len(session.skipped)} video(s) were skipped:", file=sys.stderr)
+        for video_id, reason in list(session.skipped.items())[:20]:
+            print(f"  {video_id}: {reason}", file=sys.stderr)
+        return EXIT_SKIPPED
+    return EXIT_DONE
+
+
+def _command(options: argparse.Namespace, config: object) -> Callable[[object], object]:
+    match options.command:
+        case "demo":
+            from pipelines.demo import demo as function
+        case "data":
+            from pipelines.prepare import prepare_data as function
+        case "train-autoencoder":
+            from pipelines.train_autoencoder import train_autoencoder as function
+        case "encode":
+            from pipelines.encode import encode as function
+        case "train-flow":
+            from pipelines.train_flow import train_flow as function
+        case "sample":
+            from pipelines.sample import sample
+
+            return lambda session: sample(config, session, options.videos)
+        case "predict":
+            from pipelines.sample import predict
+
+            return lambda session: predict(config, session, options.video, options.frames)
+        case "evaluate":
+            from pipelines.evaluate import evaluate as function
+        case "inspect":
+            from pipelines.inspect_store import inspect_store
+
+            store = options.store or (config.store_path if config is not None else None)
+            if store is None:
+                raise UserError("inspect: name a store, such as latents/shapes.zarr, or a --config")
+            return lambda session: inspect_store(config, session, Path(store), options.video, options.gif)
+    return lambda session: function(config, session)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="river",
+        description="Video prediction by latent flow matching, in two stages around a Zarr store of latents.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 done but videos were skipped, 130/143 stopped by a "
+        "signal after saving.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", help="a YAML file, configs/<dataset>.yaml")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for example flow.training.steps=1000")
+        command.add_argument("--device", default=os.environ.get("DEVICE") or "auto", help="auto, cpu, cuda, cuda:1")
+        command.add_argument("--dry-run", action="store_true", help="show the resolved configuration and what would be done")
+        command.add_argument("--quiet", action="store_true", help="errors only")
+        command.add_argument("--strict", action="store_true", help="stop at a broken video instead of skipping it")
+        command.add_argument("--overwrite", action="store_true", help="replace a store that contradicts the configuration")
+        command.add_argument("--restart", action="store_true", help="train anew; the old training is set aside")
+        command.add_argument("--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the archives")
+        if name == "sample":
+            command.add_argument("--videos", type=_positive, default=8, help="how many clips")
+        if name == "predict":
+            command.add_argument("video", type=Path, help="a video file")
+            command.add_argument("--frames", type=_positive, help="how many frames to predict; default evaluation.horizon")
+        if name == "inspect":
+            command.add_argument("store", nargs="?", type=Path, help="latents/<dataset>.zarr")
+            command.add_argument("--video", help="id of a video to decode")
+            command.add_argument("--gif", type=Path, help="where to write it")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The clips that predictions are made and measured on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.config import EvaluationConfig, RiverConfig
+from pipelines.errors import UserError
+from pipelines.runtime.progress import say
+from pipelines.runtime.session import Session
+from stage1_autoencoder.videos import open_source
+from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
+from stage1_autoencoder.vqgan import image_to_unit
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames `start` to `start + context + horizon` of one video of a split."""
+
+    video: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip: its name, the key of its random draws, and its frames [context + horizon, 3, h, w] in [-1, 1]."""
+
+    name: str
+    key: int
+    frames: Tensor
+
+
+def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
+    """Clips by the protocol: videos in turn, each once before any is taken again.
+
+    With `window: first` a video gives its first frames, so it is taken once. With `random` the start is uniform over all
+    that fit, drawn from (seed, number of the clip).
+
+    Args:
+        lengths: frames of the split's videos.
+        wanted: how many clips; fewer come back when there are not as many.
+    """
+    needed = evaluation.context + evaluation.horizon
+    fitting = [i for i, length in enumerate(lengths) if length >= needed]
+    if evaluation.window == "first":
+        return [Window(video, 0) for video in fitting[:wanted]]
+    windows = []
+    for number in range(wanted if fitting else 0):
+        video = fitting[number % len(fitting)]
+        generator = np.random.default_rng([evaluation.seed, number])
+        windows.append(Window(video, int(generator.integers(lengths[video] - needed + 1))))
+    return windows
+
+
+def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]:
+    """Read the protocol's clips from the raw videos.
+
+    Raises:
+        UserError: no video is long enough; says which lengths there are.
+        VideoError: no videos.
+    """
+    evaluation = config.evaluation
+    source = open_source(config.dataset, config.data_root, evaluation.split)
+    lengths = [video.frames for video in source.videos]
+    needed = evaluation.context + evaluation.horizon
+    short = [video.id for video in source.videos if video.frames < needed]
+    windows = choose_windows(lengths, evaluation, wanted)
+    if not windows:
+        spread = f"the {len(lengths)} videos have {min(lengths)} to {max(lengths)} frames" if lengths else "it has no videos"
+        raise UserError(
+            f"split {evaluation.split} of {config.dataset.name}: no video has the {evaluation.context} + {evaluation.horizon} "
+            f"frames of evaluation.context + evaluation.horizon; {spread}: lower evaluation.horizon"
+        )
+    if short:
+        say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip and left out: "
+            f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}")  # fmt: skip
+    clips = []
+    for number, window in enumerate(windows):
+        clip = _read_clip(source, window, needed, number, session)
+        if clip is not None:
+            clips.append(clip)
+    if not clips:
+        raise UserError(f"split {evaluation.split} of {config.dataset.name}: none of {len(windows)} videos can be decoded")
+    return clips
+
+
+def _read_clip(source: VideoSource, window: Window, frames: int, number: int, session: Session) -> Clip | None:
+    video = source.videos[window.video]
+    try:
+        pixels = source.read(window.video, range(window.start, window.start + frames))
+    except BrokenVideoError as error:
+        session.skip(error.video_id, error.reason)
+        return None
+    name = video.id if window.start == 0 else f"{video.id}@{window.start}"
+    return Clip(name=name, key=number, frames=image_to_unit(torch.from_numpy(pixels)))

@@ -1,0 +1,235 @@
+"""The configuration: one schema, read from YAML, with errors that name the key and the way out."""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from pipelines.errors import UserError
+from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig
+from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PathsConfig(_Section):
+    """Root folders; the data set's name is appended to each."""
+
+    data: str = Field("data", description="raw videos: <data>/<name>")
+    latents: str = Field("latents", description="stores: <latents>/<name>.zarr")
+    runs: str = Field("runs", description="checkpoints, logs, samples: <runs>/<name>")
+
+
+class AutoencoderConfig(_Section):
+    model: AutoencoderModelConfig = Field(default_factory=AutoencoderModelConfig)
+    training: AutoencoderTrainingConfig = Field(default_factory=AutoencoderTrainingConfig)
+
+
+class CacheConfig(_Section):
+    """The store of latents."""
+
+    residency: Literal["auto", "device", "host"] = Field(
+        "auto", description="where stage 2 holds the latents: on the training device, or in host memory"
+    )
+    dtype: Literal["float16"] = "float16"
+    chunk_frames: PositiveInt | None = Field(None, description="frames a chunk; null: about 8 MiB")
+    codes: bool = Field(True, description="store the nearest codes beside the latents")
+    batch_frames: PositiveInt = Field(64, description="frames encoded at once")
+
+
+class FlowConfig(_Section):
+    model: VectorFieldConfig = Field(default_factory=VectorFieldConfig)
+    training: FlowTrainingConfig = Field(default_factory=FlowTrainingConfig)
+
+
+class EvaluationConfig(_Section):
+    """The protocol: which clips, how much of each is given, how much is predicted."""
+
+    split: Split = "test"
+    context: PositiveInt = Field(10, description="frames given")
+    horizon: PositiveInt = Field(30, description="frames predicted")
+    videos: PositiveInt = Field(256, description="clips; more than there are videos: several windows of a video")
+    samples: PositiveInt = Field(1, description="predictions a clip, each with a sampling seed of its own")
+    window: Literal["first", "random"] = Field(
+        "first", description="where in its video a clip starts: at frame 0, or drawn uniformly by the seed"
+    )
+    batch_size: PositiveInt = 32
+    seed: NonNegativeInt = 0
+
+
+class LoggingConfig(_Section):
+    every: PositiveInt = Field(50, description="steps between two lines of log.jsonl")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="online is the only one that uses the network")
+    wandb_project: str = "river"
+
+
+class RiverConfig(_Section):
+    """Everything a run depends on."""
+
+    seed: NonNegativeInt = 0
+    paths: PathsConfig = Field(default_factory=PathsConfig)
+    dataset: DatasetConfig
+    autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    flow: FlowConfig = Field(default_factory=FlowConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "RiverConfig":
+        factor = self.autoencoder.model.downsampling
+        if self.dataset.image_size % factor:
+            raise ValueError(
+                f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling factor "
+                f"of autoencoder.model.channel_multipliers {list(self.autoencoder.model.channel_multipliers)}"
+            )
+        model = self.autoencoder.model
+        for multiplier in {1, *model.channel_multipliers}:
+            if model.channels * multiplier % model.norm_groups:
+                raise ValueError(
+                    f"autoencoder.model.norm_groups: {model.norm_groups} does not divide the {model.channels * multiplier} "
+                    "channels of a level (channels x channel_multipliers)"
+                )
+        return self
+
+    @property
+    def data_root(self) -> Path:
+        return Path(self.paths.data)
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.paths.latents) / f"{self.dataset.name}.zarr"
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.paths.runs) / self.dataset.name
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RiverConfig:
+    """Read a YAML file (and those it names as `base`), apply `key.path=value` overrides, and check everything.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value is of the
+            wrong type or out of range.
+    """
+    values = _read_yaml(Path(path), seen=())
+    origin = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {override}: expected key.path=value, for example --set flow.training.steps=1000")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: the value is not YAML: {error}") from None
+        _assign(values, key.strip().split("."), value, override)
+        origin[key.strip()] = f"--set {override}"
+    return parse_config(values, str(path), origin)
+
+
+def parse_config(values: dict[str, Any], source: str, origin: dict[str, str] | None = None) -> RiverConfig:
+    """Check a mapping against the schema; `source` and `origin` (key path -> where it was set) appear in errors."""
+    try:
+        return RiverConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, source, origin or {}) for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        presets = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no such config file" + (f"; there are: {presets}" if presets else ""))
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `base` leads back to itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections such as `dataset:`, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: {base!r} is not the name of a config file beside this one")
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {key} is a value, not a section")
+    values[keys[-1]] = value
+
+
+def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
+    """One line for one of pydantic's errors: where, which key, which value, what is allowed."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    where = origin.get(key, source)
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_fields_at(RiverConfig, location[:-1]))
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        section = ".".join(location[:-1])
+        hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
+        return f"{where}: {key}: unknown key{' in ' + section if section else ''}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key or problem["type"] == "missing":
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    return f"{where}: {key}: {problem['input']!r} is not allowed: {message}"
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    for name in location:
+        field = model.model_fields.get(name)
+        candidates = typing.get_args(field.annotation) if field else ()
+        annotation = field.annotation if field else None
+        if isinstance(annotation, types.UnionType):
+            annotation = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def dump_config(config: RiverConfig) -> str:
+    """The resolved configuration as YAML that `load_config` takes back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(*parts: Any) -> str:
+    """sha256 of sections or other plain data: equal exactly when these are."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key in which two dumped sections differ; `theirs` is the old side."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        new, old = ours.get(key), theirs.get(key)
+        if isinstance(new, dict) and isinstance(old, dict):
+            lines += differences(new, old, f"{prefix}{key}.")
+        elif new != old:
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines

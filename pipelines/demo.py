@@ -1,0 +1,40 @@
+"""`demo`: the whole story on one data set, from raw videos to a table and pictures."""
+
+import time
+
+from pipelines.config import RiverConfig
+from pipelines.evaluate import evaluate
+from pipelines.prepare import prepare_data
+from pipelines.runtime.progress import say
+from pipelines.runtime.session import Session
+from pipelines.sample import sample
+from pipelines.train_autoencoder import train_autoencoder
+from pipelines.encode import encode
+from pipelines.train_flow import train_flow
+
+
+def demo(config: RiverConfig, session: Session) -> None:
+    """Run every stage in turn; what is done already is recognised."""
+    started = time.perf_counter()
+    for number, (title, stage) in enumerate(
+        (
+            ("raw videos", prepare_data),
+            ("stage 1: train the autoencoder", train_autoencoder),
+            ("stage 1: encode all videos into the store of latents", encode),
+            ("stage 2: train the flow, from the store alone", train_flow),
+            ("predict videos of the test split", sample),
+            ("measure", evaluate),
+        ),
+        start=1,
+    ):
+        begun = time.perf_counter()
+        say(f"\n[{number}/6] {title}")
+        stage(config, session)
+        say(f"      {time.perf_counter() - begun:.0f} s")
+    folder = config.run_path / "samples"
+    say(
+        f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Look at\n"
+        f"  {folder}/contact_sheet.png   context green, prediction red, above it what really happened\n"
+        f"  {folder}/overview.gif        the same, moving\n"
+        f"  {config.store_path}          all latents, an ordinary Zarr store"
+    )

@@ -1,0 +1,18 @@
+"""What can go wrong through no fault of ours, and the exit code that each has."""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_SKIPPED = 3
+
+
+class UserError(Exception):
+    """Bad usage, configuration or input. The message says what, which (path, key, value), and the way out."""
+
+
+class StoppedBySignal(Exception):
+    """The run was stopped by SIGINT or SIGTERM after it had saved; carries the signal's number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,38 @@
+"""What a command would find and do: the text of `--dry-run`."""
+
+import torch
+
+import latent_cache
+from latent_cache import StoreError
+from pipelines.config import RiverConfig
+from pipelines.train_autoencoder import find_autoencoder
+from pipelines.train_flow import find_flow
+from stage1_autoencoder.vqgan import VQGAN
+from stage2_flow.vector_field import VectorField
+
+
+def describe_plan(config: RiverConfig) -> str:
+    """Sizes of both networks, and how far each stage is."""
+    with torch.device("meta"):
+        autoencoder = VQGAN(config.autoencoder.model)
+        field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
+    side = config.dataset.image_size // autoencoder.downsampling
+    try:
+        store = "complete" if latent_cache.is_complete(config.store_path) else "half done: encode goes on from there"
+    except StoreError:
+        store = "missing: encode makes it"
+    return "\n".join(
+        [
+            f"autoencoder  {autoencoder.parameter_count / 1e6:.1f} M parameters, frames {config.dataset.image_size}x"
+            f"{config.dataset.image_size} -> latents {config.autoencoder.model.latent_channels}x{side}x{side}; "
+            + _progress(find_autoencoder(config.run_path), config.autoencoder.training.steps),
+            f"store        {config.store_path}: {store}",
+            f"flow         {field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens; "
+            + _progress(find_flow(config.run_path), config.flow.training.steps),
+        ]
+    )
+
+
+def _progress(checkpoint: object, steps: int) -> str:
+    done = 0 if checkpoint is None else checkpoint.step
+    return f"{done} of {steps} steps done"

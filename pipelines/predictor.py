@@ -1,0 +1,230 @@
+"""The Python API: predict videos from images or latents with a trained run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from einops import rearrange
+from pydantic import ValidationError
+from torch import Tensor
+
+from pipelines.config import parse_config
+from pipelines.errors import UserError
+from pipelines.runtime.progress import progress
+from pipelines.runtime.session import resolve_device
+from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
+from pipelines.train_flow import find_flow, load_trained_field
+from stage1_autoencoder.vqgan import VQGAN
+from stage2_flow.conditioning import SamplingDraws, known_frames, make_draws
+from stage2_flow.config import SamplingConfig
+from stage2_flow.rollout import SamplingPlan, generate_latents
+from stage2_flow.standardization import Standardization
+from stage2_flow.vector_field import VectorField
+
+# Frames that go through the autoencoder at once.
+FRAMES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPredictor:
+    """An autoencoder and a vector field that were trained together, ready to predict.
+
+    Attributes:
+        autoencoder: `.encode(images)`, `.quantize(latents)`, `.decode(latents)`.
+        vector_field: called with final latents: (x_t, reference, condition, distance, t) -> velocity.
+        standardization: between the raw latents of the autoencoder and the final latents of the field.
+        sampling: the defaults of every prediction.
+        fps: frames a second of the videos it was trained on.
+    """
+
+    autoencoder: VQGAN
+    vector_field: VectorField
+    standardization: Standardization
+    sampling: SamplingConfig
+    fps: float
+    device: torch.device
+
+    @classmethod
+    def from_run(cls, run: str | Path, device: str | torch.device = "auto") -> "VideoPredictor":
+        """Load the newest checkpoints of a run folder; averaged weights where there are any.
+
+        Args:
+            run: for example `runs/kth`, with `autoencoder/`, `flow/` and `config.yaml`.
+            device: `auto`, `cpu`, `cuda`.
+        Raises:
+            UserError: something of it is missing, or its flow was trained on another autoencoder's latents.
+        """
+        run = Path(run)
+        device = resolve_device(str(device))
+        flow, autoencoder_checkpoint = find_flow(run), find_autoencoder(run)
+        for what, found in (("flow", flow), ("autoencoder", autoencoder_checkpoint)):
+            if found is None:
+                raise UserError(f"{run}/{what}/checkpoints holds no checkpoint; `make train-flow` makes one")
+        try:
+            values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
+        autoencoder = load_trained_autoencoder(autoencoder_checkpoint, device)
+        trained_on, here = flow.state["store"]["autoencoder"], weights_digest(autoencoder)
+        if trained_on != here:
+            raise UserError(
+                f"{flow.path} was trained on latents of autoencoder {trained_on[:12]}..., but "
+                f"{autoencoder_checkpoint.path} is {here[:12]}...: encode and train the flow again "
+                "(`encode --overwrite`, `train-flow --restart`), or bring the old autoencoder back"
+            )
+        statistics = flow.state["standardization"]
+        return cls(
+            autoencoder=autoencoder,
+            vector_field=load_trained_field(flow, device),
+            standardization=Standardization(
+                torch.tensor(statistics["mean"], device=device), torch.tensor(statistics["std"], device=device)
+            ),
+            sampling=parse_config(values, f"{run}/config.yaml").sampling,
+            fps=flow.state["fps"],
+            device=device,
+        )
+
+    def sampling_with(self, changes: Mapping[str, Any] | SamplingConfig | None) -> SamplingConfig:
+        """The run's sampling options with some of them changed.
+
+        Raises:
+            UserError: an unknown option or a value out of range.
+        """
+        if isinstance(changes, SamplingConfig):
+            return changes
+        changes = dict(changes or {})
+        # A preset stands for solver and steps together, so it drops those of the run.
+        kept = {} if "preset" in changes else self.sampling.model_dump()
+        try:
+            return SamplingConfig.model_validate({"seed": self.sampling.seed} | kept | changes)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+            raise UserError(f"sampling {changes}: {problems}") from None
+
+    def generate_frames(
+        self,
+        images: Tensor,
+        num_frames: int,
+        *,
+        sampling: Mapping[str, Any] | SamplingConfig | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
+        verbose: bool = False,
+    ) -> Tensor:
+        """Continue videos.
+
+        Args:
+            images: [b, n, 3, h, w] float in [-1, 1], n >= 1 context frames; sides the autoencoder can halve often enough.
+            num_frames: frames to predict.
+            sampling: options that differ from the run's, such as {"steps": 20, "warm_start": 0.3}.
+            keys: (video, sample) of each row, which decide its random draws; default (row, 0).
+            verbose: show a progress bar.
+        Returns:
+            [b, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then the
+            prediction.
+        Raises:
+            UserError: images of another shape or range.
+        """
+        if images.ndim != 5 or images.shape[2] != 3:
+            raise UserError(f"images must be [b, n, 3, h, w], not {list(images.shape)}")
+        if images.numel() and (images.amin() < -1.001 or images.amax() > 1.001):
+            raise UserError(
+                f"images must lie in [-1, 1], these reach from {images.amin():.3g} to {images.amax():.3g}; for uint8 "
+                "frames take x / 127.5 - 1"
+            )
+        try:
+            context = self.encode_videos(images)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        latents = self.generate_latents(context, num_frames, sampling=sampling, keys=keys, verbose=verbose)
+        return self.decode_videos(latents)
+
+    def generate_latents(
+        self,
+        context: Tensor,
+        num_frames: int,
+        *,
+        sampling: Mapping[str, Any] | SamplingConfig | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
+        noise: Tensor | None = None,
+        condition_indices: Tensor | None = None,
+        verbose: bool = False,
+    ) -> Tensor:
+        """Continue videos of latents.
+
+        Args:
+            context: [b, n, c, h, w] raw latents.
+            num_frames: frames to predict.
+            sampling, keys, verbose: as in `generate_frames`.
+            noise: [num_frames, b, c, h, w], in place of drawn noise.
+            condition_indices: [num_frames, nfe, b] int64, in place of drawn ones.
+        Returns:
+            [b, n + num_frames, c, h, w] raw latents, un-quantized; the context as it came in.
+        Raises:
+            UserError: sampling options or shapes that don't fit.
+        """
+        options = self.sampling_with(sampling)
+        context = context.to(self.device)
+        try:
+            if context.ndim != 5:
+                raise ValueError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
+            plan = SamplingPlan.from_config(options)
+            draws = make_draws(
+                options.seed,
+                [(row, 0) for row in range(len(context))] if keys is None else keys,
+                num_frames,
+                plan.evaluations,
+                known_frames(context.shape[1]),
+                tuple(context.shape[2:]),
+                options.past_horizon,
+                self.device,
+            )
+            draws = SamplingDraws(
+                noise=draws.noise if noise is None else noise.to(self.device),
+                condition_indices=draws.condition_indices if condition_indices is None else condition_indices.to(self.device),
+            )
+            with progress(total=num_frames, description="predict", unit="frame") as bar:
+                bar.disable = bar.disable or not verbose
+                final = generate_latents(
+                    self.vector_field,
+                    self.standardization.to_final(context),
+                    num_frames,
+                    plan,
+                    draws,
+                    past_horizon=options.past_horizon,
+                    on_frame=lambda _: bar.update(),
+                )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        raw = self.standardization.to_raw(final)
+        raw[:, : context.shape[1]] = context  # exactly, not within rounding
+        return raw
+
+    @torch.inference_mode()
+    def encode_videos(self, images: Tensor) -> Tensor:
+        """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents."""
+        frames = rearrange(images, "b n c h w -> (b n) c h w")
+        latents = [self.autoencoder.encode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
+
+    @torch.inference_mode()
+    def decode_videos(self, latents: Tensor) -> Tensor:
+        """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1]."""
+        frames = rearrange(latents, "b n c h w -> (b n) c h w")
+        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        return rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents)).clamp(-1, 1)
+
+
+def to_video(frames: Tensor) -> np.ndarray:
+    """Frames in [-1, 1] to 8-bit pixels.
+
+    Args:
+        frames: [b, n, 3, h, w] float; clamped to [-1, 1].
+    Returns:
+        [b, n, h, w, 3] uint8, rounded to the nearest.
+    """
+    pixels = frames.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return rearrange(pixels, "b n c h w -> b n h w c").cpu().numpy()

@@ -1,0 +1,1 @@
+"""What every run needs: checkpoints, logs, progress, seeds and signals."""

@@ -1,0 +1,125 @@
+"""Checkpoints: a folder of safetensors and one JSON file, written whole or not at all. No pickle is ever written."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipelines.errors import UserError
+from pipelines.runtime.progress import say
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: its folder, `.../checkpoints/step_00005000`.
+        state: the JSON that goes with it: `step`, the configuration it was made under, fingerprints.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def tensors(self, name: str, device: str | torch.device = "cpu") -> Tensors:
+        """The tensors of one file (`model`, `ema`, `optimizer`...).
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        file = self.path / f"{name}.safetensors"
+        try:
+            return load_file(file, device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: missing or damaged ({error}); remove {self.path} to go on from the one before") from None
+
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").is_file()
+
+
+class CheckpointFolder:
+    """`<folder>/step_00005000/...` and the pointer `<folder>/latest`."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, files: dict[str, Tensors], state: dict[str, Any]) -> Path:
+        """Write to a temporary folder, flush, rename, then move the pointer; a crash leaves the one before in force."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"step_{step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, tensors in files.items():
+            # safetensors refuses tensors that share memory or lie strided; copies cost little beside the disk.
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            _flush(file)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(self.folder)
+        pointer = self.folder / ".latest.tmp"
+        pointer.write_text(final.name, encoding="utf-8")
+        _flush(pointer)
+        pointer.replace(self.folder / "latest")
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; None when there is none. A damaged newest one is named and passed over."""
+        for path in reversed(self._all()):
+            try:
+                state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                int(state["step"])
+                return Checkpoint(path, state)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                say(f"warning: {path}: not a whole checkpoint ({error}); using the one before")
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> Tensors:
+    """The tensors of all optimizers' states, flat: `<optimizer>.<parameter>.<name>`."""
+    return {
+        f"{i}.{parameter}.{name}": torch.as_tensor(value)
+        for i, optimizer in enumerate(optimizers)
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def unpack_optimizers(optimizers: list[torch.optim.Optimizer], tensors: Tensors) -> None:
+    """Put `pack_optimizers`' tensors back; the groups' options come from the present configuration."""
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            number, parameter, name = key.split(".", 2)
+            if int(number) == i:
+                state.setdefault(int(parameter), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,41 @@
+"""What a person sees while a run works: one clear line a phase, and a bar on a terminal."""
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence everything but results and errors (the command line's --quiet)."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _quiet
+
+
+def say(message: str) -> None:
+    """Print one line, without tearing a progress bar apart."""
+    if not _quiet:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(
+    iterable: Iterable | None = None, *, total: int | None = None, initial: int = 0, description: str, unit: str
+) -> tqdm:
+    """A bar with rate and time left; nothing when stderr is no terminal or the run is quiet."""
+    return tqdm(
+        iterable,
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        disable=True if _quiet else None,
+    )

@@ -1,0 +1,81 @@
+"""The folder of a run: its resolved configuration, the environment it ran in, and resuming without contradiction."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.config import RiverConfig, differences, dump_config
+from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.progress import say
+
+# Settings that change how a training is watched or fed, not what it computes.
+COSMETIC = {
+    "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_frames", "validation_pairs",
+    "pool_memory", "compile",
+}  # fmt: skip
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("torch", "zarr", "numcodecs", "numpy", "av")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def write_run_files(config: RiverConfig, device: torch.device) -> None:
+    """Write `config.yaml` and `environment.json` of the run."""
+    config.run_path.mkdir(parents=True, exist_ok=True)
+    (config.run_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    environment = {
+        "software": software_versions(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    (config.run_path / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+
+
+def training_identity(sections: dict[str, Any]) -> dict[str, Any]:
+    """The part of dumped config sections that a training's result depends on."""
+    return {
+        name: training_identity(value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+        if name not in COSMETIC
+    }
+
+
+def resumable_checkpoint(
+    folder: Path, identity: dict[str, Any], *, keep: int, restart: bool, what: str
+) -> tuple[CheckpointFolder, Checkpoint | None]:
+    """Find the checkpoint to go on from.
+
+    Args:
+        folder: of the training, `runs/<name>/flow`.
+        identity: what the training depends on, compared with the `identity` in the checkpoint.
+        restart: set a contradicting (or finished) training aside and begin anew.
+    Raises:
+        UserError: the checkpoint was made under another configuration and `restart` is off.
+    """
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep)
+    found = checkpoints.latest()
+    if found is None:
+        return checkpoints, None
+    if restart:
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        say(f"{what}: --restart; the training before is kept in {aside}")
+        return checkpoints, None
+    changed = differences(identity, found.state["identity"])
+    if changed:
+        raise UserError(
+            f"{found.path} was trained under another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\ngo back to the old values, train anew with --restart (the old run is set aside), or give the run another "
+            "name with --set dataset.name=..."
+        )
+    return checkpoints, found

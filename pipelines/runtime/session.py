@@ -1,0 +1,54 @@
+"""What one command was asked for besides its configuration, and what it met on the way."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pipelines.errors import UserError
+from pipelines.runtime.progress import say
+
+
+@dataclass
+class Session:
+    """One command of a user.
+
+    Attributes:
+        device: where networks run.
+        strict: a broken video stops the command (exit code 1) instead of being skipped (exit code 3).
+        overwrite: replace a store that contradicts the configuration.
+        restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
+        mirror: a folder or URL that holds the data set's archives.
+        skipped: broken videos, id -> reason.
+    """
+
+    device: torch.device
+    strict: bool = False
+    overwrite: bool = False
+    restart: bool = False
+    mirror: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, video_id: str, reason: str) -> None:
+        """Note a broken video, once; with `strict` raise instead."""
+        if self.strict:
+            raise UserError(f"video {video_id}: {reason} (--strict: nothing is skipped)")
+        if video_id not in self.skipped:
+            self.skipped[video_id] = reason
+            say(f"skipped video {video_id}: {reason}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1` to a device that is there.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: allowed are auto, cpu, cuda, cuda:<number>") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device

@@ -1,0 +1,264 @@
+"""`train-flow`: stage 2, from the store alone to a checkpoint of the vector field."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import latent_cache
+from latent_cache import LatentCache, ResidentSampler, step_generator
+from pipelines.config import RiverConfig, differences
+from pipelines.encode import ensure_store
+from pipelines.errors import StoppedBySignal, UserError
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_optimizers, unpack_optimizers
+from pipelines.runtime.logs import StepTimer, TrainingLog
+from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
+from pipelines.runtime.progress import progress, say
+from pipelines.runtime.runs import resumable_checkpoint, training_identity, write_run_files
+from pipelines.runtime.session import Session
+from pipelines.runtime.signals import StopRequest
+from stage2_flow.config import VectorFieldConfig
+from stage2_flow.loss import draw_flow, flow_matching_loss
+from stage2_flow.schedule import learning_rate
+from stage2_flow.standardization import Standardization
+from stage2_flow.vector_field import VectorField
+
+
+def flow_identity(config: RiverConfig) -> dict[str, Any]:
+    """What the trained vector field depends on besides the store, as plain data."""
+    return training_identity({"seed": config.seed, "flow": config.flow.model_dump(mode="json")})
+
+
+def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
+    """Train the vector field to its last step, or recognise that this was done; makes the store first when it lacks.
+
+    Returns:
+        The final checkpoint.
+    Raises:
+        UserError: a checkpoint that contradicts the configuration or the store; a loss that is not finite.
+        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
+    training = config.flow.training
+    folder = config.run_path / "flow"
+    identity = flow_identity(config)
+    checkpoints, found = resumable_checkpoint(
+        folder, identity, keep=training.keep_checkpoints, restart=session.restart, what="flow"
+    )
+    finished = found is not None and found.step >= training.steps
+    if finished and not config.store_path.exists():
+        say(f"flow: done, {found.step} steps, {found.path} (its store is not here)")
+        return found
+
+    cache = latent_cache.open(ensure_store(config, session), "train")
+    if found is not None:
+        _check_same_store(found, cache)
+    if finished:
+        say(f"flow: done, {found.step} steps, {found.path}")
+        return found
+
+    write_run_files(config, session.device)
+    trainer = FlowTrainer(config, session.device, cache)
+    first_step = 0
+    if found is not None:
+        trainer.load(found)
+        first_step = found.step
+    residency = latent_cache.choose_residency(cache, session.device, config.cache.residency)
+    storage = session.device if residency == "device" else "cpu"
+    sampler = ResidentSampler(
+        cache, session.device, config.seed, training.batch_size, training.clip_frames, storage_device=storage
+    )
+    say(
+        f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, batch "
+        f"{training.batch_size} of {sampler.legal_targets} targets, {cache.nbytes / 1e6:.0f} MB of latents resident on "
+        f"{storage}, {training.precision} -> {folder}"
+    )
+    log = TrainingLog(folder, config, "flow", first_step)
+    state = {
+        "identity": identity,
+        "model": config.flow.model.model_dump(mode="json"),
+        "latent_shape": list(cache.latent_shape),
+        "standardization": {"mean": trainer.standardization.mean.tolist(), "std": trainer.standardization.std.tolist()},
+        "fps": cache.metadata.fps,
+        "store": {
+            "path": str(cache.url),
+            "fingerprint": cache.fingerprint,
+            "autoencoder": cache.metadata.autoencoder["sha256"],
+        },
+    }
+    try:
+        _loop(config, trainer, sampler, _validation_sampler(config, cache, session.device), log, checkpoints, state, first_step)
+    finally:
+        log.close()
+    return checkpoints.latest()
+
+
+def _loop(
+    config: RiverConfig,
+    trainer: "FlowTrainer",
+    sampler: ResidentSampler,
+    validation: ResidentSampler | None,
+    log: TrainingLog,
+    checkpoints: CheckpointFolder,
+    state: dict[str, Any],
+    first_step: int,
+) -> None:
+    training = config.flow.training
+    timer = StepTimer()
+    bar = progress(total=training.steps, initial=first_step, description="flow", unit="step")
+    with StopRequest() as stop, bar:
+        for step in range(first_step, training.steps):
+            loss = trainer.train_step(step, sampler)
+            timer.step()
+            bar.update()
+            done = step + 1
+            last = done == training.steps
+            if done % config.logging.every == 0 or last:
+                # The only places where the host waits for the device.
+                record = {"step": done, "loss": loss.item(), "learning_rate": trainer.learning_rate}
+                if not torch.isfinite(loss):
+                    raise UserError(
+                        f"flow: the loss is {record['loss']} at step {done}; the last checkpoint is kept. Lower "
+                        "flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32"
+                    )
+                rate = timer.rate()
+                record |= {"steps_per_second": rate, "samples_per_second": rate * training.batch_size}
+                if validation is not None and (done % training.validate_every == 0 or last):
+                    record["validation_loss"] = trainer.validate(validation)
+                    say(f"flow: step {done}: validation loss {record['validation_loss']:.4f}")
+                log.write(record)
+                bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+            if done % training.checkpoint_every == 0 or last or stop:
+                path = checkpoints.save(done, trainer.files(), state)
+                if stop and not last:
+                    raise StoppedBySignal(
+                        stop.signal_number, f"stopped at step {done}, saved {path}; the same command goes on from there"
+                    )
+
+
+class FlowTrainer:
+    """Vector field, average and optimizers; one call a step."""
+
+    def __init__(self, config: RiverConfig, device: torch.device, cache: LatentCache) -> None:
+        self.config, self.training, self.device = config, config.flow.training, device
+        channels = cache.latent_shape[0]
+        self.standardization = Standardization.identity(channels)
+        if self.training.standardize:
+            self.standardization = Standardization(torch.from_numpy(cache.mean), torch.from_numpy(cache.std))
+        self.standardization = self.standardization.to(device)
+        torch.manual_seed(config.seed)
+        self.model = VectorField(config.flow.model, channels).to(device)
+        self.field = torch.compile(self.model) if self.training.compile else self.model
+        self.optimizers = build_optimizers(
+            self.model,
+            name=self.training.optimizer,
+            learning_rate=self.training.learning_rate,
+            muon_learning_rate=self.training.muon_learning_rate,
+            betas=self.training.betas,
+            weight_decay=self.training.weight_decay,
+            never_matrices=self.model.boundary_parameters(),
+        )
+        decay = self.training.ema_decay
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        self.learning_rate = 0.0
+
+    def train_step(self, step: int, sampler: ResidentSampler) -> torch.Tensor:
+        """One update; gives the loss as a tensor, without waiting for the device."""
+        training, seed = self.training, self.config.seed
+        batch = self._standardized(sampler.batch(step))
+        draws = draw_flow(batch.target.shape, step_generator(seed, step, self.device, "flow"), self.device)
+        torch.manual_seed(step_generator(seed, step, stream="dropout").initial_seed())
+        self.learning_rate = learning_rate(
+            step,
+            base=training.learning_rate,
+            final=training.final_learning_rate,
+            warmup=training.warmup_steps,
+            total=training.steps,
+        )
+        set_learning_rate(self.optimizers, self.learning_rate / training.learning_rate)
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            loss = flow_matching_loss(self.field, batch, draws)
+        loss.backward()
+        if training.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self, sampler: ResidentSampler) -> float:
+        """Loss on fixed pairs, times and noise of the validation split: comparable over the whole training."""
+        model = self.model if self.average is None else self.average.module
+        model.eval()
+        batch = self._standardized(sampler.batch(0))
+        draws = draw_flow(
+            batch.target.shape, step_generator(self.config.seed, 0, self.device, "validation"), self.device
+        )
+        return flow_matching_loss(model, batch, draws).item()
+
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Everything that resuming needs, and everything that sampling needs."""
+        files = {"model": self.model.state_dict(), "optimizer": pack_optimizers(self.optimizers)}
+        if self.average is not None:
+            files["ema"] = self.average.module.state_dict()
+            files["average"] = {"n_averaged": self.average.n_averaged}
+        return files
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the same configuration."""
+        self.model.load_state_dict(checkpoint.tensors("model", self.device))
+        unpack_optimizers(self.optimizers, checkpoint.tensors("optimizer", self.device))
+        if self.average is not None:
+            self.average.module.load_state_dict(checkpoint.tensors("ema", self.device))
+            self.average.n_averaged.copy_(checkpoint.tensors("average", self.device)["n_averaged"])
+
+    def _standardized(self, batch: latent_cache.FlowBatch) -> latent_cache.FlowBatch:
+        return latent_cache.FlowBatch(
+            target=self.standardization.to_final(batch.target),
+            reference=self.standardization.to_final(batch.reference),
+            condition=self.standardization.to_final(batch.condition),
+            distance=batch.distance,
+        )
+
+
+def load_trained_field(checkpoint: Checkpoint, device: torch.device) -> VectorField:
+    """The vector field of a checkpoint, in eval mode: the averaged weights where there are any."""
+    field = VectorField(VectorFieldConfig.model_validate(checkpoint.state["model"]), checkpoint.state["latent_shape"][0])
+    try:
+        field.load_state_dict(checkpoint.tensors("ema" if checkpoint.has("ema") else "model"))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
+    return field.to(device).eval().requires_grad_(False)
+
+
+def find_flow(run_path: Path) -> Checkpoint | None:
+    """The newest flow checkpoint of a run."""
+    return CheckpointFolder(run_path / "flow" / "checkpoints").latest()
+
+
+def _check_same_store(checkpoint: Checkpoint, cache: LatentCache) -> None:
+    before = checkpoint.state["store"]
+    if before["fingerprint"] == cache.fingerprint:
+        return
+    now = {"autoencoder": cache.metadata.autoencoder["sha256"], "fingerprint": cache.fingerprint}
+    changed = "\n  ".join(differences(now, {key: before[key] for key in now}))
+    raise UserError(
+        f"{checkpoint.path} was trained on another store than {cache.url} is now:\n  {changed}\n"
+        "train anew with `train-flow --restart` (the old run is set aside), or bring the old store back"
+    )
+
+
+def _validation_sampler(config: RiverConfig, cache: LatentCache, device: torch.device) -> ResidentSampler | None:
+    if "val" not in latent_cache.splits(cache.url):
+        return None
+    training = config.flow.training
+    validation = latent_cache.open(cache.url, "val")
+    if validation.lengths.max() < 3:
+        return None
+    return ResidentSampler(
+        validation, device, config.seed, training.validation_pairs, training.clip_frames, storage_device="cpu"
+    )

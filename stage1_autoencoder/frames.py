@@ -1,0 +1,107 @@
+"""Batches of single frames for training the autoencoder, from a bounded pool of decoded frames.
+
+Decoding a video to use one of its frames would cost more than the training step. So training goes in rounds: a round
+draws frames of as many videos as the pool's memory holds, decodes these videos once, and serves the round's steps.
+Everything is a function of (seed, step), so that a resumed run sees the same batches.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from stage1_autoencoder.videos.base import BrokenVideoError, VideoError, VideoSource
+
+# Frames of a round are shown this often at most before the next round brings others.
+REPEATS = 4
+# Fewer frames of more videos make better batches; more frames of one video save decoding.
+LEAST_FRAMES_PER_VIDEO = 16
+
+
+class FramePool:
+    """Serves uint8 batches [b, h, w, 3] of frames of one split, the same for the same (seed, step)."""
+
+    def __init__(
+        self,
+        source: VideoSource,
+        *,
+        batch_size: int,
+        steps: int,
+        memory: int,
+        seed: int,
+        on_broken: Callable[[BrokenVideoError], None],
+    ) -> None:
+        """Plan the rounds.
+
+        Args:
+            source: the split's videos.
+            steps: of the whole training; no more frames than these need are decoded.
+            memory: bytes that the decoded frames of one round may take; while one round is used, the next is decoded.
+            on_broken: called with each video that can't be decoded; its frames are replaced by others'.
+        """
+        if not source.videos:
+            raise ValueError("a frame pool needs at least one video")
+        self.source, self.batch_size, self.seed, self.on_broken = source, batch_size, seed, on_broken
+        self.lengths = np.array([video.frames for video in source.videos], np.int64)
+        total = int(self.lengths.sum())
+        # Two rounds are alive at a time: the one in use and the one being decoded.
+        fits = max(batch_size, memory // (2 * 3 * source.dataset.image_size**2))
+        if total <= 2 * fits:
+            self.frames_per_round, self.steps_per_round = min(total, steps * batch_size), steps
+        else:
+            self.frames_per_round = min(fits, steps * batch_size)
+            self.steps_per_round = max(1, self.frames_per_round * REPEATS // batch_size)
+        self._executor = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._next = ThreadPoolExecutor(max_workers=1, thread_name_prefix="round")
+        self._rounds: dict[int, Future[np.ndarray]] = {}
+        self.last_round = (steps - 1) // self.steps_per_round
+
+    def batch(self, step: int) -> np.ndarray:
+        """The frames of a step: [batch_size, h, w, 3] uint8."""
+        number = step // self.steps_per_round
+        for wanted in (number, number + 1):
+            if wanted not in self._rounds and wanted <= self.last_round:
+                self._rounds[wanted] = self._next.submit(self._decode_round, wanted)
+        for old in [n for n in self._rounds if n < number]:
+            del self._rounds[old]
+        pool = self._rounds[number].result()
+        # Sampling with replacement inside the pool keeps a batch a function of the step alone.
+        chosen = np.random.default_rng([self.seed, step, 1]).integers(len(pool), size=self.batch_size)
+        return pool[chosen]
+
+    def close(self) -> None:
+        self._next.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _decode_round(self, number: int) -> np.ndarray:
+        """Decode the frames of a round: videos in a drawn order, frames drawn uniformly inside each."""
+        generator = np.random.default_rng([self.seed, number, 0])
+        wanted = self.frames_per_round
+        # Each video gives the same share of its frames, so that frames are drawn uniformly over the split.
+        share = min(1.0, max(wanted / self.lengths.sum(), LEAST_FRAMES_PER_VIDEO / self.lengths.mean()))
+        order = generator.permutation(len(self.lengths))
+        takes = np.ceil(self.lengths[order] * share).astype(np.int64)
+        order = order[: int(np.searchsorted(takes.cumsum(), wanted)) + 1]
+        picks = [
+            (int(video), np.sort(generator.choice(self.lengths[video], take, replace=False)))
+            for video, take in zip(order, takes, strict=False)
+        ]
+        size = self.source.dataset.image_size
+        pool = np.empty((sum(len(positions) for _, positions in picks), size, size, 3), np.uint8)
+        count = 0
+        for result in self._executor.map(self._read, picks):
+            if isinstance(result, BrokenVideoError):
+                self.on_broken(result)
+            else:
+                pool[count : count + len(result)] = result
+                count += len(result)
+        if not count:
+            raise VideoError(f"none of the {len(picks)} training videos drawn could be decoded")
+        return pool[:count]
+
+    def _read(self, pick: tuple[int, np.ndarray]) -> np.ndarray | BrokenVideoError:
+        try:
+            return self.source.read(*pick)
+        except BrokenVideoError as error:
+            return error

@@ -1,0 +1,86 @@
+"""Where frames come from: one interface, `VideoSource`, before procedural videos, folders of videos, and KTH."""
+
+from pathlib import Path
+
+from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
+from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from stage1_autoencoder.videos.splits import SPLITS
+
+__all__ = [
+    "SPLITS",
+    "BrokenVideoError",
+    "SkippedVideo",
+    "VideoError",
+    "VideoInfo",
+    "VideoSource",
+    "dataset_root",
+    "open_source",
+    "open_splits",
+    "open_video",
+    "preprocessing_description",
+]
+
+
+def dataset_root(dataset: DatasetConfig, data_root: str | Path) -> Path:
+    """Find the folder of the raw videos: `dataset.root` with "{data}" filled in, or <data_root>/<name>."""
+    if dataset.root is None:
+        return Path(data_root) / dataset.name
+    return Path(dataset.root.replace("{data}", str(data_root))).expanduser()
+
+
+def open_splits(dataset: DatasetConfig, data_root: str | Path) -> dict[Split, VideoSource]:
+    """Open all splits of a data set, indexing its folder once. Splits without videos are left out; train never is.
+
+    Args:
+        data_root: `paths.data` of the config.
+    Raises:
+        VideoError: no folder, no videos in it, or nothing to train on.
+    """
+    # Imported where they are used, because drawing shapes needs no FFmpeg and no index.
+    root = dataset_root(dataset, data_root)
+    match dataset.source:
+        case "shapes":
+            from stage1_autoencoder.videos.shapes import ShapesSource
+
+            return {split: ShapesSource(dataset, split) for split in SPLITS}
+        case "kth":
+            from stage1_autoencoder.videos.kth import open_kth
+
+            return dict(open_kth(dataset, root))
+        case "videos":
+            from stage1_autoencoder.videos.folders import open_folder
+
+            return dict(open_folder(dataset, root))
+
+
+def open_video(dataset: DatasetConfig, path: str | Path) -> VideoSource:
+    """Open any one video file or folder of frames as a source of one video, by the preprocessing of `dataset`.
+
+    Raises:
+        VideoError: it is not there, or cannot be used.
+    """
+    from stage1_autoencoder.videos.folders import open_single
+
+    return open_single(dataset, Path(path).expanduser())
+
+
+def open_source(dataset: DatasetConfig, data_root: str | Path, split: Split) -> VideoSource:
+    """Open one split of a data set.
+
+    Args:
+        data_root: `paths.data` of the config.
+    Raises:
+        VideoError: as `open_splits`; or a split that has no videos.
+    """
+    if dataset.source == "shapes":  # its splits do not depend on each other
+        from stage1_autoencoder.videos.shapes import ShapesSource
+
+        return ShapesSource(dataset, split)
+    sources = open_splits(dataset, data_root)
+    if split not in sources:
+        raise VideoError(
+            f"{dataset_root(dataset, data_root)}: the {split} split of {dataset.name!r} has no videos "
+            f"(it has {', '.join(sources)}); add some, or set dataset.splits.{split}"
+        )
+    return sources[split]

@@ -1,0 +1,140 @@
+"""The interface behind which every kind of video source stands, its named results and its errors."""
+
+import abc
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.preprocessing import preprocessing_description
+
+
+class VideoError(Exception):
+    """Something is wrong with the videos that the user gave; the message has what, which, and the way out."""
+
+
+class BrokenVideoError(VideoError):
+    """One video cannot be decoded as far as its index promised.
+
+    Attributes:
+        video_id: the id of the video in its split.
+        reason: what went wrong, without the id.
+    """
+
+    def __init__(self, video_id: str, reason: str) -> None:
+        super().__init__(video_id, reason)  # both arguments, so that the error can be sent between processes
+        self.video_id = video_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.video_id}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """One video of a split.
+
+    Attributes:
+        id: unique in its split.
+        frames: number of frames after `frame_step`, at least 1.
+        fps: frames a second after `frame_step`.
+        fingerprint: changes whenever the file does (relative path, size, mtime; start and stop where it is cut).
+        size: native (width, height) in pixels; None where frames are drawn at the size that is asked for.
+    """
+
+    id: str
+    frames: int
+    fps: float
+    fingerprint: str
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class SkippedVideo:
+    """A video that is there but cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+class VideoSource(abc.ABC):
+    """One split of one data set: what videos there are, and their frames.
+
+    Sources hold no open files, so they can be pickled and used by many threads and processes at once.
+
+    Attributes:
+        dataset: the settings that frames are made by.
+        videos: the usable videos, in natural order of their ids.
+        skipped: the unusable ones.
+    """
+
+    dataset: DatasetConfig
+    videos: Sequence[VideoInfo]
+    skipped: Sequence[SkippedVideo]
+
+    @abc.abstractmethod
+    def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Stream frames start..stop-1 of a video, in order; a whole video is never held in memory.
+
+        Args:
+            index: which of `videos`.
+            start: first frame, counted after `frame_step`.
+            stop: one past the last frame; None for the end of the video.
+        Yields:
+            [image_size, image_size, 3] uint8 RGB, each an array of its own.
+        Raises:
+            IndexError: a range outside the video, at the first frame asked for.
+            BrokenVideoError: decoding fails, or ends before the last frame that the index promised.
+        """
+
+    def read(self, index: int, positions: Sequence[int] | None = None) -> np.ndarray:
+        """Read some frames of a video, decoding no further than the last of them.
+
+        Args:
+            index: which of `videos`.
+            positions: frame numbers in any order, also repeated; None for all frames.
+        Returns:
+            [n, image_size, image_size, 3] uint8 RGB, in the order of `positions`.
+        Raises:
+            IndexError: a position outside the video.
+            BrokenVideoError: as in `iterate`.
+        """
+        if positions is None:
+            positions = range(self.videos[index].frames)
+        side = self.dataset.image_size
+        frames = np.empty((len(positions), side, side, 3), np.uint8)
+        if len(positions) == 0:
+            return frames
+        wanted: dict[int, list[int]] = {}
+        for row, position in enumerate(positions):
+            wanted.setdefault(int(position), []).append(row)
+        first, last = min(wanted), max(wanted)
+        self.check_range(index, first, last + 1)
+        for position, frame in enumerate(self.iterate(index, first, last + 1), start=first):
+            for row in wanted.get(position, ()):
+                frames[row] = frame
+        return frames
+
+    def check_range(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
+        """Resolve a range of frames of a video to (start, stop).
+
+        Raises:
+            IndexError: it does not lie inside the video.
+        """
+        video = self.videos[index]
+        stop = video.frames if stop is None else stop
+        if not 0 <= start <= stop <= video.frames:
+            raise IndexError(f"frames {start}..{stop} of {video.id}, which has {video.frames}")
+        return start, stop
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) over all videos and the preprocessing: equal when and only when frames are."""
+        content = {
+            "videos": [asdict(video) for video in self.videos],
+            "preprocessing": preprocessing_description(self.dataset),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""Settings of the data set: where its videos come from, and how frames are made of them."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Split = Literal["train", "val", "test"]
+
+
+class ShapesConfig(BaseModel):
+    """The procedural `shapes` videos: coloured shapes that bounce off the walls and each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    frames: PositiveInt = Field(20, description="frames a video")
+    min_objects: PositiveInt = Field(2, description="fewest shapes in a video")
+    max_objects: PositiveInt = Field(3, description="most shapes in a video")
+    radius: PositiveFloat = Field(8.0, description="circumscribed radius of a shape, pixels at 64x64")
+    min_speed: float = Field(2.0, ge=0, description="least initial speed, pixels a frame at 64x64")
+    max_speed: float = Field(3.0, ge=0, description="greatest initial speed, pixels a frame at 64x64")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ShapesConfig":
+        if self.min_objects > self.max_objects:
+            raise ValueError(f"min_objects {self.min_objects} is more than max_objects {self.max_objects}")
+        if self.min_speed > self.max_speed:
+            raise ValueError(f"min_speed {self.min_speed} is more than max_speed {self.max_speed}")
+        return self
+
+
+class DatasetConfig(BaseModel):
+    """Which videos, how large, and which of them are for training, validation and testing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names latents/<name>.zarr and runs/<name>")
+    source: Literal["shapes", "videos", "kth"] = Field(
+        description="shapes: procedural; videos: a folder of video files or of frame folders; kth: the KTH archives"
+    )
+    root: str | None = Field(
+        None, description="folder of the raw videos; '{data}' stands for paths.data; default {data}/<name>"
+    )
+    image_size: PositiveInt = Field(64, description="frames become image_size x image_size")
+    frame_step: PositiveInt = Field(1, description="keep every frame_step-th frame")
+    splits: dict[Split, int | float | str] = Field(
+        default_factory=dict,
+        description="shapes: videos a split; videos: fractions for val and test, used when root has no train/val/test "
+        "folders; kth: persons a split, e.g. '1-19'",
+    )
+    split_seed: int = Field(0, ge=0, description="seed of the split by fractions")
+    sequences: bool = Field(False, description="kth: cut videos at the frame ranges of 00sequences.txt")
+    shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="used by source: shapes")
+
+    @model_validator(mode="after")
+    def _splits_fit_source(self) -> "DatasetConfig":
+        for split, value in self.splits.items():
+            match self.source:
+                case "shapes" if not isinstance(value, int) or value < 1:
+                    raise ValueError(f"splits.{split}: {value!r} is not a number of videos (source: shapes)")
+                case "videos" if not isinstance(value, int | float) or not 0 <= value < 1:
+                    raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: videos)")
+                case "kth" if not isinstance(value, str | int):
+                    raise ValueError(f"splits.{split}: {value!r} is not a range of persons such as '1-19' (source: kth)")
+        if self.source == "videos" and sum(float(v) for k, v in self.splits.items() if k != "train") >= 1:
+            raise ValueError(f"splits {self.splits} leave nothing to train on")
+        return self

@@ -1,0 +1,118 @@
+"""The KTH actions: `<action>/person01_<action>_d1_uncomp.avi`, split by persons, on request cut into sequences."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stage1_autoencoder.videos.base import SkippedVideo, VideoError
+from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.folders import Clip, FolderSource, make_clip
+from stage1_autoencoder.videos.index import find_videos, index_videos
+from stage1_autoencoder.videos.splits import KTH_PERSONS, SPLITS, persons_of_splits
+
+ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
+SEQUENCES_FILE = "00sequences.txt"
+
+_WAY_OUT = (
+    "fetch the data by `make data DATASET=kth`, or unpack it from archives that you have by "
+    "`make data DATASET=kth MIRROR=<folder with the zips>`"
+)
+
+
+@dataclass(frozen=True)
+class _Name:
+    video_id: str
+    person: int
+
+
+def _parse_name(path: Path) -> _Name | None:
+    match = re.fullmatch(rf"(person(\d+)_(?:{'|'.join(ACTIONS)})_d\d+)(?:_uncomp)?", path.stem)
+    return _Name(match[1], int(match[2])) if match else None
+
+
+def read_sequences(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """Read the frame ranges of `00sequences.txt`.
+
+    Returns:
+        ranges a video id, as the file has them: counted from 1, both ends included. A video without ranges has none.
+    Raises:
+        VideoError: no file, or no ranges in it.
+    """
+    try:
+        text = path.read_text(encoding="latin-1")
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror}), {_WAY_OUT}") from error
+    sequences: dict[str, list[tuple[int, int]]] = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"\s*(person\d+_[a-z]+_d\d+)\s+frames\b(.*)", line):
+            ranges = re.findall(r"(\d+)\s*-\s*(\d+)", match[2])
+            sequences[match[1]] = [(int(first), int(last)) for first, last in ranges]
+    if not any(sequences.values()):
+        raise VideoError(f"{path}: has no frame ranges such as 'person01_boxing_d1  frames  1-95, 96-185'; {_WAY_OUT}")
+    return sequences
+
+
+def open_kth(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
+    """Index the KTH videos below `root` and divide them by persons; splits without videos are left out.
+
+    Ids are as person01_boxing_d1, whatever folder the file lies in. `dataset.splits` gives the persons of each split,
+    by default 1-19, 20 and 21-25: the paper trains on 1-20, of which person 20 is held out here for validation. Where
+    splits are given, they hold as they are, and persons in none of them go unused.
+
+    With `dataset.sequences`, each range of `00sequences.txt` is a video of its own, as person01_jogging_d1_2-46
+    (counted from 1, both ends included). Ranges are clipped to the video; one that lies behind its end is listed as
+    skipped. Videos that the file does not list, or lists without ranges, are listed as skipped too.
+
+    Raises:
+        VideoError: no folder, no KTH videos, two files for one video, nobody to train on, overlapping splits.
+    """
+    owner = persons_of_splits(dataset.splits)
+    if not root.is_dir():
+        raise VideoError(f"{root}: there is no such folder; {_WAY_OUT}")
+    if any(root.glob("*.zip")) and not any((root / action).is_dir() for action in ACTIONS):
+        raise VideoError(f"{root}: has archives, but they are not unpacked: `make data DATASET=kth MIRROR={root}`")
+    sequences = read_sequences(root / SEQUENCES_FILE) if dataset.sequences else None
+
+    try:
+        found = find_videos(root)
+    except VideoError as error:
+        raise VideoError(f"{error}; {_WAY_OUT}") from error
+    names = {path: _parse_name(path) for path in found.values()}
+    if not any(names.values()):
+        raise VideoError(
+            f"{root}: none of its {len(names)} videos is named as person01_boxing_d1_uncomp.avi; {_WAY_OUT}"
+        )
+
+    clips: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
+    skipped: dict[Split, list[SkippedVideo]] = {split: [] for split in SPLITS}
+    seen: dict[str, Path] = {}
+    indexed = index_videos(root, [path for path in found.values() if names[path]])
+    for file_id, path in found.items():
+        name = names[path]
+        if name is None:
+            skipped["train"].append(SkippedVideo(file_id, "is not named as person01_boxing_d1_uncomp.avi"))
+            continue
+        if name.video_id in seen:
+            raise VideoError(f"{seen[name.video_id]} and {path} are both {name.video_id}: remove one of them")
+        seen[name.video_id] = path
+        split = owner.get(name.person)
+        if split is None:
+            continue
+        probe = indexed[path].probe
+        if probe is None:
+            skipped[split].append(SkippedVideo(name.video_id, indexed[path].reason))
+        elif sequences is None:
+            clips[split].append(make_clip(name.video_id, path, root, indexed[path], dataset.frame_step))
+        elif not sequences.get(name.video_id):
+            skipped[split].append(SkippedVideo(name.video_id, f"has no frame ranges in {SEQUENCES_FILE}"))
+        else:
+            for first, last in sequences[name.video_id]:
+                sequence_id, cut = f"{name.video_id}_{first}-{last}", (max(first, 1) - 1, min(last, probe.frames))
+                if cut[0] < cut[1]:
+                    clips[split].append(make_clip(sequence_id, path, root, indexed[path], dataset.frame_step, cut))
+                else:
+                    skipped[split].append(SkippedVideo(sequence_id, f"lies outside the video's {probe.frames} frames"))
+    if not clips["train"]:
+        persons = dataset.splits.get("train", KTH_PERSONS["train"] if not dataset.splits else "nobody")
+        raise VideoError(f"{root}: no usable video of the persons to train on ({persons}); {_WAY_OUT}")
+    return {split: FolderSource(dataset, clips[split], skipped[split]) for split in SPLITS if clips[split]}

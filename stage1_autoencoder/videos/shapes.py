@@ -1,0 +1,163 @@
+"""Procedural videos: anti-aliased coloured shapes that bounce elastically off the walls and each other.
+
+Nothing is stored: the trajectories of a split are simulated at once from its seed (a few hundred kilobytes), and any
+frame is rendered from them when it is asked for.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from stage1_autoencoder.videos.base import VideoInfo, VideoSource
+from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.preprocessing import preprocessing_description
+
+# Simulation and radii live in a world of this side; rendering scales it to the image size.
+WORLD = 64.0
+SUBSTEPS = 4
+FRAMES_PER_SECOND = 10.0
+DEFAULT_SPLITS = {"train": 1500, "val": 64, "test": 64}
+BACKGROUND = np.array([22, 24, 34], np.float32)
+PALETTE = np.array([[235, 78, 70], [74, 190, 92], [72, 128, 246], [250, 204, 56]], np.float32)
+KINDS = ("disc", "square", "triangle")
+# Half sides chosen so that the three kinds cover about the same area inside one collision circle.
+SQUARE_HALF_SIDE = 0.82
+TRIANGLE_INRADIUS = 0.60
+
+
+class ShapesSource(VideoSource):
+    """One split of the `shapes` videos. A video depends on nothing but (split_seed, split, its number)."""
+
+    def __init__(self, dataset: DatasetConfig, split: Split) -> None:
+        shapes = dataset.shapes
+        count = int(dataset.splits.get(split, DEFAULT_SPLITS[split]))
+        stored_frames = (shapes.frames - 1) // dataset.frame_step + 1
+        self.dataset = dataset
+        self.radius = shapes.radius
+        scene = _draw_scenes(np.random.default_rng([dataset.split_seed, list(DEFAULT_SPLITS).index(split)]), count, dataset)
+        self.kind, self.colour, self.present = scene["kind"], scene["colour"], scene["present"]
+        self.positions = _simulate(scene, shapes.frames, shapes.radius)
+        recipe = f"{dataset.model_dump_json(include={'shapes', 'split_seed', 'image_size', 'frame_step'})} {split}"
+        self._recipe = hashlib.sha256(f"{recipe} {preprocessing_description(dataset)}".encode()).hexdigest()
+        rate = FRAMES_PER_SECOND / dataset.frame_step
+        self.videos = [VideoInfo(f"{split}_{i:05d}", stored_frames, rate, f"{self._recipe}/{i}") for i in range(count)]
+        self.skipped = []
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self._recipe} {len(self.videos)}".encode()).hexdigest()
+
+    def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        stop = self.videos[index].frames if stop is None else stop
+        yield from self.read(index, range(start, stop))
+
+    def read(self, index: int, positions: Sequence[int] | None = None) -> np.ndarray:
+        frames = np.arange(self.videos[index].frames) if positions is None else np.asarray(positions, np.int64)
+        return self.render(np.full(len(frames), index), frames)
+
+    def render(self, videos: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """Render any frames of any videos at once.
+
+        Args:
+            videos, frames: [n] int: video numbers, and frame numbers after the frame step.
+        Returns:
+            [n, image_size, image_size, 3] uint8 RGB.
+        """
+        scale = self.dataset.image_size / WORLD
+        radius = self.radius * scale
+        # Each shape is drawn in a small patch around it; the canvas has a margin so that patches never leave it.
+        side = 2 * int(np.ceil(radius * 1.3 + 1)) + 1
+        canvas = np.broadcast_to(BACKGROUND, (len(videos), self.dataset.image_size + 2 * side, self.dataset.image_size + 2 * side, 3)).copy()
+        rows = np.arange(len(videos))[:, None, None]
+        centres = self.positions[videos, frames * self.dataset.frame_step] * scale  # [n, objects, xy]
+        for k in range(centres.shape[1]):
+            corner = np.floor(centres[:, k]).astype(np.int64) - side // 2
+            x = corner[:, :1] + np.arange(side)
+            y = corner[:, 1:] + np.arange(side)
+            offset_x = ((x + 0.5) - centres[:, k, :1]).astype(np.float32)[:, None, :]
+            offset_y = ((y + 0.5) - centres[:, k, 1:]).astype(np.float32)[:, :, None]
+            alpha = _coverage(offset_x, offset_y, self.kind[videos, k], radius) * self.present[videos, k, None, None]
+            where = rows, y[:, :, None] + side, x[:, None, :] + side
+            colour = PALETTE[self.colour[videos, k]][:, None, None]
+            canvas[where] += alpha[..., None] * (colour - canvas[where])
+        inside = canvas[:, side:-side, side:-side]
+        return (inside + 0.5).astype(np.uint8)
+
+
+def _coverage(x: np.ndarray, y: np.ndarray, kind: np.ndarray, radius: float) -> np.ndarray:
+    """Share of each pixel that a shape covers, from the signed distance to its edge: [n, side, side] in [0, 1]."""
+    kind = kind[:, None, None]
+    disc = np.sqrt(x * x + y * y) - radius
+    square = np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius
+    slanted = np.float32(np.sqrt(3) / 2) * np.abs(x) - 0.5 * (y - 0.25 * radius)
+    triangle = np.maximum(slanted, y - 0.25 * radius) - TRIANGLE_INRADIUS * radius
+    distance = np.where(kind == 0, disc, np.where(kind == 1, square, triangle))
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetConfig) -> dict[str, np.ndarray]:
+    """Kinds, colours, first positions and velocities of `count` videos, each drawn from its own number's stream."""
+    shapes = dataset.shapes
+    most = shapes.max_objects
+    room = WORLD - 2 * shapes.radius
+    if most > len(PALETTE) or room <= 0 or most * (2 * shapes.radius) ** 2 > 0.6 * WORLD**2:
+        raise ValueError(
+            f"dataset.shapes: {most} shapes of radius {shapes.radius} don't fit in the frame; "
+            f"at most {len(PALETTE)} shapes, and radius {np.sqrt(0.15 / most) * WORLD:.1f} for {most}"
+        )
+    # One row of numbers a video, so that video i stays the same when more videos are asked for.
+    uniform = generator.random((count, 5 * most + 1))
+    objects = shapes.min_objects + (uniform[:, 0] * (most - shapes.min_objects + 1)).astype(np.int64)
+    kind = (uniform[:, 1 : most + 1] * len(KINDS)).astype(np.int64)
+    angle = uniform[:, most + 1 : 2 * most + 1] * 2 * np.pi
+    speed = shapes.min_speed + uniform[:, 2 * most + 1 : 3 * most + 1] * (shapes.max_speed - shapes.min_speed)
+    keys = np.floor(uniform[:, 3 * most + 1 : 3 * most + 2] * 2**53).astype(np.uint64)
+    positions, colour = np.empty((count, most, 2)), np.empty((count, most), np.int64)
+    for i in range(count):
+        stream = np.random.default_rng(int(keys[i, 0]))
+        positions[i] = _place_apart(stream, most, shapes.radius)
+        colour[i] = stream.permutation(len(PALETTE))[:most]
+    velocity = speed[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    return {
+        "kind": kind,
+        "colour": colour,
+        "present": (np.arange(most) < objects[:, None]).astype(np.float32),
+        "positions": positions,
+        "velocity": velocity,
+    }
+
+
+def _place_apart(stream: np.random.Generator, count: int, radius: float) -> np.ndarray:
+    """Draw centres [count, 2] at least two radii apart, by trying again."""
+    apart = np.triu_indices(count, 1)
+    while True:
+        trial = radius + stream.random((64, count, 2)) * (WORLD - 2 * radius)
+        distance = np.linalg.norm(trial[:, apart[0]] - trial[:, apart[1]], axis=-1)
+        good = np.flatnonzero((distance > 2 * radius).all(1))
+        if len(good):
+            return trial[good[0]]
+
+
+def _simulate(scene: dict[str, np.ndarray], frames: int, radius: float) -> np.ndarray:
+    """Centres [videos, frames, objects, 2] under elastic collisions of equal masses, all videos at once."""
+    position, velocity = scene["positions"].copy(), scene["velocity"].copy()
+    present = scene["present"] > 0
+    track = np.empty((len(position), frames, *position.shape[1:]), np.float32)
+    for frame in range(frames):
+        track[:, frame] = position
+        for _ in range(SUBSTEPS):
+            position += velocity / SUBSTEPS
+            outward = np.where(position < radius, -1.0, np.where(position > WORLD - radius, 1.0, 0.0))
+            velocity = np.where(outward * velocity > 0, -velocity, velocity)
+            for a, b in zip(*np.triu_indices(position.shape[1], 1), strict=True):
+                difference = position[:, b] - position[:, a]
+                distance = np.maximum(np.linalg.norm(difference, axis=-1, keepdims=True), 1e-9)
+                normal = difference / distance
+                approach = ((velocity[:, a] - velocity[:, b]) * normal).sum(-1, keepdims=True)
+                touching = (distance[:, 0] < 2 * radius) & (approach[:, 0] > 0) & present[:, a] & present[:, b]
+                # Equal masses exchange the velocity components along the line of centres.
+                impulse = np.where(touching[:, None], approach, 0.0) * normal
+                velocity[:, a] -= impulse
+                velocity[:, b] += impulse
+    return track

@@ -1,0 +1,1 @@
+"""Stage 2: flow matching on latents. Path, vector field, conditioning, solvers, rollout. Knows no pixel."""

@@ -1,0 +1,121 @@
+"""Which past frame conditions each evaluation of the field, and the keyed random draws of a rollout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PastWindow:
+    """The frames that a condition is drawn from: `count` of them, from index `first` on."""
+
+    first: int
+    count: int
+
+
+def past_window(length: int, past_horizon: int | None) -> PastWindow:
+    """The window U{first .. length - 2}, first = max(0, length - past_horizon).
+
+    (The official code has `min(0, length - past_horizon)`: without effect, or a negative index.)
+
+    Args:
+        length: frames known so far, at least 2; the last one is the reference and no condition.
+        past_horizon: the window lies in the last so many frames, at least 2; None: in all.
+    Raises:
+        ValueError: a length or horizon below 2.
+    """
+    if length < 2:
+        raise ValueError(f"a condition and a reference need at least 2 frames, got {length}")
+    if past_horizon is not None and past_horizon < 2:
+        raise ValueError(f"past_horizon must be at least 2 (a condition and the reference) or None, got {past_horizon}")
+    first = 0 if past_horizon is None else max(0, length - past_horizon)
+    return PastWindow(first=first, count=length - 1 - first)
+
+
+def known_frames(context_frames: int) -> int:
+    """Frames that the first prediction builds on: a single context frame counts twice, as `[z0, z0]`.
+
+    Raises:
+        ValueError: no context frame.
+    """
+    if context_frames < 1:
+        raise ValueError(f"a prediction needs at least 1 context frame, got {context_frames}")
+    return max(2, context_frames)
+
+
+@dataclass(frozen=True)
+class SamplingDraws:
+    """What chance decides in a rollout.
+
+    Attributes:
+        noise: [frames, b, c, h, w] float from N(0, I).
+        condition_indices: [frames, evaluations, b] int64 indices into the frames known at that time, a single context
+            frame counting twice.
+    """
+
+    noise: Tensor
+    condition_indices: Tensor
+
+
+def make_draws(
+    seed: int,
+    keys: Sequence[tuple[int, int]],
+    num_frames: int,
+    nfe: int,
+    context_frames: int,
+    latent_shape: tuple[int, int, int],
+    past_horizon: int | None,
+    device: torch.device | str,
+) -> SamplingDraws:
+    """Draw a rollout's noise and conditions, as a function of (seed, video, sample, frame) alone.
+
+    So a video's prediction depends neither on its batch nor on the device, a longer rollout begins with the shorter
+    one, and all solvers start from the same noise.
+
+    Args:
+        seed: of the whole run, at least 0.
+        keys: (video, sample) of each batch element, both at least 0.
+        num_frames: frames to predict, at least 1.
+        nfe: evaluations of the field a frame.
+        context_frames: frames given, at least 1.
+        latent_shape: (c, h, w).
+        past_horizon: see `past_window`.
+        device: where the draws shall lie.
+    Raises:
+        ValueError: no frame or key, a negative seed or key, or what `past_window` refuses.
+    """
+    if num_frames < 1 or not keys:
+        raise ValueError(f"draws need at least 1 frame and 1 key, got {num_frames} frames and {len(keys)} keys")
+    if min(seed, *(part for key in keys for part in key)) < 0:
+        raise ValueError(f"seed and keys must be at least 0, got seed {seed} and keys {list(keys)}")
+    first_length = known_frames(context_frames)
+    noise = np.empty((num_frames, len(keys), *latent_shape), dtype=np.float32)
+    uniforms = np.empty((num_frames, nfe, len(keys)), dtype=np.float64)
+    for frame in range(num_frames):
+        for element, (video, sample) in enumerate(keys):
+            # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed.
+            generator = np.random.default_rng((seed, video, sample, frame))
+            noise[frame, element] = generator.standard_normal(latent_shape, dtype=np.float32)
+            uniforms[frame, :, element] = generator.random(nfe)
+    windows = [past_window(first_length + frame, past_horizon) for frame in range(num_frames)]
+    return SamplingDraws(
+        noise=torch.from_numpy(noise).to(device),
+        condition_indices=condition_indices(torch.from_numpy(uniforms), windows).to(device),
+    )
+
+
+def condition_indices(uniforms: Tensor, windows: Sequence[PastWindow]) -> Tensor:
+    """Map uniforms to indices: first + floor(u count).
+
+    Args:
+        uniforms: [frames, evaluations, b] float64 in [0, 1). In float64 the product stays below count.
+        windows: one a frame.
+    Returns:
+        [frames, evaluations, b] int64.
+    """
+    first = torch.tensor([window.first for window in windows])[:, None, None]
+    count = torch.tensor([window.count for window in windows])[:, None, None]
+    return first + (uniforms * count).floor().long()

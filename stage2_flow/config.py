@@ -1,0 +1,75 @@
+"""Settings of the flow: the vector field, its training, and sampling."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class VectorFieldConfig(BaseModel):
+    """Sizes of the vector field network. The defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: PositiveInt = Field(768, description="features of a token")
+    depth: PositiveInt = Field(4, description="in-blocks, and as many out-blocks")
+    mid_depth: NonNegativeInt = Field(5, description="blocks between them")
+    heads: PositiveInt = 8
+    head: Literal["ln", "bn"] = Field("ln", description="output head: with LayerNorm or with BatchNorm")
+    reference: bool = Field(True, description="condition on the previous frame besides the random past one")
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "VectorFieldConfig":
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
+        return self
+
+
+class FlowTrainingConfig(BaseModel):
+    """How the vector field is trained. The defaults are the paper's; it had no EMA, clipping or bf16."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: PositiveInt = 300_000
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
+    final_learning_rate: PositiveFloat = 1e-7
+    warmup_steps: NonNegativeInt = 5000
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon on weight matrices, AdamW on the rest")
+    muon_learning_rate: PositiveFloat = Field(2e-2, description="learning rate of the matrices with optimizer: muon")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 5e-6
+    grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile the vector field; pays on long runs")
+    standardize: bool = Field(
+        False, description="learn on latents standardised with the store's per-channel statistics (paper: raw latents)"
+    )
+    clip_frames: int = Field(40, ge=3, description="a target's condition lies at most clip_frames - 1 frames before it")
+    checkpoint_every: PositiveInt = 5000
+    keep_checkpoints: PositiveInt = 2
+    validate_every: PositiveInt = 5000
+    validation_pairs: PositiveInt = Field(512, description="fixed draws of the validation loss")
+
+
+class SamplingConfig(BaseModel):
+    """How latents are integrated from noise to the next frame."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: Literal["default", "official"] = Field(
+        "default", description="official: the paper's RK4 (3/8 rule) on linspace(ws, 1, int((1 - ws) * steps)) points"
+    )
+    solver: Literal["euler", "midpoint", "heun", "rk4"] | None = Field(
+        None, description="null: euler, or with preset official its RK4 (3/8 rule), which is what rk4 means here"
+    )
+    steps: PositiveInt | None = Field(
+        None, description="solver steps from warm start to 1 (null: 10); with preset official the paper's count of "
+        "time points, of which (1 - warm_start) are used (null: 100)"
+    )
+    warm_start: float = Field(0.0, ge=0, lt=1, description="start this part of the way from the previous frame's latent")
+    past_horizon: int | None = Field(
+        None, ge=2, description="the condition is drawn from the last so many frames; null: from all"
+    )
+    seed: int = Field(0, ge=0)

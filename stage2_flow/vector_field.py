@@ -1,0 +1,187 @@
+"""The vector field network: a U-shaped vision transformer over the tokens of three latent frames.
+
+Its parameters carry the official names, so that official checkpoints load as they are.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from stage2_flow.config import VectorFieldConfig
+
+POSITIONS = 512  # rows and columns that the position tables hold, as in the official code
+DISTANCE_FEATURES = 256  # hidden features of the distance code
+FEED_FORWARD = 4  # the feed-forward's width as a multiple of the token's
+TIME_SCALE = 200  # t in [0, 1] is stretched to [0, 200] before its sinusoids
+LONGEST_PERIOD = 10_000  # of the time sinusoids, over 2 pi
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal code of the time, cosines first, computed in fp32.
+
+    In fp32 because the phase reaches 200 rad: bf16 resolves 200 to 1, that is, not at all.
+
+    Args:
+        t: [b] float in [0, 1].
+        width: features, even.
+    Returns:
+        [b, width] float32 in [-1, 1].
+    """
+    half = width // 2
+    # frequency_i = exp(-ln(10000) i / (width / 2)), in this order of operations: 1e-7 off shows as 2e-5 in the code.
+    exponents = -math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = (TIME_SCALE * t.float())[:, None] * torch.exp(exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class PositionEncoding(nn.Module):
+    """Learned two-dimensional position code: the column's half of the features first, then the row's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(POSITIONS, width // 2)
+        self.col_embed = nn.Embedding(POSITIONS, width // 2)
+        nn.init.uniform_(self.row_embed.weight, -1, 1)
+        nn.init.uniform_(self.col_embed.weight, -1, 1)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """[height * width, features] codes of a map's places, row by row; neither side above 512."""
+        # Slices in place of look-ups: their gradient needs no scatter.
+        columns = self.col_embed.weight[None, :width].expand(height, -1, -1)
+        rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
+        return rearrange([columns, rows], "halves y x d -> (y x) (halves d)")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection, initialised like `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        qkv = F.linear(x_bnd, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads).unbind()
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(rearrange(mixed, "b heads n d -> b n (heads d)"))
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer encoder layer with exact GELU: same names, start and dropouts as PyTorch's own."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.self_attn = SelfAttention(width, heads, dropout)
+        self.linear1 = nn.Linear(width, FEED_FORWARD * width)
+        self.linear2 = nn.Linear(FEED_FORWARD * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, x_bnd: Tensor) -> Tensor:
+        x_bnd = x_bnd + self._drop(self.self_attn(self.norm1(x_bnd)))
+        hidden = self._drop(F.gelu(self.linear1(self.norm2(x_bnd))))
+        return x_bnd + self._drop(self.linear2(hidden))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class VectorField(nn.Module):
+    """The velocity of the next frame's latent, given the frame before it and one frame of the past.
+
+    Source: RIVER (ICCV 2023), section 3.3 and appendix (the network is a U-ViT, Bao et al., CVPR 2023).
+    """
+
+    def __init__(self, config: VectorFieldConfig, latent_channels: int) -> None:
+        """Build the network with fresh weights.
+
+        Args:
+            config: its sizes.
+            latent_channels: c of the latents.
+        """
+        super().__init__()
+        self.config = config
+        self.latent_channels = latent_channels
+        width, frames = config.width, 3 if config.reference else 2
+
+        def block() -> TransformerBlock:
+            return TransformerBlock(width, config.heads, config.dropout)
+
+        # The numbers in names are the places of these layers in the official code's sequences.
+        self.position_encoding = PositionEncoding(width)
+        self.project_in = nn.ModuleDict({"1": nn.Linear(frames * latent_channels, width)})
+        self.time_projection = nn.Sequential(  # of the distance in time, not of t
+            nn.Linear(1, DISTANCE_FEATURES), nn.ReLU(), nn.Linear(DISTANCE_FEATURES, width)
+        )
+        self.in_blocks = nn.ModuleList(block() for _ in range(config.depth))
+        self.mid_blocks = nn.ModuleList(block() for _ in range(config.mid_depth))
+        self.out_blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(2 * width, width), block()]) for _ in range(config.depth)
+        )
+        norm = {"2": nn.LayerNorm(width)} if config.head == "ln" else {"3": nn.BatchNorm2d(width)}
+        self.project_out = nn.ModuleDict(
+            {"0": nn.Linear(width, width), **norm, "4": nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)}
+        )
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def boundary_parameters(self) -> list[nn.Parameter]:
+        """Position tables and the layers from and to few dimensions: an optimizer for hidden matrices skips them."""
+        layers = (self.position_encoding, self.project_in, self.time_projection, self.project_out["4"])
+        return [parameter for layer in layers for parameter in layer.parameters()]
+
+    def forward(self, x_t: Tensor, reference: Tensor | None, condition: Tensor, distance: Tensor, t: Tensor) -> Tensor:
+        """Evaluate the field.
+
+        Args:
+            x_t: [b, c, h, w] point of the path at time t; h and w at most 512.
+            reference: [b, c, h, w] final latents of the previous frame; not looked at with `reference: false`.
+            condition: [b, c, h, w] final latents of one earlier frame.
+            distance: [b] int64 >= 1, frames between condition and reference.
+            t: [b] float in [0, 1].
+        Returns:
+            [b, c, h, w] velocity.
+        """
+        height, width = x_t.shape[-2:]
+        frames = [x_t, reference, condition] if self.config.reference else [x_t, condition]
+        tokens = self.project_in["1"](rearrange(torch.cat(frames, dim=1), "b c h w -> b (h w) c"))
+        with torch.autocast(x_t.device.type, enabled=False):  # bf16 would merge neighbouring distances
+            dtype = self.time_projection[0].weight.dtype
+            log_distance = distance.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
+            distance_code = self.time_projection(log_distance[:, None])
+        tokens = tokens + self.position_encoding(height, width) + distance_code[:, None]
+        time_token = time_embedding(t, self.config.width).to(tokens.dtype)
+        tokens = torch.cat([time_token[:, None], tokens], dim=1)
+
+        skips = []
+        for block in self.in_blocks:
+            tokens = block(tokens)
+            skips.append(tokens)
+        for block in self.mid_blocks:
+            tokens = block(tokens)
+        for merge, block in self.out_blocks:
+            tokens = block(merge(torch.cat([skips.pop(), tokens], dim=-1)))
+        return self._head(tokens[:, 1:], height, width)
+
+    def _head(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """[b, h * w, features] -> [b, c, h, w]; the two heads differ in the norm and its place."""
+        tokens = F.gelu(self.project_out["0"](tokens))
+        if self.config.head == "ln":
+            tokens = self.project_out["2"](tokens)
+        features = rearrange(tokens, "b (h w) d -> b d h w", h=height, w=width)
+        if self.config.head == "bn":
+            features = self.project_out["3"](features)
+        return self.project_out["4"](features)

@@ -1,0 +1,94 @@
+"""Small stores to test with."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latent_cache import ChunkPlan, SplitPlan, StoreMetadata, StoreWriter
+
+
+@dataclass
+class StoreKit:
+    """Plans of ragged videos, and latents that are a function of (video id, view, frame): any order writes the same."""
+
+    shape: tuple[int, int, int] = (2, 3, 4)
+    metadata: StoreMetadata = field(
+        default_factory=lambda: StoreMetadata(
+            dataset="toys",
+            fps=25.0,
+            preprocessing={"image_size": 24, "resize": "area"},
+            autoencoder={"architecture": "vqgan", "sha256": "3f9a", "downsampling": 8},
+            software={"zarr": "3"},
+        )
+    )
+
+    def plan(self, lengths: Sequence[int], chunk_frames: int = 4, names: Sequence[str] | None = None) -> SplitPlan:
+        names = [f"clip-{row:02d}" for row in range(len(lengths))] if names is None else names
+        return SplitPlan(names, ["identity"] * len(names), lengths, self.shape, chunk_frames)
+
+    def latents(self, plan: SplitPlan, chunk: ChunkPlan) -> np.ndarray:
+        """[chunk.frames, c, h, w] float32."""
+        return np.concatenate(
+            [
+                np.random.default_rng([*plan.video_ids[piece.video].encode(), frame]).normal(size=(1, *self.shape))
+                for piece in chunk.pieces
+                for frame in range(piece.start, piece.stop)
+            ]
+        ).astype(np.float32)
+
+    def codes(self, latents: np.ndarray) -> np.ndarray:
+        """[n, h, w] int64, a function of the latents."""
+        return (np.abs(latents.sum(axis=1)) * 1000).astype(np.int64)
+
+    def write(self, writer: StoreWriter, split: str, chunk: ChunkPlan) -> None:
+        latents = self.latents(writer.plans[split], chunk)
+        writer.write_chunk(split, chunk, latents, self.codes(latents) if writer.codes else None)
+
+    def build(
+        self,
+        path: Path,
+        plans: Mapping[str, SplitPlan] | None = None,
+        *,
+        codes: bool = True,
+        stop_after: int | None = None,
+        **options: object,
+    ) -> Path:
+        """Write a store, complete unless the writer stops after some chunks."""
+        plans = {"train": self.plan([3, 7, 2, 1, 9]), "test": self.plan([5])} if plans is None else plans
+        with StoreWriter.open(path, self.metadata, plans, codes=codes, **options) as writer:
+            todo = [(split, chunk) for split in plans for chunk in writer.pending(split)]
+            for split, chunk in todo[:stop_after]:
+                self.write(writer, split, chunk)
+            if stop_after is None:
+                writer.finish()
+        return path
+
+    def expected(self, plan: SplitPlan) -> np.ndarray:
+        """[frame, c, h, w] float32, before rounding to the store's dtype."""
+        return np.concatenate([self.latents(plan, chunk) for chunk in plan.chunks])
+
+
+def read_all_files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture
+def kit() -> StoreKit:
+    return StoreKit()
+
+
+@pytest.fixture
+def all_files() -> Callable[[Path], dict[str, bytes]]:
+    return read_all_files
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Flushing tiny files is nine tenths of the time; what is flushed, and when, has a test of its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("os.fsync", lambda descriptor: None)
+    yield
+    patch.undo()

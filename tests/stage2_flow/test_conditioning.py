@@ -1,0 +1,110 @@
+"""The condition's window, and draws that are a function of seed, video, sample and frame."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stage2_flow.conditioning import PastWindow, condition_indices, make_draws, past_window
+
+SHAPE = (2, 3, 3)
+
+
+def draw(keys, *, seed=0, num_frames=4, nfe=5, context_frames=3, past_horizon=None):
+    return make_draws(seed, keys, num_frames, nfe, context_frames, SHAPE, past_horizon, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("length", "horizon", "expected"),
+    [
+        (2, None, PastWindow(first=0, count=1)),
+        (10, None, PastWindow(first=0, count=9)),
+        (10, 4, PastWindow(first=6, count=3)),  # n > k: frames 6, 7, 8 and the reference 9
+        (10, 10, PastWindow(first=0, count=9)),
+        (3, 8, PastWindow(first=0, count=2)),  # n < k
+        (7, 2, PastWindow(first=5, count=1)),
+    ],
+)
+def test_past_window(length, horizon, expected):
+    assert past_window(length, horizon) == expected
+
+
+@pytest.mark.parametrize(("length", "horizon"), [(1, None), (5, 1), (5, 0), (5, -3)])
+def test_past_window_refuses(length, horizon):
+    with pytest.raises(ValueError, match="at least 2"):
+        past_window(length, horizon)
+
+
+@settings(max_examples=50, deadline=None)
+@given(length=st.integers(2, 300), horizon=st.none() | st.integers(2, 400))
+def test_indices_fill_the_window_and_never_leave_it(length, horizon):
+    window = past_window(length, horizon)
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)[None, :, None]
+    lowest, _, highest = condition_indices(uniforms, [window])[0, :, 0].tolist()
+    assert lowest == window.first == max(0, length - horizon if horizon else 0)
+    assert highest == length - 2
+
+
+def test_every_legal_index_is_drawn_equally_often_and_no_other():
+    draws = draw([(0, 0)], num_frames=2, nfe=40_000, context_frames=9, past_horizon=6)
+    for frame, first in enumerate((3, 4)):
+        values, counts = draws.condition_indices[frame, :, 0].unique(return_counts=True)
+        assert values.tolist() == list(range(first, first + 5))
+        assert ((counts - 8000).abs() < 5 * (40_000 * 0.2 * 0.8) ** 0.5).all()
+
+
+def test_batch_elements_and_evaluations_are_drawn_independently():
+    indices = draw([(0, 0), (1, 0)], num_frames=1, nfe=20_000, context_frames=3).condition_indices[0].double()
+    assert abs(torch.corrcoef(indices.T)[0, 1]) < 0.04
+    assert abs(torch.corrcoef(torch.stack([indices[:-1, 0], indices[1:, 0]]))[0, 1]) < 0.04
+
+
+def test_noise_is_standard_normal():
+    noise = draw([(video, 0) for video in range(200)], num_frames=10).noise
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    assert noise.dtype == torch.float32
+
+
+def test_a_video_draws_the_same_in_any_batch():
+    together = draw([(3, 0), (8, 1), (5, 0)])
+    alone = draw([(8, 1)])
+    assert torch.equal(together.noise[:, 1:2], alone.noise)
+    assert torch.equal(together.condition_indices[:, :, 1:2], alone.condition_indices)
+
+
+def test_a_longer_rollout_begins_with_the_shorter_one():
+    short, long = draw([(1, 0), (2, 0)], num_frames=3), draw([(1, 0), (2, 0)], num_frames=7)
+    assert torch.equal(long.noise[:3], short.noise)
+    assert torch.equal(long.condition_indices[:3], short.condition_indices)
+
+
+def test_solvers_share_the_noise():
+    assert torch.equal(draw([(1, 0)], nfe=10).noise, draw([(1, 0)], nfe=396).noise)
+
+
+def test_seed_video_sample_and_frame_all_matter():
+    draws = [draw([key], seed=seed) for seed in (0, 1) for key in ((0, 0), (0, 1), (1, 0))]
+    noises = [draw.noise[frame] for draw in draws for frame in (0, 1)]
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == 12
+
+
+def test_a_single_context_frame_counts_twice():
+    draws = draw([(0, 0)], num_frames=2, nfe=50, context_frames=1)
+    assert draws.condition_indices[0].unique().tolist() == [0]
+    assert draws.condition_indices[1].unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": []}, "at least 1 frame and 1 key"),
+        ({"num_frames": 0}, "at least 1 frame and 1 key, got 0 frames"),
+        ({"context_frames": 0}, "at least 1 context frame, got 0"),
+        ({"seed": -1}, "at least 0, got seed -1"),
+        ({"past_horizon": 1}, "past_horizon must be at least 2"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**{"keys": [(0, 0)], **change})

@@ -1,0 +1,77 @@
+"""Solvers against closed forms, their orders, and torchdiffeq."""
+
+import math
+
+import pytest
+import torch
+from torchdiffeq import odeint
+
+from stage2_flow.solvers import SOLVERS, integrate
+
+
+def swinging(t, y, evaluation=0):
+    """dy/dt = y cos t, y(0) = 1: y = exp(sin t)."""
+    return y * torch.cos(t)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_constant_field_is_integrated_exactly(solver):
+    velocity = torch.tensor([0.5, -2.0], dtype=torch.float64)
+    y0 = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    # Powers of two, so that no step is rounded.
+    y = integrate(lambda t, y, evaluation: velocity, y0, torch.linspace(0, 1, 5), solver)
+    torch.testing.assert_close(y, y0 + velocity, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_the_error_falls_with_the_step_to_the_order(solver):
+    y0 = torch.ones((), dtype=torch.float64)
+    errors = [
+        abs(integrate(swinging, y0, torch.linspace(0, 2, steps + 1, dtype=torch.float64), solver).item()
+            - math.exp(math.sin(2)))
+        for steps in (40, 80)
+    ]  # fmt: skip
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(solver.order, abs=0.15)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_evaluations_are_counted_from_0_without_a_gap(solver):
+    calls = []
+
+    def velocity(t, y, evaluation):
+        calls.append((evaluation, t.item()))
+        return y
+
+    integrate(velocity, torch.ones(2), torch.tensor([0.0, 0.25, 1.0]), solver)
+    assert [evaluation for evaluation, _ in calls] == list(range(2 * solver.evaluations_per_step))
+    assert calls[0][1] == 0
+    assert calls[solver.evaluations_per_step][1] == 0.25
+
+
+@pytest.mark.parametrize("name", ["euler", "midpoint", "rk4"])
+def test_equals_torchdiffeq(name):
+    y0 = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def velocity(t, y, evaluation=0):
+        return torch.tanh(y @ matrix) * (1 + t)
+
+    times = torch.tensor([0.0, 0.1, 0.4, 1.0], dtype=torch.float64)
+    expected = odeint(velocity, y0, times, method=name)[-1]
+    torch.testing.assert_close(integrate(velocity, y0, times, SOLVERS[name]), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_time_points_follow_the_type_of_the_state():
+    seen = []
+
+    def velocity(t, y, evaluation):
+        seen.append((t.dtype, t.shape))
+        return y
+
+    integrate(velocity, torch.ones(1, dtype=torch.float64), torch.linspace(0, 1, 3), SOLVERS["euler"])
+    assert seen == [(torch.float64, torch.Size([]))] * 2
+
+
+def test_refuses_a_single_time_point():
+    with pytest.raises(ValueError, match="at least 2 time points, got 1"):
+        integrate(swinging, torch.ones(1), torch.ones(1), SOLVERS["rk4"])
