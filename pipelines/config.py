@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipelines.errors import UserError
+from pipelines.sizes import parse_size
 from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
@@ -100,6 +101,10 @@ class RiverConfig(_Section):
                     f"autoencoder.model.norm_groups: {model.norm_groups} does not divide the {model.channels * multiplier} "
                     "channels of a level (channels x channel_multipliers)"
                 )
+        try:
+            parse_size(self.autoencoder.training.pool_memory)
+        except UserError as error:
+            raise ValueError(f"autoencoder.training.pool_memory: {error}") from None
         return self
 
     @property
@@ -186,17 +191,28 @@ def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
     """One line for one of pydantic's errors: where, which key, which value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
-    where = origin.get(key, source)
-    if problem["type"] == "extra_forbidden":
+    message = problem["msg"].removeprefix("Value error, ")
+    unknown = problem["type"] == "extra_forbidden"
+    where = ", ".join(text for name, text in origin.items() if _concerns(name, key, unknown, message)) or source
+    if unknown:
         known = sorted(_fields_at(RiverConfig, location[:-1]))
         close = difflib.get_close_matches(location[-1], known, n=1)
         section = ".".join(location[:-1])
         hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key{' in ' + section if section else ''}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not key or problem["type"] == "missing":
+    # What is wrong between several keys of a section is said in the message; all of them would bury it.
+    if not key or problem["type"] == "missing" or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}: {problem['input']!r} is not allowed: {message}"
+
+
+def _concerns(override: str, key: str, unknown: bool, message: str) -> bool:
+    """Whether an overridden key path has to do with an error at `key`, or at the section of that name."""
+    if key and (key == override or key.startswith(f"{override}.")):
+        return True
+    if key and not override.startswith(f"{key}."):
+        return False
+    return unknown or override.rpartition(".")[2] in message
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:

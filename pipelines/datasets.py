@@ -126,8 +126,8 @@ def _unpack_action(root: Path, action: str, mirror: str | None, say: Say) -> Non
         if sha1 != KTH_SHA1[action]:
             if mirror is None:
                 raise VideoError(
-                    f"{url}: sha1 {sha1} is not the known {KTH_SHA1[action]}: the file has changed or was damaged on its "
-                    f"way; run again, or {_WAY_OUT}"
+                    f"{url}: sha1 {sha1} is not the known {KTH_SHA1[action]}: the file has changed or was damaged on "
+                    f"its way; run again, or {_WAY_OUT}"
                 )
             say(f"warning: {archive if local else url}: sha1 {sha1} is not that of the KTH archive, {KTH_SHA1[action]}")
         files = unpack_zip(archive, root / action, sha1=sha1)

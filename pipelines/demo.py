@@ -1,6 +1,7 @@
 """`demo`: the whole story on one data set, from raw videos to a table and pictures."""
 
 import time
+from dataclasses import replace
 
 from pipelines.config import RiverConfig
 from pipelines.evaluate import evaluate
@@ -16,6 +17,8 @@ from pipelines.train_flow import train_flow
 def demo(config: RiverConfig, session: Session) -> None:
     """Run every stage in turn; what is done already is recognised."""
     started = time.perf_counter()
+    # Training the autoencoder anew makes the store out of date with it.
+    session = replace(session, overwrite=session.overwrite or session.restart)
     for number, (title, stage) in enumerate(
         (
             ("raw videos", prepare_data),

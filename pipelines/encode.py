@@ -39,7 +39,7 @@ def encode(config: RiverConfig, session: Session) -> Path:
         UserError: a complete store of another autoencoder or other preprocessing, without --overwrite.
         StoppedBySignal: after SIGINT or SIGTERM; finished chunks are kept.
     """
-    checkpoint = train_autoencoder(config, session)
+    checkpoint = train_autoencoder(config, session.for_prerequisites())
     autoencoder = load_trained_autoencoder(checkpoint, session.device)
     path = config.store_path
     if not session.overwrite and store_is_complete(path):
@@ -112,12 +112,12 @@ def check_store(config: RiverConfig, autoencoder_digest: str) -> None:
 
 def ensure_store(config: RiverConfig, session: Session) -> Path:
     """The complete store of this configuration; encodes (and trains the autoencoder) only when it is missing."""
-    if not session.overwrite and store_is_complete(config.store_path):
+    if store_is_complete(config.store_path):
         checkpoint = find_autoencoder(config.run_path)
         if checkpoint is not None:  # a store alone is enough to train on
             check_store(config, weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu"))))
         return config.store_path
-    return encode(config, session)
+    return encode(config, session.for_prerequisites())
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ class StoreEncoder:
                 # Its frames were planned for; the chunks before it stay as they are, the others are laid out anew.
                 self.broken[dropped.split].add(dropped.index)
                 self.session.skip(dropped.error.video_id, dropped.error.reason)
-                overwrite = False
+                # A store can lose videos, but no split: without its last video the whole store is laid out anew.
+                overwrite = len(self.broken[dropped.split]) == len(self.splits[dropped.split].videos)
 
     def _attempt(self, overwrite: bool) -> list[SplitReport]:
         rows = {name: [i for i in range(len(s.videos)) if i not in self.broken[name]] for name, s in self.splits.items()}
@@ -177,6 +178,8 @@ class StoreEncoder:
         with StoreWriter.open(self.config.store_path, self.metadata, plans, **options) as writer, StopRequest() as stop:
             reports = [self._encode_split(writer, name, plans[name], rows[name], stop) for name in plans]
             writer.finish()
+            if stop:
+                raise StoppedBySignal(stop.signal_number, f"stopped; {writer.path} is complete")
         return reports
 
     def _plan(self, source: VideoSource, rows: list[int]) -> SplitPlan:

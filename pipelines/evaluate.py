@@ -34,7 +34,7 @@ def evaluate(config: RiverConfig, session: Session) -> dict[str, Any]:
     Returns:
         What was written: `{"protocol": {...}, "metrics": {"psnr": {"prediction": .., "per_frame": {..}}, ...}}`.
     """
-    train_flow(config, session)
+    train_flow(config, session.for_prerequisites())
     predictor = load_predictor(config, session)
     clips = load_clips(config, session, config.evaluation.videos)
     result = {

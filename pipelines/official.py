@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
+from stage1_autoencoder.config import AutoencoderModelConfig
+from stage1_autoencoder.vqgan import VQGAN, from_official_keys
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.vector_field import VectorField
 
@@ -21,6 +23,9 @@ VECTOR_FIELD_PREFIX = "vector_field_regressor."
 AUTOENCODER_PREFIXES = ("ae.backbone.", "ae.")  # the custom VQ-VAE, a Taming one; the longer is tried first
 # What torch and gzip raise for a damaged file depends on the place of the damage.
 DAMAGE = (RuntimeError, EOFError, OSError, zlib.error, ValueError, LookupError, TypeError, AttributeError)
+CUSTOM_VQVAE_PREFIX = "encoder.residuals."
+# The side that levels with attention are counted from. Any power of two that all levels halve does: shapes don't tell.
+NOMINAL_RESOLUTION = 256
 LOSS_PREFIX = "loss."  # the discriminator and the perceptual network of an autoencoder's training
 
 
@@ -76,6 +81,51 @@ def autoencoder_state(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise OfficialFormatError(f"{path} holds no autoencoder: pass the vqvae.ckpt or vqvae.pth that it came with")
     return state
+
+
+def load_autoencoder(path: str | Path) -> VQGAN:
+    """Build the Taming VQGAN of any official file, in evaluation mode on the CPU. Its sizes are read off the shapes.
+
+    Args:
+        path: an autoencoder's `.ckpt`, or a main model `.pth` that holds one.
+    Raises:
+        FileNotFoundError, OfficialFormatError: see `autoencoder_state`; missing, unexpected or misshapen tensors; a
+            custom VQ-VAE.
+    """
+    state = from_official_keys(autoencoder_state(path))
+    if any(name.startswith(CUSTOM_VQVAE_PREFIX) for name in state):
+        raise OfficialFormatError(
+            f"{path} holds a custom VQ-VAE ({CUSTOM_VQVAE_PREFIX}*, as for CLEVRER): this family is not supported yet; "
+            "pass a Taming VQGAN (vqvae.ckpt of the BAIR or KTH models)"
+        )
+    convolutions = ("encoder.conv_in.weight", "encoder.conv_out.weight")
+    _require(path, state, (*convolutions, "quantizer.embedding.weight"), ndims=(4, 4, 2))
+    channels, latent_channels = (state[name].shape[0] for name in convolutions)
+    levels = range(_blocks(state, "encoder.down"))
+    widths = [f"encoder.down.{level}.block.0.conv1.weight" for level in levels]
+    _require(path, state, widths, ndims=[4] * len(widths))
+    try:
+        config = AutoencoderModelConfig(
+            channels=channels,
+            channel_multipliers=tuple(_multiple(path, name, state[name].shape[0], channels) for name in widths),
+            blocks=_blocks(state, "encoder.down.0.block"),
+            decoder_blocks=_blocks(state, "decoder.up.0.block"),
+            attention_resolutions=tuple(
+                NOMINAL_RESOLUTION // 2**level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in state
+            ),
+            resolution=NOMINAL_RESOLUTION,
+            latent_channels=latent_channels,
+            codes=state["quantizer.embedding.weight"].shape[0],
+            norm_groups=32,
+        )
+        # The autoencoder owns no tensor outside its state dict, so nothing is left on the meta device.
+        with torch.device("meta"):
+            autoencoder = VQGAN(config)
+    except ValueError as error:
+        raise OfficialFormatError(f"{path} does not fit the official network: {error}") from None
+    check_state(path, autoencoder.state_dict(), state)
+    autoencoder.load_state_dict({name: _fp32(tensor) for name, tensor in state.items()}, strict=True, assign=True)
+    return autoencoder.eval()
 
 
 def load_vector_field(path: str | Path, *, heads: int = 8) -> VectorField:
@@ -192,9 +242,16 @@ def _split(path: str | Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tens
     return autoencoder, vector_field
 
 
+def _multiple(path: str | Path, name: str, width: int, channels: int) -> int:
+    """A level's width as a multiple of the channels at full resolution."""
+    if not channels or width % channels:
+        raise OfficialFormatError(f"{path}: {name} has {width} channels, no multiple of the {channels} of conv_in")
+    return width // channels
+
+
 def _blocks(state: Mapping[str, Tensor], name: str) -> int:
     """One more than the highest block index; a gap shows as missing keys later."""
-    indices = [int(found.group(1)) for key in state if (found := re.match(rf"{name}\.(\d+)\.", key))]
+    indices = [int(found.group(1)) for key in state if (found := re.match(rf"{re.escape(name)}\.(\d+)\.", key))]
     return max(indices, default=-1) + 1
 
 

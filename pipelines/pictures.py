@@ -66,17 +66,17 @@ def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_
     margin, label_w, gap = 12, 84, 10
     strips = len(clips[0][1])
     block = LABEL_HEIGHT + strips * cell_h + gap
-    head = 2 * LABEL_HEIGHT + 14
+    head = 2 * LABEL_HEIGHT + 20
     page = Image.new("RGB", (2 * margin + label_w + len(columns) * cell_w, 2 * margin + head + block * len(clips)), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), title, fill=INK, font=_font(14))
     _legend(draw, margin, margin + LABEL_HEIGHT + 4)
     for i, column in enumerate(columns):
         text = f"t={column + 1}" if column < context else f"+{column + 1 - context}"
-        draw.text((margin + label_w + i * cell_w + 4, margin + head - 10), text, fill=INK, font=_font(10))
+        draw.text((margin + label_w + i * cell_w + 4, margin + head - 12), text, fill=INK, font=_font(10))
     for number, (name, rows) in enumerate(clips):
         top = margin + head + number * block
-        draw.text((margin + label_w, top + 2), name, fill=GREY, font=_font(10))
+        draw.text((margin, top + 2), name, fill=GREY, font=_font(10))
         for row, strip in enumerate(rows):
             y = top + LABEL_HEIGHT + row * cell_h
             draw.text((margin, y + cell_h // 2 - 7), strip.label, fill=INK, font=_font(12))

@@ -18,9 +18,12 @@ def describe_plan(config: RiverConfig) -> str:
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
     side = config.dataset.image_size // autoencoder.downsampling
     try:
-        store = "complete" if latent_cache.is_complete(config.store_path) else "half done: encode goes on from there"
-    except StoreError:
-        store = "missing: encode makes it"
+        if not config.store_path.exists():
+            store = "missing: encode makes it"
+        else:
+            store = "complete" if latent_cache.is_complete(config.store_path) else "half done: encode goes on from there"
+    except StoreError as error:
+        store = f"in the way: {error}"
     return "\n".join(
         [
             f"autoencoder  {autoencoder.parameter_count / 1e6:.1f} M parameters, frames {config.dataset.image_size}x"

@@ -66,7 +66,7 @@ class VideoPredictor:
                 raise UserError(f"{run}/{what}/checkpoints holds no checkpoint; `make train-flow` makes one")
         try:
             values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
         autoencoder = load_trained_autoencoder(autoencoder_checkpoint, device)
         trained_on, here = flow.state["store"]["autoencoder"], weights_digest(autoencoder)
@@ -98,9 +98,9 @@ class VideoPredictor:
             return changes
         changes = dict(changes or {})
         # A preset stands for solver and steps together, so it drops those of the run.
-        kept = {} if "preset" in changes else self.sampling.model_dump()
+        kept = self.sampling.model_dump(exclude={"solver", "steps"} if "preset" in changes else None)
         try:
-            return SamplingConfig.model_validate({"seed": self.sampling.seed} | kept | changes)
+            return SamplingConfig.model_validate(kept | changes)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
             raise UserError(f"sampling {changes}: {problems}") from None
@@ -130,7 +130,10 @@ class VideoPredictor:
         """
         if images.ndim != 5 or images.shape[2] != 3:
             raise UserError(f"images must be [b, n, 3, h, w], not {list(images.shape)}")
-        if images.numel() and (images.amin() < -1.001 or images.amax() > 1.001):
+        if 0 in images.shape or not images.is_floating_point():
+            raise UserError(f"images must be at least one frame of floats, not {list(images.shape)} of {images.dtype}")
+        # Asked this way round so that NaN is refused too.
+        if not (images.amin() >= -1.001 and images.amax() <= 1.001):
             raise UserError(
                 f"images must lie in [-1, 1], these reach from {images.amin():.3g} to {images.amax():.3g}; for uint8 "
                 "frames take x / 127.5 - 1"
@@ -207,7 +210,8 @@ class VideoPredictor:
     def encode_videos(self, images: Tensor) -> Tensor:
         """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents."""
         frames = rearrange(images, "b n c h w -> (b n) c h w")
-        latents = [self.autoencoder.encode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        dtype = self.autoencoder.quant_conv.weight.dtype
+        latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
         return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
 
     @torch.inference_mode()

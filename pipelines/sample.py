@@ -15,8 +15,8 @@ from pipelines.pictures import RED, Strip, animation, clip_strips, contact_sheet
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
-from pipelines.train_flow import train_flow
-from stage1_autoencoder.videos.single import open_video
+from pipelines.train_flow import find_flow, train_flow
+from stage1_autoencoder.videos import open_video
 from stage1_autoencoder.vqgan import image_to_unit
 from stage2_flow.rollout import SamplingPlan
 
@@ -32,7 +32,7 @@ def sample(config: RiverConfig, session: Session, videos: int = SHEET_CLIPS) -> 
     Returns:
         The folder of the samples.
     """
-    train_flow(config, session)
+    train_flow(config, session.for_prerequisites())
     predictor = load_predictor(config, session)
     clips = load_clips(config, session, videos)
     context, horizon = config.evaluation.context, config.evaluation.horizon
@@ -115,7 +115,7 @@ def write_samples(
 
 
 def predict(config: RiverConfig, session: Session, video: Path, frames: int | None) -> Path:
-    """Continue any video file: its last `evaluation.context` frames are the context.
+    """Continue any video file: its last `evaluation.context` frames are the context; trains what lacks first.
 
     Writes `<run>/predictions/<name>.gif`, `.mp4` and `.png`.
 
@@ -123,7 +123,6 @@ def predict(config: RiverConfig, session: Session, video: Path, frames: int | No
         UserError: the video is shorter than the context.
         VideoError: it can't be read.
     """
-    predictor = load_predictor(config, session)
     context, horizon = config.evaluation.context, frames or config.evaluation.horizon
     source = open_video(config.dataset, video)
     length, fps = source.videos[0].frames, source.videos[0].fps
@@ -133,6 +132,9 @@ def predict(config: RiverConfig, session: Session, video: Path, frames: int | No
             f"{context}: take a longer video or --set evaluation.context={length}"
         )
     given = image_to_unit(torch.from_numpy(source.read(0, range(length - context, length))))[None]
+    if find_flow(config.run_path) is None:
+        train_flow(config, session.for_prerequisites())
+    predictor = load_predictor(config, session)
     say(f"predict: {video}: last {context} frames given, {horizon} predicted, {describe_sampling(predictor)}")
     predicted = to_video(predictor.generate_frames(given, horizon, verbose=True))[0]
     folder = config.run_path / "predictions"

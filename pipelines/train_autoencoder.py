@@ -23,7 +23,7 @@ from stage1_autoencoder.config import AutoencoderModelConfig
 from stage1_autoencoder.frames import FramePool
 from stage1_autoencoder.training import CodebookCare, autoencoder_loss, learning_rate_factor
 from stage1_autoencoder.videos import open_splits
-from stage1_autoencoder.videos.base import VideoSource
+from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 from stage1_autoencoder.vqgan import VQGAN, image_to_unit
 
 def autoencoder_identity(config: RiverConfig) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
     )
     log = TrainingLog(folder, config, "autoencoder", first_step)
     try:
-        _loop(config, trainer, pool, splits.get("val"), log, checkpoints, identity, first_step)
+        validation_images = _validation_images(config, session, splits.get("val"))
+        _loop(config, trainer, pool, validation_images, log, checkpoints, identity, first_step)
     finally:
         pool.close()
         log.close()
@@ -88,14 +89,13 @@ def _loop(
     config: RiverConfig,
     trainer: "AutoencoderTrainer",
     pool: FramePool,
-    validation: VideoSource | None,
+    validation_images: torch.Tensor | None,
     log: TrainingLog,
     checkpoints: CheckpointFolder,
     identity: dict[str, Any],
     first_step: int,
 ) -> None:
     training = config.autoencoder.training
-    validation_images = _validation_images(config, validation)
     timer = StepTimer()
     bar = progress(total=training.steps, initial=first_step, description="autoencoder", unit="step")
     with StopRequest() as stop, bar:
@@ -122,7 +122,7 @@ def _loop(
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
             if done % training.checkpoint_every == 0 or last or stop:
                 path = checkpoints.save(done, trainer.files(), {"identity": identity, "model": trainer.model_state()})
-                if stop and not last:
+                if stop:
                     raise StoppedBySignal(
                         stop.signal_number, f"stopped at step {done}, saved {path}; the same command goes on from there"
                     )
@@ -238,8 +238,8 @@ def find_autoencoder(run_path: Path) -> Checkpoint | None:
     return CheckpointFolder(run_path / "autoencoder" / "checkpoints").latest()
 
 
-def _validation_images(config: RiverConfig, source: VideoSource | None) -> torch.Tensor | None:
-    """A fixed draw of validation frames [n, 3, h, w], one a video in turn."""
+def _validation_images(config: RiverConfig, session: Session, source: VideoSource | None) -> torch.Tensor | None:
+    """A fixed draw of validation frames [n, 3, h, w], one a video in turn; without those of videos that break."""
     if source is None or not source.videos:
         return None
     wanted = config.autoencoder.training.validation_frames
@@ -248,5 +248,10 @@ def _validation_images(config: RiverConfig, source: VideoSource | None) -> torch
     for i in range(wanted):
         video = i % len(source.videos)
         picks.setdefault(video, []).append(int(torch.randint(source.videos[video].frames, (), generator=generator)))
-    frames = [torch.from_numpy(source.read(video, positions)) for video, positions in picks.items()]
-    return image_to_unit(torch.cat(frames))
+    frames = []
+    for video, positions in picks.items():
+        try:
+            frames.append(torch.from_numpy(source.read(video, positions)))
+        except BrokenVideoError as error:
+            session.skip(error.video_id, error.reason)
+    return image_to_unit(torch.cat(frames)) if frames else None

@@ -130,7 +130,7 @@ def _loop(
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
             if done % training.checkpoint_every == 0 or last or stop:
                 path = checkpoints.save(done, trainer.files(), state)
-                if stop and not last:
+                if stop:
                     raise StoppedBySignal(
                         stop.signal_number, f"stopped at step {done}, saved {path}; the same command goes on from there"
                     )
@@ -166,7 +166,8 @@ class FlowTrainer:
         """One update; gives the loss as a tensor, without waiting for the device."""
         training, seed = self.training, self.config.seed
         batch = self._standardized(sampler.batch(step))
-        draws = draw_flow(batch.target.shape, step_generator(seed, step, self.device, "flow"), self.device)
+        generator = step_generator(seed, step, self.device, "flow")
+        draws = draw_flow(batch.target.shape, generator, self.device, times=training.time_sampling)
         torch.manual_seed(step_generator(seed, step, stream="dropout").initial_seed())
         self.learning_rate = learning_rate(
             step,

@@ -83,9 +83,11 @@ class FramePool:
         order = generator.permutation(len(self.lengths))
         takes = np.ceil(self.lengths[order] * share).astype(np.int64)
         order = order[: int(np.searchsorted(takes.cumsum(), wanted)) + 1]
+        # The last video gives what still fits, so that one long video among short ones keeps to the memory.
+        takes = np.diff(np.minimum(takes[: len(order)].cumsum(), wanted), prepend=0)
         picks = [
             (int(video), np.sort(generator.choice(self.lengths[video], take, replace=False)))
-            for video, take in zip(order, takes, strict=False)
+            for video, take in zip(order, takes, strict=True)
         ]
         size = self.source.dataset.image_size
         pool = np.empty((sum(len(positions) for _, positions in picks), size, size, 3), np.uint8)

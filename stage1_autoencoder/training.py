@@ -85,7 +85,7 @@ class CodebookCare:
         vectors = rearrange(latents.detach().float(), "b c h w -> (b h w) c")
         rows = torch.randint(len(vectors), (count,), generator=generator, device=vectors.device)
         noise = torch.randn(count, vectors.shape[1], generator=generator, device=vectors.device)
-        return vectors[rows] + 0.01 * vectors.std(0) * noise
+        return vectors[rows] + 0.01 * vectors.std(0, correction=0) * noise
 
     def state(self) -> dict[str, Tensor]:
         return {"chosen": self.chosen}

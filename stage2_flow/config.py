@@ -5,6 +5,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 
+TimeSampling = Literal["uniform", "logit_normal"]
+
+
 class VectorFieldConfig(BaseModel):
     """Sizes of the vector field network. The defaults are the paper's."""
 
@@ -40,6 +43,7 @@ class FlowTrainingConfig(BaseModel):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 5e-6
     grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
+    time_sampling: TimeSampling = Field("uniform", description="distribution of t; the paper's is uniform")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = Field(False, description="torch.compile the vector field; pays on long runs")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stage2_flow.config import TimeSampling
 from stage2_flow.path import path_sample
 
 if TYPE_CHECKING:  # a name only: sampling and the loss need no store
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # a name only: sampling and the loss need no store
 
 @dataclass(frozen=True)
 class FlowDraws:
-    """What chance decides in a training step: `noise` [b, c, h, w] from N(0, I), and `t` [b] from U[0, 1)."""
+    """What chance decides in a training step: `noise` [b, c, h, w] from N(0, I), and `t` [b] in [0, 1]."""
 
     noise: Tensor
     t: Tensor
@@ -32,6 +33,7 @@ def draw_flow(
     generator: torch.Generator,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    times: TimeSampling = "uniform",
 ) -> FlowDraws:
     """Draw times and noise for a batch, times first.
 
@@ -40,8 +42,13 @@ def draw_flow(
         generator: where the numbers come from; they are made on its device, then moved to `device`.
         device: where the draws shall lie.
         dtype: a float type.
+        times: `uniform`: U[0, 1), the paper's; `logit_normal`: sigmoid(N(0, 1)), which spends more of the training where
+            noise and data are about equal (Esser et al. 2024, Eq. 19, with mean 0 and scale 1).
     """
-    t = torch.rand(batch_shape[0], generator=generator, device=generator.device, dtype=dtype)
+    if times == "uniform":
+        t = torch.rand(batch_shape[0], generator=generator, device=generator.device, dtype=dtype)
+    else:
+        t = torch.randn(batch_shape[0], generator=generator, device=generator.device, dtype=dtype).sigmoid()
     noise = torch.randn(batch_shape, generator=generator, device=generator.device, dtype=dtype)
     return FlowDraws(noise=noise.to(device), t=t.to(device))
 

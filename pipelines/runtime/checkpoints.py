@@ -59,16 +59,19 @@ class CheckpointFolder:
     def save(self, step: int, files: dict[str, Tensors], state: dict[str, Any]) -> Path:
         """Write to a temporary folder, flush, rename, then move the pointer; a crash leaves the one before in force."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_crash in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(left_by_a_crash)
         final = self.folder / f"step_{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, tensors in files.items():
             # safetensors refuses tensors that share memory or lie strided; copies cost little beside the disk.
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        content = {"step": step, "files": sorted(files), **state}
+        (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             _flush(file)
+        _flush(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -77,7 +80,9 @@ class CheckpointFolder:
         pointer.write_text(final.name, encoding="utf-8")
         _flush(pointer)
         pointer.replace(self.folder / "latest")
-        for old in self._all()[: -self.keep]:
+        # Later steps were passed over as damaged, or training would have gone on from them.
+        up_to_here = [path for path in self._all() if path.name <= final.name]
+        for old in [path for path in self._all() if path not in up_to_here[-self.keep :]]:
             shutil.rmtree(old)
         return final
 
@@ -87,6 +92,8 @@ class CheckpointFolder:
             try:
                 state = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 int(state["step"])
+                for name in state["files"]:
+                    _check_whole(path / f"{name}.safetensors")
                 return Checkpoint(path, state)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 say(f"warning: {path}: not a whole checkpoint ({error}); using the one before")
@@ -94,6 +101,24 @@ class CheckpointFolder:
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []
+
+
+def _check_whole(file: Path) -> None:
+    """Hold a safetensors file's size to its header, without reading the tensors.
+
+    Raises:
+        OSError, ValueError: it is missing or truncated.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        # 8 bytes little-endian: the length of a JSON header, which says where in the rest each tensor lies.
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"{file.name} is truncated: {size} bytes")
+        header = json.loads(stream.read(length))
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise ValueError(f"{file.name} has {size} bytes in place of {8 + length + end}")
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,6 @@
 """What one command was asked for besides its configuration, and what it met on the way."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,6 +27,10 @@ class Session:
     restart: bool = False
     mirror: str | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+
+    def for_prerequisites(self) -> "Session":
+        """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
+        return replace(self, overwrite=False, restart=False)
 
     def skip(self, video_id: str, reason: str) -> None:
         """Note a broken video, once; with `strict` raise instead."""

@@ -97,7 +97,7 @@ def _missing_bytes(path: Path) -> str | None:
         length = field & ((1 << 7 * width) - 1)
         if length != (1 << 7 * width) - 1:  # all ones: unknown
             claimed = segment + 4 + width + length
-    elif head.startswith(b"GIF8") and b";" not in tail:
+    elif head.startswith(b"GIF8") and not tail.rstrip(b"\0").endswith(b";"):
         return "the end mark of a GIF is missing"
     return f"{size} of {claimed} bytes are there" if claimed > size + 1 else None
 

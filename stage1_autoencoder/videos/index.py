@@ -1,8 +1,8 @@
 """What videos a folder holds: finding them, counting their frames once, and remembering the counts."""
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -154,11 +154,11 @@ def _load_cache(root: Path) -> dict[str, Indexed]:
 
 def _save_cache(root: Path, indexed: dict[str, Indexed]) -> None:
     videos = {name: {"stamp": asdict(entry.stamp), "probe": asdict(entry.probe)} for name, entry in indexed.items()}
+    # Written aside and renamed, so that no process ever reads half of it.
+    aside = root / f"{CACHE_NAME}.{os.getpid()}"
     try:
-        # Written aside and renamed, so that no process ever reads half of it.
-        with tempfile.NamedTemporaryFile("w", dir=root, prefix=CACHE_NAME, delete=False) as file:
-            json.dump({"version": CACHE_VERSION, "videos": videos}, file)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, root / CACHE_NAME)
-    except OSError:
-        pass  # a folder that may only be read
+        aside.write_text(json.dumps({"version": CACHE_VERSION, "videos": videos}))
+        os.replace(aside, root / CACHE_NAME)
+    except OSError:  # a folder that may only be read
+        with contextlib.suppress(OSError):
+            aside.unlink()

@@ -56,6 +56,7 @@ class FramePreprocessor:
         self._layout: tuple[str, int, int] | None = None
         self._cuts: list[tuple] = []
         self._square: av.VideoFrame | None = None
+        self._targets: list[np.ndarray] = []
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """Crop, resize and convert one frame.
@@ -93,12 +94,13 @@ class FramePreprocessor:
             self._cuts, square_format = _cuts(frame)
             side = min(frame.width, frame.height)
             self._square = av.VideoFrame(side, side, square_format) if self._cuts else None
+            self._targets = [_pixels(plane) for plane in self._square.planes] if self._square else []
         if self._square is None:
             return frame
         self._square.color_range = frame.color_range
         self._square.colorspace = frame.colorspace
-        for target, source, cut in zip(self._square.planes, frame.planes, self._cuts, strict=True):
-            _pixels(target)[:] = _pixels(source)[cut]
+        for target, source, cut in zip(self._targets, frame.planes, self._cuts, strict=True):
+            target[:] = _pixels(source)[cut]
         return self._square
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from stage1_autoencoder.videos.base import VideoInfo, VideoSource
+from stage1_autoencoder.videos.base import VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 
@@ -49,11 +49,13 @@ class ShapesSource(VideoSource):
         return hashlib.sha256(f"{self._recipe} {len(self.videos)}".encode()).hexdigest()
 
     def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        stop = self.videos[index].frames if stop is None else stop
+        start, stop = self.check_range(index, start, stop)
         yield from self.read(index, range(start, stop))
 
     def read(self, index: int, positions: Sequence[int] | None = None) -> np.ndarray:
         frames = np.arange(self.videos[index].frames) if positions is None else np.asarray(positions, np.int64)
+        if len(frames):
+            self.check_range(index, int(frames.min()), int(frames.max()) + 1)
         return self.render(np.full(len(frames), index), frames)
 
     def render(self, videos: np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -102,9 +104,16 @@ def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetCon
     most = shapes.max_objects
     room = WORLD - 2 * shapes.radius
     if most > len(PALETTE) or room <= 0 or most * (2 * shapes.radius) ** 2 > 0.6 * WORLD**2:
-        raise ValueError(
+        raise VideoError(
             f"dataset.shapes: {most} shapes of radius {shapes.radius} don't fit in the frame; "
             f"at most {len(PALETTE)} shapes, and radius {np.sqrt(0.15 / most) * WORLD:.1f} for {most}"
+        )
+    # Collisions can leave one shape with the energy of all. Faster ones would jump through walls and each other.
+    fastest = SUBSTEPS * shapes.radius / (2 * np.sqrt(most))
+    if shapes.max_speed > fastest:
+        raise VideoError(
+            f"dataset.shapes.max_speed: {shapes.max_speed} is too fast for {most} shapes of radius {shapes.radius}; "
+            f"at most {fastest:.1f}"
         )
     # One row of numbers a video, so that video i stays the same when more videos are asked for.
     uniform = generator.random((count, 5 * most + 1))

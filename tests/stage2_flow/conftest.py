@@ -16,15 +16,6 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 PREFIX = "module.vector_field_regressor."
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """These tensors are tiny: threads would only wait for each other, the more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def recorded(name: str) -> dict[str, Tensor]:
     arrays = np.load(FIXTURES / name)
     return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind in "fi"}

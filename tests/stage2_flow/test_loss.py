@@ -73,3 +73,11 @@ def test_rows_are_what_one_process_takes_of_the_global_batch():
     assert torch.equal(part.t, draws.t[2:4])
     assert torch.equal(part.noise, draws.noise[2:4])
     assert part.t.dtype == torch.float64
+
+
+def test_logit_normal_times_are_sigmoids_of_standard_normals():
+    draws = draw_flow((40_000, 1, 1, 1), torch.Generator().manual_seed(0), "cpu", torch.float64, times="logit_normal")
+    normal = torch.logit(draws.t)
+    assert abs(normal.mean()) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+    assert abs((draws.t < 0.25).double().mean() - 0.136) < 0.01  # P(N(0, 1) < -ln 3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stage2_flow.config import VectorFieldConfig
-from stage2_flow.vector_field import TransformerBlock, VectorField, time_embedding
+from stage2_flow.vector_field import TransformerBlock, VectorField, attention, time_embedding
 
 KEYS = Path(__file__).parents[1] / "fixtures" / "reference"
 
@@ -184,3 +184,21 @@ def test_compiles_without_a_graph_break():
         field, arguments = small_field(**options).eval(), inputs()
         compiled = torch.compile(field, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(*arguments), field(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_agrees_with_float64(dtype):
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(2, 3, 17, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    narrow = [x.to(dtype) for x in wide]
+    expected = torch.softmax(narrow[0].double() @ narrow[1].double().mT / 8**0.5, -1) @ narrow[2].double()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(attention(*narrow, dropout=0.0).double(), expected, atol=tolerance, rtol=0)
+
+
+def test_attention_drops_weights_in_bfloat16():
+    one = torch.ones(64, 2, 9, 4, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    mixed = attention(one, one, one, dropout=0.5)
+    assert (mixed.float() - 1).abs().max() > 0.1
+    assert abs(mixed.float().mean() - 1) < 0.05

@@ -1,0 +1,29 @@
+"""What all tests share: one thread, no waiting for the disk, and networks and settings small enough to test with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """These tensors are tiny: threads would only wait for each other, the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def repository() -> Path:
+    return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    """Recorded outputs of the official code."""
+    return FIXTURES

@@ -1,0 +1,243 @@
+"""`demo` on tiny shapes: all that it leaves behind, and that a second run finds it done."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import latent_cache
+from pipelines.config import load_config
+
+
+def test_demo_says_what_it_does_and_where_to_look(trained) -> None:
+    text = (trained.folder / "demo.txt").read_text()
+    for number in range(1, 7):
+        assert f"[{number}/6]" in text
+    assert str(trained.runs / "samples") in text
+    assert str(trained.store) in text
+    assert "PSNR" in text
+    assert "copying the last frame" in text
+
+
+def test_run_files(trained) -> None:
+    resolved = load_config(trained.runs / "config.yaml")
+    assert resolved.flow.training.steps == 8
+    assert resolved.paths.latents == str(trained.folder / "latents")
+    environment = json.loads((trained.runs / "environment.json").read_text())
+    assert environment["software"].keys() >= {"python", "torch", "zarr", "numpy", "av"}
+    assert environment["device"]
+
+
+@pytest.mark.parametrize(("what", "steps", "keys"), [
+    ("autoencoder", [2, 4, 6], {"l1", "l2", "codebook"}),
+    ("flow", [2, 4, 6, 8], {"samples_per_second"}),
+])  # fmt: skip
+def test_log(trained, story: ModuleType, what: str, steps: list[int], keys: set[str]) -> None:
+    records = story.read_log(trained, what)
+    assert [record["step"] for record in records] == steps
+    for record in records:
+        assert record.keys() >= {"step", "loss", "steps_per_second", "learning_rate"} | keys
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["steps_per_second"] > 0
+
+
+def test_checkpoints(trained) -> None:
+    for what, steps in (("autoencoder", (3, 6)), ("flow", (4, 8))):
+        folder = trained.runs / what / "checkpoints"
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == ["latest", *(f"step_{step:08d}" for step in steps)]
+        assert (folder / "latest").read_text() == f"step_{steps[-1]:08d}"
+        for step in steps:
+            state = json.loads((folder / f"step_{step:08d}" / "state.json").read_text())
+            assert state["step"] == step
+            assert load_file(folder / f"step_{step:08d}" / "model.safetensors")
+    assert not list(trained.folder.rglob("*.pth"))
+    assert not list(trained.folder.rglob("*.tmp"))
+
+
+def test_store_is_complete_and_holds_all_videos(trained) -> None:
+    assert latent_cache.is_complete(trained.store)
+    assert latent_cache.splits(trained.store) == ["train", "val", "test"]
+    for split, videos in (("train", 24), ("val", 4), ("test", 4)):
+        cache = latent_cache.open(trained.store, split)
+        assert len(cache.video_ids) == videos
+        assert cache.latents.shape == (12 * videos, 4, 4, 4)
+        assert cache.codes.shape == (12 * videos, 4, 4)
+        assert torch.isfinite(cache.load()).all()
+    latents = latent_cache.open(trained.store, "train").load().double()
+    cache = latent_cache.open(trained.store, "val")
+    np.testing.assert_allclose(cache.mean, latents.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cache.std, latents.std((0, 2, 3), correction=0), rtol=1e-4)
+
+
+def test_store_holds_what_the_autoencoder_makes_of_the_frames(trained) -> None:
+    from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder
+    from stage1_autoencoder.videos import open_source
+    from stage1_autoencoder.vqgan import image_to_unit
+
+    config = load_config(trained.runs / "config.yaml")
+    autoencoder = load_trained_autoencoder(find_autoencoder(trained.runs), torch.device("cpu"))
+    source = open_source(config.dataset, config.data_root, "test")
+    cache = latent_cache.open(trained.store, "test")
+    latents = autoencoder.encode(image_to_unit(torch.from_numpy(source.read(2))))
+    torch.testing.assert_close(torch.from_numpy(cache.video("test_00002")).float(), latents, rtol=1e-3, atol=1e-3)
+    assert np.array_equal(cache.video_codes("test_00002"), autoencoder.quantizer.nearest(latents).numpy())
+
+
+def test_samples(trained) -> None:
+    folder = trained.runs / "samples"
+    clips = [f"test_{number:05d}" for number in range(4)]
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 100
+    for name in ["overview", *clips]:
+        with Image.open(folder / f"{name}.gif") as animation:
+            assert animation.n_frames == 8
+    for name in clips:
+        with av.open(str(folder / f"{name}.mp4")) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 8
+    latents = load_file(folder / "predictions.safetensors")["latents"]
+    assert latents.shape == (4, 8, 4, 4, 4)
+    assert torch.isfinite(latents).all()
+    # The context is the store's, rounded to fp16 there.
+    stored = torch.from_numpy(latent_cache.open(trained.store, "test").video("test_00001")[:2]).float()
+    torch.testing.assert_close(latents[1, :2], stored, rtol=1e-3, atol=1e-3)
+
+
+def test_evaluation(trained) -> None:
+    result = json.loads((trained.runs / "evaluation.json").read_text())
+    assert result.keys() == {"protocol", "metrics"}
+    protocol = result["protocol"]
+    assert (protocol["clips"], protocol["context"], protocol["horizon"], protocol["samples"]) == (4, 2, 6, 1)
+    assert protocol["store_fingerprint"] == latent_cache.open(trained.store, "train").fingerprint
+    for metric in ("psnr", "ssim"):
+        values = result["metrics"][metric]
+        for subject in ("prediction", "copy_last", "reconstruction"):
+            assert len(values["per_frame"][subject]) == 6
+            assert values[subject] == pytest.approx(sum(values["per_frame"][subject]) / 6)
+    # Shapes move away from where they were.
+    copy_last = result["metrics"]["psnr"]["per_frame"]["copy_last"]
+    assert copy_last[0] > copy_last[-1] + 1
+
+
+def test_a_second_run_recognises_everything(trained, story: ModuleType) -> None:
+    place = trained
+    kept = (place.store, place.runs / "autoencoder", place.runs / "flow")
+    before = story.stamps(*kept)
+    predictions = (place.runs / "samples" / "predictions.safetensors").read_bytes()
+    evaluation = (place.runs / "evaluation.json").read_bytes()
+    outcome = place.run("demo").ok()
+    assert story.stamps(*kept) == before
+    for said in ("autoencoder: done, 6 steps", "store: done", "flow: done, 8 steps"):
+        assert said in outcome.out
+    assert (place.runs / "samples" / "predictions.safetensors").read_bytes() == predictions
+    assert (place.runs / "evaluation.json").read_bytes() == evaluation
+
+
+def test_each_command_alone_recognises_what_is_done(trained, story: ModuleType) -> None:
+    before = story.stamps(trained.store, trained.runs / "autoencoder", trained.runs / "flow")
+    for command in ("data", "train-autoencoder", "encode", "train-flow"):
+        trained.run(command).ok()
+    assert story.stamps(trained.store, trained.runs / "autoencoder", trained.runs / "flow") == before
+
+
+@pytest.mark.slow
+def test_restart_makes_each_stage_anew_once(trained, copied, story: ModuleType) -> None:
+    outcome = copied.run("demo", "--restart", "--overwrite").ok()
+    names = sorted(path.name.partition(".")[0] for path in copied.runs.iterdir() if path.is_dir())
+    assert names == ["autoencoder", "autoencoder", "flow", "flow", "samples"]
+    assert outcome.out.count("store: complete") == 1
+    assert story.tree(copied.checkpoint("flow")).keys() == story.tree(trained.checkpoint("flow")).keys()
+    # The same seed gives the same weights.
+    weights = copied.checkpoint("flow") / "model.safetensors"
+    assert weights.read_bytes() == (trained.checkpoint("flow") / "model.safetensors").read_bytes()
+
+
+def test_more_steps_go_on_from_what_is_there(copied, story: ModuleType) -> None:
+    outcome = copied.run("train-flow", sets=["flow.training.steps=12"]).ok()
+    assert "steps 8 to 12" in outcome.out
+    assert [record["step"] for record in story.read_log(copied, "flow")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_run_and_its_videos_are_enough_to_sample(trained, tmp_path: Path) -> None:
+    place = trained.copy(tmp_path / "moved", "runs")
+    outcome = place.run("sample", "--videos", "2").ok()
+    assert "its store is not here" in outcome.out
+    ours, theirs = (load_file(p.runs / "samples" / "predictions.safetensors")["latents"] for p in (place, trained))
+    torch.testing.assert_close(ours, theirs[:2])  # a video's prediction doesn't depend on its batch
+    assert not place.store.exists()
+
+
+def test_stage_two_needs_neither_pixels_nor_autoencoder(trained, tmp_path: Path, monkeypatch) -> None:
+    place = trained.copy(tmp_path / "store_alone", "latents")
+    for target in ("pipelines.encode.open_splits", "pipelines.train_autoencoder.open_splits", "av.open"):
+        monkeypatch.setattr(target, lambda *_, **__: pytest.fail("stage 2 asked for pixels"))
+    monkeypatch.setattr("stage1_autoencoder.vqgan.VQGAN.__init__", lambda *_: pytest.fail("stage 2 built an autoencoder"))
+    outcome = place.run("train-flow", sets=["dataset.source=videos", "dataset.splits={}"]).ok()
+    assert "flow:" in outcome.out
+    assert not (place.runs / "autoencoder").exists()
+    ours, theirs = (p.checkpoint("flow") / "model.safetensors" for p in (place, trained))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_dry_run_changes_nothing(place, trained, story: ModuleType) -> None:
+    outcome = place.run("demo", "--dry-run").ok()
+    assert sorted(path.name for path in place.folder.iterdir()) == ["tiny.yaml"]
+    assert yaml.safe_load(outcome.out.partition("autoencoder  ")[0])["flow"]["training"]["steps"] == 8
+    assert "missing: encode makes it" in outcome.out
+    assert "0 of 8 steps done" in outcome.out
+
+    before = story.stamps(trained.folder)
+    outcome = trained.run("demo", "--dry-run").ok()
+    assert story.stamps(trained.folder) == before
+    assert "6 of 6 steps done" in outcome.out
+    assert "8 of 8 steps done" in outcome.out
+    assert f"{trained.store}: complete" in outcome.out
+
+
+def test_quiet_leaves_stdout_empty(copied) -> None:
+    for command in (["train-flow"], ["sample", "--videos", "1"], ["evaluate"], ["inspect"]):
+        outcome = copied.run(*command, "--quiet", sets=["flow.training.steps=10"]).ok()
+        assert (outcome.out, outcome.err) == ("", "")
+
+
+def test_inspect(copied, command) -> None:
+    outcome = command(["inspect", str(copied.store)]).ok()
+    for text in ("latents of tiny", "train  24 videos of 12 to 12 frames", "test   4 videos", "of 32 codes"):
+        assert text in outcome.out
+    gif = copied.folder / "video.gif"
+    outcome = copied.run("inspect", "--video", "val_00003", "--gif", str(gif)).ok()
+    assert f"val_00003 of val decoded to {gif}" in outcome.out
+    with Image.open(gif) as animation:
+        assert animation.n_frames == 12
+        assert animation.size == (32, 32)
+    copied.run("inspect", "--video", "val_99", "--gif", str(gif)).refused(2, "no video 'val_99'")
+    shutil.rmtree(copied.runs / "autoencoder")
+    copied.run("inspect", "--gif", str(gif)).refused(2, "holds no checkpoint")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi", "clip.gif", "clip"])
+def test_predict_continues_any_video(copied, story: ModuleType, name: str) -> None:
+    story.write_video(copied.folder / name, story.moving_square(5, 1))
+    copied.run("predict", str(copied.folder / name), "--frames", "3").ok()
+    with Image.open(copied.runs / "predictions" / "clip.gif") as animation:
+        assert animation.n_frames == 5
+    assert (copied.runs / "predictions" / "clip.mp4").stat().st_size > 0
+    assert (copied.runs / "predictions" / "clip.png").stat().st_size > 0
+
+
+def test_predict_trains_what_lacks(trained, tmp_path: Path, story: ModuleType) -> None:
+    place = trained.copy(tmp_path / "store_and_autoencoder", "latents")
+    shutil.copytree(trained.runs / "autoencoder", place.runs / "autoencoder")
+    story.write_video(place.folder / "clip.mp4", story.moving_square(5, 1))
+    outcome = place.run("predict", str(place.folder / "clip.mp4")).ok()
+    assert "steps 0 to 8" in outcome.out
+    assert (place.runs / "predictions" / "clip.gif").exists()

@@ -1,0 +1,119 @@
+"""The story with videos of one's own, and with KTH as it is published, both made here with PyAV."""
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import latent_cache
+from pipelines.config import load_config
+
+KTH = ("dataset.source=kth", "dataset.splits={train: 1-4, val: 5, test: 6}", "evaluation.horizon=4")
+
+
+@pytest.fixture
+def own(place, story: ModuleType):
+    place = place.with_sets(*story.OWN_VIDEOS)
+    story.write_videos(place.data, story.OWN_NAMES)
+    return place
+
+
+def ids(place) -> dict[str, list[str]]:
+    return {split: latent_cache.open(place.store, split).video_ids for split in latent_cache.splits(place.store)}
+
+
+def test_a_folder_of_videos_split_by_fractions(own, story: ModuleType) -> None:
+    outcome = own.run("demo").ok()
+    assert "train: 6 videos" in outcome.out
+    found = ids(own)
+    assert {split: len(videos) for split, videos in found.items()} == {"train": 6, "val": 2, "test": 2}
+    assert sorted(video for videos in found.values() for video in videos) == sorted(
+        name.partition(".")[0] for name in story.OWN_NAMES
+    )
+    shown = {path.stem for path in (own.runs / "samples").glob("*.mp4")}
+    assert shown == {video.replace("/", "_") for video in found["test"]}
+    assert json.loads((own.runs / "evaluation.json").read_text())["protocol"]["clips"] == 2
+    before = story.stamps(own.store, own.runs / "flow")
+    own.run("demo").ok()
+    assert story.stamps(own.store, own.runs / "flow") == before
+
+
+def test_stored_latents_are_those_of_the_files(own) -> None:
+    """What lies in the store is what the autoencoder makes of the very video of that name, whatever its container."""
+    from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder
+    from stage1_autoencoder.videos import open_video
+    from stage1_autoencoder.vqgan import image_to_unit
+
+    own.run("encode", sets=["cache.chunk_frames=16"]).ok()
+    config = load_config(own.runs / "config.yaml")
+    autoencoder = load_trained_autoencoder(find_autoencoder(own.runs), torch.device("cpu"))
+    for split in latent_cache.splits(own.store):
+        cache = latent_cache.open(own.store, split)
+        for video in cache.video_ids:
+            (file,) = [path for path in own.data.glob(f"{video}*") if not path.name.startswith(".")]
+            frames = open_video(config.dataset, file).read(0)
+            latents = autoencoder.encode(image_to_unit(torch.from_numpy(frames))).numpy()
+            np.testing.assert_allclose(cache.video(video), latents, rtol=2e-3, atol=2e-3, err_msg=video)
+
+
+def test_a_folder_with_split_folders(place, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}")
+    story.write_videos(place.data / "train", ["one.mp4", "two.gif", "three"])
+    story.write_videos(place.data / "val", ["one.avi"], first_seed=7)
+    story.write_videos(place.data / "test", ["four.avi", "five"], first_seed=9)
+    place.run("sample").ok()
+    assert ids(place) == {"train": ["one", "three", "two"], "val": ["one"], "test": ["five", "four"]}
+    assert (place.runs / "samples" / "five.gif").exists()
+
+
+def test_root_elsewhere_and_frame_step(place, story: ModuleType, tmp_path: Path) -> None:
+    root = tmp_path / "elsewhere"
+    story.write_videos(root, ["a.mp4", "b.avi", "c.gif", "d"], frames=16)
+    place = place.with_sets(*story.OWN_VIDEOS, f"dataset.root={root}", "dataset.frame_step=2")
+    place.run("train-flow").ok()
+    assert not place.data.exists()
+    cache = latent_cache.open(place.store, "train")
+    assert set(cache.lengths) <= {8, 9}
+    assert latent_cache.open_metadata(place.store).preprocessing["frame_step"] == 2
+    # Once trained, the flow needs neither the videos nor the autoencoder to be recognised, nor to train further.
+    shutil.rmtree(root)
+    shutil.rmtree(place.runs / "autoencoder")
+    place.run("train-flow", sets=["flow.training.steps=10"]).ok()
+
+
+@pytest.fixture(scope="module")
+def kth_mirror(story: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kth") / "mirror"
+    story.write_kth_mirror(folder)
+    return folder
+
+
+def test_kth_from_a_mirror(place, kth_mirror: Path, story: ModuleType) -> None:
+    place = place.with_sets(*KTH)
+    before = story.tree(kth_mirror)
+    outcome = place.run("data", "--mirror", str(kth_mirror)).ok()
+    assert "boxing: unpacked 6 files" in outcome.out
+    assert "train: 24 videos, 336 frames" in outcome.out
+    assert story.tree(kth_mirror) == before
+    assert "boxing: already unpacked, 6 files" in place.run("data", "--mirror", str(kth_mirror)).ok().out
+
+    place.run("encode").ok()
+    place.run("train-flow").ok()
+    place.run("sample", "--videos", "3").ok()
+    found = ids(place)
+    assert {split: len(videos) for split, videos in found.items()} == {"train": 24, "val": 6, "test": 6}
+    assert all(video.startswith("person06_") for video in found["test"])
+    assert len(list((place.runs / "samples").glob("person06_*.mp4"))) == 3
+
+
+def test_kth_cut_into_sequences(place, kth_mirror: Path) -> None:
+    place = place.with_sets(*KTH, "dataset.sequences=true")
+    place.run("data", "--mirror", str(kth_mirror)).ok()
+    place.run("encode").ok()
+    cache = latent_cache.open(place.store, "val")
+    assert cache.video_ids[:2] == ["person05_boxing_d1_1-6", "person05_boxing_d1_8-14"]
+    assert list(cache.lengths) == [6, 7] * 6

@@ -1,0 +1,293 @@
+"""Stopped and gone on with is the same as never stopped: bit for bit, in both trainings and in the store."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import latent_cache
+from latent_cache import StoreWriter
+from latent_cache.progress import ChunkMarker
+from pipelines.encode import StoreEncoder
+from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.train_autoencoder import AutoencoderTrainer
+from pipelines.train_flow import FlowTrainer
+
+PLAIN = ()
+EVERYTHING = (
+    "flow.model.dropout=0.2", "flow.model.head=bn", "flow.model.mid_depth=1", "flow.training.precision=bf16",
+    "flow.training.ema_decay=0.9", "flow.training.optimizer=muon", "flow.training.grad_clip=1.0",
+    "autoencoder.model.dropout=0.2", "autoencoder.training.precision=bf16", "autoencoder.training.ema_decay=0.9",
+    "autoencoder.training.optimizer=muon",
+)  # fmt: skip
+SETTINGS = pytest.mark.parametrize("sets", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+
+# Many small chunks, so that there are many moments to stop at; 24 x 12 frames are 6 of them, the last one partial.
+CHUNKS = ("cache.chunk_frames=50", "cache.batch_frames=32")
+
+
+def assert_same_training(ours, theirs, what: str, story: ModuleType) -> None:
+    """All tensors of the last checkpoint and all logged losses are equal."""
+    files = story.tree(theirs.checkpoint(what))
+    found = story.tree(ours.checkpoint(what))
+    assert found.keys() == files.keys()
+    assert {"model.safetensors", "optimizer.safetensors"} <= files.keys()
+    for name in files.keys() - {"state.json"}:  # which has the path of the store
+        assert found[name] == files[name], f"{name} differs"
+    assert story.timeless(story.read_log(ours, what)) == story.timeless(story.read_log(theirs, what))
+
+
+@pytest.fixture
+def with_store(trained, tmp_path: Path):
+    """Places that have the store and nothing else."""
+    return lambda name, sets: trained.copy(tmp_path / name, "latents").with_sets(*sets)
+
+
+@SETTINGS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_flow_stopped_by_a_signal(with_store, story: ModuleType, monkeypatch, sets, number) -> None:
+    whole, halves = with_store("whole", sets), with_store("halves", sets)
+    whole.run("train-flow").ok()
+    # Step 5 is neither logged nor a multiple of checkpoint_every.
+    story.send_at(monkeypatch, FlowTrainer, "train_step", call=5, number=number)
+    halves.run("train-flow").refused(128 + number, "stopped at step 5", "step_00000005", "the same command goes on")
+    assert halves.checkpoint("flow").name == "step_00000005"
+    outcome = halves.run("train-flow").ok()
+    assert "steps 5 to 8" in outcome.out
+    assert_same_training(halves, whole, "flow", story)
+    files = story.tree(halves.checkpoint("flow"))
+    assert ("ema.safetensors" in files) == (sets is EVERYTHING)
+
+
+@SETTINGS
+def test_autoencoder_stopped_by_a_signal(place, tmp_path: Path, story: ModuleType, monkeypatch, sets) -> None:
+    whole, halves = place.with_sets(*sets), story.Place(tmp_path / "halves", sets)
+    whole.run("train-autoencoder").ok()
+    story.send_at(monkeypatch, AutoencoderTrainer, "train_step", call=3)
+    halves.run("train-autoencoder").refused(143, "stopped at step 3", "the same command goes on")
+    outcome = halves.run("train-autoencoder").ok()
+    assert "steps 3 to 6" in outcome.out
+    assert_same_training(halves, whole, "autoencoder", story)
+    assert ("ema.safetensors" in story.tree(halves.checkpoint("autoencoder"))) == (sets is EVERYTHING)
+
+
+def test_signal_in_the_last_step_still_stops_what_follows(place, story: ModuleType, monkeypatch) -> None:
+    story.send_at(monkeypatch, AutoencoderTrainer, "train_step", call=6)
+    place.run("demo").refused(143, "stopped at step 6")
+    assert not place.store.exists()
+    assert "autoencoder: done, 6 steps" in place.run("train-autoencoder").ok().out
+
+
+@pytest.mark.parametrize("stage", ["train-autoencoder", "encode", "train-flow"])
+def test_demo_goes_on_in_the_stage_where_it_was_stopped(trained, place, story: ModuleType, monkeypatch, stage) -> None:
+    owner, name = {
+        "train-autoencoder": (AutoencoderTrainer, "train_step"),
+        "encode": (StoreEncoder, "_encode_batch"),
+        "train-flow": (FlowTrainer, "train_step"),
+    }[stage]
+    story.send_at(monkeypatch, owner, name, call=2)
+    place.run("demo").refused(143, "stopped")
+    place.run("demo").ok()
+    assert story.tree(place.store) == story.tree(trained.store)
+    assert_same_training(place, trained, "autoencoder", story)
+    assert_same_training(place, trained, "flow", story)
+
+
+@pytest.mark.slow
+def test_flow_stopped_from_outside(with_store, story: ModuleType) -> None:
+    sets = ("flow.training.steps=200", "flow.training.checkpoint_every=1000", "flow.training.validate_every=1000")
+    whole, halves = with_store("whole", sets), with_store("halves", sets)
+    process = halves.start("train-flow", prelude="import os, time\n" + SLOW_STEPS)
+    log = halves.runs / "flow" / "log.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, (out, err)
+    assert "SIGTERM: saving after this step" in out
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert 4 <= int(halves.checkpoint("flow").name.removeprefix("step_")) < 200
+    halves.run("train-flow").ok()
+    whole.run("train-flow").ok()
+    assert_same_training(halves, whole, "flow", story)
+
+
+# A step of the tiny flow takes a few milliseconds: too few to send a signal in.
+SLOW_STEPS = """
+import torch; torch.set_num_threads(1)
+from pipelines.train_flow import FlowTrainer
+step = FlowTrainer.train_step
+def slow(*arguments):
+    time.sleep(0.05)
+    return step(*arguments)
+FlowTrainer.train_step = slow
+"""
+
+KILL_AT_STEP = """
+import os, signal, torch; torch.set_num_threads(1)
+from pipelines.{module} import {trainer} as trainer
+step = trainer.train_step
+def killed(self, number, *arguments):
+    if number == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *arguments)
+trainer.train_step = killed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "killed", "kept"), [("flow", 6, 4), ("autoencoder", 5, 3)])
+def test_training_killed_after_a_checkpoint(trained, tmp_path: Path, story: ModuleType, what, killed, kept) -> None:
+    place = trained.copy(tmp_path / "killed", "latents")
+    names = {"flow": ("train_flow", "FlowTrainer"), "autoencoder": ("train_autoencoder", "AutoencoderTrainer")}[what]
+    prelude = KILL_AT_STEP.format(module=names[0], trainer=names[1], step=killed)
+    process = place.start(f"train-{what}", prelude=prelude)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    outcome = place.run(f"train-{what}").ok()
+    assert f"steps {kept} to" in outcome.out
+    assert_same_training(place, trained, what, story)
+
+
+@pytest.mark.parametrize("files", [0, 1])
+def test_training_that_dies_while_it_saves(with_store, trained, story: ModuleType, monkeypatch, files: int) -> None:
+    """The last checkpoint is half written: the one before is in force, and nothing of the half one stays."""
+    import pipelines.runtime.checkpoints as checkpoints
+
+    place, save, calls = with_store("dies", PLAIN), checkpoints.save_file, [0]
+
+    def dies(*arguments: object) -> None:
+        calls[0] += 1
+        if calls[0] > 2 + files:  # two files a checkpoint: model and optimizer
+            raise OSError(28, "No space left on device")
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoints, "save_file", dies)
+    place.run("train-flow").refused(1, "No space left on device")
+    monkeypatch.setattr(checkpoints, "save_file", save)
+    place.run("train-flow").ok()
+    assert_same_training(place, trained, "flow", story)
+    assert not list(place.runs.rglob("*.tmp"))
+
+
+def test_killed_between_checkpoint_and_pointer(copied, trained, story: ModuleType) -> None:
+    (copied.runs / "flow" / "checkpoints" / "latest").write_text("step_00000004")
+    assert "flow: done, 8 steps" in copied.run("train-flow").ok().out
+    assert CheckpointFolder(copied.runs / "flow" / "checkpoints").latest().step == 8
+
+
+@pytest.fixture
+def encoder_place(trained, tmp_path: Path):
+    """Places that have the autoencoder and nothing else, and encode to many chunks."""
+
+    def make(name: str):
+        place = story_place(trained, tmp_path / name)
+        shutil.copytree(trained.runs / "autoencoder", place.runs / "autoencoder")
+        return place
+
+    def story_place(trained, folder: Path):
+        return type(trained)(folder, CHUNKS)
+
+    return make
+
+
+@pytest.fixture
+def uninterrupted(encoder_place, story: ModuleType) -> dict[str, bytes]:
+    """The store of an encoding that was never stopped."""
+    place = encoder_place("uninterrupted")
+    place.run("encode").ok()
+    files = story.tree(place.store)
+    assert sum(name.startswith("train/latents/c/") for name in files) == 6
+    return files
+
+
+def test_encode_stopped_at_each_batch(encoder_place, uninterrupted, story: ModuleType, monkeypatch) -> None:
+    batches = (6 + 1 + 1) * 2  # of 32 frames and what is left of a chunk
+    for call in range(1, batches + 1, 3):
+        place = encoder_place(f"stopped_{call}")
+        with monkeypatch.context() as patch:
+            story.send_at(patch, StoreEncoder, "_encode_batch", call)
+            place.run("encode").refused(143, "stopped", "goes on from there")
+        assert not latent_cache.is_complete(place.store)
+        done = len(list((place.store / ".encoding").rglob("*.json")))
+        encoded: list[int] = []
+        with monkeypatch.context() as patch:
+            write = StoreWriter.write_chunk
+            patch.setattr(StoreWriter, "write_chunk", lambda *words: (encoded.append(1), write(*words))[1])
+            place.run("encode").ok()
+        assert len(encoded) == 8 - done  # what was finished is not done again
+        assert story.tree(place.store) == uninterrupted
+
+
+@pytest.mark.parametrize("name", ["write_chunk", "finish"])
+def test_encode_stopped_before_a_write(encoder_place, uninterrupted, story: ModuleType, monkeypatch, name) -> None:
+    place = encoder_place("stopped")
+    with monkeypatch.context() as patch:
+        story.send_at(patch, StoreWriter, name, call=1)
+        place.run("encode").refused(143, "stopped")
+    place.run("encode").ok()
+    assert story.tree(place.store) == uninterrupted
+
+
+@pytest.mark.parametrize("owner, name, call", [
+    (StoreWriter, "write_chunk", 4), (ChunkMarker, "write", 1), (ChunkMarker, "write", 7), (StoreWriter, "finish", 1),
+])  # fmt: skip
+def test_encode_that_fails_midway(encoder_place, uninterrupted, story, monkeypatch, owner, name, call) -> None:
+    place, method, calls = encoder_place("fails"), getattr(owner, name), [0]
+
+    def fails(*arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == call:
+            raise OSError(28, "No space left on device")
+        return method(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        place.run("encode").refused(1, "No space left on device")
+    assert not latent_cache.is_complete(place.store)
+    place.run("encode").ok()
+    assert story.tree(place.store) == uninterrupted
+
+
+KILL_WHILE_MARKING = """
+import os, signal, torch; torch.set_num_threads(1)
+from latent_cache.progress import ChunkMarker
+write, calls = ChunkMarker.write, []
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+ChunkMarker.write = killed
+"""
+
+
+@pytest.mark.slow
+def test_encode_killed(encoder_place, uninterrupted, story: ModuleType) -> None:
+    place = encoder_place("killed")
+    process = place.start("encode", prelude=KILL_WHILE_MARKING)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not latent_cache.is_complete(place.store)
+    place.run("inspect").refused(2, "not complete", "make encode")
+    outcome = place.run("encode").ok()
+    assert "3 of 6 chunks are there already" in outcome.out
+    assert story.tree(place.store) == uninterrupted
+
+
+def test_train_flow_finishes_a_half_done_store_first(encoder_place, uninterrupted, story, monkeypatch) -> None:
+    place = encoder_place("half")
+    with monkeypatch.context() as patch:
+        story.send_at(patch, StoreEncoder, "_encode_batch", 5)
+        place.run("train-flow").refused(143, "stopped")
+    assert not (place.runs / "flow" / "checkpoints").exists()
+    place.run("train-flow").ok()
+    assert story.tree(place.store) == uninterrupted
+    assert os.listdir(place.runs / "flow" / "checkpoints")

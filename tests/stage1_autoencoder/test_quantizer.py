@@ -1,0 +1,103 @@
+"""Nearest codes and the two losses."""
+
+import pytest
+import torch
+
+from stage1_autoencoder import quantizer as quantizer_module
+from stage1_autoencoder.quantizer import VectorQuantizer
+
+
+@pytest.fixture
+def quantizer() -> VectorQuantizer:
+    torch.manual_seed(0)
+    made = VectorQuantizer(codes=97, dimensions=4)
+    torch.nn.init.normal_(made.embedding.weight)
+    return made
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def distances(quantizer: VectorQuantizer, latents: torch.Tensor) -> torch.Tensor:
+    """[b, h, w, codes] squared distances in float64, by the definition."""
+    vectors = latents.double().movedim(1, -1)
+    return (vectors[..., None, :] - quantizer.embedding.weight.double()).square().sum(-1)
+
+
+def test_nearest_is_the_brute_force_answer(quantizer, latents):
+    expected = distances(quantizer, latents)
+    codes = quantizer.nearest(latents)
+    assert codes.shape == (3, 5, 6)
+    assert codes.dtype == torch.int64
+    assert (codes == expected.argmin(-1)).all()
+    assert (quantizer.nearest(latents.double()) == expected.argmin(-1)).all()
+
+
+def test_blocks_of_positions_do_not_change_the_answer(quantizer, latents, monkeypatch):
+    whole = quantizer.nearest(latents)
+    monkeypatch.setattr(quantizer_module, "POSITIONS_AT_ONCE", 7)
+    assert (quantizer.nearest(latents) == whole).all()
+
+
+def test_of_equal_codes_the_first_is_taken(quantizer, latents):
+    with torch.no_grad():
+        quantizer.embedding.weight[60:90] = quantizer.embedding.weight[:30]
+    codes = quantizer.nearest(latents)
+    assert not ((codes >= 60) & (codes < 90)).any()
+    assert (codes < 30).any()
+
+
+def test_autocast_does_not_change_codes(quantizer):
+    latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer.nearest(latents)
+    assert (inside == quantizer.nearest(latents)).all()
+    # The test could fail: rounding to bfloat16 moves some positions to another code.
+    assert (quantizer.nearest(latents.bfloat16()) != quantizer.nearest(latents)).any()
+
+
+def test_embed_returns_the_codes_vectors(quantizer):
+    codes = torch.tensor([[[3, 96], [0, 3]]])
+    embedded = quantizer.embed(codes)
+    assert embedded.shape == (1, 4, 2, 2)
+    assert torch.equal(embedded[0, :, 0, 1], quantizer.embedding.weight[96])
+    assert torch.equal(embedded[0, :, 1, 1], quantizer.embedding.weight[3])
+    assert torch.equal(quantizer.nearest(embedded), codes)
+
+
+def test_values_are_codes_and_losses_are_mean_squared_distances(quantizer, latents):
+    output = quantizer(latents)
+    expected = distances(quantizer, latents).amin(-1).mean() / 4
+    torch.testing.assert_close(output.latents, quantizer.embed(output.codes), atol=1e-6, rtol=0)
+    assert output.codebook_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert output.commitment_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_gradient_passes_straight_through(quantizer, latents):
+    latents.requires_grad_()
+    weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(4))
+    (quantizer(latents).latents * weights).sum().backward()
+    assert torch.equal(latents.grad, weights)
+    assert quantizer.embedding.weight.grad is None
+
+
+def test_each_loss_moves_its_own_side(quantizer, latents):
+    latents.requires_grad_()
+    output = quantizer(latents)
+    quantized = quantizer.embed(output.codes).detach()
+    output.commitment_loss.backward(retain_graph=True)
+    torch.testing.assert_close(latents.grad, 2 * (latents - quantized).detach() / latents.numel())
+    assert quantizer.embedding.weight.grad is None
+    latents.grad = None
+    output.codebook_loss.backward()
+    assert latents.grad is None
+    moved = quantizer.embedding.weight.grad.abs().sum(1) > 0
+    assert (moved.nonzero().flatten() == output.codes.unique()).all()
+
+
+def test_codes_start_uniform_within_one_over_their_number():
+    weight = VectorQuantizer(64, 4).embedding.weight
+    assert weight.abs().max() <= 1 / 64
+    assert weight.abs().max() > 0.9 / 64

@@ -1,0 +1,120 @@
+"""The VQGAN: the official sizes, the small one of the demo, and what it refuses."""
+
+import pytest
+import torch
+
+from stage1_autoencoder.config import AutoencoderModelConfig
+from stage1_autoencoder.vqgan import VQGAN, from_official_keys, image_to_unit
+
+PAPER = {
+    "f8_small": (AutoencoderModelConfig(), 63.8),
+    "f8": (AutoencoderModelConfig(attention_resolutions=(32,), resolution=256), 67.7),
+    "f16": (
+        AutoencoderModelConfig(
+            channel_multipliers=(1, 1, 2, 2, 4), attention_resolutions=(16,), resolution=256, latent_channels=8
+        ),
+        69.6,
+    ),
+}
+TINY = AutoencoderModelConfig(
+    channels=8, channel_multipliers=(1, 2, 2), blocks=1, attention_resolutions=(16,), codes=64, norm_groups=4
+)
+
+
+@pytest.fixture
+def tiny() -> VQGAN:
+    torch.manual_seed(0)
+    return VQGAN(TINY).eval()
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", list(PAPER))
+def test_paper_sizes_have_the_official_names_and_shapes(name, fixtures):
+    config, millions = PAPER[name]
+    with torch.device("meta"):
+        model = VQGAN(config)
+    ours = [f"{key}  {list(tensor.shape)}" for key, tensor in model.state_dict().items()]
+    lines = (fixtures / "reference" / f"vqgan_{name}.keys.txt").read_text().splitlines()
+    official = from_official_keys({line.split("  ")[0]: line for line in lines if line})
+    assert sorted(ours) == sorted(line.replace(line.split("  ")[0], key, 1) for key, line in official.items())
+    assert round(model.parameter_count / 1e6, 1) == millions
+
+
+def test_shapes_through_the_network(tiny):
+    batch = images(2, 3, 16, 24)
+    latents = tiny.encode(batch)
+    assert tiny.downsampling == 4
+    assert latents.shape == (2, 4, 4, 6)
+    quantized, codes = tiny.quantize(latents)
+    assert quantized.shape == latents.shape
+    assert codes.shape == (2, 4, 6)
+    assert tiny.decode(latents).shape == batch.shape
+    output = tiny(batch)
+    assert output.images.shape == batch.shape
+    assert torch.equal(output.latents, latents)
+    assert torch.equal(output.codes, codes)
+
+
+def test_decode_quantizes_and_decode_quantized_does_not(tiny):
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    quantized, codes = tiny.quantize(latents)
+    decoded = tiny.decode(latents)
+    assert torch.equal(decoded, tiny.decode_quantized(quantized))
+    assert torch.equal(decoded, tiny.decode_codes(codes))
+    assert not torch.allclose(decoded, tiny.decode_quantized(latents), atol=1e-3)
+    assert torch.equal(decoded, tiny.decode(quantized))
+
+
+def test_the_forward_pass_of_training_decodes_the_codes(tiny):
+    batch = images(2, 3, 16, 16)
+    output = tiny(batch)
+    torch.testing.assert_close(output.images, tiny.decode_codes(output.codes), atol=1e-5, rtol=0)
+
+
+def test_attention_sits_where_the_configured_resolution_says(tiny):
+    assert [len(level.attn) for level in tiny.encoder.down] == [0, 0, 1]  # sides 64, 32, 16
+    assert [len(level.attn) for level in tiny.decoder.up] == [0, 0, 2]
+    other = VQGAN(TINY.model_copy(update={"resolution": 32}))
+    assert [len(level.attn) for level in other.encoder.down] == [0, 1, 0]
+
+
+def test_an_image_is_encoded_the_same_in_any_batch(tiny):
+    batch = images(3, 3, 16, 16)
+    torch.testing.assert_close(tiny.encode(batch)[1:2], tiny.encode(batch[1:2]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 18, 16), "18x16 can't be encoded.*down-sampling factor 4"),
+        ((1, 3, 16, 30), "16x30 can't be encoded"),
+        ((1, 1, 16, 16), r"must be \[b, 3, h, w\], not \[1, 1, 16, 16\]"),
+        ((3, 16, 16), r"not \[3, 16, 16\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(tiny, shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.encode(images(*shape))
+
+
+def test_groups_that_do_not_divide_channels_are_refused():
+    with pytest.raises(ValueError, match="8 channels of a level are not a multiple of norm_groups 3"):
+        VQGAN(TINY.model_copy(update={"norm_groups": 3}))
+
+
+def test_boundary_parameters_are_the_codebook_and_the_layers_of_few_dimensions(tiny):
+    names = {id(parameter): name for name, parameter in tiny.named_parameters()}
+    boundary = {names[id(parameter)].rpartition(".")[0] for parameter in tiny.boundary_parameters()}
+    assert boundary == {
+        "encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv",
+        "quantizer.embedding",
+    }  # fmt: skip
+
+
+def test_pixels_become_minus_one_to_one():
+    pixels = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)  # [1, h=1, w=1, 3]
+    assert torch.equal(image_to_unit(pixels), torch.tensor([[[[-1.0]], [[1.0]], [[51 / 127.5 - 1]]]]))
+    assert image_to_unit(torch.zeros(2, 5, 8, 6, 3, dtype=torch.uint8)).shape == (2, 5, 3, 8, 6)

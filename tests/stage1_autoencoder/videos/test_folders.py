@@ -1,0 +1,187 @@
+"""Folders of videos as sources: splits, the interface's promises, what is skipped, and messages."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from stage1_autoencoder.videos import BrokenVideoError, VideoError, open_source, open_splits, open_video
+from stage1_autoencoder.videos.config import DatasetConfig
+
+
+def config(**settings) -> DatasetConfig:
+    return DatasetConfig(**{"name": "mine", "source": "videos", "root": "{data}", "image_size": 16} | settings)
+
+
+def ids(sources) -> dict[str, list[str]]:
+    return {split: [video.id for video in source.videos] for split, source in sources.items()}
+
+
+@pytest.fixture
+def three_splits(tmp_path, make_video):
+    for name in ("train/a.avi", "train/b2.avi", "train/b10.avi", "validation/a.avi", "test/c.avi"):
+        make_video(name, 7)
+    return tmp_path
+
+
+def test_split_folders(three_splits):
+    sources = open_splits(config(), three_splits)
+    assert ids(sources) == {"train": ["a", "b2", "b10"], "val": ["a"], "test": ["c"]}
+    assert all(not source.skipped for source in sources.values())
+    assert sources["train"].videos[0].size == (64, 48)
+
+
+def test_a_missing_val_folder_is_taken_from_train_and_a_missing_test_only_on_request(three_splits):
+    shutil.rmtree(three_splits / "validation")
+    shutil.rmtree(three_splits / "test")
+    sources = open_splits(config(), three_splits)
+    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 2, "val": 1}
+    with pytest.raises(VideoError, match=r"the test split of 'mine' has no videos \(it has train, val\); add some"):
+        open_source(config(), three_splits, "test")
+    sources = open_splits(config(splits={"test": 0.3, "val": 0.0}), three_splits)
+    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 2, "test": 1}
+
+
+def test_fractions_where_there_are_no_split_folders(tmp_path, make_video, make_frames):
+    for number in range(5):
+        make_video(f"v{number}.avi", 2)
+    make_frames("nested/frames", 3)
+    sources = open_splits(config(), tmp_path)
+    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 4, "val": 1, "test": 1}
+    assert sorted(name for names in ids(sources).values() for name in names) == [
+        "nested/frames",
+        "v0",
+        "v1",
+        "v2",
+        "v3",
+        "v4",
+    ]
+    assert ids(open_splits(config(splits={"val": 0.0, "test": 0.0}), tmp_path)).keys() == {"train"}
+    with pytest.raises(VideoError, match="do not add up to 1; leave train out"):
+        open_splits(config(splits={"train": 0.5, "val": 0.1, "test": 0.1}), tmp_path)
+
+
+def test_fractions_that_leave_nothing(tmp_path, make_video):
+    for number in range(4):
+        make_video(f"v{number}.avi", 2)
+    with pytest.raises(VideoError, match="leave none to train on; lower the fractions or add videos"):
+        open_splits(config(splits={"val": 0.49, "test": 0.5}), tmp_path)
+
+
+def test_folders_that_lack(tmp_path, make_video):
+    with pytest.raises(VideoError, match="nowhere: there is no such folder; put the videos of 'mine' there"):
+        open_splits(config(root="{data}/nowhere"), tmp_path)
+    with pytest.raises(VideoError, match="mine: there is no such folder"):  # the default: <data_root>/<name>
+        open_splits(config(root=None), tmp_path)
+    with pytest.raises(VideoError, match="the folder is empty"):
+        open_splits(config(), tmp_path)
+    make_video("test/a.avi")
+    with pytest.raises(VideoError, match="has test, but no folder train; add one"):
+        open_splits(config(), tmp_path)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(VideoError, match="train: the folder is empty"):
+        open_splits(config(), tmp_path)
+    (tmp_path / "train/b.mp4").write_text("text")
+    with pytest.raises(VideoError, match="train: none of its 1 videos can be used: b cannot be opened"):
+        open_splits(config(), tmp_path)
+    make_video("train/a.avi")
+    make_video("val/a.avi")
+    make_video("validation/a.avi")
+    with pytest.raises(VideoError, match="both val and validation are for val; remove one"):
+        open_splits(config(), tmp_path)
+
+
+def test_unusable_videos_are_skipped_by_name(three_splits, make_video):
+    (three_splits / "train/text.mp4").write_text("text")
+    whole = make_video("train/cut.avi", 12)
+    whole.write_bytes(whole.read_bytes()[:-200])
+    source = open_source(config(), three_splits, "train")
+    assert [video.id for video in source.videos] == ["a", "b2", "b10"]
+    reasons = {video.id: video.reason for video in source.skipped}
+    assert reasons.keys() == {"text", "cut"}
+    assert "cannot be opened" in reasons["text"]
+    assert "cut off" in reasons["cut"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (4, [0, 4]), (9, [0])])
+@pytest.mark.parametrize("kind", ["file", "frames"])
+def test_frames_of_a_source(tmp_path, make_video, make_frames, read_numbers, step, kept, kind):
+    make_video("a.avi", 7) if kind == "file" else make_frames("a", 7)
+    source = open_source(config(frame_step=step), tmp_path, "train")
+    assert source.videos[0].frames == len(kept)
+    assert source.videos[0].fps == pytest.approx(10 / step)
+    frames = list(source.iterate(0))
+    assert all(frame.shape == (16, 16, 3) and frame.dtype == np.uint8 for frame in frames)
+    assert read_numbers(frames) == kept
+    assert read_numbers(list(source.iterate(0, 1))) == kept[1:]
+    assert list(source.iterate(0, 1, 1)) == []
+    everything = source.read(0)
+    assert everything.shape == (len(kept), 16, 16, 3)
+    assert (everything == np.stack(frames)).all()
+    last = len(kept) - 1
+    assert read_numbers(source.read(0, [last, 0, last])) == [kept[-1], kept[0], kept[-1]]
+    assert source.read(0, []).shape == (0, 16, 16, 3)
+
+
+def test_positions_outside_a_video(tmp_path, make_video):
+    make_video("a.avi", 4)
+    source = open_source(config(), tmp_path, "train")
+    for positions in ([4], [-1], [0, 9]):
+        with pytest.raises(IndexError, match="of a, which has 4"):
+            source.read(0, positions)
+    for start, stop in ((0, 5), (3, 2), (-1, 2)):
+        with pytest.raises(IndexError, match="of a, which has 4"):
+            next(source.iterate(0, start, stop))
+
+
+def test_reads_no_further_than_needed(tmp_path, make_frames):
+    folder = make_frames("a", 6)
+    source = open_source(config(), tmp_path, "train")
+    (folder / "4.png").write_bytes(b"damaged")
+    assert source.read(0, [3, 1]).shape == (2, 16, 16, 3)
+    with pytest.raises(BrokenVideoError, match=r"a: 4\.png cannot be decoded"):
+        source.read(0)
+
+
+def test_a_video_that_shrinks_after_indexing_is_broken(tmp_path, make_video):
+    make_video("a.avi", 7)
+    source = open_source(config(), tmp_path, "train")
+    make_video("a.avi", 5)
+    with pytest.raises(BrokenVideoError, match="a: ends after 5 frames") as caught:
+        list(source.iterate(0))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.video_id, copy.reason, str(copy)) == ("a", caught.value.reason, str(caught.value))
+
+
+def test_sources_travel_to_other_processes(three_splits):
+    source = open_source(config(), three_splits, "train")
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy.read(1) == source.read(1)).all()
+    assert copy.fingerprint == source.fingerprint
+
+
+def test_the_fingerprint_changes_with_what_frames_are_made_of(three_splits, make_video):
+    def fingerprint(**settings) -> str:
+        return open_source(config(**settings), three_splits, "train").fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert len({first, fingerprint(image_size=32), fingerprint(frame_step=2)}) == 3
+    make_video("train/a.avi", 8)
+    assert fingerprint() != first
+
+
+def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path):
+    source = open_video(config(frame_step=2), make_video("somewhere/clip.mp4", 7, "libx264"))
+    assert [video.id for video in source.videos] == ["clip"]
+    assert read_numbers(source.read(0)) == [0, 2, 4, 6]
+    assert read_numbers(open_video(config(), make_frames("frames", 3)).read(0)) == [0, 1, 2]
+    with pytest.raises(VideoError, match=r"nothing\.mp4: there is no such video file"):
+        open_video(config(), tmp_path / "nothing.mp4")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match=r"empty: a folder without \.png or \.jpg frames"):
+        open_video(config(), tmp_path / "empty")
+    (tmp_path / "text.mp4").write_text("text")
+    with pytest.raises(BrokenVideoError, match=r"text\.mp4: cannot be opened as a video"):
+        open_video(config(), tmp_path / "text.mp4")

@@ -1,0 +1,126 @@
+"""Finding videos, naming them, and remembering their counts."""
+
+import json
+import os
+
+import pytest
+
+from stage1_autoencoder.videos import index
+from stage1_autoencoder.videos.base import VideoError
+from stage1_autoencoder.videos.index import CACHE_NAME, find_videos, index_videos
+
+
+@pytest.fixture
+def probed(monkeypatch) -> list[str]:
+    """Names of the videos that were really counted."""
+    names: list[str] = []
+
+    def spy(probe):
+        def call(path, name):
+            names.append(name)
+            return probe(path, name)
+
+        return call
+
+    monkeypatch.setattr(index, "probe_video", spy(index.probe_video))
+    monkeypatch.setattr(index, "probe_folder", spy(index.probe_folder))
+    return names
+
+
+def test_finds_files_and_frame_folders_in_natural_order(tmp_path, make_frames):
+    for name in ("clip10.mp4", "clip2.AVI", "deep/er/clip1.mkv", ".hidden/a.mp4", ".b.mp4", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    make_frames("frames3")
+    make_frames("deep/frames")
+    (tmp_path / "cover.png").touch()
+    (tmp_path / "deep/er/thumbnail.jpg").touch()
+    found = find_videos(tmp_path)
+    assert list(found) == ["clip2", "clip10", "deep/er/clip1", "deep/frames", "frames3"]
+    assert found["clip2"] == tmp_path / "clip2.AVI"
+
+
+def test_equal_ids_keep_their_extensions(tmp_path, make_frames):
+    for name in ("a.mp4", "a.avi", "b.mp4"):
+        (tmp_path / name).touch()
+    make_frames("b")
+    assert list(find_videos(tmp_path)) == ["a.avi", "a.mp4", "b", "b.mp4"]
+    (tmp_path / "a.mp4.avi").touch()
+    with pytest.raises(VideoError, match=r"would both be video 'a\.mp4': rename one"):
+        find_videos(tmp_path)
+
+
+def test_links_in_a_circle_end(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/a.mp4").touch()
+    (tmp_path / "sub/up").symlink_to(tmp_path, target_is_directory=True)
+    assert list(find_videos(tmp_path)) == ["sub/a"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "the folder is empty; expected .avi"),
+        (["a.tfrecord", "b.txt", "README"], r"no videos in it, only \.tfrecord, \.txt, README; expected"),
+        (["1.png"], "pictures lie directly in it; move the frames of each video into a folder of its own"),
+    ],
+)
+def test_a_folder_without_videos_says_what_it_has(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(VideoError, match=message) as caught:
+        find_videos(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_counts_are_remembered_until_a_file_changes(tmp_path, make_video, make_frames, probed):
+    paths = [make_video("a.avi", 3), make_video("b.avi", 4), make_frames("c", 5)]
+    counts = [entry.probe.frames for entry in index_videos(tmp_path, paths).values()]
+    assert counts == [3, 4, 5]
+    assert sorted(probed) == ["a.avi", "b.avi", "c"]
+    probed.clear()
+    assert [entry.probe.frames for entry in index_videos(tmp_path, paths).values()] == counts
+    assert probed == []
+    make_video("b.avi", 6)
+    make_frames("c", 7)
+    assert [entry.probe.frames for entry in index_videos(tmp_path, paths).values()] == [3, 6, 7]
+    assert sorted(probed) == ["b.avi", "c"]
+    os.utime(paths[0], ns=(1, 1))
+    probed.clear()
+    index_videos(tmp_path, paths)
+    assert probed == ["a.avi"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1, "videos": {"a.avi": 3}}', '{"version": 99}'])
+def test_a_cache_that_is_not_ours_is_replaced(tmp_path, make_video, content):
+    path = make_video("a.avi", 3)
+    (tmp_path / CACHE_NAME).write_text(content)
+    assert index_videos(tmp_path, [path])[path].probe.frames == 3
+    assert json.loads((tmp_path / CACHE_NAME).read_text())["videos"]["a.avi"]["probe"]["frames"] == 3
+
+
+def test_does_without_a_cache_where_it_cannot_be_written(tmp_path, make_video):
+    path = make_video("a.avi", 3)
+    (tmp_path / CACHE_NAME).mkdir()
+    for _ in range(2):
+        assert index_videos(tmp_path, [path])[path].probe.frames == 3
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [CACHE_NAME, "a.avi"]
+
+
+def test_unusable_videos_have_a_reason_and_are_looked_at_again(tmp_path, make_video, probed):
+    good, bad = make_video("a.avi", 3), tmp_path / "b.mp4"
+    bad.write_text("text")
+    for _ in range(2):
+        entries = index_videos(tmp_path, [good, bad])
+        assert entries[good].reason is None
+        assert entries[bad].probe is None
+        assert entries[bad].reason.startswith("cannot be opened as a video")
+    assert probed.count("b.mp4") == 2
+    assert probed.count("a.avi") == 1
+    gone = tmp_path / "gone.avi"
+    assert "No such file" in index_videos(tmp_path, [gone])[gone].reason
+
+
+def test_no_progress_where_nobody_looks(tmp_path, make_video, capfd):
+    index_videos(tmp_path, [make_video("a.avi", 3)])
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,133 @@
+"""KTH: persons, sequences, and the messages of a folder that is not what it should be."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from stage1_autoencoder.videos import VideoError, open_source, open_splits
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.kth import ACTIONS, read_sequences
+
+SEQUENCES = """KTH-style heading, which says: person01, frames 1-5
+
+Training:    person11, 12, 13
+
+person01_boxing_d1\t\tframes\t1-4, 5-8
+person01_boxing_d2  frames   2-3,4-99,\t50-60
+person02_walking_d1\tframes\t
+person20_jogging_d1\t\tframes\t3-7
+person13_handclapping_d3\tframes\t1-4
+"""
+
+
+def config(**settings) -> DatasetConfig:
+    return DatasetConfig(**{"name": "kth", "source": "kth", "image_size": 16} | settings)
+
+
+@pytest.fixture
+def data(tmp_path, make_video):
+    for name in ("01_boxing_d1", "01_boxing_d2", "02_walking_d1", "20_jogging_d1", "21_running_d3", "10_boxing_d1"):
+        make_video(f"kth/{name.split('_')[1]}/person{name}_uncomp.avi", 8)
+    (tmp_path / "kth/00sequences.txt").write_text(SEQUENCES)
+    return tmp_path
+
+
+def ids(sources) -> dict[str, list[str]]:
+    return {split: [video.id for video in source.videos] for split, source in sources.items()}
+
+
+def test_default_splits(data):
+    assert ids(open_splits(config(), data)) == {
+        "train": ["person01_boxing_d1", "person01_boxing_d2", "person10_boxing_d1", "person02_walking_d1"],
+        "val": ["person20_jogging_d1"],
+        "test": ["person21_running_d3"],
+    }
+
+
+def test_given_splits_replace_the_default(data):
+    sources = open_splits(config(splits={"train": "1-2", "test": 10}), data)
+    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 3, "test": 1}
+    with pytest.raises(VideoError, match="the val split of 'kth' has no videos"):
+        open_source(config(splits={"train": "1-2", "test": 10}), data, "val")
+    with pytest.raises(VideoError, match="person 2 is both in train and in val"):
+        open_splits(config(splits={"train": "1-2", "val": "2"}), data)
+    with pytest.raises(VideoError, match=r"no usable video of the persons to train on \(3-4\)"):
+        open_splits(config(splits={"train": "3-4", "test": "21"}), data)
+
+
+def test_sequences(data, read_numbers):
+    sources = open_splits(config(sequences=True, splits={"train": "1-2", "val": 20}), data)
+    train = sources["train"]
+    assert {video.id: video.frames for video in train.videos} == {
+        "person01_boxing_d1_1-4": 4,
+        "person01_boxing_d1_5-8": 4,
+        "person01_boxing_d2_2-3": 2,
+        "person01_boxing_d2_4-99": 5,
+    }
+    assert {video.id: video.reason for video in train.skipped} == {
+        "person01_boxing_d2_50-60": "lies outside the video's 8 frames",
+        "person02_walking_d1": "has no frame ranges in 00sequences.txt",
+    }
+    assert read_numbers(train.read(1)) == [4, 5, 6, 7]
+    assert read_numbers(train.read(3)) == [3, 4, 5, 6, 7]
+    assert read_numbers(sources["val"].read(0, [4, 0])) == [6, 2]
+    assert len({video.fingerprint for video in train.videos}) == 4
+    stepped = open_source(config(sequences=True, frame_step=2), data, "train")
+    assert read_numbers(stepped.read(3)) == [3, 5, 7]
+
+
+def test_broken_and_foreign_files(data):
+    (data / "kth/boxing/person03_boxing_d1_uncomp.avi").write_text("text")
+    (data / "kth/boxing/holiday.avi").write_text("text")
+    (data / "kth/boxing/person22_boxing_d1_uncomp.avi").write_text("text")
+    sources = open_splits(config(), data)
+    assert {video.id for video in sources["train"].skipped} == {"person03_boxing_d1", "boxing/holiday"}
+    assert [video.id for video in sources["test"].skipped] == ["person22_boxing_d1"]
+
+
+def test_two_files_for_one_video(data, make_video):
+    make_video("kth/copy/person01_boxing_d1_uncomp.avi", 3)
+    with pytest.raises(VideoError, match="are both person01_boxing_d1: remove one of them"):
+        open_splits(config(), data)
+
+
+def test_folders_that_lack(tmp_path, make_video):
+    with pytest.raises(VideoError, match="kth: there is no such folder; fetch the data by `make data DATASET=kth`"):
+        open_splits(config(), tmp_path)
+    root = tmp_path / "kth"
+    root.mkdir()
+    with pytest.raises(VideoError, match=r"kth: the folder is empty; .*MIRROR=<folder with the zips>"):
+        open_splits(config(), tmp_path)
+    with zipfile.ZipFile(root / "boxing.zip", "w"):
+        pass
+    with pytest.raises(VideoError, match="archives, but they are not unpacked: `make data DATASET=kth MIRROR="):
+        open_splits(config(), tmp_path)
+    make_video("kth/boxing/holiday.avi")
+    with pytest.raises(VideoError, match="none of its 1 videos is named as person01_boxing_d1_uncomp"):
+        open_splits(config(), tmp_path)
+    with pytest.raises(VideoError, match=r"00sequences\.txt: cannot be read \(No such file"):
+        open_splits(config(sequences=True), tmp_path)
+    (root / "00sequences.txt").write_text("<html>not found</html>")
+    with pytest.raises(VideoError, match=r"00sequences\.txt: has no frame ranges such as 'person01"):
+        open_splits(config(sequences=True), tmp_path)
+
+
+SHARED = Path(os.environ.get("RIVER_SHARED", Path(__file__).parents[4] / "shared")) / "data" / "kth_mocap"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the KTH stand-in is not here (RIVER_SHARED)")
+def test_the_stand_in(tmp_path):
+    sequences = read_sequences(SHARED / "00sequences.txt")
+    assert len(sequences) == 300
+    for action in ACTIONS[:2]:
+        with zipfile.ZipFile(SHARED / f"{action}.zip") as archive:
+            archive.extractall(tmp_path / "kth" / action)
+    sources = open_splits(config(), tmp_path)
+    assert {split: len(source.videos) for split, source in sources.items()} == {"train": 76, "val": 4, "test": 20}
+    video = sources["test"].videos[3]
+    frames = sources["test"].read(3)
+    assert len(frames) == video.frames >= max(last for _, last in sequences[video.id])
+    assert (frames == frames[..., :1]).all(), "grey videos give grey frames"
+    assert frames.std() > 5

@@ -1,0 +1,175 @@
+"""Frames against float64 arithmetic: area filter, crop, colour matrices and ranges."""
+
+import av
+import numpy as np
+import pytest
+
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.preprocessing import FramePreprocessor, preprocessing_description
+
+BT601 = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
+BT709 = np.array([[1, 0, 1.5748], [1, -0.187324, -0.468124], [1, 1.8556, 0]])
+ROUNDING = 0.6
+
+
+def area_weights(source: int, target: int) -> np.ndarray:
+    """[target, source]: the share of each source pixel in the footprint of each target pixel."""
+    edges, pixels = np.linspace(0, source, target + 1), np.arange(source)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.clip(overlap, 0, None) * target / source
+
+
+def expected(rgb: np.ndarray, size: int) -> np.ndarray:
+    """Centre crop and exact area average of [h, w, 3] in float64."""
+    height, width = rgb.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    weights = area_weights(side, size)
+    square = rgb[top : top + side, left : left + side].astype(np.float64)
+    return np.clip(np.einsum("yi,ijc,xj->yxc", weights, square, weights, optimize=True), 0, 255)
+
+
+def pixels_of(plane) -> np.ndarray:
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+
+
+def picture(kind: str, height: int, width: int, channel: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    if kind == "smooth":
+        return (128 + 50 * np.sin(9 * x + channel) * np.cos(7 * y - channel)).astype(np.uint8)
+    return np.random.default_rng(channel).integers(70, 190, (height, width), np.uint8)
+
+
+def yuv_frame(pixel_format: str, width: int, height: int, kind: str) -> tuple[av.VideoFrame, np.ndarray]:
+    """A frame, and its pixels as [h, w, 3] YUV, each pixel with the chroma sample that covers it."""
+    frame = av.VideoFrame(width, height, pixel_format)
+    planes = []
+    for channel, plane in enumerate(frame.planes):
+        values = picture(kind, plane.height, plane.width, channel)
+        pixels_of(plane)[:] = values
+        across, down = -(-width // plane.width), -(-height // plane.height)
+        planes.append(values.repeat(across, 1).repeat(down, 0)[:height, :width])
+    return frame, np.stack(planes, -1).astype(np.float64)
+
+
+def to_rgb(yuv: np.ndarray, matrix: np.ndarray, full_range: bool) -> np.ndarray:
+    if full_range:
+        return (yuv - [0, 128, 128]) @ matrix.T
+    return (yuv - [16, 128, 128]) * [255 / 219, 255 / 224, 255 / 224] @ matrix.T
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noise"])
+@pytest.mark.parametrize(
+    ("width", "height"), [(176, 144), (640, 272), (65, 65), (161, 121), (121, 161), (193, 131), (75, 200)]
+)
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p"])
+def test_yuv_is_averaged_exactly(pixel_format, width, height, kind):
+    """Odd sizes and odd crop offsets included, where chroma samples cannot be cut at their own edges."""
+    frame, yuv = yuv_frame(pixel_format, width, height, kind)
+    difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT601, "j" in pixel_format), 64)
+    assert np.abs(difference).max() < ROUNDING
+    assert abs(difference.mean()) < 0.05
+
+
+@pytest.mark.parametrize(("kind", "mean_square"), [("smooth", 0.5), ("noise", 2.5)])
+def test_chroma_coarser_than_the_output_is_interpolated(kind, mean_square):
+    frame, yuv = yuv_frame("yuv420p", 160, 120, kind)  # 60 chroma samples become 64
+    difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT601, False), 64)
+    assert np.sqrt(np.mean(difference**2)) < mean_square
+
+
+def test_colour_matrix_follows_the_tag():
+    frame, yuv = yuv_frame("yuv420p", 176, 144, "smooth")
+    frame.colorspace = 1  # AVCOL_SPC_BT709
+    assert np.abs(FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT709, False), 64)).max() < ROUNDING
+
+
+@pytest.mark.parametrize("size", [(120, 120), (160, 120), (65, 49), (49, 65), (501, 333)])
+@pytest.mark.parametrize("pixel_format", ["rgb24", "bgr24", "rgba", "gbrp"])
+def test_rgb_is_averaged_exactly(pixel_format, size):
+    rgb = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(format=pixel_format)
+    frame.color_range = size[0] % 3  # a tag that means nothing for RGB: unknown, limited or full
+    assert np.abs(FramePreprocessor(32)(frame) - expected(rgb, 32)).max() < ROUNDING
+
+
+@pytest.mark.parametrize(("tag", "full_range"), [(None, False), (1, False), (2, True)])
+def test_grey_stays_grey_and_fills_the_range(tag, full_range):
+    preprocess = FramePreprocessor(16)
+    for level in range(256):
+        frame = av.VideoFrame(40, 30, "yuv420p")
+        if tag is not None:
+            frame.color_range = tag
+        for plane, value in zip(frame.planes, (level, 128, 128), strict=True):
+            pixels_of(plane)[:] = value
+        result = preprocess(frame)
+        assert result.min() == result.max(), f"grey {level} became {result.reshape(-1, 3).min(0)}..."
+        right = level if full_range else np.clip((level - 16) * 255 / 219, 0, 255)
+        assert abs(float(result[0, 0, 0]) - right) <= 0.51
+
+
+@pytest.mark.parametrize("pixel_format", ["gray", "yuv420p"])
+def test_grey_pictures_have_three_equal_channels(pixel_format):
+    frame = av.VideoFrame(160, 120, pixel_format)
+    for plane in frame.planes:
+        pixels_of(plane)[:] = 128
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160), np.uint8)
+    pixels_of(frame.planes[0])[:] = noise
+    result = FramePreprocessor(64)(frame)
+    assert (result == result[..., :1]).all()
+    if pixel_format == "gray":
+        assert np.abs(result - expected(np.repeat(noise[..., None], 3, 2), 64)).max() < ROUNDING
+
+
+def test_crop_is_exact_to_the_pixel():
+    rgb = np.random.default_rng(0).integers(0, 256, (48, 67, 3), np.uint8)
+    result = FramePreprocessor(48)(av.VideoFrame.from_ndarray(rgb, "rgb24"))
+    assert (result == rgb[:, 9:57]).all()
+
+
+def test_small_frames_are_enlarged_smoothly():
+    def wave(side: int) -> np.ndarray:
+        x = (np.arange(side) + 0.5) / side
+        return 128 + 60 * np.sin(6 * x)[:, None] * np.cos(5 * x)
+
+    rgb = np.repeat(wave(40).round().astype(np.uint8)[..., None], 3, 2)
+    result = FramePreprocessor(64)(av.VideoFrame.from_ndarray(rgb, "rgb24"))
+    assert np.abs(result[..., 0] - wave(64))[3:-3, 3:-3].max() < 1.5
+    flat = FramePreprocessor(64)(av.VideoFrame.from_ndarray(np.full((9, 9, 3), 77, np.uint8), "rgb24"))
+    assert (flat == 77).all()
+
+
+@pytest.mark.parametrize("tag", [0, 1])
+def test_ten_bits_are_scaled(tag):
+    frame = av.VideoFrame(64, 48, "yuv420p10le")
+    frame.color_range = tag
+    for plane, value in zip(frame.planes, (500, 512, 512), strict=True):
+        np.frombuffer(plane, np.uint16)[:] = value
+    result = FramePreprocessor(32)(frame)
+    assert (result == result[..., :1]).all()
+    assert np.abs(result - (500 / 4 - 16) * 255 / 219).max() < 1
+
+
+def test_results_are_arrays_of_their_own():
+    preprocess = FramePreprocessor(8)
+    dark, light = (av.VideoFrame.from_ndarray(np.full((20, 30, 3), level, np.uint8), "rgb24") for level in (10, 240))
+    first = preprocess(dark)
+    preprocess(light)
+    assert (first == 10).all()
+    assert first.flags.c_contiguous
+    assert first.flags.writeable
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 5)])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv410p", "gray", "rgb24"])
+def test_tiniest_frames(pixel_format, size):
+    frame = av.VideoFrame(*size, pixel_format)
+    for plane in frame.planes:
+        np.frombuffer(plane, np.uint8)[:] = 128
+    assert FramePreprocessor(8)(frame).shape == (8, 8, 3)
+
+
+def test_description_has_what_changes_frames():
+    one = preprocessing_description(DatasetConfig(name="a", source="videos", image_size=64, frame_step=2))
+    assert set(one) == {"image_size", "crop", "resize_filter", "frame_step", "upscale_filter", "colour"}
+    assert (one["image_size"], one["frame_step"]) == (64, 2)

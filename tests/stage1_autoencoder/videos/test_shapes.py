@@ -1,0 +1,209 @@
+"""The procedural videos: the laws of their motion, and what their pixels show."""
+
+import numpy as np
+import pytest
+
+from stage1_autoencoder.videos import VideoError
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.shapes import BACKGROUND, SUBSTEPS, WORLD, ShapesSource, _coverage
+
+
+def source(split: str = "train", count: int = 40, shapes: dict | None = None, **options) -> ShapesSource:
+    return ShapesSource(
+        DatasetConfig(name="shapes", source="shapes", splits={split: count}, shapes=shapes or {}, **options), split
+    )
+
+
+@pytest.fixture(scope="module")
+def videos() -> ShapesSource:
+    """300 videos of 40 frames: thousands of collisions."""
+    return source(count=300, shapes={"frames": 40})
+
+
+def present(videos: ShapesSource) -> np.ndarray:
+    return videos.present > 0
+
+
+def test_videos_are_64x64_uint8_of_the_asked_length():
+    dataset = source()
+    assert len(dataset.videos) == 40
+    assert dataset.read(3).shape == (20, 64, 64, 3)
+    assert dataset.read(3).dtype == np.uint8
+    assert dataset.videos[3].frames == 20
+    assert len({video.id for video in dataset.videos}) == 40
+    assert len({video.fingerprint for video in dataset.videos}) == 40
+
+
+def test_the_same_seed_gives_the_same_videos_and_another_seed_others():
+    assert (source().read(7) == source().read(7)).all()
+    assert (source().read(7) != source(split_seed=1).read(7)).any()
+    assert source().fingerprint == source().fingerprint != source(split_seed=1).fingerprint
+
+
+def test_a_video_stays_the_same_when_more_are_asked_for():
+    few, many = source(count=3), source(count=101)
+    for video in range(3):
+        assert (few.read(video) == many.read(video)).all()
+        assert few.videos[video] == many.videos[video]
+    assert (few.positions == many.positions[:3]).all()
+    assert few.fingerprint != many.fingerprint
+
+
+def test_splits_share_no_video():
+    first_frames = [source(split).render(np.arange(40), np.zeros(40, int)) for split in ("train", "val", "test")]
+    pictures = {frame.tobytes() for frames in first_frames for frame in frames}
+    assert len(pictures) == 120
+
+
+def test_two_or_three_shapes_of_all_kinds_in_different_colours(videos):
+    assert set(present(videos).sum(1)) == {2, 3}
+    assert 0.4 < (present(videos).sum(1) == 2).mean() < 0.6
+    assert set(videos.kind.ravel()) == {0, 1, 2}
+    assert all(len(set(colours)) == 3 for colours in videos.colour)
+
+
+def test_shapes_stay_inside_the_walls(videos):
+    # A wall is noticed at the end of a substep, so a centre may pass it by one step of the fastest possible shape,
+    # and by a second one when another shape pushes it on.
+    margin = 2 * 3.0 * np.sqrt(3) / SUBSTEPS
+    centres = videos.positions[present(videos)[:, None].repeat(40, 1)]
+    assert centres.min() > 8 - margin
+    assert centres.max() < WORLD - 8 + margin
+    assert centres.min() < 8.5  # they do reach the walls
+
+
+def test_shapes_do_not_overlap(videos):
+    apart = []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        both = present(videos)[:, a] & present(videos)[:, b]
+        apart.append(np.linalg.norm(videos.positions[both, :, a] - videos.positions[both, :, b], axis=-1).min())
+    assert min(apart) > 16 - 2 * 3.0 * np.sqrt(3) / SUBSTEPS
+    assert min(apart) < 16.5  # they do touch
+
+
+def displacements(videos: ShapesSource) -> np.ndarray:
+    """[videos, frames - 1, objects, 2]"""
+    return np.diff(videos.positions.astype(np.float64), axis=1)
+
+
+def test_energy_is_conserved_in_every_video(videos):
+    # Where no shape turned between two frames, displacements are velocities; of such frames the energy is one number.
+    steps = displacements(videos)
+    straight = np.abs(np.diff(steps, axis=1)).max((2, 3)) < 1e-4  # frames i, i+1, i+2 on one line, for all shapes
+    energy = (np.square(steps).sum(-1) * videos.present[:, None]).sum(-1)
+    compared = 0
+    for video in range(len(steps)):
+        values = energy[video, 1:][straight[video]]
+        if len(values) > 1:
+            compared += 1
+            assert np.ptp(values) < 1e-3 * values.mean()
+    assert compared > 200
+
+
+def test_shapes_move_in_straight_lines_between_collisions(videos):
+    steps = displacements(videos)
+    positions = videos.positions
+    near_wall = (positions < 8 + 6).any(-1) | (positions > WORLD - 8 - 6).any(-1)  # [videos, frames, objects]
+    free = ~near_wall[:, :-2] & ~near_wall[:, 1:-1] & ~near_wall[:, 2:]
+    for a in range(3):
+        for b in range(3):
+            if a != b:
+                distance = np.linalg.norm(positions[:, :, a] - positions[:, :, b], axis=-1)
+                clear = (distance > 16 + 12) | ~present(videos)[:, b, None]
+                free[:, :, a] &= clear[:, :-2] & clear[:, 1:-1] & clear[:, 2:]
+    free &= present(videos)[:, None]
+    bend = np.abs(np.diff(steps, axis=1)).max(-1)
+    assert free.sum() > 500
+    assert bend[free].max() < 1e-4
+    assert (bend > 0.5).any()
+
+
+def test_initial_speeds_are_in_the_asked_range():
+    slow = source(count=100, shapes={"min_speed": 0.5, "max_speed": 0.75})
+    speeds = np.linalg.norm(displacements(slow)[:, 0], axis=-1)[present(slow)]
+    untouched = speeds[speeds > 0.499]
+    assert len(untouched) > 200
+    assert np.median(speeds) == pytest.approx(0.625, abs=0.05)
+
+
+def test_edges_are_anti_aliased(videos):
+    frame = videos.render(np.array([0]), np.array([0]))[0].astype(int)
+    shape_colours = [BACKGROUND.astype(int), *(np.unique(frame.reshape(-1, 3), axis=0))]
+    pure = {tuple(colour) for colour in ([22, 24, 34], [235, 78, 70], [74, 190, 92], [72, 128, 246], [250, 204, 56])}
+    mixed = [colour for colour in shape_colours if tuple(colour) not in pure]
+    assert len(mixed) > 10
+
+
+@pytest.mark.parametrize(("kind", "area"), [(0, np.pi), (1, (2 * 0.82) ** 2), (2, 3 * np.sqrt(3) * 0.6**2)])
+def test_a_shape_covers_its_area_wherever_it_lies_between_pixels(kind, area):
+    radius = 8.0
+    pixels = np.arange(-15, 16, dtype=np.float32)
+    shifts = np.linspace(0, 1, 5, endpoint=False, dtype=np.float32)
+    covered = []
+    for x in shifts:
+        for y in shifts:
+            alpha = _coverage((pixels - x)[None, None, :], (pixels - y)[None, :, None], np.array([kind]), radius)
+            assert alpha.min() == 0
+            assert alpha.max() == 1
+            covered.append(alpha.sum())
+    assert covered == pytest.approx([area * radius**2] * 25, rel=0.02)
+    assert np.ptp(covered) < 1.5  # square pixels; hard edges would give about 10
+
+
+def test_moving_by_less_than_a_pixel_changes_the_picture(videos):
+    frames = source(count=1, shapes={"min_speed": 0.1, "max_speed": 0.1}).read(0)
+    assert (frames[0] != frames[1]).any()
+    assert np.abs(frames[0].astype(int) - frames[1]).max() < 60
+
+
+def test_frame_step_keeps_every_kth_frame():
+    whole, stepped = source(), source(frame_step=3)
+    assert [video.frames for video in stepped.videos[:2]] == [7, 7]
+    assert stepped.videos[0].fps == pytest.approx(whole.videos[0].fps / 3)
+    assert (stepped.read(5) == whole.read(5)[::3]).all()
+    assert stepped.videos[0].fingerprint != whole.videos[0].fingerprint
+
+
+def test_image_size_scales_the_world():
+    small, large = source(image_size=32).read(4), source(image_size=128).read(4)
+    assert large.shape == (20, 128, 128, 3)
+    shrunk = large.reshape(20, 32, 4, 32, 4, 3).mean((2, 4))
+    assert np.abs(shrunk - small).mean() < 1.5
+
+
+def test_any_pairs_of_videos_and_frames_are_rendered_as_they_are_read():
+    dataset = source()
+    rendered = dataset.render(np.array([5, 0, 5, 31]), np.array([19, 3, 0, 7]))
+    expected = [dataset.read(5, [19])[0], dataset.read(0, [3])[0], dataset.read(5)[0], dataset.read(31)[7]]
+    assert (rendered == np.stack(expected)).all()
+    assert (np.stack(list(dataset.iterate(5, 2, 6))) == dataset.read(5, range(2, 6))).all()
+    assert dataset.read(5, []).shape == (0, 64, 64, 3)
+
+
+@pytest.mark.parametrize("positions", [[-1], [0, 20]])
+def test_frames_outside_a_video_are_refused(positions):
+    with pytest.raises(IndexError, match="train_00002, which has 20"):
+        source().read(2, positions)
+    with pytest.raises(IndexError, match="train_00002, which has 20"):
+        list(source().iterate(2, 18, 21))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"max_objects": 5, "radius": 4.0}, "5 shapes of radius 4.0 don't fit.*at most 4 shapes"),
+        ({"radius": 30.0, "min_objects": 1, "max_objects": 1}, "1 shapes of radius 30.0 don't fit.*radius 24.8 for 1"),
+        ({"radius": 15.0}, "3 shapes of radius 15.0 don't fit.*radius 14.3 for 3"),
+        ({"max_speed": 50.0}, "max_speed: 50.0 is too fast for 3 shapes of radius 8.0; at most 9.2"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+    with pytest.raises(VideoError, match=message):
+        source(shapes=shapes)
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3, 4])
+def test_what_the_refusal_calls_possible_is_possible(objects):
+    radius = np.floor(np.sqrt(0.15 / objects) * WORLD * 10) / 10
+    shapes = {"radius": radius, "min_objects": objects, "max_objects": objects, "frames": 3}
+    assert source(count=5, shapes=shapes).read(0).shape == (3, 64, 64, 3)

@@ -1,0 +1,61 @@
+"""Splits by seeded fractions and by persons, and natural order."""
+
+import hashlib
+
+import pytest
+
+from stage1_autoencoder.videos.base import VideoError
+from stage1_autoencoder.videos.splits import natural_key, parse_persons, persons_of_splits, split_by_fractions
+
+
+def test_natural_order():
+    names = ["clip10", "clip2", "clip1b", "clip01", "clip1", "a", "2", "10", "clip2/10", "clip2/9"]
+    right = ["2", "10", "a", "clip01", "clip1", "clip1b", "clip2", "clip2/9", "clip2/10", "clip10"]
+    assert sorted(names, key=natural_key) == right
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize(("val", "test"), [(0.1, 0.1), (0.0, 0.2), (0.25, 0.0), (0.3, 0.3)])
+def test_fractions_follow_the_stated_rule(count, val, test):
+    ids = [f"video{number}" for number in range(count)]
+    shares = split_by_fractions(ids, val=val, test=test, seed=5)
+    ranked = sorted(ids, key=lambda name: hashlib.sha256(f"5{name}".encode()).hexdigest())
+    sizes = {
+        split: max(round(count * fraction), 1 if fraction and count >= 3 else 0)
+        for split, fraction in (("val", val), ("test", test))
+    }
+    assert set(shares["test"]) == set(ranked[: sizes["test"]])
+    assert set(shares["val"]) == set(ranked[sizes["test"] : sizes["test"] + sizes["val"]])
+    assert sorted(name for part in shares.values() for name in part) == sorted(ids)
+    assert all(part == sorted(part, key=ids.index) for part in shares.values())
+
+
+def test_a_split_depends_on_the_seed_and_not_on_the_order():
+    ids = [f"video{number}" for number in range(50)]
+    shares = split_by_fractions(ids, val=0.2, test=0.2, seed=0)
+    again = split_by_fractions(ids[::-1], val=0.2, test=0.2, seed=0)
+    assert {split: set(part) for split, part in shares.items()} == {split: set(part) for split, part in again.items()}
+    assert set(split_by_fractions(ids, val=0.2, test=0.2, seed=1)["test"]) != set(shares["test"])
+
+
+@pytest.mark.parametrize(
+    ("value", "persons"), [(20, {20}), ("3", {3}), ("1-4,7", {1, 2, 3, 4, 7}), (" 2 - 3 , 9 ", {2, 3, 9}), ("05", {5})]
+)
+def test_persons(value, persons):
+    assert parse_persons(value, "train") == persons
+
+
+@pytest.mark.parametrize("value", ["", "a", "4-1", "1..4", "1-", "1,,2", "-3"])
+def test_persons_that_cannot_be_read(value):
+    with pytest.raises(VideoError, match=r"dataset\.splits\.val: .* is not a range of persons such as '1-19'"):
+        parse_persons(value, "val")
+
+
+def test_persons_of_splits():
+    default = persons_of_splits({})
+    assert [person for person, split in default.items() if split == "test"] == [21, 22, 23, 24, 25]
+    assert default[20] == "val"
+    assert sorted(default) == list(range(1, 26))
+    assert set(persons_of_splits({"train": "1-16", "test": "17-25"}).values()) == {"train", "test"}
+    with pytest.raises(VideoError, match="person 16 is both in train and in test"):
+        persons_of_splits({"train": "1-16", "test": "16-25"})
