@@ -124,19 +124,29 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", help="a YAML file, configs/<dataset>.yaml")
-        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for example flow.training.steps=1000")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="for example flow.training.steps=1000"
+        )
         command.add_argument("--device", default=os.environ.get("DEVICE") or "auto", help="auto, cpu, cuda, cuda:1")
-        command.add_argument("--dry-run", action="store_true", help="show the resolved configuration and what would be done")
+        command.add_argument(
+            "--dry-run", action="store_true", help="show the resolved configuration and what would be done"
+        )
         command.add_argument("--quiet", action="store_true", help="errors only")
         command.add_argument("--strict", action="store_true", help="stop at a broken video instead of skipping it")
-        command.add_argument("--overwrite", action="store_true", help="replace a store that contradicts the configuration")
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace a store that contradicts the configuration"
+        )
         command.add_argument("--restart", action="store_true", help="train anew; the old training is set aside")
-        command.add_argument("--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the archives")
+        command.add_argument(
+            "--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the archives"
+        )
         if name == "sample":
             command.add_argument("--videos", type=_positive, default=8, help="how many clips")
         if name == "predict":
             command.add_argument("video", type=Path, help="a video file")
-            command.add_argument("--frames", type=_positive, help="how many frames to predict; default evaluation.horizon")
+            command.add_argument(
+                "--frames", type=_positive, help="how many frames to predict; default evaluation.horizon"
+            )
         if name == "inspect":
             command.add_argument("store", nargs="?", type=Path, help="latents/<dataset>.zarr")
             command.add_argument("--video", help="id of a video to decode")

@@ -1,5 +1,6 @@
 """The clips that predictions are made and measured on."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +36,8 @@ class Clip:
 def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
     """Clips by the protocol: videos in turn, each once before any is taken again.
 
-    With `window: first` a video gives its first frames, so it is taken once. With `random` the start is uniform over all
-    that fit, drawn from (seed, number of the clip).
+    With `window: first` a video gives its first frames, so it is taken once. With `random` its starts are drawn from
+    (seed, video) without repetition, uniformly over all that fit.
 
     Args:
         lengths: frames of the split's videos.
@@ -46,12 +47,19 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
     fitting = [i for i, length in enumerate(lengths) if length >= needed]
     if evaluation.window == "first":
         return [Window(video, 0) for video in fitting[:wanted]]
-    windows = []
-    for number in range(wanted if fitting else 0):
-        video = fitting[number % len(fitting)]
-        generator = np.random.default_rng([evaluation.seed, number])
-        windows.append(Window(video, int(generator.integers(lengths[video] - needed + 1))))
-    return windows
+    starts = {
+        video: np.random.default_rng([evaluation.seed, video]).permutation(lengths[video] - needed + 1)
+        for video in fitting
+    }
+    rounds = max((len(order) for order in starts.values()), default=0)
+    # Lazily, since long videos hold far more windows than are wanted.
+    windows = (
+        Window(video, int(order[number]))
+        for number in range(rounds)
+        for video, order in starts.items()
+        if number < len(order)
+    )
+    return list(itertools.islice(windows, wanted))
 
 
 def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]:
@@ -68,7 +76,9 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
     short = [video.id for video in source.videos if video.frames < needed]
     windows = choose_windows(lengths, evaluation, wanted)
     if not windows:
-        spread = f"the {len(lengths)} videos have {min(lengths)} to {max(lengths)} frames" if lengths else "it has no videos"
+        spread = (
+            f"the {len(lengths)} videos have {min(lengths)} to {max(lengths)} frames" if lengths else "it has no videos"
+        )
         raise UserError(
             f"split {evaluation.split} of {config.dataset.name}: no video has the {evaluation.context} + {evaluation.horizon} "
             f"frames of evaluation.context + evaluation.horizon; {spread}: lower evaluation.horizon"
@@ -82,7 +92,9 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
         if clip is not None:
             clips.append(clip)
     if not clips:
-        raise UserError(f"split {evaluation.split} of {config.dataset.name}: none of {len(windows)} videos can be decoded")
+        raise UserError(
+            f"split {evaluation.split} of {config.dataset.name}: none of {len(windows)} videos can be decoded"
+        )
     return clips
 
 

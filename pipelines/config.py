@@ -58,7 +58,9 @@ class EvaluationConfig(_Section):
     split: Split = "test"
     context: PositiveInt = Field(10, description="frames given")
     horizon: PositiveInt = Field(30, description="frames predicted")
-    videos: PositiveInt = Field(256, description="clips; more than there are videos: several windows of a video")
+    videos: PositiveInt = Field(
+        256, description="clips; with window: random a video gives several where there are not as many videos"
+    )
     samples: PositiveInt = Field(1, description="predictions a clip, each with a sampling seed of its own")
     window: Literal["first", "random"] = Field(
         "first", description="where in its video a clip starts: at frame 0, or drawn uniformly by the seed"
@@ -69,7 +71,9 @@ class EvaluationConfig(_Section):
 
 class LoggingConfig(_Section):
     every: PositiveInt = Field(50, description="steps between two lines of log.jsonl")
-    wandb: Literal["off", "offline", "online"] = Field("off", description="online is the only one that uses the network")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="online is the only one that uses the network"
+    )
     wandb_project: str = "river"
 
 
@@ -161,7 +165,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(values, dict):
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if value is not None}  # a section left empty
+    else:
         raise UserError(f"{path}: expected sections such as `dataset:`, found {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
@@ -201,7 +207,8 @@ def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
         hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key{' in ' + section if section else ''}; {hint}"
     # What is wrong between several keys of a section is said in the message; all of them would bury it.
-    if not key or problem["type"] == "missing" or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
+    of_section = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+    if not key or problem["type"] == "missing" or of_section:
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}: {problem['input']!r} is not allowed: {message}"
 

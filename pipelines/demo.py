@@ -4,13 +4,13 @@ import time
 from dataclasses import replace
 
 from pipelines.config import RiverConfig
+from pipelines.encode import encode
 from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare_data
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
 from pipelines.sample import sample
 from pipelines.train_autoencoder import train_autoencoder
-from pipelines.encode import encode
 from pipelines.train_flow import train_flow
 
 

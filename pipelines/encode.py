@@ -14,9 +14,10 @@ import latent_cache
 from latent_cache import ChunkPlan, SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import RiverConfig
 from pipelines.errors import StoppedBySignal, UserError
+from pipelines.prepare import open_videos
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.runs import software_versions, write_run_files
-from pipelines.runtime.session import Session
+from pipelines.runtime.session import Session, image_memory_format
 from pipelines.runtime.signals import StopRequest
 from pipelines.train_autoencoder import (
     find_autoencoder,
@@ -24,7 +25,6 @@ from pipelines.train_autoencoder import (
     train_autoencoder,
     weights_digest,
 )
-from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.vqgan import VQGAN, image_to_unit
@@ -47,10 +47,7 @@ def encode(config: RiverConfig, session: Session) -> Path:
         say(f"store: done, {path}")
         return path
 
-    splits = {name: source for name, source in open_splits(config.dataset, config.data_root).items() if source.videos}
-    for source in splits.values():
-        for video in source.skipped:
-            session.skip(video.id, video.reason)
+    splits = open_videos(config, session)
     write_run_files(config, session.device)
     metadata = store_metadata(config, autoencoder, splits)
     encoder = StoreEncoder(config, session, autoencoder, splits, metadata)
@@ -169,7 +166,9 @@ class StoreEncoder:
                 overwrite = len(self.broken[dropped.split]) == len(self.splits[dropped.split].videos)
 
     def _attempt(self, overwrite: bool) -> list[SplitReport]:
-        rows = {name: [i for i in range(len(s.videos)) if i not in self.broken[name]] for name, s in self.splits.items()}
+        rows = {
+            name: [i for i in range(len(s.videos)) if i not in self.broken[name]] for name, s in self.splits.items()
+        }
         rows = {name: kept for name, kept in rows.items() if kept}
         if "train" not in rows:
             raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
@@ -213,11 +212,14 @@ class StoreEncoder:
                     bar.update(len(batch))
                     if stop:
                         raise StoppedBySignal(
-                            stop.signal_number, f"stopped; {writer.path} keeps its finished chunks, `encode` goes on from there"
+                            stop.signal_number,
+                            f"stopped; {writer.path} keeps its finished chunks, `encode` goes on from there",
                         )
                 chunk_codes = np.concatenate(codes)
                 used[torch.from_numpy(chunk_codes).flatten().long()] = True
-                writer.write_chunk(split, chunk, np.concatenate(latents), chunk_codes if self.config.cache.codes else None)
+                writer.write_chunk(
+                    split, chunk, np.concatenate(latents), chunk_codes if self.config.cache.codes else None
+                )
                 encoded += chunk.frames
         return SplitReport(
             split=split,
@@ -258,7 +260,7 @@ class StoreEncoder:
     @torch.inference_mode()
     def _encode_batch(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = image_to_unit(torch.from_numpy(frames).to(self.session.device))
-        latents = self.autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
+        latents = self.autoencoder.encode(images.contiguous(memory_format=image_memory_format(self.session.device)))
         codes = self.autoencoder.quantizer.nearest(latents)
         return latents.cpu().numpy(), codes.to(torch.int32).cpu().numpy()
 

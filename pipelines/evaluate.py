@@ -126,7 +126,10 @@ def format_table(result: dict[str, Any]) -> str:
             values = [metrics[metric][subject], *(metrics[metric]["per_frame"][subject][c] for c in columns)]
             lines.append(f"  {TITLES[subject]:<44}" + "".join(f"{value:>8.{digits}f}" for value in values))
     gain = metrics["psnr"]["prediction"] - metrics["psnr"]["copy_last"]
-    lines += ["", f"  The prediction is {abs(gain):.2f} dB {'better' if gain >= 0 else 'WORSE'} than copying the last frame."]
+    lines += [
+        "",
+        f"  The prediction is {abs(gain):.2f} dB {'better' if gain >= 0 else 'WORSE'} than copying the last frame.",
+    ]
     return "\n".join(lines)
 
 

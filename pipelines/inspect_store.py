@@ -17,16 +17,24 @@ from pipelines.runtime.session import Session
 from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
 
 
-def inspect_store(config: RiverConfig | None, session: Session, store: Path, video: str | None, gif: Path | None) -> None:
+def inspect_store(
+    config: RiverConfig | None, session: Session, store: Path, video: str | None, gif: Path | None
+) -> None:
     """Print a summary of a store; with `gif` decode one of its videos.
 
     Raises:
         StoreError: no store, or an incomplete one.
-        UserError: no such video, or no autoencoder that decodes the store.
+        UserError: no such video, or no autoencoder that decodes the store; a video without a GIF to write it to.
     """
+    if video is not None and gif is None:
+        raise UserError(f"--video {video}: say also where to write it, for example --gif {Path(video).name}.gif")
+    if gif is not None and gif.suffix.lower() != ".gif":
+        raise UserError(f"--gif {gif}: the name must end in .gif")
     metadata = latent_cache.open_metadata(store)
     age = (time.time() - (store / "zarr.json").stat().st_mtime) / 3600 if store.exists() else None
-    say(f"{store}: latents of {metadata.dataset}, {metadata.fps:g} frames/s" + (f", {age:.1f} hours old" if age else ""))
+    say(
+        f"{store}: latents of {metadata.dataset}, {metadata.fps:g} frames/s" + (f", {age:.1f} hours old" if age else "")
+    )
     say("  preprocessing  " + ", ".join(f"{key} {value}" for key, value in metadata.preprocessing.items()))
     say("  autoencoder    " + ", ".join(f"{key} {str(value)[:16]}" for key, value in metadata.autoencoder.items()))
     say("  software       " + ", ".join(f"{key} {value}" for key, value in metadata.software.items()))
@@ -37,9 +45,12 @@ def inspect_store(config: RiverConfig | None, session: Session, store: Path, vid
         say(
             f"  {split:<6} {len(cache.video_ids)} videos of {lengths.min()} to {lengths.max()} frames; latents "
             f"{'x'.join(map(str, cache.latents.shape))} {cache.latents.dtype}, {chunks} chunks of {cache.latents.chunks[0]} "
-            f"frames, {cache.nbytes / 1e6:.1f} MB" + (f"; {code_usage(cache.codes, metadata)}" if cache.codes is not None else "")
+            f"frames, {cache.nbytes / 1e6:.1f} MB"
+            + (f"; {code_usage(cache.codes, metadata)}" if cache.codes is not None else "")
         )
-    say(f"  per channel    mean {np.array2string(cache.mean, precision=3)}, std {np.array2string(cache.std, precision=3)}")
+    say(
+        f"  per channel    mean {np.array2string(cache.mean, precision=3)}, std {np.array2string(cache.std, precision=3)}"
+    )
     if gif is not None:
         save_video(config, session, store, video, gif)
 
@@ -75,5 +86,6 @@ def save_video(config: RiverConfig | None, session: Session, store: Path, video:
     with torch.inference_mode():
         latents = torch.from_numpy(cache.video(name).astype(np.float32)).to(session.device)
         frames = torch.cat([autoencoder.decode(part) for part in latents.split(64)])
+    gif.parent.mkdir(parents=True, exist_ok=True)
     save_gif(gif, to_video(frames[None])[0], cache.metadata.fps)
     say(f"inspect: {name} of {cache.split} decoded to {gif}")

@@ -22,7 +22,7 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each image (11x11 Gaussian window, sigma 1.5), for signals in [-1, 1].
+    """Structural similarity of each image (11x11 Gaussian, sigma 1.5, edges mirrored), for signals in [-1, 1].
 
     Args, returns: as `psnr`; values in [-1, 1].
     """

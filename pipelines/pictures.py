@@ -67,7 +67,9 @@ def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_
     strips = len(clips[0][1])
     block = LABEL_HEIGHT + strips * cell_h + gap
     head = 2 * LABEL_HEIGHT + 20
-    page = Image.new("RGB", (2 * margin + label_w + len(columns) * cell_w, 2 * margin + head + block * len(clips)), PAPER)
+    page = Image.new(
+        "RGB", (2 * margin + label_w + len(columns) * cell_w, 2 * margin + head + block * len(clips)), PAPER
+    )
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), title, fill=INK, font=_font(14))
     _legend(draw, margin, margin + LABEL_HEIGHT + 4)
@@ -97,7 +99,9 @@ def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) ->
             frames = framed(strip, scale)
             label = Image.new("RGB", (frames.shape[2], LABEL_HEIGHT), PAPER)
             ImageDraw.Draw(label).text((2, 2), strip.label, fill=INK, font=_font(11))
-            parts.append(np.concatenate([np.broadcast_to(np.asarray(label), (len(frames), *np.asarray(label).shape)), frames], 1))
+            parts.append(
+                np.concatenate([np.broadcast_to(np.asarray(label), (len(frames), *np.asarray(label).shape)), frames], 1)
+            )
         tile = np.concatenate(parts, axis=2)
         tiles.append(np.pad(tile, ((0, 0), (4, 4), (6, 6), (0, 0)), constant_values=255))
     while len(tiles) % min(columns, len(tiles)):

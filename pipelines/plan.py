@@ -21,7 +21,9 @@ def describe_plan(config: RiverConfig) -> str:
         if not config.store_path.exists():
             store = "missing: encode makes it"
         else:
-            store = "complete" if latent_cache.is_complete(config.store_path) else "half done: encode goes on from there"
+            store = (
+                "complete" if latent_cache.is_complete(config.store_path) else "half done: encode goes on from there"
+            )
     except StoreError as error:
         store = f"in the way: {error}"
     return "\n".join(

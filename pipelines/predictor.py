@@ -187,7 +187,9 @@ class VideoPredictor:
             )
             draws = SamplingDraws(
                 noise=draws.noise if noise is None else noise.to(self.device),
-                condition_indices=draws.condition_indices if condition_indices is None else condition_indices.to(self.device),
+                condition_indices=draws.condition_indices
+                if condition_indices is None
+                else condition_indices.to(self.device),
             )
             with progress(total=num_frames, description="predict", unit="frame") as bar:
                 bar.disable = bar.disable or not verbose

@@ -4,6 +4,7 @@ from pipelines import datasets
 from pipelines.config import RiverConfig
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
+from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.base import VideoSource
 from stage1_autoencoder.videos.config import Split
 
@@ -14,7 +15,21 @@ def prepare_data(config: RiverConfig, session: Session) -> dict[Split, VideoSour
     Raises:
         VideoError, UserError: archives or videos that are not what they should be.
     """
-    splits = datasets.prepare(config.dataset, config.data_root, session.mirror, say)
+    return _note_skipped(datasets.prepare(config.dataset, config.data_root, session.mirror, say), session)
+
+
+def open_videos(config: RiverConfig, session: Session) -> dict[Split, VideoSource]:
+    """The splits of the raw videos; with a mirror they are fetched from it first, where they lack.
+
+    Raises:
+        VideoError: no folder, or no videos in it; says how to get them.
+    """
+    if session.mirror is not None:
+        return prepare_data(config, session)
+    return _note_skipped(open_splits(config.dataset, config.data_root), session)
+
+
+def _note_skipped(splits: dict[Split, VideoSource], session: Session) -> dict[Split, VideoSource]:
     for source in splits.values():
         for video in source.skipped:
             session.skip(video.id, video.reason)

@@ -141,7 +141,9 @@ def predict(config: RiverConfig, session: Session, video: Path, frames: int | No
     folder.mkdir(parents=True, exist_ok=True)
     strips = [Strip("prediction", predicted, context, RED)]
     stem = file_name(video.stem)
-    contact_sheet([(video.name, strips)], f"{video.name}: {context} frames given, {horizon} predicted").save(folder / f"{stem}.png")
+    contact_sheet([(video.name, strips)], f"{video.name}: {context} frames given, {horizon} predicted").save(
+        folder / f"{stem}.png"
+    )
     shown = animation([(video.name, strips)])
     save_gif(folder / f"{stem}.gif", shown, fps)
     save_mp4(folder / f"{stem}.mp4", shown, fps)

@@ -1,6 +1,7 @@
 """`train-autoencoder`: stage 1, from videos to an autoencoder's checkpoint."""
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,21 @@ from latent_cache import step_generator
 from pipelines.config import RiverConfig
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.metrics import psnr
+from pipelines.prepare import open_videos
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_optimizers, unpack_optimizers
 from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
 from pipelines.runtime.progress import progress, say
-from pipelines.runtime.runs import resumable_checkpoint, training_identity, write_run_files
-from pipelines.runtime.session import Session
+from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
+from pipelines.runtime.session import Session, image_memory_format
 from pipelines.runtime.signals import StopRequest
 from pipelines.sizes import parse_size
 from stage1_autoencoder.config import AutoencoderModelConfig
 from stage1_autoencoder.frames import FramePool
 from stage1_autoencoder.training import CodebookCare, autoencoder_loss, learning_rate_factor
-from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 from stage1_autoencoder.vqgan import VQGAN, image_to_unit
+
 
 def autoencoder_identity(config: RiverConfig) -> dict[str, Any]:
     """What the trained autoencoder depends on, as plain data."""
@@ -53,10 +55,7 @@ def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
         say(f"autoencoder: done, {found.step} steps, {found.path}")
         return found
 
-    splits = open_splits(config.dataset, config.data_root)
-    for source in splits.values():
-        for video in source.skipped:
-            session.skip(video.id, video.reason)
+    splits = open_videos(config, session)
     write_run_files(config, session.device)
     trainer = AutoencoderTrainer(config, session.device)
     first_step = 0
@@ -75,13 +74,13 @@ def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
         seed=config.seed,
         on_broken=lambda error: session.skip(error.video_id, error.reason),
     )
-    log = TrainingLog(folder, config, "autoencoder", first_step)
-    try:
+    with (
+        only_training_of(folder),
+        closing(pool),
+        closing(TrainingLog(folder, config, "autoencoder", first_step)) as log,
+    ):
         validation_images = _validation_images(config, session, splits.get("val"))
         _loop(config, trainer, pool, validation_images, log, checkpoints, identity, first_step)
-    finally:
-        pool.close()
-        log.close()
     return checkpoints.latest()
 
 
@@ -105,14 +104,17 @@ def _loop(
             bar.update()
             done = step + 1
             last = done == training.steps
-            if done % config.logging.every == 0 or last:
-                # The only places where the host waits for the device.
+            saves = done % training.checkpoint_every == 0 or last or bool(stop)
+            logs = done % config.logging.every == 0 or last
+            # The only places where the host waits for the device. What is saved was looked at first.
+            if (logs or saves) and not all(map(torch.isfinite, losses.values())):
+                terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
+                raise UserError(
+                    f"autoencoder: the loss is not finite at step {done} ({terms}); the last checkpoint is kept. Lower "
+                    "autoencoder.training.learning_rate, set autoencoder.training.grad_clip, or take precision fp32"
+                )
+            if logs:
                 record = {"step": done, **{name: value.item() for name, value in losses.items()}}
-                if not all(map(torch.isfinite, losses.values())):
-                    raise UserError(
-                        f"autoencoder: the loss is not finite at step {done} ({record}); the last checkpoint is kept. Lower "
-                        "autoencoder.training.learning_rate, set grad_clip, or take precision fp32"
-                    )
                 record |= {"learning_rate": trainer.learning_rate, "steps_per_second": timer.rate()}
                 if validation_images is not None and (done % training.validate_every == 0 or last):
                     record |= trainer.validate(validation_images)
@@ -120,7 +122,7 @@ def _loop(
                         f"{record['validation_codes']} codes in use")  # fmt: skip
                 log.write(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-            if done % training.checkpoint_every == 0 or last or stop:
+            if saves:
                 path = checkpoints.save(done, trainer.files(), {"identity": identity, "model": trainer.model_state()})
                 if stop:
                     raise StoppedBySignal(
@@ -134,7 +136,7 @@ class AutoencoderTrainer:
     def __init__(self, config: RiverConfig, device: torch.device) -> None:
         self.config, self.training, self.device = config, config.autoencoder.training, device
         torch.manual_seed(config.seed)
-        self.model = VQGAN(config.autoencoder.model).to(device, memory_format=torch.channels_last)
+        self.model = VQGAN(config.autoencoder.model).to(device, memory_format=image_memory_format(device))
         self.care = CodebookCare(self.model, self.training.restart_every)
         self.optimizers = build_optimizers(
             self.model,
@@ -152,7 +154,7 @@ class AutoencoderTrainer:
     def train_step(self, step: int, frames: Any) -> dict[str, torch.Tensor]:
         """One update from frames [b, h, w, 3] uint8; gives the loss terms as tensors, without waiting for the device."""
         images = image_to_unit(torch.from_numpy(frames).to(self.device, non_blocking=True))
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=image_memory_format(self.device))
         generator = step_generator(self.config.seed, step, self.device, "codes")
         torch.manual_seed(step_generator(self.config.seed, step, stream="dropout").initial_seed())
         self.model.train()
@@ -174,7 +176,12 @@ class AutoencoderTrainer:
         self.care.after_step(step, output, generator)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return {"loss": loss.total.detach(), "l1": loss.l1.detach(), "l2": loss.l2.detach(), "codebook": loss.codebook.detach()}
+        return {
+            "loss": loss.total.detach(),
+            "l1": loss.l1.detach(),
+            "l2": loss.l2.detach(),
+            "codebook": loss.codebook.detach(),
+        }
 
     @torch.no_grad()
     def validate(self, images: torch.Tensor) -> dict[str, float]:
@@ -194,7 +201,11 @@ class AutoencoderTrainer:
 
     def files(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything that resuming needs, and everything that using the autoencoder needs."""
-        files = {"model": self.model.state_dict(), "optimizer": pack_optimizers(self.optimizers), "codebook": self.care.state()}
+        files = {
+            "model": self.model.state_dict(),
+            "optimizer": pack_optimizers(self.optimizers),
+            "codebook": self.care.state(),
+        }
         if self.average is not None:
             files["ema"] = self.average.module.state_dict()
             files["average"] = {"n_averaged": self.average.n_averaged}
@@ -215,13 +226,13 @@ class AutoencoderTrainer:
 
 def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> VQGAN:
     """The autoencoder of a checkpoint, in eval mode: the averaged weights where there are any."""
-    model = VQGAN(AutoencoderModelConfig.model_validate(checkpoint.state["model"]))
     name = "ema" if checkpoint.has("ema") else "model"
     try:
+        model = VQGAN(AutoencoderModelConfig.model_validate(checkpoint.state["model"]))
         model.load_state_dict(checkpoint.tensors(name))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -1,5 +1,6 @@
 """`train-flow`: stage 2, from the store alone to a checkpoint of the vector field."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_opt
 from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
 from pipelines.runtime.progress import progress, say
-from pipelines.runtime.runs import resumable_checkpoint, training_identity, write_run_files
+from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session
 from pipelines.runtime.signals import StopRequest
 from stage2_flow.config import VectorFieldConfig
@@ -73,7 +74,6 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
         f"{training.batch_size} of {sampler.legal_targets} targets, {cache.nbytes / 1e6:.0f} MB of latents resident on "
         f"{storage}, {training.precision} -> {folder}"
     )
-    log = TrainingLog(folder, config, "flow", first_step)
     state = {
         "identity": identity,
         "model": config.flow.model.model_dump(mode="json"),
@@ -86,10 +86,9 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
             "autoencoder": cache.metadata.autoencoder["sha256"],
         },
     }
-    try:
-        _loop(config, trainer, sampler, _validation_sampler(config, cache, session.device), log, checkpoints, state, first_step)
-    finally:
-        log.close()
+    validation = _validation_sampler(config, cache, session.device)
+    with only_training_of(folder), closing(TrainingLog(folder, config, "flow", first_step)) as log:
+        _loop(config, trainer, sampler, validation, log, checkpoints, state, first_step)
     return checkpoints.latest()
 
 
@@ -113,14 +112,16 @@ def _loop(
             bar.update()
             done = step + 1
             last = done == training.steps
-            if done % config.logging.every == 0 or last:
-                # The only places where the host waits for the device.
+            saves = done % training.checkpoint_every == 0 or last or bool(stop)
+            logs = done % config.logging.every == 0 or last
+            # The only places where the host waits for the device. What is saved was looked at first.
+            if (logs or saves) and not torch.isfinite(loss):
+                raise UserError(
+                    f"flow: the loss is {loss.item()} at step {done}; the last checkpoint is kept. Lower "
+                    "flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32"
+                )
+            if logs:
                 record = {"step": done, "loss": loss.item(), "learning_rate": trainer.learning_rate}
-                if not torch.isfinite(loss):
-                    raise UserError(
-                        f"flow: the loss is {record['loss']} at step {done}; the last checkpoint is kept. Lower "
-                        "flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32"
-                    )
                 rate = timer.rate()
                 record |= {"steps_per_second": rate, "samples_per_second": rate * training.batch_size}
                 if validation is not None and (done % training.validate_every == 0 or last):
@@ -128,7 +129,7 @@ def _loop(
                     say(f"flow: step {done}: validation loss {record['validation_loss']:.4f}")
                 log.write(record)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-            if done % training.checkpoint_every == 0 or last or stop:
+            if saves:
                 path = checkpoints.save(done, trainer.files(), state)
                 if stop:
                     raise StoppedBySignal(
@@ -144,7 +145,7 @@ class FlowTrainer:
         channels = cache.latent_shape[0]
         self.standardization = Standardization.identity(channels)
         if self.training.standardize:
-            self.standardization = Standardization(torch.from_numpy(cache.mean), torch.from_numpy(cache.std))
+            self.standardization = _standardization(cache)
         self.standardization = self.standardization.to(device)
         torch.manual_seed(config.seed)
         self.model = VectorField(config.flow.model, channels).to(device)
@@ -226,12 +227,19 @@ class FlowTrainer:
         )
 
 
+def _standardization(cache: LatentCache) -> Standardization:
+    # A channel that never changes has deviation 0; any other number standardises it to 0 as well.
+    std = torch.from_numpy(cache.std)
+    return Standardization(torch.from_numpy(cache.mean), torch.where(std > 0, std, torch.ones_like(std)))
+
+
 def load_trained_field(checkpoint: Checkpoint, device: torch.device) -> VectorField:
     """The vector field of a checkpoint, in eval mode: the averaged weights where there are any."""
-    field = VectorField(VectorFieldConfig.model_validate(checkpoint.state["model"]), checkpoint.state["latent_shape"][0])
     try:
+        sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
+        field = VectorField(sizes, checkpoint.state["latent_shape"][0])
         field.load_state_dict(checkpoint.tensors("ema" if checkpoint.has("ema") else "model"))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
     return field.to(device).eval().requires_grad_(False)
 

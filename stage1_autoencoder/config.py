@@ -13,11 +13,15 @@ class AutoencoderModelConfig(BaseModel):
     architecture: Literal["vqgan"] = "vqgan"
     channels: PositiveInt = Field(128, description="channels at full resolution (taming: ch)")
     channel_multipliers: tuple[PositiveInt, ...] = Field(
-        (1, 2, 2, 4), min_length=1, description="channels of a level as multiples of `channels`; each level after the "
-        "first halves the side (taming: ch_mult)"
+        (1, 2, 2, 4),
+        min_length=1,
+        description="channels of a level as multiples of `channels`; each level after the "
+        "first halves the side (taming: ch_mult)",
     )
     blocks: PositiveInt = Field(2, description="residual blocks a level of the encoder (taming: num_res_blocks)")
-    decoder_blocks: PositiveInt | None = Field(None, description="residual blocks a level of the decoder; default blocks+1")
+    decoder_blocks: PositiveInt | None = Field(
+        None, description="residual blocks a level of the decoder; default blocks+1"
+    )
     attention_resolutions: tuple[PositiveInt, ...] = Field((16,), description="sides at which levels have attention")
     resolution: PositiveInt = Field(
         64, description="the side that attention_resolutions refer to: architecture, not input size"

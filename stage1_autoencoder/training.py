@@ -62,7 +62,9 @@ class CodebookCare:
     def __init__(self, autoencoder: VQGAN, restart_every: int) -> None:
         self.quantizer = autoencoder.quantizer
         self.restart_every = restart_every
-        self.chosen = torch.zeros(self.quantizer.embedding.num_embeddings, device=self.quantizer.embedding.weight.device)
+        self.chosen = torch.zeros(
+            self.quantizer.embedding.num_embeddings, device=self.quantizer.embedding.weight.device
+        )
 
     @torch.no_grad()
     def start(self, latents: Tensor, generator: torch.Generator) -> None:

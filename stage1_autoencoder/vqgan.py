@@ -94,7 +94,9 @@ class _Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _level(in_channels: int, out_channels: int, blocks: int, attention: bool, config: AutoencoderModelConfig) -> nn.Module:
+def _level(
+    in_channels: int, out_channels: int, blocks: int, attention: bool, config: AutoencoderModelConfig
+) -> nn.Module:
     """The blocks of one resolution, under taming's names `block.i` and `attn.i`."""
     level = nn.Module()
     level.block = nn.ModuleList(
@@ -212,7 +214,9 @@ class VQGAN(nn.Module):
     def boundary_parameters(self) -> list[nn.Parameter]:
         """The codebook and the layers between spaces of few dimensions: an optimizer for hidden matrices skips them."""
         layers = (self.encoder.conv_in, self.encoder.conv_out, self.decoder.conv_in, self.decoder.conv_out)
-        return [p for layer in (*layers, self.quant_conv, self.post_quant_conv, self.quantizer) for p in layer.parameters()]
+        return [
+            p for layer in (*layers, self.quant_conv, self.post_quant_conv, self.quantizer) for p in layer.parameters()
+        ]
 
     def encode(self, images: Tensor) -> Tensor:
         """Map images to pre-quantization latents.
@@ -265,7 +269,9 @@ class VQGAN(nn.Module):
 
 def from_official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Taming's names of the parameters to ours: they differ in the codebook's alone (`quantize.` is our method)."""
-    return {key.replace("quantize.", "quantizer.", 1) if key.startswith("quantize.") else key: v for key, v in state.items()}
+    return {
+        key.replace("quantize.", "quantizer.", 1) if key.startswith("quantize.") else key: v for key, v in state.items()
+    }
 
 
 def image_to_unit(images: Tensor) -> Tensor:

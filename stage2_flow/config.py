@@ -2,8 +2,16 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 TimeSampling = Literal["uniform", "logit_normal"]
 
@@ -69,10 +77,13 @@ class SamplingConfig(BaseModel):
         None, description="null: euler, or with preset official its RK4 (3/8 rule), which is what rk4 means here"
     )
     steps: PositiveInt | None = Field(
-        None, description="solver steps from warm start to 1 (null: 10); with preset official the paper's count of "
-        "time points, of which (1 - warm_start) are used (null: 100)"
+        None,
+        description="solver steps from warm start to 1 (null: 10); with preset official the paper's count of "
+        "time points, of which (1 - warm_start) are used (null: 100)",
     )
-    warm_start: float = Field(0.0, ge=0, lt=1, description="start this part of the way from the previous frame's latent")
+    warm_start: float = Field(
+        0.0, ge=0, lt=1, description="start this part of the way from the previous frame's latent"
+    )
     past_horizon: int | None = Field(
         None, ge=2, description="the condition is drawn from the last so many frames; null: from all"
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.runtime.progress import say
+from pipelines.runtime.progress import warn
 
 Tensors = dict[str, Tensor]
 
@@ -44,7 +44,9 @@ class Checkpoint:
         try:
             return load_file(file, device=str(device))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: missing or damaged ({error}); remove {self.path} to go on from the one before") from None
+            raise UserError(
+                f"{file}: missing or damaged ({error}); remove {self.path} to go on from the one before"
+            ) from None
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").is_file()
@@ -66,7 +68,10 @@ class CheckpointFolder:
         temporary.mkdir()
         for name, tensors in files.items():
             # safetensors refuses tensors that share memory or lie strided; copies cost little beside the disk.
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                temporary / f"{name}.safetensors",
+            )
         content = {"step": step, "files": sorted(files), **state}
         (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
@@ -92,11 +97,11 @@ class CheckpointFolder:
             try:
                 state = json.loads((path / "state.json").read_text(encoding="utf-8"))
                 int(state["step"])
-                for name in state["files"]:
+                for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
                     _check_whole(path / f"{name}.safetensors")
                 return Checkpoint(path, state)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                say(f"warning: {path}: not a whole checkpoint ({error}); using the one before")
+                warn(f"{path}: not a whole checkpoint ({error}); using the one before")
         return None
 
     def _all(self) -> list[Path]:

@@ -31,7 +31,7 @@ class TrainingLog:
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():

@@ -66,10 +66,11 @@ def build_optimizers(
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in excluded]
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
-        optimizers = [
-            ConvolutionMuon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95),
-            torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused or None),
-        ]
+        optimizers = [ConvolutionMuon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)]
+        if rest:
+            optimizers.append(
+                torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused or None)
+            )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

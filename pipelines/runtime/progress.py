@@ -25,6 +25,11 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+def warn(message: str) -> None:
+    """Print one line on stderr, also when the run is quiet."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def progress(
     iterable: Iterable | None = None, *, total: int | None = None, initial: int = 0, description: str, unit: str
 ) -> tqdm:

@@ -1,9 +1,13 @@
 """The folder of a run: its resolved configuration, the environment it ran in, and resuming without contradiction."""
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from pipelines.runtime.progress import say
 # Settings that change how a training is watched or fed, not what it computes.
 COSMETIC = {
     "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_frames", "validation_pairs",
-    "pool_memory", "compile",
+    "compile",
 }  # fmt: skip
 
 
@@ -38,6 +42,31 @@ def write_run_files(config: RiverConfig, device: torch.device) -> None:
         "threads": torch.get_num_threads(),
     }
     (config.run_path / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def only_training_of(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for one training: a second one would mix its checkpoints and log with ours.
+
+    The kernel lets go of the lock when the process dies, however it dies.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder}: process {file.read().strip() or '?'} is training here; wait for it, stop it, or give this run "
+                "another name with --set dataset.name=..."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def training_identity(sections: dict[str, Any]) -> dict[str, Any]:

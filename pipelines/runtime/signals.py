@@ -5,8 +5,6 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-from pipelines.runtime.progress import say
-
 
 class StopRequest:
     """Context manager; inside it `signal_number` becomes non-zero when the run should save and stop."""
@@ -33,4 +31,5 @@ class StopRequest:
         if self.signal_number:
             os._exit(128 + number)
         self.signal_number = number
-        say(f"{signal.Signals(number).name}: saving after this step; once more leaves at once")
+        # Written past Python's buffers: the signal may have come in the middle of a print.
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more leaves at once\n".encode())

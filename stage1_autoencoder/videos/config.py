@@ -15,7 +15,9 @@ class ShapesConfig(BaseModel):
     frames: PositiveInt = Field(20, description="frames a video")
     min_objects: PositiveInt = Field(2, description="fewest shapes in a video")
     max_objects: PositiveInt = Field(3, description="most shapes in a video")
-    radius: PositiveFloat = Field(8.0, description="circumscribed radius of a shape, pixels at 64x64")
+    radius: PositiveFloat = Field(
+        8.0, description="radius of a disc and of all collisions, pixels at 64x64; other shapes have about its area"
+    )
     min_speed: float = Field(2.0, ge=0, description="least initial speed, pixels a frame at 64x64")
     max_speed: float = Field(3.0, ge=0, description="greatest initial speed, pixels a frame at 64x64")
 
@@ -60,7 +62,9 @@ class DatasetConfig(BaseModel):
                 case "videos" if not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: videos)")
                 case "kth" if not isinstance(value, str | int):
-                    raise ValueError(f"splits.{split}: {value!r} is not a range of persons such as '1-19' (source: kth)")
+                    raise ValueError(
+                        f"splits.{split}: {value!r} is not a range of persons such as '1-19' (source: kth)"
+                    )
         if self.source == "videos" and sum(float(v) for k, v in self.splits.items() if k != "train") >= 1:
             raise ValueError(f"splits {self.splits} leave nothing to train on")
         return self

@@ -35,7 +35,9 @@ class ShapesSource(VideoSource):
         stored_frames = (shapes.frames - 1) // dataset.frame_step + 1
         self.dataset = dataset
         self.radius = shapes.radius
-        scene = _draw_scenes(np.random.default_rng([dataset.split_seed, list(DEFAULT_SPLITS).index(split)]), count, dataset)
+        scene = _draw_scenes(
+            np.random.default_rng([dataset.split_seed, list(DEFAULT_SPLITS).index(split)]), count, dataset
+        )
         self.kind, self.colour, self.present = scene["kind"], scene["colour"], scene["present"]
         self.positions = _simulate(scene, shapes.frames, shapes.radius)
         recipe = f"{dataset.model_dump_json(include={'shapes', 'split_seed', 'image_size', 'frame_step'})} {split}"
@@ -70,7 +72,9 @@ class ShapesSource(VideoSource):
         radius = self.radius * scale
         # Each shape is drawn in a small patch around it; the canvas has a margin so that patches never leave it.
         side = 2 * int(np.ceil(radius * 1.3 + 1)) + 1
-        canvas = np.broadcast_to(BACKGROUND, (len(videos), self.dataset.image_size + 2 * side, self.dataset.image_size + 2 * side, 3)).copy()
+        canvas = np.broadcast_to(
+            BACKGROUND, (len(videos), self.dataset.image_size + 2 * side, self.dataset.image_size + 2 * side, 3)
+        ).copy()
         rows = np.arange(len(videos))[:, None, None]
         centres = self.positions[videos, frames * self.dataset.frame_step] * scale  # [n, objects, xy]
         for k in range(centres.shape[1]):

@@ -1,4 +1,4 @@
-"""The whole story at its smallest: a configuration that runs in seconds, one trained run to copy, and videos to feed."""
+"""The whole story at its smallest: a configuration that runs in seconds, one trained run to copy, and videos."""
 
 import contextlib
 import dataclasses
@@ -233,6 +233,18 @@ def send_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, 
         return method(*arguments, **options)
 
     monkeypatch.setattr(owner, name, wrapped)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    """Count the calls of a method, in the list's one number."""
+    method, calls = getattr(owner, name), [0]
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
 
 
 def moving_square(frames: int, seed: int, width: int = 48, height: int = 40) -> np.ndarray:

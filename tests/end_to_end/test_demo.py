@@ -178,9 +178,10 @@ def test_the_run_and_its_videos_are_enough_to_sample(trained, tmp_path: Path) ->
 
 def test_stage_two_needs_neither_pixels_nor_autoencoder(trained, tmp_path: Path, monkeypatch) -> None:
     place = trained.copy(tmp_path / "store_alone", "latents")
-    for target in ("pipelines.encode.open_splits", "pipelines.train_autoencoder.open_splits", "av.open"):
+    for target in ("stage1_autoencoder.videos.folders.open_folder", "av.open"):
         monkeypatch.setattr(target, lambda *_, **__: pytest.fail("stage 2 asked for pixels"))
-    monkeypatch.setattr("stage1_autoencoder.vqgan.VQGAN.__init__", lambda *_: pytest.fail("stage 2 built an autoencoder"))
+    build = "stage1_autoencoder.vqgan.VQGAN.__init__"
+    monkeypatch.setattr(build, lambda *_: pytest.fail("stage 2 built an autoencoder"))
     outcome = place.run("train-flow", sets=["dataset.source=videos", "dataset.splits={}"]).ok()
     assert "flow:" in outcome.out
     assert not (place.runs / "autoencoder").exists()
@@ -213,13 +214,15 @@ def test_inspect(copied, command) -> None:
     outcome = command(["inspect", str(copied.store)]).ok()
     for text in ("latents of tiny", "train  24 videos of 12 to 12 frames", "test   4 videos", "of 32 codes"):
         assert text in outcome.out
-    gif = copied.folder / "video.gif"
+    gif = copied.folder / "new" / "video.gif"
     outcome = copied.run("inspect", "--video", "val_00003", "--gif", str(gif)).ok()
     assert f"val_00003 of val decoded to {gif}" in outcome.out
     with Image.open(gif) as animation:
         assert animation.n_frames == 12
         assert animation.size == (32, 32)
     copied.run("inspect", "--video", "val_99", "--gif", str(gif)).refused(2, "no video 'val_99'")
+    copied.run("inspect", "--video", "val_00003").refused(2, "--video val_00003", "--gif val_00003.gif")
+    copied.run("inspect", "--gif", "video").refused(2, "must end in .gif")
     shutil.rmtree(copied.runs / "autoencoder")
     copied.run("inspect", "--gif", str(gif)).refused(2, "holds no checkpoint")
 

@@ -128,9 +128,9 @@ def test_half_precision_files_become_fp32(tmp_path):
         (lambda s: s.pop("encoder.conv_in.weight"), "missing: encoder.conv_in.weight"),
         (lambda s: s.pop("decoder.up.0.block.0.conv1.bias"), "missing: decoder.up.0.block.0.conv1.bias"),
         (lambda s: s.update({"encoder.extra": torch.zeros(1)}), "unexpected: encoder.extra"),
-        (lambda s: s.update({"quant_conv.weight": torch.zeros(6, 6, 1, 1)}), r"quant_conv.weight \[6, 6, 1, 1\] in place"),
+        (lambda s: s.update({"quant_conv.weight": torch.zeros(6, 6, 1, 1)}), r"quant_conv.weight \[6, 6, 1, 1\]"),
         (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32)}), "encoder.conv_in.weight has shape"),
-        (lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}), "40 channels, no multiple"),
+        (lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}), "40 channels, no"),
         (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}), "norm_groups 32"),
         (lambda s: s.update({"quantize.embedding.weight": torch.zeros(65537, 3)}), "codes"),
     ],
@@ -148,7 +148,7 @@ def test_the_custom_vqvae_is_refused_by_name(tmp_path, prefix):
     state = {f"{prefix}encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}
     state |= {f"{prefix}encoder.residuals.0.conv1.weight": torch.zeros(64, 32, 3, 3)}
     torch.save({"model": state}, tmp_path / "vqvae.pth")
-    with pytest.raises(OfficialFormatError, match="custom VQ-VAE.*not supported yet"):
+    with pytest.raises(OfficialFormatError, match=r"custom VQ-VAE.*not supported yet"):
         load_autoencoder(tmp_path / "vqvae.pth")
 
 

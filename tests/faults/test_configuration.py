@@ -1,0 +1,76 @@
+"""What a user can get wrong before anything is built: exit code 2, one message, nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(("override", "needed"), [
+    ("flow.training.stesp=3", ["flow.training.stesp", "unknown key", 'did you mean "steps"?']),
+    ("flwo.training.steps=3", ["flwo", "unknown key", 'did you mean "flow"?']),
+    ("flow.training.steps=-1", ["flow.training.steps", "-1"]),
+    ("flow.training.steps=many", ["flow.training.steps", "'many'"]),
+    ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'fp32' or 'bf16'"]),
+    ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos' or 'kth'"]),
+    ("dataset.image_size=36", ["dataset.image_size: 36 is not a multiple of 8"]),
+    ("autoencoder.model.norm_groups=5", ["autoencoder.model.norm_groups: 5 does not divide"]),
+    ("flow.model.heads=3", ["width 32 must be a multiple of heads 3"]),
+    ("dataset.splits={train: many}", ["splits.train", "'many' is not a number of videos"]),
+    ("dataset.shapes.radius=40", ["shapes of radius 40", "don't fit in the frame"]),
+    ("autoencoder.training.pool_memory=lots", ["pool_memory", "'lots' is not a size of memory"]),
+    ("sampling.past_horizon=1", ["sampling.past_horizon", "1"]),
+    ("flow.training.steps", ["--set flow.training.steps: expected key.path=value"]),
+    ("=3", ["expected key.path=value"]),
+    ("seed.deep=3", ["seed", "{'deep': 3}", "valid integer"]),
+    ("flow.training.steps=[1", ["the value is not YAML"]),
+])  # fmt: skip
+def test_wrong_settings(place, override: str, needed: list[str]) -> None:
+    place.run("demo", sets=[override]).refused(2, *needed)
+    assert sorted(path.name for path in place.folder.iterdir()) == ["tiny.yaml"]
+
+
+def test_wrong_value_in_the_file_names_the_file(place) -> None:
+    place.run("demo", "--dry-run")
+    config = place.folder / "tiny.yaml"
+    config.write_text(config.read_text().replace("batch_size: 4", "batch_sise: 4"))
+    place.run("demo").refused(2, str(config), "autoencoder.training.batch_sise", 'did you mean "batch_size"?')
+
+
+@pytest.mark.parametrize(("content", "needed"), [
+    (None, "no such config file"), ("a: [1", "not a YAML file"), ("- 1", "expected sections"), ("seed: 1", "dataset"),
+    ("base: missing.yaml", "missing.yaml: no such config file"), ("base: x.yaml", "leads back to itself"),
+])  # fmt: skip
+def test_wrong_config_file(command, tmp_path: Path, content: str | None, needed: str) -> None:
+    config = tmp_path / "x.yaml"
+    if content is not None:
+        config.write_text(content)
+    command(["train-flow", "--config", str(config)]).refused(2, needed)
+
+
+@pytest.mark.parametrize(("words", "needed"), [
+    (["trian-flow"], "invalid choice: 'trian-flow'"),
+    ([], "required: COMMAND"),
+    (["demo", "--fast"], "unrecognized arguments: --fast"),
+    (["sample", "--videos", "0"], "0 is not a positive number"),
+    (["predict"], "required: video"),
+    (["inspect"], "name a store"),
+])  # fmt: skip
+def test_wrong_words(command, words: list[str], needed: str) -> None:
+    command(words).refused(2, needed)
+
+
+@pytest.mark.parametrize(("device", "needed"), [
+    ("cuda:99", "CUDA devices; use --device cpu"), ("gpu", "allowed are auto, cpu, cuda"),
+])  # fmt: skip
+def test_device_that_is_not_there(place, command, device: str, needed: str) -> None:
+    words = place.arguments("demo")
+    words[words.index("--device") + 1] = device
+    command(words).refused(2, f"--device {device}", needed)
+
+
+def test_cuda_on_a_machine_without(place, command, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    words = place.arguments("demo")
+    words[words.index("--device") + 1] = "cuda"
+    command(words).refused(2, "--device cuda: this machine has 0 CUDA devices; use --device cpu")

@@ -1,0 +1,226 @@
+"""Checkpoints and stores that are damaged, or belong to something else: refused by name, with the way out."""
+
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import latent_cache
+from pipelines.runtime.checkpoints import CheckpointFolder
+
+OTHER_SEED = ["seed=1"]
+
+
+def edit_state(checkpoint: Path, change) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(("command", "change", "line"), [
+    ("train-flow", "flow.model.width=64", "flow.model.width: 32 -> 64"),
+    ("train-flow", "flow.training.learning_rate=5e-4", "flow.training.learning_rate: 0.001 -> 0.0005"),
+    ("sample", "flow.model.head=bn", "flow.model.head: ln -> bn"),
+    ("train-autoencoder", "autoencoder.model.channels=16", "autoencoder.model.channels: 8 -> 16"),
+    ("encode", "autoencoder.model.codes=64", "autoencoder.model.codes: 32 -> 64"),
+    ("encode", "dataset.shapes.max_speed=2.5", "dataset.shapes.max_speed: 3.0 -> 2.5"),
+])  # fmt: skip
+def test_checkpoint_of_another_configuration(trained, story: ModuleType, command: str, change: str, line: str) -> None:
+    before = story.stamps(trained.store, trained.runs)
+    trained.run(command, sets=[change]).refused(2, "was trained under another configuration", line, "--restart")
+    assert story.stamps(trained.store, trained.runs) == before
+
+
+def test_restart_sets_the_old_flow_aside(copied, trained, story: ModuleType) -> None:
+    outcome = copied.run("train-flow", "--restart", sets=["flow.model.width=64"]).ok()
+    (aside,) = copied.runs.glob("flow.*")
+    assert str(aside) in outcome.out
+    assert story.tree(aside) == story.tree(trained.runs / "flow")
+    assert "steps 0 to 8" in outcome.out
+    assert CheckpointFolder(copied.runs / "flow" / "checkpoints").latest().state["model"]["width"] == 64
+    # The way out is gone once, not each time.
+    assert "flow: done" in copied.run("sample", sets=["flow.model.width=64"]).ok().out
+    assert story.tree(copied.runs / "autoencoder") == story.tree(trained.runs / "autoencoder")
+
+
+def test_another_autoencoder(copied, trained, story: ModuleType) -> None:
+    """Trained anew with another seed: the store, and the flow on it, are of the old one, and both are refused."""
+    store = story.tree(copied.store)
+    copied.run("train-autoencoder", "--restart", sets=OTHER_SEED).ok()
+    was_encoded = f"{copied.store} was encoded by autoencoder "
+    copied.run("encode", sets=OTHER_SEED).refused(2, was_encoded, "encode --overwrite")
+    copied.run("train-flow", "--restart", sets=OTHER_SEED).refused(2, was_encoded)
+    copied.run("inspect", "--gif", str(copied.folder / "x.gif"), sets=OTHER_SEED).refused(2, "but", "is another")
+    assert story.tree(copied.store) == store
+
+    copied.run("encode", "--overwrite", sets=OTHER_SEED).ok()
+    assert story.tree(copied.store) != store
+    assert latent_cache.is_complete(copied.store)
+    copied.run("train-flow", sets=OTHER_SEED).ok()
+    copied.run("sample", sets=OTHER_SEED).ok()
+
+
+def test_flow_of_a_store_of_another_autoencoder(copied, story: ModuleType) -> None:
+    """The flow's seed is the same, so that only the store tells."""
+    change = ["autoencoder.training.learning_rate=2e-4"]
+    copied.run("train-autoencoder", "--restart", sets=change).ok()
+    copied.run("sample", sets=change).refused(2, "was encoded by autoencoder")
+    copied.run("encode", "--overwrite", sets=change).ok()
+    for command in ("train-flow", "sample", "evaluate"):
+        copied.run(command, sets=change).refused(
+            2, "was trained on another store", "autoencoder: ", "fingerprint: ", "train-flow --restart"
+        )
+    shutil.move(copied.store, copied.folder / "away.zarr")
+    copied.run("sample", sets=change).refused(2, "was trained on latents of autoencoder", "but", "is ")
+    shutil.move(copied.folder / "away.zarr", copied.store)
+    copied.run("train-flow", "--restart", sets=change).ok()
+    copied.run("sample", sets=change).ok()
+
+
+def test_store_with_other_preprocessing(copied, trained, story: ModuleType) -> None:
+    attributes = copied.store / "zarr.json"
+    content = json.loads(attributes.read_text())
+    content["attributes"]["preprocessing"]["frame_step"] = 2
+    attributes.write_text(json.dumps(content))
+    for command in ("encode", "train-flow"):
+        copied.run(command).refused(2, "other preprocessing", "frame_step: 2 in the store, 1 in the", "--overwrite")
+    copied.run("encode", "--overwrite").ok()
+    assert story.tree(copied.store) == story.tree(trained.store)
+    assert "flow: done" in copied.run("train-flow").ok().out
+
+
+def test_half_done_store_of_another_autoencoder(copied, story: ModuleType, monkeypatch) -> None:
+    from latent_cache import StoreWriter
+
+    shutil.rmtree(copied.store)
+    with monkeypatch.context() as patch:
+        story.send_at(patch, StoreWriter, "finish", 1)
+        patch.setattr(StoreWriter, "finish", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        copied.run("encode").refused(1, "No space left")
+    copied.run("train-autoencoder", "--restart", sets=OTHER_SEED).ok()
+    copied.run("encode", sets=OTHER_SEED).refused(2, "was written for something else", "sha256", "--overwrite")
+    copied.run("encode", "--overwrite", sets=OTHER_SEED).ok()
+    assert latent_cache.is_complete(copied.store)
+
+
+@pytest.mark.parametrize("what", ["flow", "autoencoder"])
+@pytest.mark.parametrize("damage", ["other sizes", "impossible sizes", "unknown size", "no model"])
+def test_edited_state(copied, what: str, damage: str) -> None:
+    def change(state: dict) -> None:
+        model = state["model"]
+        match damage:
+            case "other sizes":
+                model["width" if what == "flow" else "channels"] *= 2
+            case "impossible sizes":
+                model["heads" if what == "flow" else "norm_groups"] = 7
+            case "unknown size":
+                model["colour"] = 3
+            case "no model":
+                del state["model"]
+
+    checkpoint = copied.checkpoint(what)
+    edit_state(checkpoint, change)
+    copied.run("sample").refused(2, f"{checkpoint}: weights don't fit the sizes in state.json")
+
+
+@pytest.mark.parametrize("what", ["flow", "autoencoder"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "state", "no state"])
+def test_damaged_newest_checkpoint(copied, trained, story: ModuleType, what: str, damage: str) -> None:
+    """It is named, and training goes on from the one before to the same end."""
+    checkpoint = copied.checkpoint(what)
+    match damage:
+        case "truncated":
+            file = checkpoint / "optimizer.safetensors"
+            file.write_bytes(file.read_bytes()[:-100])
+        case "missing":
+            (checkpoint / "model.safetensors").unlink()
+        case "state":
+            (checkpoint / "state.json").write_text('{"step": ')
+        case "no state":
+            (checkpoint / "state.json").unlink()
+    outcome = copied.run(f"train-{what}").ok()
+    assert f"warning: {checkpoint}: not a whole checkpoint" in outcome.out
+    steps = {"flow": "steps 4 to 8", "autoencoder": "steps 3 to 6"}[what]
+    assert steps in outcome.out
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (copied.checkpoint(what) / file).read_bytes() == (trained.checkpoint(what) / file).read_bytes()
+    assert "done" in copied.run(f"train-{what}").ok().out
+
+
+def test_no_whole_checkpoint_at_all_begins_anew(copied, story: ModuleType) -> None:
+    for state in (copied.runs / "flow").rglob("state.json"):
+        state.unlink()
+    assert "steps 0 to 8" in copied.run("train-flow").ok().out
+    assert [record["step"] for record in story.read_log(copied, "flow")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "flipped"])
+def test_damaged_chunk(trained, tmp_path: Path, damage: str) -> None:
+    place = trained.copy(tmp_path / "damaged", "latents")
+    chunk = place.store / "train" / "latents" / "c" / "0" / "0" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    match damage:
+        case "truncated":
+            chunk.write_bytes(content[: len(content) // 2])
+        case "empty":
+            chunk.write_bytes(b"")
+        case "missing":
+            chunk.unlink()
+        case "flipped":
+            content[100] ^= 1
+            chunk.write_bytes(content)
+    place.run("train-flow").refused(2, str(place.store), "train/latents/c/0/0/0/0", "train_00000")
+    assert not (place.runs / "flow" / "checkpoints").exists()
+
+
+def test_store_that_is_none(place, command) -> None:
+    place.store.mkdir(parents=True)
+    (place.store / "holiday.jpg").write_bytes(b"x")
+    for words in (["encode"], ["train-flow"], ["encode", "--overwrite"]):
+        place.run(*words).refused(2, str(place.store))
+    assert (place.store / "holiday.jpg").read_bytes() == b"x"
+    assert "in the way" in place.run("encode", "--dry-run").ok().out
+    command(["inspect", str(place.folder / "none.zarr")]).refused(2, "none.zarr: there is no such path")
+    command(["inspect", str(place.store)]).refused(2, str(place.store))
+
+
+def test_run_without_its_config(copied) -> None:
+    (copied.runs / "config.yaml").unlink()
+    copied.run("sample").refused(2, f"{copied.runs}/config.yaml: missing")
+
+
+def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
+    """It stops the training with advice, and no checkpoint of it is kept."""
+    import pipelines.train_flow as module
+
+    place, loss, calls = trained.copy(tmp_path / "nan", "latents"), module.flow_matching_loss, [0]
+
+    def breaks(*arguments: object) -> object:
+        calls[0] += 1
+        return loss(*arguments) * (float("nan") if calls[0] >= 7 else 1)
+
+    monkeypatch.setattr(module, "flow_matching_loss", breaks)
+    sets = ["logging.every=10", "flow.training.checkpoint_every=2", "flow.training.steps=20"]
+    place.run("train-flow", sets=sets).refused(2, "the loss is nan at step 8", "flow.training.learning_rate")
+    assert place.checkpoint("flow").name == "step_00000006"
+
+
+def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:
+    import dataclasses
+
+    import pipelines.train_autoencoder as module
+
+    loss, calls = module.autoencoder_loss, [0]
+
+    def breaks(*arguments: object) -> object:
+        calls[0] += 1
+        terms = loss(*arguments)
+        return dataclasses.replace(terms, total=terms.total * (float("nan") if calls[0] >= 3 else 1))
+
+    monkeypatch.setattr(module, "autoencoder_loss", breaks)
+    sets = ["logging.every=10", "autoencoder.training.checkpoint_every=2"]
+    place.run("encode", sets=sets).refused(2, "the loss is not finite at step 4 (loss nan")
+    assert place.checkpoint("autoencoder").name == "step_00000002"
+    assert not place.store.exists()

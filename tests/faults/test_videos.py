@@ -1,0 +1,266 @@
+"""Videos that are missing, broken, too short or no videos: named, counted, and never in a store."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import latent_cache
+from pipelines.encode import StoreEncoder
+
+OWN = ("dataset.source=videos", "dataset.splits={val: 0.2, test: 0.2}")
+NAMES = ("a.mp4", "b.avi", "c", "d.mp4", "e.gif", "f.avi", "g", "h.mp4", "i.avi", "j")
+
+
+@pytest.fixture
+def own(place, story: ModuleType):
+    place = place.with_sets(*OWN)
+    story.write_videos(place.data, NAMES)
+    return place
+
+
+def stored(place) -> set[str]:
+    return {
+        video for split in latent_cache.splits(place.store) for video in latent_cache.open(place.store, split).video_ids
+    }
+
+
+def break_in_the_middle(place, file: Path) -> None:
+    """Let a video look whole to the index, and break when it is decoded."""
+    if file.is_dir():
+        frame = file / "frame9.png"
+        frame.write_bytes(frame.read_bytes()[:60])
+        return
+    # As a damaged header would: more frames are promised than there are.
+    place.run("data").ok()
+    index = place.data / ".river_index.json"
+    content = json.loads(index.read_text())
+    content["videos"][file.relative_to(place.data).as_posix()]["probe"]["frames"] += 3
+    index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("command", ["data", "demo", "train-autoencoder", "encode", "train-flow", "sample", "evaluate"])
+def test_missing_folder(place, command: str) -> None:
+    place = place.with_sets(*OWN)
+    place.run(command).refused(2, f"{place.data}: there is no such folder", "dataset.root")
+    assert not place.store.exists()
+
+
+@pytest.mark.parametrize(("files", "needed"), [
+    ([], "the folder is empty; expected"), (["notes.txt"], "no videos in it, only .txt"),
+    (["frame.png"], "pictures lie directly in it"),
+])  # fmt: skip
+def test_folder_without_videos(place, files: list[str], needed: str) -> None:
+    place = place.with_sets(*OWN)
+    place.data.mkdir(parents=True)
+    for name in files:
+        (place.data / name).write_bytes(b"x")
+    place.run("encode").refused(2, str(place.data), needed)
+
+
+def test_missing_kth(place) -> None:
+    place = place.with_sets("dataset.source=kth", "dataset.splits={}")
+    place.run("train-flow").refused(2, f"{place.data}: there is no such folder", "make data DATASET=kth")
+    place.run("data", "--mirror", str(place.folder / "nowhere")).refused(2, "nowhere: no such folder")
+
+
+def test_archives_that_are_none(place, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=kth", "dataset.splits={train: 1, val: 2, test: 3}")
+    mirror = place.folder / "mirror"
+    story.write_kth_mirror(mirror, persons=3)
+    good = (mirror / "jogging.zip").read_bytes()
+
+    (mirror / "jogging.zip").write_bytes(b"<!DOCTYPE html><html>404 Not Found</html>")
+    place.run("data", "--mirror", str(mirror)).refused(2, "jogging.zip: not a whole zip archive", "HTML")
+    (mirror / "jogging.zip").write_bytes(good[: len(good) // 2])
+    place.run("data", "--mirror", str(mirror)).refused(2, "jogging.zip: not a whole zip archive", "it was cut off")
+    flipped = bytearray(good)
+    flipped[len(good) // 3] ^= 0xFF
+    (mirror / "jogging.zip").write_bytes(flipped)
+    place.run("data", "--mirror", str(mirror)).refused(2, "jogging.zip: its entry", "damaged")
+    with zipfile.ZipFile(mirror / "jogging.zip", "w") as archive:
+        archive.writestr("../outside.avi", b"x")
+    place.run("data", "--mirror", str(mirror)).refused(2, "refused", "'../outside.avi' would land outside")
+    (mirror / "jogging.zip").unlink()
+    place.run("data", "--mirror", str(mirror)).refused(2, "lacks jogging.zip")
+
+    # Nothing of the bad ones was left behind, and what was good is not unpacked again.
+    assert not (place.data / "jogging").exists()
+    (mirror / "jogging.zip").write_bytes(good)
+    outcome = place.run("data", "--mirror", str(mirror)).ok()
+    assert "boxing: already unpacked" in outcome.out
+    assert "jogging: unpacked 3 files" in outcome.out
+
+
+def break_mp4(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def break_text(file: Path) -> None:
+    file.write_text("not a video")
+
+
+def break_frames(folder: Path) -> None:
+    (folder / "frame0.png").write_bytes(b"")
+
+
+BROKEN = [("d.mp4", break_mp4), ("f.avi", break_text), ("c", break_frames)]
+
+
+@pytest.mark.parametrize(("name", "damage"), BROKEN)
+def test_broken_video_among_good_ones(own, name: str, damage) -> None:
+    damage(own.data / name)
+    video = name.partition(".")[0]
+    outcome = own.run("encode").refused(3, "1 video(s) were skipped", f"\n  {video}: ")
+    assert f"skipped video {video}: " in outcome.out
+    assert latent_cache.is_complete(own.store)
+    assert stored(own) == {other.partition(".")[0] for other in NAMES} - {video}
+    own.run("train-flow").ok()
+
+
+def test_strict_stops_at_a_broken_video(own) -> None:
+    break_text(own.data / "f.avi")
+    for command in ("data", "train-autoencoder", "encode", "demo"):
+        outcome = own.run(command, "--strict")
+        assert outcome.code in (1, 2)
+        assert "video f: " in outcome.err
+        assert "--strict" in outcome.err
+        assert "Traceback" not in outcome.err
+    assert not own.store.exists()
+
+
+def test_no_video_can_be_used(place, story: ModuleType) -> None:
+    place = place.with_sets(*OWN)
+    story.write_videos(place.data, ["a.mp4", "b.avi"])
+    for name in ("a.mp4", "b.avi"):
+        break_text(place.data / name)
+    place.run("encode").refused(2, "none of its 2 videos can be used", "a ", "b ")
+
+
+FIRST_MIDDLE_LAST = ["train/a.mp4", "train/c", "train/e.avi", "val/f", "test/i"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST_MIDDLE_LAST)
+def test_video_that_breaks_in_the_middle(place, story: ModuleType, name: str) -> None:
+    """It is found out while encoding; the chunks are planned anew, and the store is as if it had never been there."""
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
+    names = [
+        "train/a.mp4",
+        "train/b",
+        "train/c",
+        "train/d.gif",
+        "train/e.avi",
+        "val/f",
+        "val/g.mp4",
+        "test/h.gif",
+        "test/i",
+    ]
+    story.write_videos(place.data, names)
+    break_in_the_middle(place, place.data / name)
+    video = Path(name).stem
+    place.run("encode").refused(3, "1 video(s) were skipped", f"\n  {video}: ")
+    assert stored(place) == {Path(other).stem for other in names} - {video}
+    for split in latent_cache.splits(place.store):
+        latent_cache.open(place.store, split).load()  # checks every chunk
+
+    clean = story.Place(place.folder.with_name("clean"), place.sets)
+    shutil.copytree(place.runs / "autoencoder", clean.runs / "autoencoder")
+    shutil.copytree(place.data, clean.data)
+    (clean.data / ".river_index.json").unlink()
+    shutil.rmtree(clean.data / name) if (clean.data / name).is_dir() else (clean.data / name).unlink()
+    clean.run("encode").ok()
+    assert story.tree(place.store) == story.tree(clean.store)
+
+
+def test_encode_goes_on_after_a_broken_video_was_met(place, story: ModuleType, monkeypatch) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
+    story.write_videos(place.data / "train", ["a", "b", "c", "d"])
+    break_in_the_middle(place, place.data / "train" / "b")
+    place.run("train-autoencoder")
+    with monkeypatch.context() as patch:
+        story.send_at(patch, StoreEncoder, "_encode_batch", 4)
+        place.run("encode").refused(143, "stopped")
+    place.run("encode").refused(3, "\n  b: ")
+    assert stored(place) == {"a", "c", "d"}
+    latent_cache.open(place.store, "train").load()
+
+
+def test_only_video_of_a_split_breaks_in_the_middle(place, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
+    story.write_videos(place.data / "train", ["a.mp4", "b.avi", "c"])
+    story.write_videos(place.data / "val", ["v"])
+    break_in_the_middle(place, place.data / "val" / "v")
+    place.run("encode").refused(3, "1 video(s) were skipped", "\n  v: ")
+    assert latent_cache.is_complete(place.store)
+    assert latent_cache.splits(place.store) == ["train"]
+    place.run("train-flow").ok()
+
+
+def test_every_training_video_breaks_in_the_middle(place, story: ModuleType) -> None:
+    place = place.with_sets(*OWN)
+    story.write_videos(place.data, ["a", "b", "c", "d"])
+    for frame in place.data.glob("*/frame*.png"):
+        if frame.name != "frame0.png":
+            frame.write_bytes(frame.read_bytes()[:60])
+    place.run("encode").refused(2, "none of", "could be decoded")
+    assert not place.store.exists()
+
+
+def test_videos_shorter_than_a_clip(own) -> None:
+    """12 to 14 frames: too short for 2 + 30, long enough for 2 + 11 in part."""
+    own.run("train-flow").ok()
+    for command in ("sample", "evaluate"):
+        outcome = own.run(command, sets=["evaluation.horizon=30"])
+        outcome.refused(2, "no video has the 2 + 30 frames", "have 12 to 14 frames", "lower evaluation.horizon")
+    assert not (own.runs / "evaluation.json").exists()
+
+
+def test_some_videos_shorter_than_a_clip(place, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={val: 0}")
+    story.write_videos(place.data / "train", ["a.mp4", "b.avi", "c"])
+    story.write_video(place.data / "test" / "long.mp4", story.moving_square(9, 1))
+    story.write_video(place.data / "test" / "short.mp4", story.moving_square(7, 2))
+    outcome = place.run("sample").ok()
+    assert "1 of 2 videos are shorter than the 8 frames of a clip and left out: short" in outcome.out
+    assert not (place.runs / "samples" / "short.gif").exists()
+
+
+def test_videos_too_short_to_train_the_flow(place, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={val: 0, test: 0}")
+    for number, name in enumerate(("a.mp4", "b.avi", "c")):
+        story.write_video(place.data / name, story.moving_square(2, number))
+    place.run("train-flow").refused(2, "3")
+    assert not (place.runs / "flow" / "checkpoints").exists()
+
+
+def test_predict_what_cannot_be_continued(copied, story: ModuleType) -> None:
+    folder = copied.folder
+    copied.run("predict", str(folder / "none.mp4")).refused(2, "none.mp4: there is no such video")
+    break_text(folder / "text.mp4")
+    copied.run("predict", str(folder / "text.mp4")).refused(2, "text.mp4")
+    (folder / "empty").mkdir()
+    copied.run("predict", str(folder / "empty")).refused(2, "empty")
+    story.write_video(folder / "one.mp4", story.moving_square(1, 1))
+    copied.run("predict", str(folder / "one.mp4")).refused(2, "1 frames", "evaluation.context", "is 2")
+    story.write_video(folder / "cut", story.moving_square(5, 1))
+    frame = folder / "cut" / "frame4.png"
+    frame.write_bytes(frame.read_bytes()[:60])
+    copied.run("predict", str(folder / "cut")).refused(2, "frame4.png")
+    assert not (copied.runs / "predictions").exists()
+
+
+def test_test_video_that_breaks_is_left_out_of_the_measure(place, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={val: 0}")
+    story.write_videos(place.data / "train", ["a.mp4", "b.avi", "c"])
+    story.write_videos(place.data / "test", ["good", "broken"])
+    place.run("train-flow").ok()
+    frame = place.data / "test" / "broken" / "frame3.png"
+    frame.write_bytes(frame.read_bytes()[:60])
+    for command in ("sample", "evaluate"):
+        place.run(command).refused(3, "1 video(s) were skipped", "\n  broken: frame3.png")
+    assert json.loads((place.runs / "evaluation.json").read_text())["protocol"]["clips"] == 1
+    place.run("evaluate", "--strict").refused(2, "broken", "--strict")

@@ -1,0 +1,195 @@
+"""Checkpoints: whole or not at all, and training that goes on from them as if nothing had been."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipelines.errors import UserError
+from pipelines.runtime import checkpoints as checkpoints_module
+from pipelines.runtime.checkpoints import CheckpointFolder
+
+
+def files(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "model": {"weight": torch.full((4, 3), value), "count": torch.tensor(7)},
+        "optimizer": {"0.1.step": torch.tensor(2.0), "0.1.exp_avg": torch.randn(5).bfloat16()},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", keep=2)
+
+
+def names(folder: CheckpointFolder) -> list[str]:
+    return sorted(path.name for path in folder.folder.iterdir())
+
+
+def test_what_is_saved_is_what_is_loaded(folder):
+    saved = files()
+    path = folder.save(50, saved, {"identity": {"seed": 0}, "fps": 12.5})
+    assert path.name == "step_00000050"
+    found = folder.latest()
+    assert (found.path, found.step) == (path, 50)
+    assert found.state["identity"] == {"seed": 0}
+    assert found.state["fps"] == 12.5
+    for name, tensors in saved.items():
+        loaded = found.tensors(name)
+        assert loaded.keys() == tensors.keys()
+        assert all(
+            loaded[key].dtype == tensors[key].dtype and torch.equal(loaded[key], tensors[key]) for key in tensors
+        )
+    assert found.has("model")
+    assert not found.has("ema")
+
+
+def test_no_pickle_is_written(folder):
+    path = folder.save(1, files(), {})
+    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors", ".safetensors"]
+
+
+def test_shared_and_strided_tensors_are_saved(folder):
+    weight = torch.randn(4, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    shared = torch.arange(6.0)
+    folder.save(1, {"model": {"a": weight, "b": shared, "c": shared, "d": shared[::2]}, "empty": {}}, {})
+    loaded = folder.latest().tensors("model")
+    assert torch.equal(loaded["a"], weight)
+    assert torch.equal(loaded["d"], shared[::2])
+    assert folder.latest().tensors("empty") == {}
+
+
+def test_old_checkpoints_are_removed_and_the_pointer_names_the_newest(folder):
+    assert folder.latest() is None
+    for step in (5, 10, 15):
+        folder.save(step, files(step), {})
+        assert (folder.folder / "latest").read_text() == f"step_{step:08d}"
+    assert names(folder) == ["latest", "step_00000010", "step_00000015"]
+    assert folder.latest().step == 15
+
+
+def test_saving_a_step_again_replaces_it(folder):
+    folder.save(5, files(1), {})
+    folder.save(5, files(2), {})
+    assert folder.latest().tensors("model")["weight"][0, 0] == 2
+    assert names(folder) == ["latest", "step_00000005"]
+
+
+@pytest.mark.parametrize("where", ["save_file", "flush", "rename"])
+def test_a_crash_while_saving_leaves_the_one_before(folder, monkeypatch, where):
+    folder.save(5, files(1), {})
+
+    def crash(*_):
+        raise KeyboardInterrupt("power cut")
+
+    with monkeypatch.context() as patch:
+        match where:
+            case "save_file":
+                patch.setattr(checkpoints_module, "save_file", crash)
+            case "flush":
+                patch.setattr(checkpoints_module, "_flush", crash)
+            case "rename":
+                patch.setattr(Path, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save(10, files(2), {})
+    assert folder.latest().step == 5
+    assert folder.latest().tensors("model")["weight"][0, 0] == 1
+    folder.save(15, files(3), {})  # and the next save clears up
+    assert names(folder) == ["latest", "step_00000005", "step_00000015"]
+
+
+def test_everything_is_flushed_before_it_is_renamed(folder, monkeypatch):
+    events = []
+    rename, flush = Path.rename, checkpoints_module._flush
+    monkeypatch.setattr(Path, "rename", lambda path, target: (events.append("rename"), rename(path, target))[1])
+    monkeypatch.setattr(checkpoints_module, "_flush", lambda path: (events.append(path.name), flush(path))[1])
+    folder.save(5, files(), {})
+    before = events[: events.index("rename")]
+    assert {"model.safetensors", "optimizer.safetensors", "state.json", ".step_00000005.tmp"} == set(before)
+    assert ".latest.tmp" in events[events.index("rename") :]
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: truncate(path / "model.safetensors", 100),
+        lambda path: truncate(path / "model.safetensors", -1),
+        lambda path: truncate(path / "model.safetensors", 20),
+        lambda path: truncate(path / "model.safetensors", 3),
+        lambda path: truncate(path / "model.safetensors", 0),
+        lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 400),
+        lambda path: (path / "model.safetensors").write_bytes((1000).to_bytes(8, "little") + b"\x00" * 2000),
+        lambda path: (path / "optimizer.safetensors").unlink(),
+        lambda path: (path / "state.json").unlink(),
+        lambda path: truncate(path / "state.json", 12),
+        lambda path: (path / "state.json").write_text("[]"),
+        lambda path: (path / "state.json").write_text("{}"),
+        lambda path: (path / "state.json").write_bytes(b"\xff\xfe"),
+    ],
+    ids=range(13),
+)
+def test_a_damaged_newest_one_is_named_and_passed_over(folder, damage, capsys):
+    folder.save(5, files(1), {})
+    damage(folder.save(10, files(2), {}))
+    found = folder.latest()
+    assert found.step == 5
+    output = capsys.readouterr().err
+    assert "step_00000010: not a whole checkpoint" in output
+    assert "using the one before" in output
+
+
+def test_checkpoints_that_do_not_list_their_files_are_taken(folder):
+    path = folder.save(5, files(), {})
+    (path / "state.json").write_text('{"step": 5}')
+    assert folder.latest().step == 5
+    (path / "model.safetensors").unlink()
+    assert folder.latest() is None
+
+
+def test_only_damaged_ones_are_none(folder):
+    (folder.save(5, files(), {}) / "state.json").unlink()
+    assert folder.latest() is None
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_training_that_goes_on_before_a_damaged_one_keeps_what_it_saves(tmp_path, keep):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (10, 20):
+        folder.save(step, files(step), {})
+    (tmp_path / "step_00000020" / "model.safetensors").unlink()
+    CheckpointFolder(tmp_path, keep).save(15, files(15), {})
+    assert folder.latest().step == 15
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000010", "step_00000015"][-keep:]
+
+
+def test_a_checkpoint_damaged_inside_says_what_to_remove(folder):
+    path = folder.save(5, files(), {})
+    found = folder.latest()
+    truncate(path / "model.safetensors", 40)
+    with pytest.raises(UserError, match=r"model.safetensors: missing or damaged.*remove .*step_00000005"):
+        found.tensors("model")
+    with pytest.raises(UserError, match=r"ema.safetensors: missing or damaged"):
+        found.tensors("ema")
+
+
+def test_the_size_check_agrees_with_the_library(tmp_path):
+    for number, tensors in enumerate([{}, {"a": torch.zeros(0)}, {"a": torch.zeros(3, 5), "b": torch.tensor(1)}]):
+        save_file(tensors, tmp_path / f"{number}.safetensors", metadata={"made": "here"} if number else None)
+        checkpoints_module._check_whole(tmp_path / f"{number}.safetensors")
+        with (tmp_path / f"{number}.safetensors").open("ab") as stream:
+            stream.write(b"x")
+        with pytest.raises(ValueError, match="bytes in place of"):
+            checkpoints_module._check_whole(tmp_path / f"{number}.safetensors")
+
+
+def test_the_state_is_json(folder):
+    path = folder.save(3, files(), {"identity": {"a": [1, None]}})
+    assert json.loads((path / "state.json").read_text()) == {
+        "step": 3, "files": ["model", "optimizer"], "identity": {"a": [1, None]},
+    }  # fmt: skip

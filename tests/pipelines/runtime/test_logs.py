@@ -1,0 +1,111 @@
+"""log.jsonl: one object a line, whatever happened before."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.config import parse_config
+from pipelines.runtime import logs
+from pipelines.runtime.logs import StepTimer, TrainingLog
+
+
+def config(**logging):
+    return parse_config({"dataset": {"name": "toy", "source": "shapes"}, "logging": logging}, "test")
+
+
+def write(folder, steps, resumed_step=0, **extra) -> None:
+    log = TrainingLog(folder, config(), "flow", resumed_step)
+    for step in steps:
+        log.write({"step": step, "loss": 1.0 / step, **extra})
+    log.close()
+
+
+def steps(folder) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_log_goes_on_after_the_resumed_step(tmp_path):
+    write(tmp_path, [10, 20, 30, 40])
+    write(tmp_path, [30, 40, 50], resumed_step=25)
+    assert steps(tmp_path) == [10, 20, 30, 40, 50]
+
+
+def test_the_resumed_step_itself_is_kept_once(tmp_path):
+    write(tmp_path, [10, 20, 30])
+    write(tmp_path, [30], resumed_step=20)
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_a_training_from_the_start_drops_all_lines(tmp_path):
+    write(tmp_path, [10, 20])
+    write(tmp_path, [5])
+    assert steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 30, "lo', b'{"loss": 2}\n', b"\x00\x00\x00", b"\xff\xfe\n", b"null\n", b"3\n"]
+)
+def test_damaged_lines_are_dropped(tmp_path, torn):
+    write(tmp_path, [10, 20])
+    with (tmp_path / "log.jsonl").open("ab") as stream:
+        stream.write(torn)
+    write(tmp_path, [30], resumed_step=20)
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_lines_are_on_disk_at_once(tmp_path):
+    log = TrainingLog(tmp_path / "made" / "for it", config(), "flow", 0)
+    log.write({"step": 1, "loss": 2.5})
+    assert json.loads((tmp_path / "made" / "for it" / "log.jsonl").read_text()) == {"step": 1, "loss": 2.5}
+    log.close()
+
+
+def test_numbers_that_are_not_finite_are_strings(tmp_path):
+    write(tmp_path, [1], a=float("nan"), b=float("-inf"), c=None, d="x")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": 1.0, "a": "nan", "b": "-inf", "c": None, "d": "x"}
+
+
+def test_wandb_is_not_imported_while_it_is_off(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from pipelines.config import parse_config; "
+        "from pipelines.runtime.logs import TrainingLog; "
+        "c = parse_config({'dataset': {'name': 'toy', 'source': 'shapes'}}, ''); "
+        f"TrainingLog(Path({str(tmp_path)!r}), c, 'flow', 0).close(); print('wandb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_wandb_gets_the_numbers_when_it_is_on(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((values, step))
+
+        def finish(self, exit_code=None):
+            calls.append("finished")
+
+    monkeypatch.setattr(logs, "_start_wandb", lambda *arguments: Run())
+    write(tmp_path, [4])
+    assert calls == [({"loss": 0.25}, 4), "finished"]
+
+
+def test_the_timer_counts_steps_since_its_last_reading(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: clock[0])
+    timer = StepTimer()
+    for _ in range(6):
+        timer.step()
+    clock[0] += 2.0
+    assert timer.rate() == 3.0
+    timer.step()
+    clock[0] += 0.5
+    assert timer.rate() == 2.0

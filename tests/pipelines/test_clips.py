@@ -1,0 +1,130 @@
+"""Which clips the protocol takes, and how they are read."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import clips as clips_module
+from pipelines.clips import Window, choose_windows, load_clips
+from pipelines.config import EvaluationConfig, parse_config
+from pipelines.errors import UserError
+from pipelines.runtime.session import Session
+from stage1_autoencoder.videos import open_source
+from stage1_autoencoder.videos.base import BrokenVideoError
+from stage1_autoencoder.videos.shapes import ShapesSource
+
+LENGTHS = [20, 9, 10, 35, 3, 12]
+
+
+def protocol(**options) -> EvaluationConfig:
+    return EvaluationConfig(**{"context": 4, "horizon": 6, **options})
+
+
+def test_first_takes_the_first_frames_of_each_video_that_is_long_enough():
+    windows = choose_windows(LENGTHS, protocol(window="first"), 100)
+    assert windows == [Window(0, 0), Window(2, 0), Window(3, 0), Window(5, 0)]
+    assert choose_windows(LENGTHS, protocol(window="first"), 2) == windows[:2]
+
+
+def test_random_windows_lie_in_their_videos_and_take_videos_in_turn():
+    windows = choose_windows(LENGTHS, protocol(window="random"), 400)
+    # Video 2 has exactly one window, so its turn comes once.
+    assert [window.video for window in windows[:7]] == [0, 2, 3, 5, 0, 3, 5]
+    assert all(0 <= window.start <= LENGTHS[window.video] - 10 for window in windows)
+    # Every legal window is drawn, and none twice.
+    assert sorted(Counter(windows).values()) == [1] * 41
+    assert set(windows) == {Window(v, s) for v in (0, 2, 3, 5) for s in range(LENGTHS[v] - 9)}
+
+
+def test_random_windows_are_a_function_of_the_seed_and_their_number():
+    few = choose_windows(LENGTHS, protocol(window="random"), 5)
+    assert choose_windows(LENGTHS, protocol(window="random"), 50)[:5] == few
+    assert choose_windows(LENGTHS, protocol(window="random", seed=1), 50)[:5] != few
+
+
+@pytest.mark.parametrize("window", ["first", "random"])
+def test_no_video_is_long_enough(window):
+    assert choose_windows([3, 9], protocol(window=window), 5) == []
+    assert choose_windows([], protocol(window=window), 5) == []
+
+
+def config(tmp_path, **evaluation):
+    return parse_config(
+        {
+            "paths": {"data": str(tmp_path)},
+            "dataset": {"name": "toy", "source": "shapes", "splits": {"test": 4}, "shapes": {"frames": 12}},
+            "evaluation": {"context": 2, "horizon": 5, **evaluation},
+        },
+        "test",
+    )
+
+
+@pytest.fixture
+def session() -> Session:
+    return Session(device=torch.device("cpu"))
+
+
+def test_clips_are_the_frames_of_the_videos(tmp_path, session):
+    settings = config(tmp_path)
+    clips = load_clips(settings, session, 3)
+    source = open_source(settings.dataset, tmp_path, "test")
+    assert [clip.name for clip in clips] == ["test_00000", "test_00001", "test_00002"]
+    assert [clip.key for clip in clips] == [0, 1, 2]
+    for number, clip in enumerate(clips):
+        assert clip.frames.shape == (7, 3, 64, 64)
+        pixels = ((clip.frames + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+        assert (pixels == source.read(number, range(7))).all()
+    assert not session.skipped
+
+
+def test_random_clips_are_named_by_their_start(tmp_path, session):
+    clips = load_clips(config(tmp_path, window="random", seed=2), session, 4)
+    starts = [int(clip.name.partition("@")[2] or 0) for clip in clips]
+    assert any(starts)
+    source = open_source(config(tmp_path).dataset, tmp_path, "test")
+    for number, (clip, start) in enumerate(zip(clips, starts, strict=True)):
+        expected = source.read(number, [start])[0].astype(np.float32) / 127.5 - 1
+        assert np.abs(clip.frames[0].movedim(0, -1).numpy() - expected).max() < 1e-6
+
+
+def test_too_long_a_protocol_says_which_lengths_there_are(tmp_path, session):
+    with pytest.raises(UserError, match=r"2 \+ 30 frames.*the 4 videos have 12 to 12 frames: lower evaluation.horizon"):
+        load_clips(config(tmp_path, horizon=30), session, 3)
+
+
+def test_short_videos_are_left_out_and_said(tmp_path, session, monkeypatch, capsys):
+    class Ragged(ShapesSource):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            object.__setattr__(self.videos[1], "frames", 3)
+
+    monkeypatch.setattr(clips_module, "open_source", lambda dataset, root, split: Ragged(dataset, split))
+    clips = load_clips(config(tmp_path), session, 10)
+    assert [clip.name for clip in clips] == ["test_00000", "test_00002", "test_00003"]
+    assert "1 of 4 videos are shorter than the 7 frames" in capsys.readouterr().out
+
+
+def break_videos(monkeypatch, broken: set[int]) -> None:
+    read = ShapesSource.read
+
+    def torn(self, index, positions=None):
+        if index in broken:
+            raise BrokenVideoError(self.videos[index].id, "torn")
+        return read(self, index, positions)
+
+    monkeypatch.setattr(ShapesSource, "read", torn)
+
+
+def test_broken_videos_are_skipped_and_others_keep_their_key(tmp_path, session, monkeypatch):
+    break_videos(monkeypatch, {1})
+    clips = load_clips(config(tmp_path), session, 4)
+    assert [(clip.name, clip.key) for clip in clips] == [("test_00000", 0), ("test_00002", 2), ("test_00003", 3)]
+    assert session.skipped == {"test_00001": "torn"}
+
+
+def test_only_broken_videos_are_an_error(tmp_path, session, monkeypatch):
+    break_videos(monkeypatch, {0, 1, 2, 3})
+    with pytest.raises(UserError, match="none of 4 videos can be decoded"):
+        load_clips(config(tmp_path), session, 4)
