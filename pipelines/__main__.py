@@ -117,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="river",
         description="Video prediction by latent flow matching, in two stages around a Zarr store of latents.",
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 done but videos were skipped, 130/143 stopped by a "
-        "signal after saving.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 done but videos were skipped, 130/143 stopped "
+        "by a signal after saving.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -80,8 +80,9 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
             f"the {len(lengths)} videos have {min(lengths)} to {max(lengths)} frames" if lengths else "it has no videos"
         )
         raise UserError(
-            f"split {evaluation.split} of {config.dataset.name}: no video has the {evaluation.context} + {evaluation.horizon} "
-            f"frames of evaluation.context + evaluation.horizon; {spread}: lower evaluation.horizon"
+            f"split {evaluation.split} of {config.dataset.name}: no video has the {evaluation.context} + "
+            f"{evaluation.horizon} frames of evaluation.context + evaluation.horizon; {spread}: "
+            "lower evaluation.horizon"
         )
     if short:
         say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip and left out: "

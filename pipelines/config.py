@@ -95,15 +95,15 @@ class RiverConfig(_Section):
         factor = self.autoencoder.model.downsampling
         if self.dataset.image_size % factor:
             raise ValueError(
-                f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling factor "
-                f"of autoencoder.model.channel_multipliers {list(self.autoencoder.model.channel_multipliers)}"
+                f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling "
+                f"factor of autoencoder.model.channel_multipliers {list(self.autoencoder.model.channel_multipliers)}"
             )
         model = self.autoencoder.model
         for multiplier in {1, *model.channel_multipliers}:
             if model.channels * multiplier % model.norm_groups:
                 raise ValueError(
-                    f"autoencoder.model.norm_groups: {model.norm_groups} does not divide the {model.channels * multiplier} "
-                    "channels of a level (channels x channel_multipliers)"
+                    f"autoencoder.model.norm_groups: {model.norm_groups} does not divide the "
+                    f"{model.channels * multiplier} channels of a level (channels x channel_multipliers)"
                 )
         try:
             parse_size(self.autoencoder.training.pool_memory)

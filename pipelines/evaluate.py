@@ -114,8 +114,8 @@ def format_table(result: dict[str, Any]) -> str:
     horizon = protocol["horizon"]
     columns = sorted({0, (horizon - 1) // 2, horizon - 1})
     lines = [
-        f"{protocol['dataset']}, {protocol['split']} split: {protocol['clips']} clips, {protocol['context']} frames given, "
-        f"{horizon} predicted, {protocol['samples']} sample(s) a clip, {protocol['description']}"
+        f"{protocol['dataset']}, {protocol['split']} split: {protocol['clips']} clips, {protocol['context']} frames "
+        f"given, {horizon} predicted, {protocol['samples']} sample(s) a clip, {protocol['description']}"
     ]
     for metric, (_, unit) in METRICS.items():
         digits = 2 if unit else 3

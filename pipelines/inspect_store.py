@@ -44,13 +44,12 @@ def inspect_store(
         lengths = cache.lengths
         say(
             f"  {split:<6} {len(cache.video_ids)} videos of {lengths.min()} to {lengths.max()} frames; latents "
-            f"{'x'.join(map(str, cache.latents.shape))} {cache.latents.dtype}, {chunks} chunks of {cache.latents.chunks[0]} "
-            f"frames, {cache.nbytes / 1e6:.1f} MB"
+            f"{'x'.join(map(str, cache.latents.shape))} {cache.latents.dtype}, {chunks} chunks of "
+            f"{cache.latents.chunks[0]} frames, {cache.nbytes / 1e6:.1f} MB"
             + (f"; {code_usage(cache.codes, metadata)}" if cache.codes is not None else "")
         )
-    say(
-        f"  per channel    mean {np.array2string(cache.mean, precision=3)}, std {np.array2string(cache.std, precision=3)}"
-    )
+    mean, std = (np.array2string(values, precision=3) for values in (cache.mean, cache.std))
+    say(f"  per channel    mean {mean}, std {std}")
     if gif is not None:
         save_video(config, session, store, video, gif)
 

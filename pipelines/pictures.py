@@ -93,7 +93,7 @@ def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) ->
     side = clips[0][1][0].video.shape[1]
     scale = max(1, round(SMALLEST_SIDE / side))
     tiles = []
-    for name, strips in clips:
+    for _, strips in clips:
         parts = []
         for strip in strips:
             frames = framed(strip, scale)

@@ -117,7 +117,8 @@ class VideoPredictor:
         """Continue videos.
 
         Args:
-            images: [b, n, 3, h, w] float in [-1, 1], n >= 1 context frames; sides the autoencoder can halve often enough.
+            images: [b, n, 3, h, w] float in [-1, 1], n >= 1 context frames; sides that `autoencoder.downsampling`
+                divides.
             num_frames: frames to predict.
             sampling: options that differ from the run's, such as {"steps": 20, "warm_start": 0.3}.
             keys: (video, sample) of each row, which decide its random draws; default (row, 0).

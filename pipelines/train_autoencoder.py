@@ -152,7 +152,7 @@ class AutoencoderTrainer:
         self.learning_rate = 0.0
 
     def train_step(self, step: int, frames: Any) -> dict[str, torch.Tensor]:
-        """One update from frames [b, h, w, 3] uint8; gives the loss terms as tensors, without waiting for the device."""
+        """One update from frames [b, h, w, 3] uint8; gives the loss terms without waiting for the device."""
         images = image_to_unit(torch.from_numpy(frames).to(self.device, non_blocking=True))
         images = images.contiguous(memory_format=image_memory_format(self.device))
         generator = step_generator(self.config.seed, step, self.device, "codes")

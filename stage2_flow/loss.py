@@ -42,8 +42,8 @@ def draw_flow(
         generator: where the numbers come from; they are made on its device, then moved to `device`.
         device: where the draws shall lie.
         dtype: a float type.
-        times: `uniform`: U[0, 1), the paper's; `logit_normal`: sigmoid(N(0, 1)), which spends more of the training where
-            noise and data are about equal (Esser et al. 2024, Eq. 19, with mean 0 and scale 1).
+        times: `uniform`: U[0, 1), the paper's; `logit_normal`: sigmoid(N(0, 1)), which spends more of the training
+            where noise and data are about equal (Esser et al. 2024, Eq. 19, with mean 0 and scale 1).
     """
     if times == "uniform":
         t = torch.rand(batch_shape[0], generator=generator, device=generator.device, dtype=dtype)

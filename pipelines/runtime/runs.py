@@ -60,8 +60,8 @@ def only_training_of(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"{folder}: process {file.read().strip() or '?'} is training here; wait for it, stop it, or give this run "
-                "another name with --set dataset.name=..."
+                f"{folder}: process {file.read().strip() or '?'} is training here; wait for it, stop it, or give "
+                "this run another name with --set dataset.name=..."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -104,7 +104,7 @@ def resumable_checkpoint(
         raise UserError(
             f"{found.path} was trained under another configuration:\n  "
             + "\n  ".join(changed)
-            + "\ngo back to the old values, train anew with --restart (the old run is set aside), or give the run another "
-            "name with --set dataset.name=..."
+            + "\ngo back to the old values, train anew with --restart (the old run is set aside), or give the run "
+            "another name with --set dataset.name=..."
         )
     return checkpoints, found

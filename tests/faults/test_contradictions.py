@@ -224,3 +224,14 @@ def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:
     place.run("encode", sets=sets).refused(2, "the loss is not finite at step 4 (loss nan")
     assert place.checkpoint("autoencoder").name == "step_00000002"
     assert not place.store.exists()
+
+
+@pytest.mark.parametrize("what", ["flow", "autoencoder"])
+def test_two_trainings_of_one_run(trained, tmp_path: Path, what: str) -> None:
+    from pipelines.runtime.runs import only_training_of
+
+    place = trained.copy(tmp_path / "two", "latents")
+    with only_training_of(place.runs / what):
+        place.run(f"train-{what}").refused(2, f"{place.runs / what}: process ", "is training here")
+    assert not (place.runs / what / "log.jsonl").exists()
+    place.run(f"train-{what}").ok()
