@@ -34,10 +34,11 @@ class Clip:
 
 
 def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
-    """Clips by the protocol: videos in turn, each once before any is taken again.
+    """Clips by the protocol.
 
-    With `window: first` a video gives its first frames, so it is taken once. With `random` its starts are drawn from
-    (seed, video) without repetition, uniformly over all that fit.
+    With `window: first` a video gives its first frames, so it is taken once, and fewer clips than videos are spread
+    evenly over the split. With `random` the videos come in a drawn order, each once before any is taken again, and a
+    video's starts are drawn from (seed, video) without repetition, uniformly over all that fit.
 
     Args:
         lengths: frames of the split's videos.
@@ -46,10 +47,11 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
     needed = evaluation.context + evaluation.horizon
     fitting = [i for i, length in enumerate(lengths) if length >= needed]
     if evaluation.window == "first":
-        return [Window(video, 0) for video in fitting[:wanted]]
+        spread = np.linspace(0, len(fitting) - 1, min(wanted, len(fitting))).round().astype(int)
+        return [Window(fitting[i], 0) for i in spread]
     starts = {
         video: np.random.default_rng([evaluation.seed, video]).permutation(lengths[video] - needed + 1)
-        for video in fitting
+        for video in np.random.default_rng(evaluation.seed).permutation(fitting).tolist()
     }
     rounds = max((len(order) for order in starts.values()), default=0)
     # Lazily, since long videos hold far more windows than are wanted.
@@ -88,8 +90,8 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
         say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip and left out: "
             f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}")  # fmt: skip
     clips = []
-    for number, window in enumerate(windows):
-        clip = _read_clip(source, window, needed, number, session)
+    for window in windows:
+        clip = _read_clip(source, window, needed, session)
         if clip is not None:
             clips.append(clip)
     if not clips:
@@ -99,7 +101,7 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
     return clips
 
 
-def _read_clip(source: VideoSource, window: Window, frames: int, number: int, session: Session) -> Clip | None:
+def _read_clip(source: VideoSource, window: Window, frames: int, session: Session) -> Clip | None:
     video = source.videos[window.video]
     try:
         pixels = source.read(window.video, range(window.start, window.start + frames))
@@ -107,4 +109,5 @@ def _read_clip(source: VideoSource, window: Window, frames: int, number: int, se
         session.skip(error.video_id, error.reason)
         return None
     name = video.id if window.start == 0 else f"{video.id}@{window.start}"
-    return Clip(name=name, key=number, frames=image_to_unit(torch.from_numpy(pixels)))
+    # The same clip has the same key, hence the same prediction, however many others are asked for.
+    return Clip(name=name, key=window.start << 32 | window.video, frames=image_to_unit(torch.from_numpy(pixels)))
