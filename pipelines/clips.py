@@ -73,6 +73,8 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
     """
     evaluation = config.evaluation
     source = open_source(config.dataset, config.data_root, evaluation.split)
+    for video in source.skipped:
+        session.skip(video.id, video.reason)
     lengths = [video.frames for video in source.videos]
     needed = evaluation.context + evaluation.horizon
     short = [video.id for video in source.videos if video.frames < needed]

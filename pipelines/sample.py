@@ -89,6 +89,7 @@ def write_samples(
 ) -> None:
     """Write contact sheet, overview and one GIF and MP4 a clip."""
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_former(folder)
     context = config.evaluation.context
     predicted = to_video(frames)
     truth = to_video(torch.stack([clip.frames for clip in clips]))
@@ -112,6 +113,17 @@ def write_samples(
         "sampling": config.sampling.model_dump(mode="json"),
     }
     (folder / "samples.json").write_text(json.dumps(protocol, indent=1), encoding="utf-8")
+
+
+def _remove_former(folder: Path) -> None:
+    """Remove the clips of the call before: beside newer ones nobody could tell which model made them."""
+    try:
+        names = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["clips"]
+    except (OSError, ValueError, KeyError):
+        return
+    for name in names:
+        for ending in ("gif", "mp4"):
+            (folder / f"{file_name(name)}.{ending}").unlink(missing_ok=True)
 
 
 def predict(config: RiverConfig, session: Session, video: Path, frames: int | None) -> Path:

@@ -96,15 +96,16 @@ def resumable_checkpoint(
         return checkpoints, None
     if restart:
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
+        with only_training_of(folder):
+            folder.rename(aside)
         say(f"{what}: --restart; the training before is kept in {aside}")
         return checkpoints, None
-    changed = differences(identity, found.state["identity"])
+    changed = differences(identity, found.state.get("identity", {}))
     if changed:
         raise UserError(
             f"{found.path} was trained under another configuration:\n  "
             + "\n  ".join(changed)
-            + "\ngo back to the old values, train anew with --restart (the old run is set aside), or give the run "
-            "another name with --set dataset.name=..."
+            + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), or give "
+            "the run another name with --set dataset.name=..."
         )
     return checkpoints, found

@@ -111,7 +111,7 @@ def test_flow_stopped_from_outside(with_store, story: ModuleType) -> None:
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, (out, err)
-    assert "SIGTERM: saving after this step" in out
+    assert "SIGTERM: saving after this step" in err
     assert "the same command goes on" in err
     assert "Traceback" not in err
     assert 4 <= int(halves.checkpoint("flow").name.removeprefix("step_")) < 200

@@ -141,7 +141,7 @@ def test_damaged_newest_checkpoint(copied, trained, story: ModuleType, what: str
         case "no state":
             (checkpoint / "state.json").unlink()
     outcome = copied.run(f"train-{what}").ok()
-    assert f"warning: {checkpoint}: not a whole checkpoint" in outcome.out
+    assert f"warning: {checkpoint}: not a whole checkpoint" in outcome.err
     steps = {"flow": "steps 4 to 8", "autoencoder": "steps 3 to 6"}[what]
     assert steps in outcome.out
     for file in ("model.safetensors", "optimizer.safetensors"):
