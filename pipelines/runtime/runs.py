@@ -105,7 +105,7 @@ def resumable_checkpoint(
         raise UserError(
             f"{found.path} was trained under another configuration:\n  "
             + "\n  ".join(changed)
-            + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), or give "
-            "the run another name with --set dataset.name=..."
+            + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), or "
+            "give the run another name with --set dataset.name=..."
         )
     return checkpoints, found
