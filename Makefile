@@ -13,7 +13,7 @@ BIN := .venv/bin
 RIVER = $(BIN)/python -m pipelines
 CONFIG = --config configs/$(DATASET).yaml
 # The data set of the last target that named one is the next one's default.
-remember = $(if $(filter command line environment,$(origin DATASET)),@echo $(DATASET) > .last_dataset)
+remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
 .PHONY: help setup demo test lint data train-autoencoder encode train-flow sample predict evaluate inspect
 

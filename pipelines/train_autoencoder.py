@@ -16,7 +16,7 @@ from pipelines.prepare import open_videos
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_optimizers, unpack_optimizers
 from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
-from pipelines.runtime.progress import progress, say
+from pipelines.runtime.progress import duration, progress, say
 from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session, image_memory_format
 from pipelines.runtime.signals import StopRequest
@@ -105,7 +105,8 @@ def _loop(
             done = step + 1
             last = done == training.steps
             saves = done % training.checkpoint_every == 0 or last or bool(stop)
-            logs = done % config.logging.every == 0 or last
+            validates = validation_images is not None and (done % training.validate_every == 0 or last)
+            logs = done % config.logging.every == 0 or validates or last
             # The only places where the host waits for the device. What is saved was looked at first.
             if (logs or saves) and not all(map(torch.isfinite, losses.values())):
                 terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
@@ -115,8 +116,11 @@ def _loop(
                 )
             if logs:
                 record = {"step": done, **{name: value.item() for name, value in losses.items()}}
-                record |= {"learning_rate": trainer.learning_rate, "steps_per_second": timer.rate()}
-                if validation_images is not None and (done % training.validate_every == 0 or last):
+                rate = timer.rate()
+                record |= {"learning_rate": trainer.learning_rate, "steps_per_second": rate}
+                if done - first_step <= config.logging.every:
+                    say(f"autoencoder: {rate:.2f} steps/s, about {duration((training.steps - done) / rate)} to go")
+                if validates:
                     record |= trainer.validate(validation_images)
                     say(f"autoencoder: step {done}: validation PSNR {record['validation_psnr']:.2f} dB, "
                         f"{record['validation_codes']} codes in use")  # fmt: skip

@@ -15,7 +15,7 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_optimizers, unpack_optimizers
 from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
-from pipelines.runtime.progress import progress, say
+from pipelines.runtime.progress import duration, progress, say
 from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session
 from pipelines.runtime.signals import StopRequest
@@ -113,7 +113,8 @@ def _loop(
             done = step + 1
             last = done == training.steps
             saves = done % training.checkpoint_every == 0 or last or bool(stop)
-            logs = done % config.logging.every == 0 or last
+            validates = validation is not None and (done % training.validate_every == 0 or last)
+            logs = done % config.logging.every == 0 or validates or last
             # The only places where the host waits for the device. What is saved was looked at first.
             if (logs or saves) and not torch.isfinite(loss):
                 raise UserError(
@@ -124,7 +125,9 @@ def _loop(
                 record = {"step": done, "loss": loss.item(), "learning_rate": trainer.learning_rate}
                 rate = timer.rate()
                 record |= {"steps_per_second": rate, "samples_per_second": rate * training.batch_size}
-                if validation is not None and (done % training.validate_every == 0 or last):
+                if done - first_step <= config.logging.every:
+                    say(f"flow: {rate:.2f} steps/s, about {duration((training.steps - done) / rate)} to go")
+                if validates:
                     record["validation_loss"] = trainer.validate(validation)
                     say(f"flow: step {done}: validation loss {record['validation_loss']:.4f}")
                 log.write(record)

@@ -25,6 +25,14 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+def duration(seconds: float) -> str:
+    """A span of time as people say it: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def warn(message: str) -> None:
     """Print one line on stderr, also when the run is quiet."""
     tqdm.write(f"warning: {message}", file=sys.stderr)

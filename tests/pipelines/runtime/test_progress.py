@@ -1,0 +1,25 @@
+"""What people are told."""
+
+import pytest
+
+from pipelines.runtime.progress import duration, say, set_quiet, warn
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (5400, "1.5 h"), (180_000, "2.1 days")],
+)
+def test_durations_are_said_in_a_fitting_unit(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_quiet_silences_what_is_said_but_no_warning(capsys):
+    set_quiet(True)
+    try:
+        say("hidden")
+        warn("seen")
+    finally:
+        set_quiet(False)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "warning: seen\n"
