@@ -21,6 +21,7 @@ from pipelines.runtime.runs import only_training_of, resumable_checkpoint, train
 from pipelines.runtime.session import Session, image_memory_format
 from pipelines.runtime.signals import StopRequest
 from pipelines.sizes import parse_size
+from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.config import AutoencoderModelConfig
 from stage1_autoencoder.frames import FramePool
 from stage1_autoencoder.training import CodebookCare, autoencoder_loss, learning_rate_factor
@@ -158,6 +159,9 @@ class AutoencoderTrainer:
     def train_step(self, step: int, frames: Any) -> dict[str, torch.Tensor]:
         """One update from frames [b, h, w, 3] uint8; gives the loss terms without waiting for the device."""
         images = image_to_unit(torch.from_numpy(frames).to(self.device, non_blocking=True))
+        if self.training.jitter or self.training.flip:
+            draws = step_generator(self.config.seed, step, self.device, "augmentation")
+            images = augment(images, jitter=self.training.jitter, flip=self.training.flip, generator=draws)
         images = images.contiguous(memory_format=image_memory_format(self.device))
         generator = step_generator(self.config.seed, step, self.device, "codes")
         torch.manual_seed(step_generator(self.config.seed, step, stream="dropout").initial_seed())

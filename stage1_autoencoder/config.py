@@ -57,6 +57,10 @@ class AutoencoderTrainingConfig(BaseModel):
     l2_weight: NonNegativeFloat = Field(0.0, description="weight of the mean squared error; helps short trainings")
     codebook_weight: NonNegativeFloat = 1.0
     commitment: NonNegativeFloat = Field(0.25, description="beta, on the commitment term")
+    jitter: float = Field(
+        0.0, ge=0, lt=1, description="brightness and contrast of training images vary by up to this share"
+    )
+    flip: bool = Field(False, description="mirror half of the training images left to right")
     restart_every: NonNegativeInt = Field(
         100, description="every so many steps unused codes move to encoder outputs of the batch; 0: never"
     )
