@@ -7,8 +7,8 @@ from torch import Tensor
 def augment(images: Tensor, *, jitter: float, flip: bool, generator: torch.Generator) -> Tensor:
     """Mirror images and change their brightness and contrast, each image by draws of its own.
 
-    Brightness multiplies pixels in [0, 1] by U[1 - jitter, 1 + jitter]; contrast does the same to their distance from the
-    image's mean. Pixels that leave the range are clamped.
+    Brightness multiplies pixels in [0, 1] by U[1 - jitter, 1 + jitter]; contrast does the same to their distance from
+    the image's mean. Pixels that leave the range are clamped.
 
     Args:
         images: [b, 3, h, w] in [-1, 1].
