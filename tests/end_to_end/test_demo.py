@@ -38,7 +38,7 @@ def test_run_files(trained) -> None:
 
 
 @pytest.mark.parametrize(("what", "steps", "keys"), [
-    ("autoencoder", [2, 4, 6], {"l1", "l2", "codebook"}),
+    ("autoencoder", [2, 3, 4, 6], {"l1", "l2", "codebook"}),  # step 3 is validated
     ("flow", [2, 4, 6, 8], {"samples_per_second"}),
 ])  # fmt: skip
 def test_log(trained, story: ModuleType, what: str, steps: list[int], keys: set[str]) -> None:

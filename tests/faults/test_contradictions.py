@@ -203,6 +203,7 @@ def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "flow_matching_loss", breaks)
     sets = ["logging.every=10", "flow.training.checkpoint_every=2", "flow.training.steps=20"]
+    sets.append("flow.training.validate_every=100")  # validating looks at the loss too
     place.run("train-flow", sets=sets).refused(2, "the loss is nan at step 8", "flow.training.learning_rate")
     assert place.checkpoint("flow").name == "step_00000006"
 
@@ -221,6 +222,7 @@ def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "autoencoder_loss", breaks)
     sets = ["logging.every=10", "autoencoder.training.checkpoint_every=2"]
+    sets.append("autoencoder.training.validate_every=100")
     place.run("encode", sets=sets).refused(2, "the loss is not finite at step 4 (loss nan")
     assert place.checkpoint("autoencoder").name == "step_00000002"
     assert not place.store.exists()
