@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from pipelines.errors import UserError
 from pipelines.sizes import parse_size
@@ -41,7 +41,7 @@ class CacheConfig(_Section):
     residency: Literal["auto", "device", "host"] = Field(
         "auto", description="where stage 2 holds the latents: on the training device, or in host memory"
     )
-    dtype: Literal["float16"] = "float16"
+    dtype: Literal["float16", "float32"] = "float16"
     chunk_frames: PositiveInt | None = Field(None, description="frames a chunk; null: about 8 MiB")
     codes: bool = Field(True, description="store the nearest codes beside the latents")
     batch_frames: PositiveInt = Field(64, description="frames encoded at once")
@@ -75,6 +75,12 @@ class LoggingConfig(_Section):
         "off", description="online is the only one that uses the network"
     )
     wandb_project: str = "river"
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_has_its_own_mind_about_off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false; true and false are understood as well.
+        return {True: "offline", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class RiverConfig(_Section):

@@ -225,7 +225,7 @@ class StoreEncoder:
             split=split,
             videos=len(rows),
             frames=plan.frames,
-            megabytes=plan.frames * np.prod(self.latent_shape) * 2 / 1e6,
+            megabytes=plan.frames * np.prod(self.latent_shape) * np.dtype(self.config.cache.dtype).itemsize / 1e6,
             frames_per_second=encoded / max(time.perf_counter() - started, 1e-9),
             codes_used=int(used.sum()),
             codes=len(used),

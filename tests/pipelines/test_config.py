@@ -227,3 +227,10 @@ def test_fingerprints_are_equal_exactly_when_settings_are(write):
 def test_differences_are_told_by_key():
     old, new = {"a": {"b": 1, "c": 2}, "d": None}, {"a": {"b": 1, "c": 3}, "e": 4}
     assert differences(new, old) == ["a.c: 2 -> 3", "e: None -> 4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"), [("off", "off"), ("false", "off"), ("true", "offline"), ("offline", "offline"), ("online", "online")]
+)
+def test_wandb_modes_survive_yaml(text, mode):
+    assert load_config(CONFIGS / "shapes.yaml", [f"logging.wandb={text}"]).logging.wandb == mode
