@@ -230,7 +230,8 @@ def test_differences_are_told_by_key():
 
 
 @pytest.mark.parametrize(
-    ("text", "mode"), [("off", "off"), ("false", "off"), ("true", "offline"), ("offline", "offline"), ("online", "online")]
+    ("text", "mode"),
+    [("off", "off"), ("false", "off"), ("true", "offline"), ("offline", "offline"), ("online", "online")],
 )
 def test_wandb_modes_survive_yaml(text, mode):
     assert load_config(CONFIGS / "shapes.yaml", [f"logging.wandb={text}"]).logging.wandb == mode
