@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from latent_cache import step_generator
 from pipelines.config import RiverConfig
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.metrics import psnr
 from pipelines.prepare import open_videos
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_optimizers, unpack_optimizers
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.learner import Learner
 from pipelines.runtime.logs import StepTimer, TrainingLog
-from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
 from pipelines.runtime.progress import duration, progress, say
 from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session, image_memory_format
@@ -118,7 +117,7 @@ def _loop(
             if logs:
                 record = {"step": done, **{name: value.item() for name, value in losses.items()}}
                 rate = timer.rate()
-                record |= {"learning_rate": trainer.learning_rate, "steps_per_second": rate}
+                record |= {"learning_rate": trainer.learner.learning_rate, "steps_per_second": rate}
                 if done - first_step <= config.logging.every:
                     say(f"autoencoder: {rate:.2f} steps/s, about {duration((training.steps - done) / rate)} to go")
                 if validates:
@@ -136,25 +135,14 @@ def _loop(
 
 
 class AutoencoderTrainer:
-    """Model, average, codebook care and optimizers; one call a step."""
+    """Model and codebook care; one call a step."""
 
     def __init__(self, config: RiverConfig, device: torch.device) -> None:
         self.config, self.training, self.device = config, config.autoencoder.training, device
         torch.manual_seed(config.seed)
         self.model = VQGAN(config.autoencoder.model).to(device, memory_format=image_memory_format(device))
         self.care = CodebookCare(self.model, self.training.restart_every)
-        self.optimizers = build_optimizers(
-            self.model,
-            name=self.training.optimizer,
-            learning_rate=self.training.learning_rate,
-            muon_learning_rate=self.training.muon_learning_rate,
-            betas=self.training.betas,
-            weight_decay=self.training.weight_decay,
-            never_matrices=self.model.boundary_parameters(),
-        )
-        decay = self.training.ema_decay
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
-        self.learning_rate = 0.0
+        self.learner = Learner(self.model, self.training, self.model.boundary_parameters())
 
     def train_step(self, step: int, frames: Any) -> dict[str, torch.Tensor]:
         """One update from frames [b, h, w, 3] uint8; gives the loss terms without waiting for the device."""
@@ -169,21 +157,12 @@ class AutoencoderTrainer:
         if step == 0:
             with torch.no_grad():
                 self.care.start(self.model.encode(images), generator)
-        factor = learning_rate_factor(step, warmup=self.training.warmup_steps, total=self.training.steps)
-        set_learning_rate(self.optimizers, factor)
-        self.learning_rate = self.training.learning_rate * factor
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
             output = self.model(images)
         loss = autoencoder_loss(output, images, self.training)
-        loss.total.backward()
-        if self.training.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        factor = learning_rate_factor(step, warmup=self.training.warmup_steps, total=self.training.steps)
+        self.learner.update(loss.total, factor)
         self.care.after_step(step, output, generator)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
         return {
             "loss": loss.total.detach(),
             "l1": loss.l1.detach(),
@@ -194,8 +173,7 @@ class AutoencoderTrainer:
     @torch.no_grad()
     def validate(self, images: torch.Tensor) -> dict[str, float]:
         """PSNR of reconstructions of images [n, 3, h, w] in [-1, 1], and how many codes they use."""
-        model = self.model if self.average is None else self.average.module
-        model.eval()
+        model = self.learner.best_model.eval()
         values, codes = [], []
         for part in images.split(32):
             latents = model.encode(part.to(self.device))
@@ -209,27 +187,15 @@ class AutoencoderTrainer:
 
     def files(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything that resuming needs, and everything that using the autoencoder needs."""
-        files = {
-            "model": self.model.state_dict(),
-            "optimizer": pack_optimizers(self.optimizers),
-            "codebook": self.care.state(),
-        }
-        if self.average is not None:
-            files["ema"] = self.average.module.state_dict()
-            files["average"] = {"n_averaged": self.average.n_averaged}
-        return files
+        return self.learner.files() | {"codebook": self.care.state()}
 
     def model_state(self) -> dict[str, Any]:
         return self.config.autoencoder.model.model_dump(mode="json")
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration."""
-        self.model.load_state_dict(checkpoint.tensors("model", self.device))
-        unpack_optimizers(self.optimizers, checkpoint.tensors("optimizer", self.device))
+        self.learner.load(checkpoint, self.device)
         self.care.load_state(checkpoint.tensors("codebook", self.device))
-        if self.average is not None:
-            self.average.module.load_state_dict(checkpoint.tensors("ema", self.device))
-            self.average.n_averaged.copy_(checkpoint.tensors("average", self.device)["n_averaged"])
 
 
 def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> VQGAN:

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import latent_cache
 from latent_cache import LatentCache, ResidentSampler, step_generator
 from pipelines.config import RiverConfig, differences
 from pipelines.encode import ensure_store
 from pipelines.errors import StoppedBySignal, UserError
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, pack_optimizers, unpack_optimizers
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.learner import Learner
 from pipelines.runtime.logs import StepTimer, TrainingLog
-from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
 from pipelines.runtime.progress import duration, progress, say
 from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session
@@ -122,7 +121,7 @@ def _loop(
                     "flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32"
                 )
             if logs:
-                record = {"step": done, "loss": loss.item(), "learning_rate": trainer.learning_rate}
+                record = {"step": done, "loss": loss.item(), "learning_rate": trainer.learner.learning_rate}
                 rate = timer.rate()
                 record |= {"steps_per_second": rate, "samples_per_second": rate * training.batch_size}
                 if done - first_step <= config.logging.every:
@@ -141,7 +140,7 @@ def _loop(
 
 
 class FlowTrainer:
-    """Vector field, average and optimizers; one call a step."""
+    """Vector field and standardization; one call a step."""
 
     def __init__(self, config: RiverConfig, device: torch.device, cache: LatentCache) -> None:
         self.config, self.training, self.device = config, config.flow.training, device
@@ -153,18 +152,7 @@ class FlowTrainer:
         torch.manual_seed(config.seed)
         self.model = VectorField(config.flow.model, channels).to(device)
         self.field = torch.compile(self.model) if self.training.compile else self.model
-        self.optimizers = build_optimizers(
-            self.model,
-            name=self.training.optimizer,
-            learning_rate=self.training.learning_rate,
-            muon_learning_rate=self.training.muon_learning_rate,
-            betas=self.training.betas,
-            weight_decay=self.training.weight_decay,
-            never_matrices=self.model.boundary_parameters(),
-        )
-        decay = self.training.ema_decay
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
-        self.learning_rate = 0.0
+        self.learner = Learner(self.model, self.training, self.model.boundary_parameters())
 
     def train_step(self, step: int, sampler: ResidentSampler) -> torch.Tensor:
         """One update; gives the loss as a tensor, without waiting for the device."""
@@ -173,32 +161,23 @@ class FlowTrainer:
         generator = step_generator(seed, step, self.device, "flow")
         draws = draw_flow(batch.target.shape, generator, self.device, times=training.time_sampling)
         torch.manual_seed(step_generator(seed, step, stream="dropout").initial_seed())
-        self.learning_rate = learning_rate(
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            loss = flow_matching_loss(self.field, batch, draws)
+        rate = learning_rate(
             step,
             base=training.learning_rate,
             final=training.final_learning_rate,
             warmup=training.warmup_steps,
             total=training.steps,
         )
-        set_learning_rate(self.optimizers, self.learning_rate / training.learning_rate)
-        self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-            loss = flow_matching_loss(self.field, batch, draws)
-        loss.backward()
-        if training.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        self.learner.update(loss, rate / training.learning_rate)
         return loss.detach()
 
     @torch.no_grad()
     def validate(self, sampler: ResidentSampler) -> float:
         """Loss on fixed pairs, times and noise of the validation split: comparable over the whole training."""
-        model = self.model if self.average is None else self.average.module
-        model.eval()
+        model = self.learner.best_model.eval()
         batch = self._standardized(sampler.batch(0))
         draws = draw_flow(
             batch.target.shape, step_generator(self.config.seed, 0, self.device, "validation"), self.device
@@ -207,19 +186,11 @@ class FlowTrainer:
 
     def files(self) -> dict[str, dict[str, torch.Tensor]]:
         """Everything that resuming needs, and everything that sampling needs."""
-        files = {"model": self.model.state_dict(), "optimizer": pack_optimizers(self.optimizers)}
-        if self.average is not None:
-            files["ema"] = self.average.module.state_dict()
-            files["average"] = {"n_averaged": self.average.n_averaged}
-        return files
+        return self.learner.files()
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration."""
-        self.model.load_state_dict(checkpoint.tensors("model", self.device))
-        unpack_optimizers(self.optimizers, checkpoint.tensors("optimizer", self.device))
-        if self.average is not None:
-            self.average.module.load_state_dict(checkpoint.tensors("ema", self.device))
-            self.average.n_averaged.copy_(checkpoint.tensors("average", self.device)["n_averaged"])
+        self.learner.load(checkpoint, self.device)
 
     def _standardized(self, batch: latent_cache.FlowBatch) -> latent_cache.FlowBatch:
         return latent_cache.FlowBatch(
