@@ -1,6 +1,7 @@
 """The Python API: predict videos from images or latents with a trained run."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,8 @@ class VideoPredictor:
                 if condition_indices is None
                 else condition_indices.to(self.device),
             )
-            with progress(total=num_frames, description="predict", unit="frame") as bar:
-                bar.disable = bar.disable or not verbose
+            bar = progress(total=num_frames, description="predict", unit="frame") if verbose else None
+            with nullcontext() if bar is None else bar:
                 final = generate_latents(
                     self.vector_field,
                     self.standardization.to_final(context),
@@ -201,7 +202,7 @@ class VideoPredictor:
                     plan,
                     draws,
                     past_horizon=options.past_horizon,
-                    on_frame=lambda _: bar.update(),
+                    on_frame=None if bar is None else lambda _: bar.update(),
                 )
         except ValueError as error:
             raise UserError(str(error)) from None
