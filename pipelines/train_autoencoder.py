@@ -204,7 +204,7 @@ def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> VQ
     try:
         model = VQGAN(AutoencoderModelConfig.model_validate(checkpoint.state["model"]))
         model.load_state_dict(checkpoint.tensors(name))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
     return model.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)
 

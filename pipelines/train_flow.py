@@ -213,7 +213,7 @@ def load_trained_field(checkpoint: Checkpoint, device: torch.device) -> VectorFi
         sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
         field = VectorField(sizes, checkpoint.state["latent_shape"][0])
         field.load_state_dict(checkpoint.tensors("ema" if checkpoint.has("ema") else "model"))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
     return field.to(device).eval().requires_grad_(False)
 

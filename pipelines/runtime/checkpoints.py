@@ -99,13 +99,27 @@ class CheckpointFolder:
                 int(state["step"])
                 for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
                     _check_whole(path / f"{name}.safetensors")
-                return Checkpoint(path, state)
+                return Checkpoint(path, _State(state, path))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 warn(f"{path}: not a whole checkpoint ({error}); using the one before")
         return None
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []
+
+
+class _State(dict):
+    """The content of `state.json`; asking for what it lacks is the user's to know, since only an edit removes keys."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(
+            f"{self.path}/state.json lacks {key!r}: it was edited or written by another version; remove {self.path} to "
+            "go on from the checkpoint before, or train anew with --restart"
+        )
 
 
 def _check_whole(file: Path) -> None:

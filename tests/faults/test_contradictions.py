@@ -122,7 +122,11 @@ def test_edited_state(copied, what: str, damage: str) -> None:
 
     checkpoint = copied.checkpoint(what)
     edit_state(checkpoint, change)
-    copied.run("sample").refused(2, f"{checkpoint}: weights don't fit the sizes in state.json")
+    lacks, misfits = (
+        f"{checkpoint}/state.json lacks 'model'",
+        f"{checkpoint}: weights don't fit the sizes in state.json",
+    )
+    copied.run("sample").refused(2, lacks if damage == "no model" else misfits)
 
 
 @pytest.mark.parametrize("what", ["flow", "autoencoder"])

@@ -193,3 +193,10 @@ def test_the_state_is_json(folder):
     assert json.loads((path / "state.json").read_text()) == {
         "step": 3, "files": ["model", "optimizer"], "identity": {"a": [1, None]},
     }  # fmt: skip
+
+
+def test_a_key_that_state_lacks_is_named(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(3, {"model": {"weight": torch.ones(2)}}, {"identity": {}})
+    with pytest.raises(UserError, match=r"step_00000003/state.json lacks 'store'.*--restart"):
+        folder.latest().state["store"]
