@@ -146,6 +146,7 @@ def _extract(archive: Path, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, tar
             while block := source.read(_BLOCK):  # checks the CRC when it reaches the end
                 written += len(block)
                 file.write(block)
+    # zipfile raises NotImplementedError for a compression that it does not know, as damaged headers name one.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ArchiveError(f"{archive}: its entry {entry.filename!r} is damaged ({error}); fetch it again") from error
     if written != entry.file_size:

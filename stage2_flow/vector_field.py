@@ -63,7 +63,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tens
         dropout: probability that a weight is dropped.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # The fused CPU kernel takes ten times as long as these products for bf16 and some dozens of tokens, backwards.
+        # For bf16 and some dozens of tokens the fused CPU kernel with its gradient takes seven times as long as this.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
         return F.dropout(weights, dropout) @ value if dropout else weights @ value
