@@ -111,6 +111,14 @@ def test_kth_from_a_mirror(place, kth_mirror: Path, story: ModuleType) -> None:
     assert len(list((place.runs / "samples").glob("person06_*.mp4"))) == 3
 
 
+def test_encoding_fetches_what_lacks_from_a_mirror_that_is_named(place, kth_mirror: Path) -> None:
+    place = place.with_sets(*KTH)
+    place.run("encode").refused(2, "no such folder", "MIRROR=")
+    outcome = place.run("encode", "--mirror", str(kth_mirror)).ok()
+    assert "boxing: unpacked 6 files" in outcome.out
+    assert latent_cache.is_complete(place.store)
+
+
 def test_kth_cut_into_sequences(place, kth_mirror: Path) -> None:
     place = place.with_sets(*KTH, "dataset.sequences=true")
     place.run("data", "--mirror", str(kth_mirror)).ok()

@@ -1,0 +1,86 @@
+"""That settings of the trainings reach the step that they are for."""
+
+import numpy as np
+import pytest
+import torch
+
+import pipelines.train_autoencoder as autoencoder_module
+import pipelines.train_flow as flow_module
+from latent_cache import FlowBatch
+from pipelines.config import RiverConfig, parse_config
+from pipelines.train_autoencoder import AutoencoderTrainer
+from pipelines.train_flow import FlowTrainer
+
+CPU = torch.device("cpu")
+
+
+def config(**sections) -> RiverConfig:
+    tiny = {
+        "dataset": {"name": "toy", "source": "shapes", "image_size": 16},
+        "autoencoder": {
+            "model": {
+                "channels": 8, "channel_multipliers": [1, 1], "blocks": 1, "attention_resolutions": [],
+                "norm_groups": 4, "codes": 8,
+            },
+        },
+        "flow": {"model": {"width": 16, "depth": 1, "mid_depth": 0, "heads": 2, "dropout": 0.0}},
+    }  # fmt: skip
+    for path, value in sections.items():
+        stage, key = path.split("__")
+        tiny[stage].setdefault("training", {})[key] = value
+    return parse_config(tiny, "test")
+
+
+class Sampler:
+    """Serves one fixed batch, where a flow's training expects a sampler."""
+
+    def batch(self, step: int) -> FlowBatch:
+        target, reference, condition = torch.randn(3, 64, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        return FlowBatch(target, reference, condition, torch.ones(64, dtype=torch.int64))
+
+
+class Cache:
+    """The part of a store's split that a trainer looks at."""
+
+    latent_shape = (4, 2, 2)
+    mean = np.array([1, 0, 0, 0], np.float32)
+    std = np.array([2, 1, 1, 0], np.float32)
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_time_sampling_reaches_the_loss(times, monkeypatch):
+    seen = []
+    loss = flow_module.flow_matching_loss
+    monkeypatch.setattr(
+        flow_module, "flow_matching_loss", lambda field, batch, draws: seen.append(draws.t) or loss(field, batch, draws)
+    )
+    trainer = FlowTrainer(config(flow__time_sampling=times), CPU, Cache())
+    for step in range(20):
+        trainer.train_step(step, Sampler())
+    outside = ((torch.cat(seen) - 0.5).abs() > 0.4).double().mean().item()
+    # P(t < .1 or t > .9): 0.2 for the uniform, 0.028 for sigmoid(N(0, 1)).
+    assert outside == pytest.approx(0.2 if times == "uniform" else 0.028, abs=0.03)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_standardization_is_the_stores_where_it_is_asked_for(standardize):
+    trainer = FlowTrainer(config(flow__standardize=standardize), CPU, Cache())
+    expected = ([1, 0, 0, 0], [2, 1, 1, 1]) if standardize else ([0] * 4, [1] * 4)  # a constant channel is left alone
+    assert trainer.standardization.mean.tolist() == expected[0]
+    assert trainer.standardization.std.tolist() == expected[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"autoencoder__jitter": 0.3}, {"autoencoder__flip": True}])
+def test_augmentation_reaches_the_images(options, monkeypatch):
+    seen = []
+    loss = autoencoder_module.autoencoder_loss
+    monkeypatch.setattr(
+        autoencoder_module,
+        "autoencoder_loss",
+        lambda output, images, training: seen.append(images) or loss(output, images, training),
+    )
+    frames = np.random.default_rng(0).integers(60, 180, (8, 16, 16, 3), dtype=np.uint8)
+    trainer = AutoencoderTrainer(config(**options), CPU)
+    trainer.train_step(0, frames)
+    untouched = torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(seen[0], untouched, atol=1e-6) == (not options)
