@@ -1,13 +1,15 @@
 """Reading frames of an array with every check: a missing chunk, a cut one, a flipped bit, a NaN."""
 
 import asyncio
+import math
 import os
+import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from io import FileIO
 from pathlib import Path
 
 import google_crc32c
@@ -22,6 +24,8 @@ from latent_cache.schema import LATENTS
 
 CHECKSUM_BYTES = 4
 PLAIN_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+# Read, added to the checksum and looked through while it is in the processor's cache.
+BLOCK_BYTES = 2**20
 NOT_FINITE = "holds NaN or infinity, which the writer never writes"
 # Bits of a float without its sign; from `infinity` on they mean an infinity or a NaN. Comparing bits is several times
 # faster than isfinite, which has no vectorised form for fp16.
@@ -75,27 +79,60 @@ class FrameReader:
         return out
 
     def read_chunk(self, index: int, out: np.ndarray) -> None:
-        """The frames of one chunk into `out`, which is contiguous and has as many as the chunk holds."""
+        """The frames of one chunk into `out`, which is contiguous and has as many as the chunk holds.
+
+        Raises:
+            CorruptStoreError: the chunk is missing or damaged.
+        """
         if self._plain_folder is None:
             start = index * self.chunk_frames
             self._read_within_chunk(index, start, min(start + self.chunk_frames, self.array.shape[0]), out)
             return
         try:
             with open(self._plain_folder / self.chunk_key(index), "rb", buffering=0) as file:
-                file.readinto(memoryview(out).cast("B"))
-                rest = file.read()  # the padding of a partial last chunk, and the checksum
+                if self.array.shards is not None:
+                    file.seek(self._place_in_shard(index, file))
+                self._read_plain(index, file, out)
         except FileNotFoundError as error:
             raise self._corrupt(index, "is missing") from error
-        checksum = google_crc32c.extend(google_crc32c.value(out), rest[:-CHECKSUM_BYTES])
+
+    def _read_plain(self, index: int, file: FileIO, out: np.ndarray) -> None:
+        flat = out.reshape(-1)
+        checksum, finite = 0, True
+        for start in range(0, len(flat), BLOCK_BYTES // flat.itemsize):
+            block = flat[start : start + BLOCK_BYTES // flat.itemsize]
+            if file.readinto(memoryview(block).cast("B")) != block.nbytes:
+                break  # the checksum will not match
+            checksum = google_crc32c.extend(checksum, block)
+            finite = finite and all_finite(block)
+        padding = math.prod(self.array.chunks) * out.itemsize - out.nbytes  # of a partial last chunk
+        # To the end of the file, so that one that is too long is noticed.
+        rest = file.read() if self.array.shards is None else file.read(padding + CHECKSUM_BYTES)
+        checksum = google_crc32c.extend(checksum, rest[:-CHECKSUM_BYTES])
         if checksum.to_bytes(CHECKSUM_BYTES, "little") != rest[-CHECKSUM_BYTES:]:
             raise self._corrupt(index, sync(self._file_state(index)) or "is damaged: its checksum does not match")
-        if not all_finite(out):
+        if not finite:
             raise self._corrupt(index, NOT_FINITE)
+
+    def _place_in_shard(self, index: int, file: FileIO) -> int:
+        """Where a chunk begins in the file of its shard, which ends with an index: offset and size of each chunk."""
+        place = index % self._chunks_a_file
+        size = 16 * self._chunks_a_file
+        if file.seek(0, os.SEEK_END) < size + CHECKSUM_BYTES:
+            raise self._corrupt(index, sync(self._file_state(index)) or "is truncated")
+        file.seek(-(size + CHECKSUM_BYTES), os.SEEK_END)
+        content = file.read(size)
+        if google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little") != file.read():
+            raise self._corrupt(index, sync(self._file_state(index)) or "is damaged: its index does not match")
+        offset, length = struct.unpack_from("<QQ", content, 16 * place)
+        if length != math.prod(self.array.chunks) * self.array.dtype.itemsize + CHECKSUM_BYTES:
+            raise self._corrupt(index, f"is damaged: chunk {place} of the shard has {length} bytes")
+        return offset
 
     def read_all(self, out: np.ndarray) -> None:
         """All frames into `out`, several chunks at a time."""
         size = self.chunk_frames
-        # Threads, because reading, crc32c and copying all let go of the interpreter; two a core hide the disk's waits.
+        # Threads, because reading lets go of the interpreter; two a core hide the disk's waits.
         pool = ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1)))
         try:
             parts = [out[index * size : (index + 1) * size] for index in range(self.chunk_count)]
@@ -110,23 +147,48 @@ class FrameReader:
         Raises:
             CorruptStoreError: names the number of missing or damaged files and the first of them.
         """
+        files = range(0, self.chunk_count, self._chunks_a_file)
 
         async def states() -> list[str | None]:
-            return await asyncio.gather(*(self._file_state(index) for index in range(self.chunk_count)))
+            return await asyncio.gather(*(self._file_state(index) for index in files))
 
-        wrong = [(index, state) for index, state in enumerate(sync(states())) if state]
+        wrong = [(index, state) for index, state in zip(files, sync(states()), strict=True) if state]
         if wrong:
             index, state = wrong[0]
-            raise self._corrupt(index, f"{state} ({len(wrong)} of {self.chunk_count} chunk files are unusable)")
+            raise self._corrupt(index, f"{state} ({len(wrong)} of {len(files)} files are unusable)", whole_file=True)
+
+    def damages(self) -> Iterator[CorruptStoreError | None]:
+        """Read every chunk; what is wrong with each in order, None for a sound one."""
+
+        def examine(index: int) -> CorruptStoreError | None:
+            start = index * self.chunk_frames
+            frames = min(self.chunk_frames, self.array.shape[0] - start)
+            try:
+                self.read_chunk(index, np.empty((frames, *self.array.shape[1:]), self.array.dtype))
+            except CorruptStoreError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            yield from pool.map(examine, range(self.chunk_count))
+
+    @property
+    def _chunks_a_file(self) -> int:
+        return 1 if self.array.shards is None else self.array.shards[0] // self.chunk_frames
 
     @cached_property
     def _plain_folder(self) -> Path | None:
-        """The store's folder, when a chunk file is the frames as they lie in memory and their checksum.
+        """The store's folder, when a chunk is the frames as they lie in memory and their checksum.
 
         So it is for latents on this machine. Reading them in place takes a fifth of the time that zarr takes, which
         copies a chunk three times.
         """
         codecs = [codec.to_dict() for codec in self.array.metadata.codecs]
+        if self.array.shards is not None:
+            shard = codecs[0]["configuration"]
+            if shard["index_codecs"] != PLAIN_CODECS or shard["index_location"] != "end":
+                return None
+            codecs = list(shard["codecs"])
         return schema.local_path(self.url) if codecs == PLAIN_CODECS and sys.byteorder == "little" else None
 
     def _read_within_chunk(self, index: int, start: int, stop: int, out: np.ndarray) -> None:
@@ -143,8 +205,8 @@ class FrameReader:
             raise self._corrupt(index, state)
 
     def chunk_key(self, index: int) -> str:
-        """The chunk's file, relative to the store."""
-        coordinates = (index,) + (0,) * (self.array.ndim - 1)
+        """The file in which a chunk lies, relative to the store."""
+        coordinates = (index // self._chunks_a_file,) + (0,) * (self.array.ndim - 1)
         return f"{self.array.path}/{self.array.metadata.encode_chunk_key(coordinates)}"
 
     async def _file_state(self, index: int) -> str | None:
@@ -155,14 +217,17 @@ class FrameReader:
             return "is missing"
         if size == 0:
             return "is empty"
-        expected = prod(self.array.chunks) * self.array.dtype.itemsize + CHECKSUM_BYTES
+        expected = math.prod(self.array.chunks) * self.array.dtype.itemsize + CHECKSUM_BYTES
+        if self.array.shards is not None:
+            expected = self._chunks_a_file * (expected + 16) + CHECKSUM_BYTES
         if self.array.basename == LATENTS and size != expected:
             return f"is truncated or overlong: {size} bytes, not {expected}"
         return None
 
-    def _corrupt(self, index: int, what: str) -> CorruptStoreError:
+    def _corrupt(self, index: int, what: str, whole_file: bool = False) -> CorruptStoreError:
+        chunks = self._chunks_a_file if whole_file else 1
         start = index * self.chunk_frames
-        stop = min(start + self.chunk_frames, self.array.shape[0])
+        stop = min(start + chunks * self.chunk_frames, self.array.shape[0])
         return CorruptStoreError(
             f"{self.url}/{self.chunk_key(index)} {what}. It carries {self.name_videos(start, stop)}. Restore the file "
             "from a copy, or write the store again: `make encode` with --overwrite"
@@ -171,10 +236,11 @@ class FrameReader:
     def name_videos(self, start: int, stop: int) -> str:
         """The videos with frames between `start` and `stop` (excluded), as words: the first few and their count."""
         first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
-        return name_rows(self.video_ids, range(int(first), int(last) + 1))
+        shown = [self.video_ids[row] for row in range(int(first), min(int(first) + 3, int(last) + 1))]
+        return some_names(shown, int(last - first) + 1)
 
 
-def name_rows(video_ids: Sequence[str], rows: Sequence[int]) -> str:
-    """`2 video(s): a, b`, or the first three of many."""
-    named = ", ".join(repr(video_ids[row]) for row in rows[:3])
-    return f"{len(rows)} video(s): {named}{', ...' if len(rows) > 3 else ''}"
+def some_names(names: Sequence[str], count: int | None = None) -> str:
+    """`2 video(s): a, b`, or the first three of `count` (or of as many as there are)."""
+    count = len(names) if count is None else count
+    return f"{count} video(s): " + ", ".join(map(repr, names[:3])) + (", ..." if count > 3 else "")

@@ -1,13 +1,17 @@
 """Making writes last, and keeping a second writer out."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import uuid
 from pathlib import Path
 from typing import Any
 
 from latent_cache.errors import LockedStoreError, StoreError
+
+PARTIAL = ".partial"  # ends the names of files that are being written
 
 
 def flush(path: Path) -> None:
@@ -19,14 +23,29 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def flush_with_folders(path: Path, root: Path) -> None:
-    """Flush a file and each folder from it up to `root`: a file whose name is lost is lost."""
-    flush(path)
-    for folder in path.parents:
-        flush(folder)
-        if folder == root:
-            return
-    raise AssertionError(f"{path} is not inside {root}")
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk; whenever the power fails, it is there whole or not at all.
+
+    Several processes may write the same file at once: one of their contents stays, whole.
+
+    Raises:
+        OSError: it cannot be written; an older file of that name is as it was.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            view = memoryview(content)
+            while len(view):
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    for folder in [path.parent, *(folder.parent for folder in made)]:
+        flush(folder)  # a file whose name is lost is lost
 
 
 def flush_tree(root: Path) -> None:
@@ -39,13 +58,13 @@ def flush_tree(root: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that, whenever the power fails, the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value))
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
+    """Write JSON as `write_file` does."""
+    write_file(path, json.dumps(value).encode())
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class WriterLock:
@@ -93,6 +112,11 @@ class WriterLock:
             )
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process still has the lock."""
+        return self._descriptor >= 0
 
     def release(self) -> None:
         """Remove the file and let go. Safe to call twice."""

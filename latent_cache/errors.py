@@ -19,3 +19,11 @@ class StoreMismatchError(StoreError):
 
 class LockedStoreError(StoreError):
     """Another writer holds the store."""
+
+
+class NoSpaceError(StoreError):
+    """The disk is full. What was written stays whole."""
+
+
+class StaleWriterError(StoreError):
+    """A task of an earlier writer, which went on after that writer had ended, was kept from writing."""

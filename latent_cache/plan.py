@@ -1,4 +1,4 @@
-"""Which frames of which videos lie in which chunk of a split."""
+"""Which frames of which videos lie in which file of a split."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from latent_cache.errors import StoreError
-from latent_cache.schema import CHUNK_BYTES
+from latent_cache.schema import CHUNK_BYTES, MOST_FILES, SHARD_CHUNKS
 
 
 class Piece(NamedTuple):
@@ -25,22 +25,30 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """One chunk: frames `start` to `stop` (excluded) of the split, and the pieces of videos that fill it.
+    """One file of the store: frames `start` to `stop` (excluded) of the split, and the pieces of videos that fill it.
 
-    `key` digests the pieces' video ids, views and extents. A chunk on disk whose key is unchanged holds what this
-    plan wants, however the other videos of the split have changed.
+    The file is a chunk, or a shard of several. `video_ids` and `video_views` name the pieces, so that a chunk can be
+    made without the plan of the split. `key` digests the pieces' ids, views, fingerprints and extents: a chunk on disk
+    whose key is unchanged holds what this plan wants, however the other videos of the split have changed.
     """
 
     index: int
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+    video_ids: tuple[str, ...]
+    video_views: tuple[str, ...]
     key: str
 
     @property
     def frames(self) -> int:
         """Number of frames; the last chunk of a split may have fewer than the others."""
         return self.stop - self.start
+
+    def videos_of(self, frames: np.ndarray) -> list[str]:
+        """Ids of the videos of some frames of the chunk, counted from its start; each once, in order."""
+        ends = np.cumsum([piece.stop - piece.start for piece in self.pieces])
+        return list(dict.fromkeys(self.video_ids[row] for row in np.searchsorted(ends, frames, side="right")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +61,9 @@ class SplitPlan:
         lengths: [videos] frames of each, >= 1.
         latent_shape: (channels, height, width) of a frame's latent.
         chunk_frames: frames in a chunk, see `default_chunk_frames`.
+        fingerprints: [videos] of the videos' sources; a chunk is made anew when one of its own has changed. None: the
+            store does not notice changes of its sources.
+        shard_chunks: chunks in a file, see `default_shard_chunks`.
     Raises:
         StoreError: no videos, one without name or frames, a (name, view) given twice.
         ValueError: lists of unequal length, sizes below 1.
@@ -63,6 +74,8 @@ class SplitPlan:
     lengths: Sequence[int] | np.ndarray
     latent_shape: tuple[int, int, int]
     chunk_frames: int
+    fingerprints: Sequence[str] | None = None
+    shard_chunks: int = 1
     offsets: np.ndarray = field(init=False, repr=False)  # [videos + 1] int64, first frame of each video
 
     def __post_init__(self) -> None:
@@ -71,15 +84,18 @@ class SplitPlan:
         set_field(self, "video_ids", tuple(self.video_ids))
         set_field(self, "video_views", tuple(self.video_views))
         set_field(self, "latent_shape", tuple(int(size) for size in self.latent_shape))
-        if not len(self.video_ids) == len(self.video_views) == len(lengths):
+        set_field(self, "fingerprints", tuple(self.fingerprints or [""] * len(self.video_ids)))
+        if not len(self.video_ids) == len(self.video_views) == len(self.fingerprints) == len(lengths):
             raise ValueError(
-                f"{len(self.video_ids)} video ids, {len(self.video_views)} views and {len(lengths)} lengths: "
-                "one of each a video is wanted"
+                f"{len(self.video_ids)} video ids, {len(self.video_views)} views, {len(self.fingerprints)} "
+                f"fingerprints and {len(lengths)} lengths: one of each a video is wanted"
             )
         if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
             raise ValueError(f"latent_shape = {self.latent_shape}: (channels, height, width), each >= 1, is wanted")
-        if self.chunk_frames < 1:
-            raise ValueError(f"chunk_frames = {self.chunk_frames}: at least 1 is wanted")
+        if self.chunk_frames < 1 or self.shard_chunks < 1:
+            raise ValueError(
+                f"chunk_frames = {self.chunk_frames}, shard_chunks = {self.shard_chunks}: at least 1 is wanted"
+            )
         if len(lengths) == 0:
             raise StoreError("the split has no videos: check dataset.root and dataset.splits")
         if not all(self.video_ids) or not all(self.video_views):
@@ -101,6 +117,11 @@ class SplitPlan:
         """Frames of all videos together."""
         return int(self.offsets[-1])
 
+    @property
+    def file_frames(self) -> int:
+        """Frames in a file: a chunk, or a shard of several."""
+        return self.chunk_frames * self.shard_chunks
+
     @cached_property
     def chunks(self) -> "Sequence[ChunkPlan]":
         """The chunks in order, each worked out when it is asked for."""
@@ -108,8 +129,8 @@ class SplitPlan:
 
     def chunk(self, index: int) -> ChunkPlan:
         """The chunk of that index, 0 <= index < len(self.chunks)."""
-        start = index * self.chunk_frames
-        stop = min(start + self.chunk_frames, self.frames)
+        start = index * self.file_frames
+        stop = min(start + self.file_frames, self.frames)
         first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
         pieces = tuple(
             Piece(
@@ -119,9 +140,12 @@ class SplitPlan:
             )
             for video in range(first, last + 1)
         )
-        named = [(self.video_ids[piece.video], self.video_views[piece.video], *piece[1:]) for piece in pieces]
+        rows = range(first, last + 1)
+        ids, views = tuple(self.video_ids[row] for row in rows), tuple(self.video_views[row] for row in rows)
+        prints = (self.fingerprints[row] for row in rows)
+        named = [(*names, *piece[1:]) for *names, piece in zip(ids, views, prints, pieces, strict=True)]
         key = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-        return ChunkPlan(index=index, start=start, stop=stop, pieces=pieces, key=key)
+        return ChunkPlan(index=index, start=start, stop=stop, pieces=pieces, video_ids=ids, video_views=views, key=key)
 
 
 def default_chunk_frames(latent_shape: tuple[int, int, int], frames: int) -> int:
@@ -137,6 +161,11 @@ def default_chunk_frames(latent_shape: tuple[int, int, int], frames: int) -> int
     return max(1, min(frames, CHUNK_BYTES // (2 * prod(latent_shape))))
 
 
+def default_shard_chunks(frames: int, chunk_frames: int) -> int:
+    """Chunks in a file: 1, and 8 for a split of more than 5000 chunks."""
+    return SHARD_CHUNKS if frames > MOST_FILES * chunk_frames else 1
+
+
 class _Chunks(Sequence[ChunkPlan]):
     """A split's chunks as a sequence that holds none of them."""
 
@@ -144,7 +173,7 @@ class _Chunks(Sequence[ChunkPlan]):
         self._plan = plan
 
     def __len__(self) -> int:
-        return -(-self._plan.frames // self._plan.chunk_frames)
+        return -(-self._plan.frames // self._plan.file_frames)
 
     @overload
     def __getitem__(self, index: int) -> ChunkPlan: ...

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import google_crc32c
 import numpy as np
 
 from latent_cache.disk import write_json
@@ -15,31 +16,41 @@ from latent_cache.plan import ChunkPlan
 
 @dataclass(frozen=True)
 class ChunkMarker:
-    """A finished chunk. Written after the chunk is on the disk, so that its presence proves the chunk's.
+    """A finished chunk. Written after the chunk's files are on the disk, and proof of their content.
 
     Args:
         key: the plan's, see `ChunkPlan`.
         frames: of the chunk.
+        files: crc32c of each of the chunk's files, by the name of its array.
         count: values a channel.
         sum, sum_of_squares: [channel] float64, of the values as stored.
+        measured: what whoever wrote the chunk found out about it; JSON, not looked at here.
     """
 
     key: str
     frames: int
+    files: dict[str, int]
     count: int
     sum: list[float]
     sum_of_squares: list[float]
+    measured: dict[str, Any]
 
     @classmethod
-    def of(cls, chunk: ChunkPlan, stored: np.ndarray) -> Self:
-        """The marker of a chunk whose latents were stored as `stored`, [frames, c, h, w]."""
-        exact = stored.astype(np.float64)
+    def of(cls, chunk: ChunkPlan, stored: np.ndarray, files: Mapping[str, bytes], measured: Mapping[str, Any]) -> Self:
+        """The marker of a chunk whose latents were stored as `stored`, [frames, c, h, w], in `files`."""
+        sums, squares = [], []
+        for channel in stored.swapaxes(0, 1):  # a float64 copy of all would be four times the chunk
+            exact = channel.astype(np.float64)
+            sums.append(float(exact.sum()))
+            squares.append(float(np.square(exact).sum()))
         return cls(
             key=chunk.key,
             frames=chunk.frames,
-            count=exact.size // exact.shape[1],
-            sum=exact.sum(axis=(0, 2, 3)).tolist(),
-            sum_of_squares=np.square(exact).sum(axis=(0, 2, 3)).tolist(),
+            files={name: checksum(content) for name, content in files.items()},
+            count=stored.size // stored.shape[1],
+            sum=sums,
+            sum_of_squares=squares,
+            measured=dict(measured),
         )
 
     @classmethod
@@ -51,9 +62,25 @@ class ChunkMarker:
         """Write it, whole or not at all."""
         write_json(path, asdict(self))
 
-    def proves(self, chunk: ChunkPlan) -> bool:
-        """Whether the marked chunk holds what a plan wants there."""
-        return (self.key, self.frames) == (chunk.key, chunk.frames)
+    def check(self, chunk: ChunkPlan, files: Mapping[str, Path]) -> None:
+        """Check that the chunk that a plan wants is on the disk as it was written.
+
+        Raises:
+            ValueError: the plan wants other frames, or a file is not the one that was written.
+            OSError: a file is missing.
+        """
+        if (self.key, self.frames) != (chunk.key, chunk.frames):
+            raise ValueError("the plan now wants other frames there")
+        if self.files.keys() != files.keys():
+            raise ValueError(f"it has {sorted(self.files)}, and {sorted(files)} are wanted")
+        for name, file in files.items():
+            if checksum(file.read_bytes()) != self.files[name]:
+                raise ValueError(f"{file} is damaged")
+
+
+def checksum(content: bytes) -> int:
+    """crc32c of a file's content."""
+    return google_crc32c.value(content)
 
 
 def channel_statistics(markers: Sequence[ChunkMarker]) -> dict[str, list[float]]:

@@ -2,11 +2,13 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from zarr.errors import ZarrUserWarning
 from latent_cache import schema
 from latent_cache.chunks import FrameReader
 from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.names import Names
 from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
 
 
@@ -26,7 +29,7 @@ class LatentCache:
     Attributes:
         latents: [frame, c, y, x] zarr array, videos laid end to end; plain zarr access, without our checks.
         codes: [frame, y, x] uint16 zarr array, or None.
-        video_ids, video_views: [videos].
+        video_ids, video_views: [videos], read when they are asked for.
         offsets: [videos + 1] int64, first frame of each video.
         mean, std: [c] float32, of the training split, whichever split this is. std may be 0 (a constant channel).
     """
@@ -36,11 +39,12 @@ class LatentCache:
     metadata: StoreMetadata
     latents: zarr.Array
     codes: zarr.Array | None
-    video_ids: list[str]
-    video_views: list[str]
+    video_ids: Names
+    video_views: Names
     offsets: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    _group: zarr.Group = field(repr=False)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -76,10 +80,10 @@ class LatentCache:
             "split": self.split,
             "shape": list(self.latents.shape),
             "dtype": self.latents.dtype.name,
-            "video_ids": self.video_ids,
-            "video_views": self.video_views,
         }
         digest.update(json.dumps(described, sort_keys=True).encode())
+        for name in itertools.chain(self.video_ids, self.video_views):
+            digest.update(name.encode() + b"\0")
         for values in (self.offsets.astype("<i8"), self.mean.astype("<f4"), self.std.astype("<f4")):
             digest.update(values.tobytes())
         return digest.hexdigest()
@@ -132,18 +136,25 @@ class LatentCache:
             if not 0 <= video < len(self.video_ids):
                 raise StoreError(f"{where}: no video {video}: rows are 0 to {len(self.video_ids) - 1}")
             return int(video)
-        row = self._rows.get((video, view))
-        if row is not None:
-            return row
-        views = sorted(found_view for found_id, found_view in self._rows if found_id == video)
+        rows = self.video_ids.find(video)
+        views = {self.video_views[row]: int(row) for row in rows}
+        if view in views:
+            return views[view]
         if views:
-            raise StoreError(f"{where}: video {video!r} has no view {view!r}: it has {views}")
+            raise StoreError(f"{where}: video {video!r} has no view {view!r}: it has {sorted(views)}")
         close = difflib.get_close_matches(video, self.video_ids, n=3) or self.video_ids[:3]
         raise StoreError(f"{where}: no video {video!r} among {len(self.video_ids)}: did you mean one of {close}?")
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str], int]:
-        return {pair: row for row, pair in enumerate(zip(self.video_ids, self.video_views, strict=True))}
+    def fingerprints(self) -> list[str]:
+        """[videos] of the videos' sources as they were encoded; empty ones if the writer was given none."""
+        array = self._group.get(schema.VIDEO_FINGERPRINT)
+        return [""] * len(self.video_ids) if array is None else [str(value) for value in array[:]]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the writer wrote down about the split."""
+        return dict(self._group.attrs)
 
 
 def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
@@ -167,9 +178,8 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         if not isinstance(arrays, zarr.Group):
             raise StoreError(f"{url}: no split {split!r}: there are {_split_names(group)}")
         latents, codes = arrays[LATENTS], arrays.get(CODES)
-        names = (schema.VIDEO_ID, schema.VIDEO_VIEW)
         offsets = np.asarray(arrays[schema.VIDEO_OFFSET][:], dtype=np.int64)
-        video_ids, video_views = ([str(value) for value in arrays[name][:]] for name in names)
+        video_ids, video_views = (Names(arrays[name], url) for name in (schema.VIDEO_ID, schema.VIDEO_VIEW))
         mean, std = (np.array(latents.attrs[name], dtype=np.float32) for name in ("mean", "std"))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CorruptStoreError(
@@ -182,8 +192,6 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         and offsets[0] == 0
         and offsets[-1] == latents.shape[0]
         and bool((np.diff(offsets) > 0).all())
-        and all(video_ids)  # a missing chunk of names reads as empty ones, without an error
-        and all(video_views)
         and latents.chunks[1:] == latents.shape[1:]
         and mean.shape == std.shape == latents.shape[1:2]
         and bool(np.isfinite([mean, std]).all())
@@ -194,6 +202,8 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
             f"{url}/{split}: offsets, names, statistics and latents do not fit together "
             f"({len(video_ids)} videos, latents {latents.shape}): restore the store, or write it again with --overwrite"
         )
+    video_ids.check()
+    video_views.check()
     return LatentCache(
         url=url,
         split=split,
@@ -205,6 +215,7 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         offsets=offsets,
         mean=mean,
         std=std,
+        _group=arrays,
     )
 
 
@@ -230,8 +241,10 @@ def splits(url: str | Path) -> list[str]:
 
 
 def _split_names(group: zarr.Group) -> list[str]:
+    written = group.attrs.get("splits")
+    if isinstance(written, list):  # a listing is what some remote stores cannot give
+        return [str(name) for name in written]
     with warnings.catch_warnings():
         # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
         warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
-        found = set(group.group_keys())
-    return [name for name in schema.SPLIT_ORDER if name in found] + sorted(found - set(schema.SPLIT_ORDER))
+        return schema.in_order(group.group_keys())

@@ -1,7 +1,7 @@
 """The store's names and attributes, and how a store of ours is told from anything else."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,20 @@ FORMAT_VERSION = 1
 
 # Below about 1 MiB the cost a chunk (0.1-0.3 ms, whatever its size) shows in the loading time.
 CHUNK_BYTES = 8 * 2**20
+# More files than this are a burden to file systems and copies: then chunks are put together into shards.
+MOST_FILES, SHARD_CHUNKS = 5000, 8
+# Names and offsets of so many videos lie in one chunk, so that one name is read without the others.
+NAME_CHUNK, OFFSET_CHUNK = 2**14, 2**20
 
 LATENTS, CODES = "latents", "codes"
-VIDEO_OFFSET, VIDEO_ID, VIDEO_VIEW = "video_offset", "video_id", "video_view"
+VIDEO_OFFSET, VIDEO_ID, VIDEO_VIEW, VIDEO_FINGERPRINT = "video_offset", "video_id", "video_view", "video_fingerprint"
 DIMENSIONS = {
     LATENTS: ("frame", "channel", "y", "x"),
     CODES: ("frame", "y", "x"),
     VIDEO_OFFSET: ("video_boundary",),
     VIDEO_ID: ("video",),
     VIDEO_VIEW: ("video",),
+    VIDEO_FINGERPRINT: ("video",),
 }
 
 TRAIN = "train"  # the split whose statistics standardise all splits
@@ -71,9 +76,10 @@ class StoreMetadata:
                 "without which nobody can tell which autoencoder decodes the store"
             )
 
-    def to_attrs(self, complete: bool) -> dict[str, Any]:
+    def to_attrs(self, splits: Sequence[str], complete: bool) -> dict[str, Any]:
         """The root group's attributes, in the order in which they are written."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self), "complete": complete}
+        known = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return known | {"splits": in_order(splits), "complete": complete}
 
     @classmethod
     def from_attrs(cls, attrs: Mapping[str, Any], url: str) -> "StoreMetadata":
@@ -141,7 +147,12 @@ def open_group(url: str | Path) -> zarr.Group:
 
 
 def create_array(
-    group: zarr.Group, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any]
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: np.dtype[Any],
+    shards: tuple[int, ...] | None = None,
 ) -> zarr.Array:
     """Create an array, over an older one of that name. Empty chunks are written: a missing file always means a loss."""
     is_latents = name == LATENTS
@@ -149,6 +160,7 @@ def create_array(
         name,
         shape=shape,
         chunks=chunks,
+        shards=shards,
         dtype=dtype,
         # Latents compress by 10 % at most. zstd's own checksum guards the others, which nothing else would.
         compressors=[Crc32cCodec() if is_latents else ZstdCodec(level=3, checksum=True)],
@@ -158,6 +170,12 @@ def create_array(
         config={"write_empty_chunks": True},
         overwrite=True,
     )
+
+
+def in_order(splits: Iterable[str]) -> list[str]:
+    """Names of splits: train, val, test, then any others."""
+    names = set(splits)
+    return [name for name in SPLIT_ORDER if name in names] + sorted(names - set(SPLIT_ORDER))
 
 
 def local_path(url: str | Path) -> Path | None:

@@ -2,21 +2,24 @@
 
 import contextlib
 import logging
+import math
 import shutil
+import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
 from latent_cache import schema
+from latent_cache.chunk_writer import ChunkWriter, file_path, session_path
 from latent_cache.chunks import FrameReader
-from latent_cache.disk import WriterLock, flush, flush_tree, flush_with_folders
-from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError, StoreMismatchError
-from latent_cache.incoming import checked_codes, stored_latents
+from latent_cache.disk import PARTIAL, WriterLock, flush, flush_tree, is_full
+from latent_cache.errors import IncompleteStoreError, NoSpaceError, StoreError, StoreMismatchError
 from latent_cache.plan import ChunkPlan, SplitPlan
 from latent_cache.progress import ChunkMarker, channel_statistics
 from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER, TRAIN, StoreMetadata
@@ -29,8 +32,8 @@ LOCK_FILE = "writer.lock"
 class StoreWriter:
     """Writes whole chunks of an incomplete store; `finish` makes it complete. Use it in a `with` statement.
 
-    Several threads may write different chunks at once. zarr loses data silently when two tasks write parts of one
-    chunk, so a part of a chunk cannot be written at all.
+    Threads and other processes may write chunks at once, through `chunk_writer`. zarr loses data silently when two
+    tasks write parts of one chunk, so a part of a chunk cannot be written at all.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class StoreWriter:
         self.dtype = dtype
         self.codes = codes
         self._lock = lock
+        self._session = uuid.uuid4().hex
         self._frame_arrays = (LATENTS, CODES) if codes else (LATENTS,)
         self._group: zarr.Group
         self._finished: dict[str, dict[int, ChunkMarker]] = {split: {} for split in plans}
@@ -111,48 +115,62 @@ class StoreWriter:
         plan = self.plans[split]
         return [plan.chunk(index) for index in range(len(plan.chunks)) if index not in finished]
 
-    def write_chunk(self, split: str, chunk: ChunkPlan, latents: np.ndarray, codes: np.ndarray | None) -> None:
+    def write_chunk(
+        self,
+        split: str,
+        chunk: ChunkPlan,
+        latents: np.ndarray,
+        codes: np.ndarray | None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write one whole chunk and wait until it is on the disk. Writing a chunk again replaces it.
 
-        Args:
-            chunk: from `pending`.
-            latents: [chunk.frames, c, h, w] float, pre-quantization.
-            codes: [chunk.frames, h, w] integer in 0..65535, or None for a store without codes.
-        Raises:
-            StoreError: NaN or infinity in the latents, or values that the dtype cannot hold. Names the videos.
-            ValueError: arrays that don't fit the plan.
+        Arguments and errors as in `ChunkWriter.write`; and ValueError for a chunk that is not the plan's.
         """
-        plan = self.plans[split]
-        if chunk != plan.chunk(chunk.index):
+        if chunk != self.plans[split].chunk(chunk.index):
             raise ValueError(f"chunk {chunk.index} of {split!r} is not the plan's: take it from `pending`")
-        if (codes is None) == self.codes:
-            raise ValueError(f"codes are {'missing' if self.codes else 'given'}, but the store has codes={self.codes}")
-        stored = stored_latents(latents, self.dtype, plan, chunk, f"{self.path}/{split}")
-        stored_codes = None if codes is None else checked_codes(codes, plan, chunk)
-
-        # First the marker goes, then the old chunk: at no moment does a marker vouch for another content. Without the
-        # old file zarr also has nothing to merge the padding of a partial last chunk with.
         self._finished[split].pop(chunk.index, None)
-        self._marker_path(split, chunk.index).unlink(missing_ok=True)
-        for name, values in ((LATENTS, stored), (CODES, stored_codes)):
-            if values is None:
-                continue
-            reader = self._frame_reader(split, name)
-            file = self.path / reader.chunk_key(chunk.index)
-            file.unlink(missing_ok=True)
-            reader.array[chunk.start : chunk.stop] = values
-            flush_with_folders(file, self.path)
+        self.accept(split, chunk, self.chunk_writer.write(split, chunk, latents, codes, measured))
 
-        marker = ChunkMarker.of(chunk, stored)
-        marker.write(self._marker_path(split, chunk.index))
+    def accept(self, split: str, chunk: ChunkPlan, marker: ChunkMarker) -> None:
+        """Take note of a chunk that another process has written through `chunk_writer`."""
         self._finished[split][chunk.index] = marker
 
-    def finish(self) -> None:
+    def markers(self, split: str) -> list[ChunkMarker]:
+        """What is known of the finished chunks of a split, in order."""
+        return [marker for _, marker in sorted(self._finished[split].items())]
+
+    @property
+    def chunk_writer(self) -> ChunkWriter:
+        """Writes this store's chunks, in this process or in others, until `close`."""
+        return ChunkWriter(self.path, self._session)
+
+    def bytes_needed(self) -> int:
+        """Bytes that the latents of all pending chunks will take; codes, which are compressed, are not counted."""
+        total = 0
+        for split, plan in self.plans.items():
+            frames = (len(plan.chunks) - len(self._finished[split])) * plan.file_frames
+            total += frames * math.prod(plan.latent_shape) * np.dtype(self.dtype).itemsize
+        return total
+
+    def check_space(self) -> None:
+        """Raises NoSpaceError when what is pending cannot fit onto the disk."""
+        free, needed = shutil.disk_usage(self.path).free, self.bytes_needed()
+        if needed > free:
+            raise NoSpaceError(
+                f"{self.path}: the latents that are still to be written take {needed / 1e6:.1f} MB, and its disk has "
+                f"{free / 1e6:.1f} MB left: free some, or set paths.latents to a folder on another disk"
+            )
+
+    def finish(self, notes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Write the videos' names and offsets and the statistics, flush everything, and call the store complete.
 
+        Args:
+            notes: by split, JSON that goes to the attributes of its group.
         Raises:
             IncompleteStoreError: chunks are pending.
             CorruptStoreError: somebody removed chunks that were written.
+            NoSpaceError: the disk is full.
         """
         missing = {split: len(plan.chunks) - len(self._finished[split]) for split, plan in self.plans.items()}
         if any(missing.values()):
@@ -160,25 +178,40 @@ class StoreWriter:
         for split in self.plans:
             for name in self._frame_arrays:
                 self._frame_reader(split, name).check_files()
-        statistics = channel_statistics(list(self._finished[TRAIN].values()))
-        for split, plan in self.plans.items():
-            group = self._group[split]
-            assert isinstance(group, zarr.Group)
-            group[LATENTS].update_attributes(statistics)
-            for name, values in (
-                (schema.VIDEO_OFFSET, plan.offsets),
-                (schema.VIDEO_ID, np.array(plan.video_ids, dtype=np.dtypes.StringDType())),
-                (schema.VIDEO_VIEW, np.array(plan.video_views, dtype=np.dtypes.StringDType())),
-            ):
-                schema.create_array(group, name, values.shape, values.shape, values.dtype)[:] = values
-        flush_tree(self.path)
-        self._group.update_attributes({"complete": True})
-        flush_with_folders(self.path / "zarr.json", self.path)
+        try:
+            self._write_index(notes or {})
+            flush_tree(self.path)
+            self._group.update_attributes({"complete": True})
+            flush(self.path / "zarr.json")
+            flush(self.path)
+        except OSError as error:
+            if is_full(error):
+                raise NoSpaceError(f"{self.path}: no space left for the names of its videos") from error
+            raise
         shutil.rmtree(self.path / PROGRESS_FOLDER)
         self.close()
 
+    def _write_index(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
+        statistics = channel_statistics(self.markers(TRAIN))
+        for split, plan in self.plans.items():
+            group = self._group[split]
+            assert isinstance(group, zarr.Group)
+            group.update_attributes(dict(notes.get(split, {})))
+            group[LATENTS].update_attributes(statistics)
+            offsets = np.asarray(plan.offsets)
+            chunk = min(len(offsets), schema.OFFSET_CHUNK)
+            schema.create_array(group, schema.VIDEO_OFFSET, offsets.shape, (chunk,), offsets.dtype)[:] = offsets
+            for name, texts in (
+                (schema.VIDEO_ID, plan.video_ids),
+                (schema.VIDEO_VIEW, plan.video_views),
+                (schema.VIDEO_FINGERPRINT, plan.fingerprints),
+            ):
+                values = np.array(texts, dtype=np.dtypes.StringDType())
+                chunk = min(len(values), schema.NAME_CHUNK)
+                schema.create_array(group, name, values.shape, (chunk,), values.dtype)[:] = values
+
     def close(self) -> None:
-        """Let other writers in. What was written stays; safe to call twice."""
+        """Let other writers in, and late tasks of this one out. What was written stays; safe to call twice."""
         _release(self._lock, self.path)
 
     def __enter__(self) -> Self:
@@ -219,9 +252,10 @@ class StoreWriter:
 
     def _prepare(self) -> None:
         """Make the arrays as the plans want them, and find out which chunks are finished."""
-        for stray in self.path.rglob("*.partial"):  # of a writer that was killed between writing and renaming
+        for stray in self.path.rglob(f"*{PARTIAL}"):  # of a writer that was killed between writing and renaming
             stray.unlink()
-        attrs = self.metadata.to_attrs(complete=False)
+        session_path(self.path).write_text(self._session)
+        attrs = self.metadata.to_attrs(list(self.plans), complete=False)
         self._group = zarr.open_group(LocalStore(self.path), mode="a", zarr_format=3, attributes=attrs)
         if dict(self._group.attrs) != attrs:  # other software: the last writer is the one to name
             self._group.update_attributes(attrs)
@@ -232,40 +266,43 @@ class StoreWriter:
             for name, shape in shapes.items():
                 array = group.get(name)
                 size, chunk = (plan.frames, *shape), (plan.chunk_frames, *shape)
+                shard = (plan.file_frames, *shape) if plan.shard_chunks > 1 else None
                 dtype = np.dtype(self.dtype if name == LATENTS else np.uint16)
-                if array is None or array.chunks != chunk or array.dtype != dtype:
+                if array is None or (array.chunks, array.shards, array.dtype) != (chunk, shard, dtype):
                     shutil.rmtree(self.path / PROGRESS_FOLDER / split, ignore_errors=True)
-                    schema.create_array(group, name, size, chunk, dtype)
+                    schema.create_array(group, name, size, chunk, dtype, shard)
                 elif array.shape != size:
                     array.resize(size)
+                (self.path / split / name / "c").mkdir(exist_ok=True)
             if not self.codes and CODES in group:
                 del group[CODES]
+            (self.path / PROGRESS_FOLDER / split).mkdir(parents=True, exist_ok=True)
             self._recognise_finished(split)
         flush_tree(self.path)
 
     def _recognise_finished(self, split: str) -> None:
         plan = self.plans[split]
-        for file in sorted((self.path / PROGRESS_FOLDER / split).glob("*.json")):
+        arrays = {name: self._group[f"{split}/{name}"] for name in self._frame_arrays}
+
+        def recognise(file: Path) -> None:
             try:
                 marker = ChunkMarker.read(file)
                 index = int(file.stem)
                 chunk = plan.chunks[index]
-                if not marker.proves(chunk):
-                    raise ValueError("the plan now wants other frames there")
-                for name in self._frame_arrays:
-                    self._frame_reader(split, name).read(chunk.start, chunk.stop)
-            except (ValueError, TypeError, IndexError, CorruptStoreError) as error:
+                files = {name: file_path(self.path / split / name, array, index) for name, array in arrays.items()}
+                marker.check(chunk, files)
+            except (ValueError, TypeError, IndexError, OSError) as error:
                 logger.info("%s: chunk %s of %s is written again: %s", self.path, file.stem, split, error)
-                file.unlink()
+                file.unlink()  # so that no marker ever vouches for another content
             else:
                 self._finished[split][index] = marker
+
+        with ThreadPoolExecutor(thread_name_prefix="verify") as pool:
+            list(pool.map(recognise, sorted((self.path / PROGRESS_FOLDER / split).glob("*.json"))))
 
     def _frame_reader(self, split: str, name: str) -> FrameReader:
         plan = self.plans[split]
         return FrameReader(self._group[f"{split}/{name}"], str(self.path), plan.video_ids, plan.offsets)
-
-    def _marker_path(self, split: str, index: int) -> Path:
-        return self.path / PROGRESS_FOLDER / split / f"{index}.json"
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -281,9 +318,13 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _release(lock: WriterLock, folder: Path) -> None:
     """Let go of a store, and leave no empty folder in it. Without a root that folder says that the store is ours."""
+    if lock.held:
+        session_path(folder).unlink(missing_ok=True)
     lock.release()
     if (folder / "zarr.json").exists():
         with contextlib.suppress(OSError):  # markers of finished chunks are in it, or it is gone
+            for split in (folder / PROGRESS_FOLDER).iterdir():
+                split.rmdir()
             (folder / PROGRESS_FOLDER).rmdir()
 
 

@@ -53,7 +53,16 @@ class CacheConfig(_Section):
     dtype: Literal["float16", "float32"] = "float16"
     chunk_frames: PositiveInt | None = Field(None, description="frames a chunk; null: about 8 MiB")
     codes: bool = Field(True, description="store the nearest codes beside the latents")
-    batch_frames: PositiveInt = Field(64, description="frames encoded at once")
+    batch_frames: PositiveInt = Field(
+        64, description="frames handed to the autoencoder at once; changes memory and speed, and not one bit of the store"
+    )
+    memory_budget: str = Field(
+        "4 GiB", description="memory for what `encode` has in flight, and for the latents of the streaming tier"
+    )
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        return parse_size(self.memory_budget)
 
 
 class FlowConfig(_Section):
@@ -120,10 +129,14 @@ class RiverConfig(_Section):
                     f"autoencoder.model.norm_groups: {model.norm_groups} does not divide the "
                     f"{model.channels * multiplier} channels of a level (channels x channel_multipliers)"
                 )
-        try:
-            parse_size(self.autoencoder.training.pool_memory)
-        except UserError as error:
-            raise ValueError(f"autoencoder.training.pool_memory: {error}") from None
+        for key, size in (
+            ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),
+            ("cache.memory_budget", self.cache.memory_budget),
+        ):
+            try:
+                parse_size(size)
+            except UserError as error:
+                raise ValueError(f"{key}: {error}") from None
         return self
 
     @property

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_cache import SplitPlan, StoreError, default_chunk_frames
+from latent_cache import SplitPlan, StoreError, default_chunk_frames, default_shard_chunks
 
 SHAPE = (4, 8, 8)
 
 
-def make_plan(names, lengths, chunk_frames=4, views=None):
-    return SplitPlan(names, views or ["identity"] * len(names), lengths, SHAPE, chunk_frames)
+def make_plan(names, lengths, chunk_frames=4, views=None, **options):
+    return SplitPlan(names, views or ["identity"] * len(names), lengths, SHAPE, chunk_frames, **options)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 15))
@@ -46,6 +46,28 @@ def test_default_chunk_is_8_mib_and_no_more_than_the_split(shape, frames, expect
     assert default_chunk_frames(shape, frames) == expected
 
 
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 4))
+def test_a_shard_is_planned_as_one_chunk_of_its_frames(lengths, chunk_frames, shard_chunks):
+    names = [str(row) for row in range(len(lengths))]
+    sharded = make_plan(names, lengths, chunk_frames, shard_chunks=shard_chunks)
+    assert list(sharded.chunks) == list(make_plan(names, lengths, chunk_frames * shard_chunks).chunks)
+    assert sharded.file_frames == chunk_frames * shard_chunks
+
+
+def test_chunks_are_put_into_shards_only_when_there_are_thousands():
+    assert default_shard_chunks(5000 * 16384, 16384) == 1
+    assert default_shard_chunks(5000 * 16384 + 1, 16384) == 8
+
+
+def test_a_chunk_names_its_pieces():
+    chunk = make_plan(["a", "b", "b", "c"], [3, 4, 2, 5], 16, views=["identity"] * 2 + ["hflip", "identity"]).chunks[0]
+    assert chunk.video_ids == ("a", "b", "b", "c")
+    assert chunk.video_views == ("identity", "identity", "hflip", "identity")
+    assert chunk.videos_of(np.array([0, 2])) == ["a"]
+    assert chunk.videos_of(np.array([2, 3, 6, 7, 8, 9, 13])) == ["a", "b", "c"]
+    assert make_plan(["a", "b"], [3, 4], 2).chunks[2].videos_of(np.array([0, 1])) == ["b"]
+
+
 def test_key_follows_content_not_position():
     plan = make_plan(["a", "b", "c"], [4, 4, 4])
     assert plan.chunks[2].key == make_plan(["c"], [4]).chunks[0].key
@@ -54,8 +76,10 @@ def test_key_follows_content_not_position():
         make_plan(["c"], [4], views=["hflip"]),
         make_plan(["c"], [3]),
         make_plan(["z", "c"], [1, 4], chunk_frames=5),
+        make_plan(["c"], [4], fingerprints=["9c"]),
+        make_plan(["c"], [4], fingerprints=["9d"]),
     ]
-    assert len({plan.chunks[2].key, *(other.chunks[0].key for other in changed)}) == 5
+    assert len({plan.chunks[2].key, *(other.chunks[0].key for other in changed)}) == 7
 
 
 def test_a_long_split_costs_no_more_than_its_offsets():
@@ -86,7 +110,7 @@ def test_the_same_video_may_have_several_views():
 @pytest.mark.parametrize(
     ("lengths", "shape", "chunk_frames", "message"),
     [
-        ([1, 2], SHAPE, 4, "1 video ids, 1 views and 2"),
+        ([1, 2], SHAPE, 4, "1 video ids, 1 views, 1 fingerprints and 2"),
         ([1], (4, 8), 4, "latent_shape"),
         ([1], SHAPE, 0, "chunk_frames"),
     ],

@@ -63,7 +63,7 @@ def test_many_missing_chunks_are_counted(kit, tmp_path):
     path = kit.build(tmp_path / "many.zarr", {"train": kit.plan([1] * 20)})
     for index in (1, 2, 4):
         (path / f"train/latents/c/{index}/0/0/0").unlink()
-    message = r"c/1/0/0/0 is missing \(3 of 5 chunk files are unusable\).*4 video\(s\): 'clip-04', .*'clip-06', \.\.\."
+    message = r"c/1/0/0/0 is missing \(3 of 5 files are unusable\).*4 video\(s\): 'clip-04', .*'clip-06', \.\.\."
     with pytest.raises(CorruptStoreError, match=message):
         latent_cache.open(path).load()
 

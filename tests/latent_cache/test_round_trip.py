@@ -61,6 +61,7 @@ def test_layout_is_the_documented_one(kit, tmp_path):
         "preprocessing": {"image_size": 24, "resize": "area"},
         "autoencoder": {"architecture": "vqgan", "sha256": "3f9a", "downsampling": 8},
         "software": {"zarr": "3"},
+        "splits": ["train", "test"],
         "complete": True,
     }
     assert group.metadata.consolidated_metadata is None
@@ -77,6 +78,7 @@ def test_layout_is_the_documented_one(kit, tmp_path):
         "video_offset": ("video_boundary",),
         "video_id": ("video",),
         "video_view": ("video",),
+        "video_fingerprint": ("video",),
     }
     assert group["train/video_offset"].dtype == np.int64
     assert not (path / ".encoding").exists()
