@@ -224,6 +224,11 @@ def open_metadata(url: str | Path) -> StoreMetadata:
     return StoreMetadata.from_attrs(schema.open_group(url).attrs, str(url))
 
 
+def open_notes(url: str | Path) -> dict[str, Any]:
+    """What the writer of a complete store wrote down about it. Raises as `schema.open_group`."""
+    return dict(schema.open_group(url).attrs.get("notes", {}))
+
+
 def is_complete(url: str | Path) -> bool:
     """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
     path = schema.local_path(url)

@@ -162,11 +162,14 @@ class StoreWriter:
                 f"{free / 1e6:.1f} MB left: free some, or set paths.latents to a folder on another disk"
             )
 
-    def finish(self, notes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def finish(
+        self, notes: Mapping[str, Mapping[str, Any]] | None = None, store_notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the videos' names and offsets and the statistics, flush everything, and call the store complete.
 
         Args:
             notes: by split, JSON that goes to the attributes of its group.
+            store_notes: JSON that goes to the attribute `notes` of the root.
         Raises:
             IncompleteStoreError: chunks are pending.
             CorruptStoreError: somebody removed chunks that were written.
@@ -181,7 +184,7 @@ class StoreWriter:
         try:
             self._write_index(notes or {})
             flush_tree(self.path)
-            self._group.update_attributes({"complete": True})
+            self._group.update_attributes({"notes": dict(store_notes or {}), "complete": True})
             flush(self.path / "zarr.json")
             flush(self.path)
         except OSError as error:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.errors import EXIT_DONE, EXIT_SKIPPED, EXIT_USAGE, StoppedBySignal, UserError
+from pipelines.errors import EXIT_DONE, EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE, StoppedBySignal, UserError
 
 COMMANDS = {
     "demo": "the whole story on one data set: videos, autoencoder, store, flow, prediction, metrics",
@@ -30,11 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     # Imports take seconds: not before the command line is known to be right.
-    from latent_cache import StoreError
+    from latent_cache import NoSpaceError, StoreError
     from stage1_autoencoder.videos.base import VideoError
 
     try:
         return _run(options)
+    except NoSpaceError as error:
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except (UserError, StoreError, VideoError) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -61,6 +64,8 @@ def _run(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         restart=options.restart,
         mirror=options.mirror,
+        scheduler=options.scheduler,
+        asked_device=options.device,
     )
     if options.command == "inspect" and options.config is None:
         config = None
@@ -139,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--restart", action="store_true", help="train anew; the old training is set aside")
         command.add_argument(
             "--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the archives"
+        )
+        command.add_argument(
+            "--scheduler",
+            default=os.environ.get("SCHEDULER") or None,
+            help="encode on a dask cluster: its scheduler's address, tcp://host:8786",
         )
         if name == "sample":
             command.add_argument("--videos", type=_positive, default=8, help="how many clips")

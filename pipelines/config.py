@@ -24,6 +24,7 @@ from pipelines.errors import UserError
 from pipelines.sizes import parse_size
 from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig
 from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
 
 
@@ -52,13 +53,27 @@ class CacheConfig(_Section):
     )
     dtype: Literal["float16", "float32"] = "float16"
     chunk_frames: PositiveInt | None = Field(None, description="frames a chunk; null: about 8 MiB")
+    views: tuple[str, ...] = Field(
+        ("identity",),
+        description="augmentations of the training videos that are cached beside them: identity, hflip, jitter-1, "
+        "jitter-2, ... (colour, constant over a video); the other splits have identity alone",
+    )
     codes: bool = Field(True, description="store the nearest codes beside the latents")
     batch_frames: PositiveInt = Field(
-        64, description="frames handed to the autoencoder at once; changes memory and speed, and not one bit of the store"
+        64, description="frames handed over to be encoded at once; changes memory and speed, and no bit of the store"
     )
     memory_budget: str = Field(
         "4 GiB", description="memory for what `encode` has in flight, and for the latents of the streaming tier"
     )
+
+    @field_validator("views")
+    @classmethod
+    def _views_are_known(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        for view in views:
+            parse_view(view)
+        if not views or len(set(views)) < len(views):
+            raise ValueError("at least one view, and none twice, is wanted")
+        return views
 
     @property
     def memory_budget_bytes(self) -> int:

@@ -18,6 +18,8 @@ class Session:
         overwrite: replace a store that contradicts the configuration.
         restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
         mirror: a folder or URL that holds the data set's archives.
+        scheduler: address of the dask scheduler whose workers encode; None: this process does.
+        asked_device: what the user asked for; `auto` lets each worker find its own.
         skipped: broken videos, id -> reason.
     """
 
@@ -26,6 +28,8 @@ class Session:
     overwrite: bool = False
     restart: bool = False
     mirror: str | None = None
+    scheduler: str | None = None
+    asked_device: str = "auto"
     skipped: dict[str, str] = field(default_factory=dict)
 
     def for_prerequisites(self) -> "Session":

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -230,6 +232,8 @@ def send_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, 
         calls[0] += 1
         if calls[0] == call:
             os.kill(os.getpid(), number)
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.05)  # the handler runs in the main thread
         return method(*arguments, **options)
 
     monkeypatch.setattr(owner, name, wrapped)

@@ -97,8 +97,8 @@ def test_half_done_store_of_another_autoencoder(copied, story: ModuleType, monke
     shutil.rmtree(copied.store)
     with monkeypatch.context() as patch:
         story.send_at(patch, StoreWriter, "finish", 1)
-        patch.setattr(StoreWriter, "finish", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        copied.run("encode").refused(1, "No space left")
+        patch.setattr(StoreWriter, "finish", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        copied.run("encode").refused(1, "Input/output error")
     copied.run("train-autoencoder", "--restart", sets=OTHER_SEED).ok()
     copied.run("encode", sets=OTHER_SEED).refused(2, "was written for something else", "sha256", "--overwrite")
     copied.run("encode", "--overwrite", sets=OTHER_SEED).ok()

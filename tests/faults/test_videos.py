@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 import latent_cache
-from pipelines.encode import StoreEncoder
+from pipelines.encode_chunks import _ChunkTask
 
 OWN = ("dataset.source=videos", "dataset.splits={val: 0.2, test: 0.2}")
 NAMES = ("a.mp4", "b.avi", "c", "d.mp4", "e.gif", "f.avi", "g", "h.mp4", "i.avi", "j")
@@ -173,7 +173,13 @@ def test_video_that_breaks_in_the_middle(place, story: ModuleType, name: str) ->
     (clean.data / ".river_index.json").unlink()
     shutil.rmtree(clean.data / name) if (clean.data / name).is_dir() else (clean.data / name).unlink()
     clean.run("encode").ok()
-    assert story.tree(place.store) == story.tree(clean.store)
+    ours, theirs = story.tree(place.store), story.tree(clean.store)
+    roots = [json.loads(files.pop("zarr.json"))["attributes"] for files in (ours, theirs)]
+    assert ours == theirs
+    assert [list(ids) for ids in roots[0].pop("notes")["skipped"].values()] == [[video]]
+    assert roots[1].pop("notes") == {"skipped": {}}
+    assert roots[0] == roots[1]
+    assert "store: done" in place.run("encode").ok().out  # what is broken still is no change
 
 
 def test_encode_goes_on_after_a_broken_video_was_met(place, story: ModuleType, monkeypatch) -> None:
@@ -182,7 +188,7 @@ def test_encode_goes_on_after_a_broken_video_was_met(place, story: ModuleType, m
     break_in_the_middle(place, place.data / "train" / "b")
     place.run("train-autoencoder")
     with monkeypatch.context() as patch:
-        story.send_at(patch, StoreEncoder, "_encode_batch", 4)
+        story.send_at(patch, _ChunkTask, "encode", 4)
         place.run("encode").refused(143, "stopped")
     place.run("encode").refused(3, "\n  b: ")
     assert stored(place) == {"a", "c", "d"}

@@ -1,0 +1,406 @@
+"""Making one chunk of the store: decoding threads fill batches, encoding threads empty them, then it is written.
+
+The store's bytes depend on the frames, the weights, the kind of device and its libraries, and on nothing else: the
+network sees batches of one fixed shape and computes with one thread each, since kernels for other shapes and for other
+numbers of threads add in other orders.
+"""
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latent_cache import ChunkPlan, ChunkWriter
+from latent_cache.progress import ChunkMarker
+from pipelines.config import CacheConfig
+from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import Checkpoint
+from pipelines.runtime.session import resolve_device
+from pipelines.train_autoencoder import load_trained_autoencoder, weights_digest
+from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
+from stage1_autoencoder.views import ViewTransform, apply_views, view_transform
+from stage1_autoencoder.vqgan import VQGAN, image_to_unit
+
+# Pixels that the network sees at once: a CPU is fastest while they stay in its cache, a GPU when there are many.
+PASS_PIXELS = {"cpu": 2**16, "cuda": 2**19}
+# Encoding threads: on a CPU one a core; on a GPU a second one fetches and copies while the first computes.
+GPU_ENCODERS = 2
+# Feature maps of the first level that are alive at once while the network encodes.
+LIVE_FEATURE_MAPS = 6
+# Most frames of a split that are decoded again for the round-trip PSNR; and of a small split one in so many.
+PSNR_FRAMES, PSNR_EVERY = 64, 32
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """All that a task needs to make any chunk of a store; sent to each worker once.
+
+    Args:
+        splits: where frames come from.
+        cache: settings of the store.
+        checkpoint: of the autoencoder, by its absolute path; `digest`: what its weights must be.
+        device: auto, cpu, cuda, cuda:1; found out by each worker.
+        writer: of the store.
+        psnr_stride: by split; every so many frames one is decoded again.
+        chunk_frames: most frames in a chunk.
+    """
+
+    splits: dict[str, VideoSource]
+    cache: CacheConfig
+    checkpoint: Checkpoint
+    digest: str
+    device: str
+    writer: ChunkWriter
+    psnr_stride: dict[str, int]
+    chunk_frames: int
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """A chunk that was written, and when (seconds of the wall clock)."""
+
+    split: str
+    chunk: ChunkPlan
+    marker: ChunkMarker
+    started: float
+    ended: float
+
+
+class BrokenVideosError(Exception):
+    """Videos of a chunk cannot be decoded as far as their index promised. Nothing of the chunk was written."""
+
+    def __init__(self, split: str, reasons: dict[str, str]) -> None:
+        super().__init__(split, reasons)  # both arguments, so that the error can be sent between processes
+        self.split, self.reasons = split, reasons
+
+
+class EncodingStopped(Exception):
+    """The task was asked to stop. Nothing of its chunk was written."""
+
+
+class ChunkEncoder:
+    """An autoencoder, decoding threads and encoding threads: one a process, whatever the number of tasks in it."""
+
+    def __init__(
+        self,
+        job: EncodeJob,
+        autoencoder: VQGAN,
+        device: torch.device,
+        on_done: Callable[[EncodedChunk], object] = lambda encoded: None,
+        on_frames: Callable[[int], object] = lambda frames: None,
+        stop_asked: object = False,
+    ) -> None:
+        """Start no thread yet.
+
+        Args:
+            on_done: called with each chunk once it is written, from any thread.
+            on_frames: called with the number of frames that were encoded, from any thread.
+            stop_asked: once it is true all tasks stop.
+        Raises:
+            UserError: `cache.memory_budget` is too small for one chunk.
+        """
+        self.job, self.device, self.on_done, self.on_frames = job, device, on_done, on_frames
+        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
+        self.stop_asked, self.closing = stop_asked, False
+        side = next(iter(job.splits.values())).dataset.image_size
+        self.frames_a_pass = max(1, PASS_PIXELS[device.type] // side**2)
+        passes = -(-job.cache.batch_frames // self.frames_a_pass)
+        self.frames_a_batch = passes * self.frames_a_pass
+        cores = len(os.sched_getaffinity(0))
+        encoders = cores if device.type == "cpu" else GPU_ENCODERS
+        self.decoders = ThreadPoolExecutor(cores, "decode")
+        self.encoders = ThreadPoolExecutor(encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
+        self.waiting = threading.Semaphore(2 * encoders)  # batches that are decoded and not yet encoded
+        self._threads = torch.get_num_threads()
+        self._frame_bytes = 3 * side**2
+        self.tasks = self._tasks_in_budget(cores, encoders)
+        self.slots = threading.Semaphore(self.tasks)
+
+    def encode(self, split: str, chunk: ChunkPlan) -> EncodedChunk:
+        """Make a chunk and write it.
+
+        Raises:
+            BrokenVideosError: names all videos of the chunk that cannot be decoded.
+            EncodingStopped: `stop_asked` or `close` on the way.
+            StoreError: latents that cannot be stored.
+            NoSpaceError: the disk is full.
+        """
+        with self.slots:
+            started = time.time()
+            marker = _ChunkTask(self, split, chunk).run()
+            encoded = EncodedChunk(split, chunk, marker, started, time.time())
+            self.on_done(encoded)
+            return encoded
+
+    def close(self) -> None:
+        """End the threads; tasks that still run stop."""
+        self.closing = True
+        self.decoders.shutdown(cancel_futures=True)
+        self.encoders.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, int]]:
+        """Where a video is in its source, by split and id."""
+        return {split: {video.id: i for i, video in enumerate(s.videos)} for split, s in self.job.splits.items()}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a frame's latent."""
+        model = self.autoencoder
+        side = next(iter(self.job.splits.values())).dataset.image_size // model.downsampling
+        return (model.config.latent_channels, side, side)
+
+    def _tasks_in_budget(self, cores: int, encoders: int) -> int:
+        """How many chunks may be in the making at once: two, so that one is written while the next is encoded."""
+        budget = self.job.cache.memory_budget_bytes
+        channels = self.autoencoder.config.channels * self.autoencoder.config.channel_multipliers[0]
+        feature_map = 4 * channels * self._frame_bytes // 3 * self.frames_a_pass
+        computing = encoders * LIVE_FEATURE_MAPS * feature_map
+        batches = (2 * cores * len(self.job.cache.views) + 3 * encoders) * self.frames_a_batch * self._frame_bytes
+        # In float32 as they come, in the store's type, and as bytes of the file.
+        chunk = (4 + 2 + 2 * 2) * math.prod(self.latent_shape) * self.job.chunk_frames
+        tasks = (budget - computing - batches) // chunk
+        if tasks < 1:
+            raise UserError(
+                f"cache.memory_budget: {self.job.cache.memory_budget} is too little to make a chunk of the store: "
+                f"{(computing + batches + chunk) / 2**30:.2f} GiB are needed ({computing / 2**20:.0f} MiB to compute, "
+                f"{batches / 2**20:.0f} MiB of frames, {chunk / 2**20:.0f} MiB of latents): raise it, or lower "
+                "cache.batch_frames or cache.chunk_frames"
+            )
+        return min(2, tasks)
+
+
+_current: ChunkEncoder | None = None
+_current_lock = threading.Lock()
+
+
+def encode_chunk(job: EncodeJob, split: str, chunk: ChunkPlan) -> EncodedChunk:
+    """The task of the graph: make one chunk, in whatever process it was sent to. Safe to run twice.
+
+    Raises:
+        As `ChunkEncoder.encode`, and UserError where the autoencoder is not the one that the job wants.
+    """
+    return _encoder_for(job).encode(split, chunk)
+
+
+def install_encoder(encoder: ChunkEncoder | None) -> None:
+    """Let the tasks of this process use an encoder that is there already; None: none any more."""
+    global _current
+    with _current_lock:
+        _current = encoder
+
+
+def _encoder_for(job: EncodeJob) -> ChunkEncoder:
+    global _current
+    with _current_lock:
+        if _current is None or _current.job.writer != job.writer:
+            if _current is not None:
+                _current.close()  # of an earlier encoding, to which this worker belonged
+            device = resolve_device(job.device)
+            autoencoder = load_trained_autoencoder(job.checkpoint, device)
+            digest = weights_digest(autoencoder)
+            if digest != job.digest:
+                raise UserError(
+                    f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, and {job.digest[:12]}... is "
+                    "wanted: workers must see the same run as the command"
+                )
+            _current = ChunkEncoder(job, autoencoder, device)
+        return _current
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One pass over a video, and where its frames go: (view, first frame, one past the last, place in the chunk)."""
+
+    video_id: str
+    targets: list[tuple[str, int, int, int]]
+
+    @property
+    def start(self) -> int:
+        return min(start for _, start, _, _ in self.targets)
+
+    @property
+    def stop(self) -> int:
+        return max(stop for _, _, stop, _ in self.targets)
+
+
+@dataclass
+class _Batch:
+    """Frames of a chunk that are encoded together, while they are being decoded."""
+
+    start: int
+    frames: np.ndarray  # [n, h, w, 3] uint8
+    views: list[ViewTransform] = field(default_factory=list)
+    missing: int = 0
+
+
+class _ChunkTask:
+    """One chunk in the making."""
+
+    def __init__(self, encoder: ChunkEncoder, split: str, chunk: ChunkPlan) -> None:
+        self.encoder, self.split, self.chunk = encoder, split, chunk
+        self.latents = np.empty((chunk.frames, *encoder.latent_shape), np.float32)
+        self.codes = np.empty((chunk.frames, *encoder.latent_shape[1:]), np.int32)
+        self.codes_changed = 0
+        self.psnr: dict[int, float] = {}
+        self.broken: dict[str, str] = {}
+        self.cancelled = False
+        self.lock = threading.Lock()
+        self.batches: dict[int, _Batch] = {}
+        self.encoding: list[Future[None]] = []
+
+    def run(self) -> ChunkMarker:
+        decoding = [self.encoder.decoders.submit(self.decode, visit) for visit in self.visits()]
+        try:
+            for future in decoding:
+                future.result()
+            if self.broken:
+                raise BrokenVideosError(self.split, self.broken)
+            for future in self.encoding:
+                future.result()
+        except BaseException as error:
+            self.cancelled = True
+            for future in decoding:
+                future.cancel()
+            settle(decoding)  # nothing of this task runs on when it has ended
+            settle(self.encoding)
+            raise self.cause_of(error) from error
+        measured = {
+            "code_counts": np.bincount(self.codes.ravel()).tolist(),
+            "codes_changed": self.codes_changed,
+            "psnr": [self.psnr[position] for position in sorted(self.psnr)],
+        }
+        codes = self.codes if self.encoder.job.cache.codes else None
+        return self.encoder.job.writer.write(self.split, self.chunk, self.latents, codes, measured)
+
+    def cause_of(self, error: BaseException) -> BaseException:
+        """What made the task fail: an encoding thread that fails makes the decoding ones stop."""
+        found = [future.exception() for future in self.encoding]
+        return next((cause for cause in found if cause and not isinstance(cause, EncodingStopped)), error)
+
+    def visits(self) -> Iterator[_Visit]:
+        """The pieces of the chunk; views of one video, which lie side by side, in one visit."""
+        place, visit = 0, None
+        named = zip(self.chunk.pieces, self.chunk.video_ids, self.chunk.video_views, strict=True)
+        for piece, video_id, view in named:
+            target = (view, piece.start, piece.stop, place)
+            if visit is not None and visit.video_id == video_id:
+                visit.targets.append(target)
+            else:
+                if visit is not None:
+                    yield visit
+                visit = _Visit(video_id, [target])
+            place += piece.stop - piece.start
+        assert visit is not None
+        yield visit
+
+    def check(self) -> None:
+        if self.cancelled or self.encoder.closing or self.encoder.stop_asked:
+            raise EncodingStopped
+
+    def decode(self, visit: _Visit) -> None:
+        """Decode a video once, and put its frames to their places."""
+        self.check()
+        source = self.encoder.job.splits[self.split]
+        index = self.encoder.rows[self.split][visit.video_id]
+        transforms = [view_transform(view, visit.video_id) for view, *_ in visit.targets]
+        try:
+            for number, frame in enumerate(source.iterate(index, visit.start, visit.stop), visit.start):
+                self.check()
+                for (_, start, stop, place), transform in zip(visit.targets, transforms, strict=True):
+                    if start <= number < stop:
+                        self.put(place + number - start, frame, transform)
+        except BrokenVideoError as error:
+            with self.lock:
+                self.broken[error.video_id] = error.reason
+
+    def put(self, place: int, frame: np.ndarray, transform: ViewTransform) -> None:
+        """Put a frame into its batch; the last one of a batch sends it to be encoded."""
+        size = self.encoder.frames_a_batch
+        number = place // size
+        with self.lock:
+            batch = self.batches.get(number)
+            if batch is None:
+                count = min(size, self.chunk.frames - number * size)
+                batch = _Batch(number * size, np.empty((count, *frame.shape), np.uint8), missing=count)
+                batch.views = [transform] * count
+                self.batches[number] = batch
+        batch.frames[place - batch.start] = frame
+        batch.views[place - batch.start] = transform
+        with self.lock:
+            batch.missing -= 1
+            if batch.missing:
+                return
+            del self.batches[number]
+        if self.broken:
+            return  # the chunk will be planned anew
+        self.encoder.waiting.acquire()
+        self.encoding.append(self.encoder.encoders.submit(self.encode, batch))
+
+    @torch.inference_mode()
+    def encode(self, batch: _Batch) -> None:
+        """Encode the frames of a batch, and measure what storing them costs."""
+        try:
+            self.check()
+            size = self.encoder.frames_a_pass
+            for start in range(0, len(batch.frames), size):
+                self.encode_pass(batch.start + start, batch.frames[start : start + size], batch.views[start:][:size])
+            self.encoder.on_frames(len(batch.frames))
+        except torch.OutOfMemoryError as error:
+            self.cancelled = True
+            raise UserError(f"{self.encoder.device}: no memory left to encode: free some of it ({error})") from error
+        except BaseException:
+            self.cancelled = True
+            raise
+        finally:
+            self.encoder.waiting.release()
+
+    def encode_pass(self, place: int, frames: np.ndarray, views: Sequence[ViewTransform]) -> None:
+        encoder, count = self.encoder, len(frames)
+        # Always the same shape: the last frame fills up what is missing.
+        filled = torch.from_numpy(frames)[torch.arange(encoder.frames_a_pass).clamp(max=count - 1)]
+        views = [*views, *[views[-1]] * (encoder.frames_a_pass - count)]
+        images = apply_views(image_to_unit(filled.to(encoder.device)), views)
+        latents = encoder.autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
+        codes = encoder.autoencoder.quantizer.nearest(latents)
+        stored = latents.to(getattr(torch, encoder.job.cache.dtype)).float()
+        changed = (encoder.autoencoder.quantizer.nearest(stored) != codes)[:count].sum()
+        self.latents[place : place + count] = latents[:count].cpu().numpy()
+        self.codes[place : place + count] = codes[:count].to(torch.int32).cpu().numpy()
+        psnr = {
+            place + row: round_trip_psnr(encoder.autoencoder, images[row], stored[row])
+            for row in range(count)
+            if (self.chunk.start + place + row) % encoder.job.psnr_stride[self.split] == 0
+        }
+        with self.lock:
+            self.codes_changed += int(changed)
+            self.psnr |= psnr
+
+
+def settle(futures: Sequence[Future[None]]) -> None:
+    """Wait until none of some futures runs, whatever became of it."""
+    for future in futures:
+        with contextlib.suppress(CancelledError):
+            future.exception()
+
+
+def round_trip_psnr(autoencoder: VQGAN, image: Tensor, latent: Tensor) -> float:
+    """PSNR in dB of the decoded latent [c, h, w] against its image [3, h, w] in [-1, 1]; at most 100."""
+    decoded = autoencoder.decode(latent[None])[0].clamp(-1, 1)
+    error = ((decoded - image) / 2).square().mean().item()
+    return -10 * math.log10(max(error, 1e-10))
+
+
+def psnr_stride(frames: int) -> int:
+    """Of a split of so many frames, every how many one is decoded again."""
+    return max(PSNR_EVERY, -(-frames // PSNR_FRAMES))

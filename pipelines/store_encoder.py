@@ -1,0 +1,211 @@
+"""From videos to a complete store: what goes into which chunk, having it made, and what it came to."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+import latent_cache
+from latent_cache import NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
+from pipelines.config import RiverConfig
+from pipelines.encode_chunks import (
+    BrokenVideosError,
+    ChunkEncoder,
+    EncodedChunk,
+    EncodeJob,
+    EncodingStopped,
+    psnr_stride,
+)
+from pipelines.encode_graph import StopAsked, run_here, run_on_cluster
+from pipelines.errors import StoppedBySignal, UserError
+from pipelines.runtime.checkpoints import Checkpoint
+from pipelines.runtime.progress import progress, say
+from pipelines.runtime.session import Session
+from pipelines.runtime.signals import StopRequest
+from stage1_autoencoder.videos.base import VideoInfo, VideoSource
+from stage1_autoencoder.vqgan import VQGAN
+
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What encoding one split came to.
+
+    Attributes:
+        frames_per_second: of the frames that this command encoded; None where all were there already.
+        code_perplexity: exp of the entropy of the codes' frequencies; `codes` at most.
+        round_trip_psnr: dB, mean over a sample of frames, of the decoded stored latent against the frame.
+        codes_changed: share of the latents whose nearest code is another one after rounding to the store's type.
+    """
+
+    split: str
+    videos: int
+    frames: int
+    megabytes: float
+    frames_per_second: float | None
+    codes_used: int
+    codes: int
+    code_perplexity: float
+    round_trip_psnr: float
+    codes_changed: float
+
+    def line(self) -> str:
+        rate = "" if self.frames_per_second is None else f"{self.frames_per_second:.0f} frames/s, "
+        return (
+            f"store: {self.split}: {self.videos} videos, {self.frames} frames, {self.megabytes:.1f} MB of latents, "
+            f"{rate}{self.codes_used} of {self.codes} codes used (perplexity {self.code_perplexity:.0f}), round trip "
+            f"{self.round_trip_psnr:.2f} dB, {self.codes_changed:.3%} of codes changed by rounding"
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """What goes to the store: all that does not depend on the day."""
+        kept = ("codes_used", "code_perplexity", "round_trip_psnr", "codes_changed")
+        return {name: value for name, value in asdict(self).items() if name in kept}
+
+
+class StoreEncoder:
+    """Plans the chunks of all splits and has them made, here or on a cluster, until the store is complete."""
+
+    def __init__(
+        self,
+        config: RiverConfig,
+        session: Session,
+        checkpoint: Checkpoint,
+        autoencoder: VQGAN,
+        splits: dict[str, VideoSource],
+        metadata: StoreMetadata,
+    ) -> None:
+        self.config, self.session, self.checkpoint, self.autoencoder = config, session, checkpoint, autoencoder
+        self.splits, self.metadata = splits, metadata
+        self.broken: dict[str, set[str]] = {split: set() for split in splits}
+        side = config.dataset.image_size // autoencoder.downsampling
+        self.latent_shape = (autoencoder.config.latent_channels, side, side)
+
+    def run(self, overwrite: bool) -> list[SplitReport]:
+        """Encode what is pending until the store is complete."""
+        while True:
+            try:
+                return self._attempt(overwrite)
+            except BrokenVideosError as error:
+                # Their frames were planned for; the chunks before them stay, the others are laid out anew.
+                for video_id, reason in error.reasons.items():
+                    self.broken[error.split].add(video_id)
+                    self.session.skip(video_id, reason)
+                # A store can lose videos, but no split: without its last video the whole store is laid out anew.
+                overwrite = not self._videos(error.split)
+
+    def _attempt(self, overwrite: bool) -> list[SplitReport]:
+        plans = {split: self._plan(split) for split in self.splits if self._videos(split)}
+        if "train" not in plans:
+            raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
+        options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
+        path = self.config.store_path.absolute()
+        with StoreWriter.open(path, self.metadata, plans, **options) as writer, StopRequest() as stop:
+            try:
+                writer.check_space()
+                done = self._encode(writer, plans, stop)
+                reports = [self._report(writer, split, plan, done) for split, plan in plans.items()]
+                notes = {report.split: report.notes() for report in reports}
+                writer.finish(notes, {"skipped": self._skipped()})
+            except (StopAsked, EncodingStopped):
+                raise StoppedBySignal(
+                    stop.signal_number,
+                    f"stopped; {self.config.store_path} keeps its finished chunks, `encode` goes on from there",
+                ) from None
+            except NoSpaceError as error:
+                raise NoSpaceError(
+                    f"{error}; {writer.bytes_needed() / 1e6:.1f} MB of latents are still to be written: free as much, "
+                    "and `encode` goes on from the chunks that are finished"
+                ) from error
+            if stop:
+                raise StoppedBySignal(stop.signal_number, f"stopped; {self.config.store_path} is complete")
+        return reports
+
+    def _videos(self, split: str) -> list[VideoInfo]:
+        return [video for video in self.splits[split].videos if video.id not in self.broken[split]]
+
+    def _skipped(self) -> dict[str, dict[str, str]]:
+        """Fingerprints of the videos that could not be decoded, by split and id."""
+        return {
+            split: {video.id: video.fingerprint for video in self.splits[split].videos if video.id in ids}
+            for split, ids in self.broken.items()
+            if ids
+        }
+
+    def _plan(self, split: str) -> SplitPlan:
+        cache = self.config.cache
+        views = cache.views if split == "train" else [IDENTITY]
+        # Views of a video lie side by side, so that one pass over the video serves them all.
+        rows = [(video, view) for video in self._videos(split) for view in views]
+        # The whole index decides the chunks' size: a video dropped later must not change the chunks that are kept.
+        frames = sum(video.frames for video in self.splits[split].videos) * len(views)
+        chunk_frames = cache.chunk_frames or latent_cache.default_chunk_frames(self.latent_shape, frames)
+        return SplitPlan(
+            video_ids=[video.id for video, _ in rows],
+            video_views=[view for _, view in rows],
+            lengths=[video.frames for video, _ in rows],
+            latent_shape=self.latent_shape,
+            chunk_frames=chunk_frames,
+            fingerprints=[video.fingerprint for video, _ in rows],
+            shard_chunks=latent_cache.default_shard_chunks(frames, chunk_frames),
+        )
+
+    def _encode(self, writer: StoreWriter, plans: dict[str, SplitPlan], stop: StopRequest) -> list[EncodedChunk]:
+        pending = {split: writer.pending(split) for split in plans}
+        for split, plan in plans.items():
+            if len(pending[split]) < len(plan.chunks):
+                there = len(plan.chunks) - len(pending[split])
+                say(f"store: {split}: {there} of {len(plan.chunks)} chunks are there already")
+        tasks = [(split, chunk) for split in plans for chunk in pending[split]]
+        if not tasks:
+            return []
+        job = EncodeJob(
+            splits=self.splits,
+            cache=self.config.cache,
+            checkpoint=replace(self.checkpoint, path=self.checkpoint.path.absolute()),
+            digest=self.metadata.autoencoder["sha256"],
+            device=str(self.session.device),
+            writer=writer.chunk_writer,
+            psnr_stride={split: psnr_stride(plan.frames) for split, plan in plans.items()},
+            chunk_frames=max(plan.file_frames for plan in plans.values()),
+        )
+        frames = sum(plan.frames for plan in plans.values())
+        there = frames - sum(chunk.frames for _, chunk in tasks)
+        with progress(total=frames, initial=there, description="encode", unit="frame") as bar:
+
+            def accept(encoded: EncodedChunk) -> None:
+                writer.accept(encoded.split, encoded.chunk, encoded.marker)
+                if self.session.scheduler is not None:
+                    bar.update(encoded.chunk.frames)
+
+            if self.session.scheduler is not None:
+                # Each worker finds its own device; only a device that the user named is asked of all of them.
+                job = replace(job, device=self.session.asked_device)
+                return run_on_cluster(self.session.scheduler, job, tasks, accept, stop)
+            encoder = ChunkEncoder(job, self.autoencoder, self.session.device, accept, bar.update, stop)
+            try:
+                return run_here(encoder, tasks)
+            finally:
+                encoder.close()
+
+    def _report(self, writer: StoreWriter, split: str, plan: SplitPlan, done: list[EncodedChunk]) -> SplitReport:
+        markers = [marker.measured for marker in writer.markers(split)]
+        counts = np.zeros(self.autoencoder.config.codes, np.int64)
+        for measured in markers:
+            counts[: len(measured["code_counts"])] += measured["code_counts"]
+        share = counts[counts > 0] / counts.sum()
+        mine = [encoded for encoded in done if encoded.split == split]
+        seconds = max(encoded.ended for encoded in mine) - min(encoded.started for encoded in mine) if mine else None
+        return SplitReport(
+            split=split,
+            videos=len(set(plan.video_ids)),
+            frames=plan.frames,
+            megabytes=plan.frames * np.prod(self.latent_shape) * np.dtype(self.config.cache.dtype).itemsize / 1e6,
+            frames_per_second=sum(encoded.chunk.frames for encoded in mine) / max(seconds, 1e-9) if mine else None,
+            codes_used=int((counts > 0).sum()),
+            codes=len(counts),
+            code_perplexity=float(np.exp(-(share * np.log(share)).sum())),
+            round_trip_psnr=float(np.mean([value for measured in markers for value in measured["psnr"]])),
+            codes_changed=sum(measured["codes_changed"] for measured in markers) / int(counts.sum()),
+        )
