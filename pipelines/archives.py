@@ -157,5 +157,5 @@ def _extract(archive: Path, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, tar
         seconds = calendar.timegm((*entry.date_time, 0, 0, 0))
     except ValueError:
         return  # an impossible date
-    # The same times whenever and wherever it is unpacked, because fingerprints of videos hold them.
+    # The same times whenever it is unpacked, so that the index of the videos stays valid.
     os.utime(target, (seconds, seconds))

@@ -48,8 +48,10 @@ class AutoencoderConfig(_Section):
 class CacheConfig(_Section):
     """The store of latents."""
 
-    residency: Literal["auto", "device", "host"] = Field(
-        "auto", description="where stage 2 holds the latents: on the training device, or in host memory"
+    residency: Literal["auto", "device", "host", "stream"] = Field(
+        "auto",
+        description="where stage 2 holds the latents: all on the training device, all in host memory, or, with stream, "
+        "a part at a time within memory_budget; auto: the first of these that fits into the free memory",
     )
     dtype: Literal["float16", "float32"] = "float16"
     chunk_frames: PositiveInt | None = Field(None, description="frames a chunk; null: about 8 MiB")

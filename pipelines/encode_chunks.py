@@ -1,9 +1,4 @@
-"""Making one chunk of the store: decoding threads fill batches, encoding threads empty them, then it is written.
-
-The store's bytes depend on the frames, the weights, the kind of device and its libraries, and on nothing else: the
-network sees batches of one fixed shape and computes with one thread each, since kernels for other shapes and for other
-numbers of threads add in other orders.
-"""
+"""Making one chunk of the store: decoding threads fill batches, encoding threads empty them, then it is written."""
 
 import contextlib
 import math
@@ -17,25 +12,21 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from latent_cache import ChunkPlan, ChunkWriter
 from latent_cache.progress import ChunkMarker
 from pipelines.config import CacheConfig
 from pipelines.errors import UserError
+from pipelines.frame_encoder import FrameEncoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.session import resolve_device
 from pipelines.train_autoencoder import load_trained_autoencoder, weights_digest
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
-from stage1_autoencoder.views import ViewTransform, apply_views, view_transform
-from stage1_autoencoder.vqgan import VQGAN, image_to_unit
+from stage1_autoencoder.views import ViewTransform, view_transform
+from stage1_autoencoder.vqgan import VQGAN
 
-# Pixels that the network sees at once: a CPU is fastest while they stay in its cache, a GPU when there are many.
-PASS_PIXELS = {"cpu": 2**16, "cuda": 2**19}
 # Encoding threads: on a CPU one a core; on a GPU a second one fetches and copies while the first computes.
 GPU_ENCODERS = 2
-# Feature maps of the first level that are alive at once while the network encodes.
-LIVE_FEATURE_MAPS = 6
 # Most frames of a split that are decoded again for the round-trip PSNR; and of a small split one in so many.
 PSNR_FRAMES, PSNR_EVERY = 64, 32
 
@@ -109,12 +100,12 @@ class ChunkEncoder:
             UserError: `cache.memory_budget` is too small for one chunk.
         """
         self.job, self.device, self.on_done, self.on_frames = job, device, on_done, on_frames
-        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
+        self.autoencoder = autoencoder
         self.stop_asked, self.closing = stop_asked, False
         side = next(iter(job.splits.values())).dataset.image_size
-        self.frames_a_pass = max(1, PASS_PIXELS[device.type] // side**2)
-        passes = -(-job.cache.batch_frames // self.frames_a_pass)
-        self.frames_a_batch = passes * self.frames_a_pass
+        self.frame_encoder = FrameEncoder(autoencoder, device, side)
+        passes = -(-job.cache.batch_frames // self.frame_encoder.frames)
+        self.frames_a_batch = passes * self.frame_encoder.frames
         cores = len(os.sched_getaffinity(0))
         encoders = cores if device.type == "cpu" else GPU_ENCODERS
         self.decoders = ThreadPoolExecutor(cores, "decode")
@@ -163,9 +154,7 @@ class ChunkEncoder:
     def _tasks_in_budget(self, cores: int, encoders: int) -> int:
         """How many chunks may be in the making at once: two, so that one is written while the next is encoded."""
         budget = self.job.cache.memory_budget_bytes
-        channels = self.autoencoder.config.channels * self.autoencoder.config.channel_multipliers[0]
-        feature_map = 4 * channels * self._frame_bytes // 3 * self.frames_a_pass
-        computing = encoders * LIVE_FEATURE_MAPS * feature_map
+        computing = encoders * self.frame_encoder.memory
         batches = (2 * cores * len(self.job.cache.views) + 3 * encoders) * self.frames_a_batch * self._frame_bytes
         # In float32 as they come, in the store's type, and as bytes of the file.
         chunk = (4 + 2 + 2 * 2) * math.prod(self.latent_shape) * self.job.chunk_frames
@@ -352,7 +341,7 @@ class _ChunkTask:
         """Encode the frames of a batch, and measure what storing them costs."""
         try:
             self.check()
-            size = self.encoder.frames_a_pass
+            size = self.encoder.frame_encoder.frames
             for start in range(0, len(batch.frames), size):
                 self.encode_pass(batch.start + start, batch.frames[start : start + size], batch.views[start:][:size])
             self.encoder.on_frames(len(batch.frames))
@@ -366,25 +355,25 @@ class _ChunkTask:
             self.encoder.waiting.release()
 
     def encode_pass(self, place: int, frames: np.ndarray, views: Sequence[ViewTransform]) -> None:
-        encoder, count = self.encoder, len(frames)
-        # Always the same shape: the last frame fills up what is missing.
-        filled = torch.from_numpy(frames)[torch.arange(encoder.frames_a_pass).clamp(max=count - 1)]
-        views = [*views, *[views[-1]] * (encoder.frames_a_pass - count)]
-        images = apply_views(image_to_unit(filled.to(encoder.device)), views)
-        latents = encoder.autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
-        codes = encoder.autoencoder.quantizer.nearest(latents)
-        stored = latents.to(getattr(torch, encoder.job.cache.dtype)).float()
-        changed = (encoder.autoencoder.quantizer.nearest(stored) != codes)[:count].sum()
-        self.latents[place : place + count] = latents[:count].cpu().numpy()
-        self.codes[place : place + count] = codes[:count].to(torch.int32).cpu().numpy()
+        frame_encoder, count, job = self.encoder.frame_encoder, len(frames), self.encoder.job
+        encoded = frame_encoder.encode(frames, views)
+        stored = encoded.latents.to(getattr(torch, job.cache.dtype)).float()
+        changed = (frame_encoder.autoencoder.quantizer.nearest(stored) != encoded.codes)[:count].sum()
+        self.latents[place : place + count] = encoded.latents[:count].cpu().numpy()
+        self.codes[place : place + count] = encoded.codes[:count].to(torch.int32).cpu().numpy()
         psnr = {
-            place + row: round_trip_psnr(encoder.autoencoder, images[row], stored[row])
+            place + row: frame_encoder.round_trip_psnr(encoded.images[row], stored[row])
             for row in range(count)
-            if (self.chunk.start + place + row) % encoder.job.psnr_stride[self.split] == 0
+            if (self.chunk.start + place + row) % job.psnr_stride[self.split] == 0
         }
         with self.lock:
             self.codes_changed += int(changed)
             self.psnr |= psnr
+
+
+def psnr_stride(frames: int) -> int:
+    """Of a split of so many frames, every how many one is decoded again."""
+    return max(PSNR_EVERY, -(-frames // PSNR_FRAMES))
 
 
 def settle(futures: Sequence[Future[None]]) -> None:
@@ -392,15 +381,3 @@ def settle(futures: Sequence[Future[None]]) -> None:
     for future in futures:
         with contextlib.suppress(CancelledError):
             future.exception()
-
-
-def round_trip_psnr(autoencoder: VQGAN, image: Tensor, latent: Tensor) -> float:
-    """PSNR in dB of the decoded latent [c, h, w] against its image [3, h, w] in [-1, 1]; at most 100."""
-    decoded = autoencoder.decode(latent[None])[0].clamp(-1, 1)
-    error = ((decoded - image) / 2).square().mean().item()
-    return -10 * math.log10(max(error, 1e-10))
-
-
-def psnr_stride(frames: int) -> int:
-    """Of a split of so many frames, every how many one is decoded again."""
-    return max(PSNR_EVERY, -(-frames // PSNR_FRAMES))

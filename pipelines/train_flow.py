@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import latent_cache
-from latent_cache import LatentCache, ResidentSampler, step_generator
+from latent_cache import FlowBatch, LatentCache, Sampler, open_sampler, step_generator
 from pipelines.config import RiverConfig, differences
 from pipelines.encode import ensure_store
 from pipelines.errors import StoppedBySignal, UserError
@@ -63,16 +63,6 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
     if found is not None:
         trainer.load(found)
         first_step = found.step
-    residency = latent_cache.choose_residency(cache, session.device, config.cache.residency)
-    storage = session.device if residency == "device" else "cpu"
-    sampler = ResidentSampler(
-        cache, session.device, config.seed, training.batch_size, training.clip_frames, storage_device=storage
-    )
-    say(
-        f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, batch "
-        f"{training.batch_size} of {sampler.legal_targets} targets, {cache.nbytes / 1e6:.0f} MB of latents resident on "
-        f"{storage}, {training.precision} -> {folder}"
-    )
     state = {
         "identity": identity,
         "model": config.flow.model.model_dump(mode="json"),
@@ -85,17 +75,32 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
             "autoencoder": cache.metadata.autoencoder["sha256"],
         },
     }
-    validation = _validation_sampler(config, cache, session.device)
-    with only_training_of(folder), closing(TrainingLog(folder, config, "flow", first_step)) as log:
-        _loop(config, trainer, sampler, validation, log, checkpoints, state, first_step)
+    validation = _validation_batch(config, cache, session.device)
+    sampler = open_sampler(
+        cache,
+        session.device,
+        config.seed,
+        training.batch_size,
+        training.clip_frames,
+        residency=config.cache.residency,
+        memory_budget=config.cache.memory_budget_bytes,
+    )
+    with closing(sampler):
+        say(
+            f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, "
+            f"batch {training.batch_size} of {sampler.legal_targets} targets, {sampler.describe()}, "
+            f"{training.precision} -> {folder}"
+        )
+        with only_training_of(folder), closing(TrainingLog(folder, config, "flow", first_step)) as log:
+            _loop(config, trainer, sampler, validation, log, checkpoints, state, first_step)
     return checkpoints.latest()
 
 
 def _loop(
     config: RiverConfig,
     trainer: "FlowTrainer",
-    sampler: ResidentSampler,
-    validation: ResidentSampler | None,
+    sampler: Sampler,
+    validation: FlowBatch | None,
     log: TrainingLog,
     checkpoints: CheckpointFolder,
     state: dict[str, Any],
@@ -154,7 +159,7 @@ class FlowTrainer:
         self.field = torch.compile(self.model) if self.training.compile else self.model
         self.learner = Learner(self.model, self.training, self.model.boundary_parameters())
 
-    def train_step(self, step: int, sampler: ResidentSampler) -> torch.Tensor:
+    def train_step(self, step: int, sampler: Sampler) -> torch.Tensor:
         """One update; gives the loss as a tensor, without waiting for the device."""
         training, seed = self.training, self.config.seed
         batch = self._standardized(sampler.batch(step))
@@ -175,10 +180,10 @@ class FlowTrainer:
         return loss.detach()
 
     @torch.no_grad()
-    def validate(self, sampler: ResidentSampler) -> float:
+    def validate(self, batch: FlowBatch) -> float:
         """Loss on fixed pairs, times and noise of the validation split: comparable over the whole training."""
         model = self.learner.best_model.eval()
-        batch = self._standardized(sampler.batch(0))
+        batch = self._standardized(batch)
         draws = draw_flow(
             batch.target.shape, step_generator(self.config.seed, 0, self.device, "validation"), self.device
         )
@@ -192,8 +197,8 @@ class FlowTrainer:
         """Go on from a checkpoint of the same configuration."""
         self.learner.load(checkpoint, self.device)
 
-    def _standardized(self, batch: latent_cache.FlowBatch) -> latent_cache.FlowBatch:
-        return latent_cache.FlowBatch(
+    def _standardized(self, batch: FlowBatch) -> FlowBatch:
+        return FlowBatch(
             target=self.standardization.to_final(batch.target),
             reference=self.standardization.to_final(batch.reference),
             condition=self.standardization.to_final(batch.condition),
@@ -235,13 +240,22 @@ def _check_same_store(checkpoint: Checkpoint, cache: LatentCache) -> None:
     )
 
 
-def _validation_sampler(config: RiverConfig, cache: LatentCache, device: torch.device) -> ResidentSampler | None:
+def _validation_batch(config: RiverConfig, cache: LatentCache, device: torch.device) -> FlowBatch | None:
+    """The one batch that every validation looks at: when it was drawn, the split can leave the memory again."""
     if "val" not in latent_cache.splits(cache.url):
         return None
     training = config.flow.training
     validation = latent_cache.open(cache.url, "val")
     if validation.lengths.max() < 3:
         return None
-    return ResidentSampler(
-        validation, device, config.seed, training.validation_pairs, training.clip_frames, storage_device="cpu"
+    sampler = open_sampler(
+        validation,
+        "cpu",
+        config.seed,
+        training.validation_pairs,
+        training.clip_frames,
+        residency="auto",
+        memory_budget=config.cache.memory_budget_bytes,
     )
+    with closing(sampler):
+        return sampler.batch(0).to(device)

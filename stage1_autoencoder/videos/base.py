@@ -41,7 +41,8 @@ class VideoInfo:
         id: unique in its split.
         frames: number of frames after `frame_step`, at least 1.
         fps: frames a second after `frame_step`.
-        fingerprint: changes whenever the file does (relative path, size, mtime; start and stop where it is cut).
+        fingerprint: changes with the content, not with its place or times: a digest of the file's bytes (of a frame
+            folder see `index.digest`), start and stop where it is cut; of a drawn video, its settings.
         size: native (width, height) in pixels; None where frames are drawn at the size that is asked for.
     """
 

@@ -1,9 +1,18 @@
-"""One video file, through PyAV: counting its frames without decoding them, and decoding them in order."""
+"""One video file, through PyAV: counting its frames without decoding them, and decoding them in order.
 
+Decoding starts at a keyframe close to the first frame that is wanted, if that gives the same frames, bit for bit, as
+decoding from the start of the file. `_restarts` and `_keyframes` have the conditions; where one of them is not met, and
+where seeking turns out to lead elsewhere, decoding starts at the start.
+"""
+
+import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 from av.container import InputContainer
@@ -16,15 +25,36 @@ VIDEO_EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".webm", ".gif", ".mkv"})
 # For videos that do not tell their frame rate; it sets no more than the speed at which previews play.
 UNKNOWN_FPS = 10.0
 
+# Keyframes are remembered at this distance at least, so that short videos have none and long ones a short list.
+KEYFRAME_SPACING = 64
+
+# Containers of which the demuxer finds the same packets with the same timestamps after seeking.
+_SEEKABLE = frozenset({"mov", "matroska"})
+
+
+class Keyframe(NamedTuple):
+    """Where decoding can start: number of the frame in presentation order, timestamp in the stream's units."""
+
+    position: int
+    pts: int
+
 
 @dataclass(frozen=True)
 class Probe:
-    """What the index keeps of a video: frames (before `frame_step`), frames a second, native size in pixels."""
+    """What the index keeps of a video.
+
+    Attributes:
+        frames: how many there are, before `frame_step`.
+        fps: frames a second.
+        width, height: native size in pixels.
+        keyframes: from which decoding may start, in order; none where that is not certain to be exact.
+    """
 
     frames: int
     fps: float
     width: int
     height: int
+    keyframes: tuple[Keyframe, ...] = ()
 
 
 def _open(path: Path, video_id: str) -> InputContainer:
@@ -57,6 +87,9 @@ def probe_video(path: Path, video_id: str) -> Probe:
     with _open(path, video_id) as container:
         stream = _video_stream(container, video_id)
         packets, shown, first = 0, 0, None
+        timestamps: list[int | None] = []
+        restarts: list[int | None] = []
+        steady = not _SEEKABLE.isdisjoint(container.format.name.split(","))
         try:
             for packet in container.demux(stream):
                 if packet.size > 0:  # the last one is empty and flushes the decoder
@@ -64,6 +97,11 @@ def probe_video(path: Path, video_id: str) -> Probe:
                     shown += not packet.is_discard
                     if packet.is_corrupt:
                         raise BrokenVideoError(video_id, f"is cut off or damaged at frame {packets}")
+                    # Edits, or new parameters of the decoder on the way, which seeking may pass over.
+                    steady = steady and not packet.is_discard and not packet.has_sidedata("new_extradata")
+                    timestamps.append(packet.pts)
+                    if steady and packet.is_keyframe and _restarts(packet, stream):
+                        restarts.append(packet.pts)
                 if first is None:
                     first = next(iter(packet.decode()), None)
         except av.error.FFmpegError as error:
@@ -76,7 +114,65 @@ def probe_video(path: Path, video_id: str) -> Probe:
         rate = float(stream.average_rate or stream.guessed_rate or UNKNOWN_FPS)
     if missing := _missing_bytes(path):
         raise BrokenVideoError(video_id, f"is cut off: {missing}")
-    return Probe(shown, rate, first.width, first.height)
+    # A field of an interlaced frame may have a packet of its own.
+    keyframes = _keyframes(timestamps, restarts) if steady and not first.interlaced_frame else ()
+    return Probe(shown, rate, first.width, first.height, keyframes)
+
+
+def _restarts(packet: av.Packet, stream: VideoStream) -> bool:
+    """Tell whether nothing that is shown from this keyframe on depends on a packet before it.
+
+    The keyframes of VP9 and AV1 are of that kind, and all frames of codecs that know no other. Those of H.264 and HEVC
+    have to be looked into, because recovery points are flagged too. Codecs with other states than pictures, and with
+    packets without a picture (MPEG-4 part 2, VP8), are left out.
+    """
+    codec, extradata = stream.codec_context.codec, stream.codec_context.extradata or b""
+    if codec.canonical_name in ("vp9", "av1") or codec.intra_only:
+        return True
+    data = memoryview(packet)
+    # Units of the stream with their sizes before them; the size's own size is in the decoder's configuration.
+    if codec.canonical_name == "h264" and len(extradata) > 6 and extradata[0] == 1:
+        kinds = [unit[0] & 31 for unit in _units(data, (extradata[4] & 3) + 1)]
+        slices = [kind for kind in kinds if 1 <= kind <= 5]
+        return bool(slices) and all(kind == 5 for kind in slices)  # of an instantaneous refresh
+    if codec.canonical_name == "hevc" and len(extradata) > 22 and extradata[0] == 1:
+        kinds = [unit[0] >> 1 & 63 for unit in _units(data, (extradata[21] & 3) + 1)]
+        slices = [kind for kind in kinds if kind < 32]
+        # Of random access points: what depends on pictures before one is shown before it, and nothing that is shown
+        # after it may refer to either.
+        return bool(slices) and all(16 <= kind <= 21 for kind in slices)
+    return False
+
+
+def _units(data: memoryview, size_bytes: int) -> Iterator[memoryview]:
+    """Split a packet of H.264 or HEVC into its units."""
+    at = 0
+    while at + size_bytes < len(data):
+        size = int.from_bytes(data[at : at + size_bytes], "big")
+        if size:
+            yield data[at + size_bytes : at + size_bytes + size]
+        at += size_bytes + size
+
+
+def _keyframes(timestamps: Sequence[int | None], restarts: Sequence[int | None]) -> tuple[Keyframe, ...]:
+    """Number keyframes by the order of timestamps, and choose some.
+
+    Args:
+        timestamps: of all packets, in the order of decoding.
+        restarts: those of the packets from which decoding could start.
+    Returns:
+        none if the order of timestamps might not be that of the frames that decoding from the start gives.
+    """
+    ordered = sorted(pts for pts in timestamps if pts is not None)
+    if len(set(ordered)) < len(timestamps):
+        return ()
+    if not restarts or restarts[0] != timestamps[0] or restarts[0] != ordered[0]:
+        return ()  # its first frames cannot be decoded
+    chosen = [Keyframe(0, ordered[0])]
+    for pts in sorted(restarts):
+        if (position := bisect_left(ordered, pts)) >= chosen[-1].position + KEYFRAME_SPACING:
+            chosen.append(Keyframe(position, pts))
+    return tuple(chosen[1:])
 
 
 def _missing_bytes(path: Path) -> str | None:
@@ -102,21 +198,31 @@ def _missing_bytes(path: Path) -> str | None:
     return f"{size} of {claimed} bytes are there" if claimed > size + 1 else None
 
 
-def decode_video(path: Path, video_id: str, first: int, stop: int, step: int) -> Iterator[av.VideoFrame]:
+def decode_video(
+    path: Path, video_id: str, first: int, stop: int, step: int, probe: Probe | None = None
+) -> Iterator[av.VideoFrame]:
     """Decode frames first, first + step, ... before `stop` of a video file, in presentation order.
 
+    Args:
+        probe: what the index found out about the file; without it, decoding starts at the file's start.
     Yields:
         frames as the decoder made them, in the video's own size and pixel format.
     Raises:
-        BrokenVideoError: decoding fails, the size changes on the way, or the video ends too early.
+        BrokenVideoError: decoding fails, the size changes on the way, the video ends too early, or its frames are not
+            where the index has them. Of what lies before `first`, not all is looked at.
     """
     last = first + (stop - 1 - first) // step * step
+    timestamps = {keyframe.position: keyframe.pts for keyframe in probe.keyframes} if probe else {}
     position = -1
-    with _open(path, video_id) as container:
-        stream = _video_stream(container, video_id)
-        size = None
+    with contextlib.ExitStack() as stack:
+        numbered, size = None, None
+        if probe and (before := [keyframe for keyframe in probe.keyframes if keyframe.position <= first]):
+            numbered, size = _from_keyframe(stack, path, video_id, before[-1]), (probe.width, probe.height)
+        if numbered is None:
+            container = stack.enter_context(_open(path, video_id))
+            numbered, size = enumerate(container.decode(_video_stream(container, video_id))), None
         try:
-            for position, frame in enumerate(container.decode(stream)):
+            for position, frame in numbered:
                 if frame.is_corrupt:
                     raise BrokenVideoError(video_id, f"frame {position} is damaged")
                 if (frame.width, frame.height) != (size := size or (frame.width, frame.height)):
@@ -125,6 +231,13 @@ def decode_video(path: Path, video_id: str, first: int, stop: int, step: int) ->
                         f"changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {position}; "
                         "cut it into one file a size",
                     )
+                # Frames get their numbers by counting them here, and by their timestamps after seeking.
+                if timestamps.get(position, frame.pts) != frame.pts:
+                    raise BrokenVideoError(
+                        video_id,
+                        f"frame {position} has timestamp {frame.pts}, but {timestamps[position]} was expected by its "
+                        "index; encode it again",
+                    )
                 if position >= first and (position - first) % step == 0:
                     yield frame
                 if position >= last:
@@ -132,3 +245,23 @@ def decode_video(path: Path, video_id: str, first: int, stop: int, step: int) ->
         except av.error.FFmpegError as error:
             raise BrokenVideoError(video_id, f"cannot be decoded after frame {position} ({error.strerror})") from error
     raise BrokenVideoError(video_id, f"ends after {position + 1} frames, but frame {last} was expected by its index")
+
+
+def _from_keyframe(
+    stack: contextlib.ExitStack, path: Path, video_id: str, keyframe: Keyframe
+) -> Iterator[tuple[int, av.VideoFrame]] | None:
+    """Number and decode the frames from a keyframe on; None if seeking does not lead to it."""
+    container = stack.enter_context(_open(path, video_id))
+    stream = _video_stream(container, video_id)
+    try:
+        container.seek(keyframe.pts, stream=stream)
+        # Seeking may end at an earlier keyframe. Frames shown before this one may come after it, half decoded.
+        frames = itertools.dropwhile(
+            lambda frame: frame.pts is None or frame.pts < keyframe.pts, container.decode(stream)
+        )
+        found = next(frames, None)
+    except av.error.FFmpegError:
+        return None
+    if found is None or found.pts != keyframe.pts or not found.key_frame:
+        return None
+    return enumerate(itertools.chain([found], frames), keyframe.position)

@@ -3,15 +3,16 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from stage1_autoencoder.videos.base import SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.files import decode_video, probe_video
-from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames, probe_folder
-from stage1_autoencoder.videos.index import Indexed, find_videos, index_videos, stamp
+from stage1_autoencoder.videos.files import Probe, decode_video
+from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames
+from stage1_autoencoder.videos.index import Indexed, examine_video, find_videos, index_videos, stamp
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.splits import DEFAULT_FRACTIONS, join_names, split_by_fractions
 
@@ -20,27 +21,26 @@ _SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "val": "val", "validation"
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, or a cut of one: where it lies, and its first and one-past-last frame before `frame_step`."""
+    """A video, or a cut of one: where it lies, what is in it, its first and one-past-last frame before `frame_step`."""
 
     info: VideoInfo
     path: Path
+    probe: Probe
     first: int
     stop: int
 
 
-def make_clip(
-    video_id: str, path: Path, root: Path, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None
-) -> Clip:
+def make_clip(video_id: str, path: Path, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None) -> Clip:
     """Make a clip of an indexed video.
 
     Args:
         cut: first and one-past-last frame, inside the video and not empty; None for all of it.
     """
-    probe, stamp = indexed.probe, indexed.stamp
+    probe, fingerprint = indexed.probe, indexed.digest
     assert probe is not None, f"{path} is not usable: {indexed.reason}"
+    assert fingerprint is not None, f"{path} has no digest"
     first, stop = cut or (0, probe.frames)
     assert 0 <= first < stop <= probe.frames, f"cut {cut} of the {probe.frames} frames of {path}"
-    fingerprint = f"{path.relative_to(root).as_posix()} {stamp.bytes} {stamp.mtime_ns}"
     info = VideoInfo(
         id=video_id,
         frames=(stop - first - 1) // frame_step + 1,
@@ -48,7 +48,7 @@ def make_clip(
         fingerprint=fingerprint if cut is None else f"{fingerprint} {first}:{stop}",
         size=(probe.width, probe.height),
     )
-    return Clip(info, path, first, stop)
+    return Clip(info, path, probe, first, stop)
 
 
 class FolderSource(VideoSource):
@@ -65,7 +65,7 @@ class FolderSource(VideoSource):
         if start == stop:
             return
         clip, step = self._clips[index], self.dataset.frame_step
-        decode = decode_folder if clip.path.is_dir() else decode_video
+        decode = decode_folder if clip.path.is_dir() else partial(decode_video, probe=clip.probe)
         first, last = clip.first + start * step, clip.first + (stop - 1) * step
         preprocess = FramePreprocessor(self.dataset.image_size)
         with contextlib.closing(decode(clip.path, clip.info.id, first, last + 1, step)) as frames:
@@ -105,7 +105,7 @@ def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]
     for split, videos in found.items():
         skipped[split] = [SkippedVideo(i, indexed[path].reason) for i, path in videos.items() if indexed[path].reason]
         clips[split] = {
-            video_id: make_clip(video_id, path, root, indexed[path], dataset.frame_step)
+            video_id: make_clip(video_id, path, indexed[path], dataset.frame_step)
             for video_id, path in videos.items()
             if indexed[path].probe
         }
@@ -140,10 +140,8 @@ def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
         raise VideoError(f"{path}: there is no such video file or folder of frames")
     if path.is_dir() and not list_frames(path):
         raise VideoError(f"{path}: a folder without .png or .jpg frames directly in it")
-    probe = probe_folder(path, str(path)) if path.is_dir() else probe_video(path, str(path))
-    return FolderSource(
-        dataset, [make_clip(path.stem, path, path.parent, Indexed(stamp(path), probe), dataset.frame_step)], []
-    )
+    indexed = examine_video(path, str(path), stamp(path))
+    return FolderSource(dataset, [make_clip(path.stem, path, indexed, dataset.frame_step)], [])
 
 
 def _split_folders(root: Path) -> dict[Split, Path]:

@@ -1,22 +1,24 @@
-"""What videos a folder holds: finding them, counting their frames once, and remembering the counts."""
+"""What videos a folder holds: finding them, counting their frames and digesting them once, and remembering it."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoError
-from stage1_autoencoder.videos.files import VIDEO_EXTENSIONS, Probe, probe_video
+from stage1_autoencoder.videos.files import VIDEO_EXTENSIONS, Keyframe, Probe, probe_video
 from stage1_autoencoder.videos.frame_folders import IMAGE_EXTENSIONS, is_frame, list_frames, probe_folder
 from stage1_autoencoder.videos.splits import join_names, natural_key
 
 CACHE_NAME = ".river_index.json"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _WORKERS = 8  # opening files is mostly waiting, and FFmpeg runs outside Python's lock
 
 
@@ -30,10 +32,11 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Indexed:
-    """One video of the index: what is in it, or why it cannot be used."""
+    """One video of the index: what is in it with the digest of its content, or why it cannot be used."""
 
     stamp: Stamp
-    probe: Probe | None
+    probe: Probe | None = None
+    digest: str | None = None
     reason: str | None = None
 
 
@@ -99,8 +102,8 @@ def _name(folder: Path, found: list[Path]) -> dict[str, Path]:
 def index_videos(root: Path, paths: Sequence[Path]) -> dict[Path, Indexed]:
     """Probe videos below `root`, or recall what an earlier call found out about them.
 
-    Counts are kept in `<root>/.river_index.json` and hold as long as a file's size and mtime do. Where the folder
-    cannot be written to, videos are counted each time. Unusable videos are looked at again each time.
+    Counts and digests are kept in `<root>/.river_index.json` and hold as long as a file's size and mtime do. Where the
+    folder cannot be written to, videos are read each time. Unusable videos are looked at again each time.
     """
     remembered = _load_cache(root)
 
@@ -111,11 +114,11 @@ def index_videos(root: Path, paths: Sequence[Path]) -> dict[Path, Indexed]:
             seen = stamp(path)
             if name in remembered and remembered[name].stamp == seen:
                 return remembered[name]
-            return Indexed(seen, probe_folder(path, name) if path.is_dir() else probe_video(path, name))
+            return examine_video(path, name, seen)
         except BrokenVideoError as error:
-            return Indexed(seen, None, error.reason)
+            return Indexed(seen, reason=error.reason)
         except OSError as error:
-            return Indexed(seen, None, f"cannot be read ({error.strerror})")
+            return Indexed(seen, reason=f"cannot be read ({error.strerror})")
 
     executor = ThreadPoolExecutor(_WORKERS)
     try:
@@ -132,6 +135,36 @@ def index_videos(root: Path, paths: Sequence[Path]) -> dict[Path, Indexed]:
     return indexed
 
 
+def examine_video(path: Path, video_id: str, seen: Stamp) -> Indexed:
+    """Read a video file or frame folder through, whose stamp was `seen` before.
+
+    Raises:
+        BrokenVideoError: it cannot be used.
+    """
+    try:
+        probe = probe_folder(path, video_id) if path.is_dir() else probe_video(path, video_id)
+        return Indexed(seen, probe, digest(path))
+    except OSError as error:
+        raise BrokenVideoError(video_id, f"cannot be read ({error.strerror})") from error
+
+
+def digest(path: Path) -> str:
+    """sha256 (hexadecimal) of what a video holds, wherever it lies and whenever it was written.
+
+    Of a file: all its bytes. Of a frame folder: the names and sizes of its frames, and the bytes of the first, middle
+    and last one, because opening every picture of a large data set takes hours.
+    """
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    frames = list_frames(path)
+    listed = json.dumps([(frame.name, frame.stat().st_size) for frame in frames])
+    opened = [frames[i].read_bytes() for i in (0, len(frames) // 2, -1)]
+    # Digests of digests, so that no byte can pass from one part to the next.
+    parts = [hashlib.sha256(part).digest() for part in (listed.encode(), *opened)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
 def stamp(path: Path) -> Stamp:
     """Look at the size and the time of a file, or of the frames of a folder."""
     if path.is_dir():
@@ -146,14 +179,22 @@ def _load_cache(root: Path) -> dict[str, Indexed]:
         if content["version"] != CACHE_VERSION:
             return {}
         return {
-            name: Indexed(Stamp(**entry["stamp"]), Probe(**entry["probe"])) for name, entry in content["videos"].items()
+            name: Indexed(Stamp(**entry["stamp"]), _load_probe(**entry["probe"]), str(entry["digest"]))
+            for name, entry in content["videos"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # no cache, or not one of ours: count again
 
 
+def _load_probe(keyframes: list[list[int]], **others: Any) -> Probe:
+    return Probe(keyframes=tuple(Keyframe(*pair) for pair in keyframes), **others)
+
+
 def _save_cache(root: Path, indexed: dict[str, Indexed]) -> None:
-    videos = {name: {"stamp": asdict(entry.stamp), "probe": asdict(entry.probe)} for name, entry in indexed.items()}
+    videos = {
+        name: {"stamp": asdict(entry.stamp), "probe": asdict(entry.probe), "digest": entry.digest}
+        for name, entry in indexed.items()
+    }
     # Written aside and renamed, so that no process ever reads half of it.
     aside = root / f"{CACHE_NAME}.{os.getpid()}"
     try:

@@ -102,14 +102,14 @@ def open_kth(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
         if probe is None:
             skipped[split].append(SkippedVideo(name.video_id, indexed[path].reason))
         elif sequences is None:
-            clips[split].append(make_clip(name.video_id, path, root, indexed[path], dataset.frame_step))
+            clips[split].append(make_clip(name.video_id, path, indexed[path], dataset.frame_step))
         elif not sequences.get(name.video_id):
             skipped[split].append(SkippedVideo(name.video_id, f"has no frame ranges in {SEQUENCES_FILE}"))
         else:
             for first, last in sequences[name.video_id]:
                 sequence_id, cut = f"{name.video_id}_{first}-{last}", (max(first, 1) - 1, min(last, probe.frames))
                 if cut[0] < cut[1]:
-                    clips[split].append(make_clip(sequence_id, path, root, indexed[path], dataset.frame_step, cut))
+                    clips[split].append(make_clip(sequence_id, path, indexed[path], dataset.frame_step, cut))
                 else:
                     skipped[split].append(SkippedVideo(sequence_id, f"lies outside the video's {probe.frames} frames"))
     if not clips["train"]:

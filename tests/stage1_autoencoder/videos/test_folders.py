@@ -1,5 +1,6 @@
 """Folders of videos as sources: splits, the interface's promises, what is skipped, and messages."""
 
+import os
 import pickle
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 
 from stage1_autoencoder.videos import BrokenVideoError, VideoError, open_source, open_splits, open_video
 from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.index import digest
 
 
 def config(**settings) -> DatasetConfig:
@@ -172,9 +174,25 @@ def test_the_fingerprint_changes_with_what_frames_are_made_of(three_splits, make
     assert fingerprint() != first
 
 
+def test_the_fingerprint_is_that_of_the_content(three_splits, tmp_path):
+    first = open_source(config(), three_splits, "train")
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(three_splits / "train", copy / "train", copy_function=shutil.copyfile)
+    (copy / "train/.river_index.json").unlink(missing_ok=True)
+    os.utime(copy / "train/a.avi", ns=(1, 1))
+    second = open_source(config(splits={"val": 0.0}), copy, "train")
+    assert second.videos == first.videos
+    assert second.fingerprint == first.fingerprint
+    (copy / "train/a.avi").rename(copy / "train/z.avi")
+    renamed = open_source(config(splits={"val": 0.0}), copy, "train")
+    assert renamed.fingerprint != first.fingerprint, "another id is another split"
+    assert {video.fingerprint for video in renamed.videos} == {video.fingerprint for video in first.videos}
+
+
 def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path):
     source = open_video(config(frame_step=2), make_video("somewhere/clip.mp4", 7, "libx264"))
     assert [video.id for video in source.videos] == ["clip"]
+    assert source.videos[0].fingerprint == digest(tmp_path / "somewhere/clip.mp4")
     assert read_numbers(source.read(0)) == [0, 2, 4, 6]
     assert read_numbers(open_video(config(), make_frames("frames", 3)).read(0)) == [0, 1, 2]
     with pytest.raises(VideoError, match=r"nothing\.mp4: there is no such video file"):
@@ -182,6 +200,10 @@ def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(VideoError, match=r"empty: a folder without \.png or \.jpg frames"):
         open_video(config(), tmp_path / "empty")
+    (make_frames("odd", 3) / "1.png").unlink()
+    (tmp_path / "odd/1.png").mkdir()
+    with pytest.raises(BrokenVideoError, match=r"odd: cannot be read \(Is a directory"):
+        open_video(config(), tmp_path / "odd")
     (tmp_path / "text.mp4").write_text("text")
     with pytest.raises(BrokenVideoError, match=r"text\.mp4: cannot be opened as a video"):
         open_video(config(), tmp_path / "text.mp4")

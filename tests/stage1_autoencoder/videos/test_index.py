@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 from stage1_autoencoder.videos import index
 from stage1_autoencoder.videos.base import VideoError
-from stage1_autoencoder.videos.index import CACHE_NAME, find_videos, index_videos
+from stage1_autoencoder.videos.index import CACHE_NAME, digest, find_videos, index_videos
 
 
 @pytest.fixture
@@ -91,12 +93,82 @@ def test_counts_are_remembered_until_a_file_changes(tmp_path, make_video, make_f
     assert probed == ["a.avi"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1, "videos": {"a.avi": 3}}', '{"version": 99}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"version": 2, "videos": {"a.avi": 3}}', '{"version": 1}', '{"version": 99}']
+)
 def test_a_cache_that_is_not_ours_is_replaced(tmp_path, make_video, content):
     path = make_video("a.avi", 3)
     (tmp_path / CACHE_NAME).write_text(content)
     assert index_videos(tmp_path, [path])[path].probe.frames == 3
     assert json.loads((tmp_path / CACHE_NAME).read_text())["videos"]["a.avi"]["probe"]["frames"] == 3
+
+
+def digests(root: Path) -> dict[str, str]:
+    paths = find_videos(root)
+    indexed = index_videos(root, list(paths.values()))
+    return {video_id: indexed[path].digest for video_id, path in paths.items()}
+
+
+def test_digests_are_of_the_content_alone(tmp_path, make_video, make_frames, probed):
+    make_video("data/a.avi", 3)
+    make_video("data/b.mp4", 4)
+    make_frames("data/c", 5)
+    first = digests(tmp_path / "data")
+    assert len(set(first.values())) == 3
+    assert all(len(value) == 64 for value in first.values())
+    shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)  # with new times
+    (tmp_path / "copy/b.mp4").rename(tmp_path / "copy/moved.mp4")
+    os.utime(tmp_path / "copy/a.avi", ns=(1, 1))
+    probed.clear()
+    copied = digests(tmp_path / "copy")
+    assert probed, "the copy's index must not be believed"
+    assert copied == {"a": first["a"], "moved": first["b"], "c": first["c"]}
+    assert digests(tmp_path / "data") == first
+
+
+def test_digests_of_files_change_with_any_byte(tmp_path, make_video):
+    path = make_video("a.avi", 3)
+    content = path.read_bytes()
+    seen = {digest(path)}
+    for at in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        seen.add(digest(path))
+    assert len(seen) == 4
+    path.write_bytes(content)
+    assert digest(path) in seen
+
+
+def test_a_replaced_file_has_another_digest_and_is_read_once(tmp_path, make_video, monkeypatch):
+    read: list[str] = []
+    monkeypatch.setattr(index, "digest", lambda path: read.append(path.name) or digest(path))
+    make_video("a.avi", 3)
+    make_video("b.avi", 3)
+    first = digests(tmp_path)
+    assert digests(tmp_path) == first
+    assert sorted(read) == ["a.avi", "b.avi"]
+    make_video("a.avi", 4)
+    second = digests(tmp_path)
+    assert (second["a"] != first["a"], second["b"] == first["b"]) == (True, True)
+    assert sorted(read) == ["a.avi", "a.avi", "b.avi"]
+
+
+def test_digests_of_frame_folders(make_frames):
+    folder = make_frames("v", 7)
+    seen = [digest(folder)]
+    (folder / "notes.txt").write_text("not a frame")
+    assert digest(folder) == seen[0]
+    for name in ("0.png", "3.png", "6.png"):  # first, middle and last: a byte is enough
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+        seen.append(digest(folder))
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes() + b"x")  # others: by size,
+    seen.append(digest(folder))
+    (folder / "2.png").rename(folder / "2b.png")  # name,
+    seen.append(digest(folder))
+    (folder / "5.png").unlink()  # and number
+    seen.append(digest(folder))
+    assert len(set(seen)) == len(seen)
 
 
 def test_does_without_a_cache_where_it_cannot_be_written(tmp_path, make_video):
@@ -117,6 +189,8 @@ def test_unusable_videos_have_a_reason_and_are_looked_at_again(tmp_path, make_vi
         assert entries[bad].reason.startswith("cannot be opened as a video")
     assert probed.count("b.mp4") == 2
     assert probed.count("a.avi") == 1
+    bad.write_bytes(make_video("c.mp4", 3).read_bytes())
+    assert index_videos(tmp_path, [good, bad])[bad].digest == digest(bad)
     gone = tmp_path / "gone.avi"
     assert "No such file" in index_videos(tmp_path, [gone])[gone].reason
 

@@ -1,0 +1,321 @@
+"""Decoding from the middle of a file: bit for bit what decoding from its start gives, wherever it begins."""
+
+import io
+import json
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from PIL import Image
+
+from stage1_autoencoder.videos import files, open_source
+from stage1_autoencoder.videos.base import BrokenVideoError
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.files import Keyframe, decode_video, probe_video
+from stage1_autoencoder.videos.index import CACHE_NAME
+
+FRAMES = 50
+
+
+def x264(**settings: int) -> dict[str, str]:
+    # Neither scene cuts nor several threads, so that keyframes are where the test wants them.
+    settings = {"scenecut": 0, "min-keyint": 1, "threads": 1} | {k.replace("_", "-"): v for k, v in settings.items()}
+    return {"x264-params": ":".join(f"{key}={value}" for key, value in settings.items())}
+
+
+X265 = "log-level=none:pools=none:frame-threads=1:keyint=12:min-keyint=12:scenecut=0"
+
+# Files of which the keyframes may be used.
+SEEKABLE = [
+    ("b_frames.mp4", "libx264", x264(keyint=12, bframes=3), {}),
+    ("short_groups.mp4", "libx264", x264(keyint=3, bframes=3), {}),
+    ("pyramid.mkv", "libx264", x264(keyint=16, bframes=5, b_pyramid=2, ref=5), {}),
+    ("intra.mp4", "libx264", x264(keyint=1), {}),
+    ("late.mp4", "libx264", x264(keyint=10), {"first": 70}),
+    ("late.mkv", "libx264", x264(keyint=10), {"first": 70}),
+    ("before_zero.mkv", "libx264", x264(keyint=10), {"first": -5}),
+    ("uneven.mp4", "libx264", x264(keyint=12, bframes=3), {"uneven": True}),
+    ("uneven.mkv", "libx264", x264(keyint=12, bframes=3), {"uneven": True}),
+    ("closed.mp4", "libx265", {"x265-params": f"{X265}:open-gop=0"}, {}),
+    ("open.mkv", "libx265", {"x265-params": f"{X265}:open-gop=1:bframes=4"}, {}),
+    ("v.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}, {}),
+    ("hidden.webm", "libvpx-vp9", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "12", "cpu-used": "8"}, {}),
+    ("v.mkv", "libsvtav1", {"g": "12", "preset": "12"}, {}),
+    ("v.mov", "mjpeg", {}, {}),
+    ("v.mkv", "mjpeg", {}, {"uneven": True}),
+]  # fmt: skip
+
+# Files of which they may not, for one reason or another.
+OTHERS = [
+    ("open_groups.mp4", "libx264", x264(keyint=12, bframes=3, open_gop=1), {}),  # recovery points
+    ("refresh.mp4", "libx264", x264(keyint=12, intra_refresh=1), {}),
+    ("interlaced.mp4", "libx264", x264(keyint=12, tff=1), {}),
+    ("v.mp4", "mpeg4", {"g": "12", "bf": "2"}, {}),
+    ("v.avi", "mpeg4", {"g": "12"}, {}),
+    ("b_frames.avi", "mpeg4", {"g": "12", "bf": "2"}, {}),
+    ("v.avi", "mjpeg", {}, {}),
+    ("v8.webm", "libvpx", {"g": "12", "deadline": "realtime"}, {}),
+    ("v.gif", "gif", {}, {}),
+    ("edited.mp4", "libx264", x264(keyint=20, bframes=2), {"first": -5}),  # 5 frames are not to be shown
+    ("one_group.mp4", "libx264", x264(keyint=250), {}),
+]
+
+
+def moving_noise(count: int) -> list[np.ndarray]:
+    """Frames [32, 48, 3] that look like none before them but are predicted from them."""
+    picture = np.random.default_rng(0).integers(0, 128, (32, 48, 3), np.uint8)
+    return [np.roll(picture, (n, 3 * n), (0, 1)) + np.uint8(n % 128) for n in range(count)]
+
+
+def write(
+    path: Path, codec: str, options: dict[str, str], first: int = 0, uneven: bool = False, count: int = FRAMES
+) -> Path:
+    """Encode moving noise, with timestamps from `first` on, at a distance of 1, or of 1, 2 and 3 in turn."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    pixel_format = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, pixel_format
+        for number, pixels in enumerate(moving_noise(count)):
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format=pixel_format)
+            frame.pts = first
+            first += 1 + number % 3 if uneven else 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def pixels(path: Path, first: int, stop: int, probe: files.Probe | None, step: int = 1) -> list[bytes]:
+    return [frame.to_ndarray().tobytes() for frame in decode_video(path, "v", first, stop, step, probe)]
+
+
+@pytest.fixture
+def every_keyframe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "KEYFRAME_SPACING", 1)
+
+
+@pytest.fixture
+def seeks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each attempt to start at a keyframe led to it."""
+    outcomes: list[bool] = []
+    original = files._from_keyframe
+
+    def spy(*arguments):
+        result = original(*arguments)
+        outcomes.append(result is not None)
+        return result
+
+    monkeypatch.setattr(files, "_from_keyframe", spy)
+    return outcomes
+
+
+@pytest.mark.usefixtures("every_keyframe")
+@pytest.mark.parametrize(("name", "codec", "options", "timing"), [*SEEKABLE, *OTHERS])
+def test_every_start_gives_the_frames_of_decoding_from_the_start(tmp_path, seeks, name, codec, options, timing):
+    path = write(tmp_path / name, codec, options, **timing)
+    probe = probe_video(path, "v")
+    frames = 45 if name == "edited.mp4" else FRAMES
+    assert probe.frames == frames
+    from_start = pixels(path, 0, frames, None)
+    assert len(set(from_start)) == frames
+    positions = [keyframe.position for keyframe in probe.keyframes]
+    assert bool(positions) == ((name, codec, options, timing) in SEEKABLE)
+    for first in range(frames):
+        stop = frames if first in positions else first + 1
+        assert pixels(path, first, stop, probe) == from_start[first:stop], f"from frame {first}"
+    assert pixels(path, 20, frames, probe, step=7) == from_start[20::7]
+    assert all(seeks)
+    assert len(seeks) == (frames - positions[0] + 1 if positions else 0)
+
+
+def test_a_source_remembers_keyframes_and_starts_at_them(tmp_path, seeks):
+    path = write(tmp_path / "v.mp4", "libx264", x264(keyint=12, bframes=2), count=210)
+    settings = {"name": "mine", "source": "videos", "root": "{data}", "image_size": 16}
+    open_source(DatasetConfig(**settings), tmp_path, "train")
+    remembered = (tmp_path / CACHE_NAME).read_text()
+    probe = json.loads(remembered)["videos"]["v.mp4"]["probe"]
+    # At a distance of 64 frames or more: multiples of 12 from there on.
+    assert [position for position, _ in probe["keyframes"]] == [72, 144]
+
+    source = open_source(DatasetConfig(**settings), tmp_path, "train")
+    everything = source.read(0)
+    assert seeks == []
+    for start in (0, 71, 72, 100, 144, 209):
+        assert (np.stack(list(source.iterate(0, start))) == everything[start:]).all()
+    assert (source.read(0, [150, 80, 150]) == everything[[150, 80, 150]]).all()
+    assert seeks == [True] * 5
+    stepped = open_source(DatasetConfig(**settings, frame_step=30), tmp_path, "train")
+    assert (np.stack(list(stepped.iterate(0, 3))) == everything[90::30]).all()
+    assert seeks == [True] * 6
+    assert (tmp_path / CACHE_NAME).read_text() == remembered
+    assert probe_video(path, "v").keyframes == tuple(Keyframe(*pair) for pair in probe["keyframes"])
+
+
+def test_short_videos_have_no_keyframes_to_remember(tmp_path):
+    assert probe_video(write(tmp_path / "v.mp4", "libx264", x264(keyint=12)), "v").keyframes == ()
+
+
+class Misled:
+    """An open file of which the demuxer seeks to somewhere else."""
+
+    def __init__(self, container: InputContainer, offset: int) -> None:
+        self.container, self.offset = container, offset
+        self.streams, self.decode = container.streams, container.decode
+
+    def __enter__(self) -> "Misled":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.container.close()
+
+    def seek(self, pts: int, stream: VideoStream) -> None:
+        self.container.seek(pts + self.offset, stream=stream)
+
+
+@pytest.mark.usefixtures("every_keyframe")
+@pytest.mark.parametrize(("frames_off", "found"), [(-10, True), (-20, True), (10, False), (1000, False)])
+def test_seeking_that_leads_elsewhere(tmp_path, monkeypatch, seeks, frames_off, found):
+    path = write(tmp_path / "v.mp4", "libx264", x264(keyint=10))
+    probe = probe_video(path, "v")
+    from_start = pixels(path, 0, FRAMES, None)
+    original, units_a_frame = files._open, 1024
+    monkeypatch.setattr(files, "_open", lambda *arguments: Misled(original(*arguments), frames_off * units_a_frame))
+    assert pixels(path, 35, 40, probe) == from_start[35:40]
+    assert seeks == [found]
+
+
+@pytest.mark.usefixtures("every_keyframe")
+def test_keyframes_that_the_decoder_takes_for_none(tmp_path, monkeypatch, seeks):
+    path = write(tmp_path / "v.mp4", "libx264", x264(keyint=12, intra_refresh=1))
+    monkeypatch.setattr(files, "_restarts", lambda packet, stream: True)
+    probe = probe_video(path, "v")
+    assert probe.keyframes
+    assert pixels(path, 30, FRAMES, probe) == pixels(path, 30, FRAMES, None)
+    assert seeks == [False]
+
+
+def test_a_remembered_frame_that_is_no_keyframe(tmp_path, seeks):
+    path = write(tmp_path / "v.mp4", "libx264", x264(keyint=10))
+    lying = files.Probe(FRAMES, 10.0, 48, 32, (Keyframe(25, 25 * 1024),))
+    assert pixels(path, 30, FRAMES, lying) == pixels(path, 30, FRAMES, None)
+    assert seeks == [False]
+
+
+AVC, HEVC = ("h264", b"\1d\0\n" + b"%c" + bytes(8)), ("hevc", b"\1" + bytes(20) + b"%c" + bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("codec", "size_bytes", "kinds", "restarts"),
+    [
+        (AVC, 4, [9, 7, 8, 6, 5, 5], True),
+        (AVC, 2, [6, 5], True),
+        (AVC, 1, [5], True),
+        (AVC, 4, [6, 1, 1], False),
+        (AVC, 4, [5, 1], False),
+        (AVC, 4, [2, 5], False),
+        (AVC, 4, [7, 8], False),
+        (AVC, 4, [], False),
+        (HEVC, 4, [35, 32, 33, 34, 39, 19], True),
+        (HEVC, 2, [20], True),
+        (HEVC, 1, [39, 21, 21], True),
+        (HEVC, 4, [1], False),
+        (HEVC, 4, [21, 9], False),
+        (HEVC, 4, [22], False),
+        (HEVC, 4, [32, 33, 34], False),
+        (("h264", b""), 4, [5], False),  # sizes of units are not told
+        (("h264", b"\0\0\0\1" + bytes(20)), 4, [5], False),
+        (("hevc", b"\1" + bytes(10)), 4, [19], False),
+        (("mpeg4", b""), 4, [5], False),
+        (("vp8", b""), 4, [5], False),
+        (("vp9", b""), 4, [], True),
+        (("mjpeg", b""), 4, [], True),
+    ],
+)
+def test_which_packets_decoding_may_start_from(codec, size_bytes, kinds, restarts):
+    name, extradata = codec
+    extradata = extradata.replace(b"%c", bytes([0xFC | (size_bytes - 1)]))
+    # Units of 200 or 70000 bytes, so that a size read wrong leads astray.
+    length = 200 if size_bytes == 1 else 40000 if size_bytes == 2 else 70000
+    headers = [kind << 1 if name == "hevc" else kind | 0x60 for kind in kinds]
+    data = b"".join(length.to_bytes(size_bytes, "big") + bytes([header]) + bytes(length - 1) for header in headers)
+    context = SimpleNamespace(codec=av.Codec(name, "r"), extradata=extradata)
+    assert files._restarts(av.Packet(data or b"\0"), SimpleNamespace(codec_context=context)) == restarts
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "restarts", "positions"),
+    [
+        ([0, 2, 1, 3, 5, 4], [0, 3], [3]),
+        ([-4, -2, -3, 10, 40, 20], [-4, 10], [3]),
+        ([0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3]),
+        ([0, 3, 1, 2, 4], [0, 3], [3]),  # 1 and 2 are shown before the keyframe that they come after
+        ([0, 1, None, 3], [0, 3], []),
+        ([0, 1, 1, 3], [0, 3], []),
+        ([0, 1, 2, 3], [2], []),
+        ([0, 1, 2, 3], [], []),
+        ([2, 0, 1, 3], [2, 3], []),
+        ([2, 0, 1, 3], [0, 3], []),
+        ([None, 1, 2, 3], [None, 2], []),
+    ],
+)
+@pytest.mark.usefixtures("every_keyframe")
+def test_keyframes_are_numbered_by_timestamps(timestamps, restarts, positions):
+    found = files._keyframes(timestamps, restarts)
+    assert [keyframe.position for keyframe in found] == positions
+    assert all(sorted(timestamps)[keyframe.position] == keyframe.pts for keyframe in found)
+
+
+@pytest.mark.usefixtures("every_keyframe")
+def test_an_index_that_contradicts_the_frames_is_an_error(tmp_path):
+    path = write(tmp_path / "v.mp4", "libx264", x264(keyint=10))
+    probe = probe_video(path, "v")
+    assert [keyframe.position for keyframe in probe.keyframes] == [10, 20, 30, 40]
+    for wrong in (probe.keyframes[1]._replace(position=19), probe.keyframes[1]._replace(pts=1)):
+        lying = files.Probe(FRAMES, 10.0, 48, 32, (probe.keyframes[0], wrong, *probe.keyframes[2:]))
+        # Before it, behind it, from it on: whoever passes there notices.
+        for first in (0, 15):
+            with pytest.raises(BrokenVideoError, match=f"v: frame {wrong.position} has timestamp .* expected by its"):
+                pixels(path, first, FRAMES, lying)
+        assert len(pixels(path, 0, 19, lying)) == 19
+
+
+@pytest.mark.usefixtures("every_keyframe")
+def test_damage_behind_a_keyframe_is_noticed_when_starting_there(tmp_path):
+    path = write(tmp_path / "v.mp4", "libx264", x264(keyint=10))
+    probe = probe_video(path, "v")
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    for at, size in places[20:23]:
+        content[at + 5 : at + size] = bytes(size - 5)
+    path.write_bytes(content)
+    for first in (20, 22, 25):
+        with pytest.raises(BrokenVideoError, match=r"v: (frame 2[0-9] is damaged|cannot be decoded after frame)"):
+            pixels(path, first, 30, probe)
+    assert len(pixels(path, 30, 40, probe)) == 10
+
+
+@pytest.mark.usefixtures("every_keyframe")
+def test_a_size_that_changed_before_the_start_is_an_error(tmp_path):
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        for number in range(10):
+            picture = io.BytesIO()
+            Image.new("RGB", (48 if number < 5 else 64, 32)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 10)
+            packet.is_keyframe = True
+            container.mux(packet)
+    probe = probe_video(path, "v")
+    assert len(pixels(path, 2, 5, probe)) == 3
+    for known in (probe, None):
+        with pytest.raises(BrokenVideoError, match="v: changes from 48x32 to 64x32 at frame"):
+            pixels(path, 7, 9, known)
