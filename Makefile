@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DATASET ?= $(shell cat .last_dataset 2>/dev/null || echo shapes)
 ARGS ?=
-export DEVICE MIRROR
+export DEVICE MIRROR SCHEDULER
 
 BIN := .venv/bin
 RIVER = $(BIN)/python -m pipelines
@@ -15,7 +15,7 @@ CONFIG = --config configs/$(DATASET).yaml
 # The data set of the last target that named one is the next one's default.
 remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
-.PHONY: help setup demo test lint data train-autoencoder encode train-flow sample predict evaluate inspect
+.PHONY: help setup demo test lint data train-autoencoder encode train-flow sample predict evaluate inspect bench
 
 help:  ## list the targets
 	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
@@ -51,7 +51,7 @@ train-autoencoder: setup  ## stage 1: train the VQGAN
 	$(remember)
 	@$(RIVER) train-autoencoder $(CONFIG) $(ARGS)
 
-encode: setup  ## all splits -> latents/<dataset>.zarr (trains the autoencoder first when there is none)
+encode: setup  ## all splits -> latents/<dataset>.zarr (SCHEDULER=tcp://host:8786: on a dask cluster)
 	$(remember)
 	@$(RIVER) encode $(CONFIG) $(ARGS)
 
@@ -75,3 +75,7 @@ evaluate: setup  ## PSNR and SSIM beside two baselines, with their protocol
 inspect: setup  ## what is in the store; ARGS="--video ID --gif out.gif" decodes one
 	$(remember)
 	@$(RIVER) inspect $(CONFIG) $(ARGS)
+
+bench: setup  ## what the store is worth on this machine: a table of ratios, and runs/<dataset>/benchmark.json
+	$(remember)
+	@$(RIVER) bench $(CONFIG) $(ARGS)

@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": "continue any video file",
     "evaluate": "PSNR and SSIM with baselines and protocol",
     "inspect": "what is in a store; decode any of its videos",
+    "bench": "what the store is worth on this machine: a table of ratios, and benchmark.json",
 }
 
 
@@ -106,6 +107,8 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             from pipelines.sample import predict
 
             return lambda session: predict(config, session, options.video, options.frames)
+        case "bench":
+            from pipelines.bench import bench as function
         case "evaluate":
             from pipelines.evaluate import evaluate as function
         case "inspect":

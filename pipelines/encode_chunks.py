@@ -17,7 +17,7 @@ from latent_cache import ChunkPlan, ChunkWriter
 from latent_cache.progress import ChunkMarker
 from pipelines.config import CacheConfig
 from pipelines.errors import UserError
-from pipelines.frame_encoder import FrameEncoder
+from pipelines.frame_encoder import FrameEncoder, exact_kernels
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.session import resolve_device
 from pipelines.train_autoencoder import load_trained_autoencoder, weights_digest
@@ -28,7 +28,9 @@ from stage1_autoencoder.vqgan import VQGAN
 # Encoding threads: on a CPU one a core; on a GPU a second one fetches and copies while the first computes.
 GPU_ENCODERS = 2
 # Most frames of a split that are decoded again for the round-trip PSNR; and of a small split one in so many.
-PSNR_FRAMES, PSNR_EVERY = 64, 32
+PSNR_FRAMES, PSNR_EVERY = 32, 64
+# Of how many batches of the network one is quantized again as it will be stored.
+ROUNDING_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,15 @@ class ChunkEncoder:
         self.frame_encoder = FrameEncoder(autoencoder, device, side)
         passes = -(-job.cache.batch_frames // self.frame_encoder.frames)
         self.frames_a_batch = passes * self.frame_encoder.frames
-        cores = len(os.sched_getaffinity(0))
-        encoders = cores if device.type == "cpu" else GPU_ENCODERS
-        self.decoders = ThreadPoolExecutor(cores, "decode")
-        self.encoders = ThreadPoolExecutor(encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
-        self.waiting = threading.Semaphore(2 * encoders)  # batches that are decoded and not yet encoded
+        crew = self._crew_in_budget(3 * side**2 * self.frames_a_batch)
+        self.tasks = crew.tasks
+        self.slots = threading.Semaphore(crew.tasks)
+        self.decoders = ThreadPoolExecutor(crew.decoders, "decode")
+        self.encoders = ThreadPoolExecutor(crew.encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
+        self.waiting = threading.Semaphore(2 * crew.encoders)  # batches that are decoded and not yet encoded
         self._threads = torch.get_num_threads()
-        self._frame_bytes = 3 * side**2
-        self.tasks = self._tasks_in_budget(cores, encoders)
-        self.slots = threading.Semaphore(self.tasks)
+        self._kernels = contextlib.ExitStack()
+        self._kernels.enter_context(exact_kernels())
 
     def encode(self, split: str, chunk: ChunkPlan) -> EncodedChunk:
         """Make a chunk and write it.
@@ -138,6 +140,7 @@ class ChunkEncoder:
         self.decoders.shutdown(cancel_futures=True)
         self.encoders.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)
+        self._kernels.close()
 
     @cached_property
     def rows(self) -> dict[str, dict[str, int]]:
@@ -151,22 +154,41 @@ class ChunkEncoder:
         side = next(iter(self.job.splits.values())).dataset.image_size // model.downsampling
         return (model.config.latent_channels, side, side)
 
-    def _tasks_in_budget(self, cores: int, encoders: int) -> int:
-        """How many chunks may be in the making at once: two, so that one is written while the next is encoded."""
-        budget = self.job.cache.memory_budget_bytes
-        computing = encoders * self.frame_encoder.memory
-        batches = (2 * cores * len(self.job.cache.views) + 3 * encoders) * self.frames_a_batch * self._frame_bytes
-        # In float32 as they come, in the store's type, and as bytes of the file.
-        chunk = (4 + 2 + 2 * 2) * math.prod(self.latent_shape) * self.job.chunk_frames
-        tasks = (budget - computing - batches) // chunk
-        if tasks < 1:
+    def _crew_in_budget(self, batch: int) -> "_Crew":
+        """As many threads as there are cores, and two chunks at once so that one is written while the next is encoded,
+        or as few as the budget allows.
+
+        Args:
+            batch: bytes of a batch of frames.
+        """
+        cores = len(os.sched_getaffinity(0))
+        budget, views = self.job.cache.memory_budget_bytes, len(self.job.cache.views)
+        # Half of the memory is for computing: each encoder has a batch in the network, one in hand and two that wait.
+        encoder = self.frame_encoder.memory + 3 * batch
+        encoders = min(cores if self.device.type == "cpu" else GPU_ENCODERS, max(1, budget // 2 // encoder))
+        decoder = 2 * views * batch  # each fills at most so many batches at once
+        # In float32 as they come, in the store's type, and twice as bytes of the file.
+        value = 4 + 3 * np.dtype(self.job.cache.dtype).itemsize
+        chunk = value * math.prod(self.latent_shape) * self.job.chunk_frames
+        left = budget - encoders * encoder - chunk
+        decoders = min(cores, left // decoder)
+        if decoders < 1:
             raise UserError(
                 f"cache.memory_budget: {self.job.cache.memory_budget} is too little to make a chunk of the store: "
-                f"{(computing + batches + chunk) / 2**30:.2f} GiB are needed ({computing / 2**20:.0f} MiB to compute, "
-                f"{batches / 2**20:.0f} MiB of frames, {chunk / 2**20:.0f} MiB of latents): raise it, or lower "
-                "cache.batch_frames or cache.chunk_frames"
+                f"{-(-(encoder + chunk + decoder) // 2**20)} MiB are needed "
+                f"({self.frame_encoder.memory / 2**20:.0f} MiB to compute, {(3 * batch + decoder) / 2**20:.0f} MiB of frames, {chunk / 2**20:.0f} MiB of "
+                "latents): raise it, or lower cache.batch_frames or cache.chunk_frames"
             )
-        return min(2, tasks)
+        return _Crew(decoders=decoders, encoders=encoders, tasks=2 if left - decoders * decoder >= chunk else 1)
+
+
+@dataclass(frozen=True)
+class _Crew:
+    """Threads that decode and encode, and chunks that are in the making at once."""
+
+    decoders: int
+    encoders: int
+    tasks: int
 
 
 _current: ChunkEncoder | None = None
@@ -240,7 +262,7 @@ class _ChunkTask:
         self.encoder, self.split, self.chunk = encoder, split, chunk
         self.latents = np.empty((chunk.frames, *encoder.latent_shape), np.float32)
         self.codes = np.empty((chunk.frames, *encoder.latent_shape[1:]), np.int32)
-        self.codes_changed = 0
+        self.codes_compared, self.codes_changed = 0, 0
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
         self.cancelled = False
@@ -266,6 +288,7 @@ class _ChunkTask:
             raise self.cause_of(error) from error
         measured = {
             "code_counts": np.bincount(self.codes.ravel()).tolist(),
+            "codes_compared": self.codes_compared,
             "codes_changed": self.codes_changed,
             "psnr": [self.psnr[position] for position in sorted(self.psnr)],
         }
@@ -358,7 +381,10 @@ class _ChunkTask:
         frame_encoder, count, job = self.encoder.frame_encoder, len(frames), self.encoder.job
         encoded = frame_encoder.encode(frames, views)
         stored = encoded.latents.to(getattr(torch, job.cache.dtype)).float()
-        changed = (frame_encoder.autoencoder.quantizer.nearest(stored) != encoded.codes)[:count].sum()
+        compared = changed = 0
+        if place // frame_encoder.frames % ROUNDING_EVERY == 0:
+            differ = (frame_encoder.autoencoder.quantizer.nearest(stored) != encoded.codes)[:count]
+            compared, changed = differ.numel(), int(differ.sum())
         self.latents[place : place + count] = encoded.latents[:count].cpu().numpy()
         self.codes[place : place + count] = encoded.codes[:count].to(torch.int32).cpu().numpy()
         psnr = {
@@ -367,7 +393,8 @@ class _ChunkTask:
             if (self.chunk.start + place + row) % job.psnr_stride[self.split] == 0
         }
         with self.lock:
-            self.codes_changed += int(changed)
+            self.codes_compared += compared
+            self.codes_changed += changed
             self.psnr |= psnr
 
 

@@ -1,7 +1,8 @@
 """The graph of encoding tasks, one a chunk: run by threads of this process, or by a dask cluster."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,51 +57,63 @@ def run_here(encoder: ChunkEncoder, tasks: list[Task]) -> list[EncodedChunk]:
         install_encoder(None)
 
 
-def run_on_cluster(
-    address: str, job: EncodeJob, tasks: list[Task], on_done: Callable[[EncodedChunk], object], stop_asked: object
-) -> list[EncodedChunk]:
-    """Run the graph on a dask.distributed cluster, whose workers see this machine's paths.
+@contextlib.contextmanager
+def connect(address: str) -> Iterator[Any]:
+    """A client of the dask scheduler at an address, tcp://host:8786.
 
-    Args:
-        address: of the scheduler, tcp://host:8786.
-        on_done: called with each chunk as it is done.
-        stop_asked: looked at several times a second.
     Raises:
-        UserError: no scheduler there; workers that see other files or have other libraries; workers that die.
-        StopAsked: `stop_asked` became true.
-        As `encode_chunk`.
+        UserError: no scheduler there.
     """
     from distributed import Client
-    from distributed.scheduler import KilledWorker
 
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--scheduler {address}: no dask scheduler answers there ({error})") from error
     with client:
-        _wait_for_workers(client, address, stop_asked)
-        _check_workers(client, job.writer.path)
-        graph, keys = build_graph(job, tasks)
-        waiting = client.get(graph, keys, sync=False)
-        done: list[EncodedChunk] = []
-        try:
-            while waiting:
-                for future in [future for future in waiting if future.done()]:
-                    waiting.remove(future)
-                    done.append(future.result())
-                    on_done(done[-1])
-                if stop_asked:
-                    raise StopAsked
-                time.sleep(0.1)
-        except KilledWorker as error:
-            raise UserError(f"--scheduler {address}: workers died again and again over one chunk: {error}") from error
-        except OSError as error:
-            if client.status != "running":
-                raise UserError(f"--scheduler {address}: the connection was lost ({error})") from error
-            raise
-        finally:
-            client.cancel(waiting)
-        return done
+        yield client
+
+
+def run_on_cluster(
+    client: Any, job: EncodeJob, tasks: list[Task], on_done: Callable[[EncodedChunk], object], stop_asked: object
+) -> list[EncodedChunk]:
+    """Run the graph on a dask.distributed cluster, whose workers see this machine's paths.
+
+    Args:
+        client: from `connect`.
+        on_done: called with each chunk as it is done.
+        stop_asked: looked at several times a second.
+    Raises:
+        UserError: workers that see other files or have other libraries; workers that die; a lost connection.
+        StopAsked: `stop_asked` became true.
+        As `encode_chunk`.
+    """
+    from distributed.scheduler import KilledWorker
+
+    address = client.scheduler.address
+    _wait_for_workers(client, address, stop_asked)
+    _check_workers(client, job.writer.path)
+    graph, keys = build_graph(job, tasks)
+    waiting = client.get(graph, keys, sync=False)
+    done: list[EncodedChunk] = []
+    try:
+        while waiting:
+            for future in [future for future in waiting if future.done()]:
+                waiting.remove(future)
+                done.append(future.result())
+                on_done(done[-1])
+            if stop_asked:
+                raise StopAsked
+            time.sleep(0.1)
+    except KilledWorker as error:
+        raise UserError(f"--scheduler {address}: workers died again and again over one chunk: {error}") from error
+    except OSError as error:
+        if client.status != "running":
+            raise UserError(f"--scheduler {address}: the connection was lost ({error})") from error
+        raise
+    finally:
+        client.cancel(waiting)
+    return done
 
 
 def _wait_for_workers(client: Any, address: str, stop_asked: object) -> None:

@@ -5,7 +5,8 @@ fixed shape; whoever calls it on a CPU does so from threads that compute alone (
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,21 @@ from stage1_autoencoder.vqgan import VQGAN, image_to_unit
 PASS_PIXELS = {"cpu": 2**16, "cuda": 2**19}
 # Feature maps of the first level that are alive at once while the network encodes.
 LIVE_FEATURE_MAPS = 6
+
+
+@contextmanager
+def exact_kernels() -> Iterator[None]:
+    """Let CUDA choose the same kernels for the same shapes, and multiply in float32, not TF32. For all threads.
+
+    TF32 would cost as many digits as storing latents in fp16 does.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class EncodedFrames:
 
 
 class FrameEncoder:
-    """An autoencoder that encodes batches of one shape. Used by many threads at once.
+    """An autoencoder that encodes batches of one shape. Used by many threads at once, inside `exact_kernels`.
 
     Attributes:
         frames: of a batch, chosen by the pictures' size and the kind of device.

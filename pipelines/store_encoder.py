@@ -1,12 +1,14 @@
 """From videos to a complete store: what goes into which chunk, having it made, and what it came to."""
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 import latent_cache
-from latent_cache import NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
+from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import RiverConfig
 from pipelines.encode_chunks import (
     BrokenVideosError,
@@ -16,7 +18,7 @@ from pipelines.encode_chunks import (
     EncodingStopped,
     psnr_stride,
 )
-from pipelines.encode_graph import StopAsked, run_here, run_on_cluster
+from pipelines.encode_graph import StopAsked, connect, run_here, run_on_cluster
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.progress import progress, say
@@ -36,7 +38,8 @@ class SplitReport:
         frames_per_second: of the frames that this command encoded; None where all were there already.
         code_perplexity: exp of the entropy of the codes' frequencies; `codes` at most.
         round_trip_psnr: dB, mean over a sample of frames, of the decoded stored latent against the frame.
-        codes_changed: share of the latents whose nearest code is another one after rounding to the store's type.
+        codes_changed: share of the latents, of a sample of frames, whose nearest code is another one after rounding
+            to the store's type.
     """
 
     split: str
@@ -101,10 +104,19 @@ class StoreEncoder:
             raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
         options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
         path = self.config.store_path.absolute()
-        with StoreWriter.open(path, self.metadata, plans, **options) as writer, StopRequest() as stop:
+        job = self._job(ChunkWriter(path, session="none yet"), plans)
+        # What refuses to encode does so before an old store is thrown away.
+        with contextlib.ExitStack() as stack:
+            if self.session.scheduler is None:
+                ChunkEncoder(job, self.autoencoder, self.session.device).close()
+                cluster = None
+            else:
+                cluster = stack.enter_context(connect(self.session.scheduler))
+            writer = stack.enter_context(StoreWriter.open(path, self.metadata, plans, **options))
+            stop = stack.enter_context(StopRequest())
             try:
                 writer.check_space()
-                done = self._encode(writer, plans, stop)
+                done = self._encode(writer, replace(job, writer=writer.chunk_writer), cluster, stop)
                 reports = [self._report(writer, split, plan, done) for split, plan in plans.items()]
                 notes = {report.split: report.notes() for report in reports}
                 writer.finish(notes, {"skipped": self._skipped()})
@@ -133,13 +145,22 @@ class StoreEncoder:
             if ids
         }
 
+    def _views(self, split: str) -> Sequence[str]:
+        return self.config.cache.views if split == "train" else [IDENTITY]
+
+    def _index_frames(self, split: str) -> int:
+        """Frames of a split, with the videos that turn out to be broken: what is kept must not depend on these.
+
+        This number decides the chunks' size, and which frames are measured.
+        """
+        return sum(video.frames for video in self.splits[split].videos) * len(self._views(split))
+
     def _plan(self, split: str) -> SplitPlan:
         cache = self.config.cache
-        views = cache.views if split == "train" else [IDENTITY]
+        views = self._views(split)
         # Views of a video lie side by side, so that one pass over the video serves them all.
         rows = [(video, view) for video in self._videos(split) for view in views]
-        # The whole index decides the chunks' size: a video dropped later must not change the chunks that are kept.
-        frames = sum(video.frames for video in self.splits[split].videos) * len(views)
+        frames = self._index_frames(split)
         chunk_frames = cache.chunk_frames or latent_cache.default_chunk_frames(self.latent_shape, frames)
         return SplitPlan(
             video_ids=[video.id for video, _ in rows],
@@ -151,7 +172,23 @@ class StoreEncoder:
             shard_chunks=latent_cache.default_shard_chunks(frames, chunk_frames),
         )
 
-    def _encode(self, writer: StoreWriter, plans: dict[str, SplitPlan], stop: StopRequest) -> list[EncodedChunk]:
+    def _job(self, writer: ChunkWriter, plans: dict[str, SplitPlan]) -> EncodeJob:
+        """What tasks need to know; without a cluster, `device` is this process's own."""
+        session = self.session
+        return EncodeJob(
+            splits=self.splits,
+            cache=self.config.cache,
+            checkpoint=replace(self.checkpoint, path=self.checkpoint.path.absolute()),
+            digest=self.metadata.autoencoder["sha256"],
+            # Each worker finds its own device; only a device that the user named is asked of all of them.
+            device=str(session.device) if session.scheduler is None else session.asked_device,
+            writer=writer,
+            psnr_stride={split: psnr_stride(self._index_frames(split)) for split in plans},
+            chunk_frames=max(plan.file_frames for plan in plans.values()),
+        )
+
+    def _encode(self, writer: StoreWriter, job: EncodeJob, cluster: Any, stop: StopRequest) -> list[EncodedChunk]:
+        plans = writer.plans
         pending = {split: writer.pending(split) for split in plans}
         for split, plan in plans.items():
             if len(pending[split]) < len(plan.chunks):
@@ -160,29 +197,17 @@ class StoreEncoder:
         tasks = [(split, chunk) for split in plans for chunk in pending[split]]
         if not tasks:
             return []
-        job = EncodeJob(
-            splits=self.splits,
-            cache=self.config.cache,
-            checkpoint=replace(self.checkpoint, path=self.checkpoint.path.absolute()),
-            digest=self.metadata.autoencoder["sha256"],
-            device=str(self.session.device),
-            writer=writer.chunk_writer,
-            psnr_stride={split: psnr_stride(plan.frames) for split, plan in plans.items()},
-            chunk_frames=max(plan.file_frames for plan in plans.values()),
-        )
         frames = sum(plan.frames for plan in plans.values())
         there = frames - sum(chunk.frames for _, chunk in tasks)
         with progress(total=frames, initial=there, description="encode", unit="frame") as bar:
 
             def accept(encoded: EncodedChunk) -> None:
                 writer.accept(encoded.split, encoded.chunk, encoded.marker)
-                if self.session.scheduler is not None:
+                if cluster is not None:
                     bar.update(encoded.chunk.frames)
 
-            if self.session.scheduler is not None:
-                # Each worker finds its own device; only a device that the user named is asked of all of them.
-                job = replace(job, device=self.session.asked_device)
-                return run_on_cluster(self.session.scheduler, job, tasks, accept, stop)
+            if cluster is not None:
+                return run_on_cluster(cluster, job, tasks, accept, stop)
             encoder = ChunkEncoder(job, self.autoencoder, self.session.device, accept, bar.update, stop)
             try:
                 return run_here(encoder, tasks)
@@ -207,5 +232,5 @@ class StoreEncoder:
             codes=len(counts),
             code_perplexity=float(np.exp(-(share * np.log(share)).sum())),
             round_trip_psnr=float(np.mean([value for measured in markers for value in measured["psnr"]])),
-            codes_changed=sum(measured["codes_changed"] for measured in markers) / int(counts.sum()),
+            codes_changed=sum(m["codes_changed"] for m in markers) / sum(m["codes_compared"] for m in markers),
         )
