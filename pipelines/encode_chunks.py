@@ -173,11 +173,14 @@ class ChunkEncoder:
         left = budget - encoders * encoder - chunk
         decoders = min(cores, left // decoder)
         if decoders < 1:
+            needed, computing, frames, latents = (
+                f"{math.ceil(size / 2**20)} MiB"
+                for size in (encoder + chunk + decoder, self.frame_encoder.memory, 3 * batch + decoder, chunk)
+            )
             raise UserError(
                 f"cache.memory_budget: {self.job.cache.memory_budget} is too little to make a chunk of the store: "
-                f"{-(-(encoder + chunk + decoder) // 2**20)} MiB are needed "
-                f"({self.frame_encoder.memory / 2**20:.0f} MiB to compute, {(3 * batch + decoder) / 2**20:.0f} MiB of frames, {chunk / 2**20:.0f} MiB of "
-                "latents): raise it, or lower cache.batch_frames or cache.chunk_frames"
+                f"{needed} are needed ({computing} to compute, {frames} of frames, {latents} of latents): raise it, or "
+                "lower cache.batch_frames or cache.chunk_frames"
             )
         return _Crew(decoders=decoders, encoders=encoders, tasks=2 if left - decoders * decoder >= chunk else 1)
 
