@@ -4,8 +4,10 @@
 """
 
 from latent_cache.chunk_writer import ChunkWriter
+from latent_cache.draws import step_generator
 from latent_cache.errors import (
     CorruptStoreError,
+    DamagedFramesError,
     IncompleteStoreError,
     LockedStoreError,
     NoSpaceError,
@@ -14,34 +16,54 @@ from latent_cache.errors import (
     StoreMismatchError,
 )
 from latent_cache.plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
-from latent_cache.reader import LatentCache, is_complete, open_metadata, splits
+from latent_cache.reader import (
+    LatentCache,
+    SplitProgress,
+    is_complete,
+    open_metadata,
+    open_notes,
+    open_progress,
+    splits,
+)
 from latent_cache.reader import open_cache as open
-from latent_cache.sampler import FlowBatch, ResidentSampler, choose_residency, step_generator
+from latent_cache.residency import Residency, choose_residency, open_sampler
+from latent_cache.resident import FlowIndices, ResidentSampler
+from latent_cache.sampler import FlowBatch, Sampler
 from latent_cache.schema import StoreMetadata
+from latent_cache.streaming import StreamingSampler
 from latent_cache.writer import StoreWriter
 
 __all__ = [
     "ChunkPlan",
     "ChunkWriter",
     "CorruptStoreError",
+    "DamagedFramesError",
     "FlowBatch",
+    "FlowIndices",
     "IncompleteStoreError",
     "LatentCache",
     "LockedStoreError",
     "NoSpaceError",
+    "Residency",
     "ResidentSampler",
+    "Sampler",
     "SplitPlan",
+    "SplitProgress",
     "StaleWriterError",
     "StoreError",
     "StoreMetadata",
     "StoreMismatchError",
     "StoreWriter",
+    "StreamingSampler",
     "choose_residency",
     "default_chunk_frames",
     "default_shard_chunks",
     "is_complete",
     "open",
     "open_metadata",
+    "open_notes",
+    "open_progress",
+    "open_sampler",
     "splits",
     "step_generator",
 ]

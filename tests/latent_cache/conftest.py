@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latent_cache import ChunkPlan, SplitPlan, StoreMetadata, StoreWriter
+import latent_cache
+from latent_cache import ChunkPlan, LatentCache, SplitPlan, StoreMetadata, StoreWriter
 
 
 @dataclass
@@ -78,6 +79,37 @@ def read_all_files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def kit() -> StoreKit:
     return StoreKit()
+
+
+@pytest.fixture
+def numbered(kit: StoreKit, tmp_path: Path) -> Callable[..., LatentCache]:
+    """Build a split whose latents say where they come from: channel 0 is the video, channel 1 the frame within it."""
+
+    def build(lengths: Sequence[int], chunk_frames: int = 4, name: str = "toys", **options: object) -> LatentCache:
+        plan = SplitPlan(
+            [f"clip-{row:02d}" for row in range(len(lengths))],
+            ["identity"] * len(lengths),
+            lengths,
+            kit.shape,
+            chunk_frames,
+        )
+        path = tmp_path / f"{name}.zarr"
+        with StoreWriter.open(path, kit.metadata, {"train": plan}, codes=False, **options) as writer:
+            for chunk in writer.pending("train"):
+                numbers = np.concatenate(
+                    [
+                        np.stack([np.full(piece.stop - piece.start, piece.video), np.arange(piece.start, piece.stop)])
+                        for piece in chunk.pieces
+                    ],
+                    axis=1,
+                )
+                latents = np.zeros((chunk.frames, *kit.shape), np.float32)
+                latents[:, :2] = numbers.T[:, :, None, None]
+                writer.write_chunk("train", chunk, latents, None)
+            writer.finish()
+        return latent_cache.open(path)
+
+    return build
 
 
 @pytest.fixture

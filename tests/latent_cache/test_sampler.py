@@ -1,4 +1,4 @@
-"""Draws: every legal one with its right probability, no other; a function of (seed, step) alone."""
+"""Draws from memory: every legal one with its right probability, no other; a function of (seed, step) alone."""
 
 from collections import Counter
 
@@ -7,22 +7,14 @@ import pytest
 import torch
 
 import latent_cache
-from latent_cache import ResidentSampler, StoreError, StoreWriter, choose_residency, step_generator
+from latent_cache import ResidentSampler, StoreError
 
 LENGTHS = [1, 5, 2, 3, 12, 1, 4]
 
 
 @pytest.fixture
-def cache(kit, tmp_path):
-    """Latents that say where they come from: channel 0 is the video, channel 1 the frame within it."""
-    plan = kit.plan(LENGTHS)
-    with StoreWriter.open(tmp_path / "toys.zarr", kit.metadata, {"train": plan}, codes=False) as writer:
-        for chunk in writer.pending("train"):
-            numbers = [(piece.video, frame) for piece in chunk.pieces for frame in range(piece.start, piece.stop)]
-            latents = np.broadcast_to(np.array(numbers, np.float32)[:, :, None, None], (chunk.frames, *kit.shape))
-            writer.write_chunk("train", chunk, latents, None)
-        writer.finish()
-    return latent_cache.open(tmp_path / "toys.zarr")
+def cache(numbered):
+    return numbered(LENGTHS)
 
 
 def make_sampler(cache, batch_size=64, clip_frames=6, seed=3, **options):
@@ -105,42 +97,6 @@ def test_half_precision_batches(cache):
     assert batch.condition.dtype == torch.bfloat16
 
 
-def test_large_stores_are_drawn_from_evenly():
-    """10^8 targets: float32 draws would miss most of them, 32-bit integers favour some by 1 %."""
-    sampler = object.__new__(ResidentSampler)
-    sampler.seed, sampler.batch_size, sampler.clip_frames = 0, 100_000, 16
-    videos, legal = 10_000, 10_000
-    sampler._legal_offsets = np.arange(videos + 1) * legal
-    sampler._video_offsets = np.arange(videos + 1) * (legal + 2)
-    target = sampler.indices(0).target
-    place = target % (legal + 2)
-    assert int(place.min()) >= 2
-    odd = (place % 2).double().mean()
-    assert abs(float(odd) - 0.5) < 5 * 0.5 / np.sqrt(100_000)
-    assert len(target.unique()) > 99_900  # with float32 draws there would be a quarter fewer values to land on
-    assert float((target >= 75_000_000).double().mean()) == pytest.approx(0.25, abs=0.01)
-
-
-def test_generators_of_neighbouring_steps_have_nothing_in_common():
-    draws = torch.stack([torch.rand(512, generator=step_generator(0, step)) for step in range(64)])
-    correlation = torch.corrcoef(draws) - torch.eye(64)
-    assert correlation.abs().max() < 5 / np.sqrt(512)
-    assert abs(float(draws[:, 0].mean()) - 0.5) < 5 * 0.289 / 8
-
-
-def test_generators_do_not_repeat_within_a_run():
-    firsts = {step_generator(12, step).initial_seed() % 2**32 for step in range(20_000)}
-    assert len(firsts) == 20_000
-
-
-def test_streams_and_seeds_differ():
-    seeds = {step_generator(*key).initial_seed() for key in [(0, 1), (1, 0), (0, 0), (2**40, 0)]}
-    seeds.add(step_generator(0, 0, stream="frames").initial_seed())
-    assert len(seeds) == 5
-    with pytest.raises(ValueError, match="seed = -1"):
-        step_generator(-1, 0)
-
-
 def test_videos_that_are_all_too_short(kit, tmp_path):
     path = kit.build(tmp_path / "short.zarr", {"train": kit.plan([2, 1, 2])})
     with pytest.raises(StoreError, match="no video has the 3 frames of a sample; the 3 videos have 1 to 2"):
@@ -152,6 +108,7 @@ def test_videos_that_are_all_too_short(kit, tmp_path):
     [
         ({"batch_size": 0}, "batch_size = 0"),
         ({"clip_frames": 2}, "clip_frames = 2"),
+        ({"seed": -1}, "seed = -1"),
         ({"storage_device": "meta"}, "storage_device = meta: the CPU or the device, cpu, is wanted"),
     ],
 )
@@ -165,28 +122,38 @@ def test_ranks_that_do_not_fit(cache):
     for rank, world_size in [(0, 3), (2, 2), (-1, 2)]:
         with pytest.raises(ValueError, match="choose a batch size that the number of processes divides"):
             sampler.batch(0, rank, world_size)
+    with pytest.raises(ValueError, match="step = -1"):
+        sampler.batch(-1)
 
 
-@pytest.mark.parametrize(
-    ("device_free", "host_free", "wanted", "expected"),
-    [
-        (10**6, 10**6, "auto", "device"),
-        (2500, 10**6, "auto", "host"),
-        (1900, 1900, "auto", None),
-        (10**6, 1900, "host", None),
-        (10**6, 10**6, "host", "host"),
-    ],
-)
-def test_residency_follows_free_memory(cache, monkeypatch, device_free, host_free, wanted, expected):
-    free = {"cuda": device_free, "cpu": host_free}
-    monkeypatch.setattr("latent_cache.sampler.free_memory", lambda device: free[device.type])
-    assert cache.nbytes == sum(LENGTHS) * 2 * 3 * 4 * 2
-    if expected is None:
-        with pytest.raises(StoreError, match=rf"cache.residency = '{wanted}', but the latents take 0.0 GiB"):
-            choose_residency(cache, "cuda", wanted)
-    else:
-        assert choose_residency(cache, "cuda", wanted) == expected
+def test_the_two_residencies_draw_the_same_and_keep_their_draws_to_themselves(cache):
+    first, second = make_sampler(cache), make_sampler(cache, storage_device="cpu")
+    wanted = first.indices(3)
+    batch = first.batch(3)
+    batch.distance.zero_()
+    wanted.target.zero_()
+    assert torch.equal(first.batch(3).distance, second.batch(3).distance)
+    assert torch.equal(first.indices(3).target, second.indices(3).target)
+    assert first.indices(3).target.any()
 
 
-def test_free_memory_is_known_here(cache):
-    assert choose_residency(cache, "cpu", "auto") == "device"
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 5000, 20_000])
+def test_steps_are_served_in_any_order(cache, batch_size):
+    """Also the first and last of a block of steps that are drawn at once."""
+    forwards, backwards = make_sampler(cache, batch_size), make_sampler(cache, batch_size)
+    steps = [0, 1, forwards._block_steps - 1, forwards._block_steps, 2 * forwards._block_steps, 10**12]
+    expected = [forwards.indices(step) for step in steps]
+    for step, wanted in reversed(list(zip(steps, expected, strict=True))):
+        found = backwards.indices(step)
+        assert torch.equal(found.target, wanted.target)
+        assert torch.equal(found.condition, wanted.condition)
+        assert len(found.target) == batch_size
+
+
+def test_closed(cache):
+    sampler = make_sampler(cache)
+    assert sampler.describe() == "0 MB of latents resident on cpu"
+    sampler.close()
+    sampler.close()
+    with pytest.raises(ValueError, match="the sampler is closed"):
+        sampler.batch(0)

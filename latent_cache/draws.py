@@ -1,0 +1,93 @@
+"""What chance decides about a batch, as a function of the seed and the step, and of nothing that went before."""
+
+import zlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+# Samples that are drawn at once: so many that the cost a call is spread thin, so few that they take half a megabyte.
+BLOCK_SAMPLES = 2**14
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu", stream: str = "step") -> torch.Generator:
+    """A generator for the draws of one step, which is all that decides them.
+
+    Args:
+        seed: >= 0, of the run; `step`: >= 0.
+        device: where the draws are made; a CPU and a GPU draw different numbers.
+        stream: what is drawn. Draws of one step from one stream are the same numbers, so noise must not share the
+            stream that chose the frames.
+    Raises:
+        ValueError: a negative seed or step.
+    """
+    if seed < 0 or step < 0:
+        raise ValueError(f"seed = {seed}, step = {step}: both must be >= 0")
+    # torch's CPU generator looks at the low 32 bits of a seed only. Hashing the step into them would give two steps
+    # of a run the same draws after some 10^5 steps (birthdays), a bijection of the step never does.
+    tag = zlib.crc32(stream.encode())
+    low = _scramble((step + _stream_offset(seed, tag)) % 2**32)
+    high = int(np.random.SeedSequence([seed, tag, step]).generate_state(1)[0])
+    return torch.Generator(device=device).manual_seed(high << 32 | low)
+
+
+@lru_cache(maxsize=256)
+def _stream_offset(seed: int, tag: int) -> int:
+    return int(np.random.SeedSequence([seed, tag]).generate_state(1)[0])
+
+
+def _scramble(word: int) -> int:
+    """MurmurHash3's finaliser: a bijection of 32-bit words in which every bit depends on all."""
+    word = ((word ^ word >> 16) * 0x85EBCA6B) % 2**32
+    word = ((word ^ word >> 13) * 0xC2B2AE35) % 2**32
+    return word ^ word >> 16
+
+
+def steps_per_block(batch_size: int, most_samples: int = BLOCK_SAMPLES) -> int:
+    """Steps whose draws are made together, at least 1."""
+    return max(1, min(BLOCK_SAMPLES, most_samples) // batch_size)
+
+
+def uniform_block(seed: int, stream: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The uniform numbers of one block of steps.
+
+    Philox is a function of a key and a counter, so that block 10^9 costs as much as block 0 does.
+
+    Args:
+        seed: >= 0, of the run.
+        stream: what is drawn; other streams have nothing in common with it.
+        block: >= 0.
+    Returns:
+        `shape` float64 in [0, 1), with 53 random bits: float32 could not name one of 10^8 frames.
+    Raises:
+        ValueError: a negative seed or block.
+    """
+    if seed < 0 or block < 0:
+        raise ValueError(f"seed = {seed}, block = {block}: both must be >= 0")
+    key = np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2, np.uint64)
+    # The lowest word of the counter counts the numbers within a block.
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, block, 0, 0])).random(shape)
+
+
+def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
+    """Map float64 in [0, 1) to int64 in 0 .. limit - 1; the bias is below limit / 2^53."""
+    return (uniform * limit).astype(np.int64)
+
+
+def draw_distance(
+    uniform_place: np.ndarray, uniform_condition: np.ndarray, place_in_video: np.ndarray, clip_frames: int
+) -> np.ndarray:
+    """How far the condition lies before the reference, given the target.
+
+    The target's place in its clip p ~ U{2 .. min(clip_frames - 1, place_in_video)}, the condition
+    ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length).
+
+    Args:
+        uniform_place, uniform_condition: [n] float64 in [0, 1).
+        place_in_video: [n] int64 >= 2, the target's frame number in its video.
+        clip_frames: >= 3.
+    Returns:
+        [n] int64, index of the reference minus that of the condition, 1 .. clip_frames - 2.
+    """
+    place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
+    return 1 + to_integer(uniform_condition, place_in_clip - 1)
