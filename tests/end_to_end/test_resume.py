@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +65,40 @@ def test_flow_stopped_by_a_signal(with_store, story: ModuleType, monkeypatch, se
     assert_same_training(halves, whole, "flow", story)
     files = story.tree(halves.checkpoint("flow"))
     assert ("ema.safetensors" in files) == (sets is EVERYTHING)
+
+
+# Chunks of 16 frames, and room for two windows of four of them: 8 steps of 64 pairs see two epochs.
+SMALL_CHUNKS = ("cache.chunk_frames=16",)
+STREAMED = ("cache.residency=stream", "cache.memory_budget=24 KiB", "flow.training.batch_size=64")
+
+
+@pytest.fixture
+def streamed(trained, tmp_path: Path):
+    """A place whose latents are larger than the memory budget."""
+    place = trained.copy(tmp_path / "streamed", "runs").with_sets(*SMALL_CHUNKS)
+    shutil.rmtree(place.runs / "flow")
+    place.run("encode").ok()
+    return place.with_sets(*STREAMED)
+
+
+def test_flow_that_streams_its_latents(streamed, tmp_path: Path, story: ModuleType, monkeypatch) -> None:
+    halves = streamed.copy(tmp_path / "halves", "latents")
+    outcome = streamed.run("train-flow").ok()
+    assert "batch 64 of 240 targets" in outcome.out
+    assert "streamed through 0 MB of host memory, 5 windows an epoch, 1 chunks a group" in outcome.out
+    assert "validation_loss" in story.read_log(streamed, "flow")[-1]
+    story.send_at(monkeypatch, FlowTrainer, "train_step", call=5)
+    halves.run("train-flow").refused(143, "stopped at step 5")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("latents")]
+    assert "steps 5 to 8" in halves.run("train-flow").ok().out
+    assert_same_training(halves, streamed, "flow", story)
+
+
+def test_streaming_with_too_little_memory(streamed) -> None:
+    needed = 2 * 4 * (16 + 7) * 128
+    streamed.run("train-flow", sets=["cache.memory_budget=10000 B"]).refused(
+        2, "cache.memory_budget is 10000 bytes", f"at least {needed}", "cache.memory_budget='1 MiB' or more"
+    )
 
 
 @SETTINGS
