@@ -7,18 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipelines.errors import EXIT_DONE, EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE, StoppedBySignal, UserError
+from pipelines.errors import EXIT_DONE, EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE, CheckFailed, StoppedBySignal, UserError
 
 COMMANDS = {
     "demo": "the whole story on one data set: videos, autoencoder, store, flow, prediction, metrics",
     "data": "fetch, check, unpack and index the raw videos",
     "train-autoencoder": "stage 1: train the VQGAN",
-    "encode": "encode all splits into the store of latents",
+    "encode": "encode all splits into the store of latents, or --verify it",
     "train-flow": "stage 2: train the flow from the store alone",
     "sample": "predict videos of the test split: GIF, MP4, contact sheet, latents",
     "predict": "continue any video file",
     "evaluate": "PSNR and SSIM with baselines and protocol",
-    "inspect": "what is in a store; decode any of its videos",
+    "inspect": "what is in a store; check its checksums; decode any of its videos",
     "bench": "what the store is worth on this machine: a table of ratios, and benchmark.json",
 }
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return _run(options)
-    except NoSpaceError as error:
+    except (NoSpaceError, CheckFailed) as error:
         print(f"{options.command}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except (UserError, StoreError, VideoError) as error:
@@ -95,6 +95,10 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             from pipelines.prepare import prepare_data as function
         case "train-autoencoder":
             from pipelines.train_autoencoder import train_autoencoder as function
+        case "encode" if options.verify is not None:
+            from pipelines.verify import verify_store
+
+            return lambda session: verify_store(config, session, options.verify)
         case "encode":
             from pipelines.encode import encode as function
         case "train-flow":
@@ -114,10 +118,11 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
         case "inspect":
             from pipelines.inspect_store import inspect_store
 
-            store = options.store or (config.store_path if config is not None else None)
+            store = options.store or (str(config.store_path) if config is not None else None)
             if store is None:
                 raise UserError("inspect: name a store, such as latents/shapes.zarr, or a --config")
-            return lambda session: inspect_store(config, session, Path(store), options.video, options.gif)
+            wanted = {name: getattr(options, name) for name in ("verify", "video", "view", "gif")}
+            return lambda session: inspect_store(config, session, store, **wanted)
     return lambda session: function(config, session)
 
 
@@ -160,9 +165,16 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--frames", type=_positive, help="how many frames to predict; default evaluation.horizon"
             )
+        if name == "encode":
+            command.add_argument(
+                "--verify", type=_count, nargs="?", const=64, metavar="N",
+                help="write nothing: check all checksums, and encode N frames (64) again and compare",
+            )  # fmt: skip
         if name == "inspect":
-            command.add_argument("store", nargs="?", type=Path, help="latents/<dataset>.zarr")
+            command.add_argument("store", nargs="?", help="latents/<dataset>.zarr, or a URL")
+            command.add_argument("--verify", action="store_true", help="read all of it and check the checksums")
             command.add_argument("--video", help="id of a video to decode")
+            command.add_argument("--view", help="which view of it, such as hflip; by default the video as it is")
             command.add_argument("--gif", type=Path, help="where to write it")
     return parser
 
@@ -171,6 +183,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of frames")
     return number
 
 

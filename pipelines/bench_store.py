@@ -6,6 +6,7 @@ import math
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,21 @@ import torch
 import zarr
 
 import latent_cache
-from latent_cache import LatentCache, ResidentSampler, SplitPlan, StoreMetadata, StoreWriter, StreamingSampler, schema
+from latent_cache import (
+    ChunkPlan,
+    LatentCache,
+    ResidentSampler,
+    SplitPlan,
+    StoreMetadata,
+    StoreWriter,
+    StreamingSampler,
+    schema,
+)
 from pipelines.bench import Measurement, in_turn
 
 SHAPE = (4, 8, 8)
 FRAMES, VIDEOS = 292_968, 600  # 150 MB: the size of KTH's training split
+STREAMED_FRAMES = 3_000_000  # 1.5 GB
 BATCH, CLIP_FRAMES, STEPS = 256, 40, 2000
 HUGE_FRAMES, HUGE_VIDEOS = 10**8, 10**6
 
@@ -32,22 +43,27 @@ def store_measurements(folder: Path, device: torch.device) -> Iterator[Measureme
     yield Measurement("write latents and codes, flushed to disk", megabytes / seconds, "MB/s")
     yield _load(cache, folder)
     yield from _resident(cache, device)
-    yield from _streaming(cache, device)
+    yield from _streaming(folder, device)
     yield from _opening(folder)
 
 
-def _write_store(path: Path) -> Path:
-    lengths = np.diff(np.linspace(0, FRAMES, VIDEOS + 1).astype(np.int64))
-    names = [f"video_{row:04d}" for row in range(VIDEOS)]
-    chunk = latent_cache.default_chunk_frames(SHAPE, FRAMES)
-    plan = SplitPlan(names, ["identity"] * VIDEOS, lengths, SHAPE, chunk)
+def _write_store(path: Path, frames: int = FRAMES, codes: bool = True) -> Path:
+    videos = frames * VIDEOS // FRAMES
+    lengths = np.diff(np.linspace(0, frames, videos + 1).astype(np.int64))
+    names = [f"video_{row:06d}" for row in range(videos)]
+    chunk = latent_cache.default_chunk_frames(SHAPE, frames)
+    plan = SplitPlan(names, ["identity"] * videos, lengths, SHAPE, chunk)
     metadata = StoreMetadata("bench", 25.0, {}, {"sha256": "bench", "codes": 1024}, {})
     generator = np.random.default_rng(0)
-    with StoreWriter.open(path, metadata, {"train": plan}, codes=True) as writer:
-        for part in writer.pending("train"):
-            latents = generator.standard_normal((part.frames, *SHAPE), np.float32)
-            codes = generator.integers(0, 1024, (part.frames, *SHAPE[1:]), np.uint16)
-            writer.write_chunk("train", part, latents, codes)
+    latents = generator.standard_normal((chunk, *SHAPE), np.float32)
+    quantized = generator.integers(0, 1024, (chunk, *SHAPE[1:]), np.uint16)
+    with StoreWriter.open(path, metadata, {"train": plan}, codes=codes) as writer:
+
+        def write(part: ChunkPlan) -> None:
+            writer.write_chunk("train", part, latents[: part.frames], quantized[: part.frames] if codes else None)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(write, writer.pending("train")))
         writer.finish()
     return path
 
@@ -139,12 +155,49 @@ def _official(samples_per_second: float) -> Iterator[Measurement]:
     )  # fmt: skip
 
 
-def _streaming(cache: LatentCache, device: torch.device) -> Iterator[Measurement]:
+def _streaming(folder: Path, device: torch.device) -> Iterator[Measurement]:
+    """A store ten times as large as the memory budget; measured from the second epoch on, when memory is in use."""
+    cache = latent_cache.open(_write_store(folder / "large.zarr", STREAMED_FRAMES, codes=False))
     budget = cache.nbytes // 10
-    chunk = np.empty((cache.latent_reader.chunk_frames, *SHAPE), cache.latents.dtype)
-    del chunk
-    yield from ()
-    del budget, device
+    words = f"{cache.nbytes / 1e6:.0f} MB through {budget / 1e6:.0f} MB"
+    windows = StreamingSampler(cache, "cpu", 0, 1, CLIP_FRAMES, budget)
+    plan = windows.plan
+    reader, epoch = cache.latent_reader, itertools.count()
+    chunk = np.empty((reader.chunk_frames, *SHAPE), cache.latents.dtype)
+
+    def visit() -> None:
+        """One sample of each window of an epoch: the window must be there whole."""
+        number = next(epoch)
+        those = range(number * plan.windows_per_epoch, (number + 1) * plan.windows_per_epoch)
+        targets = [int(plan.window(window).targets[-1]) for window in those]
+        for step in itertools.accumulate(targets[:-1], initial=number * windows.legal_targets):
+            windows.batch(step)
+
+    def in_order() -> None:
+        for index in range(reader.chunk_count):
+            frames = min(reader.chunk_frames, cache.frames - index * reader.chunk_frames)
+            reader.read_chunk(index, chunk[:frames])
+
+    visit()  # the first epoch also reads what lies before the groups
+    ours, reference = in_turn(visit, in_order, repeats=4)
+    windows.close()
+    rate = cache.nbytes / 1e6
+    yield Measurement(
+        f"stream {words}: windows", rate / ours, "MB/s",
+        f"the same chunks in order: {rate / reference:.0f} MB/s", reference / ours, at_least=0.75,
+    )  # fmt: skip
+    sampler = StreamingSampler(cache, device, 0, BATCH, CLIP_FRAMES, budget)
+    steps = itertools.count()
+
+    def batches() -> None:
+        for _ in range(STEPS):
+            sampler.batch(next(steps))
+        _wait_for(device)
+
+    (seconds,) = in_turn(batches, repeats=5)
+    sampler.close()
+    rate = STEPS * BATCH / seconds
+    yield Measurement(f"stream {words}: batches of {BATCH}", rate, "targets/s", "", rate, at_least=50_000)
 
 
 def _opening(folder: Path) -> Iterator[Measurement]:

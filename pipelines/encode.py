@@ -60,7 +60,8 @@ def encode(config: RiverConfig, session: Session) -> Path:
         if report.codes_changed > MOST_CODES_CHANGED:
             warn(
                 f"store: {report.split}: {config.cache.dtype} storage moved {report.codes_changed:.2%} of the latents "
-                "to another code: set cache.dtype to float32, or train an autoencoder with smaller latents"
+                "to another code: set cache.dtype to float32 and encode again with --overwrite, or train an "
+                "autoencoder with smaller latents"
             )
     say(f"store: complete, {path}")
     return path

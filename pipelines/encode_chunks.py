@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,8 +30,6 @@ from stage1_autoencoder.vqgan import VQGAN
 GPU_ENCODERS = 2
 # Most frames of a split that are decoded again for the round-trip PSNR; and of a small split one in so many.
 PSNR_FRAMES, PSNR_EVERY = 32, 64
-# Of how many batches of the network one is quantized again as it will be stored.
-ROUNDING_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,9 @@ class _Crew:
     tasks: int
 
 
-_current: ChunkEncoder | None = None
-_current_lock = threading.Lock()
+_encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding that they belong to
+_running: Counter[ChunkWriter] = Counter()
+_encoders_lock = threading.Lock()
 
 
 def encode_chunk(job: EncodeJob, split: str, chunk: ChunkPlan) -> EncodedChunk:
@@ -204,32 +204,49 @@ def encode_chunk(job: EncodeJob, split: str, chunk: ChunkPlan) -> EncodedChunk:
     Raises:
         As `ChunkEncoder.encode`, and UserError where the autoencoder is not the one that the job wants.
     """
-    return _encoder_for(job).encode(split, chunk)
+    with _encoder_for(job) as encoder:
+        return encoder.encode(split, chunk)
 
 
-def install_encoder(encoder: ChunkEncoder | None) -> None:
-    """Let the tasks of this process use an encoder that is there already; None: none any more."""
-    global _current
-    with _current_lock:
-        _current = encoder
+def install_encoder(encoder: ChunkEncoder) -> None:
+    """Let the tasks of this process use an encoder that is there already."""
+    with _encoders_lock:
+        _encoders[encoder.job.writer] = encoder
 
 
-def _encoder_for(job: EncodeJob) -> ChunkEncoder:
-    global _current
-    with _current_lock:
-        if _current is None or _current.job.writer != job.writer:
-            if _current is not None:
-                _current.close()  # of an earlier encoding, to which this worker belonged
-            device = resolve_device(job.device)
-            autoencoder = load_trained_autoencoder(job.checkpoint, device)
-            digest = weights_digest(autoencoder)
-            if digest != job.digest:
-                raise UserError(
-                    f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, and {job.digest[:12]}... is "
-                    "wanted: workers must see the same run as the command"
-                )
-            _current = ChunkEncoder(job, autoencoder, device)
-        return _current
+def remove_encoder(encoder: ChunkEncoder) -> None:
+    """Undo `install_encoder`."""
+    with _encoders_lock:
+        _encoders.pop(encoder.job.writer, None)
+
+
+@contextlib.contextmanager
+def _encoder_for(job: EncodeJob) -> Iterator[ChunkEncoder]:
+    """This process's encoder for a job. Those of other encodings are closed, unless tasks of theirs are running."""
+    with _encoders_lock:
+        for other in [writer for writer in _encoders if writer != job.writer and not _running[writer]]:
+            _encoders.pop(other).close()
+        if job.writer not in _encoders:
+            _encoders[job.writer] = _make_encoder(job)
+        encoder = _encoders[job.writer]
+        _running[job.writer] += 1
+    try:
+        yield encoder
+    finally:
+        with _encoders_lock:
+            _running[job.writer] -= 1
+
+
+def _make_encoder(job: EncodeJob) -> ChunkEncoder:
+    device = resolve_device(job.device)
+    autoencoder = load_trained_autoencoder(job.checkpoint, device)
+    digest = weights_digest(autoencoder)
+    if digest != job.digest:
+        raise UserError(
+            f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, and {job.digest[:12]}... is "
+            "wanted: workers must see the same run as the command"
+        )
+    return ChunkEncoder(job, autoencoder, device)
 
 
 @dataclass(frozen=True)
@@ -265,7 +282,7 @@ class _ChunkTask:
         self.encoder, self.split, self.chunk = encoder, split, chunk
         self.latents = np.empty((chunk.frames, *encoder.latent_shape), np.float32)
         self.codes = np.empty((chunk.frames, *encoder.latent_shape[1:]), np.int32)
-        self.codes_compared, self.codes_changed = 0, 0
+        self.codes_held, self.codes_changed = 0, 0
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
         self.cancelled = False
@@ -288,10 +305,13 @@ class _ChunkTask:
                 future.cancel()
             settle(decoding)  # nothing of this task runs on when it has ended
             settle(self.encoding)
-            raise self.cause_of(error) from error
+            cause = self.cause_of(error)
+            if cause is error:  # not `from` itself: whoever follows the chain of causes would never end
+                raise
+            raise cause from error
         measured = {
             "code_counts": np.bincount(self.codes.ravel()).tolist(),
-            "codes_compared": self.codes_compared,
+            "codes_held": self.codes_held,
             "codes_changed": self.codes_changed,
             "psnr": [self.psnr[position] for position in sorted(self.psnr)],
         }
@@ -383,12 +403,12 @@ class _ChunkTask:
     def encode_pass(self, place: int, frames: np.ndarray, views: Sequence[ViewTransform]) -> None:
         frame_encoder, count, job = self.encoder.frame_encoder, len(frames), self.encoder.job
         encoded = frame_encoder.encode(frames, views)
-        stored = encoded.latents.to(getattr(torch, job.cache.dtype)).float()
-        compared = changed = 0
-        if place // frame_encoder.frames % ROUNDING_EVERY == 0:
-            differ = (frame_encoder.autoencoder.quantizer.nearest(stored) != encoded.codes)[:count]
-            compared, changed = differ.numel(), int(differ.sum())
-        self.latents[place : place + count] = encoded.latents[:count].cpu().numpy()
+        quantizer = frame_encoder.autoencoder.quantizer
+        rounded = quantizer.rounded(encoded.latents, encoded.codes, getattr(torch, job.cache.dtype))
+        # What the type cannot hold goes on as it is, and is refused by the writer, which names its value and its video.
+        stored = torch.where(rounded.latents.isfinite(), rounded.latents.float(), encoded.latents)[:count]
+        pulled, changed = (int(where[:count].sum()) for where in (rounded.pulled, rounded.changed))
+        self.latents[place : place + count] = stored.cpu().numpy()
         self.codes[place : place + count] = encoded.codes[:count].to(torch.int32).cpu().numpy()
         psnr = {
             place + row: frame_encoder.round_trip_psnr(encoded.images[row], stored[row])
@@ -396,7 +416,7 @@ class _ChunkTask:
             if (self.chunk.start + place + row) % job.psnr_stride[self.split] == 0
         }
         with self.lock:
-            self.codes_compared += compared
+            self.codes_held += pulled - changed
             self.codes_changed += changed
             self.psnr |= psnr
 

@@ -11,7 +11,7 @@ import dask.threaded
 
 from latent_cache import ChunkPlan
 from latent_cache.chunk_writer import session_path
-from pipelines.encode_chunks import ChunkEncoder, EncodedChunk, EncodeJob, encode_chunk, install_encoder
+from pipelines.encode_chunks import ChunkEncoder, EncodedChunk, EncodeJob, encode_chunk, install_encoder, remove_encoder
 from pipelines.errors import UserError
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
@@ -54,7 +54,7 @@ def run_here(encoder: ChunkEncoder, tasks: list[Task]) -> list[EncodedChunk]:
                 encoder.closing = True  # the pool waits for the other tasks
                 raise
     finally:
-        install_encoder(None)
+        remove_encoder(encoder)
 
 
 @contextlib.contextmanager
@@ -88,6 +88,7 @@ def run_on_cluster(
         StopAsked: `stop_asked` became true.
         As `encode_chunk`.
     """
+    from distributed.client import CancelledError  # that of a task; nobody but a lost scheduler cancels ours
     from distributed.scheduler import KilledWorker
 
     address = client.scheduler.address
@@ -107,8 +108,8 @@ def run_on_cluster(
             time.sleep(0.1)
     except KilledWorker as error:
         raise UserError(f"--scheduler {address}: workers died again and again over one chunk: {error}") from error
-    except OSError as error:
-        if client.status != "running":
+    except (CancelledError, OSError) as error:
+        if isinstance(error, CancelledError) or client.status != "running":
             raise UserError(f"--scheduler {address}: the connection was lost ({error})") from error
         raise
     finally:

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad usage, configuration or input. The message says what, which (path, key, value), and the way out."""
 
 
+class CheckFailed(Exception):
+    """A check that the user asked for found something wrong, which was listed. The message sums it up."""
+
+
 class StoppedBySignal(Exception):
     """The run was stopped by SIGINT or SIGTERM after it had saved; carries the signal's number."""
 

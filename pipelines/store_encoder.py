@@ -1,14 +1,18 @@
 """From videos to a complete store: what goes into which chunk, having it made, and what it came to."""
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import latent_cache
 from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
+from latent_cache.disk import write_json
+from latent_cache.schema import PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.encode_chunks import (
     BrokenVideosError,
@@ -38,8 +42,8 @@ class SplitReport:
         frames_per_second: of the frames that this command encoded; None where all were there already.
         code_perplexity: exp of the entropy of the codes' frequencies; `codes` at most.
         round_trip_psnr: dB, mean over a sample of frames, of the decoded stored latent against the frame.
-        codes_changed: share of the latents, of a sample of frames, whose nearest code is another one after rounding
-            to the store's type.
+        codes_changed: share of the latents whose nearest code is another one after rounding to the store's type.
+        codes_held: share of those that were pulled towards their code by some last places, so that it stayed.
     """
 
     split: str
@@ -52,18 +56,20 @@ class SplitReport:
     code_perplexity: float
     round_trip_psnr: float
     codes_changed: float
+    codes_held: float
 
     def line(self) -> str:
         rate = "" if self.frames_per_second is None else f"{self.frames_per_second:.0f} frames/s, "
         return (
             f"store: {self.split}: {self.videos} videos, {self.frames} frames, {self.megabytes:.1f} MB of latents, "
             f"{rate}{self.codes_used} of {self.codes} codes used (perplexity {self.code_perplexity:.0f}), round trip "
-            f"{self.round_trip_psnr:.2f} dB, {self.codes_changed:.3%} of codes changed by rounding"
+            f"{self.round_trip_psnr:.2f} dB, {self.codes_changed:.3%} of codes changed by rounding "
+            f"({self.codes_held:.3%} held)"
         )
 
     def notes(self) -> dict[str, Any]:
         """What goes to the store: all that does not depend on the day."""
-        kept = ("codes_used", "code_perplexity", "round_trip_psnr", "codes_changed")
+        kept = ("codes_used", "code_perplexity", "round_trip_psnr", "codes_changed", "codes_held")
         return {name: value for name, value in asdict(self).items() if name in kept}
 
 
@@ -81,20 +87,23 @@ class StoreEncoder:
     ) -> None:
         self.config, self.session, self.checkpoint, self.autoencoder = config, session, checkpoint, autoencoder
         self.splits, self.metadata = splits, metadata
-        self.broken: dict[str, set[str]] = {split: set() for split in splits}
+        self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # by split and id, and why
         side = config.dataset.image_size // autoencoder.downsampling
         self.latent_shape = (autoencoder.config.latent_channels, side, side)
 
     def run(self, overwrite: bool) -> list[SplitReport]:
         """Encode what is pending until the store is complete."""
+        if not overwrite:
+            self._recall_broken()
         while True:
             try:
                 return self._attempt(overwrite)
             except BrokenVideosError as error:
                 # Their frames were planned for; the chunks before them stay, the others are laid out anew.
                 for video_id, reason in error.reasons.items():
-                    self.broken[error.split].add(video_id)
+                    self.broken[error.split][video_id] = reason
                     self.session.skip(video_id, reason)
+                self._note_broken()
                 # A store can lose videos, but no split: without its last video the whole store is laid out anew.
                 overwrite = not self._videos(error.split)
 
@@ -133,6 +142,32 @@ class StoreEncoder:
             if stop:
                 raise StoppedBySignal(stop.signal_number, f"stopped; {self.config.store_path} is complete")
         return reports
+
+    @property
+    def _broken_file(self) -> Path:
+        return self.config.store_path / PROGRESS_FOLDER / "broken.json"
+
+    def _note_broken(self) -> None:
+        """Remember broken videos beside the finished chunks, which were laid out without them."""
+        fingerprints = self._skipped()
+        noted = {
+            split: {video_id: [prints[video_id], self.broken[split][video_id]] for video_id in prints}
+            for split, prints in fingerprints.items()
+        }
+        write_json(self._broken_file, noted)
+
+    def _recall_broken(self) -> None:
+        """Leave out what an earlier command found broken, unless it has changed since."""
+        try:
+            noted = json.loads(self._broken_file.read_text())
+        except (OSError, ValueError):
+            return
+        for split in noted.keys() & self.splits.keys():
+            for video in self.splits[split].videos:
+                fingerprint, reason = noted[split].get(video.id, (None, ""))
+                if fingerprint == video.fingerprint:
+                    self.broken[split][video.id] = reason
+                    self.session.skip(video.id, reason)
 
     def _videos(self, split: str) -> list[VideoInfo]:
         return [video for video in self.splits[split].videos if video.id not in self.broken[split]]
@@ -232,5 +267,6 @@ class StoreEncoder:
             codes=len(counts),
             code_perplexity=float(np.exp(-(share * np.log(share)).sum())),
             round_trip_psnr=float(np.mean([value for measured in markers for value in measured["psnr"]])),
-            codes_changed=sum(m["codes_changed"] for m in markers) / sum(m["codes_compared"] for m in markers),
+            codes_changed=sum(measured["codes_changed"] for measured in markers) / int(counts.sum()),
+            codes_held=sum(measured["codes_held"] for measured in markers) / int(counts.sum()),
         )

@@ -37,7 +37,7 @@ def test_nearest_is_the_brute_force_answer(quantizer, latents):
 
 def test_blocks_of_positions_do_not_change_the_answer(quantizer, latents, monkeypatch):
     whole = quantizer.nearest(latents)
-    monkeypatch.setattr(quantizer_module, "POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr(quantizer_module, "DISTANCES_AT_ONCE", {"cpu": 7 * len(quantizer.embedding.weight)})
     assert (quantizer.nearest(latents) == whole).all()
 
 
@@ -101,3 +101,63 @@ def test_codes_start_uniform_within_one_over_their_number():
     weight = VectorQuantizer(64, 4).embedding.weight
     assert weight.abs().max() <= 1 / 64
     assert weight.abs().max() > 0.9 / 64
+
+
+def dense_quantizer() -> VectorQuantizer:
+    """So many codes on so little room that float16 moves many latents into another cell."""
+    torch.manual_seed(1)
+    quantizer = VectorQuantizer(2048, 3)
+    quantizer.embedding.weight.data = torch.rand(2048, 3) + 2
+    return quantizer
+
+
+def test_rounding_keeps_nearest_codes() -> None:
+    quantizer = dense_quantizer()
+    latents = torch.rand(6, 3, 20, 20) + 2
+    codes = quantizer.nearest(latents)
+    plain = latents.half()
+    moved = quantizer.nearest(plain.float()) != codes
+    assert 20 < moved.sum() < moved.numel() / 5
+    rounded = quantizer.rounded(latents, codes, torch.float16)
+    assert torch.equal(quantizer.nearest(rounded.latents.float()), codes)
+    assert torch.equal(rounded.pulled, moved)
+    assert not rounded.changed.any()
+    assert torch.equal(rounded.latents.movedim(1, -1)[~moved], plain.movedim(1, -1)[~moved])
+    # A unit in the last place is 2^-9 here; being pulled by hundredths of the way is about as much.
+    assert (rounded.latents.float() - latents).abs().max() < 1.5 * 2**-9
+
+
+def test_rounding_does_not_depend_on_the_company() -> None:
+    quantizer = dense_quantizer()
+    latents = torch.rand(12, 3, 16, 16) + 2
+    codes = torch.cat([quantizer.nearest(part) for part in latents.split(4)])
+    shifted = torch.cat([latents[2:], latents[:2]])
+    ours = torch.cat(
+        [quantizer.rounded(latents[i : i + 4], codes[i : i + 4], torch.float16).latents for i in (0, 4, 8)]
+    )
+    theirs = torch.cat(
+        [quantizer.rounded(part, quantizer.nearest(part), torch.float16).latents for part in shifted.split(4)]
+    )
+    assert torch.equal(ours, torch.cat([theirs[10:], theirs[:10]]))
+
+
+def test_rounding_leaves_alone_what_it_cannot_help() -> None:
+    quantizer = dense_quantizer()
+    latents = torch.rand(1, 3, 4, 4) + 2
+    same = quantizer.rounded(latents, quantizer.nearest(latents), torch.float32)
+    assert torch.equal(same.latents, latents)
+    assert not same.pulled.any()
+
+    latents[0, 1, 2, 3] = 70000.0
+    assert quantizer.rounded(latents, quantizer.nearest(latents), torch.float16).latents[0, 1, 2, 3] == torch.inf
+
+    # Two codes that are one in float16: whatever is stored, the first of them is found.
+    quantizer = quantizer.double()
+    quantizer.embedding.weight.data[:2] = torch.tensor([[9.0, 9.0, 9.0], [9.0, 9.0, 9.001]])
+    latents = torch.full((1, 3, 1, 1), 9.0, dtype=torch.float64)
+    latents[0, 2] = 9.0009
+    codes = quantizer.nearest(latents)
+    assert codes.item() == 1
+    lost = quantizer.rounded(latents, codes, torch.float16)
+    assert lost.pulled.all()
+    assert lost.changed.all()
