@@ -104,6 +104,11 @@ class Sampler(ABC):
             ValueError: ranks that don't fit, a negative step.
         """
 
+    @property
+    def order(self) -> str:
+        """In words, all but seed and batch size that decides what a step draws: equal words, equal batches."""
+        return "drawn from the whole split"
+
     @abstractmethod
     def describe(self) -> str:
         """Where the latents lie, how many bytes, and why there: for the log."""

@@ -125,6 +125,12 @@ class StreamingSampler(Sampler):
                     torch.index_select(window, 0, torch.from_numpy(wanted), out=out)
         return self._to_batch(frames.flatten(0, 1), as_tensor(block.distance[start:stop]))
 
+    @property
+    def order(self) -> str:
+        """As `Sampler.order`; a memory budget that makes other windows makes another order."""
+        plan = self.plan
+        return f"streamed in windows of {plan.buffer_frames} frames, groups of {plan.group_chunks} chunks"
+
     def describe(self) -> str:
         """How much lies in memory at a time, of how much, and why: for the log."""
         plan = self.plan

@@ -14,7 +14,7 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.learner import Learner
 from pipelines.runtime.logs import StepTimer, TrainingLog
-from pipelines.runtime.progress import duration, progress, say
+from pipelines.runtime.progress import duration, progress, say, warn
 from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session
 from pipelines.runtime.signals import StopRequest
@@ -86,6 +86,13 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
         memory_budget=config.cache.memory_budget_bytes,
     )
     with closing(sampler):
+        state["order"] = sampler.order
+        if found is not None and found.state.get("order", sampler.order) != sampler.order:
+            warn(
+                f"flow: from here on batches come in another order: {sampler.order}, and before "
+                f"{found.state['order']}. That is as good, but not what an uninterrupted training would have seen; "
+                "cache.residency and cache.memory_budget decide it"
+            )
         say(
             f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, "
             f"batch {training.batch_size} of {sampler.legal_targets} targets, {sampler.describe()}, "
