@@ -72,9 +72,13 @@ evaluate: setup  ## PSNR and SSIM beside two baselines, with their protocol
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(ARGS)
 
-inspect: setup  ## what is in the store; ARGS="--video ID --gif out.gif" decodes one
+inspect: setup  ## what is in the store; ARGS="--video ID --gif out.gif" decodes one, ARGS=--verify checks it
 	$(remember)
 	@$(RIVER) inspect $(CONFIG) $(ARGS)
+
+verify: setup  ## check every checksum of the store, and N=64 of its frames against their videos
+	$(remember)
+	@$(RIVER) encode --verify $(N) $(CONFIG) $(ARGS)
 
 bench: setup  ## what the store is worth on this machine: a table of ratios, and runs/<dataset>/benchmark.json
 	$(remember)

@@ -19,7 +19,7 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.core.sync import sync
 
 from latent_cache import schema
-from latent_cache.errors import CorruptStoreError
+from latent_cache.errors import DamagedFramesError
 from latent_cache.schema import LATENTS
 
 CHECKSUM_BYTES = 4
@@ -43,7 +43,7 @@ class FrameReader:
     """Checked reading of `latents` or `codes`.
 
     zarr returns the fill value for a chunk that is not there, without an error, and raises codec errors that name
-    no file; here every such case becomes a CorruptStoreError that names the chunk's file and the videos it carries.
+    no file; here every such case becomes a DamagedFramesError that names the chunk's file and the videos it carries.
 
     Args:
         array: [frame, ...], cut into chunks along frames only.
@@ -157,20 +157,25 @@ class FrameReader:
             index, state = wrong[0]
             raise self._corrupt(index, f"{state} ({len(wrong)} of {len(files)} files are unusable)", whole_file=True)
 
-    def damages(self) -> Iterator[CorruptStoreError | None]:
+    def damages(self) -> Iterator[DamagedFramesError | None]:
         """Read every chunk; what is wrong with each in order, None for a sound one."""
 
-        def examine(index: int) -> CorruptStoreError | None:
+        def examine(index: int) -> DamagedFramesError | None:
             start = index * self.chunk_frames
             frames = min(self.chunk_frames, self.array.shape[0] - start)
             try:
                 self.read_chunk(index, np.empty((frames, *self.array.shape[1:]), self.array.dtype))
-            except CorruptStoreError as error:
+            except DamagedFramesError as error:
                 return error
             return None
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        try:
             yield from pool.map(examine, range(self.chunk_count))
+        finally:
+            # Without waiting: an iterator that was given up is closed by whatever thread collects garbage, and that may
+            # be the very one that does the threads' reading.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def _chunks_a_file(self) -> int:
@@ -224,14 +229,16 @@ class FrameReader:
             return f"is truncated or overlong: {size} bytes, not {expected}"
         return None
 
-    def _corrupt(self, index: int, what: str, whole_file: bool = False) -> CorruptStoreError:
+    def _corrupt(self, index: int, what: str, whole_file: bool = False) -> DamagedFramesError:
         chunks = self._chunks_a_file if whole_file else 1
         start = index * self.chunk_frames
         stop = min(start + chunks * self.chunk_frames, self.array.shape[0])
-        return CorruptStoreError(
-            f"{self.url}/{self.chunk_key(index)} {what}. It carries {self.name_videos(start, stop)}. Restore the file "
-            "from a copy, or write the store again: `make encode` with --overwrite"
+        file = f"{self.url}/{self.chunk_key(index)}"
+        message = (
+            f"{file} {what}. It carries {self.name_videos(start, stop)}. Restore the file from a copy, or write the "
+            "store again: `make encode` with --overwrite"
         )
+        return DamagedFramesError(message, file, what, start, stop)
 
     def name_videos(self, start: int, stop: int) -> str:
         """The videos with frames between `start` and `stop` (excluded), as words: the first few and their count."""

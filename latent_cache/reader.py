@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from latent_cache import schema
@@ -93,6 +95,11 @@ class LatentCache:
         """Checked reading of latents by frame or by chunk."""
         return FrameReader(self.latents, self.url, self.video_ids, self.offsets)
 
+    @cached_property
+    def code_reader(self) -> FrameReader | None:
+        """Checked reading of codes; None in a store without codes."""
+        return None if self.codes is None else FrameReader(self.codes, self.url, self.video_ids, self.offsets)
+
     def load(self) -> torch.Tensor:
         """All latents of the split.
 
@@ -126,8 +133,7 @@ class LatentCache:
         if self.codes is None:
             raise StoreError(f"{self.url}: the store has no codes: encode again with cache.codes=true and --overwrite")
         row = self.row(video, view)
-        reader = FrameReader(self.codes, self.url, self.video_ids, self.offsets)
-        return reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return self.code_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     def row(self, video: str | int, view: str = IDENTITY_VIEW) -> int:
         """The row of a video, given by its id and view or by the row itself."""
@@ -149,7 +155,17 @@ class LatentCache:
     def fingerprints(self) -> list[str]:
         """[videos] of the videos' sources as they were encoded; empty ones if the writer was given none."""
         array = self._group.get(schema.VIDEO_FINGERPRINT)
-        return [""] * len(self.video_ids) if array is None else [str(value) for value in array[:]]
+        if array is None:
+            return [""] * len(self.video_ids)
+        for damage in _index_damages(array, self.url):
+            raise damage
+        return [str(value) for value in array[:]]
+
+    def index_damages(self) -> Iterator[CorruptStoreError]:
+        """Read all names and offsets of the videos; what is wrong with each of their files."""
+        for name in (schema.VIDEO_OFFSET, schema.VIDEO_ID, schema.VIDEO_VIEW, schema.VIDEO_FINGERPRINT):
+            if isinstance(array := self._group.get(name), zarr.Array):
+                yield from _index_damages(array, self.url)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -229,6 +245,42 @@ def open_notes(url: str | Path) -> dict[str, Any]:
     return dict(schema.open_group(url).attrs.get("notes", {}))
 
 
+@dataclass(frozen=True)
+class SplitProgress:
+    """How far the writing of a split is.
+
+    Attributes:
+        written: chunks (or shards, where there are any) that are on the disk whole, of `chunks`.
+        frames: of the split; `frames_a_chunk`: of a chunk, or of a shard.
+        last_write: when the last of them was written, in seconds since 1970; None where there is none.
+    """
+
+    written: int
+    chunks: int
+    frames: int
+    frames_a_chunk: int
+    last_write: float | None
+
+
+def open_progress(url: str | Path) -> dict[str, SplitProgress]:
+    """How far the writing of an incomplete store is, by split; of one that lies here. Raises as `schema.open_group`."""
+    group = schema.open_group(url)
+    path = schema.local_path(url)
+    if path is None:
+        raise StoreError(f"{url}: how far a store is can be seen only where it is written")
+    progress = {}
+    for split in _split_names(group):
+        latents = group.get(f"{split}/{LATENTS}")
+        if isinstance(latents, zarr.Array):
+            size = (latents.shards or latents.chunks)[0]
+            chunks = -(-latents.shape[0] // size)
+            markers = (path / schema.PROGRESS_FOLDER / split).glob("*.json")
+            there = [file for file in markers if file.stem.isdigit() and int(file.stem) < chunks]
+            last = max((file.stat().st_mtime for file in there), default=None)
+            progress[split] = SplitProgress(len(there), chunks, latents.shape[0], size, last)
+    return progress
+
+
 def is_complete(url: str | Path) -> bool:
     """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
     path = schema.local_path(url)
@@ -253,3 +305,24 @@ def _split_names(group: zarr.Group) -> list[str]:
         # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
         warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
         return schema.in_order(group.group_keys())
+
+
+def _index_damages(array: zarr.Array, url: str) -> Iterator[CorruptStoreError]:
+    """What is wrong with each chunk of an array along videos. One that is not there reads as zeros or empty names."""
+    for index in range(array.nchunks):
+        key = f"{array.path}/{array.metadata.encode_chunk_key((index,))}"
+        start = index * array.chunks[0]
+        try:
+            if sync(array.store.getsize(key)) == 0:
+                raise ValueError("it is empty")
+            array[start : start + array.chunks[0]]
+        except FileNotFoundError:
+            what = "is missing"
+        except (ValueError, RuntimeError, TypeError) as error:
+            what = f"is damaged ({error})"
+        else:
+            continue
+        yield CorruptStoreError(
+            f"{url}/{key} {what}: restore the file from a copy, or write the store again: `make encode` with "
+            "--overwrite"
+        )

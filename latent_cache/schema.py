@@ -11,9 +11,10 @@ import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ContainsArrayError
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import LocalStore
 
 from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.remote import open_remote
 
 FORMAT = "river-latents"
 FORMAT_VERSION = 1
@@ -115,7 +116,7 @@ def open_group(url: str | Path) -> zarr.Group:
         IncompleteStoreError: a store whose writer stopped before its first write was done.
         CorruptStoreError: metadata that cannot be parsed.
     """
-    url = str(url)
+    url = str(url).rstrip("/")
     path = local_path(url)
     if path is not None and not path.exists():
         raise StoreError(f"{url}: there is no such path: write the store with `make encode`, or check paths.latents")
@@ -188,12 +189,7 @@ def local_path(url: str | Path) -> Path | None:
 
 def _read_only_store(url: str) -> Store:
     path = local_path(url)
-    if path is not None:
-        return LocalStore(path, read_only=True)
-    try:
-        return FsspecStore.from_url(url, read_only=True)
-    except (ImportError, ValueError) as error:  # no package for the protocol, or no such protocol
-        raise StoreError(f"{url}: cannot be opened ({error}): give a local path, or install the protocol") from error
+    return open_remote(url) if path is None else LocalStore(path, read_only=True)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 
 from latent_cache import CorruptStoreError, LatentCache
 from latent_cache.chunks import FrameReader
-from pipelines.frame_encoder import FrameEncoder
+from pipelines.frame_encoder import FrameEncoder, exact_kernels
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 from stage1_autoencoder.views import ViewTransform, view_transform
 from stage1_autoencoder.vqgan import VQGAN
@@ -88,6 +88,21 @@ def draw_frames(caches: Sequence[LatentCache], count: int, seed: int) -> list[Dr
     return drawn
 
 
+@dataclass(frozen=True)
+class _Fresh:
+    """What frames were encoded to now.
+
+    Attributes:
+        latents: [..., c, h, w] float32.
+        rounded: the same in the dtype of the store, as they would be stored.
+        codes: [..., h, w] int64.
+    """
+
+    latents: np.ndarray
+    rounded: np.ndarray
+    codes: np.ndarray
+
+
 class FrameVerifier:
     """Encodes drawn frames as the encoder of stores does, and compares.
 
@@ -107,10 +122,15 @@ class FrameVerifier:
         self.rows = {split: {video.id: i for i, video in enumerate(s.videos)} for split, s in splits.items()}
         self.frame_encoder = FrameEncoder(autoencoder, device, next(iter(splits.values())).dataset.image_size)
         self.stored = {cache.split: _Stored(cache) for cache in caches}
+        self.dtype = getattr(torch, caches[0].latents.dtype.name)
         self.encoders = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
 
     def check(self, drawn: Sequence[DrawnFrame]) -> Iterator[FrameCheck]:
         """Check frames, which are in the order of `draw_frames`; each video is decoded once."""
+        with exact_kernels():
+            yield from self._check(drawn)
+
+    def _check(self, drawn: Sequence[DrawnFrame]) -> Iterator[FrameCheck]:
         threads = torch.get_num_threads()
         # Threads that compute alone, as when the store was written: see `frame_encoder`.
         pool = ThreadPoolExecutor(self.encoders, "verify", initializer=torch.set_num_threads, initargs=(1,))
@@ -152,27 +172,32 @@ class FrameVerifier:
         self, pool: ThreadPoolExecutor, batch: Sequence[tuple[DrawnFrame, np.ndarray, ViewTransform]]
     ) -> tuple[list[DrawnFrame], Future]:
         frames, pixels, views = zip(*batch, strict=True)
-        return list(frames), pool.submit(self.frame_encoder.encode, np.stack(pixels), views)
+        return list(frames), pool.submit(self._encode, np.stack(pixels), views)
+
+    @torch.inference_mode()
+    def _encode(self, pixels: np.ndarray, views: Sequence[ViewTransform]) -> _Fresh:
+        """As the encoder of stores does it: the latents are rounded so that their codes stay the nearest ones."""
+        encoded = self.frame_encoder.encode(pixels, views)
+        rounded = self.autoencoder.quantizer.rounded(encoded.latents, encoded.codes, self.dtype).latents
+        return _Fresh(*(values.cpu().numpy() for values in (encoded.latents, rounded, encoded.codes)))
 
     def _compare(self, frames: Sequence[DrawnFrame], encoding: Future) -> Iterator[FrameCheck]:
-        encoded = encoding.result()
-        latents, codes = encoded.latents.cpu().numpy(), encoded.codes.cpu().numpy()
+        fresh = encoding.result()
         for row, frame in enumerate(frames):
-            yield self._compare_frame(frame, latents[row], codes[row])
+            yield self._compare_frame(frame, _Fresh(fresh.latents[row], fresh.rounded[row], fresh.codes[row]))
 
-    def _compare_frame(self, frame: DrawnFrame, latents: np.ndarray, codes: np.ndarray) -> FrameCheck:
-        """Compare what a frame was encoded to, latents [c, h, w] float32 and codes [h, w], with what is stored."""
+    def _compare_frame(self, frame: DrawnFrame, fresh: _Fresh) -> FrameCheck:
+        """Compare what one frame was encoded to with what is stored."""
         try:
             stored_latents, stored_codes = self.stored[frame.cache.split].read(frame.place)
         except CorruptStoreError as error:
             return FrameCheck(frame.video, compared=False, problem=f"{frame}: could not be compared: {error}")
-        deviation = latent_deviation(latents, stored_latents, frame.cache.std)
-        bad_codes = np.zeros(codes.shape, bool)
+        deviation = latent_deviation(fresh.rounded, stored_latents, frame.cache.std)
+        bad_codes = np.zeros(fresh.codes.shape, bool)
         if stored_codes is not None:
-            bad_codes = self._unexplained_codes(latents, codes, stored_latents, stored_codes)
-        with np.errstate(over="ignore"):
-            equal = latents.astype(stored_latents.dtype).tobytes() == stored_latents.tobytes()
-        equal = equal and (stored_codes is None or np.array_equal(codes, stored_codes))
+            bad_codes = self._unexplained_codes(fresh, stored_latents, stored_codes)
+        equal = fresh.rounded.tobytes() == stored_latents.tobytes()
+        equal = equal and (stored_codes is None or np.array_equal(fresh.codes, stored_codes))
         found = []
         if deviation > 1:
             found.append(f"latents deviate {deviation:.3g} times as much as another device explains")
@@ -181,24 +206,22 @@ class FrameVerifier:
         problem = f"{frame}: {' and '.join(found)}" if found else ""
         return FrameCheck(frame.video, compared=True, bit_equal=equal, deviation=deviation, problem=problem)
 
-    def _unexplained_codes(
-        self, latents: np.ndarray, codes: np.ndarray, stored_latents: np.ndarray, stored_codes: np.ndarray
-    ) -> np.ndarray:
+    def _unexplained_codes(self, fresh: _Fresh, stored_latents: np.ndarray, stored_codes: np.ndarray) -> np.ndarray:
         """[h, w] bool: where the stored code is farther than the latents' deviation explains.
 
-        The store's code s was the nearest of a latent z' of which the stored one is the rounding; for ours, z, the
-        nearest is n. By the triangle inequality |z - s| <= |z' - s| + |z - z'| <= |z' - n| + |z - z'| <= |z - n| +
+        The store's code s is the nearest of the stored latent z', or of one that z' is the rounding of; for ours, z,
+        the nearest is n. By the triangle inequality |z - s| <= |z' - s| + |z - z'| <= |z' - n| + |z - z'| <= |z - n| +
         2 |z - z'|.
         """
         codebook = self.autoencoder.quantizer.embedding.weight.detach().cpu().double().numpy()
         outside = stored_codes >= len(codebook)
-        ours = np.moveaxis(latents, 0, -1).astype(np.float64)
+        ours = np.moveaxis(fresh.latents, 0, -1).astype(np.float64)
         theirs = np.moveaxis(stored_latents, 0, -1).astype(np.float64)
         rounding = np.finfo(stored_latents.dtype).eps * np.linalg.norm(theirs, axis=-1)
         moved = np.linalg.norm(ours - theirs, axis=-1) + rounding
         theirs_chosen = codebook[np.where(outside, 0, stored_codes)]
         to_stored = np.linalg.norm(ours - theirs_chosen, axis=-1)
-        to_nearest = np.linalg.norm(ours - codebook[codes], axis=-1)
+        to_nearest = np.linalg.norm(ours - codebook[fresh.codes], axis=-1)
         squares = np.square(ours).sum(-1) + np.square(theirs_chosen).sum(-1)
         allowed = 2 * moved * (to_stored + to_nearest) + DISTANCE_TOLERANCE * squares
         return outside | (to_stored**2 - to_nearest**2 > allowed)
@@ -208,7 +231,7 @@ def latent_deviation(latents: np.ndarray, stored: np.ndarray, std: np.ndarray) -
     """Rms deviation of a frame's latents, in units of what is tolerated.
 
     Args:
-        latents: [c, h, w] float32, as they came out now.
+        latents: [c, h, w] as they came out now.
         stored: [c, h, w] in the dtype of the store.
         std: [c] of the store.
     Returns:
@@ -218,7 +241,7 @@ def latent_deviation(latents: np.ndarray, stored: np.ndarray, std: np.ndarray) -
     rounding = np.finfo(stored.dtype).eps * np.sqrt(np.square(theirs).mean(axis=(1, 2)))
     # A constant channel of zeros tolerates what a float32 of size 1 does.
     tolerated = LATENT_TOLERANCE * std + rounding + np.finfo(np.float32).eps
-    relative = (latents - theirs) / tolerated[:, None, None]
+    relative = (latents.astype(np.float64) - theirs) / tolerated[:, None, None]
     deviation = float(np.sqrt(np.square(relative).mean()))
     return deviation if np.isfinite(deviation) else float("inf")
 
