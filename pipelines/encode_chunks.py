@@ -403,8 +403,7 @@ class _ChunkTask:
     def encode_pass(self, place: int, frames: np.ndarray, views: Sequence[ViewTransform]) -> None:
         frame_encoder, count, job = self.encoder.frame_encoder, len(frames), self.encoder.job
         encoded = frame_encoder.encode(frames, views)
-        quantizer = frame_encoder.autoencoder.quantizer
-        rounded = quantizer.rounded(encoded.latents, encoded.codes, getattr(torch, job.cache.dtype))
+        rounded = frame_encoder.rounded(encoded, getattr(torch, job.cache.dtype))
         # What the type cannot hold goes on as it is, and is refused by the writer, which names its value and its video.
         stored = torch.where(rounded.latents.isfinite(), rounded.latents.float(), encoded.latents)[:count]
         pulled, changed = (int(where[:count].sum()) for where in (rounded.pulled, rounded.changed))

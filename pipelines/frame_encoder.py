@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_autoencoder.quantizer import Rounded
 from stage1_autoencoder.views import ViewTransform, apply_views
 from stage1_autoencoder.vqgan import VQGAN, image_to_unit
 
@@ -85,6 +86,11 @@ class FrameEncoder:
         images = apply_views(image_to_unit(filled.to(self.device)), views)
         latents = self.autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
         return EncodedFrames(images, latents, self.autoencoder.quantizer.nearest(latents))
+
+    @torch.inference_mode()
+    def rounded(self, encoded: EncodedFrames, dtype: torch.dtype) -> Rounded:
+        """The latents as they are stored: in the store's type, each with the nearest code that it had."""
+        return self.autoencoder.quantizer.rounded(encoded.latents, encoded.codes, dtype)
 
     @torch.inference_mode()
     def round_trip_psnr(self, image: Tensor, latent: Tensor) -> float:

@@ -176,9 +176,8 @@ class FrameVerifier:
 
     @torch.inference_mode()
     def _encode(self, pixels: np.ndarray, views: Sequence[ViewTransform]) -> _Fresh:
-        """As the encoder of stores does it: the latents are rounded so that their codes stay the nearest ones."""
         encoded = self.frame_encoder.encode(pixels, views)
-        rounded = self.autoencoder.quantizer.rounded(encoded.latents, encoded.codes, self.dtype).latents
+        rounded = self.frame_encoder.rounded(encoded, self.dtype).latents
         return _Fresh(*(values.cpu().numpy() for values in (encoded.latents, rounded, encoded.codes)))
 
     def _compare(self, frames: Sequence[DrawnFrame], encoding: Future) -> Iterator[FrameCheck]:
