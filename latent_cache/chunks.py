@@ -191,7 +191,7 @@ class FrameReader:
         codecs = [codec.to_dict() for codec in self.array.metadata.codecs]
         if self.array.shards is not None:
             shard = codecs[0]["configuration"]
-            if shard["index_codecs"] != PLAIN_CODECS or shard["index_location"] != "end":
+            if list(shard["index_codecs"]) != PLAIN_CODECS or shard["index_location"] != "end":
                 return None
             codecs = list(shard["codecs"])
         return schema.local_path(self.url) if codecs == PLAIN_CODECS and sys.byteorder == "little" else None

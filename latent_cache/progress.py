@@ -2,12 +2,12 @@
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import google_crc32c
 import numpy as np
 
 from latent_cache.disk import write_json
@@ -21,7 +21,7 @@ class ChunkMarker:
     Args:
         key: the plan's, see `ChunkPlan`.
         frames: of the chunk.
-        files: crc32c of each of the chunk's files, by the name of its array.
+        files: `checksum` of each of the chunk's files, by the name of its array.
         count: values a channel.
         sum, sum_of_squares: [channel] float64, of the values as stored.
         measured: what whoever wrote the chunk found out about it; JSON, not looked at here.
@@ -79,8 +79,11 @@ class ChunkMarker:
 
 
 def checksum(content: bytes) -> int:
-    """crc32c of a file's content."""
-    return google_crc32c.value(content)
+    """crc32 of a file's content.
+
+    Not crc32c, with which the codecs end every chunk: of data and its own checksum that is the same number always.
+    """
+    return zlib.crc32(content)
 
 
 def channel_statistics(markers: Sequence[ChunkMarker]) -> dict[str, list[float]]:

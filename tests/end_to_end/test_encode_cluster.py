@@ -1,0 +1,349 @@
+"""Encoding on a dask cluster of worker processes: the bytes of one process, whatever becomes of the workers."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import cloudpickle
+import dask
+import pytest
+
+import latent_cache
+import pipelines.encode_chunks as encode_chunks
+import pipelines.encode_graph as encode_graph
+from latent_cache import ChunkWriter, StaleWriterError, StoreWriter
+from pipelines.encode_chunks import EncodeJob, encode_chunk, remove_encoder
+from pipelines.errors import UserError
+from pipelines.runtime.runs import software_versions
+
+CHUNKS = ("cache.chunk_frames=20",)  # of 24 x 12 frames: 15 chunks, and 3 each of val and test
+ALL = 15 + 3 + 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two worker processes of one thread each, forked from a server that has imported torch."""
+    from distributed import Client, LocalCluster
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.encode_chunks", "distributed"])
+    settings = {"distributed.worker.multiprocessing-method": "forkserver", "distributed.admin.log-length": 0}
+    with (
+        dask.config.set(settings),
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50) as two,
+        Client(two, set_as_default=False) as client,
+    ):
+        client.wait_for_workers(2)
+        yield SimpleNamespace(address=two.scheduler_address, client=client)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def place(trained, tmp_path: Path) -> Any:
+    place = trained.copy(tmp_path / "place", "runs")
+    return type(trained)(place.folder, CHUNKS)
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory: pytest.TempPathFactory, story: ModuleType) -> dict[str, bytes]:
+    """The store that one process makes."""
+    place = trained.copy(tmp_path_factory.mktemp("one process") / "whole", "runs")
+    place.with_sets(*CHUNKS).run("encode").ok()
+    files = story.tree(place.store)
+    assert sum("latents/c/" in name for name in files) == ALL
+    return files
+
+
+def watch(log: Path, seconds: float = 0.0, die: Path | None = None) -> None:
+    """On a worker: note each chunk that is written, take some time over it, and die over one if that file is there."""
+    original = getattr(ChunkWriter.write, "original", ChunkWriter.write)
+
+    def write(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        if die is not None and die.exists():
+            die.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        marker = original(*arguments)
+        with log.open("a") as file:
+            file.write(f"{os.getpid()} {arguments[1]} {arguments[2].index}\n")
+        return marker
+
+    write.original = original
+    ChunkWriter.write = write
+
+
+@pytest.fixture
+def watched(cluster, tmp_path: Path) -> Iterator[Callable[..., list[list[str]]]]:
+    """Start watching; what is returned reads the log: process, split, chunk."""
+    log = tmp_path / "log.txt"
+
+    def start(**options: Any) -> Callable[[], list[list[str]]]:
+        cluster.client.run(watch, log, **options)
+        return lambda: [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+    yield start
+    cluster.client.run(watch, Path(os.devnull))
+
+
+def test_two_workers_make_the_bytes_of_one_process(place, cluster, whole, watched, story: ModuleType) -> None:
+    lines = watched(seconds=0.02)
+    outcome = place.run("encode", "--scheduler", cluster.address).ok()
+    assert story.tree(place.store) == whole
+    workers = {process for process, *_ in lines()}
+    assert len(workers) == 2
+    assert str(os.getpid()) not in workers
+    assert len(lines()) == ALL
+    assert "frames/s" in outcome.out
+    # Its videos are as they were: no worker is needed to see it.
+    assert "store: done" in place.run("encode", "--scheduler", "tcp://127.0.0.1:1").ok().out
+
+
+def test_a_worker_that_is_killed_over_a_chunk(place, cluster, whole, watched, tmp_path, story: ModuleType) -> None:
+    die = tmp_path / "die"
+    die.touch()
+    before = set(cluster.client.run(os.getpid).values())
+    lines = watched(seconds=0.02, die=die)
+    place.run("encode", "--scheduler", cluster.address).ok()
+    assert not die.exists()
+    assert story.tree(place.store) == whole
+    assert {(split, chunk) for _, split, chunk in lines()} <= {
+        (split, str(index)) for split in ("train", "val", "test") for index in range(15)
+    }
+    cluster.client.wait_for_workers(2, timeout=60)
+    assert set(cluster.client.run(os.getpid).values()) != before
+
+
+def test_a_signal_keeps_what_is_finished(place, cluster, whole, watched, story: ModuleType, monkeypatch) -> None:
+    lines = watched(seconds=0.05)
+    with monkeypatch.context() as patch:
+        story.send_at(patch, StoreWriter, "accept", call=3)
+        place.run("encode", "--scheduler", cluster.address).refused(143, "keeps its finished chunks")
+    assert not latent_cache.is_complete(place.store)
+    time.sleep(0.3)  # the chunks that were in the making end, and must not come into the store any more
+    done = {(file.parent.name, file.stem) for file in place.store.glob(".encoding/*/*.json")}
+    assert 3 <= len(done) < ALL - 3
+    first = len(lines())
+    place.run("encode", "--scheduler", cluster.address).ok()
+    assert story.tree(place.store) == whole
+    again = {(split, chunk) for _, split, chunk in lines()[first:]}
+    assert len(again) == ALL - len(done)
+    assert not again & done
+
+
+def test_a_signal_while_no_worker_is_there(place, whole, story: ModuleType, monkeypatch) -> None:
+    from distributed import LocalCluster
+
+    waits = encode_graph._wait_for_workers
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        waits(*arguments)
+
+    monkeypatch.setattr(encode_graph, "_wait_for_workers", signalled)
+    with LocalCluster(n_workers=0, processes=False, dashboard_address=":0", silence_logs=50) as none:
+        outcome = place.run("encode", "--scheduler", none.scheduler_address)
+    outcome.refused(143, "stopped")
+    assert f"waiting for workers: start them by `dask worker {none.scheduler_address}`" in outcome.out
+
+
+def test_a_scheduler_that_goes_away(place, whole, story: ModuleType, monkeypatch) -> None:
+    from distributed import LocalCluster
+
+    waits = encode_graph._wait_for_workers
+
+    def closes(client: Any, *arguments: Any) -> None:
+        waits(client, *arguments)
+        threading.Timer(0.5, alone.close).start()
+
+    local = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
+    with monkeypatch.context() as patch, LocalCluster(**local, silence_logs=50) as alone:
+        patch.setattr(encode_graph, "_wait_for_workers", closes)
+        patch.setattr(encode_graph, "CONNECT_SECONDS", 1)
+        patch.setattr(encode_graph, "encode_chunk", lambda *_: time.sleep(1))
+        outcome = place.run("encode", "--scheduler", alone.scheduler_address)
+    outcome.refused(2, "--scheduler", "the connection was lost")
+    place.run("encode").ok()
+    assert story.tree(place.store) == whole
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "tcp://no.such.host.invalid:8786", "x://y:1"])
+def test_no_scheduler_there(place, whole, story: ModuleType, monkeypatch, address: str) -> None:
+    monkeypatch.setattr(encode_graph, "CONNECT_SECONDS", 0.3)
+    place.run("encode", "--scheduler", address).refused(2, f"--scheduler {address}: no dask scheduler answers there")
+    assert not latent_cache.is_complete(place.store)
+    place.run("encode").ok()
+    place.run("encode", "--overwrite", "--scheduler", address).refused(2, "no dask scheduler answers there")
+    assert story.tree(place.store) == whole  # nothing is thrown away before there is somebody to make it anew
+
+
+def test_a_broken_video_that_a_worker_meets(place, cluster, story: ModuleType) -> None:
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
+    story.write_videos(place.data / "train", ["a", "b", "c", "d"])
+    (place.data / "train" / "b" / "frame9.png").write_bytes(b"no picture")
+    place.run("train-autoencoder", "--restart")
+    place.run("encode", "--scheduler", cluster.address).refused(3, "1 video(s) were skipped", "\n  b: frame9.png")
+    found = {
+        video for split in latent_cache.splits(place.store) for video in latent_cache.open(place.store, split).video_ids
+    }
+    assert found == {"a", "c", "d"}
+    latent_cache.open(place.store).load()
+
+
+@pytest.mark.parametrize(
+    ("change", "needed"),
+    [
+        ({"versions": {"torch": "0.1"}}, ["dask worker tcp://w:2 has other libraries", "torch", "0.1 there"]),
+        ({"versions": {"numpy": "9"}}, ["dask worker tcp://w:2 has other libraries", "numpy", "9 there"]),
+        ({"sees": False}, ["dask worker tcp://w:2 does not see", "toys.zarr", "the same paths"]),
+        ({"error": ModuleNotFoundError("No module named 'pipelines'")}, ["cannot import this program", "pipelines"]),
+    ],
+)
+def test_workers_that_would_write_something_else(change: dict[str, Any], needed: list[str]) -> None:
+    class FakeClient:
+        def run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+            if "error" in change:
+                raise change["error"]
+            theirs = software_versions() | change.get("versions", {})
+            return {"tcp://w:1": (software_versions(), True), "tcp://w:2": (theirs, change.get("sees", True))}
+
+    with pytest.raises(UserError) as raised:
+        encode_graph._check_workers(FakeClient(), Path("toys.zarr"))
+    for text in needed:
+        assert text in str(raised.value)
+
+
+def test_a_worker_sees_a_store_only_while_it_is_written(tmp_path: Path, place, monkeypatch) -> None:
+    assert encode_graph._introduce(tmp_path) == (software_versions(), False)
+    seen = []
+    finish = StoreWriter.finish
+
+    def spy(self: StoreWriter, *arguments: Any) -> None:
+        seen.append(encode_graph._introduce(self.path))
+        finish(self, *arguments)
+
+    monkeypatch.setattr(StoreWriter, "finish", spy)
+    place.run("encode").ok()
+    assert seen == [(software_versions(), True)]
+    assert encode_graph._introduce(place.store)[1] is False
+
+
+# Tasks as workers run them, in this process
+
+
+@pytest.fixture
+def jobs(place, monkeypatch) -> Callable[..., list[tuple[EncodeJob, list[Any]]]]:
+    """What would be sent to workers: jobs of encodings that stay open until the function that wants them returns."""
+
+    def with_jobs(use: Callable[[StoreWriter, EncodeJob, list[Any]], Any], at: Any = place) -> Any:
+        answers = []
+
+        def run_here(encoder: Any, tasks: list[Any]) -> list[Any]:
+            encoder.close()
+            answers.append(use(encoder.job, tasks))
+            raise encode_graph.StopAsked
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipelines.store_encoder.run_here", run_here)
+            at.run("encode")
+        (answer,) = answers
+        return answer
+
+    yield with_jobs
+    for encoder in list(encode_chunks._encoders.values()):
+        remove_encoder(encoder)
+        encoder.close()
+
+
+def chunk_files(store: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(store)): file.read_bytes() for file in store.rglob("c/*/**/*") if file.is_file()}
+
+
+def test_tasks_that_run_twice_and_at_once(jobs, place, whole) -> None:
+    def use(job: EncodeJob, tasks: list[Any]) -> dict[str, bytes]:
+        with ThreadPoolExecutor(4) as pool:
+            twice = [pool.submit(encode_chunk, job, *task) for task in tasks for _ in range(2)]
+            encoded = [future.result() for future in twice]
+        for one, other in zip(encoded[::2], encoded[1::2], strict=True):
+            assert one.marker == other.marker
+        before = chunk_files(place.store)
+        for task in tasks:
+            encode_chunk(job, *task)
+        assert chunk_files(place.store) == before
+        assert not list(place.store.rglob("*.partial"))
+        return before
+
+    found = jobs(use)
+    assert found == {name: content for name, content in whole.items() if "/c/" in name and "video" not in name}
+
+
+def test_a_late_task_writes_nothing(jobs, place, whole, story: ModuleType) -> None:
+    late = jobs(lambda job, tasks: (job, tasks))
+    before = story.tree(place.store)
+    with pytest.raises(StaleWriterError, match="is over: nothing is written"):
+        encode_chunk(late[0], *late[1][0])
+    assert story.tree(place.store) == before
+
+    def during_another(job: EncodeJob, tasks: list[Any]) -> None:
+        with pytest.raises(StaleWriterError, match="is over"):
+            encode_chunk(late[0], *late[1][0])
+        assert not chunk_files(place.store)
+        encode_chunk(job, *tasks[0])
+        assert len(chunk_files(place.store)) == 2  # latents and codes
+
+    jobs(during_another)
+    place.run("encode").ok()
+    assert story.tree(place.store) == whole
+    with pytest.raises(StaleWriterError, match="is over"):
+        encode_chunk(late[0], *late[1][0])
+    assert story.tree(place.store) == whole
+
+
+def test_two_encodings_may_share_a_worker(jobs, place, trained, tmp_path: Path, whole) -> None:
+    """Two commands at one cluster: a task of the one does not end a running task of the other."""
+    other = type(place)(trained.copy(tmp_path / "other", "runs").folder, CHUNKS)
+
+    def first(job: EncodeJob, tasks: list[Any]) -> None:
+        def second(other_job: EncodeJob, other_tasks: list[Any]) -> None:
+            work = [(job, *task) for task in tasks[:8]], [(other_job, *task) for task in other_tasks[:8]]
+            with ThreadPoolExecutor(2) as pool:
+                for done in [pool.submit(lambda lot: [encode_chunk(*task) for task in lot], lot) for lot in work]:
+                    done.result()
+
+        jobs(second, other)
+
+    jobs(first)
+    for store in (place.store, other.store):
+        files = chunk_files(store)
+        assert len(files) == 2 * 8
+        assert files.items() <= whole.items()
+
+
+def test_a_worker_with_another_autoencoder_is_refused(jobs, place, trained, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    def use(job: EncodeJob, tasks: list[Any]) -> None:
+        with pytest.raises(UserError, match=r"holds autoencoder .* here, and 000000000000\.\.\. is wanted"):
+            encode_chunk(replace(job, digest="0" * 64), *tasks[0])
+        with pytest.raises(UserError, match="--device cuda:77"):
+            encode_chunk(replace(job, device="cuda:77"), *tasks[0])
+        assert not chunk_files(place.store)
+
+    jobs(use)
+
+
+def test_what_is_sent_to_workers_can_be_pickled(jobs) -> None:
+    import pickle
+
+    from pipelines.encode_chunks import BrokenVideosError
+
+    jobs(lambda job, tasks: pickle.loads(pickle.dumps((job, tasks[:2]))))
+    error = pickle.loads(pickle.dumps(BrokenVideosError("val", {"a": "is noise"})))
+    assert (error.split, error.reasons) == ("val", {"a": "is noise"})

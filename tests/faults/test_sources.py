@@ -1,0 +1,198 @@
+"""A store and its videos: what was added, removed or replaced since is named; strange names are names like others."""
+
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import latent_cache
+from latent_cache import ChunkWriter
+
+SPLITS = ("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
+NAMES = ("train/a", "train/b", "train/c", "train/d", "val/v", "test/t")
+
+
+@pytest.fixture(scope="module")
+def encoded_once(tmp_path_factory: pytest.TempPathFactory, story: ModuleType) -> Any:
+    """Folders of frames as videos, and their store. Tests must not change it."""
+    place = story.Place(tmp_path_factory.mktemp("sources") / "encoded", SPLITS)
+    story.write_videos(place.data, NAMES)
+    place.run("encode").ok()
+    return place
+
+
+@pytest.fixture
+def encoded(encoded_once, tmp_path: Path) -> Any:
+    return encoded_once.copy(tmp_path / "encoded", "data", "latents", "runs")
+
+
+def interrupted(place, story: ModuleType, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Let `encode` die after so many chunks were written."""
+    write, calls = ChunkWriter.write, [0]
+
+    def fails(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError(5, "Input/output error")
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkWriter, "write", fails)
+        place.run("encode").refused(1, "Input/output error")
+
+
+def test_videos_added_removed_and_replaced(encoded, story: ModuleType) -> None:
+    before = story.tree(encoded.store)
+    story.write_video(encoded.data / "train" / "new", story.moving_square(12, 50))
+    shutil.rmtree(encoded.data / "train" / "b")
+    shutil.rmtree(encoded.data / "train" / "c")
+    story.write_video(encoded.data / "train" / "c", story.moving_square(14, 51))
+    shutil.rmtree(encoded.data / "val" / "v")
+    story.write_video(encoded.data / "val" / "w", story.moving_square(12, 52))
+    encoded.run("encode").refused(
+        2, "its videos have changed since", "train: 1 added: new", "train: 1 removed: b", "train: 1 replaced: c",
+        "val: 1 added: w", "val: 1 removed: v", "encode --overwrite", "bring the old videos back",
+    )  # fmt: skip
+    assert story.tree(encoded.store) == before
+    encoded.run("encode", "--overwrite").ok()
+    assert list(latent_cache.open(encoded.store).video_ids) == ["a", "c", "d", "new"]
+    assert "store: done" in encoded.run("encode").ok().out
+
+
+@pytest.mark.parametrize("change", ["one frame", "one frame less", "a split", "many"])
+def test_small_changes(encoded, story: ModuleType, change: str) -> None:
+    match change:
+        case "one frame":
+            frame = encoded.data / "train" / "d" / "frame0.png"
+            shutil.copyfile(encoded.data / "train" / "a" / "frame0.png", frame)
+            needed = ["train: 1 replaced: d"]
+        case "one frame less":
+            (encoded.data / "test" / "t" / "frame11.png").unlink()
+            needed = ["test: 1 replaced: t"]
+        case "a split":
+            shutil.rmtree(encoded.data / "test")
+            needed = ["test: 1 removed: t"]
+        case "many":
+            story.write_videos(encoded.data / "train", [f"x{number}" for number in range(7)], frames=2)
+            needed = ["train: 7 added: x0, x1, x2, x3, x4, ..."]
+    encoded.run("encode").refused(2, *needed, "--overwrite")
+
+
+def test_a_copy_with_other_times_is_no_change(encoded, tmp_path: Path, story: ModuleType) -> None:
+    for number, path in enumerate(sorted(encoded.data.rglob("*"))):
+        os.utime(path, (10**9 + number, 10**9 + number))
+    assert "store: done" in encoded.run("encode").ok().out
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(encoded.data, elsewhere / "videos", copy_function=shutil.copyfile)
+    shutil.rmtree(encoded.data)
+    for index in (elsewhere / "videos").glob(".river*"):
+        index.unlink()
+    outcome = encoded.run("encode", sets=[f"dataset.root={elsewhere / 'videos'}"])
+    assert "store: done" in outcome.ok().out
+    assert "not here" not in outcome.out
+
+
+def test_a_store_whose_videos_are_gone(encoded, story: ModuleType) -> None:
+    shutil.rmtree(encoded.data)
+    before = story.tree(encoded.store)
+    outcome = encoded.run("encode").ok()
+    assert f"store: done, {encoded.store} (its videos are not here to compare)" in outcome.out
+    assert story.tree(encoded.store) == before
+
+
+def test_an_interrupted_store_whose_videos_change(encoded, story: ModuleType, monkeypatch) -> None:
+    """Only the chunks of the changed video are made again; a to d are 12, 13, 14 and 12 frames, chunks are of 10."""
+    shutil.rmtree(encoded.store)
+    interrupted(encoded, story, monkeypatch, after=6)
+    done = {(file.parent.name, int(file.stem)) for file in encoded.store.glob(".encoding/*/*.json")}
+    assert len(done) == 6
+    shutil.rmtree(encoded.data / "train" / "d")
+    story.write_video(encoded.data / "train" / "d", story.moving_square(12, 60))
+    # d's frames are 39 to 50: chunks 3, 4 and 5.
+    kept = done - {("train", 3), ("train", 4), ("train", 5)}
+    with monkeypatch.context() as patch:
+        written = story.count_calls(patch, ChunkWriter, "write")
+        encoded.run("encode").ok()
+    assert written[0] == 6 + 2 + 2 - len(kept)
+    fresh = encoded.copy(encoded.folder.with_name("fresh"), "data", "runs")
+    fresh.run("encode").ok()
+    assert story.tree(fresh.store) == story.tree(encoded.store)
+
+
+def test_a_video_that_was_skipped_is_no_change(encoded, story: ModuleType) -> None:
+    frame = encoded.data / "train" / "b" / "frame9.png"
+    frame.write_bytes(frame.read_bytes()[:60])
+    encoded.run("encode", "--overwrite").refused(3, "\n  b: ")
+    assert "store: done" in encoded.run("encode").ok().out
+    shutil.rmtree(encoded.data / "train" / "b")
+    story.write_video(encoded.data / "train" / "b", story.moving_square(13, 1))
+    encoded.run("encode").refused(2, "train: 1 replaced: b")
+    shutil.rmtree(encoded.data / "train" / "b")
+    encoded.run("encode").refused(2, "train: 1 removed: b")
+
+
+def test_what_was_encoded_past_a_broken_video_is_kept(encoded, story: ModuleType, monkeypatch) -> None:
+    """A second interruption does not find the broken video out anew, at the cost of all chunks after it."""
+    shutil.rmtree(encoded.store)
+    frame = encoded.data / "train" / "a" / "frame9.png"
+    frame.write_bytes(frame.read_bytes()[:60])
+    interrupted(encoded, story, monkeypatch, after=5)
+    done = len(list(encoded.store.glob(".encoding/*/*.json")))
+    assert done >= 3
+    with monkeypatch.context() as patch:
+        written = story.count_calls(patch, ChunkWriter, "write")
+        encoded.run("encode").refused(3, "\n  a: frame9.png")
+    assert written[0] == 4 + 2 + 2 - done
+    assert list(latent_cache.open(encoded.store).video_ids) == ["b", "c", "d"]
+
+
+def test_the_same_name_in_several_places(place, story: ModuleType) -> None:
+    place = place.with_sets(*SPLITS)
+    names = ("train/x/clip", "train/y/clip", "train/clip.gif", "train/clip.avi", "val/clip", "test/x/clip")
+    for number, name in enumerate(names):
+        story.write_video(place.data / name, story.moving_square(12, number))
+    place.run("encode").ok()
+    assert sorted(latent_cache.open(place.store).video_ids) == ["clip.avi", "clip.gif", "x/clip", "y/clip"]
+    assert list(latent_cache.open(place.store, "val").video_ids) == ["clip"]
+    assert "store: done" in place.run("encode").ok().out
+
+
+STRANGE = (
+    "a b", "quote\"'`", "new\nline", "tab\t", "émile", "e\N{COMBINING ACUTE ACCENT}mile", "\N{ROCKET}\u200d\N{ROCKET}",
+    "日本語", "\N{RIGHT-TO-LEFT OVERRIDE}abc", "%s {0} \\n", "-rf", "c", "x" * 250, "'; DROP TABLE", "NaN", "*?[a]",
+)  # fmt: skip
+
+
+def test_names_of_any_kind(place, story: ModuleType) -> None:
+    place = place.with_sets(*SPLITS)
+    for number, name in enumerate(STRANGE):
+        story.write_video(place.data / "train" / name, story.moving_square(4, number))
+    story.write_videos(place.data / "val", ["v"])
+    place.run("encode").ok()
+    cache = latent_cache.open(place.store)
+    assert sorted(cache.video_ids) == sorted(STRANGE)
+    for name in STRANGE:
+        assert cache.video(name).shape[0] == 4
+    assert "store: done" in place.run("encode").ok().out
+    shutil.rmtree(place.data / "train" / STRANGE[6])
+    place.run("encode").refused(2, "train: 1 removed: \N{ROCKET}")
+
+
+@pytest.mark.parametrize("folder", ["train", "val", ""])
+def test_a_name_that_is_no_utf8(place, story: ModuleType, folder: str) -> None:
+    """A clear message or a skipped video; never a traceback, and never a store that cannot be finished."""
+    if folder:
+        place = place.with_sets(*SPLITS)
+        story.write_videos(place.data / "train", ["a", "b", "c"])
+    else:
+        place = place.with_sets(SPLITS[0], "dataset.splits={val: 0.2, test: 0.2}")
+        story.write_videos(place.data, ["a", "b", "c"])
+    story.write_video(place.data / folder / os.fsdecode(b"caf\xe9"), story.moving_square(12, 9))
+    outcome = place.run("encode")
+    assert outcome.code in (0, 2, 3)
+    assert outcome.code == 0 or "caf" in outcome.err
+    if outcome.code != 2:
+        assert len(latent_cache.open(place.store).video_ids) >= 2
