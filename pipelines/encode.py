@@ -45,6 +45,7 @@ def encode(config: RiverConfig, session: Session) -> Path:
     path = config.store_path
     if not session.overwrite and store_is_complete(path):
         check_store(config, weights_digest(autoencoder))
+        check_layout(config)
         here = config.dataset.source == "shapes" or dataset_root(config.dataset, config.data_root).exists()
         if here or session.mirror is not None:
             check_sources(config, open_videos(config, session))
@@ -94,6 +95,29 @@ def store_preprocessing(config: RiverConfig) -> dict[str, Any]:
     """All that is done to the videos' frames before the autoencoder sees them."""
     views = list(config.cache.views)
     return preprocessing_description(config.dataset) | {"views": views} | views_description(views)
+
+
+def check_layout(config: RiverConfig) -> None:
+    """Refuse a complete store that is laid out otherwise than the configuration wants.
+
+    Raises:
+        UserError: another dtype, with or without codes, other chunks (where they are asked for); shows both sides.
+    """
+    cache, store = config.cache, latent_cache.open(config.store_path)
+    changed = [
+        f"cache.{key}: {there} in the store, {wanted} in the configuration"
+        for key, there, wanted in (
+            ("dtype", store.latents.dtype.name, cache.dtype),
+            ("codes", store.codes is not None, cache.codes),
+            ("chunk_frames", store.latents.chunks[0], cache.chunk_frames or store.latents.chunks[0]),
+        )
+        if there != wanted
+    ]
+    if changed:
+        raise UserError(
+            f"{config.store_path} is laid out otherwise:\n  " + "\n  ".join(changed)
+            + "\nencode again with `encode --overwrite`, or go back to the old values"
+        )  # fmt: skip
 
 
 def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:

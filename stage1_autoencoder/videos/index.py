@@ -85,7 +85,8 @@ def _nothing_found(folder: Path, extensions: set[str]) -> str:
 
 
 def _name(folder: Path, found: list[Path]) -> dict[str, Path]:
-    full = {path: path.relative_to(folder).as_posix() for path in found}
+    # Names are bytes to the file system; what is no UTF-8 in them is written as \xe9, so that ids are text everywhere.
+    full = {path: os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace") for path in found}
     short = {path: name if path.is_dir() else os.path.splitext(name)[0] for path, name in full.items()}
     count: dict[str, int] = {}
     for name in short.values():

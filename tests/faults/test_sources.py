@@ -196,3 +196,30 @@ def test_a_name_that_is_no_utf8(place, story: ModuleType, folder: str) -> None:
     assert outcome.code == 0 or "caf" in outcome.err
     if outcome.code != 2:
         assert len(latent_cache.open(place.store).video_ids) >= 2
+
+
+def test_a_video_file_whose_name_is_no_utf8(place, story: ModuleType) -> None:
+    place = place.with_sets(*SPLITS)
+    story.write_videos(place.data / "train", ["a.mp4", "b.avi", "c"])
+    story.write_videos(place.data / "val", ["v"])
+    shutil.copy(place.data / "train" / "a.mp4", place.data / "train" / os.fsdecode(b"caf\xe9.mp4"))
+    place.run("encode").ok()
+    cache = latent_cache.open(place.store)
+    assert set(cache.video_ids) == {"a", "b", "c", r"caf\xe9"}
+    assert (cache.video(r"caf\xe9") == cache.video("a")).all()
+    assert "store: done" in place.run("encode").ok().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("cache.dtype=float32", "cache.dtype: float16 in the store, float32 in the configuration"),
+        ("cache.codes=false", "cache.codes: True in the store, False in the configuration"),
+        ("cache.chunk_frames=7", "cache.chunk_frames: 50 in the store, 7 in the configuration"),
+    ],
+)
+def test_a_complete_store_of_another_layout_is_refused(trained, tmp_path, change: str, message: str) -> None:
+    place = trained.copy(tmp_path / "copy", "runs").with_sets("cache.chunk_frames=50")
+    place.run("encode").ok()
+    place.run("encode", sets=[change]).refused(2, message, "--overwrite")
+    assert "store: done" in place.run("encode", sets=["cache.chunk_frames=null"]).ok().out

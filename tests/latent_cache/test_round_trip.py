@@ -62,6 +62,7 @@ def test_layout_is_the_documented_one(kit, tmp_path):
         "autoencoder": {"architecture": "vqgan", "sha256": "3f9a", "downsampling": 8},
         "software": {"zarr": "3"},
         "splits": ["train", "test"],
+        "notes": {},
         "complete": True,
     }
     assert group.metadata.consolidated_metadata is None
