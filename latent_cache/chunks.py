@@ -132,8 +132,8 @@ class FrameReader:
     def read_all(self, out: np.ndarray) -> None:
         """All frames into `out`, several chunks at a time."""
         size = self.chunk_frames
-        # Threads, because reading lets go of the interpreter; two a core hide the disk's waits.
-        pool = ThreadPoolExecutor(max_workers=min(16, 2 * (os.cpu_count() or 1)))
+        # Threads, because reading lets go of the interpreter and checksums don't: more than the cores are slower.
+        pool = ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0))))
         try:
             parts = [out[index * size : (index + 1) * size] for index in range(self.chunk_count)]
             for _ in pool.map(self.read_chunk, range(self.chunk_count), parts):

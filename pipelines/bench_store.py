@@ -163,7 +163,8 @@ def _streaming(folder: Path, device: torch.device) -> Iterator[Measurement]:
     windows = StreamingSampler(cache, "cpu", 0, 1, CLIP_FRAMES, budget)
     plan = windows.plan
     reader, epoch = cache.latent_reader, itertools.count()
-    chunk = np.empty((reader.chunk_frames, *SHAPE), cache.latents.dtype)
+    # As much memory as a window takes, used in turn: one chunk's would stay in the processor's cache.
+    memory = np.empty((plan.buffer_frames // reader.chunk_frames, reader.chunk_frames, *SHAPE), cache.latents.dtype)
 
     def visit() -> None:
         """One sample of each window of an epoch: the window must be there whole."""
@@ -176,9 +177,9 @@ def _streaming(folder: Path, device: torch.device) -> Iterator[Measurement]:
     def in_order() -> None:
         for index in range(reader.chunk_count):
             frames = min(reader.chunk_frames, cache.frames - index * reader.chunk_frames)
-            reader.read_chunk(index, chunk[:frames])
+            reader.read_chunk(index, memory[index % len(memory)][:frames])
 
-    visit()  # the first epoch also reads what lies before the groups
+    visit()  # the first epoch also reads what lies before the groups, and touches the memory
     ours, reference = in_turn(visit, in_order, repeats=4)
     windows.close()
     rate = cache.nbytes / 1e6
