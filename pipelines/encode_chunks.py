@@ -95,7 +95,7 @@ class ChunkEncoder:
 
         Args:
             on_done: called with each chunk once it is written, from any thread.
-            on_frames: called with the number of frames that were encoded, from any thread.
+            on_frames: called with the number of frames that were encoded, by one thread at a time.
             stop_asked: once it is true all tasks stop.
         Raises:
             UserError: `cache.memory_budget` is too small for one chunk.
@@ -113,6 +113,7 @@ class ChunkEncoder:
         self.decoders = ThreadPoolExecutor(crew.decoders, "decode")
         self.encoders = ThreadPoolExecutor(crew.encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
         self.waiting = threading.Semaphore(2 * crew.encoders)  # batches that are decoded and not yet encoded
+        self.progress = threading.Lock()
         self._threads = torch.get_num_threads()
         self._kernels = contextlib.ExitStack()
         self._kernels.enter_context(exact_kernels())
@@ -390,7 +391,8 @@ class _ChunkTask:
             size = self.encoder.frame_encoder.frames
             for start in range(0, len(batch.frames), size):
                 self.encode_pass(batch.start + start, batch.frames[start : start + size], batch.views[start:][:size])
-            self.encoder.on_frames(len(batch.frames))
+            with self.encoder.progress:
+                self.encoder.on_frames(len(batch.frames))
         except torch.OutOfMemoryError as error:
             self.cancelled = True
             raise UserError(f"{self.encoder.device}: no memory left to encode: free some of it ({error})") from error
