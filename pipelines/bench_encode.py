@@ -60,7 +60,7 @@ def encode_measurements(config: RiverConfig, session: Session, folder: Path) -> 
         whole,
         lambda: _decode(source, cores),
         lambda: _encode(FrameEncoder(autoencoder, device, side), videos * VIDEO_FRAMES, side, threads),
-        repeats=3,
+        repeats=4,
     )
     count = videos * VIDEO_FRAMES
     alone = max(decoding, encoding) if device.type == "cuda" else decoding + encoding

@@ -62,7 +62,9 @@ class CacheConfig(_Section):
     )
     codes: bool = Field(True, description="store the nearest codes beside the latents")
     batch_frames: PositiveInt = Field(
-        64, description="frames handed over to be encoded at once; changes memory and speed, and no bit of the store"
+        1,
+        description="least number of frames that are handed over to be encoded at once, rounded up to whole batches of "
+        "the network; changes memory and speed, and no bit of the store",
     )
     memory_budget: str = Field(
         "4 GiB", description="memory for what `encode` has in flight, and for the latents of the streaming tier"

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 import latent_cache
-from latent_cache import StoreMetadata
+from latent_cache import IncompleteStoreError, StoreMetadata
+from latent_cache.schema import PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.prepare import open_videos
@@ -178,8 +179,19 @@ def check_store(config: RiverConfig, autoencoder_digest: str) -> None:
 
 
 def ensure_store(config: RiverConfig, session: Session) -> Path:
-    """The complete store of this configuration; encodes (and trains the autoencoder) only when it is missing."""
-    if store_is_complete(config.store_path):
+    """The complete store of this configuration; encodes (and trains the autoencoder) when it is missing or half done.
+
+    Raises:
+        IncompleteStoreError: it is not complete, and nothing tells that an encoding of it was interrupted here.
+        UserError: it was made otherwise than this configuration would.
+    """
+    path = config.store_path
+    if not store_is_complete(path) and (path / "zarr.json").exists() and not (path / PROGRESS_FOLDER).exists():
+        raise IncompleteStoreError(
+            f"{path}: the store is not complete, and not one whose encoding was interrupted here: copied before it was "
+            "done, or altered. Copy it again, or write it anew with `make encode`; nothing is trained on a part of it"
+        )
+    if store_is_complete(path):
         checkpoint = find_autoencoder(config.run_path)
         if checkpoint is not None:  # a store alone is enough to train on
             check_store(config, weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu"))))

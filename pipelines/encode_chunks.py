@@ -128,9 +128,8 @@ class ChunkEncoder:
             NoSpaceError: the disk is full.
         """
         with self.slots:
-            started = time.time()
-            marker = _ChunkTask(self, split, chunk).run()
-            encoded = EncodedChunk(split, chunk, marker, started, time.time())
+            task = _ChunkTask(self, split, chunk)
+            encoded = EncodedChunk(split, chunk, task.run(), task.started, time.time())
             self.on_done(encoded)
             return encoded
 
@@ -287,6 +286,7 @@ class _ChunkTask:
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
         self.cancelled = False
+        self.started = math.inf  # once the threads have come to its first video
         self.lock = threading.Lock()
         self.batches: dict[int, _Batch] = {}
         self.encoding: list[Future[None]] = []
@@ -347,6 +347,7 @@ class _ChunkTask:
     def decode(self, visit: _Visit) -> None:
         """Decode a video once, and put its frames to their places."""
         self.check()
+        self.started = min(self.started, time.time())
         source = self.encoder.job.splits[self.split]
         index = self.encoder.rows[self.split][visit.video_id]
         transforms = [view_transform(view, visit.video_id) for view, *_ in visit.targets]

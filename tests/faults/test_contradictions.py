@@ -91,6 +91,19 @@ def test_store_with_other_preprocessing(copied, trained, story: ModuleType) -> N
     assert "flow: done" in copied.run("train-flow").ok().out
 
 
+@pytest.mark.parametrize("command", ["train-flow", "sample", "evaluate"])
+def test_a_store_that_is_not_complete_is_not_trained_on(copied, story: ModuleType, command: str) -> None:
+    root = copied.store / "zarr.json"
+    content = json.loads(root.read_text())
+    content["attributes"]["complete"] = False
+    root.write_text(json.dumps(content))
+    shutil.rmtree(copied.runs / "flow")
+    copied.run(command).refused(2, f"{copied.store}: the store is not complete", "make encode")
+    assert not (copied.runs / "flow" / "checkpoints").exists()
+    copied.run("encode").ok()
+    copied.run(command).ok()
+
+
 def test_half_done_store_of_another_autoencoder(copied, story: ModuleType, monkeypatch) -> None:
     from latent_cache import StoreWriter
 
