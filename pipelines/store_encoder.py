@@ -123,8 +123,8 @@ class StoreEncoder:
                 cluster = stack.enter_context(connect(self.session.scheduler))
             writer = stack.enter_context(StoreWriter.open(path, self.metadata, plans, **options))
             stop = stack.enter_context(StopRequest())
+            writer.check_space()
             try:
-                writer.check_space()
                 done = self._encode(writer, replace(job, writer=writer.chunk_writer), cluster, stop)
                 reports = [self._report(writer, split, plan, done) for split, plan in plans.items()]
                 notes = {report.split: report.notes() for report in reports}
