@@ -13,15 +13,9 @@ import latent_cache
 from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
 from latent_cache.disk import write_json
 from latent_cache.schema import PROGRESS_FOLDER
+from pipelines.chunk_task import BrokenVideosError, EncodingStopped, psnr_stride
 from pipelines.config import RiverConfig
-from pipelines.encode_chunks import (
-    BrokenVideosError,
-    ChunkEncoder,
-    EncodedChunk,
-    EncodeJob,
-    EncodingStopped,
-    psnr_stride,
-)
+from pipelines.encode_chunks import ChunkEncoder, EncodedChunk, EncodeJob
 from pipelines.encode_graph import StopAsked, connect, run_here, run_on_cluster
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import Checkpoint

@@ -342,7 +342,7 @@ def test_a_worker_with_another_autoencoder_is_refused(jobs, place, trained, tmp_
 def test_what_is_sent_to_workers_can_be_pickled(jobs) -> None:
     import pickle
 
-    from pipelines.encode_chunks import BrokenVideosError
+    from pipelines.chunk_task import BrokenVideosError
 
     jobs(lambda job, tasks: pickle.loads(pickle.dumps((job, tasks[:2]))))
     error = pickle.loads(pickle.dumps(BrokenVideosError("val", {"a": "is noise"})))

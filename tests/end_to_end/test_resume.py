@@ -16,7 +16,7 @@ import pytest
 import latent_cache
 from latent_cache import ChunkWriter, StoreWriter
 from latent_cache.progress import ChunkMarker
-from pipelines.encode_chunks import _ChunkTask
+from pipelines.chunk_task import ChunkTask
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.train_autoencoder import AutoencoderTrainer
 from pipelines.train_flow import FlowTrainer
@@ -129,7 +129,7 @@ def test_signal_in_the_last_step_still_stops_what_follows(place, story: ModuleTy
 def test_demo_goes_on_in_the_stage_where_it_was_stopped(trained, place, story: ModuleType, monkeypatch, stage) -> None:
     owner, name = {
         "train-autoencoder": (AutoencoderTrainer, "train_step"),
-        "encode": (_ChunkTask, "encode"),
+        "encode": (ChunkTask, "encode"),
         "train-flow": (FlowTrainer, "train_step"),
     }[stage]
     story.send_at(monkeypatch, owner, name, call=2)
@@ -255,7 +255,7 @@ def test_encode_stopped_at_each_batch(encoder_place, uninterrupted, story: Modul
     for call in (1, 2, 5, 8):  # one batch a chunk
         place = encoder_place(f"stopped_{call}")
         with monkeypatch.context() as patch:
-            story.send_at(patch, _ChunkTask, "encode", call)
+            story.send_at(patch, ChunkTask, "encode", call)
             place.run("encode").refused(143, "stopped", "goes on from there")
         assert not latent_cache.is_complete(place.store)
         done = len(list((place.store / ".encoding").rglob("*.json")))
@@ -360,7 +360,7 @@ def test_encode_killed(encoder_place, uninterrupted, story: ModuleType) -> None:
 def test_train_flow_finishes_a_half_done_store_first(encoder_place, uninterrupted, story, monkeypatch) -> None:
     place = encoder_place("half")
     with monkeypatch.context() as patch:
-        story.send_at(patch, _ChunkTask, "encode", 5)
+        story.send_at(patch, ChunkTask, "encode", 5)
         place.run("train-flow").refused(143, "stopped")
     assert not (place.runs / "flow" / "checkpoints").exists()
     place.run("train-flow").ok()

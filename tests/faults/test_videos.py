@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 import latent_cache
-from pipelines.encode_chunks import _ChunkTask
+from pipelines.chunk_task import ChunkTask
 
 OWN = ("dataset.source=videos", "dataset.splits={val: 0.2, test: 0.2}")
 NAMES = ("a.mp4", "b.avi", "c", "d.mp4", "e.gif", "f.avi", "g", "h.mp4", "i.avi", "j")
@@ -188,7 +188,7 @@ def test_encode_goes_on_after_a_broken_video_was_met(place, story: ModuleType, m
     break_in_the_middle(place, place.data / "train" / "b")
     place.run("train-autoencoder")
     with monkeypatch.context() as patch:
-        story.send_at(patch, _ChunkTask, "encode", 4)
+        story.send_at(patch, ChunkTask, "encode", 4)
         place.run("encode").refused(143, "stopped")
     place.run("encode").refused(3, "\n  b: ")
     assert stored(place) == {"a", "c", "d"}

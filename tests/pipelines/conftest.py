@@ -1,10 +1,13 @@
 """Encoding at its smallest: videos of noise that count how they are read, a random autoencoder, and all between."""
 
+import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -162,4 +165,15 @@ def _small_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if "kit" in request.fixturenames:
         monkeypatch.setattr("os.fsync", lambda descriptor: None)
         monkeypatch.setattr("pipelines.frame_encoder.PASS_PIXELS", {"cpu": 8 * SIDE**2})
-        monkeypatch.setattr("pipelines.encode_chunks.PSNR_EVERY", 8)
+        monkeypatch.setattr("pipelines.chunk_task.PSNR_EVERY", 8)
+
+
+@pytest.fixture(scope="session")
+def story() -> ModuleType:
+    """What the end-to-end tests have in their conftest: places, runs of the command line, videos."""
+    file = Path(__file__).parents[1] / "end_to_end" / "conftest.py"
+    specification = importlib.util.spec_from_file_location("story_of_pipelines", file)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["story_of_pipelines"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module

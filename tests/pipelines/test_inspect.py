@@ -1,9 +1,7 @@
 """`inspect`: what is said about whole, half done, remote and damaged stores."""
 
-import importlib.util
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,17 +240,6 @@ def test_wishes_that_lack_something(write, inspect, words: list[str], message: s
 
 
 # With an autoencoder
-
-
-@pytest.fixture
-def story() -> ModuleType:
-    """Helpers of the end-to-end tests."""
-    file = Path(__file__).parents[1] / "end_to_end" / "conftest.py"
-    specification = importlib.util.spec_from_file_location("story_to_inspect", file)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["story_to_inspect"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_any_view_is_decoded(story: ModuleType, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import torch
 from einops import rearrange
 
 import latent_cache
+import pipelines.chunk_task as chunk_task
 import pipelines.encode_chunks as encode_chunks
 import pipelines.store_encoder as store_encoder
 from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMismatchError, StoreWriter
-from pipelines.encode_chunks import ChunkEncoder, EncodingStopped, _Batch, _ChunkTask, psnr_stride
+from pipelines.chunk_task import ChunkTask, EncodingStopped, _Batch, psnr_stride
+from pipelines.encode_chunks import ChunkEncoder
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.frame_encoder import FrameEncoder
 from pipelines.sizes import parse_size
@@ -154,9 +156,9 @@ def in_flight(monkeypatch) -> SimpleNamespace:
         def __del__(self) -> None:
             state.bytes -= self.size
 
-    run = _ChunkTask.run
+    run = ChunkTask.run
 
-    def watched_run(self: _ChunkTask) -> object:
+    def watched_run(self: ChunkTask) -> object:
         with state.lock:
             state.tasks += 1
             state.most_tasks = max(state.most_tasks, state.tasks)
@@ -166,8 +168,8 @@ def in_flight(monkeypatch) -> SimpleNamespace:
             with state.lock:
                 state.tasks -= 1
 
-    monkeypatch.setattr(encode_chunks, "_Batch", Watched)
-    monkeypatch.setattr(_ChunkTask, "run", watched_run)
+    monkeypatch.setattr(chunk_task, "_Batch", Watched)
+    monkeypatch.setattr(ChunkTask, "run", watched_run)
     return state
 
 
@@ -175,13 +177,13 @@ def in_flight(monkeypatch) -> SimpleNamespace:
 def test_what_is_in_flight_does_not_grow_with_the_videos(kit, monkeypatch, in_flight, views: list[str]) -> None:
     """Encoding is made slower than decoding, which must wait for it."""
     monkeypatch.setattr("pipelines.frame_encoder.PASS_PIXELS", {"cpu": 4 * 16**2})
-    encode_pass = _ChunkTask.encode_pass
+    encode_pass = ChunkTask.encode_pass
 
     def slow(*arguments: object) -> None:
         time.sleep(0.002)
         encode_pass(*arguments)
 
-    monkeypatch.setattr(_ChunkTask, "encode_pass", slow)
+    monkeypatch.setattr(ChunkTask, "encode_pass", slow)
     encoders = count_calls(monkeypatch, ChunkEncoder, "close")
     most = {}
     for count in (10, 60):
@@ -426,7 +428,7 @@ def test_a_video_that_breaks_leaves_the_store_of_the_others(kit, broken: str) ->
 
 def test_a_video_that_breaks_changes_no_sample_of_the_round_trip(kit, monkeypatch) -> None:
     """Of a large split every so many-th frame is measured, and chunks that are kept were measured before."""
-    monkeypatch.setattr(encode_chunks, "PSNR_FRAMES", 4)
+    monkeypatch.setattr(chunk_task, "PSNR_FRAMES", 4)
     lengths = {f"v{row}": 16 for row in range(7)}
     kit.splits = {"train": kit.Source(lengths)}
     kit.splits["train"].ends["v3"] = 3
@@ -460,7 +462,7 @@ def test_an_error_in_an_encoding_thread_is_the_error_that_is_raised(kit, monkeyp
 
     monkeypatch.setattr("pipelines.frame_encoder.PASS_PIXELS", {"cpu": 2 * 16**2})
     kit.splits["train"].seconds = dict.fromkeys("abcde", 0.01)  # decoding still goes on, and is told to stop
-    monkeypatch.setattr(_ChunkTask, "encode_pass", fails)
+    monkeypatch.setattr(ChunkTask, "encode_pass", fails)
     with pytest.raises(ZeroDivisionError, match="no latent"):
         kit.encode(chunk_frames=48, batch_frames=2)
     assert not markers(kit)
@@ -603,7 +605,7 @@ def test_a_store_without_codes_has_the_same_report(kit) -> None:
 
 
 def test_how_many_frames_are_measured() -> None:
-    every, most = encode_chunks.PSNR_EVERY, encode_chunks.PSNR_FRAMES
+    every, most = chunk_task.PSNR_EVERY, chunk_task.PSNR_FRAMES
     assert psnr_stride(1) == psnr_stride(every * most) == every
     assert psnr_stride(every * most + 1) == every + 1
     for frames in (1, every - 1, every + 1, every * most, every * most + 1, 10**6, 10**6 + 1):

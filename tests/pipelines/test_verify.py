@@ -1,10 +1,8 @@
 """`encode --verify`: damage and wrong values are found and named, all of them, and a sound store is left in peace."""
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,17 +29,6 @@ SETS = (
 )
 CHUNK = 20
 NAMES = ("a.mp4", "b.avi", "c.gif", "d", "e.mp4", "f.avi", "deep/g.mp4", "deep/h")
-
-
-@pytest.fixture(scope="module")
-def story() -> ModuleType:
-    """Helpers of the end-to-end tests."""
-    file = Path(__file__).parents[1] / "end_to_end" / "conftest.py"
-    specification = importlib.util.spec_from_file_location("story_to_verify", file)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["story_to_verify"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", autouse=True)
