@@ -17,10 +17,10 @@ from pipelines.frame_encoder import FrameEncoder, exact_kernels
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.session import Session
 from pipelines.store_encoder import StoreEncoder
+from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.videos import open_source, open_splits
 from stage1_autoencoder.videos.base import VideoSource
 from stage1_autoencoder.views import ViewTransform
-from stage1_autoencoder.vqgan import VQGAN
 
 VIDEO_FRAMES, WIDTH, HEIGHT = 100, 160, 120  # KTH's size
 # So many frames that a measurement takes seconds.
@@ -31,7 +31,7 @@ def encode_measurements(config: RiverConfig, session: Session, folder: Path) -> 
     """Measure with the configuration's autoencoder, at random weights: speed does not depend on them."""
     device = session.device
     torch.manual_seed(0)
-    autoencoder = VQGAN(config.autoencoder.model).to(device).eval().requires_grad_(False)
+    autoencoder = build_autoencoder(config.autoencoder.model).to(device).eval().requires_grad_(False)
     side = config.dataset.image_size
     cores = len(os.sched_getaffinity(0))
     threads = cores if device.type == "cpu" else GPU_ENCODERS

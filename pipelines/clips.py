@@ -11,9 +11,9 @@ from pipelines.config import EvaluationConfig, RiverConfig
 from pipelines.errors import UserError
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
+from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
-from stage1_autoencoder.vqgan import image_to_unit
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import (
 
 from pipelines.errors import UserError
 from pipelines.sizes import parse_size
-from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig
+from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig, VQGANConfig, VQVAEConfig
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
@@ -41,7 +42,7 @@ class PathsConfig(_Section):
 
 
 class AutoencoderConfig(_Section):
-    model: AutoencoderModelConfig = Field(default_factory=AutoencoderModelConfig)
+    model: AutoencoderModelConfig = Field(default_factory=VQGANConfig)
     training: AutoencoderTrainingConfig = Field(default_factory=AutoencoderTrainingConfig)
 
 
@@ -139,15 +140,8 @@ class RiverConfig(_Section):
         if self.dataset.image_size % factor:
             raise ValueError(
                 f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling "
-                f"factor of autoencoder.model.channel_multipliers {list(self.autoencoder.model.channel_multipliers)}"
+                f"factor of autoencoder.model.{self.autoencoder.model.what_downsamples}"
             )
-        model = self.autoencoder.model
-        for multiplier in {1, *model.channel_multipliers}:
-            if model.channels * multiplier % model.norm_groups:
-                raise ValueError(
-                    f"autoencoder.model.norm_groups: {model.norm_groups} does not divide the "
-                    f"{model.channels * multiplier} channels of a level (channels x channel_multipliers)"
-                )
         for key, size in (
             ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),
             ("cache.memory_budget", self.cache.memory_budget),
@@ -242,22 +236,33 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) 
 
 def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
     """One line for one of pydantic's errors: where, which key, which value, what is allowed."""
-    location = [str(part) for part in problem["loc"]]
+    location, family = _without_family([str(part) for part in problem["loc"]])
     key = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")
     unknown = problem["type"] == "extra_forbidden"
     where = ", ".join(text for name, text in origin.items() if _concerns(name, key, unknown, message)) or source
     if unknown:
-        known = sorted(_fields_at(RiverConfig, location[:-1]))
+        known = sorted(family.model_fields if family else _fields_at(RiverConfig, location[:-1]))
         close = difflib.get_close_matches(location[-1], known, n=1)
         section = ".".join(location[:-1])
         hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key{' in ' + section if section else ''}; {hint}"
     # What is wrong between several keys of a section is said in the message; all of them would bury it.
-    of_section = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+    of_section = problem["type"] in ("value_error", "architecture") and isinstance(problem["input"], dict)
+    if of_section and re.match(r"\w+: ", message):
+        return f"{where}: {key}.{message}"
     if not key or problem["type"] == "missing" or of_section:
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}: {problem['input']!r} is not allowed: {message}"
+
+
+def _without_family(location: list[str]) -> tuple[list[str], type[BaseModel] | None]:
+    """The path of a key as users write it, and the family whose sizes it is among: pydantic names it in the path."""
+    families = {"vqgan": VQGANConfig, "vqvae": VQVAEConfig}
+    if location[:2] == ["autoencoder", "model"] and len(location) > 2 and location[2] in families:
+        family = families[location[2]]
+        return location[:2] + location[3:], family if len(location) == 4 else None
+    return location, None
 
 
 def _concerns(override: str, key: str, unknown: bool, message: str) -> bool:

@@ -21,11 +21,11 @@ from pipelines.train_autoencoder import (
     train_autoencoder,
     weights_digest,
 )
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import dataset_root
 from stage1_autoencoder.videos.base import VideoSource
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.views import views_description
-from stage1_autoencoder.vqgan import VQGAN
 
 # fp16 storage may move so many latents to another code before it is worth a warning.
 MOST_CODES_CHANGED = 1e-3
@@ -74,7 +74,7 @@ def store_is_complete(path: Path) -> bool:
     return path.exists() and latent_cache.is_complete(path)
 
 
-def store_metadata(config: RiverConfig, autoencoder: VQGAN, splits: dict[str, VideoSource]) -> StoreMetadata:
+def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[str, VideoSource]) -> StoreMetadata:
     """What the store says about itself."""
     fps = next(iter(splits.values())).videos[0].fps
     return StoreMetadata(

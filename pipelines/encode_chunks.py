@@ -23,8 +23,8 @@ from pipelines.frame_encoder import FrameEncoder, exact_kernels
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.session import resolve_device
 from pipelines.train_autoencoder import load_trained_autoencoder, weights_digest
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.base import VideoSource
-from stage1_autoencoder.vqgan import VQGAN
 
 # Encoding threads: on a CPU one a core; on a GPU a second one fetches and copies while the first computes.
 GPU_ENCODERS = 2
@@ -71,7 +71,7 @@ class ChunkEncoder:
     def __init__(
         self,
         job: EncodeJob,
-        autoencoder: VQGAN,
+        autoencoder: Autoencoder,
         device: torch.device,
         on_done: Callable[[EncodedChunk], object] = lambda encoded: None,
         on_frames: Callable[[int], object] = lambda frames: None,

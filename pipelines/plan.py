@@ -7,14 +7,14 @@ from latent_cache import StoreError
 from pipelines.config import RiverConfig
 from pipelines.train_autoencoder import find_autoencoder
 from pipelines.train_flow import find_flow
-from stage1_autoencoder.vqgan import VQGAN
+from stage1_autoencoder.families import build_autoencoder
 from stage2_flow.vector_field import VectorField
 
 
 def describe_plan(config: RiverConfig) -> str:
     """Sizes of both networks, and how far each stage is."""
     with torch.device("meta"):
-        autoencoder = VQGAN(config.autoencoder.model)
+        autoencoder = build_autoencoder(config.autoencoder.model)
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
     side = config.dataset.image_size // autoencoder.downsampling
     try:

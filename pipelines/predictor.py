@@ -19,7 +19,7 @@ from pipelines.runtime.progress import progress
 from pipelines.runtime.session import resolve_device
 from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.train_flow import find_flow, load_trained_field
-from stage1_autoencoder.vqgan import VQGAN
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage2_flow.conditioning import SamplingDraws, known_frames, make_draws
 from stage2_flow.config import SamplingConfig
 from stage2_flow.rollout import SamplingPlan, generate_latents
@@ -42,7 +42,7 @@ class VideoPredictor:
         fps: frames a second of the videos it was trained on.
     """
 
-    autoencoder: VQGAN
+    autoencoder: Autoencoder
     vector_field: VectorField
     standardization: Standardization
     sampling: SamplingConfig
@@ -214,7 +214,7 @@ class VideoPredictor:
     def encode_videos(self, images: Tensor) -> Tensor:
         """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents."""
         frames = rearrange(images, "b n c h w -> (b n) c h w")
-        dtype = self.autoencoder.quant_conv.weight.dtype
+        dtype = self.autoencoder.last_layer.weight.dtype
         latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
         return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
 

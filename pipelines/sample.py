@@ -16,8 +16,8 @@ from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
 from pipelines.train_flow import find_flow, train_flow
+from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_video
-from stage1_autoencoder.vqgan import image_to_unit
 from stage2_flow.rollout import SamplingPlan
 
 SHEET_CLIPS = 8

@@ -22,8 +22,8 @@ from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
 from pipelines.runtime.signals import StopRequest
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.base import VideoInfo, VideoSource
-from stage1_autoencoder.vqgan import VQGAN
 
 IDENTITY = "identity"
 
@@ -75,7 +75,7 @@ class StoreEncoder:
         config: RiverConfig,
         session: Session,
         checkpoint: Checkpoint,
-        autoencoder: VQGAN,
+        autoencoder: Autoencoder,
         splits: dict[str, VideoSource],
         metadata: StoreMetadata,
     ) -> None:

@@ -21,11 +21,12 @@ from pipelines.runtime.session import Session, image_memory_format
 from pipelines.runtime.signals import StopRequest
 from pipelines.sizes import parse_size
 from stage1_autoencoder.augmentation import augment
-from stage1_autoencoder.config import AutoencoderModelConfig
+from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
+from stage1_autoencoder.config import parse_model_config
+from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frames import FramePool
 from stage1_autoencoder.training import CodebookCare, autoencoder_loss, learning_rate_factor
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
-from stage1_autoencoder.vqgan import VQGAN, image_to_unit
 
 
 def autoencoder_identity(config: RiverConfig) -> dict[str, Any]:
@@ -140,16 +141,18 @@ class AutoencoderTrainer:
     def __init__(self, config: RiverConfig, device: torch.device) -> None:
         self.config, self.training, self.device = config, config.autoencoder.training, device
         torch.manual_seed(config.seed)
-        self.model = VQGAN(config.autoencoder.model).to(device, memory_format=image_memory_format(device))
+        self.model = build_autoencoder(config.autoencoder.model).to(device, memory_format=image_memory_format(device))
         self.care = CodebookCare(self.model, self.training.restart_every)
         self.learner = Learner(self.model, self.training, self.model.boundary_parameters())
 
     def train_step(self, step: int, frames: Any) -> dict[str, torch.Tensor]:
         """One update from frames [b, h, w, 3] uint8; gives the loss terms without waiting for the device."""
         images = image_to_unit(torch.from_numpy(frames).to(self.device, non_blocking=True))
-        if self.training.jitter or self.training.flip:
+        if not self.training.color_jitter.changes_nothing or self.training.flip:
             draws = step_generator(self.config.seed, step, self.device, "augmentation")
-            images = augment(images, jitter=self.training.jitter, flip=self.training.flip, generator=draws)
+            images = augment(
+                images, jitter=self.training.color_jitter.brightness, flip=self.training.flip, generator=draws
+            )
         images = images.contiguous(memory_format=image_memory_format(self.device))
         generator = step_generator(self.config.seed, step, self.device, "codes")
         torch.manual_seed(step_generator(self.config.seed, step, stream="dropout").initial_seed())
@@ -198,11 +201,11 @@ class AutoencoderTrainer:
         self.care.load_state(checkpoint.tensors("codebook", self.device))
 
 
-def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> VQGAN:
+def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
     """The autoencoder of a checkpoint, in eval mode: the averaged weights where there are any."""
     name = "ema" if checkpoint.has("ema") else "model"
     try:
-        model = VQGAN(AutoencoderModelConfig.model_validate(checkpoint.state["model"]))
+        model = build_autoencoder(parse_model_config(checkpoint.state["model"]))
         model.load_state_dict(checkpoint.tensors(name))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None

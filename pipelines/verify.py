@@ -17,8 +17,8 @@ from pipelines.runtime.runs import software_versions
 from pipelines.runtime.session import Session
 from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.verify_frames import FrameCheck, FrameVerifier, draw_frames
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
-from stage1_autoencoder.vqgan import VQGAN
 
 # Of more videos than this, which lie side by side in the split, the first and the last are named, and their rows.
 MOST_NAMES = 20
@@ -122,7 +122,7 @@ def check_checksums(store: str) -> ChecksumReport:
     return ChecksumReport(caches, True, "")
 
 
-def _autoencoder(config: RiverConfig, session: Session, count: int) -> VQGAN | None:
+def _autoencoder(config: RiverConfig, session: Session, count: int) -> Autoencoder | None:
     """The autoencoder of the store; None when it is neither here nor needed."""
     checkpoint = find_autoencoder(config.run_path)
     if checkpoint is None and not count:
@@ -155,7 +155,7 @@ def _check_frames(
     session: Session,
     caches: Sequence[LatentCache],
     splits: dict[str, VideoSource],
-    autoencoder: VQGAN,
+    autoencoder: Autoencoder,
     count: int,
 ) -> str:
     """Encode drawn frames again; what is wrong with them in a few words, empty when nothing is."""

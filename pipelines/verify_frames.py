@@ -13,9 +13,9 @@ import torch
 from latent_cache import CorruptStoreError, LatentCache
 from latent_cache.chunks import FrameReader
 from pipelines.frame_encoder import FrameEncoder, exact_kernels
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 from stage1_autoencoder.views import ViewTransform, view_transform
-from stage1_autoencoder.vqgan import VQGAN
 
 # A frame is wrong when its latents deviate by more than this share of the channels' standard deviation (rms over the
 # frame), beyond the rounding of the store's dtype. Measured on the autoencoder of tests/fixtures: fp32 against fp64
@@ -115,7 +115,7 @@ class FrameVerifier:
         self,
         caches: Sequence[LatentCache],
         splits: Mapping[str, VideoSource],
-        autoencoder: VQGAN,
+        autoencoder: Autoencoder,
         device: torch.device,
     ) -> None:
         self.splits, self.autoencoder = splits, autoencoder
@@ -212,7 +212,7 @@ class FrameVerifier:
         the nearest is n. By the triangle inequality |z - s| <= |z' - s| + |z - z'| <= |z' - n| + |z - z'| <= |z - n| +
         2 |z - z'|.
         """
-        codebook = self.autoencoder.quantizer.embedding.weight.detach().cpu().double().numpy()
+        codebook = self.autoencoder.quantizer.codebook.detach().cpu().double().numpy()
         outside = stored_codes >= len(codebook)
         ours = np.moveaxis(fresh.latents, 0, -1).astype(np.float64)
         theirs = np.moveaxis(stored_latents, 0, -1).astype(np.float64)

@@ -1,16 +1,65 @@
 """Settings of the autoencoder: its sizes and its training."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
+
+# The sizes of the public models (taming-transformers, latent-diffusion), by name.
+VQGAN_PRESETS: dict[str, dict[str, Any]] = {
+    "f8_small": {"channel_multipliers": (1, 2, 2, 4), "attention_resolutions": (16,), "resolution": 64,
+                 "latent_channels": 4},
+    "f8": {"channel_multipliers": (1, 2, 2, 4), "attention_resolutions": (32,), "resolution": 256,
+           "latent_channels": 4},
+    "f16": {"channel_multipliers": (1, 1, 2, 2, 4), "attention_resolutions": (16,), "resolution": 256,
+            "latent_channels": 8},
+}  # fmt: skip
 
 
-class AutoencoderModelConfig(BaseModel):
-    """Sizes of a taming-transformers VQGAN. The defaults are the paper's `f8_small`."""
-
+class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class _Sizes(_Settings):
+    """What both families of autoencoders have."""
+
+    latent_channels: PositiveInt = Field(4, description="channels of a latent, and dimensions of a code")
+    norm_groups: PositiveInt = Field(32, description="groups of every GroupNorm")
+    normalize_codes: bool = Field(
+        False, description="latents and codes have length 1, so that the nearest code is the one of the nearest angle"
+    )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of channels that there are inside; each is normalised in groups."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> "_Sizes":
+        for width in self.widths:
+            if width % self.norm_groups:
+                raise ValueError(f"norm_groups: {self.norm_groups} does not divide the {width} channels of a level")
+        return self
+
+
+class VQGANConfig(_Sizes):
+    """Sizes of a taming-transformers VQGAN. The defaults are the paper's `f8_small`."""
+
     architecture: Literal["vqgan"] = "vqgan"
+    preset: Literal["f8_small", "f8", "f16"] | None = Field(
+        None, exclude=True, description="the sizes of a public model; keys beside it win"
+    )
     channels: PositiveInt = Field(128, description="channels at full resolution (taming: ch)")
     channel_multipliers: tuple[PositiveInt, ...] = Field(
         (1, 2, 2, 4),
@@ -26,24 +75,121 @@ class AutoencoderModelConfig(BaseModel):
     resolution: PositiveInt = Field(
         64, description="the side that attention_resolutions refer to: architecture, not input size"
     )
-    latent_channels: PositiveInt = Field(4, description="channels of a latent (taming: z_channels = embed_dim)")
     codes: int = Field(16384, ge=1, le=65536, description="entries of the codebook")
-    norm_groups: PositiveInt = Field(32, description="groups of every GroupNorm")
     dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in VQGAN_PRESETS:
+            return VQGAN_PRESETS[values["preset"]] | values
+        return values
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * multiplier for multiplier in (1, *self.channel_multipliers))
 
     @property
     def downsampling(self) -> int:
         """Pixels of the image to one of the latent, along each side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
+    @property
+    def what_downsamples(self) -> str:
+        """The setting that decides `downsampling`, for messages."""
+        return f"channel_multipliers {list(self.channel_multipliers)}"
 
-class AutoencoderTrainingConfig(BaseModel):
-    """How the autoencoder is trained: L1 (and, by weight, L2) reconstruction + codebook loss."""
+    @property
+    def full_resolution_channels(self) -> int:
+        """Channels of the largest feature maps that have the image's size."""
+        return self.channels * max(1, self.channel_multipliers[0])
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class VQVAEConfig(_Sizes):
+    """Sizes of RIVER's custom VQ-VAE. The defaults are the ones of CLEVRER's."""
+
+    architecture: Literal["vqvae"] = "vqvae"
+    channels: PositiveInt = Field(32, description="channels at full resolution; each level doubles them")
+    levels: PositiveInt = Field(3, description="how often the side is halved")
+    codes: int = Field(8192, ge=1, le=65536, description="entries of the codebook")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * 2**level for level in range(self.levels + 1))
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image to one of the latent, along each side."""
+        return 2**self.levels
+
+    @property
+    def what_downsamples(self) -> str:
+        """The setting that decides `downsampling`, for messages."""
+        return f"levels {self.levels}"
+
+    @property
+    def full_resolution_channels(self) -> int:
+        """Channels of the largest feature maps that have the image's size."""
+        return 2 * self.channels
+
+
+def _architecture(values: Any) -> str:
+    name = values.get("architecture", "vqgan") if isinstance(values, dict) else values.architecture
+    return name if isinstance(name, str) else "vqgan"
+
+
+AutoencoderModelConfig = Annotated[
+    Annotated[VQGANConfig, Tag("vqgan")] | Annotated[VQVAEConfig, Tag("vqvae")],
+    Discriminator(
+        _architecture,
+        custom_error_type="architecture",
+        custom_error_message="architecture: allowed are vqgan (taming-transformers) and vqvae (RIVER's custom VQ-VAE)",
+    ),
+]
+
+
+def parse_model_config(values: dict[str, Any]) -> VQGANConfig | VQVAEConfig:
+    """Sizes from plain data, as `model_dump` wrote them.
+
+    Raises:
+        ValueError: unknown keys or values out of range.
+    """
+    return TypeAdapter(AutoencoderModelConfig).validate_python(values)
+
+
+class ColorJitterConfig(_Settings):
+    """How far the colours of a training clip vary; one draw holds for all frames of a clip."""
+
+    brightness: float = Field(0.0, ge=0, lt=1, description="factor 1 +- this")
+    contrast: float = Field(0.0, ge=0, lt=1, description="factor 1 +- this")
+    saturation: float = Field(0.0, ge=0, lt=1, description="factor 1 +- this")
+    hue: float = Field(0.0, ge=0, le=0.5, description="+- this part of the colour circle")
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not (self.brightness or self.contrast or self.saturation or self.hue)
+
+
+class AdversarialConfig(_Settings):
+    """The PatchGAN discriminator, and when and how strongly the autoencoder feels it."""
+
+    weight: NonNegativeFloat = Field(0.0, description="of the adversarial term, times the adaptive ratio; 0: none")
+    start: NonNegativeInt = Field(0, description="step from which the discriminator is trained; late is safer")
+    warm_in: NonNegativeInt = Field(
+        0, description="steps over which the weight rises to its full value after the start"
+    )
+    learning_rate: PositiveFloat | None = Field(None, description="of the discriminator; null: the autoencoder's")
+    betas: tuple[float, float] = (0.5, 0.9)
+    filters: PositiveInt = 64
+    layers: PositiveInt = 3
+
+
+class AutoencoderTrainingConfig(_Settings):
+    """How the autoencoder is trained: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
 
     steps: PositiveInt = 100_000
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = Field(16, description="images of one update, over all processes")
+    accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, for less memory")
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 500
     optimizer: Literal["adamw", "muon"] = Field(
@@ -55,19 +201,31 @@ class AutoencoderTrainingConfig(BaseModel):
     grad_clip: PositiveFloat | None = Field(1.0, description="largest gradient norm; null: no clipping")
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = Field(0.0, description="weight of the mean squared error; helps short trainings")
+    perceptual: Literal["none", "lpips"] = Field("none", description="lpips needs the weights of VGG16")
+    perceptual_weight: NonNegativeFloat = 1.0
+    vgg_weights: str | None = Field(
+        None, description="vgg16-397923af.pth; null: where torch keeps its downloads, or fetched with --download"
+    )
     codebook_weight: NonNegativeFloat = 1.0
     commitment: NonNegativeFloat = Field(0.25, description="beta, on the commitment term")
-    jitter: float = Field(
-        0.0, ge=0, lt=1, description="brightness and contrast of training images vary by up to this share"
-    )
+    adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
+    color_jitter: ColorJitterConfig = Field(default_factory=ColorJitterConfig)
     flip: bool = Field(False, description="mirror half of the training images left to right")
+    codebook_start: Literal["kmeans", "sample", "uniform"] = Field(
+        "kmeans",
+        description="codes begin at centres of clusters of the first latents, at some of these, or as in taming",
+    )
     restart_every: NonNegativeInt = Field(
         100, description="every so many steps unused codes move to encoder outputs of the batch; 0: never"
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    pool_memory: str = Field("1 GiB", description="memory for decoded frames to draw batches from")
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile: a minute or more at the start, faster steps after")
+    pool_memory: str = Field("1 GiB", description="memory for decoded frames to draw batches from, in each process")
     checkpoint_every: PositiveInt = 2000
     keep_checkpoints: PositiveInt = 2
     validate_every: PositiveInt = 2000
     validation_frames: PositiveInt = 128
+    best_by: Literal["psnr", "ssim", "lpips"] | None = Field(
+        None, description="which checkpoint counts as the best; null: lpips where perceptual: lpips, else psnr"
+    )

@@ -49,12 +49,22 @@ class Rounded:
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `codes` vectors of `dimensions`, initialised U[-1/codes, 1/codes] as in taming."""
+    """A codebook of `codes` vectors of `dimensions`, initialised U[-1/codes, 1/codes] as in taming.
 
-    def __init__(self, codes: int, dimensions: int) -> None:
+    With `normalize` the codes are the vectors' directions, of length 1. Then the nearest one in Euclidean distance is
+    the one at the smallest angle, however long the latent is.
+    """
+
+    def __init__(self, codes: int, dimensions: int, *, normalize: bool = False) -> None:
         super().__init__()
+        self.normalize = normalize
         self.embedding = nn.Embedding(codes, dimensions)
         nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, [codes, dimensions]."""
+        return F.normalize(self.embedding.weight, dim=1) if self.normalize else self.embedding.weight
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
@@ -73,7 +83,7 @@ class VectorQuantizer(nn.Module):
         """Codes [n] of vectors [n, c]."""
         # Distances decide between neighbours that may differ in the last digits: never in half precision.
         with torch.autocast(vectors.device.type, enabled=False):
-            codebook = self.embedding.weight.to(torch.promote_types(vectors.dtype, torch.float32))
+            codebook = self.codebook.to(torch.promote_types(vectors.dtype, torch.float32))
             # |z - e|^2 = |z|^2 - 2 z.e + |e|^2; the first term is the same for all codes of a position.
             squared, transposed = codebook.square().sum(1), codebook.T.contiguous()
             size = max(1, DISTANCES_AT_ONCE.get(vectors.device.type, OTHERWISE) // len(codebook))
@@ -98,7 +108,7 @@ class VectorQuantizer(nn.Module):
         differ = (self._nearest(result.to(latents.dtype)) != own) & result.isfinite().all(1)
         places = differ.nonzero()[:, 0]
         lost = torch.ones_like(places, dtype=torch.bool)
-        towards = self.embedding.weight[own[places]] - vectors[places]
+        towards = self.codebook[own[places]] - vectors[places]
         pull = FIRST_PULL
         while pull <= 1 and lost.any():
             trial = torch.where(lost[:, None], (vectors[places] + pull * towards).to(dtype), result[places])
@@ -119,7 +129,7 @@ class VectorQuantizer(nn.Module):
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes [b, h, w] back to latents [b, c, h, w]."""
-        return rearrange(self.embedding(codes), "b h w c -> b c h w")
+        return rearrange(F.embedding(codes, self.codebook), "b h w c -> b c h w")
 
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize latents [b, c, h, w] and give both losses (van den Oord et al. 2017, Eq. 3)."""

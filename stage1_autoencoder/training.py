@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage1_autoencoder.autoencoder import Autoencoder, Reconstruction
 from stage1_autoencoder.config import AutoencoderTrainingConfig
-from stage1_autoencoder.vqgan import VQGAN, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CodebookCare:
     The counts are part of the training's state (`state`, `load_state`), not of the model.
     """
 
-    def __init__(self, autoencoder: VQGAN, restart_every: int) -> None:
+    def __init__(self, autoencoder: Autoencoder, restart_every: int) -> None:
         self.quantizer = autoencoder.quantizer
         self.restart_every = restart_every
         self.chosen = torch.zeros(

@@ -3,29 +3,23 @@
 Module names are those of the public checkpoints, so that `load_state_dict` takes them as they are.
 """
 
-from dataclasses import dataclass
-
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage1_autoencoder.config import AutoencoderModelConfig
+from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.quantizer import VectorQuantizer
 
 
-def _norm(channels: int, config: AutoencoderModelConfig) -> nn.GroupNorm:
-    if channels % config.norm_groups:
-        raise ValueError(
-            f"autoencoder.model: {channels} channels of a level are not a multiple of norm_groups {config.norm_groups}"
-        )
+def _norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """norm - swish - conv - norm - swish - dropout - conv, plus the input (1x1 convolution where channels change)."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: AutoencoderModelConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -44,7 +38,7 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over positions with 1x1 convolutions: x + proj_out(softmax(q^T k / sqrt(c)) v)."""
 
-    def __init__(self, channels: int, config: AutoencoderModelConfig) -> None:
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         self.norm = _norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
@@ -84,7 +78,7 @@ class Upsample(nn.Module):
 class _Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, config: AutoencoderModelConfig) -> None:
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, config)
         self.attn_1 = AttnBlock(channels, config)
@@ -94,9 +88,7 @@ class _Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _level(
-    in_channels: int, out_channels: int, blocks: int, attention: bool, config: AutoencoderModelConfig
-) -> nn.Module:
+def _level(in_channels: int, out_channels: int, blocks: int, attention: bool, config: VQGANConfig) -> nn.Module:
     """The blocks of one resolution, under taming's names `block.i` and `attn.i`."""
     level = nn.Module()
     level.block = nn.ModuleList(
@@ -117,7 +109,7 @@ def _run_level(level: nn.Module, x: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Images [b, 3, h, w] to [b, latent_channels, h / f, w / f]."""
 
-    def __init__(self, config: AutoencoderModelConfig) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
@@ -143,9 +135,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [b, latent_channels, h, w] to images [b, 3, h f, w f]."""
+    """Latents [b, latent_channels, h, w] to what its last convolution takes, [b, channels, h f, w f]."""
 
-    def __init__(self, config: AutoencoderModelConfig) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         blocks = config.blocks + 1 if config.decoder_blocks is None else config.decoder_blocks
@@ -168,103 +160,44 @@ class Decoder(nn.Module):
             x = _run_level(level, x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """What one pass through the autoencoder gives.
+class VQGAN(Autoencoder):
+    """Taming's VQGAN: 1x1 convolutions stand on both sides of the quantizer."""
 
-    Attributes:
-        images: [b, 3, h, w], about [-1, 1], not clamped.
-        latents: [b, c, h / f, w / f] before quantization.
-        codes: [b, h / f, w / f] int64.
-        codebook_loss, commitment_loss: scalars, see `Quantized`.
-    """
+    config: VQGANConfig
 
-    images: Tensor
-    latents: Tensor
-    codes: Tensor
-    codebook_loss: Tensor
-    commitment_loss: Tensor
-
-
-class VQGAN(nn.Module):
-    """Autoencoder with a quantized bottleneck. RIVER's flow lives on the latents *before* quantization."""
-
-    def __init__(self, config: AutoencoderModelConfig) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantizer = VectorQuantizer(config.codes, config.latent_channels)
+        self.quantizer = VectorQuantizer(config.codes, config.latent_channels, normalize=config.normalize_codes)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     @property
-    def downsampling(self) -> int:
-        """Pixels of the image to one of the latent, along each side."""
-        return self.config.downsampling
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trained values."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def last_layer(self) -> nn.Conv2d:
+        return self.decoder.conv_out
 
     def boundary_parameters(self) -> list[nn.Parameter]:
-        """The codebook and the layers between spaces of few dimensions: an optimizer for hidden matrices skips them."""
         layers = (self.encoder.conv_in, self.encoder.conv_out, self.decoder.conv_in, self.decoder.conv_out)
         return [
             p for layer in (*layers, self.quant_conv, self.post_quant_conv, self.quantizer) for p in layer.parameters()
         ]
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Map images to pre-quantization latents.
+    def compile_networks(self) -> None:
+        self.encoder.compile()
+        self.decoder.compile()
 
-        Args:
-            images: [b, 3, h, w] float in [-1, 1]; h and w multiples of `self.downsampling`.
-        Returns:
-            [b, c, h / f, w / f] float latents, before the nearest-code lookup.
-        Raises:
-            ValueError: not three channels, or sides that `f` does not divide.
-        """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [b, 3, h, w], not {list(images.shape)}")
-        if images.shape[2] % self.downsampling or images.shape[3] % self.downsampling:
-            raise ValueError(
-                f"images of {images.shape[2]}x{images.shape[3]} can't be encoded: both sides must be multiples of the "
-                f"autoencoder's down-sampling factor {self.downsampling}"
-            )
+    def to_latents(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images))
 
-    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Move latents [b, c, h, w] to their nearest codes: (values [b, c, h, w], codes [b, h, w] int64)."""
-        codes = self.quantizer.nearest(latents)
-        return self.quantizer.embed(codes), codes
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Quantize latents [b, c, h, w] and map them to images [b, 3, h f, w f], about [-1, 1], not clamped."""
-        return self.decode_quantized(self.quantize(latents)[0])
-
-    def decode_quantized(self, quantized: Tensor) -> Tensor:
-        """Map latents [b, c, h, w] to images as they are, without the nearest-code lookup."""
+    def to_features(self, quantized: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(quantized))
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Map codes [b, h, w] to images [b, 3, h f, w f]."""
-        return self.decode_quantized(self.quantizer.embed(codes))
-
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Encode, quantize, decode; what training needs."""
-        latents = self.encode(images)
-        quantized = self.quantizer(latents)
-        return Reconstruction(
-            images=self.decode_quantized(quantized.latents),
-            latents=latents,
-            codes=quantized.codes,
-            codebook_loss=quantized.codebook_loss,
-            commitment_loss=quantized.commitment_loss,
-        )
+    def to_images(self, features: Tensor) -> Tensor:
+        return self.decoder.conv_out(features)
 
 
 def from_official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,8 +205,3 @@ def from_official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         key.replace("quantize.", "quantizer.", 1) if key.startswith("quantize.") else key: v for key, v in state.items()
     }
-
-
-def image_to_unit(images: Tensor) -> Tensor:
-    """uint8 [..., h, w, 3] to float [..., 3, h, w] in [-1, 1] (x / 127.5 - 1)."""
-    return rearrange(images, "... h w c -> ... c h w").to(torch.float32).div(127.5).sub(1.0)

@@ -19,7 +19,7 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.session import Session
 from pipelines.store_encoder import SplitReport, StoreEncoder
-from stage1_autoencoder.config import AutoencoderModelConfig
+from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.vqgan import VQGAN
@@ -84,7 +84,7 @@ def random_autoencoder() -> VQGAN:
     """Random weights, and a codebook that is spread as the latents are, so that many codes are used."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = VQGAN(AutoencoderModelConfig(**MODEL)).eval().requires_grad_(False)
+        model = VQGAN(VQGANConfig(**MODEL)).eval().requires_grad_(False)
         images = torch.rand(16, 3, SIDE, SIDE) * 2 - 1
         latents = model.encode(images)
         spread = latents.std((0, 2, 3)) * torch.randn(MODEL["codes"], 4) + latents.mean((0, 2, 3))

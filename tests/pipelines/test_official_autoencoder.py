@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines.official import OfficialFormatError, load_autoencoder
-from stage1_autoencoder.config import AutoencoderModelConfig
+from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -85,12 +85,12 @@ def test_float64_outputs_equal_the_official_ones(exact, recorded):
     assert off(exact.decode(latents), recorded["decoded_f64"]) < 1e-11
 
 
-SMALL = AutoencoderModelConfig(
+SMALL = VQGANConfig(
     channels=32, channel_multipliers=(1, 2), blocks=1, attention_resolutions=(32,), latent_channels=3, codes=16
 )
 
 
-def save(path: Path, config: AutoencoderModelConfig = SMALL, change=None) -> VQGAN:
+def save(path: Path, config: VQGANConfig = SMALL, change=None) -> VQGAN:
     """Write an autoencoder the way taming does; `change` edits its state dict first."""
     torch.manual_seed(0)
     model = VQGAN(config).eval()
@@ -131,7 +131,7 @@ def test_half_precision_files_become_fp32(tmp_path):
         (lambda s: s.update({"quant_conv.weight": torch.zeros(6, 6, 1, 1)}), r"quant_conv.weight \[6, 6, 1, 1\]"),
         (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32)}), "encoder.conv_in.weight has shape"),
         (lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}), "40 channels, no"),
-        (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}), "norm_groups 32"),
+        (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}), "norm_groups: 32 does not divide the 8"),
         (lambda s: s.update({"quantize.embedding.weight": torch.zeros(65537, 3)}), "codes"),
     ],
     ids=range(8),
@@ -141,15 +141,6 @@ def test_what_is_no_taming_autoencoder_is_refused(tmp_path, change, message):
     with pytest.raises(OfficialFormatError, match=message) as error:
         load_autoencoder(tmp_path / "vqvae.ckpt")
     assert "vqvae.ckpt" in str(error.value)
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "module.ae.backbone."])
-def test_the_custom_vqvae_is_refused_by_name(tmp_path, prefix):
-    state = {f"{prefix}encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}
-    state |= {f"{prefix}encoder.residuals.0.conv1.weight": torch.zeros(64, 32, 3, 3)}
-    torch.save({"model": state}, tmp_path / "vqvae.pth")
-    with pytest.raises(OfficialFormatError, match=r"custom VQ-VAE.*not supported yet"):
-        load_autoencoder(tmp_path / "vqvae.pth")
 
 
 def test_a_file_without_an_autoencoder_is_refused(tmp_path):

@@ -13,13 +13,14 @@ from pipelines.errors import UserError
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.train_autoencoder import weights_digest
-from stage1_autoencoder.config import AutoencoderModelConfig
-from stage1_autoencoder.vqgan import VQGAN, image_to_unit
+from stage1_autoencoder.autoencoder import image_to_unit
+from stage1_autoencoder.config import VQGANConfig
+from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
-AUTOENCODER = AutoencoderModelConfig(
+AUTOENCODER = VQGANConfig(
     channels=8,
     channel_multipliers=(1, 2, 2),
     blocks=1,

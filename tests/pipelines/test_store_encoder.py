@@ -23,8 +23,9 @@ from pipelines.encode_chunks import ChunkEncoder
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.frame_encoder import FrameEncoder
 from pipelines.sizes import parse_size
+from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.views import ViewTransform, apply_views, view_transform
-from stage1_autoencoder.vqgan import VQGAN, image_to_unit
+from stage1_autoencoder.vqgan import VQGAN
 
 VIEWS = ["identity", "hflip", "jitter-1"]
 IDENTITY = ViewTransform()

@@ -70,7 +70,9 @@ def test_standardization_is_the_stores_where_it_is_asked_for(standardize):
     assert trainer.standardization.std.tolist() == expected[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"autoencoder__jitter": 0.3}, {"autoencoder__flip": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"autoencoder__color_jitter": {"brightness": 0.3}}, {"autoencoder__flip": True}]
+)
 def test_augmentation_reaches_the_images(options, monkeypatch):
     seen = []
     loss = autoencoder_module.autoencoder_loss

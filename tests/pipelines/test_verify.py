@@ -464,8 +464,8 @@ def test_the_number_of_threads_changes_nothing_and_is_left_as_it_was(encoded) ->
 ])  # fmt: skip
 def test_codes_near_a_border(stored_latent: float, stored_code: int, wrong: bool) -> None:
     """Codes at 0, 1 and 10; a latent of 0.49, whose code is 0."""
-    codebook = SimpleNamespace(weight=torch.tensor([[0.0], [1.0], [10.0]]))
-    verifier = SimpleNamespace(autoencoder=SimpleNamespace(quantizer=SimpleNamespace(embedding=codebook)))
+    codebook = torch.tensor([[0.0], [1.0], [10.0]])
+    verifier = SimpleNamespace(autoencoder=SimpleNamespace(quantizer=SimpleNamespace(codebook=codebook)))
     ours = np.full((1, 1, 1), 0.49, np.float32)
     fresh = SimpleNamespace(latents=ours, rounded=ours.astype(np.float16), codes=np.zeros((1, 1), np.int64))
     stored = np.full((1, 1, 1), stored_latent, np.float16)

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig
+from stage1_autoencoder.autoencoder import Reconstruction
+from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig
 from stage1_autoencoder.training import CodebookCare, autoencoder_loss, learning_rate_factor
-from stage1_autoencoder.vqgan import VQGAN, Reconstruction
+from stage1_autoencoder.vqgan import VQGAN
 
-TINY = AutoencoderModelConfig(
-    channels=8, channel_multipliers=(1, 2), blocks=1, attention_resolutions=(), codes=32, norm_groups=4
-)
+TINY = VQGANConfig(channels=8, channel_multipliers=(1, 2), blocks=1, attention_resolutions=(), codes=32, norm_groups=4)
 
 
 def reconstruction(images: torch.Tensor, codebook: float = 0.0, commitment: float = 0.0) -> Reconstruction:

@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from stage1_autoencoder.config import AutoencoderModelConfig
-from stage1_autoencoder.vqgan import VQGAN, from_official_keys, image_to_unit
+from stage1_autoencoder.autoencoder import image_to_unit
+from stage1_autoencoder.config import VQGANConfig
+from stage1_autoencoder.vqgan import VQGAN, from_official_keys
 
 PAPER = {
-    "f8_small": (AutoencoderModelConfig(), 63.8),
-    "f8": (AutoencoderModelConfig(attention_resolutions=(32,), resolution=256), 67.7),
+    "f8_small": (VQGANConfig(), 63.8),
+    "f8": (VQGANConfig(attention_resolutions=(32,), resolution=256), 67.7),
     "f16": (
-        AutoencoderModelConfig(
+        VQGANConfig(
             channel_multipliers=(1, 1, 2, 2, 4), attention_resolutions=(16,), resolution=256, latent_channels=8
         ),
         69.6,
     ),
 }
-TINY = AutoencoderModelConfig(
+TINY = VQGANConfig(
     channels=8, channel_multipliers=(1, 2, 2), blocks=1, attention_resolutions=(16,), codes=64, norm_groups=4
 )
 
@@ -101,8 +102,8 @@ def test_images_that_do_not_fit_are_refused(tiny, shape, message):
 
 
 def test_groups_that_do_not_divide_channels_are_refused():
-    with pytest.raises(ValueError, match="8 channels of a level are not a multiple of norm_groups 3"):
-        VQGAN(TINY.model_copy(update={"norm_groups": 3}))
+    with pytest.raises(ValueError, match="norm_groups: 3 does not divide the 8 channels of a level"):
+        VQGANConfig(**TINY.model_dump() | {"norm_groups": 3})
 
 
 def test_boundary_parameters_are_the_codebook_and_the_layers_of_few_dimensions(tiny):
