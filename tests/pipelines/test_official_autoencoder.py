@@ -131,7 +131,7 @@ def test_half_precision_files_become_fp32(tmp_path):
         (lambda s: s.update({"quant_conv.weight": torch.zeros(6, 6, 1, 1)}), r"quant_conv.weight \[6, 6, 1, 1\]"),
         (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(32)}), "encoder.conv_in.weight has shape"),
         (lambda s: s.update({"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}), "40 channels, no"),
-        (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}), "norm_groups: 32 does not divide the 8"),
+        (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}), "groups: 32 does not divide the 8"),
         (lambda s: s.update({"quantize.embedding.weight": torch.zeros(65537, 3)}), "codes"),
     ],
     ids=range(8),
