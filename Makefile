@@ -7,15 +7,18 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DATASET ?= $(shell cat .last_dataset 2>/dev/null || echo shapes)
 ARGS ?=
-export DEVICE MIRROR SCHEDULER
+export DEVICE MIRROR SCHEDULER DOWNLOAD
 
 BIN := .venv/bin
 RIVER = $(BIN)/python -m pipelines
+# NUM_GPUS=4 trains in four processes on this machine.
+MANY = $(filter-out 0 1,$(NUM_GPUS))
+TRAIN = $(BIN)/python $(if $(MANY),-m torch.distributed.run --standalone --nproc-per-node $(NUM_GPUS) )-m pipelines
 CONFIG = --config configs/$(DATASET).yaml
 # The data set of the last target that named one is the next one's default.
 remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
-.PHONY: help setup demo test lint data train-autoencoder encode train-flow sample predict evaluate inspect bench
+.PHONY: help setup demo test lint data train-autoencoder encode train-flow train-refiner sample predict evaluate import-official inspect bench
 
 help:  ## list the targets
 	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
@@ -47,9 +50,9 @@ data: setup  ## fetch (MIRROR=folder or URL), check, unpack and index the raw vi
 	$(remember)
 	@$(RIVER) data $(CONFIG) $(ARGS)
 
-train-autoencoder: setup  ## stage 1: train the VQGAN
+train-autoencoder: setup  ## stage 1: train the VQGAN (NUM_GPUS=4, DOWNLOAD=1: fetch VGG16 for LPIPS where it lacks)
 	$(remember)
-	@$(RIVER) train-autoencoder $(CONFIG) $(ARGS)
+	@$(TRAIN) train-autoencoder $(CONFIG) $(ARGS)
 
 encode: setup  ## all splits -> latents/<dataset>.zarr (SCHEDULER=tcp://host:8786: on a dask cluster)
 	$(remember)
@@ -58,6 +61,10 @@ encode: setup  ## all splits -> latents/<dataset>.zarr (SCHEDULER=tcp://host:878
 train-flow: setup  ## stage 2: train the flow, from the store alone
 	$(remember)
 	@$(RIVER) train-flow $(CONFIG) $(ARGS)
+
+train-refiner: setup  ## optional: the network that refines decoded frames; then make sample ARGS=--refine
+	$(remember)
+	@$(RIVER) train-refiner $(CONFIG) $(ARGS)
 
 sample: setup  ## predicted videos of the test split: GIF, MP4, contact sheet, latents
 	$(remember)
@@ -71,6 +78,11 @@ predict: setup  ## continue any clip: make predict VIDEO=clip.mp4
 evaluate: setup  ## PSNR and SSIM beside two baselines, with their protocol
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(ARGS)
+
+import-official: setup  ## official weights -> a run: MODEL=model.pth AUTOENCODER=vqvae.ckpt REFINER=..., or ARGS=--download
+	$(remember)
+	@$(RIVER) import-official $(CONFIG) $(if $(MODEL),--model "$(MODEL)") $(if $(AUTOENCODER),--autoencoder "$(AUTOENCODER)") \
+		$(if $(REFINER),--refiner "$(REFINER)") $(ARGS)
 
 inspect: setup  ## what is in the store; ARGS="--video ID --gif out.gif" decodes one, ARGS=--verify checks it
 	$(remember)

@@ -15,10 +15,12 @@ COMMANDS = {
     "train-autoencoder": "stage 1: train the VQGAN",
     "encode": "encode all splits into the store of latents, or --verify it",
     "train-flow": "stage 2: train the flow from the store alone",
+    "train-refiner": "optional: train the network that refines decoded frames",
     "sample": "predict videos of the test split: GIF, MP4, contact sheet, latents",
     "predict": "continue any video file",
     "evaluate": "PSNR and SSIM with baselines and protocol",
     "inspect": "what is in a store; check its checksums; decode any of its videos",
+    "import-official": "official RIVER weights -> a run that is ready to sample",
     "bench": "what the store is worth on this machine: a table of ratios, and benchmark.json",
 }
 
@@ -55,12 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines.config import dump_config, load_config
+    from pipelines.runtime.distributed import join_processes
     from pipelines.runtime.progress import say, set_quiet
     from pipelines.runtime.session import Session, resolve_device
 
-    set_quiet(options.quiet)
+    processes, device = join_processes(resolve_device(options.device))
+    set_quiet(options.quiet or not processes.is_first)
     session = Session(
-        device=resolve_device(options.device),
+        device=device,
+        download=options.download,
+        processes=processes,
         strict=options.strict,
         overwrite=options.overwrite,
         restart=options.restart,
@@ -103,18 +109,28 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             from pipelines.encode import encode as function
         case "train-flow":
             from pipelines.train_flow import train_flow as function
+        case "train-refiner":
+            from pipelines.train_refiner import train_refiner as function
         case "sample":
             from pipelines.sample import sample
 
-            return lambda session: sample(config, session, options.videos)
+            return lambda session: sample(config, session, options.videos, options.refine)
         case "predict":
             from pipelines.sample import predict
 
-            return lambda session: predict(config, session, options.video, options.frames)
+            return lambda session: predict(config, session, options.video, options.frames, options.refine)
         case "bench":
             from pipelines.bench import bench as function
+        case "import-official":
+            from pipelines.import_official import OfficialFiles, import_official
+
+            files = OfficialFiles(options.model, options.autoencoder, options.refiner)
+            presets = [Path(options.config or "configs/shapes.yaml").parent, Path("configs")]
+            return lambda session: import_official(config, session, files, presets)
         case "evaluate":
-            from pipelines.evaluate import evaluate as function
+            from pipelines.evaluate import evaluate
+
+            return lambda session: evaluate(config, session, options.refine)
         case "inspect":
             from pipelines.inspect_store import inspect_store
 
@@ -151,6 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--restart", action="store_true", help="train anew; the old training is set aside")
         command.add_argument(
+            "--download",
+            action="store_true",
+            default=os.environ.get("DOWNLOAD", "") not in ("", "0"),
+            help="fetch public weights that lack: VGG16 for LPIPS, checked by its sha256; with import-official the "
+            "released models",
+        )
+        command.add_argument(
             "--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the archives"
         )
         command.add_argument(
@@ -165,11 +188,21 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--frames", type=_positive, help="how many frames to predict; default evaluation.horizon"
             )
+        if name in ("sample", "predict", "evaluate"):
+            command.add_argument(
+                "--refine", action="store_true", help="refine predicted frames; trains the refiner first where it lacks"
+            )
         if name == "encode":
             command.add_argument(
                 "--verify", type=_count, nargs="?", const=64, metavar="N",
                 help="write nothing: check all checksums, and encode N frames (64) again and compare",
             )  # fmt: skip
+        if name == "import-official":
+            command.add_argument("--model", type=Path, help="the main model, model.pth")
+            command.add_argument(
+                "--autoencoder", type=Path, help="vqvae.ckpt or vqvae.pth; one that is inside the model wins"
+            )
+            command.add_argument("--refiner", type=Path, help="a refiner's .pth")
         if name == "inspect":
             command.add_argument("store", nargs="?", help="latents/<dataset>.zarr, or a URL")
             command.add_argument("--verify", action="store_true", help="read all of it and check the checksums")

@@ -53,6 +53,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
 
     Stores and videos to measure with are made in a temporary folder and removed.
     """
+    from pipelines.bench_autoencoder import autoencoder_measurements
     from pipelines.bench_encode import encode_measurements
     from pipelines.bench_store import store_measurements
 
@@ -61,6 +62,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     with tempfile.TemporaryDirectory(prefix="river-bench-") as folder:
         sources: list[Callable[[], Iterator[Measurement]]] = [
             lambda: store_measurements(Path(folder), session.device),
+            lambda: autoencoder_measurements(config, session.device),
             lambda: encode_measurements(config, session, Path(folder)),
         ]
         for source in sources:

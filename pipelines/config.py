@@ -24,6 +24,7 @@ from pydantic import (
 from pipelines.errors import UserError
 from pipelines.sizes import parse_size
 from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig, VQGANConfig, VQVAEConfig
+from stage1_autoencoder.refiner_config import RefinerModelConfig, RefinerTrainingConfig
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
@@ -62,6 +63,12 @@ class CacheConfig(_Section):
         "jitter-2, ... (colour, constant over a video); the other splits have identity alone",
     )
     codes: bool = Field(True, description="store the nearest codes beside the latents")
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32",
+        description="of the autoencoder's encoder: tf32 rounds products on a GPU about as fp16 storage rounds latents, "
+        "bf16 rounds them ten times as much",
+    )
+    compile: bool = Field(False, description="torch.compile of the encoder: a minute at the start")
     batch_frames: PositiveInt = Field(
         1,
         description="least number of frames that are handed over to be encoded at once, rounded up to whole batches of "
@@ -88,6 +95,13 @@ class CacheConfig(_Section):
 class FlowConfig(_Section):
     model: VectorFieldConfig = Field(default_factory=VectorFieldConfig)
     training: FlowTrainingConfig = Field(default_factory=FlowTrainingConfig)
+
+
+class RefinerConfig(_Section):
+    """The optional refinement network."""
+
+    model: RefinerModelConfig = Field(default_factory=RefinerModelConfig)
+    training: RefinerTrainingConfig = Field(default_factory=RefinerTrainingConfig)
 
 
 class EvaluationConfig(_Section):
@@ -130,6 +144,7 @@ class RiverConfig(_Section):
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     flow: FlowConfig = Field(default_factory=FlowConfig)
+    refiner: RefinerConfig = Field(default_factory=RefinerConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -141,6 +156,13 @@ class RiverConfig(_Section):
             raise ValueError(
                 f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling "
                 f"factor of autoencoder.model.{self.autoencoder.model.what_downsamples}"
+            )
+        adversarial = self.autoencoder.training.adversarial
+        if adversarial.weight and self.dataset.image_size < adversarial.smallest_side:
+            raise ValueError(
+                f"autoencoder.training.adversarial.layers: {adversarial.layers} layers judge images of at least "
+                f"{adversarial.smallest_side} pixels a side, and dataset.image_size is {self.dataset.image_size}: take "
+                "fewer layers"
             )
         for key, size in (
             ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),

@@ -10,6 +10,7 @@ from latent_cache import IncompleteStoreError, StoreMetadata
 from latent_cache.schema import PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
+from pipelines.frame_encoder import stored_precision
 from pipelines.prepare import open_videos
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import software_versions, write_run_files
@@ -87,8 +88,17 @@ def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[s
             "downsampling": autoencoder.downsampling,
             "latent_channels": autoencoder.config.latent_channels,
             "codes": autoencoder.config.codes,
-        },
+        }
+        | how_computed(config),
         software=software_versions(),
+    )
+
+
+def how_computed(config: RiverConfig) -> dict[str, Any]:
+    """What the latents' last digits depend on besides the weights; nothing where all is as by default."""
+    cache = config.cache
+    return ({} if cache.precision == "fp32" else {"precision": cache.precision}) | (
+        {"compiled": True} if cache.compile else {}
     )
 
 
@@ -102,7 +112,8 @@ def check_layout(config: RiverConfig) -> None:
     """Refuse a complete store that is laid out otherwise than the configuration wants.
 
     Raises:
-        UserError: another dtype, with or without codes, other chunks (where they are asked for); shows both sides.
+        UserError: another dtype or precision, with or without codes, other chunks (where they are asked for); both
+            sides are shown.
     """
     cache, store = config.cache, latent_cache.open(config.store_path)
     changed = [
@@ -110,6 +121,7 @@ def check_layout(config: RiverConfig) -> None:
         for key, there, wanted in (
             ("dtype", store.latents.dtype.name, cache.dtype),
             ("codes", store.codes is not None, cache.codes),
+            ("precision", stored_precision(store.metadata), cache.precision),
             ("chunk_frames", store.latents.chunks[0], cache.chunk_frames or store.latents.chunks[0]),
         )
         if there != wanted

@@ -90,7 +90,9 @@ class ChunkEncoder:
         self.autoencoder = autoencoder
         self.stop_asked, self.closing = stop_asked, False
         side = next(iter(job.splits.values())).dataset.image_size
-        self.frame_encoder = FrameEncoder(autoencoder, device, side)
+        self.frame_encoder = FrameEncoder(
+            autoencoder, device, side, precision=job.cache.precision, compile=job.cache.compile
+        )
         passes = -(-job.cache.batch_frames // self.frame_encoder.frames)
         self.frames_a_batch = passes * self.frame_encoder.frames
         crew = self._crew_in_budget(3 * side**2 * self.frames_a_batch)
@@ -102,7 +104,7 @@ class ChunkEncoder:
         self.progress = threading.Lock()
         self._threads = torch.get_num_threads()
         self._kernels = contextlib.ExitStack()
-        self._kernels.enter_context(exact_kernels())
+        self._kernels.enter_context(exact_kernels(job.cache.precision))
 
     def encode(self, split: str, chunk: ChunkPlan) -> EncodedChunk:
         """Make a chunk and write it.

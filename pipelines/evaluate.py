@@ -15,8 +15,9 @@ from pipelines.metrics import psnr, ssim
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
-from pipelines.sample import describe_sampling, flatten, load_predictor, predict_clips
+from pipelines.sample import decode_clips, describe_sampling, flatten, load_predictor, predict_clips
 from pipelines.train_flow import find_flow, train_flow
+from pipelines.train_refiner import find_refiner, train_refiner
 from stage2_flow.rollout import SamplingPlan
 
 METRICS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {"psnr": (psnr, "dB"), "ssim": (ssim, "")}
@@ -28,18 +29,23 @@ TITLES = {
 }
 
 
-def evaluate(config: RiverConfig, session: Session) -> dict[str, Any]:
+def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dict[str, Any]:
     """Measure the run on the protocol's clips; trains what lacks first. Writes `runs/<name>/evaluation.json`.
+
+    Args:
+        refine: measure refined predictions.
 
     Returns:
         What was written: `{"protocol": {...}, "metrics": {"psnr": {"prediction": .., "per_frame": {..}}, ...}}`.
     """
     train_flow(config, session.for_prerequisites())
+    if refine:
+        train_refiner(config, session.for_prerequisites())
     predictor = load_predictor(config, session)
     clips = load_clips(config, session, config.evaluation.videos)
     result = {
-        "protocol": describe_protocol(config, predictor, clips),
-        "metrics": measure(config, predictor, clips),
+        "protocol": describe_protocol(config, predictor, clips, refine),
+        "metrics": measure(config, predictor, clips, refine),
     }
     path = config.run_path / "evaluation.json"
     path.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -49,7 +55,7 @@ def evaluate(config: RiverConfig, session: Session) -> dict[str, Any]:
     return result
 
 
-def measure(config: RiverConfig, predictor: VideoPredictor, clips: list[Clip]) -> dict[str, Any]:
+def measure(config: RiverConfig, predictor: VideoPredictor, clips: list[Clip], refine: bool = False) -> dict[str, Any]:
     """All metrics of all subjects, averaged over clips (and samples), per predicted frame and over all of them."""
     context, horizon = config.evaluation.context, config.evaluation.horizon
     sums = {(metric, subject): torch.zeros(horizon, dtype=torch.float64) for metric in METRICS for subject in SUBJECTS}
@@ -69,9 +75,10 @@ def measure(config: RiverConfig, predictor: VideoPredictor, clips: list[Clip]) -
     for number in range(config.evaluation.samples):
         latents = predict_clips(predictor, clips, context, horizon, size, number)
         for first in range(0, len(clips), size):
-            truth = torch.stack([clip.frames[context:] for clip in clips[first : first + size]])
-            predicted = predictor.decode_videos(latents[first : first + size, context:])
-            add("prediction", predicted, truth, 1.0 / config.evaluation.samples)
+            batch = clips[first : first + size]
+            truth = torch.stack([clip.frames[context:] for clip in batch])
+            predicted = decode_clips(predictor, batch, latents[first : first + size], context, refine)
+            add("prediction", predicted[:, context:], truth, 1.0 / config.evaluation.samples)
 
     metrics: dict[str, Any] = {}
     for metric in METRICS:
@@ -81,9 +88,11 @@ def measure(config: RiverConfig, predictor: VideoPredictor, clips: list[Clip]) -
     return metrics
 
 
-def describe_protocol(config: RiverConfig, predictor: VideoPredictor, clips: list[Clip]) -> dict[str, Any]:
+def describe_protocol(
+    config: RiverConfig, predictor: VideoPredictor, clips: list[Clip], refine: bool = False
+) -> dict[str, Any]:
     """What must be known to measure the same thing again."""
-    flow = find_flow(config.run_path)
+    flow, refiner = find_flow(config.run_path), find_refiner(config.run_path) if refine else None
     assert flow is not None
     return {
         "dataset": config.dataset.name,
@@ -100,8 +109,10 @@ def describe_protocol(config: RiverConfig, predictor: VideoPredictor, clips: lis
         "frame_step": config.dataset.frame_step,
         "sampling": config.sampling.model_dump(mode="json"),
         "nfe": SamplingPlan.from_config(config.sampling).evaluations,
-        "description": describe_sampling(predictor),
+        "description": describe_sampling(predictor, refine),
         "flow_step": flow.step,
+        "refine": refine,
+        "refiner_step": None if refiner is None else refiner.step,
         "autoencoder_sha256": flow.state["store"]["autoencoder"],
         "store_fingerprint": flow.state["store"]["fingerprint"],
         "device": str(predictor.device),

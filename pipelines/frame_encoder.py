@@ -4,38 +4,51 @@ Kernels for other shapes, and for other numbers of threads, add in other orders.
 fixed shape; whoever calls it on a CPU does so from threads that compute alone (`torch.set_num_threads(1)`).
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latent_cache import StoreMetadata
+from pipelines.packed_convolutions import can_pack, with_packed_convolutions
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.quantizer import Rounded
 from stage1_autoencoder.views import ViewTransform, apply_views
 
 # Pixels that the network sees at once: a CPU is fastest while they stay in its cache, a GPU when there are many.
 PASS_PIXELS = {"cpu": 2**16, "cuda": 2**19}
+# And bytes of a feature map of the first level, on a CPU.
+PASS_BYTES = 2**23
 # Feature maps of the first level that are alive at once while the network encodes.
 LIVE_FEATURE_MAPS = 6
 
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def stored_precision(metadata: StoreMetadata) -> Precision:
+    """In which precision the latents of a store were computed; fp32 leaves no mark."""
+    return metadata.autoencoder.get("precision", "fp32")
+
 
 @contextmanager
-def exact_kernels() -> Iterator[None]:
-    """Let CUDA choose the same kernels for the same shapes, and multiply in float32, not TF32. For all threads.
+def exact_kernels(precision: Precision = "fp32") -> Iterator[None]:
+    """Let CUDA choose the same kernels for the same shapes, and multiply in TF32 only if asked. For all threads.
 
-    TF32 would cost as many digits as storing latents in fp16 does.
+    TF32 costs as many digits as storing latents in fp16 does.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before, tf32 = torch.get_float32_matmul_precision(), precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)
@@ -56,17 +69,36 @@ class EncodedFrames:
 class FrameEncoder:
     """An autoencoder that encodes batches of one shape. Used by many threads at once, inside `exact_kernels`.
 
+    Args:
+        autoencoder: on `device`; its weights must not change from now on.
+        image_size: side of the frames.
+        precision: fp32; tf32: the same, and `exact_kernels` lets CUDA multiply so; bf16: convolutions and attention in
+            bf16, latents in float32 all the same.
+        compile: have the encoder compiled at its first batch.
+
     Attributes:
-        frames: of a batch, chosen by the pictures' size and the kind of device.
+        frames: of a batch, chosen by the pictures' size, the network's width, and the kind of device.
         memory: bytes that one batch takes while it is encoded, about.
     """
 
-    def __init__(self, autoencoder: Autoencoder, device: torch.device, image_size: int) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        device: torch.device,
+        image_size: int,
+        *,
+        precision: Precision = "fp32",
+        compile: bool = False,
+    ) -> None:
         # Faster than the contiguous layout: by 20 % on the CPU where it was measured.
         self.autoencoder, self.device = autoencoder.to(memory_format=torch.channels_last), device
-        self.frames = max(1, PASS_PIXELS[device.type] // image_size**2)
-        config = autoencoder.config
-        feature_map = 4 * config.full_resolution_channels * image_size**2
+        self.half = precision == "bf16"
+        self.network = _for_inference(self.autoencoder, device, torch.bfloat16 if self.half else torch.float32, compile)
+        feature_map = 4 * autoencoder.config.full_resolution_channels * image_size**2
+        self.frames = PASS_PIXELS[device.type] // image_size**2
+        if device.type == "cpu":
+            self.frames = min(self.frames, PASS_BYTES // feature_map)
+        self.frames = max(1, self.frames)
         self.memory = LIVE_FEATURE_MAPS * feature_map * self.frames
 
     @torch.inference_mode()
@@ -84,7 +116,9 @@ class FrameEncoder:
         filled = torch.from_numpy(frames)[torch.arange(self.frames).clamp(max=count - 1)]
         views = [*views, *[views[-1]] * (self.frames - count)]
         images = apply_views(image_to_unit(filled.to(self.device)), views)
-        latents = self.autoencoder.encode(images.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            latents = self.network.encode(images.contiguous(memory_format=torch.channels_last))
+        latents = latents.float()
         return EncodedFrames(images, latents, self.autoencoder.quantizer.nearest(latents))
 
     @torch.inference_mode()
@@ -98,3 +132,17 @@ class FrameEncoder:
         decoded = self.autoencoder.decode(latent[None])[0].clamp(-1, 1)
         error = ((decoded - image) / 2).square().mean().item()
         return -10 * math.log10(max(error, 1e-10))
+
+
+def _for_inference(autoencoder: Autoencoder, device: torch.device, dtype: torch.dtype, compile: bool) -> Autoencoder:
+    """The autoencoder, or a copy of its encoder that is faster; codes and decoder stay those of the autoencoder."""
+    shared = [autoencoder.decoder, autoencoder.quantizer]
+    if compile:
+        network = copy.deepcopy(autoencoder, {id(part): part for part in shared})
+        # Freezing packs the kernels as below. It takes the weights for constants, so the copy is for this alone.
+        options = {"freezing": True} if device.type == "cpu" else None
+        network.encoder.compile(dynamic=False, options=options)
+        return network
+    if device.type == "cpu" and can_pack(dtype):
+        return with_packed_convolutions(autoencoder, dtype, shared)
+    return autoencoder

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 GREEN, RED, GREY = (46, 204, 113), (231, 76, 60), (150, 150, 150)
 PAPER, INK = (255, 255, 255), (40, 40, 40)
@@ -85,6 +88,45 @@ def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_
             cells = framed(Strip(strip.label, strip.video[columns], int((columns < context).sum()), strip.rest), scale)
             for i, cell in enumerate(cells):
                 page.paste(Image.fromarray(cell), (margin + label_w + i * cell_w, y))
+    return page
+
+
+def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, columns: int = 8) -> Image.Image:
+    """Images, what an autoencoder made of them, and four times the difference, below each other.
+
+    Args:
+        truth, reconstructed: [n, 3, h, w] in [-1, 1].
+        title: what the page shows.
+        columns: images beside each other; more go below.
+    """
+    # In [-1, 1], 0 of a difference is black.
+    difference = 4 * (reconstructed - truth).abs() - 1
+    rows = {"image": truth, "reconstruction": reconstructed, "4 x difference": difference}
+    pixels = {
+        name: rearrange(images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8), "n c h w -> n h w c").numpy()
+        for name, images in rows.items()
+    }
+    n, h, w, _ = pixels["image"].shape
+    scale = max(1, round(SMALLEST_SIDE / w))
+    cell_h, cell_w, margin, label_w = h * scale + 2, w * scale + 2, 12, 104
+    blocks = -(-n // columns)
+    head = LABEL_HEIGHT + 14
+    block = len(rows) * cell_h + 10
+    page = Image.new(
+        "RGB", (2 * margin + label_w + min(n, columns) * cell_w, 2 * margin + head + blocks * block), PAPER
+    )
+    draw = ImageDraw.Draw(page)
+    draw.text((margin, margin), title, fill=INK, font=_font(14))
+    for number in range(n):
+        x = margin + label_w + number % columns * cell_w
+        top = margin + head + number // columns * block
+        for row, images in enumerate(pixels.values()):
+            cell = images[number].repeat(scale, axis=0).repeat(scale, axis=1)
+            page.paste(Image.fromarray(cell), (x, top + row * cell_h))
+    for number in range(blocks):
+        for row, name in enumerate(pixels):
+            y = margin + head + number * block + row * cell_h + cell_h // 2 - 7
+            draw.text((margin, y), name, fill=INK, font=_font(12))
     return page
 
 

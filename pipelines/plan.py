@@ -5,7 +5,8 @@ import torch
 import latent_cache
 from latent_cache import StoreError
 from pipelines.config import RiverConfig
-from pipelines.train_autoencoder import find_autoencoder
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.runs import describe_progress, is_imported
 from pipelines.train_flow import find_flow
 from stage1_autoencoder.families import build_autoencoder
 from stage2_flow.vector_field import VectorField
@@ -26,11 +27,13 @@ def describe_plan(config: RiverConfig) -> str:
             )
     except StoreError as error:
         store = f"in the way: {error}"
+    # How far the training is, not which of its checkpoints is the best.
+    trained = CheckpointFolder(config.run_path / "autoencoder" / "checkpoints").latest()
     return "\n".join(
         [
             f"autoencoder  {autoencoder.parameter_count / 1e6:.1f} M parameters, frames {config.dataset.image_size}x"
             f"{config.dataset.image_size} -> latents {config.autoencoder.model.latent_channels}x{side}x{side}; "
-            + _progress(find_autoencoder(config.run_path), config.autoencoder.training.steps),
+            + _progress(trained, config.autoencoder.training.steps),
             f"store        {config.store_path}: {store}",
             f"flow         {field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens; "
             + _progress(find_flow(config.run_path), config.flow.training.steps),
@@ -38,6 +41,8 @@ def describe_plan(config: RiverConfig) -> str:
     )
 
 
-def _progress(checkpoint: object, steps: int) -> str:
+def _progress(checkpoint: Checkpoint | None, steps: int) -> str:
+    if checkpoint is not None and is_imported(checkpoint):
+        return describe_progress(checkpoint)
     done = 0 if checkpoint is None else checkpoint.step
     return f"{done} of {steps} steps done"

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
+from pipelines.refine import refine_frames
 from pipelines.runtime.progress import progress
 from pipelines.runtime.session import resolve_device
 from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.train_flow import find_flow, load_trained_field
+from pipelines.train_refiner import find_refiner, load_trained_refiner
 from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws, known_frames, make_draws
 from stage2_flow.config import SamplingConfig
 from stage2_flow.rollout import SamplingPlan, generate_latents
@@ -40,6 +43,8 @@ class VideoPredictor:
         standardization: between the raw latents of the autoencoder and the final latents of the field.
         sampling: the defaults of every prediction.
         fps: frames a second of the videos it was trained on.
+        refiner: on the device, used only where it is asked for; None: there is none.
+        no_refiner: why there is none, and the way out.
     """
 
     autoencoder: Autoencoder
@@ -48,13 +53,17 @@ class VideoPredictor:
     sampling: SamplingConfig
     fps: float
     device: torch.device
+    refiner: RCAN | None = None
+    no_refiner: str = "this predictor was made without a refiner: pass refiner=..., or train one for a run"
 
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "auto") -> "VideoPredictor":
         """Load the newest checkpoints of a run folder; averaged weights where there are any.
 
+        A refiner that was trained for another autoencoder is left out: who asks for it is told.
+
         Args:
-            run: for example `runs/kth`, with `autoencoder/`, `flow/` and `config.yaml`.
+            run: for example `runs/kth`, with `autoencoder/`, `flow/`, `config.yaml`, and `refiner/` if there is one.
             device: `auto`, `cpu`, `cuda`.
         Raises:
             UserError: something of it is missing, or its flow was trained on another autoencoder's latents.
@@ -78,6 +87,7 @@ class VideoPredictor:
                 "(`encode --overwrite`, `train-flow --restart`), or bring the old autoencoder back"
             )
         statistics = flow.state["standardization"]
+        refiner, no_refiner = _find_refiner(run, here, device)
         return cls(
             autoencoder=autoencoder,
             vector_field=load_trained_field(flow, device),
@@ -87,6 +97,8 @@ class VideoPredictor:
             sampling=parse_config(values, f"{run}/config.yaml").sampling,
             fps=flow.state["fps"],
             device=device,
+            refiner=refiner,
+            no_refiner=no_refiner,
         )
 
     def sampling_with(self, changes: Mapping[str, Any] | SamplingConfig | None) -> SamplingConfig:
@@ -113,6 +125,7 @@ class VideoPredictor:
         *,
         sampling: Mapping[str, Any] | SamplingConfig | None = None,
         keys: Sequence[tuple[int, int]] | None = None,
+        refine: bool = False,
         verbose: bool = False,
     ) -> Tensor:
         """Continue videos.
@@ -123,13 +136,16 @@ class VideoPredictor:
             num_frames: frames to predict.
             sampling: options that differ from the run's, such as {"steps": 20, "warm_start": 0.3}.
             keys: (video, sample) of each row, which decide its random draws; default (row, 0).
+            refine: apply the refiner to the predicted frames; what is predicted in latent space stays the same.
             verbose: show a progress bar.
         Returns:
             [b, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then the
             prediction.
         Raises:
-            UserError: images of another shape or range.
+            UserError: images of another shape or range; `refine` without a refiner.
         """
+        if refine:
+            self.check_refiner()
         if images.ndim != 5 or images.shape[2] != 3:
             raise UserError(f"images must be [b, n, 3, h, w], not {list(images.shape)}")
         if 0 in images.shape or not images.is_floating_point():
@@ -145,7 +161,7 @@ class VideoPredictor:
         except ValueError as error:
             raise UserError(str(error)) from None
         latents = self.generate_latents(context, num_frames, sampling=sampling, keys=keys, verbose=verbose)
-        return self.decode_videos(latents)
+        return self.decode_refined(latents, images) if refine else self.decode_videos(latents)
 
     def generate_latents(
         self,
@@ -218,12 +234,57 @@ class VideoPredictor:
         latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
         return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
 
-    @torch.inference_mode()
     def decode_videos(self, latents: Tensor) -> Tensor:
         """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1]."""
+        return self._decode(latents).clamp(-1, 1)
+
+    def decode_refined(self, latents: Tensor, context: Tensor) -> Tensor:
+        """Decode videos as `decode_videos`, and refine what follows the context.
+
+        Args:
+            latents: [b, n + k, c, h, w] raw latents of context and prediction.
+            context: [b, n, 3, h f, w f] in [-1, 1], the real frames that were given; n >= 1.
+        Returns:
+            [b, n + k, 3, h f, w f] in [-1, 1]: reconstructions of the context, then refined frames.
+        Raises:
+            UserError: there is no refiner.
+        """
+        refiner, given = self.check_refiner(), context.shape[1]
+        decoded = self._decode(latents)
+        refined = refine_frames(refiner, context[:, -1], decoded[:, given:])
+        return torch.cat([decoded[:, :given].clamp(-1, 1), refined], 1)
+
+    def check_refiner(self) -> RCAN:
+        """The refiner.
+
+        Raises:
+            UserError: there is none, and why.
+        """
+        if self.refiner is None:
+            raise UserError(self.no_refiner)
+        return self.refiner
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> Tensor:
+        """As `decode_videos`, not clamped."""
         frames = rearrange(latents, "b n c h w -> (b n) c h w")
         images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
-        return rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents)).clamp(-1, 1)
+        return rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
+
+
+def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> tuple[RCAN | None, str]:
+    """The refiner of a run, or None and why there is none to use."""
+    found = find_refiner(run)
+    if found is None:
+        return None, f"{run}/refiner/checkpoints holds no checkpoint; `make train-refiner` makes one"
+    trained_for = found.state["autoencoder"]
+    if trained_for != autoencoder_digest:
+        return None, (
+            f"{found.path} was trained for autoencoder {trained_for[:12]}..., but {run}/autoencoder is "
+            f"{autoencoder_digest[:12]}...: train it anew (`train-refiner --restart`), or bring the old autoencoder "
+            "back"
+        )
+    return load_trained_refiner(found, device), ""
 
 
 def to_video(frames: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
 from pipelines.train_flow import find_flow, train_flow
+from pipelines.train_refiner import find_refiner, train_refiner
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_video
 from stage2_flow.rollout import SamplingPlan
@@ -23,8 +25,8 @@ from stage2_flow.rollout import SamplingPlan
 SHEET_CLIPS = 8
 
 
-def sample(config: RiverConfig, session: Session, videos: int = SHEET_CLIPS) -> Path:
-    """Predict clips of the protocol's split; trains what lacks first.
+def sample(config: RiverConfig, session: Session, videos: int = SHEET_CLIPS, refine: bool = False) -> Path:
+    """Predict clips of the protocol's split; trains what lacks first, with `refine` also the refiner.
 
     Writes to `runs/<name>/samples`: `contact_sheet.png`, `overview.gif`, a GIF and an MP4 a clip, and
     `predictions.safetensors` with the raw latents [clip, context + horizon, c, h, w].
@@ -33,14 +35,17 @@ def sample(config: RiverConfig, session: Session, videos: int = SHEET_CLIPS) -> 
         The folder of the samples.
     """
     train_flow(config, session.for_prerequisites())
+    if refine:
+        train_refiner(config, session.for_prerequisites())
     predictor = load_predictor(config, session)
     clips = load_clips(config, session, videos)
     context, horizon = config.evaluation.context, config.evaluation.horizon
-    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted, {describe_sampling(predictor)}")
+    how = describe_sampling(predictor, refine)
+    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted, {how}")
     latents = predict_clips(predictor, clips, context, horizon, config.evaluation.batch_size, sample_number=0)
-    frames = predictor.decode_videos(latents)
+    frames = decode_clips(predictor, clips, latents, context, refine)
     folder = config.run_path / "samples"
-    write_samples(folder, config, predictor, clips, frames)
+    write_samples(folder, config, predictor, clips, frames, refine)
     save_file({"latents": latents.cpu().contiguous()}, folder / "predictions.safetensors")
     say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
     return folder
@@ -53,20 +58,14 @@ def load_predictor(config: RiverConfig, session: Session) -> VideoPredictor:
         SamplingPlan.from_config(config.sampling)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return VideoPredictor(
-        autoencoder=predictor.autoencoder,
-        vector_field=predictor.vector_field,
-        standardization=predictor.standardization,
-        sampling=config.sampling,
-        fps=predictor.fps,
-        device=predictor.device,
-    )
+    return replace(predictor, sampling=config.sampling)
 
 
-def describe_sampling(predictor: VideoPredictor) -> str:
+def describe_sampling(predictor: VideoPredictor, refine: bool = False) -> str:
     """One phrase on how frames are integrated, for people."""
     plan = SamplingPlan.from_config(predictor.sampling)
-    return f"{plan.solver.name}, {plan.evaluations} evaluations a frame, warm start {plan.warm_start:g}"
+    refined = ", refined" if refine else ""
+    return f"{plan.solver.name}, {plan.evaluations} evaluations a frame, warm start {plan.warm_start:g}{refined}"
 
 
 def predict_clips(
@@ -84,8 +83,26 @@ def predict_clips(
     return torch.cat(parts)
 
 
+def decode_clips(
+    predictor: VideoPredictor, clips: list[Clip], latents: torch.Tensor, context: int, refine: bool
+) -> torch.Tensor:
+    """Frames [clips, context + horizon, 3, h, w] of `predict_clips`' latents; with `refine` predicted ones are refined.
+
+    Raises:
+        UserError: `refine` without a refiner.
+    """
+    if not refine:
+        return predictor.decode_videos(latents)
+    return predictor.decode_refined(latents, torch.stack([clip.frames[:context] for clip in clips]))
+
+
 def write_samples(
-    folder: Path, config: RiverConfig, predictor: VideoPredictor, clips: list[Clip], frames: torch.Tensor
+    folder: Path,
+    config: RiverConfig,
+    predictor: VideoPredictor,
+    clips: list[Clip],
+    frames: torch.Tensor,
+    refine: bool = False,
 ) -> None:
     """Write contact sheet, overview and one GIF and MP4 a clip."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +113,7 @@ def write_samples(
     rows = [(clip.name, clip_strips(truth[i], predicted[i], context)) for i, clip in enumerate(clips)]
     title = (
         f"{config.dataset.name}, {config.evaluation.split} split: {context} frames given, {config.evaluation.horizon} "
-        f"predicted ({describe_sampling(predictor)})"
+        f"predicted ({describe_sampling(predictor, refine)})"
     )
     shown = rows[:SHEET_CLIPS]
     contact_sheet(shown, title).save(folder / "contact_sheet.png")
@@ -111,6 +128,7 @@ def write_samples(
         "context": context,
         "horizon": config.evaluation.horizon,
         "sampling": config.sampling.model_dump(mode="json"),
+        "refine": refine,
     }
     (folder / "samples.json").write_text(json.dumps(protocol, indent=1), encoding="utf-8")
 
@@ -126,7 +144,9 @@ def _remove_former(folder: Path) -> None:
             (folder / f"{file_name(name)}.{ending}").unlink(missing_ok=True)
 
 
-def predict(config: RiverConfig, session: Session, video: Path, frames: int | None) -> Path:
+def predict(
+    config: RiverConfig, session: Session, video: Path, frames: int | None = None, refine: bool = False
+) -> Path:
     """Continue any video file: its last `evaluation.context` frames are the context; trains what lacks first.
 
     Writes `<run>/predictions/<name>.gif`, `.mp4` and `.png`.
@@ -146,16 +166,17 @@ def predict(config: RiverConfig, session: Session, video: Path, frames: int | No
     given = image_to_unit(torch.from_numpy(source.read(0, range(length - context, length))))[None]
     if find_flow(config.run_path) is None:
         train_flow(config, session.for_prerequisites())
+    if refine and find_refiner(config.run_path) is None:
+        train_refiner(config, session.for_prerequisites())
     predictor = load_predictor(config, session)
-    say(f"predict: {video}: last {context} frames given, {horizon} predicted, {describe_sampling(predictor)}")
-    predicted = to_video(predictor.generate_frames(given, horizon, verbose=True))[0]
+    say(f"predict: {video}: last {context} frames given, {horizon} predicted, {describe_sampling(predictor, refine)}")
+    predicted = to_video(predictor.generate_frames(given, horizon, refine=refine, verbose=True))[0]
     folder = config.run_path / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     strips = [Strip("prediction", predicted, context, RED)]
     stem = file_name(video.stem)
-    contact_sheet([(video.name, strips)], f"{video.name}: {context} frames given, {horizon} predicted").save(
-        folder / f"{stem}.png"
-    )
+    title = f"{video.name}: {context} frames given, {horizon} predicted{', refined' if refine else ''}"
+    contact_sheet([(video.name, strips)], title).save(folder / f"{stem}.png")
     shown = animation([(video.name, strips)])
     save_gif(folder / f"{stem}.gif", shown, fps)
     save_mp4(folder / f"{stem}.mp4", shown, fps)

@@ -9,13 +9,20 @@ import torch
 import latent_cache
 from latent_cache import FlowBatch, LatentCache, Sampler, open_sampler, step_generator
 from pipelines.config import RiverConfig, differences
-from pipelines.encode import ensure_store
+from pipelines.encode import ensure_store, store_is_complete
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.learner import Learner
 from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.progress import duration, progress, say, warn
-from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
+from pipelines.runtime.runs import (
+    describe_progress,
+    is_imported,
+    only_training_of,
+    resumable_checkpoint,
+    training_identity,
+    write_run_files,
+)
 from pipelines.runtime.session import Session
 from pipelines.runtime.signals import StopRequest
 from stage2_flow.config import VectorFieldConfig
@@ -45,6 +52,10 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
     checkpoints, found = resumable_checkpoint(
         folder, identity, keep=training.keep_checkpoints, restart=session.restart, what="flow"
     )
+    if found is not None and is_imported(found):  # it was trained elsewhere, on no store of ours
+        _warn_of_another_store(found, config.store_path)
+        say(f"flow: done, {describe_progress(found)}, {found.path}")
+        return found
     finished = found is not None and found.step >= training.steps
     if finished and not config.store_path.exists():
         say(f"flow: done, {found.step} steps, {found.path} (its store is not here)")
@@ -245,6 +256,19 @@ def _check_same_store(checkpoint: Checkpoint, cache: LatentCache) -> None:
         f"{checkpoint.path} was trained on another store than {cache.url} is now:\n  {changed}\n"
         "train anew with `train-flow --restart` (the old run is set aside), or bring the old store back"
     )
+
+
+def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
+    """An imported flow predicts without a store; one that is there should have been encoded by its autoencoder."""
+    if not store_is_complete(store):
+        return
+    theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], imported.state["store"]["autoencoder"]
+    if theirs != ours:
+        warn(
+            f"flow: {store} was encoded by autoencoder {theirs[:12]}..., and {imported.path} knows latents of "
+            f"{ours[:12]}...: encode again with the imported one (`encode --overwrite`), or train a flow on this store "
+            "(`train-flow --restart`; the imported one is set aside)"
+        )
 
 
 def _validation_batch(config: RiverConfig, cache: LatentCache, device: torch.device) -> FlowBatch | None:

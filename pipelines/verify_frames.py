@@ -12,7 +12,7 @@ import torch
 
 from latent_cache import CorruptStoreError, LatentCache
 from latent_cache.chunks import FrameReader
-from pipelines.frame_encoder import FrameEncoder, exact_kernels
+from pipelines.frame_encoder import FrameEncoder, exact_kernels, stored_precision
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 from stage1_autoencoder.views import ViewTransform, view_transform
@@ -22,6 +22,8 @@ from stage1_autoencoder.views import ViewTransform, view_transform
 # 0.13 % at most, convolutions that round as TF32 does 0.3 %, as bf16 does 1.9 %; another frame or its mirror image
 # from 95 %, contrast that is 2 % lower 2 %.
 LATENT_TOLERANCE = 0.01
+# Where both sides round as bf16 does, each in its own order.
+BF16_TOLERANCE = 0.05
 # Of squared distances to codes, in units of the squares that they are differences of: fp32 with room.
 DISTANCE_TOLERANCE = 1e-5
 
@@ -120,14 +122,16 @@ class FrameVerifier:
     ) -> None:
         self.splits, self.autoencoder = splits, autoencoder
         self.rows = {split: {video.id: i for i, video in enumerate(s.videos)} for split, s in splits.items()}
-        self.frame_encoder = FrameEncoder(autoencoder, device, next(iter(splits.values())).dataset.image_size)
+        self.precision = stored_precision(caches[0].metadata)
+        side = next(iter(splits.values())).dataset.image_size
+        self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision)
         self.stored = {cache.split: _Stored(cache) for cache in caches}
         self.dtype = getattr(torch, caches[0].latents.dtype.name)
         self.encoders = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
 
     def check(self, drawn: Sequence[DrawnFrame]) -> Iterator[FrameCheck]:
         """Check frames, which are in the order of `draw_frames`; each video is decoded once."""
-        with exact_kernels():
+        with exact_kernels(self.precision):
             yield from self._check(drawn)
 
     def _check(self, drawn: Sequence[DrawnFrame]) -> Iterator[FrameCheck]:
@@ -191,7 +195,8 @@ class FrameVerifier:
             stored_latents, stored_codes = self.stored[frame.cache.split].read(frame.place)
         except CorruptStoreError as error:
             return FrameCheck(frame.video, compared=False, problem=f"{frame}: could not be compared: {error}")
-        deviation = latent_deviation(fresh.rounded, stored_latents, frame.cache.std)
+        tolerance = BF16_TOLERANCE if self.precision == "bf16" else LATENT_TOLERANCE
+        deviation = latent_deviation(fresh.rounded, stored_latents, frame.cache.std, tolerance)
         bad_codes = np.zeros(fresh.codes.shape, bool)
         if stored_codes is not None:
             bad_codes = self._unexplained_codes(fresh, stored_latents, stored_codes)
@@ -226,20 +231,23 @@ class FrameVerifier:
         return outside | (to_stored**2 - to_nearest**2 > allowed)
 
 
-def latent_deviation(latents: np.ndarray, stored: np.ndarray, std: np.ndarray) -> float:
+def latent_deviation(
+    latents: np.ndarray, stored: np.ndarray, std: np.ndarray, tolerance: float = LATENT_TOLERANCE
+) -> float:
     """Rms deviation of a frame's latents, in units of what is tolerated.
 
     Args:
         latents: [c, h, w] as they came out now.
         stored: [c, h, w] in the dtype of the store.
         std: [c] of the store.
+        tolerance: as a share of `std`.
     Returns:
         >= 0; above 1 they are wrong. Infinite where the latents are not finite.
     """
     theirs = stored.astype(np.float64)
     rounding = np.finfo(stored.dtype).eps * np.sqrt(np.square(theirs).mean(axis=(1, 2)))
     # A constant channel of zeros tolerates what a float32 of size 1 does.
-    tolerated = LATENT_TOLERANCE * std + rounding + np.finfo(np.float32).eps
+    tolerated = tolerance * std + rounding + np.finfo(np.float32).eps
     relative = (latents.astype(np.float64) - theirs) / tolerated[:, None, None]
     deviation = float(np.sqrt(np.square(relative).mean()))
     return deviation if np.isfinite(deviation) else float("inf")

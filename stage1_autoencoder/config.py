@@ -82,7 +82,8 @@ class VQGANConfig(_Sizes):
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("preset") in VQGAN_PRESETS:
-            return VQGAN_PRESETS[values["preset"]] | values
+            values = dict(values)
+            return VQGAN_PRESETS[values.pop("preset")] | values
         return values
 
     @property
@@ -178,10 +179,15 @@ class AdversarialConfig(_Settings):
     warm_in: NonNegativeInt = Field(
         0, description="steps over which the weight rises to its full value after the start"
     )
-    learning_rate: PositiveFloat | None = Field(None, description="of the discriminator; null: the autoencoder's")
+    learning_rate: PositiveFloat = Field(1e-4, description="of the discriminator's AdamW; same course as the other")
     betas: tuple[float, float] = (0.5, 0.9)
     filters: PositiveInt = 64
-    layers: PositiveInt = 3
+    layers: PositiveInt = Field(3, description="how often the discriminator halves the side")
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels that an image must have along each side: the map halves `layers` times and then loses 1 twice."""
+        return 3 * 2**self.layers
 
 
 class AutoencoderTrainingConfig(_Settings):
@@ -226,6 +232,8 @@ class AutoencoderTrainingConfig(_Settings):
     keep_checkpoints: PositiveInt = 2
     validate_every: PositiveInt = 2000
     validation_frames: PositiveInt = 128
-    best_by: Literal["psnr", "ssim", "lpips"] | None = Field(
-        None, description="which checkpoint counts as the best; null: lpips where perceptual: lpips, else psnr"
+    best_by: Literal["auto", "psnr", "ssim", "lpips", "last"] = Field(
+        "auto",
+        description="which checkpoint `encode` takes; auto: by lpips with a perceptual loss, else by psnr, but the "
+        "last one of adversarial training",
     )

@@ -8,6 +8,7 @@ Everything is a function of (seed, step), so that a resumed run sees the same ba
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,14 @@ from stage1_autoencoder.videos.base import BrokenVideoError, VideoError, VideoSo
 REPEATS = 4
 # Fewer frames of more videos make better batches; more frames of one video save decoding.
 LEAST_FRAMES_PER_VIDEO = 16
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Decoded frames [n, h, w, 3] uint8, and (video, position in it) [n, 2] of each."""
+
+    frames: np.ndarray
+    origins: np.ndarray
 
 
 class FramePool:
@@ -54,27 +63,41 @@ class FramePool:
             self.steps_per_round = max(1, self.frames_per_round * REPEATS // batch_size)
         self._executor = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         self._next = ThreadPoolExecutor(max_workers=1, thread_name_prefix="round")
-        self._rounds: dict[int, Future[np.ndarray]] = {}
+        self._rounds: dict[int, Future[_Round]] = {}
         self.last_round = (steps - 1) // self.steps_per_round
 
-    def batch(self, step: int) -> np.ndarray:
-        """The frames of a step: [batch_size, h, w, 3] uint8."""
+    def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """The frames of a step, or some rows of them: [batch_size, h, w, 3] uint8."""
+        pool = self._round(step)
+        return pool.frames[self._chosen(step, pool)[rows]]
+
+    def describe(self, step: int, most: int = 4) -> str:
+        """Which frames of which videos a step was given, for messages."""
+        pool = self._round(step)
+        origins = pool.origins[self._chosen(step, pool)]
+        names = [f"{self.source.videos[video].id} frame {position}" for video, position in origins[:most]]
+        more = f" and {len(origins) - most} more" if len(origins) > most else ""
+        return f"a batch of {', '.join(names)}{more}"
+
+    def _chosen(self, step: int, pool: "_Round") -> np.ndarray:
+        # Sampling with replacement inside the pool keeps a batch a function of the step alone.
+        return np.random.default_rng([self.seed, step, 1]).integers(len(pool.frames), size=self.batch_size)
+
+    def _round(self, step: int) -> "_Round":
+        """The round that a step is served from; the next one is decoded meanwhile."""
         number = step // self.steps_per_round
         for wanted in (number, number + 1):
             if wanted not in self._rounds and wanted <= self.last_round:
                 self._rounds[wanted] = self._next.submit(self._decode_round, wanted)
         for old in [n for n in self._rounds if n < number]:
             del self._rounds[old]
-        pool = self._rounds[number].result()
-        # Sampling with replacement inside the pool keeps a batch a function of the step alone.
-        chosen = np.random.default_rng([self.seed, step, 1]).integers(len(pool), size=self.batch_size)
-        return pool[chosen]
+        return self._rounds[number].result()
 
     def close(self) -> None:
         self._next.shutdown(wait=False, cancel_futures=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _decode_round(self, number: int) -> np.ndarray:
+    def _decode_round(self, number: int) -> "_Round":
         """Decode the frames of a round: videos in a drawn order, frames drawn uniformly inside each."""
         generator = np.random.default_rng([self.seed, number, 0])
         wanted = self.frames_per_round
@@ -90,17 +113,19 @@ class FramePool:
             for video, take in zip(order, takes, strict=True)
         ]
         size = self.source.dataset.image_size
-        pool = np.empty((sum(len(positions) for _, positions in picks), size, size, 3), np.uint8)
+        total = sum(len(positions) for _, positions in picks)
+        pool, origins = np.empty((total, size, size, 3), np.uint8), np.empty((total, 2), np.int64)
         count = 0
-        for result in self._executor.map(self._read, picks):
+        for (video, positions), result in zip(picks, self._executor.map(self._read, picks), strict=True):
             if isinstance(result, BrokenVideoError):
                 self.on_broken(result)
             else:
                 pool[count : count + len(result)] = result
+                origins[count : count + len(result), 0], origins[count : count + len(result), 1] = video, positions
                 count += len(result)
         if not count:
             raise VideoError(f"none of the {len(picks)} training videos drawn could be decoded")
-        return pool[:count]
+        return _Round(pool[:count], origins[:count])
 
     def _read(self, pick: tuple[int, np.ndarray]) -> np.ndarray | BrokenVideoError:
         try:

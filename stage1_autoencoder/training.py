@@ -1,49 +1,124 @@
-"""One training step of the autoencoder, and the care of its codebook."""
+"""The autoencoder's loss and its gradients in one training step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage1_autoencoder.autoencoder import Autoencoder, Reconstruction
+from stage1_autoencoder.autoencoder import Reconstruction
 from stage1_autoencoder.config import AutoencoderTrainingConfig
+from stage1_autoencoder.discriminator import adaptive_weight, generator_loss, hinge_loss
 
 
 @dataclass(frozen=True)
-class AutoencoderLoss:
-    """Terms of the loss, each a scalar.
+class ReconstructionLoss:
+    """How far a reconstruction is from its images; scalars.
 
     Attributes:
-        total: what is differentiated.
-        l1, l2: mean absolute and mean squared error of the reconstruction in [-1, 1].
-        codebook: codebook term + commitment * commitment term.
+        total: the weighted sum.
+        l1, l2: mean absolute and mean squared error in [-1, 1].
+        perceptual: mean LPIPS; None without a perceptual network.
     """
 
     total: Tensor
     l1: Tensor
     l2: Tensor
-    codebook: Tensor
+    perceptual: Tensor | None
 
 
-def autoencoder_loss(output: Reconstruction, images: Tensor, config: AutoencoderTrainingConfig) -> AutoencoderLoss:
-    """Reconstruction + codebook loss, reduced in fp32.
+def reconstruction_loss(
+    reconstructed: Tensor, images: Tensor, config: AutoencoderTrainingConfig, perceptual: nn.Module | None = None
+) -> ReconstructionLoss:
+    """L1 + L2 + LPIPS by their weights, reduced in fp32.
+
+    Args:
+        reconstructed, images: [b, 3, h, w], about [-1, 1].
+        perceptual: (images, truth) -> [b] distances.
+    """
+    reconstructed, images = reconstructed.float(), images.float()
+    l1 = F.l1_loss(reconstructed, images)
+    l2 = F.mse_loss(reconstructed, images)
+    total = config.l1_weight * l1 + config.l2_weight * l2
+    distance = None
+    if perceptual is not None:
+        distance = perceptual(reconstructed, images).float().mean()
+        total = total + config.perceptual_weight * distance
+    return ReconstructionLoss(total=total, l1=l1, l2=l2, perceptual=distance)
+
+
+def codebook_loss(output: Reconstruction, config: AutoencoderTrainingConfig) -> Tensor:
+    """Codebook term + beta * commitment term.
 
     Beta (`commitment`) stands on the term that moves the encoder, as in van den Oord et al. 2017, Eq. 3; taming's
     "legacy" loss has it on the other.
+    """
+    return output.codebook_loss + config.commitment * output.commitment_loss
+
+
+def backward(
+    output: Reconstruction,
+    images: Tensor,
+    config: AutoencoderTrainingConfig,
+    *,
+    last_layer: nn.Parameter,
+    perceptual: nn.Module | None = None,
+    discriminator: nn.Module | None = None,
+    adversarial_weight: float = 0.0,
+    average: Callable[[Tensor], None] = lambda _: None,
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """Add the loss's gradients to the parameters' (Esser et al. 2021, Eq. 6 and 7).
+
+    The loss is reconstruction + codebook + w * adversarial_weight * adversarial, where w is the ratio of the gradients
+    that reconstruction and adversarial term have at the last layer. Gradients are taken at the reconstructed images
+    first: so the perceptual network and the discriminator are gone through backwards once, and the ratio costs no more
+    than two convolutions.
 
     Args:
         output: the pass through the autoencoder.
         images: [b, 3, h, w] in [-1, 1].
+        last_layer: the kernel of the convolution that makes the images.
+        perceptual: see `reconstruction_loss`.
+        discriminator: images [b, 3, h, w] to logits; gets no gradients.
+        adversarial_weight: 0 leaves the discriminator out.
+        average: averages the gradients at the last layer over processes, in place.
+        scale: of all gradients; one over the number of parts of a batch.
+    Returns:
+        Scalar terms for the log: `loss` is what the gradients are of.
     """
-    reconstructed, images = output.images.float(), images.float()
-    l1 = F.l1_loss(reconstructed, images)
-    l2 = F.mse_loss(reconstructed, images)
-    codebook = output.codebook_loss + config.commitment * output.commitment_loss
-    total = config.l1_weight * l1 + config.l2_weight * l2 + config.codebook_weight * codebook
-    return AutoencoderLoss(total=total, l1=l1, l2=l2, codebook=codebook)
+    reconstructed = output.images.detach().float().requires_grad_()
+    reconstruction = reconstruction_loss(reconstructed, images, config, perceptual)
+    (gradient,) = torch.autograd.grad(reconstruction.total, reconstructed)
+    codebook = codebook_loss(output, config)
+    terms = {
+        "loss": reconstruction.total.detach() + config.codebook_weight * codebook.detach(),
+        "l1": reconstruction.l1.detach(),
+        "l2": reconstruction.l2.detach(),
+        "codebook": codebook.detach(),
+    }
+    if reconstruction.perceptual is not None:
+        terms["perceptual"] = reconstruction.perceptual.detach()
+    if discriminator is not None and adversarial_weight > 0:
+        adversarial = generator_loss(discriminator(reconstructed))
+        (adversarial_gradient,) = torch.autograd.grad(adversarial, reconstructed)
+        at_last_layer = []
+        for part in (gradient, adversarial_gradient):
+            (kernel,) = torch.autograd.grad(output.images, last_layer, part.to(output.images.dtype), retain_graph=True)
+            kernel = kernel.float()
+            average(kernel)
+            at_last_layer.append(kernel)
+        ratio = adaptive_weight(*at_last_layer)
+        gradient = gradient + adversarial_weight * ratio * adversarial_gradient
+        terms["loss"] = terms["loss"] + adversarial_weight * ratio * adversarial.detach()
+        terms |= {"adversarial": adversarial.detach(), "adaptive_weight": ratio}
+    torch.autograd.backward(
+        [output.images, config.codebook_weight * codebook],
+        [(scale * gradient).to(output.images.dtype), torch.full_like(codebook, scale)],
+    )
+    return terms
 
 
 def learning_rate_factor(step: int, *, warmup: int, total: int) -> float:
@@ -53,44 +128,18 @@ def learning_rate_factor(step: int, *, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-class CodebookCare:
-    """Keeps codes in use: starts them on encoder outputs, and moves codes that nobody chose to where latents are.
+class DiscriminatorStep(nn.Module):
+    """The discriminator's loss as one module, so that distributed training exchanges its gradients once a step."""
 
-    The counts are part of the training's state (`state`, `load_state`), not of the model.
-    """
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
 
-    def __init__(self, autoencoder: Autoencoder, restart_every: int) -> None:
-        self.quantizer = autoencoder.quantizer
-        self.restart_every = restart_every
-        self.chosen = torch.zeros(
-            self.quantizer.embedding.num_embeddings, device=self.quantizer.embedding.weight.device
-        )
+    def forward(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tell images from reconstructions, both [b, 3, h, w].
 
-    @torch.no_grad()
-    def start(self, latents: Tensor, generator: torch.Generator) -> None:
-        """Put the codes on latent vectors [b, c, h, w] of the first batch, each with a little noise."""
-        self.quantizer.embedding.weight.copy_(self._draw(latents, len(self.chosen), generator))
-
-    @torch.no_grad()
-    def after_step(self, step: int, output: Reconstruction, generator: torch.Generator) -> None:
-        """Count the step's codes; every `restart_every` steps move the unused ones to latents of the batch."""
-        self.chosen += torch.bincount(output.codes.flatten(), minlength=len(self.chosen))
-        if self.restart_every and (step + 1) % self.restart_every == 0:
-            fresh = self._draw(output.latents, len(self.chosen), generator)
-            unused = (self.chosen == 0)[:, None]
-            weight = self.quantizer.embedding.weight
-            weight.copy_(torch.where(unused, fresh, weight))
-            self.chosen.zero_()
-
-    @staticmethod
-    def _draw(latents: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        vectors = rearrange(latents.detach().float(), "b c h w -> (b h w) c")
-        rows = torch.randint(len(vectors), (count,), generator=generator, device=vectors.device)
-        noise = torch.randn(count, vectors.shape[1], generator=generator, device=vectors.device)
-        return vectors[rows] + 0.01 * vectors.std(0, correction=0) * noise
-
-    def state(self) -> dict[str, Tensor]:
-        return {"chosen": self.chosen}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.chosen.copy_(state["chosen"])
+        Returns:
+            Scalars: the hinge loss, and the mean logits of either.
+        """
+        real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
+        return hinge_loss(real, fake), real.detach().float().mean(), fake.detach().float().mean()

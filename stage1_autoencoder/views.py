@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage1_autoencoder.colours import GREY_WEIGHTS, ColourFactors, change_colours
+
 # The jitter with which RIVER was trained on CLEVRER: factors, and a share of the colour circle.
 BRIGHTNESS = (0.9, 1.1)
 CONTRAST = (0.9, 1.1)
 SATURATION = (0.9, 1.1)
 HUE = (-0.25, 0.25)
-
-# ITU-R BT.601 luma of red, green and blue.
-GREY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,7 @@ def views_description(views: Sequence[str]) -> dict[str, Any]:
 def apply_views(images: Tensor, transforms: Sequence[ViewTransform]) -> Tensor:
     """Apply one transform a frame: flip, brightness, contrast, saturation, hue, in this order.
 
-    Factors f blend the picture x in [0, 1] with another one y, to f x + (1 - f) y: brightness with black, contrast with
-    the frame's mean grey, saturation with the grey picture. Hue turns the colour circle of HSV. The result of each step
-    is clamped to [0, 1]. This is torchvision's `ColorJitter` with its order fixed, up to its grey weights' rounding.
+    What the factors and the turn of the hue mean is said at `change_colours`.
 
     Args:
         images: [b, 3, h, w] float in [-1, 1].
@@ -148,47 +145,6 @@ def apply_views(images: Tensor, transforms: Sequence[ViewTransform]) -> Tensor:
 
     dtype = torch.promote_types(images.dtype, torch.float32)
     names = ("brightness", "contrast", "saturation", "hue")
-    brightness, contrast, saturation, hue = (column([getattr(t, name) for t in transforms], dtype) for name in names)
-    pixels = (images.to(dtype) + 1) / 2
-    pixels = (brightness * pixels).clamp(0, 1)
-    pixels = (contrast * pixels + (1 - contrast) * _frame_mean(_grey(pixels))).clamp(0, 1)
-    pixels = (saturation * pixels + (1 - saturation) * _grey(pixels)).clamp(0, 1)
-    pixels = _turn_hue(pixels, hue).clamp(0, 1)
+    factors = ColourFactors(*(column([getattr(t, name) for t in transforms], dtype) for name in names))
     coloured = column([transform.changes_colour for transform in transforms], torch.bool)
-    return torch.where(coloured, (pixels * 2 - 1).to(images.dtype), images)
-
-
-def _grey(pixels: Tensor) -> Tensor:
-    """[b, 3, h, w] to [b, 1, h, w]."""
-    red, green, blue = pixels.split(1, dim=1)
-    return GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue
-
-
-def _frame_mean(grey: Tensor) -> Tensor:
-    """Mean of each frame [b, 1, h, w] in [0, 1], as [b, 1, 1, 1].
-
-    The order in which floats are added changes with the batch, the threads and the device. Integers don't care.
-    """
-    fixed_point = (grey.double() * 2**32).round().long()
-    total = fixed_point.sum((1, 2, 3), keepdim=True).double()
-    return (total / (grey[0].numel() * 2**32)).to(grey.dtype)
-
-
-def _turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of [b, 3, h, w] in [0, 1] at equal saturation and value.
-
-    With the value V = max(R, G, B), the chroma C = V - min(R, G, B) and the hue H in sixths of a turn, a channel is
-    V - C clamp(min(k, 4 - k), 0, 1) where k = (n + H) mod 6 and n = 5, 3, 1 for red, green, blue.
-    """
-    red, green, blue = pixels.split(1, dim=1)
-    value = pixels.amax(1, keepdim=True)
-    chroma = value - pixels.amin(1, keepdim=True)
-    divisor = torch.where(chroma > 0, chroma, 1.0)
-    hue = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    k = hue + 6 * turns + torch.tensor([5.0, 3.0, 1.0], dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
-    k = k - 6 * torch.floor(k / 6)
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    return torch.where(coloured, change_colours(images, factors), images)

@@ -3,6 +3,7 @@
 Module names are those of the public checkpoints, so that `load_state_dict` takes them as they are.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +11,16 @@ from torch.nn import functional as F
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.quantizer import VectorQuantizer
+
+
+def _swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x) of a tensor that nobody else needs: in its own memory where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def _plus(x: Tensor, change: Tensor) -> Tensor:
+    """x + change, in the memory of `change`, which nobody else needs, where no gradient will ask for it."""
+    return x + change if torch.is_grad_enabled() or x.dtype != change.dtype else change.add_(x)
 
 
 def _norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
@@ -30,9 +41,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        h = self.conv1(_swish(self.norm1(x)))
+        h = self.conv2(self.dropout(_swish(self.norm2(h))))
+        return _plus(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x, h)
 
 
 class AttnBlock(nn.Module):
@@ -50,7 +61,7 @@ class AttnBlock(nn.Module):
         normed = self.norm(x)
         q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        return _plus(x, self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2])))
 
 
 class Downsample(nn.Module):
@@ -131,7 +142,7 @@ class Encoder(nn.Module):
             x = _run_level(level, x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(_swish(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -160,7 +171,7 @@ class Decoder(nn.Module):
             x = _run_level(level, x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return F.silu(self.norm_out(x))
+        return _swish(self.norm_out(x))
 
 
 class VQGAN(Autoencoder):

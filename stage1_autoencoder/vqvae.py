@@ -150,4 +150,8 @@ class VQVAE(Autoencoder):
 
 def from_official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The official names of the parameters to ours: they differ in the codebook's alone."""
-    return {key.replace("vector_quantizer.", "quantizer.", 1): value for key, value in state.items()}
+    official = "vector_quantizer."
+    return {
+        f"quantizer.{key.removeprefix(official)}" if key.startswith(official) else key: value
+        for key, value in state.items()
+    }

@@ -8,6 +8,7 @@ from pipelines.official.files import (
     load_pickle,
     read_official,
 )
+from pipelines.official.refiners import load_refiner
 from pipelines.official.vector_fields import load_vector_field
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "autoencoder_state",
     "load_autoencoder",
     "load_pickle",
+    "load_refiner",
     "load_vector_field",
     "read_official",
 ]

@@ -4,44 +4,48 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipelines.official.files import (
+    OfficialCheckpoint,
     OfficialFormatError,
     autoencoder_state,
-    check_state,
     count_blocks,
-    fp32,
+    fill,
     require,
+    unfit,
 )
 from stage1_autoencoder import vqgan, vqvae
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import VQGANConfig, VQVAEConfig
 from stage1_autoencoder.families import build_autoencoder
 
-CUSTOM_VQVAE_PREFIX = "encoder.residuals."
+CUSTOM_VQVAE_PREFIXES = ("encoder.residuals.", "vector_quantizer.")
 # The side that levels with attention are counted from. Any power of two that all levels halve does: shapes don't tell.
 NOMINAL_RESOLUTION = 256
 
 
-def load_autoencoder(path: str | Path) -> Autoencoder:
+def load_autoencoder(path: str | Path, official: OfficialCheckpoint | None = None) -> Autoencoder:
     """Build the autoencoder of any official file, in evaluation mode on the CPU. Its sizes are read off the shapes.
 
     Args:
         path: a Taming autoencoder's `.ckpt`, a custom VQ-VAE's `.pth`, or a main model `.pth` that holds one of them.
+        official: the file's content, where it was read already.
     Raises:
         FileNotFoundError, OfficialFormatError: see `autoencoder_state`; missing, unexpected or misshapen tensors.
     """
-    state = autoencoder_state(path)
-    custom = any(name.startswith(CUSTOM_VQVAE_PREFIX) for name in state)
+    state = autoencoder_state(path, official)
+    custom = any(name.startswith(CUSTOM_VQVAE_PREFIXES) for name in state)
     state = vqvae.from_official_keys(state) if custom else vqgan.from_official_keys(state)
-    config = _vqvae_sizes(path, state) if custom else _vqgan_sizes(path, state)
-    # The autoencoder owns no tensor outside its state dict, so nothing is left on the meta device.
+    try:
+        config = _vqvae_sizes(path, state) if custom else _vqgan_sizes(path, state)
+    except ValidationError as error:
+        raise unfit(path, error) from None
     with torch.device("meta"):
         autoencoder = build_autoencoder(config)
-    check_state(path, autoencoder.state_dict(), state)
-    autoencoder.load_state_dict({name: fp32(tensor) for name, tensor in state.items()}, strict=True, assign=True)
-    return autoencoder.eval()
+    fill(path, autoencoder, state)
+    return autoencoder
 
 
 def _vqgan_sizes(path: str | Path, state: Mapping[str, Tensor]) -> VQGANConfig:
@@ -51,38 +55,35 @@ def _vqgan_sizes(path: str | Path, state: Mapping[str, Tensor]) -> VQGANConfig:
     levels = range(count_blocks(state, "encoder.down"))
     widths = [f"encoder.down.{level}.block.0.conv1.weight" for level in levels]
     require(path, state, widths, ndims=[4] * len(widths))
-    try:
-        return VQGANConfig(
-            channels=channels,
-            channel_multipliers=tuple(_multiple(path, name, state[name].shape[0], channels) for name in widths),
-            blocks=count_blocks(state, "encoder.down.0.block"),
-            decoder_blocks=count_blocks(state, "decoder.up.0.block"),
-            attention_resolutions=tuple(
-                NOMINAL_RESOLUTION // 2**level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in state
-            ),
-            resolution=NOMINAL_RESOLUTION,
-            latent_channels=latent_channels,
-            codes=state["quantizer.embedding.weight"].shape[0],
-            norm_groups=32,
-        )
-    except ValueError as error:
-        raise OfficialFormatError(f"{path} does not fit the official network: {error}") from None
+    return VQGANConfig(
+        channels=channels,
+        channel_multipliers=tuple(_multiple(path, name, state[name].shape[0], channels) for name in widths),
+        blocks=count_blocks(state, "encoder.down.0.block"),
+        decoder_blocks=count_blocks(state, "decoder.up.0.block"),
+        attention_resolutions=tuple(
+            NOMINAL_RESOLUTION // 2**level for level in levels if f"encoder.down.{level}.attn.0.q.weight" in state
+        ),
+        resolution=NOMINAL_RESOLUTION,
+        latent_channels=latent_channels,
+        codes=state["quantizer.embedding.weight"].shape[0],
+        norm_groups=32,
+    )
 
 
 def _vqvae_sizes(path: str | Path, state: Mapping[str, Tensor]) -> VQVAEConfig:
     names = ("encoder.conv_in.weight", "encoder.out_conv.weight", "quantizer.embedding.weight")
     require(path, state, names, ndims=(4, 4, 2))
     channels, latent_channels, codes = (state[name].shape[0] for name in names)
-    try:
-        return VQVAEConfig(
-            channels=channels,
-            levels=count_blocks(state, "encoder.residuals"),
-            latent_channels=latent_channels,
-            codes=codes,
-            norm_groups=32,
+    levels = count_blocks(state, "encoder.residuals")
+    config = VQVAEConfig(channels=channels, levels=levels, latent_channels=latent_channels, codes=codes, norm_groups=32)
+    # Each level doubles the channels: one too many by its number alone could ask for any amount of memory.
+    deepest = state["encoder.out_conv.weight"].shape[1]
+    if channels * 2**levels != deepest:
+        raise OfficialFormatError(
+            f"{path} does not fit the official network; encoder.out_conv.weight takes {deepest} channels, not the "
+            f"{channels} of encoder.conv_in.weight doubled {levels} times, once for each of encoder.residuals"
         )
-    except ValueError as error:
-        raise OfficialFormatError(f"{path} does not fit the official network: {error}") from None
+    return config
 
 
 def _multiple(path: str | Path, name: str, width: int, channels: int) -> int:

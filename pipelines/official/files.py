@@ -1,5 +1,6 @@
 """Read the files of the official code. The one place that opens a pickle, and it runs none of its code."""
 
+import argparse
 import gzip
 import io
 import pickle
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import ValidationError
+from torch import Tensor, nn
 
 from pipelines.errors import UserError
 
@@ -51,7 +53,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
         FileNotFoundError: no such file.
         OfficialFormatError: a truncated or foreign file, pickled objects other than tensors, or unknown keys.
     """
-    content = load_pickle(path)
+    content = load_pickle(path, [argparse.Namespace])  # so that a refiner's file is told by what it holds
     holder = next((key for key in ("model", "state_dict") if isinstance(content, Mapping) and key in content), None)
     if holder is None:
         found = listed(content) if isinstance(content, Mapping) else type(content).__name__
@@ -64,13 +66,15 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     return OfficialCheckpoint(*_split(path, tensors), iterations=iterations if isinstance(iterations, int) else None)
 
 
-def autoencoder_state(path: str | Path) -> dict[str, Tensor]:
+def autoencoder_state(path: str | Path, official: OfficialCheckpoint | None = None) -> dict[str, Tensor]:
     """The autoencoder's state dict of any official file, keys as in the Taming or custom VQ-VAE code.
 
+    Args:
+        official: the file's content, where it was read already.
     Raises:
         FileNotFoundError, OfficialFormatError: see `read_official`; a file without an autoencoder.
     """
-    state = read_official(path).autoencoder
+    state = (official or read_official(path)).autoencoder
     if not state:
         raise OfficialFormatError(f"{path} holds no autoencoder: pass the vqvae.ckpt or vqvae.pth that it came with")
     return state
@@ -127,6 +131,29 @@ def check_state(path: str | Path, expected: Mapping[str, Tensor], found: Mapping
         raise OfficialFormatError(f"{path} does not fit the official network; {described}")
 
 
+def fill(path: str | Path, network: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Give a network on the meta device the tensors of a file, of the types that it has, and put it in evaluation mode.
+
+    Raises:
+        OfficialFormatError: missing, unexpected or misshapen tensors, by name.
+    """
+    expected = network.state_dict()
+    check_state(path, expected, found)
+    # The files may be in half precision. All that a network owns is in its state dict, so nothing is left on meta.
+    tensors = {name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
+    network.load_state_dict(tensors, strict=True, assign=True)
+    network.eval()
+
+
+def unfit(path: str | Path, error: ValidationError) -> OfficialFormatError:
+    """What to raise for sizes that no network of ours has."""
+    problems = [
+        ": ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
+        for problem in error.errors()
+    ]
+    return OfficialFormatError(f"{path} does not fit the official network; {'; '.join(problems)}")
+
+
 def _tensors(path: str | Path, holder: str, state: Any) -> dict[str, Tensor]:
     """The named tensors under `holder`, without the prefix of distributed training."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -154,9 +181,9 @@ def _split(path: str | Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tens
 
 
 def count_blocks(state: Mapping[str, Tensor], name: str) -> int:
-    """One more than the highest block index; a gap shows as missing keys later."""
+    """One more than the highest block index, but no more than there are tensors; a gap shows as missing keys later."""
     indices = [int(found.group(1)) for key in state if (found := re.match(rf"{re.escape(name)}\.(\d+)\.", key))]
-    return max(indices, default=-1) + 1
+    return min(max(indices, default=-1) + 1, len(state))
 
 
 def require(path: str | Path, state: Mapping[str, Tensor], names: Iterable[str], ndims: Iterable[int]) -> None:

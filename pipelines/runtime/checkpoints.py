@@ -53,13 +53,23 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """`<folder>/step_00005000/...` and the pointer `<folder>/latest`."""
+    """`<folder>/step_00005000/...` and the pointers `<folder>/latest` and `<folder>/best`."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, step: int, files: dict[str, Tensors], state: dict[str, Any]) -> Path:
-        """Write to a temporary folder, flush, rename, then move the pointer; a crash leaves the one before in force."""
+    def save(
+        self,
+        step: int,
+        files: dict[str, Tensors],
+        state: dict[str, Any],
+        best: dict[str, float] | None = None,
+    ) -> Path:
+        """Write to a temporary folder, flush, rename, then move the pointers; a crash leaves those before in force.
+
+        Args:
+            best: what was measured, where this is the best checkpoint so far; it is kept until a better one comes.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_crash in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(left_by_a_crash)
@@ -73,6 +83,8 @@ class CheckpointFolder:
                 temporary / f"{name}.safetensors",
             )
         content = {"step": step, "files": sorted(files), **state}
+        if best is not None:
+            content["best"] = best
         (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             _flush(file)
@@ -81,28 +93,60 @@ class CheckpointFolder:
             shutil.rmtree(final)
         temporary.rename(final)
         _flush(self.folder)
-        pointer = self.folder / ".latest.tmp"
-        pointer.write_text(final.name, encoding="utf-8")
-        _flush(pointer)
-        pointer.replace(self.folder / "latest")
+        self._point("latest", final)
+        if best is not None:
+            self._point("best", final)
         # Later steps were passed over as damaged, or training would have gone on from them.
         up_to_here = [path for path in self._all() if path.name <= final.name]
-        for old in [path for path in self._all() if path not in up_to_here[-self.keep :]]:
+        kept = {*up_to_here[-self.keep :], *(path for path in up_to_here if path == self._pointed_at("best"))}
+        for old in [path for path in self._all() if path not in kept]:
             shutil.rmtree(old)
         return final
+
+    def is_best(self, name: str, value: float, *, lowest: bool) -> bool:
+        """Whether a measured number is better than that of the best checkpoint so far."""
+        best = self.best()
+        before = None if best is None else best.state.get("best", {}).get(name)
+        return before is None or (value < before if lowest else value > before)
+
+    def best(self) -> Checkpoint | None:
+        """The best checkpoint; None where none was measured, or where it is damaged (which is said)."""
+        path = self._pointed_at("best")
+        return None if path is None else self._read(path, "the newest one is taken")
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; None when there is none. A damaged newest one is named and passed over."""
         for path in reversed(self._all()):
-            try:
-                state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                int(state["step"])
-                for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
-                    _check_whole(path / f"{name}.safetensors")
-                return Checkpoint(path, _State(state, path))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                warn(f"{path}: not a whole checkpoint ({error}); using the one before")
+            checkpoint = self._read(path, "using the one before")
+            if checkpoint is not None:
+                return checkpoint
         return None
+
+    def _read(self, path: Path, otherwise: str) -> Checkpoint | None:
+        """A whole checkpoint; of another one it is said what is done instead."""
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            int(state["step"])
+            for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
+                _check_whole(path / f"{name}.safetensors")
+            return Checkpoint(path, _State(state, path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warn(f"{path}: not a whole checkpoint ({error}); {otherwise}")
+            return None
+
+    def _point(self, name: str, target: Path) -> None:
+        pointer = self.folder / f".{name}.tmp"
+        pointer.write_text(target.name, encoding="utf-8")
+        _flush(pointer)
+        pointer.replace(self.folder / name)
+
+    def _pointed_at(self, name: str) -> Path | None:
+        """Where a pointer leads; None where it leads nowhere."""
+        try:
+            path = self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return path if path.name.startswith("step_") and path.is_dir() else None
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []

@@ -1,17 +1,29 @@
 """A model while it is trained: its optimizers, its averaged copy, one update, and what resuming needs of them."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.runtime.checkpoints import Checkpoint, Tensors, pack_optimizers, unpack_optimizers
 from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
-from stage1_autoencoder.config import AutoencoderTrainingConfig
-from stage2_flow.config import FlowTrainingConfig
+
+
+class OptimizerSettings(Protocol):
+    """What a training's settings say about updates."""
+
+    optimizer: str
+    learning_rate: float
+    muon_learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    grad_clip: float | None
+    ema_decay: float | None
 
 
 class Learner:
-    """Updates a model by its losses.
+    """Updates a model by its gradients.
 
     Attributes:
         model: what is trained.
@@ -21,17 +33,19 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        settings: AutoencoderTrainingConfig | FlowTrainingConfig,
+        settings: OptimizerSettings,
         never_matrices: list[nn.Parameter],
+        *,
+        name: str = "model",
     ) -> None:
         """Make optimizers and average.
 
         Args:
             model: on its device already.
-            settings: optimizer, learning rates, betas, weight decay, clipping, EMA decay.
             never_matrices: parameters that Muon leaves to AdamW.
+            name: of the file with the weights; others than `model` are in the names of the other files, too.
         """
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.name = model, settings, name
         self.optimizers = build_optimizers(
             model,
             name=settings.optimizer,
@@ -50,31 +64,55 @@ class Learner:
         """What the training delivers: the averaged model where there is one."""
         return self.model if self.average is None else self.average.module
 
-    def update(self, loss: Tensor, factor: float) -> None:
-        """One update by a scalar loss, with `factor` of the full learning rates; does not wait for the device."""
+    def update(self, loss: Tensor, factor: float) -> Tensor:
+        """One update by a scalar loss; see `apply`."""
+        loss.backward()
+        return self.apply(factor)
+
+    def apply(self, factor: float) -> Tensor:
+        """One update by the gradients that are there, with `factor` of the full learning rates.
+
+        With gradients that are not finite nothing is updated. Only Muon on a GPU makes the host wait to know.
+
+        Returns:
+            Scalar bool on the device: whether the gradients were finite.
+        """
         set_learning_rate(self.optimizers, factor)
         self.learning_rate = self.settings.learning_rate * factor
-        loss.backward()
-        if self.settings.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        finite = norm.isfinite()
+        skipping = finite.is_cuda and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers)
+        if skipping:
+            # Fused AdamW looks at this flag on the device, as it does for gradient scaling.
+            for optimizer in self.optimizers:
+                optimizer.found_inf = (~finite).float()
+                optimizer.grad_scale = torch.ones((), device=finite.device)
+        if skipping or finite:
+            if self.settings.grad_clip is not None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.grad_clip, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        return finite
 
     def files(self) -> dict[str, Tensors]:
         """The files of a checkpoint."""
-        files = {"model": self.model.state_dict(), "optimizer": pack_optimizers(self.optimizers)}
+        prefix = "" if self.name == "model" else f"{self.name}_"
+        files = {self.name: self.model.state_dict(), f"{prefix}optimizer": pack_optimizers(self.optimizers)}
         if self.average is not None:
-            files["ema"] = self.average.module.state_dict()
-            files["average"] = {"n_averaged": self.average.n_averaged}
+            files[f"{prefix}ema"] = self.average.module.state_dict()
+            files[f"{prefix}average"] = {"n_averaged": self.average.n_averaged}
         return files
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> None:
         """Go on from a checkpoint of the same configuration."""
-        self.model.load_state_dict(checkpoint.tensors("model", device))
-        unpack_optimizers(self.optimizers, checkpoint.tensors("optimizer", device))
+        prefix = "" if self.name == "model" else f"{self.name}_"
+        self.model.load_state_dict(checkpoint.tensors(self.name, device))
+        unpack_optimizers(self.optimizers, checkpoint.tensors(f"{prefix}optimizer", device))
         if self.average is not None:
-            self.average.module.load_state_dict(checkpoint.tensors("ema", device))
-            self.average.n_averaged.copy_(checkpoint.tensors("average", device)["n_averaged"])
+            self.average.module.load_state_dict(checkpoint.tensors(f"{prefix}ema", device))
+            self.average.n_averaged.copy_(checkpoint.tensors(f"{prefix}average", device)["n_averaged"])

@@ -21,7 +21,7 @@ from pipelines.runtime.progress import say
 # Settings that change how a training is watched or fed, not what it computes.
 COSMETIC = {
     "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_frames", "validation_pairs",
-    "compile",
+    "compile", "vgg_weights", "best_by",
 }  # fmt: skip
 
 
@@ -78,6 +78,44 @@ def training_identity(sections: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_imported(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's weights came out of a file. Its identity is then what these depend on, and no more."""
+    return "imported" in checkpoint.state
+
+
+def is_finished(checkpoint: Checkpoint, steps: int) -> bool:
+    """Whether nothing is left to train; what was imported is not trained on, however many steps are wanted."""
+    return is_imported(checkpoint) or checkpoint.step >= steps
+
+
+def describe_progress(checkpoint: Checkpoint) -> str:
+    """How far a checkpoint is, for people: `3000 steps`, or where it was imported from."""
+    if is_imported(checkpoint):
+        return f"imported from {checkpoint.state['imported']['file']}"
+    return f"{checkpoint.step} steps"
+
+
+def shared_part(identity: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """The part of an identity that another one speaks of as well."""
+    return {
+        name: shared_part(identity[name], value) if isinstance(value, dict) else identity[name]
+        for name, value in like.items()
+        if name in identity
+    }
+
+
+def set_aside(folder: Path, what: str) -> None:
+    """Move a training's folder out of the way; nothing of it is lost.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    with only_training_of(folder):
+        folder.rename(aside)
+    say(f"{what}: --restart; the training before is kept in {aside}")
+
+
 def resumable_checkpoint(
     folder: Path, identity: dict[str, Any], *, keep: int, restart: bool, what: str
 ) -> tuple[CheckpointFolder, Checkpoint | None]:
@@ -95,15 +133,14 @@ def resumable_checkpoint(
     if found is None:
         return checkpoints, None
     if restart:
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        with only_training_of(folder):
-            folder.rename(aside)
-        say(f"{what}: --restart; the training before is kept in {aside}")
+        set_aside(folder, what)
         return checkpoints, None
-    changed = differences(identity, found.state.get("identity", {}))
+    before = found.state.get("identity", {})
+    changed = differences(shared_part(identity, before) if is_imported(found) else identity, before)
     if changed:
+        how = f"imported from {found.state['imported']['file']}" if is_imported(found) else "trained"
         raise UserError(
-            f"{found.path} was trained under another configuration:\n  "
+            f"{found.path} was {how} under another configuration:\n  "
             + "\n  ".join(changed)
             + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), or "
             "give the run another name with --set dataset.name=..."

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pipelines.errors import UserError
+from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say
 
 
@@ -19,6 +20,8 @@ class Session:
         restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
         mirror: a folder or URL that holds the data set's archives.
         scheduler: address of the dask scheduler whose workers encode; None: this process does.
+        download: fetch public weights that lack; without it nothing but `data` uses the network.
+        processes: that train together with this one.
         asked_device: what the user asked for; `auto` lets each worker find its own.
         skipped: broken videos, id -> reason.
     """
@@ -29,6 +32,8 @@ class Session:
     restart: bool = False
     mirror: str | None = None
     scheduler: str | None = None
+    download: bool = False
+    processes: Processes = ALONE
     asked_device: str = "auto"
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -48,6 +53,12 @@ class Session:
 def image_memory_format(device: torch.device) -> torch.memory_format:
     """The layout of images and kernels. On a CPU the contiguous one trains 12 % faster and encodes 12 % slower."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def use_precision(precision: str) -> None:
+    """Multiply float32 matrices and convolutions of this process's training in TF32, unless `fp32` is asked for."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -51,10 +51,10 @@ def test_log(trained, story: ModuleType, what: str, steps: list[int], keys: set[
 
 
 def test_checkpoints(trained) -> None:
-    for what, steps in (("autoencoder", (3, 6)), ("flow", (4, 8))):
+    for what, steps, pointers in (("autoencoder", (3, 6), ("best", "latest")), ("flow", (4, 8), ("latest",))):
         folder = trained.runs / what / "checkpoints"
         names = sorted(path.name for path in folder.iterdir())
-        assert names == ["latest", *(f"step_{step:08d}" for step in steps)]
+        assert names == [*pointers, *(f"step_{step:08d}" for step in steps)]
         assert (folder / "latest").read_text() == f"step_{steps[-1]:08d}"
         for step in steps:
             state = json.loads((folder / f"step_{step:08d}" / "state.json").read_text())

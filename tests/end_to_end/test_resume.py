@@ -26,7 +26,9 @@ EVERYTHING = (
     "flow.model.dropout=0.2", "flow.model.head=bn", "flow.model.mid_depth=1", "flow.training.precision=bf16",
     "flow.training.ema_decay=0.9", "flow.training.optimizer=muon", "flow.training.grad_clip=1.0",
     "autoencoder.model.dropout=0.2", "autoencoder.training.precision=bf16", "autoencoder.training.ema_decay=0.9",
-    "autoencoder.training.optimizer=muon",
+    "autoencoder.training.optimizer=muon", "autoencoder.training.accumulate=2", "autoencoder.training.flip=true",
+    "autoencoder.training.color_jitter={brightness: 0.2, hue: 0.1}",
+    "autoencoder.training.adversarial={weight: 0.5, start: 1, warm_in: 3, layers: 2, filters: 8}",
 )  # fmt: skip
 SETTINGS = pytest.mark.parametrize("sets", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines.train_autoencoder as autoencoder_module
+import pipelines.autoencoder_trainer as autoencoder_module
 import pipelines.train_flow as flow_module
 from latent_cache import FlowBatch
+from pipelines.autoencoder_trainer import AutoencoderTrainer
 from pipelines.config import RiverConfig, parse_config
-from pipelines.train_autoencoder import AutoencoderTrainer
 from pipelines.train_flow import FlowTrainer
 
 CPU = torch.device("cpu")
@@ -70,19 +70,26 @@ def test_standardization_is_the_stores_where_it_is_asked_for(standardize):
     assert trainer.standardization.std.tolist() == expected[1]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"autoencoder__color_jitter": {"brightness": 0.3}}, {"autoencoder__flip": True}]
-)
+class Pool:
+    """Serves one fixed batch of frames, where an autoencoder's training expects a frame pool."""
+
+    lengths = np.array([8])
+    frames = np.random.default_rng(0).integers(60, 180, (8, 16, 16, 3), dtype=np.uint8)
+
+    def batch(self, step: int, rows: slice) -> np.ndarray:
+        return self.frames[rows]
+
+
+@pytest.mark.parametrize("options", [{}, {"autoencoder__color_jitter": {"hue": 0.3}}, {"autoencoder__flip": True}])
 def test_augmentation_reaches_the_images(options, monkeypatch):
     seen = []
-    loss = autoencoder_module.autoencoder_loss
-    monkeypatch.setattr(
-        autoencoder_module,
-        "autoencoder_loss",
-        lambda output, images, training: seen.append(images) or loss(output, images, training),
-    )
-    frames = np.random.default_rng(0).integers(60, 180, (8, 16, 16, 3), dtype=np.uint8)
-    trainer = AutoencoderTrainer(config(**options), CPU)
-    trainer.train_step(0, frames)
-    untouched = torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1
+    backward = autoencoder_module.backward
+
+    def note(output, images, *arguments, **others):
+        seen.append(images)
+        return backward(output, images, *arguments, **others)
+
+    monkeypatch.setattr(autoencoder_module, "backward", note)
+    AutoencoderTrainer(config(autoencoder__batch_size=8, **options), CPU, Pool()).train_step(0)
+    untouched = torch.from_numpy(Pool.frames).permute(0, 3, 1, 2) / 127.5 - 1
     assert torch.allclose(seen[0], untouched, atol=1e-6) == (not options)

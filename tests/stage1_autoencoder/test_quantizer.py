@@ -161,3 +161,66 @@ def test_rounding_leaves_alone_what_it_cannot_help() -> None:
     lost = quantizer.rounded(latents, codes, torch.float16)
     assert lost.pulled.all()
     assert lost.changed.all()
+
+
+@pytest.fixture
+def directions() -> VectorQuantizer:
+    """Normalized codes whose vectors have lengths from 0.1 to 10."""
+    torch.manual_seed(0)
+    made = VectorQuantizer(codes=97, dimensions=4, normalize=True)
+    torch.nn.init.normal_(made.embedding.weight)
+    made.embedding.weight.data *= 10 ** (2 * torch.rand(97, 1) - 1)
+    return made
+
+
+def test_of_normalized_codes_the_nearest_is_at_the_smallest_angle(directions, latents):
+    vectors, weight = latents.double().movedim(1, -1), directions.embedding.weight.double()
+    cosines = vectors @ weight.T / (vectors.norm(dim=-1, keepdim=True) * weight.norm(dim=1))
+    for length in (1e-3, 1.0, 1e3):
+        assert torch.equal(directions.nearest(length * latents), cosines.argmax(-1))
+    # The test could fail: the vectors themselves are nearest to other latents.
+    plain = VectorQuantizer(97, 4)
+    plain.load_state_dict(directions.state_dict())
+    assert (plain.nearest(latents) != cosines.argmax(-1)).float().mean() > 0.3
+
+
+def test_normalized_codes_have_length_one_whatever_their_vectors(directions, latents):
+    torch.testing.assert_close(directions.codebook.norm(dim=1), torch.ones(97))
+    codes = directions.nearest(latents)
+    embedded = directions.embed(codes)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3, 5, 6))
+    weight = directions.embedding.weight
+    expected = (weight / weight.norm(dim=1, keepdim=True))[codes].movedim(-1, 1)
+    torch.testing.assert_close(embedded, expected)
+    assert torch.equal(directions.nearest(embedded), codes)
+    torch.testing.assert_close(directions(latents).latents, embedded, atol=1e-6, rtol=0)
+
+
+def test_gradients_of_normalized_codes_turn_and_do_not_stretch(directions, latents):
+    output = directions(torch.nn.functional.normalize(latents, dim=1))
+    output.codebook_loss.backward()
+    weight = directions.embedding.weight
+    chosen = output.codes.unique()
+    assert (weight.grad[chosen].norm(dim=1) > 0).all()
+    along = (weight.grad * weight).sum(1) / (weight.norm(dim=1) * weight.grad.norm(dim=1).clamp(min=1e-12))
+    assert along.abs().max() < 1e-5
+    # A small step down makes it smaller.
+    before = output.codebook_loss.item()
+    with torch.no_grad():
+        weight -= 1e-3 * weight.grad
+    after = directions(torch.nn.functional.normalize(latents, dim=1)).codebook_loss.item()
+    assert after < before
+
+
+def test_rounding_keeps_nearest_normalized_codes() -> None:
+    torch.manual_seed(1)
+    quantizer = VectorQuantizer(8192, 3, normalize=True)
+    latents = torch.nn.functional.normalize(torch.randn(6, 3, 20, 20), dim=1)
+    codes = quantizer.nearest(latents)
+    moved = quantizer.nearest(latents.half().float()) != codes
+    assert 5 < moved.sum() < moved.numel() / 5
+    rounded = quantizer.rounded(latents, codes, torch.float16)
+    assert torch.equal(rounded.pulled, moved)
+    assert not rounded.changed.any()
+    assert torch.equal(quantizer.nearest(rounded.latents.float()), codes)
+    assert (rounded.latents.float() - latents).abs().max() < 1e-2

@@ -1,20 +1,33 @@
-"""The autoencoder's loss, its learning rate, and the care of its codebook."""
+"""The autoencoder's loss, its gradients, and its learning rate."""
 
 import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from stage1_autoencoder.autoencoder import Reconstruction
-from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig
-from stage1_autoencoder.training import CodebookCare, autoencoder_loss, learning_rate_factor
-from stage1_autoencoder.vqgan import VQGAN
+from stage1_autoencoder.autoencoder import Autoencoder, Reconstruction
+from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig, VQVAEConfig
+from stage1_autoencoder.discriminator import PatchDiscriminator, generator_loss, hinge_loss
+from stage1_autoencoder.families import build_autoencoder
+from stage1_autoencoder.training import (
+    DiscriminatorStep,
+    backward,
+    codebook_loss,
+    learning_rate_factor,
+    reconstruction_loss,
+)
 
-TINY = VQGANConfig(channels=8, channel_multipliers=(1, 2), blocks=1, attention_resolutions=(), codes=32, norm_groups=4)
+FAMILIES = [
+    VQGANConfig(channels=8, channel_multipliers=(1, 2), blocks=1, attention_resolutions=(), codes=32, norm_groups=4),
+    VQVAEConfig(channels=8, levels=1, codes=32, norm_groups=4),
+]
 
 
-def reconstruction(images: torch.Tensor, codebook: float = 0.0, commitment: float = 0.0) -> Reconstruction:
+def output(codebook: float = 0.0, commitment: float = 0.0) -> Reconstruction:
     latents = torch.zeros(1, 4, 1, 1)
+    images = torch.zeros(1, 3, 2, 2)
     return Reconstruction(images, latents, latents[:, 0].long(), torch.tensor(codebook), torch.tensor(commitment))
 
 
@@ -22,39 +35,159 @@ def test_every_term_has_its_closed_form():
     truth = torch.zeros(2, 3, 4, 4)
     off_by = torch.full_like(truth, 0.5)
     off_by[0] = -0.1
-    config = AutoencoderTrainingConfig(l1_weight=2.0, l2_weight=3.0, codebook_weight=5.0, commitment=0.25)
-    loss = autoencoder_loss(reconstruction(off_by, codebook=0.7, commitment=0.4), truth, config)
-    l1, l2, codebook = (0.5 + 0.1) / 2, (0.25 + 0.01) / 2, 0.7 + 0.25 * 0.4
+    config = AutoencoderTrainingConfig(l1_weight=2.0, l2_weight=3.0, perceptual_weight=7.0)
+    l1, l2 = (0.5 + 0.1) / 2, (0.25 + 0.01) / 2
+    loss = reconstruction_loss(off_by, truth, config)
+    assert loss.perceptual is None
     assert loss.l1.item() == pytest.approx(l1)
     assert loss.l2.item() == pytest.approx(l2)
-    assert loss.codebook.item() == pytest.approx(codebook)
-    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2 + 5 * codebook)
+    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2)
+    seen = []
+
+    def perceptual(images: Tensor, truth: Tensor) -> Tensor:
+        seen.append((images, truth))
+        return torch.tensor([0.2, 0.4])
+
+    loss = reconstruction_loss(off_by, truth, config, perceptual)
+    assert loss.perceptual.item() == pytest.approx(0.3)
+    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2 + 7 * 0.3)
+    assert torch.equal(seen[0][0], off_by)
+    assert torch.equal(seen[0][1], truth)
 
 
 def test_beta_stands_on_the_term_that_moves_the_encoder():
-    output = reconstruction(torch.zeros(1, 3, 2, 2), codebook=1.0, commitment=0.0)
-    images = torch.zeros(1, 3, 2, 2)
-    assert autoencoder_loss(output, images, AutoencoderTrainingConfig(commitment=0.25)).codebook.item() == 1.0
-    output = reconstruction(torch.zeros(1, 3, 2, 2), codebook=0.0, commitment=1.0)
-    assert autoencoder_loss(output, images, AutoencoderTrainingConfig(commitment=0.25)).codebook.item() == 0.25
+    config = AutoencoderTrainingConfig(commitment=0.25)
+    assert codebook_loss(output(codebook=1.0), config).item() == 1.0
+    assert codebook_loss(output(commitment=1.0), config).item() == 0.25
 
 
 def test_the_loss_is_reduced_in_fp32():
     truth = torch.zeros(1, 3, 64, 64)
-    output = reconstruction(torch.full_like(truth, 0.1).bfloat16())
-    loss = autoencoder_loss(output, truth, AutoencoderTrainingConfig())
+    loss = reconstruction_loss(torch.full_like(truth, 0.1).bfloat16(), truth, AutoencoderTrainingConfig())
     assert loss.total.dtype == torch.float32
     assert loss.l1.item() == pytest.approx(float(torch.tensor(0.1).bfloat16()), rel=1e-6)
 
 
-def test_gradients_reach_every_parameter_of_the_network():
+@pytest.fixture(params=FAMILIES, ids=lambda config: config.architecture)
+def model(request) -> Autoencoder:
     torch.manual_seed(0)
-    model = VQGAN(TINY)
-    images = torch.rand(2, 3, 8, 8) * 2 - 1
-    autoencoder_loss(model(images), images, AutoencoderTrainingConfig(l2_weight=1.0)).total.backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert without == []
-    assert model.encoder.conv_in.weight.grad.abs().max() > 0
+    return build_autoencoder(request.param)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+class Perceptual(nn.Module):
+    """Something with gradients of its own."""
+
+    def forward(self, images: Tensor, truth: Tensor) -> Tensor:
+        return (images.sin() - truth.sin()).square().mean((1, 2, 3))
+
+
+CONFIG = AutoencoderTrainingConfig(l2_weight=1.5, perceptual_weight=2.0, codebook_weight=0.7, commitment=0.3)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_are_those_of_the_whole_loss(model, images):
+    """In two steps over the reconstructed images, or all at once as the equations have it."""
+    discriminator, perceptual, last = PatchDiscriminator(8, 1), Perceptual(), model.last_layer.weight
+    terms = backward(
+        model(images), images, CONFIG, last_layer=last, perceptual=perceptual, discriminator=discriminator,
+        adversarial_weight=0.8,
+    )  # fmt: skip
+    ours = gradients(model)
+    model.zero_grad()
+
+    passed = model(images)
+    reconstruction = (
+        F.l1_loss(passed.images, images)
+        + 1.5 * F.mse_loss(passed.images, images)
+        + 2.0 * perceptual(passed.images, images).mean()
+    )
+    adversarial = generator_loss(discriminator(passed.images))
+    of_reconstruction, of_adversary = (
+        torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (reconstruction, adversarial)
+    )
+    ratio = of_reconstruction / (of_adversary + 1e-4)
+    codebook = passed.codebook_loss + 0.3 * passed.commitment_loss
+    whole = reconstruction + 0.7 * codebook + 0.8 * ratio.detach() * adversarial
+    whole.backward()
+    assert ours.keys() == gradients(model).keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert terms["adaptive_weight"].item() == pytest.approx(ratio.item(), rel=1e-4)
+    assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-5)
+    assert terms["adversarial"].item() == pytest.approx(adversarial.item(), rel=1e-5)
+    assert not any(term.requires_grad for term in terms.values())
+
+
+def test_the_discriminator_learns_nothing_from_the_autoencoders_step(model, images):
+    discriminator = PatchDiscriminator(8, 1)
+    last = model.last_layer.weight
+    backward(model(images), images, CONFIG, last_layer=last, discriminator=discriminator, adversarial_weight=1.0)
+    assert not gradients(discriminator)
+
+
+@pytest.mark.parametrize("discriminator", [None, PatchDiscriminator(8, 1)])
+def test_without_weight_there_is_no_adversary(model, images, discriminator):
+    last = model.last_layer.weight
+    terms = backward(model(images), images, CONFIG, last_layer=last, discriminator=discriminator)
+    with_none = gradients(model)
+    model.zero_grad()
+    backward(model(images), images, CONFIG, last_layer=last)
+    assert all(torch.equal(with_none[name], gradient) for name, gradient in gradients(model).items())
+    assert terms.keys() == {"loss", "l1", "l2", "codebook"}
+
+
+def test_parts_of_a_batch_add_up_to_it(images):
+    torch.manual_seed(0)
+    model = build_autoencoder(FAMILIES[0])  # without BatchNorm, which sees parts otherwise
+    last = model.last_layer.weight
+    backward(model(images), images, CONFIG, last_layer=last)
+    whole = gradients(model)
+    model.zero_grad()
+    for part in images.chunk(2):
+        backward(model(part), part, CONFIG, last_layer=last, scale=0.5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_ratio_is_of_averaged_gradients(model, images):
+    last, seen = model.last_layer.weight, []
+
+    def average(gradient: Tensor) -> None:
+        seen.append(gradient.shape)
+        gradient *= 2.0 if len(seen) == 1 else 1.0
+
+    plain, averaged = (
+        backward(
+            model(images), images, CONFIG, last_layer=last, discriminator=discriminator, adversarial_weight=1.0,
+            average=function,
+        )
+        for discriminator in [PatchDiscriminator(8, 1).eval()]
+        for function in (lambda _: None, average)
+    )  # fmt: skip
+    assert seen == [last.shape, last.shape]
+    assert averaged["adaptive_weight"].item() == pytest.approx(2 * plain["adaptive_weight"].item(), rel=0.2)
+
+
+def test_the_discriminators_step(images):
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(8, 1)
+    fake = images.flip(0).neg().requires_grad_()
+    loss, real_mean, fake_mean = DiscriminatorStep(discriminator)(images, fake)
+    real_logits, fake_logits = discriminator(images), discriminator(fake)
+    torch.testing.assert_close(loss, hinge_loss(real_logits, fake_logits))
+    torch.testing.assert_close(real_mean, real_logits.mean())
+    torch.testing.assert_close(fake_mean, fake_logits.mean())
+    loss.backward()
+    assert fake.grad is None
+    assert all(parameter.grad is not None for parameter in discriminator.parameters())
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -70,84 +203,3 @@ def test_learning_rate_without_warm_up_starts_full():
     assert learning_rate_factor(0, warmup=0, total=10) == 1.0
     assert learning_rate_factor(0, warmup=10, total=10) == 0.1
     assert 0 <= learning_rate_factor(10, warmup=10, total=10) <= 1
-
-
-@pytest.fixture
-def model() -> VQGAN:
-    torch.manual_seed(0)
-    return VQGAN(TINY)
-
-
-def latents(spread: float = 1.0, seed: int = 3) -> torch.Tensor:
-    return 5 + spread * torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def step_output(model: VQGAN, z: torch.Tensor) -> Reconstruction:
-    return Reconstruction(z, z, model.quantizer.nearest(z), torch.zeros(()), torch.zeros(()))
-
-
-def test_start_puts_codes_on_the_latents(model):
-    z = latents()
-    before = len(model.quantizer.nearest(z).unique())
-    CodebookCare(model, 10).start(z, torch.Generator().manual_seed(0))
-    vectors = z.movedim(1, -1).reshape(-1, 4)
-    nearest = torch.cdist(model.quantizer.embedding.weight, vectors).amin(1)
-    assert nearest.max() < 0.1  # a little noise beside a standard deviation of 1
-    assert before < 8
-    assert len(model.quantizer.nearest(z).unique()) > 24
-
-
-def test_start_on_a_single_latent_vector_stays_finite(model):
-    CodebookCare(model, 10).start(torch.ones(1, 4, 1, 1), torch.Generator().manual_seed(0))
-    assert model.quantizer.embedding.weight.isfinite().all()
-
-
-def test_restart_moves_unused_codes_only_and_brings_them_into_use(model):
-    z = latents()
-    with torch.no_grad():  # ten codes among the latents, the others far away
-        model.quantizer.embedding.weight[:10] = z.movedim(1, -1).reshape(-1, 4)[:10]
-        model.quantizer.embedding.weight[10:] = -100
-    care = CodebookCare(model, restart_every=3)
-    before = model.quantizer.embedding.weight.detach().clone()
-    used = model.quantizer.nearest(z).unique()
-    for step in (0, 1):
-        care.after_step(step, step_output(model, z), torch.Generator().manual_seed(step))
-        assert torch.equal(model.quantizer.embedding.weight, before)
-    assert care.chosen.sum() == 2 * 4 * 36
-    care.after_step(2, step_output(model, z), torch.Generator().manual_seed(2))
-    moved = (model.quantizer.embedding.weight != before).any(1)
-    assert not moved[used].any()
-    assert moved.sum() == 32 - len(used)
-    assert len(model.quantizer.nearest(z).unique()) > 2 * len(used)
-    assert care.chosen.sum() == 0
-
-
-def test_a_code_used_once_since_the_last_restart_stays(model):
-    z = latents()
-    care = CodebookCare(model, restart_every=2)
-    with torch.no_grad():
-        model.quantizer.embedding.weight[:] = 100.0
-        model.quantizer.embedding.weight[3] = z[0, :, 0, 0]
-        model.quantizer.embedding.weight[4] = -50.0
-    far = torch.full((1, 4, 1, 1), -50.0)
-    care.after_step(0, step_output(model, far), torch.Generator())  # code 4
-    care.after_step(1, step_output(model, z), torch.Generator())  # code 3
-    assert (model.quantizer.embedding.weight[4] == -50).all()
-    assert torch.equal(model.quantizer.embedding.weight[3], z[0, :, 0, 0])
-    assert (model.quantizer.embedding.weight[5:] < 50).all()
-
-
-def test_no_restart_when_it_is_switched_off(model):
-    care = CodebookCare(model, restart_every=0)
-    before = model.quantizer.embedding.weight.detach().clone()
-    for step in range(5):
-        care.after_step(step, step_output(model, latents()), torch.Generator())
-    assert torch.equal(model.quantizer.embedding.weight, before)
-
-
-def test_counts_survive_a_checkpoint(model):
-    care, other = CodebookCare(model, 5), CodebookCare(model, 5)
-    care.after_step(0, step_output(model, latents()), torch.Generator())
-    other.load_state({"chosen": care.state()["chosen"].clone()})
-    assert torch.equal(other.chosen, care.chosen)
-    assert other.chosen.sum() > 0

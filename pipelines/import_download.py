@@ -1,0 +1,78 @@
+"""Fetching the weights that the authors of RIVER have on the public hub, when the user says --download."""
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from pipelines.config import RiverConfig
+from pipelines.errors import UserError
+from pipelines.fetch import TIMEOUT_SECONDS, fetch
+from pipelines.runtime.progress import say
+
+HUB = "https://huggingface.co/cvg-unibe"
+MODEL = "model.pth"
+# By data set: the repository, and its autoencoder's file.
+RELEASED = {
+    "kth": ("river_kth_64", "vqvae.ckpt"),
+    "bair_64": ("river_bair_64", "vqvae.ckpt"),
+    "bair_256": ("river_bair_256", "vqvae.ckpt"),
+    "clevrer": ("river_clevrer_128", "vqvae.pth"),
+}
+
+
+def download_model(config: RiverConfig) -> Path:
+    """The main model of the configuration's data set; see `download`."""
+    return download(config, _released(config)[0], MODEL)
+
+
+def download_autoencoder(config: RiverConfig) -> Path:
+    """The autoencoder of the configuration's data set; see `download`."""
+    return download(config, *_released(config))
+
+
+def download(config: RiverConfig, repository: str, name: str) -> Path:
+    """A file of the hub, in `<data>/<dataset>/official/`; one that is there already is taken.
+
+    Raises:
+        FetchError: it cannot be fetched; what has arrived is gone on from by the next call.
+    """
+    folder = config.data_root / config.dataset.name / "official"
+    target = folder / name
+    if target.is_file():
+        say(f"import-official: {target} is there already ({_size(target.stat().st_size)})")
+        return target
+    url = f"{HUB}/{repository}/resolve/main/{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = _announced_size(url)
+    say(f"import-official: fetching {url}{f' ({_size(expected)})' if expected else ''} -> {target}")
+    fetch(url, target, way_out=f"get it by other means and name it with --{_option(name)} <file>")
+    return target
+
+
+def _released(config: RiverConfig) -> tuple[str, str]:
+    name = config.dataset.name
+    if name not in RELEASED:
+        raise UserError(
+            f"--download: there are released weights for the data sets {', '.join(RELEASED)}, not for "
+            f"{name!r}: take one of their configurations, or name files with --model and --autoencoder"
+        )
+    return RELEASED[name]
+
+
+def _option(name: str) -> str:
+    return "model" if name == MODEL else "autoencoder"
+
+
+def _announced_size(url: str) -> int | None:
+    """Bytes of a file, where the server tells before it sends it."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "river-two-stage"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            length = response.headers.get("Content-Length", "")
+    except (urllib.error.URLError, OSError, ValueError):
+        return None  # what is wrong, fetching it will say
+    return int(length) if length.isdigit() else None
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,116 @@
+"""Training in two processes under torchrun is the training in one, and one that dies takes the other with it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.runtime.checkpoints import CheckpointFolder
+
+REPOSITORY = Path(__file__).parents[2]
+
+SETTINGS = (
+    "autoencoder.training.restart_every=3", "autoencoder.training.flip=true", "autoencoder.training.accumulate=2",
+    "autoencoder.training.color_jitter={brightness: 0.2}", "autoencoder.training.ema_decay=0.9",
+    "autoencoder.training.batch_size=8",
+)  # fmt: skip
+
+
+def torchrun(place, command: str, prelude: str = "", sets: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Run a command in two processes on the CPU; `prelude` is Python that each runs before."""
+    script = place.folder / "process.py"
+    words = place.arguments(command, sets=sets)
+    script.write_text(
+        f"import os, sys, torch\ntorch.set_num_threads(1)\n{prelude}\n"
+        f"from pipelines.__main__ import main\nsys.exit(main({words!r}))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place, tmp_path: Path, story) -> None:
+    alone, together = place.with_sets(*SETTINGS), story.Place(tmp_path / "together", SETTINGS)
+    alone.run("train-autoencoder").ok()
+    done = torchrun(together, "train-autoencoder")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("autoencoder: step 3: validation") == 1  # the second process is silent
+    assert "cpu x 2" in done.stdout
+    ours, theirs = story.read_log(together, "autoencoder"), story.read_log(alone, "autoencoder")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [2, 3, 4, 6]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "l1", "codebook"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5), (one["step"], name)
+        assert one["codes_used"] == other["codes_used"]
+    files = [CheckpointFolder(p.runs / "autoencoder" / "checkpoints").latest() for p in (together, alone)]
+    for file in ("model", "ema", "codebook"):
+        one, other = (checkpoint.tensors(file) for checkpoint in files)
+        for name in other:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5, msg=name)
+    again = torchrun(together, "train-autoencoder")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("autoencoder: done, 6 steps") == 1
+
+
+STOPPED = """
+from pipelines.autoencoder_trainer import AutoencoderTrainer
+import signal
+step = AutoencoderTrainer.train_step
+def stopped(self, number):
+    if number == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, number)
+AutoencoderTrainer.train_step = stopped
+"""
+
+DIES = """
+from pipelines.autoencoder_trainer import AutoencoderTrainer
+step = AutoencoderTrainer.train_step
+def dies(self, number):
+    if number == 2 and os.environ["RANK"] == "1":
+        raise OSError("the second process is out of luck")
+    return step(self, number)
+AutoencoderTrainer.train_step = dies
+"""
+
+
+@pytest.mark.slow
+def test_adversarial_training_in_two_processes_is_stopped_and_goes_on(place, story) -> None:
+    adversarial = ("autoencoder.training.adversarial={weight: 0.5, start: 1, layers: 2, filters: 8}",)
+    stopped = torchrun(place, "train-autoencoder", STOPPED, adversarial)
+    assert stopped.returncode != 0
+    assert "stopped at step 3, saved" in stopped.stderr
+    assert 'Traceback (most recent call last):\n  File "<string>"' not in stopped.stderr
+    assert place.checkpoint("autoencoder").name == "step_00000003"
+    done = torchrun(place, "train-autoencoder", sets=adversarial)
+    assert done.returncode == 0, done.stderr
+    assert "steps 3 to 6" in done.stdout
+    assert {"adversarial", "discriminator"} <= story.read_log(place, "autoencoder")[-1].keys()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job(place) -> None:
+    done = torchrun(place, "train-autoencoder", DIES)
+    assert done.returncode != 0
+    assert "the second process is out of luck" in done.stderr
+    assert "rank      : 1" in done.stderr  # torchrun's own report names it
+
+
+def test_a_batch_that_cannot_be_shared_out(place) -> None:
+    from pipelines.errors import UserError
+    from pipelines.runtime.distributed import Processes
+
+    with pytest.raises(UserError, match=r"batch of 10 can't be shared out to 4 .* multiple of 8, such as 8"):
+        Processes(0, 4).check_batch(10, 2, "autoencoder.training.batch_size")
+    place.run("train-autoencoder", sets=["autoencoder.training.accumulate=3"]).refused(
+        2, "autoencoder.training.batch_size: a batch of 4", "in 3 part(s) each", "such as 3"
+    )

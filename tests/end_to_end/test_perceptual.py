@@ -1,0 +1,83 @@
+"""Training with a perceptual loss: where its weights lack, that is said once, and nothing changes silently."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+WANTED = ("autoencoder.training.perceptual=lpips", "autoencoder.training.perceptual_weight=0.1")
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads_of_the_user(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16's convolutions with random weights, under torchvision's names."""
+    generator, state, channels = torch.Generator().manual_seed(0), {}, 3
+    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    for place, width in zip(places, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True):
+        state[f"features.{place}.weight"] = (
+            torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+        )
+        state[f"features.{place}.bias"] = torch.zeros(width)
+        channels = width
+    state["classifier.0.weight"] = torch.zeros(2, 2)
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.slow
+def test_the_perceptual_loss_is_trained_on_and_measured(place, vgg: Path, story) -> None:
+    sets = (*WANTED, f"autoencoder.training.vgg_weights={vgg}", "autoencoder.training.steps=3")
+    outcome = place.run("train-autoencoder", sets=sets).ok()
+    assert "L1 + LPIPS + codebook" in outcome.out
+    assert "LPIPS 0." in outcome.out
+    assert "warning" not in outcome.err
+    line = story.read_log(place, "autoencoder")[-1]
+    assert line["perceptual"] > 0
+    assert line["loss"] == pytest.approx(line["l1"] + 0.1 * line["perceptual"] + line["codebook"], rel=1e-4)
+    checkpoint = place.checkpoint("autoencoder")
+    assert (checkpoint.parent / "best").read_text() == checkpoint.name
+    assert '"validation_lpips"' in (checkpoint / "state.json").read_text()
+    # Finished, nothing of it is needed any more: the file may go.
+    gone = (*WANTED, "autoencoder.training.vgg_weights=nowhere.pth", "autoencoder.training.steps=3")
+    assert "done, 3 steps" in place.run("encode", sets=gone).ok().out
+
+
+def test_without_weights_there_is_one_warning_and_a_way_out(place, vgg: Path) -> None:
+    outcome = place.run("train-autoencoder", sets=WANTED).ok()
+    assert outcome.err.count("warning") == 1
+    for text in ("VGG16", "perceptual: none", "autoencoder.training.vgg_weights", "--download"):
+        assert text in outcome.err
+    assert ", L1 + codebook, " in outcome.out
+    assert "perceptual: none" in (place.runs / "config.yaml").read_text()
+    # The finished training is what it is, with or without the weights, and says so.
+    again = place.run("train-autoencoder", sets=(*WANTED, f"autoencoder.training.vgg_weights={vgg}")).ok()
+    assert "trained without the perceptual loss" in again.out
+    assert "done, 6 steps" in again.out
+
+
+def test_half_a_training_does_not_change_its_loss(place, vgg: Path, story, monkeypatch) -> None:
+    from pipelines.train_autoencoder import AutoencoderTrainer
+
+    with monkeypatch.context() as patch:
+        story.send_at(patch, AutoencoderTrainer, "train_step", call=3)
+        place.run("train-autoencoder", sets=WANTED).refused(143, "stopped at step 3")
+    with_weights = (*WANTED, f"autoencoder.training.vgg_weights={vgg}")
+    place.run("train-autoencoder", sets=with_weights).refused(
+        2, "trained under another configuration", "autoencoder.training.perceptual: none -> lpips", "--restart"
+    )
+    place.run("train-autoencoder", sets=[*with_weights, "autoencoder.training.perceptual=none"]).ok()
+
+
+def test_weights_that_are_named_must_be_there(place) -> None:
+    place.run("train-autoencoder", sets=[*WANTED, "autoencoder.training.vgg_weights=gone.pth"]).refused(
+        2, "autoencoder.training.vgg_weights: gone.pth: no such file"
+    )
+    place.run("train-autoencoder", sets=["autoencoder.training.best_by=lpips"]).refused(
+        2, "autoencoder.training.best_by: lpips needs the perceptual network"
+    )

@@ -1,0 +1,148 @@
+"""The loop of every training: what is logged, measured, saved and kept, and when it ends."""
+
+import json
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.config import parse_config
+from pipelines.errors import StoppedBySignal, UserError
+from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.logs import TrainingLog
+from pipelines.runtime.training_loop import LoopSettings, StepResult, Trainer, run_training
+
+
+class Counter(Trainer):
+    """Its loss is the step's number; it notes what it is asked for."""
+
+    def __init__(
+        self, scores: dict[int, float] | None = None, breaks_at: int | None = None, stops_at: int = -1
+    ) -> None:
+        self.scores, self.breaks_at, self.stops_at = scores or {}, breaks_at, stops_at
+        self.steps: list[int] = []
+        self.validated: list[int] = []
+
+    learning_rate = 0.5
+
+    def train_step(self, step: int) -> StepResult:
+        self.steps.append(step)
+        if step == self.stops_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        broken = step == self.breaks_at
+        return StepResult({"loss": torch.tensor(float("nan") if broken else float(step))}, torch.tensor(not broken))
+
+    def describe_batch(self, step: int) -> str:
+        return f"the frames of step {step}"
+
+    def validate(self, step: int) -> dict[str, float]:
+        self.validated.append(step)
+        return {"score": self.scores.get(step, 0.0)} if self.scores else {}
+
+    def readings(self, step: int, terms: dict[str, float]) -> dict[str, float]:
+        return {"twice": 2 * terms["loss"]}
+
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"model": {"steps": torch.tensor(len(self.steps))}}
+
+    def state(self) -> dict[str, Any]:
+        return {"identity": "a counter"}
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Run a trainer; gives the checkpoints and the log's lines."""
+    config = parse_config({"dataset": {"name": "toy", "source": "shapes", "image_size": 16}}, "test")
+
+    def run(trainer: Trainer, first_step: int = 0, keep: int = 2, **settings: Any):
+        values = {"steps": 10, "checkpoint_every": 4, "validate_every": 3, "log_every": 5} | settings
+        checkpoints = CheckpointFolder(tmp_path / "checkpoints", keep)
+        log = TrainingLog(tmp_path, config, "counter", first_step)
+        try:
+            run_training(trainer, LoopSettings(name="counter", **values), log, checkpoints, first_step)
+        finally:
+            log.close()
+        return checkpoints, [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def steps_of(checkpoints: CheckpointFolder) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoints._all()]
+
+
+def test_all_happens_when_it_should(train):
+    trainer = Counter()
+    checkpoints, lines = train(trainer, keep=9)
+    assert trainer.steps == list(range(10))
+    assert trainer.validated == [3, 6, 9, 10]
+    assert steps_of(checkpoints) == [4, 8, 10]
+    assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
+    assert lines[0] | {"steps_per_second": 0} == {
+        "step": 3, "loss": 2.0, "learning_rate": 0.5, "twice": 4.0, "steps_per_second": 0,
+    }  # fmt: skip
+    assert checkpoints.best() is None
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(False, 6), (True, 9)])
+def test_the_best_is_kept_beside_the_last_ones(train, lowest, expected):
+    scores = {3: 2.0, 6: 5.0, 9: 1.0, 10: 3.0}
+    checkpoints, _ = train(Counter(scores), keep=1, best="score", lowest=lowest)
+    assert checkpoints.best().step == expected
+    assert checkpoints.best().state["best"] == {"score": scores[expected]}
+    assert checkpoints.latest().step == 10
+    assert steps_of(checkpoints) == [expected, 10]
+
+
+def test_an_equal_one_is_not_better(train):
+    checkpoints, _ = train(Counter({3: 1.0, 6: 1.0, 9: 1.0, 10: 1.0}), best="score")
+    assert checkpoints.best().step == 3
+
+
+def test_a_resumed_training_remembers_the_best(train):
+    train(Counter({3: 5.0, 6: 2.0}), steps=6, best="score")
+    checkpoints, lines = train(Counter({9: 4.0, 10: 3.0}), first_step=6, best="score")
+    assert checkpoints.best().step == 3
+    assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
+
+
+def test_what_is_not_finite_ends_it_before_anything_is_saved(train, tmp_path):
+    trainer = Counter(breaks_at=7)
+    with pytest.raises(UserError, match=r"counter: the loss or its gradients are not finite at step 8 \(loss nan\), on "
+                       r"the frames of step 7\. Nothing was updated, and the last checkpoint is kept"):  # fmt: skip
+        train(trainer)
+    assert trainer.steps[-1] == 7
+    assert steps_of(CheckpointFolder(tmp_path / "checkpoints")) == [4]
+
+
+def test_on_a_gpu_a_step_is_looked_at_while_the_next_is_under_way(train, monkeypatch):
+    """There is no GPU here: a flag that says it is on one."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    class Lagging(Counter):
+        def train_step(self, step: int) -> StepResult:
+            result = super().train_step(step)
+            return StepResult(result.terms, result.finite.as_subclass(OnGPU))
+
+    trainer = Lagging(breaks_at=6)
+    with pytest.raises(UserError, match="not finite at step 7"):
+        train(trainer, log_every=100, validate_every=100, checkpoint_every=100)
+    assert trainer.steps[-1] == 7  # one more had begun
+    trainer = Lagging(breaks_at=7)
+    with pytest.raises(UserError, match="not finite at step 8"):
+        train(trainer)
+    assert trainer.steps[-1] == 7  # before it is saved it is looked at
+    trainer = Lagging(breaks_at=9)
+    with pytest.raises(UserError, match="not finite at step 10"):
+        train(trainer)
+
+
+def test_a_signal_saves_and_says_how_to_go_on(train, tmp_path):
+    with pytest.raises(StoppedBySignal, match=r"stopped at step 6, saved .*step_00000006; the same command") as stopped:
+        train(Counter(stops_at=5))
+    assert stopped.value.signal_number == signal.SIGTERM
+    assert CheckpointFolder(tmp_path / "checkpoints").latest().step == 6

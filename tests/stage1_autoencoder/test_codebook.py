@@ -1,0 +1,461 @@
+"""Codes start among the latents, are counted, and are moved where nobody chose them."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stage1_autoencoder import codebook as codebook_module
+from stage1_autoencoder.codebook import CodebookCare, CodeUsage, code_usage, forget, kmeans
+from stage1_autoencoder.quantizer import VectorQuantizer
+
+CODES = 32
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make(normalize: bool = False, codes: int = CODES) -> VectorQuantizer:
+    torch.manual_seed(0)
+    return VectorQuantizer(codes, 4, normalize=normalize)
+
+
+def care_for(quantizer: VectorQuantizer, **settings: Any) -> CodebookCare:
+    return CodebookCare(quantizer, **({"start": "sample", "restart_every": 0, "window": 1000} | settings))
+
+
+def latents(spread: float = 1.0, seed: int = 3) -> torch.Tensor:
+    return 5 + spread * torch.randn(4, 4, 6, 6, generator=draws(seed))
+
+
+def vectors_of(z: torch.Tensor) -> torch.Tensor:
+    return z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+def as_latents(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors [n, c] as latents [n, c, 1, 1]."""
+    return vectors[:, :, None, None]
+
+
+def step(care: CodebookCare, number: int, z: torch.Tensor, seed: int | None = None) -> torch.Tensor | None:
+    generator = draws(number if seed is None else seed)
+    return care.after_step(number, care.quantizer.nearest(z), z, generator)
+
+
+def weight_of(quantizer: VectorQuantizer) -> torch.Tensor:
+    return quantizer.embedding.weight.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("counts", "usage"),
+    [
+        ([7, 7, 7, 7], CodeUsage(used=4, perplexity=4.0, dead=0)),
+        ([0, 9, 0, 0], CodeUsage(used=1, perplexity=1.0, dead=3)),
+        ([0, 1], CodeUsage(used=1, perplexity=1.0, dead=1)),
+        ([1, 0, 1, 2], CodeUsage(used=3, perplexity=2**1.5, dead=1)),
+        ([0, 0], CodeUsage(used=0, perplexity=0.0, dead=2)),
+        ([2**40, 2**40, 0], CodeUsage(used=2, perplexity=2.0, dead=1)),
+    ],
+)
+def test_usage_in_closed_form(counts, usage):
+    measured = code_usage(torch.tensor(counts))
+    assert (measured.used, measured.dead) == (usage.used, usage.dead)
+    assert measured.perplexity == pytest.approx(usage.perplexity, rel=1e-12)
+
+
+def test_usage_is_that_of_the_last_full_window_or_of_the_first_unfinished_one():
+    care = care_for(make(), window=3)
+    assert care.usage() == CodeUsage(0, 0.0, CODES)
+    used = []
+    for number in range(8):  # step i chooses the codes 0 to i, each once
+        care.after_step(number, torch.arange(number + 1).view(1, 1, -1), torch.zeros(1, 4, 1, number + 1), draws())
+        used.append(care.usage().used)
+    assert used == [1, 2, 3, 3, 3, 6, 6, 6]
+    # Steps 3 to 5: the codes 0 to 3 three times, 4 twice, 5 once; nothing of the steps before.
+    shares = torch.tensor([3, 3, 3, 3, 2, 1]) / 15
+    assert care.usage().perplexity == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-6)
+
+
+def test_a_restart_does_not_touch_the_windows_counts():
+    care = care_for(make(), window=10, restart_every=2)
+    for number in range(5):
+        step(care, number, latents())
+    assert care.this_window.sum() == 5 * 4 * 36
+    assert care.since_restart.sum() == 4 * 36
+
+
+def test_sample_puts_codes_near_latents_no_two_near_the_same():
+    quantizer, z = make(), latents()
+    before = len(quantizer.nearest(z).unique())
+    assert care_for(quantizer, start="sample").start(z, draws()) == "sample"
+    distance, near = torch.cdist(quantizer.embedding.weight, vectors_of(z)).min(1)
+    assert 0.01 < distance.max() < 0.1  # a little noise beside a standard deviation of 1
+    assert before < 8
+    assert len(near.unique()) == CODES
+    assert len(quantizer.nearest(z).unique()) == CODES
+
+
+def test_uniform_leaves_codes_as_they_are():
+    quantizer = make()
+    before = weight_of(quantizer)
+    assert care_for(quantizer, start="uniform").start(latents(), draws()) == "uniform"
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+@pytest.mark.parametrize("start", ["kmeans", "sample"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [1, CODES - 1])
+def test_few_latents_are_sampled_as_often_as_there_are_codes(start, normalize, count):
+    quantizer, z = make(normalize), as_latents(vectors_of(latents())[:count])
+    assert care_for(quantizer, start=start).start(z, draws()) == "sample"
+    assert quantizer.embedding.weight.isfinite().all()
+    assert len(quantizer.nearest(z).unique()) == count
+
+
+@pytest.mark.parametrize("start", ["kmeans", "sample"])
+def test_start_refuses_what_is_not_finite(start):
+    quantizer, z = make(), latents()
+    before = weight_of(quantizer)
+    z[1, 2, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match="can't start on latents that are not finite"):
+        care_for(quantizer, start=start).start(z, draws())
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+def test_kmeans_codes_lie_closer_to_latents_than_samples_and_uniform_ones():
+    z = torch.randn(32, 4, 4, 4, generator=draws(5))
+    error, usage = {}, {}
+    for start in ("kmeans", "sample", "uniform"):
+        quantizer = make()
+        assert care_for(quantizer, start=start).start(z, draws()) == start
+        output = quantizer(z)
+        error[start] = output.codebook_loss.item()
+        usage[start] = code_usage(torch.bincount(output.codes.flatten(), minlength=CODES))
+    assert error["kmeans"] < 0.85 * error["sample"]
+    assert error["kmeans"] < 0.3 * error["uniform"]
+    assert usage["kmeans"].dead == 0
+    assert usage["kmeans"].perplexity > usage["sample"].perplexity > 1.5 * usage["uniform"].perplexity
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kmeans_ends_at_the_means_of_clusters(seed):
+    members = torch.randn(2, 15, 4, generator=draws(1)) + torch.tensor([-50.0, 50.0])[:, None, None]
+    quantizer = make(codes=2)
+    care_for(quantizer, start="kmeans").start(as_latents(members.reshape(-1, 4)), draws(seed))
+    centres = quantizer.embedding.weight.detach()
+    torch.testing.assert_close(centres[centres[:, 0].argsort()], members.mean(1), atol=1e-5, rtol=0)
+
+
+def test_empty_clusters_go_where_vectors_are_far_from_their_centres():
+    # Eight places and one of them crowded: most of the first centres are equal, and all but one of them empty.
+    places = 10 * torch.randn(8, 4, generator=draws(4))
+    vectors = torch.cat([places[:1].expand(200, 4), places[1:].repeat(3, 1)])
+    quantizer = make(codes=16)
+    centres = kmeans(quantizer, vectors, draws())
+    assert centres.isfinite().all()
+    assert torch.cdist(places, centres).amin(1).max() < 1e-5
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kmeans_depends_on_its_generator_alone(normalize):
+    z, centres = latents(), []
+    z[:3] = z[0, :, :1, :1]  # many are equal, so that clusters are left empty
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(centres))  # no draws but the generator's
+        quantizer = VectorQuantizer(CODES, 4, normalize=normalize)
+        care_for(quantizer, start="kmeans").start(z, draws(seed))
+        centres.append(weight_of(quantizer))
+    assert torch.equal(centres[0], centres[1])
+    assert not torch.equal(centres[0], centres[2])
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**40])
+def test_kmeans_works_at_any_scale(scale):
+    centres, scaled = (kmeans(make(), by * vectors_of(latents()), draws()) for by in (1.0, scale))
+    torch.testing.assert_close(scaled / scale, centres, atol=1e-5, rtol=0)
+
+
+def test_kmeans_thins_out_what_is_too_many(monkeypatch):
+    monkeypatch.setattr(codebook_module, "VECTORS_PER_CODE", 3)
+    quantizer, seen = make(), []
+    nearest = quantizer.nearest
+    quantizer.nearest = lambda z: (seen.append(len(z)), nearest(z))[1]
+    centres = kmeans(quantizer, torch.arange(1000.0)[:, None].expand(-1, 4), draws())
+    assert set(seen) == {3 * CODES}
+    assert centres.max() > 800  # not the first of them
+    assert centres.min() < 200
+
+
+@pytest.mark.parametrize("start", ["kmeans", "sample"])
+def test_normalized_codes_start_at_directions(start):
+    z = latents() - 5
+    lengths = 10 ** (2 * torch.rand(4, 1, 6, 6, generator=draws(8)) - 1)
+    weights = []
+    for given in (z, lengths * z):
+        quantizer = make(normalize=True)
+        care_for(quantizer, start=start).start(given, draws())
+        weights.append(weight_of(quantizer))
+        torch.testing.assert_close(weights[-1].norm(dim=1), torch.ones(CODES))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+
+
+def test_restarted_normalized_codes_have_length_one():
+    quantizer, z = make(normalize=True), 30 * (latents() - 5)
+    moved = step(care_for(quantizer, restart_every=1), 0, z)
+    assert moved.any()
+    torch.testing.assert_close(quantizer.embedding.weight[moved].norm(dim=1), torch.ones(int(moved.sum())))
+    assert len(quantizer.nearest(z).unique()) > 25
+
+
+@pytest.fixture
+def crowded() -> VectorQuantizer:
+    """Ten codes among the latents, the others far away."""
+    quantizer = make()
+    with torch.no_grad():
+        quantizer.embedding.weight[:10] = vectors_of(latents())[:10]
+        quantizer.embedding.weight[10:] = -100
+    return quantizer
+
+
+def test_restart_moves_unused_codes_only_and_brings_them_into_use(crowded):
+    z, before = latents(), weight_of(crowded)
+    care = care_for(crowded, restart_every=3)
+    used = crowded.nearest(z).unique()
+    for number in (0, 1):
+        assert step(care, number, z) is None
+        assert torch.equal(crowded.embedding.weight, before)
+    assert care.since_restart.sum() == 2 * 4 * 36
+    moved = step(care, 2, z)
+    assert torch.equal(moved, (crowded.embedding.weight != before).any(1))
+    assert moved.dtype == torch.bool
+    assert not moved[used].any()
+    assert moved.sum() == CODES - len(used)
+    distance, near = torch.cdist(crowded.embedding.weight[moved], vectors_of(z)).min(1)
+    assert 0.01 < distance.max() < 0.1
+    assert len(near.unique()) == len(near)
+    assert len(crowded.nearest(z).unique()) > 2 * len(used)
+    assert care.since_restart.sum() == 0
+
+
+def test_a_code_used_once_since_the_last_restart_stays():
+    quantizer, z = make(), latents()
+    care = care_for(quantizer, restart_every=2, window=1)
+    with torch.no_grad():
+        quantizer.embedding.weight[:] = 100.0
+        quantizer.embedding.weight[3] = z[0, :, 0, 0]
+        quantizer.embedding.weight[4] = -50.0
+    step(care, 0, torch.full((1, 4, 1, 1), -50.0))  # code 4
+    step(care, 1, z)  # code 3
+    assert (quantizer.embedding.weight[4] == -50).all()
+    assert torch.equal(quantizer.embedding.weight[3], z[0, :, 0, 0])
+    assert (quantizer.embedding.weight[5:] < 50).all()
+
+
+def test_moved_codes_share_few_vectors_evenly(crowded):
+    z = as_latents(vectors_of(latents(seed=8))[:16])
+    with torch.no_grad():  # eight codes are chosen, those beside them and 16 places further are not
+        crowded.embedding.weight[:] = 100.0
+        crowded.embedding.weight[8:16] = z[:8, :, 0, 0]
+        crowded.embedding.weight[24:] = z[8:, :, 0, 0]
+    moved = step(care_for(crowded, restart_every=1), 0, z)
+    assert moved.nonzero().flatten().tolist() == [*range(8), *range(16, 24)]
+    assert len(torch.cdist(crowded.embedding.weight[moved], vectors_of(z)).argmin(1).unique()) == 16
+
+
+def test_no_restart_when_it_is_switched_off():
+    quantizer = make()
+    care, before = care_for(quantizer, restart_every=0), weight_of(quantizer)
+    assert [step(care, number, latents()) for number in range(5)] == [None] * 5
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+def test_the_averaged_copy_follows_a_move_at_once(crowded):
+    average = make()
+    with torch.no_grad():
+        average.embedding.weight.add_(3.0)
+    before = weight_of(average)
+    moved = step(care_for(crowded, restart_every=1, average=average), 0, latents())
+    assert torch.equal(average.embedding.weight[moved], crowded.embedding.weight[moved])
+    assert torch.equal(average.embedding.weight[~moved], before[~moved])
+    care_for(crowded, start="kmeans", average=average).start(latents(), draws())
+    assert torch.equal(average.embedding.weight, crowded.embedding.weight)
+    assert average.embedding.weight.requires_grad
+
+
+def test_two_processes_do_what_one_does_with_both_batches():
+    z = torch.randn(6, 4, 5, 5, generator=draws(2))
+    alone = make()
+    whole = care_for(alone, start="kmeans", restart_every=2, window=2)
+    whole.start(z, draws(9))
+    halves = z.split(3)
+    quantizers, cares = [make(), make()], []
+    for rank in (0, 1):
+
+        def add_other(counts: torch.Tensor, rank: int = rank) -> None:
+            codes = quantizers[rank].nearest(halves[1 - rank]).flatten()
+            counts += torch.bincount(codes, minlength=CODES)
+
+        cares.append(
+            care_for(
+                quantizers[rank],
+                start="kmeans",
+                restart_every=2,
+                window=2,
+                reduce=add_other,
+                gather=lambda _: vectors_of(z),
+            )
+        )
+    for care, half in zip(cares, halves, strict=True):
+        care.start(half, draws(9))
+        assert torch.equal(care.quantizer.embedding.weight, alone.embedding.weight)
+    with torch.no_grad():
+        for quantizer in (alone, *quantizers):
+            quantizer.embedding.weight[20:] = 50.0
+    for number in range(3):
+        moved = step(whole, number, z)
+        for care, half in zip(cares, halves, strict=True):
+            mine = step(care, number, half)
+            assert (mine is None) == (moved is None)
+            assert mine is None or torch.equal(mine, moved)
+            assert torch.equal(care.quantizer.embedding.weight, alone.embedding.weight)
+            assert all(torch.equal(care.state()[name], whole.state()[name]) for name in whole.state())
+            assert care.usage() == whole.usage()
+
+
+class OperatorNames(TorchDispatchMode):
+    """Notes the operators that run, and those that are given a mask as an index, which has them count it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        if name.startswith("index") and any(t is not None and t.dtype == torch.bool for t in args[1] or ()):
+            self.names.add("index by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+# What waits for a device, because the host needs a value.
+WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "index by a mask"}
+
+
+def test_a_step_does_not_wait_for_the_device(crowded):
+    z = latents()
+    care = care_for(crowded, restart_every=1, window=1, average=make())
+    codes, generator = crowded.nearest(z), draws()
+    with OperatorNames() as seen:
+        moved = care.after_step(0, codes, z, generator)
+    assert "copy_" in seen.names
+    assert not seen.names & WAITS
+    with OperatorNames() as seen:
+        assert moved[moved].any()
+    assert {"index by a mask", "_local_scalar_dense"} <= seen.names
+
+
+def test_an_optimizer_forgets_moved_codes_and_no_others():
+    quantizer = make()
+    weight = quantizer.embedding.weight
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    forget(optimizer, weight, torch.ones(CODES, dtype=torch.bool))  # before the first step there is nothing
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moved = torch.arange(CODES) % 3 == 0
+    forget(optimizer, weight, moved)
+    before = weight_of(quantizer)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight[moved], before[moved])
+    assert (weight[~moved] != before[~moved]).all()
+    assert optimizer.state[weight]["step"] == 2
+
+
+class Toy:
+    """A linear autoencoder of Gaussian vectors whose encoder starts far from the codes."""
+
+    def __init__(self, start: str, restart_every: int) -> None:
+        torch.manual_seed(1)
+        self.encoder, self.decoder = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        nn.init.constant_(self.encoder.bias, 1.0)
+        self.quantizer = VectorQuantizer(64, 4)
+        self.average = copy.deepcopy(self.quantizer)
+        self.care = CodebookCare(
+            self.quantizer, start=start, restart_every=restart_every, window=20, average=self.average
+        )
+        self.care.start(self.encoder(self.images(0)), draws(0))
+        parts = (self.encoder, self.decoder, self.quantizer)
+        self.optimizer = torch.optim.Adam([p for part in parts for p in part.parameters()], lr=3e-3)
+
+    @staticmethod
+    def images(number: int) -> torch.Tensor:
+        return torch.randn(32, 8, 4, 4, generator=draws(100 + number))
+
+    def train(self, steps: range) -> None:
+        for number in steps:
+            images = self.images(number)
+            z = self.encoder(images)
+            output = self.quantizer(z)
+            loss = F.mse_loss(self.decoder(output.latents), images)
+            self.optimizer.zero_grad()
+            (loss + output.codebook_loss + 0.25 * output.commitment_loss).backward()
+            self.optimizer.step()
+            with torch.no_grad():
+                self.average.embedding.weight.lerp_(self.quantizer.embedding.weight, 0.05)
+            moved = self.care.after_step(number, output.codes, z, draws(number))
+            if moved is not None:
+                forget(self.optimizer, self.quantizer.embedding.weight, moved)
+            self.loss = loss.item()
+
+    def state(self) -> dict[str, Any]:
+        parts = {"encoder": self.encoder, "decoder": self.decoder, "quantizer": self.quantizer, "average": self.average}
+        return copy.deepcopy(
+            {name: part.state_dict() for name, part in parts.items()}
+            | {"optimizer": self.optimizer.state_dict(), "care": self.care.state()}
+        )
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name in ("encoder", "decoder", "quantizer", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.care.load_state(state["care"])
+
+
+def test_a_codebook_collapses_without_restarts_and_not_with_them():
+    collapsed, restarted, started = Toy("uniform", 0), Toy("uniform", 10), Toy("kmeans", 0)
+    for toy in (collapsed, restarted, started):
+        toy.train(range(200))
+    assert collapsed.care.usage().perplexity < 12
+    assert collapsed.care.usage().dead > 40
+    assert restarted.care.usage().perplexity > 50
+    assert restarted.care.usage().dead == 0
+    assert started.care.usage().perplexity > 50
+    assert max(restarted.loss, started.loss) < 0.9 * collapsed.loss
+
+
+def test_resuming_within_a_window_changes_nothing():
+    whole, first = Toy("kmeans", 7), Toy("kmeans", 7)
+    whole.train(range(50))
+    first.train(range(25))
+    second = Toy("uniform", 7)
+    second.load(first.state())
+    assert first.care.usage() == second.care.usage()
+    first.train(range(25, 27))  # what was saved is a copy
+    second.train(range(25, 50))
+    ours, theirs = whole.state(), second.state()
+    for name in ("encoder", "decoder", "quantizer", "average", "care"):
+        assert all(torch.equal(ours[name][key], theirs[name][key]) for key in ours[name]), name
+    assert whole.care.usage() == second.care.usage()
+    assert ours["care"]["this_window"].sum() == 10 * 32 * 16
+
+
+def test_counts_of_another_codebook_are_refused():
+    care = care_for(make())
+    for state in (care_for(make(codes=8)).state(), {"chosen": torch.zeros(CODES)}):
+        with pytest.raises(ValueError, match=r"counts of codes are .*, expected .* written for another codebook"):
+            care.load_state(state)

@@ -1,0 +1,244 @@
+"""The discriminator's network, its losses and weights in closed form, and the watch over it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from stage1_autoencoder.config import AdversarialConfig
+from stage1_autoencoder.discriminator import (
+    DiscriminatorWatch,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_weight,
+    generator_loss,
+    hinge_loss,
+)
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def make(filters: int = 4, layers: int = 3) -> PatchDiscriminator:
+    torch.manual_seed(0)
+    return PatchDiscriminator(filters, layers)
+
+
+def test_the_standard_network_is_tamings():
+    modules = list(make(64).main)
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
+    described = [(m.in_channels, m.out_channels, m.stride[0], m.bias is not None) for m in convolutions]
+    assert described == [(3, 64, 2, True), (64, 128, 2, False), (128, 256, 2, False), (256, 512, 1, False),
+                         (512, 1, 1, True)]  # fmt: skip
+    assert {(m.kernel_size, m.padding) for m in convolutions} == {((4, 4), (1, 1))}
+    assert [type(m).__name__ for m in modules if not isinstance(m, nn.Conv2d)] == (
+        ["LeakyReLU"] + ["BatchNorm2d", "LeakyReLU"] * 3
+    )
+    assert {m.negative_slope for m in modules if isinstance(m, nn.LeakyReLU)} == {0.2}
+    # With InstanceNorm, which has no parameters but needs biases before it, they are the 2 764 737 of CycleGAN.
+    parameters = sum(parameter.numel() for parameter in make(64).parameters())
+    assert parameters == 2_765_633
+    assert parameters - 2 * (128 + 256 + 512) + (128 + 256 + 512) == 2_764_737
+
+
+def test_official_names():
+    names = [f"main.{i}.{kind}" for i in (0, 2, 3, 5, 6, 8, 9, 11) for kind in ("weight", "bias")]
+    assert {name for name, _ in make().named_parameters()} == set(names) - {f"main.{i}.bias" for i in (2, 5, 8)}
+
+
+def test_channels_grow_eightfold_at_most():
+    widths = [m.out_channels for m in make(2, layers=5).main if isinstance(m, nn.Conv2d)]
+    assert widths == [2, 4, 8, 16, 16, 16, 1]
+
+
+def test_weights_start_small():
+    for name, parameter in make(32).state_dict().items():
+        if "running" in name or "tracked" in name:
+            continue
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif parameter.ndim == 4:
+            assert abs(parameter.mean()) < 0.002
+            assert parameter.std() == pytest.approx(0.02, rel=0.1)
+        else:
+            assert parameter.mean() == pytest.approx(1, abs=0.01)
+            assert parameter.std() == pytest.approx(0.02, rel=0.35)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_map_of_patches_and_the_smallest_image_that_has_one(layers):
+    network = make(layers=layers)
+    side = 3 * 2**layers
+    assert network.smallest_side == side
+    assert network(images(2, 3, side, side + 2**layers)).shape == (2, 1, 1, 2)
+    for shape in ((2, 3, side - 1, 64), (2, 3, 64, side - 1)):
+        with pytest.raises(ValueError, match=rf"of {layers} layers can't judge .*both sides at least {side}; set "):
+            network(images(*shape))
+    for shape in ((2, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match=r"can't judge images of shape .* they must be \[b, 3, h, w\]"):
+            network(images(*shape))
+
+
+def test_a_logit_sees_seventy_pixels():
+    network = make().eval()
+    image = images(1, 3, 128, 128).requires_grad_()
+    network(image)[0, 0, 7, 7].backward()
+    rows, columns = (image.grad.abs().sum((0, 1, axis)).nonzero().flatten() for axis in (3, 2))
+    assert (len(rows), len(columns)) == (70, 70)
+    assert rows[-1] - rows[0] == 69
+
+
+def test_hinge_loss_in_closed_form():
+    real, fake = torch.tensor([3.0, 1.0, 0.5, -1.0]), torch.tensor([-3.0, -1.0, -0.5, 3.0])
+    assert hinge_loss(real, fake).item() == pytest.approx(0.5 * ((0.5 + 2) / 4 + (0.5 + 4) / 4))
+    assert hinge_loss(torch.full((2,), 1.0), torch.full((3,), -1.0)) == 0
+    assert hinge_loss(torch.zeros(2), torch.zeros(5)) == 1
+    assert hinge_loss(fake, real) > hinge_loss(real, fake)
+
+
+def test_generator_loss_in_closed_form():
+    logits = torch.tensor([1.0, 2.0, -6.0], requires_grad=True)
+    loss = generator_loss(logits)
+    loss.backward()
+    assert loss.item() == 1.0
+    assert torch.equal(logits.grad, torch.full((3,), -1 / 3))
+
+
+def test_losses_are_reduced_in_fp32():
+    # 4096 ones and one more: bfloat16 would not see it.
+    logits = torch.ones(4097, dtype=torch.bfloat16)
+    logits[0] = -512
+    expected = (4096 - 512) / 4097
+    with torch.autocast("cpu", torch.bfloat16):
+        generator, hinge = generator_loss(logits), hinge_loss(logits, logits)
+    assert (generator.dtype, hinge.dtype) == (torch.float32, torch.float32)
+    assert generator.item() == pytest.approx(-expected, rel=1e-6)
+    assert hinge.item() == pytest.approx(0.5 * (513 + 2 * 4096) / 4097, rel=1e-6)
+
+
+def test_adaptive_weight_is_the_ratio_of_norms():
+    ours, theirs = torch.zeros(3, 4, 2, 2), torch.zeros(3, 4, 2, 2)
+    ours[0, 0, 0] = torch.tensor([3.0, -4.0])
+    theirs[2, 1, 1, 1] = -0.5
+    ratio = adaptive_weight(ours.requires_grad_(), theirs)
+    assert ratio.item() == pytest.approx(5 / (0.5 + 1e-4))
+    assert not ratio.requires_grad
+    assert adaptive_weight(theirs, ours).item() == pytest.approx(0.5 / (5 + 1e-4))
+    assert adaptive_weight(ours, 0 * theirs).item() == 1e4
+    assert adaptive_weight(0 * ours, 0 * theirs).item() == 0
+    assert adaptive_weight(ours * 1e-4, 0 * theirs).item() == pytest.approx(5, rel=1e-5)
+
+
+def test_adaptive_weight_is_reduced_in_fp32():
+    # Squares of 1e-4 are nothing in half precision, and 70000 is infinite.
+    small = torch.full((10000,), 1e-4, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ratio = adaptive_weight(small.clone(), torch.full((4,), 6e4, dtype=torch.float16))
+    assert ratio.dtype == torch.float32
+    assert ratio.item() == pytest.approx(0.01 / 1.2e5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("start", "warm_in", "expected"),
+    [
+        (3, 0, {0: 0.0, 2: 0.0, 3: 0.8, 4: 0.8, 10**9: 0.8}),
+        (3, 4, {2: 0.0, 3: 0.0, 4: 0.2, 5: 0.4, 6: 0.6, 7: 0.8, 8: 0.8, 10**9: 0.8}),
+        (0, 0, {0: 0.8, 1: 0.8}),
+    ],
+)
+def test_adversarial_weight_waits_and_rises(start, warm_in, expected):
+    config = AdversarialConfig(weight=0.8, start=start, warm_in=warm_in)
+    assert {step: adversarial_weight(step, config) for step in expected} == pytest.approx(expected)
+    assert adversarial_weight(100, AdversarialConfig(weight=0.0, start=start, warm_in=warm_in)) == 0
+
+
+def test_the_discriminator_learns_to_tell_and_the_gradient_shows_the_way():
+    network = make(8, layers=2)
+    real, fake = images(16, 3, 16, 16) * 0.5 + 0.5, images(16, 3, 16, 16, seed=1) * 0.5 - 0.5
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.9))
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(hinge_loss(network(real), network(fake)))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    network.eval()
+    fake.requires_grad_()
+    before = generator_loss(network(fake))
+    (gradient,) = torch.autograd.grad(before, fake)
+    assert generator_loss(network(fake - gradient / gradient.norm())) < before
+
+
+def watched(readings: list[tuple[float, float, float, float]], watch: DiscriminatorWatch | None = None) -> list[int]:
+    """Which readings (reconstruction, real, fake, weight) gave a warning."""
+    watch = watch or DiscriminatorWatch()
+    return [number for number, reading in enumerate(readings) if watch.read(number, *reading) is not None]
+
+
+BEFORE = [(0.2, 0.0, 0.0, 0.0)] * 30
+FINE, RISEN = (0.24, 0.3, -0.3, 0.8), (0.26, 0.3, -0.3, 0.8)
+WON = (0.2, 1.1, -1.1, 0.8)
+
+
+def test_a_rise_over_the_level_before_the_start_is_told_once():
+    assert watched(BEFORE + [FINE] * 30) == []
+    assert watched(BEFORE + [RISEN] * 30) == [34]
+    assert watched(BEFORE + [*[RISEN] * 4, FINE] * 6) == []
+    # After a recovery of as many readings it is told again, and after a shorter one it is not.
+    assert watched(BEFORE + [RISEN] * 6 + [FINE] * 5 + [RISEN] * 5) == [34, 45]
+    assert watched(BEFORE + [RISEN] * 6 + [FINE] * 4 + [RISEN] * 9) == [34]
+
+
+def test_the_level_is_that_of_the_last_readings_before_the_start():
+    falling = [(1.0 - 0.02 * i, 0.0, 0.0, 0.0) for i in range(40)]  # down to 0.22
+    assert watched(falling + [(0.25, 0, 0, 0.8)] * 20) == []
+    assert watched(falling + [(0.5, 0, 0, 0.8)] * 20) == [44]
+    watch = DiscriminatorWatch()
+    assert watched([(1.0, 0, 0, 0.0), (0.5, 0, 0, 0.0)], watch) == []
+    assert watch.level == pytest.approx(0.8 * 1.0 + 0.2 * 0.5)
+
+
+def test_without_readings_before_the_start_no_rise_is_told():
+    assert watched([(5.0 + i, 0, 0, 0.8) for i in range(50)]) == []
+
+
+def test_a_discriminator_that_wins_outright_is_told_once():
+    assert watched(BEFORE + [WON] * 60) == [49]
+    for other in ((0.2, 0.9, -5.0, 0.8), (0.2, 5.0, -0.9, 0.8)):
+        assert watched(BEFORE + [*[WON] * 19, other] * 3) == []
+    assert watched([(0.2, 5.0, -5.0, 0.0)] * 60) == []  # it is not felt yet
+
+
+def test_warnings_say_what_was_seen_and_what_to_do():
+    watch = DiscriminatorWatch()
+    texts = [watch.read(number, *reading) for number, reading in enumerate(BEFORE + [(0.3, 2.0, -3.0, 0.8)] * 20)]
+    rise, win = (text for text in texts if text)
+    assert rise.startswith(
+        "autoencoder: step 34: the reconstruction term was too high for 5 readings, now 0.3: 50% above its 0.2 before "
+        "the discriminator's start. "
+    )
+    assert "with ease for 20 readings (mean logits now -3 and 2). " in win
+    for text in (rise, win):
+        assert "a later autoencoder.training.adversarial.start, a smaller weight, or a longer warm_in" in text
+
+
+def test_both_at_once_are_one_text():
+    watch = DiscriminatorWatch()
+    readings = BEFORE + [WON] * 15 + [(0.3, 1.1, -1.1, 0.8)] * 5
+    (text,) = filter(None, (watch.read(number, *reading) for number, reading in enumerate(readings)))
+    assert "too high" in text
+    assert "with ease" in text
+
+
+@pytest.mark.parametrize("cut", range(0, 70, 3))
+def test_the_watch_goes_on_from_a_checkpoint(cut):
+    readings = BEFORE[:20] + [RISEN] * 6 + [FINE] * 5 + [RISEN] * 5 + [WON] * 30 + [FINE] * 3
+    whole = watched(readings)
+    assert len(whole) == 3
+    first, second = DiscriminatorWatch(), DiscriminatorWatch()
+    told = watched(readings[:cut], first)
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert told + [cut + number for number in watched(readings[cut:], second)] == whole

@@ -1,0 +1,240 @@
+"""LPIPS: recorded outputs of the public code on a random trunk, and what holds whatever the weights."""
+
+import hashlib
+import math
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stage1_autoencoder import lpips as lpips_module
+from stage1_autoencoder.lpips import HEADS_FILE, LPIPS
+
+# Where torchvision's VGG16 has its convolutions, and the channels they take and give.
+CONVOLUTIONS = {
+    0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+    17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
+}  # fmt: skip
+HEADS_SHA256 = "9153a2043dccf3b525d4f13db916e93ef040548ea923b6f2100de5ebac141a78"
+
+
+@pytest.fixture(scope="module")
+def trunk() -> dict[str, Tensor]:
+    """The random trunk of the recorded outputs."""
+    generator = torch.Generator().manual_seed(1234)
+    state = {}
+    for number, (before, after) in CONVOLUTIONS.items():
+        weight = torch.randn(after, before, 3, 3, generator=generator) * math.sqrt(2 / (9 * before))
+        state[f"features.{number}.weight"] = weight
+        state[f"features.{number}.bias"] = torch.randn(after, generator=generator) * 0.05
+    return state
+
+
+@pytest.fixture(scope="module")
+def lpips(trunk) -> LPIPS:
+    return LPIPS(trunk)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Tensor]:
+    arrays = np.load(HEADS_FILE.parents[2] / "tests" / "fixtures" / "lpips_vgg_reference.npz")
+    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+@pytest.fixture
+def narrow(monkeypatch) -> LPIPS:
+    """The same network with few channels in float64: fast and exact enough to differentiate numerically."""
+    monkeypatch.setattr(lpips_module, "STAGES", ((3, 4), (4, 4), (4, 4, 5), (5, 5, 5), (5, 5, 6)))
+    generator = torch.Generator().manual_seed(3)
+    features, _ = lpips_module._vgg16()
+    trunk = {
+        f"features.{name}": torch.randn(tensor.shape, generator=generator) * 0.5
+        for name, tensor in features.state_dict().items()
+    }
+    heads = {
+        f"lin{i}.model.1.weight": torch.rand(1, stage[-1], 1, 1, generator=generator)
+        for i, stage in enumerate(lpips_module.STAGES)
+    }
+    return LPIPS(trunk, heads).double()
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+def test_distances_equal_the_public_ones(lpips, recorded):
+    ours = lpips(recorded["image_a"], recorded["image_b"])
+    assert ours.shape == (4,)
+    assert (ours - recorded["distance"]).abs().max() < 1e-5
+    torch.testing.assert_close(ours, recorded["distance"], rtol=1e-4, atol=1e-7)
+
+
+def test_every_layer_equals_the_public_one(lpips, recorded):
+    ours = lpips.per_layer(recorded["image_a"], recorded["image_b"])
+    assert ours.shape == (5, 4)
+    assert (ours - recorded["per_layer"]).abs().max() < 1e-5
+    torch.testing.assert_close(ours, recorded["per_layer"], rtol=1e-4, atol=1e-7)
+
+
+def test_the_shipped_heads_are_the_public_ones():
+    heads = load_file(HEADS_FILE)
+    assert [(name, tuple(heads[name].shape), heads[name].dtype) for name in sorted(heads)] == [
+        (f"lin{i}.model.1.weight", (1, channels, 1, 1), torch.float32)
+        for i, channels in enumerate((64, 128, 256, 512, 512))
+    ]
+    values = b"".join(heads[name].numpy().astype("<f4").tobytes() for name in sorted(heads))
+    assert hashlib.sha256(values).hexdigest() == HEADS_SHA256
+
+
+def test_the_heads_are_installed_with_their_licence(repository):
+    patterns = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = repository / "stage1_autoencoder"
+    installed = {path for pattern in patterns["stage1_autoencoder"] for path in package.glob(pattern)}
+    assert HEADS_FILE in installed
+    (licence,) = (path for path in installed if path.name.startswith("LICENSE"))
+    text = licence.read_text()
+    assert "Copyright (c) 2018, Richard Zhang, Phillip Isola, Alexei A. Efros, Eli Shechtman, Oliver Wang" in text
+    assert text.count("Redistributions") == 2
+    assert HEADS_FILE.name in text
+
+
+def test_equal_images_have_no_distance(lpips):
+    images = noise(2, 3, 16, 24)
+    assert lpips(images, images.clone()).tolist() == [0, 0]
+
+
+def test_a_distance_is_symmetric_and_positive(lpips):
+    a, b = noise(2, 3, 16, 16), noise(2, 3, 16, 16, seed=1)
+    assert torch.equal(lpips(a, b), lpips(b, a))
+    assert (lpips(a, b) > 0).all()
+
+
+def test_images_of_a_batch_do_not_touch(lpips):
+    a, b = noise(3, 3, 32, 16), noise(3, 3, 32, 16, seed=1)
+    alone = torch.cat([lpips(a[i : i + 1], b[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(lpips(a, b), alone, rtol=1e-5, atol=0)
+
+
+def test_gradients_are_those_of_finite_differences(narrow):
+    a = noise(1, 3, 16, 16, dtype=torch.float64).requires_grad_()
+    b = noise(1, 3, 16, 16, seed=1, dtype=torch.float64).requires_grad_()
+    assert narrow(a, b).dtype == torch.float64
+    torch.autograd.gradcheck(narrow, (a, b), fast_mode=True)
+    torch.autograd.gradcheck(lambda x: narrow.per_layer(x, b.detach()), (a,), fast_mode=True)
+
+
+def test_gradients_flow_to_the_images_alone(narrow):
+    a = noise(1, 3, 16, 16, dtype=torch.float64).requires_grad_()
+    narrow(a, noise(1, 3, 16, 16, seed=1, dtype=torch.float64)).sum().backward()
+    assert a.grad.abs().sum() > 0
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in narrow.parameters())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_truth_is_differentiated_only_where_asked(narrow, wanted):
+    modes = []
+    narrow.features[0].register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    narrow(noise(1, 3, 16, 16).double(), noise(1, 3, 16, 16).double().requires_grad_(wanted))
+    assert modes == [True, wanted]
+    with torch.no_grad():
+        narrow(noise(1, 3, 16, 16).double(), noise(1, 3, 16, 16).double().requires_grad_(wanted))
+    assert modes[2:] == [False, False]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_vectors_without_length_have_finite_gradients(value):
+    features = torch.full((1, 4, 2, 2), value, requires_grad=True)
+    (lpips_module._unit(features) - 0.5).square().sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_dead_features_add_nothing(trunk):
+    dead = trunk | {"features.28.bias": torch.full((512,), -1e4)}
+    images = noise(1, 3, 16, 16).requires_grad_()
+    layers = LPIPS(dead).per_layer(images, noise(1, 3, 16, 16, seed=1))
+    layers.sum().backward()
+    assert layers[4].item() == 0
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
+
+
+def test_bf16_autocast_is_close_and_ends_in_float32(lpips, recorded):
+    a, b = recorded["image_a"], recorded["image_b"]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = lpips(a, b)
+        half = lpips(a.bfloat16(), b.bfloat16())
+    assert ours.dtype == half.dtype == torch.float32
+    # Rounded features: 2 % of the distance where images differ (measured 0.5 %), and 0 where they are equal.
+    torch.testing.assert_close(ours, recorded["distance"], rtol=0.02, atol=0)
+    assert not torch.equal(ours, recorded["distance"])  # the convolutions did run in bf16
+
+
+def test_reductions_stay_in_float32_under_autocast(lpips):
+    """The mean over many positions of small differences would stand still in bf16."""
+    features = [torch.full((1, 2, 64, 64), 1.0), torch.full((1, 2, 64, 64), 1.0)]
+    features[1][:, 0] += 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        units = [lpips_module._unit(values) for values in features]
+    assert {unit.dtype for unit in units} == {torch.float32}
+    assert (units[0] - units[1]).abs().max() > 1e-4
+
+
+def test_it_is_never_trained(narrow):
+    holder = nn.ModuleList([narrow])
+    holder.train()
+    assert not any(module.training for module in narrow.modules())
+    assert isinstance(narrow.train(), LPIPS)
+
+
+def test_the_callers_weights_stay_the_callers(trunk):
+    before = trunk["features.0.bias"].clone()
+    model = LPIPS(trunk | {"classifier.0.weight": torch.zeros(3)})
+    with torch.no_grad():
+        model.features[0].bias += 1
+    assert torch.equal(trunk["features.0.bias"], before)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 3, 15, 64)] * 2, "15x64 pixels are too few: both sides must be 16 or more"),
+        ([(1, 3, 64, 8)] * 2, "64x8 pixels are too few"),
+        ([(1, 3, 16, 16), (2, 3, 16, 16)], r"not \[1, 3, 16, 16\] with \[2, 3, 16, 16\]"),
+        ([(1, 1, 16, 16)] * 2, r"images \[b, 3, h, w\]"),
+        ([(3, 16, 16)] * 2, r"images \[b, 3, h, w\]"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(narrow, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        narrow(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_integers_are_refused(narrow):
+    with pytest.raises(ValueError, match=r"not torch.uint8 .*x / 127.5 - 1"):
+        narrow(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("features.28.bias"), r"not the convolutions of VGG16; missing: features.28.bias$"),
+        (lambda s: s.update({"features.1.weight": torch.zeros(1)}), "unexpected: features.1.weight"),
+        (lambda s: s.update({"features.0.bias": torch.zeros(3)}), r"features.0.bias \[3\] in place of \[64\]"),
+        (lambda s: s.clear(), r"missing: features.0.weight, features.0.bias, features.2.weight and 23 more"),
+    ],
+)
+def test_another_trunk_is_refused(trunk, change, message):
+    state = dict(trunk)
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        LPIPS(state)
+
+
+def test_other_heads_are_refused(trunk):
+    heads = load_file(HEADS_FILE)
+    heads["lin0.model.1.weight"] = torch.zeros(1, 192, 1, 1)  # AlexNet's
+    with pytest.raises(ValueError, match=r"not the heads of LPIPS; of another shape: lin0.model.1.weight \[1, 192"):
+        LPIPS(trunk, heads)
