@@ -64,7 +64,7 @@ train-flow: setup  ## stage 2: train the flow, from the store alone
 
 train-refiner: setup  ## optional: the network that refines decoded frames; then make sample ARGS=--refine
 	$(remember)
-	@$(RIVER) train-refiner $(CONFIG) $(ARGS)
+	@$(TRAIN) train-refiner $(CONFIG) $(ARGS)
 
 sample: setup  ## predicted videos of the test split: GIF, MP4, contact sheet, latents
 	$(remember)
