@@ -161,7 +161,8 @@ class AutoencoderTrainer(Trainer):
         measured = self._distances(torch.cat(reconstructed))
         measured["validation_codes"] = len(frequencies)
         measured["validation_perplexity"] = float((-(frequencies * frequencies.log()).sum()).exp())
-        shown = slice(0, SHEET_FRAMES)
+        # Spread over the videos, whose frames lie beside each other.
+        shown = torch.linspace(0, len(self.validation.images) - 1, SHEET_FRAMES).round().long().unique()
         title = f"{self.config.dataset.name}, step {step}: {_in_words(measured)}"
         sheet = reconstruction_sheet(self.validation.images[shown], torch.cat(reconstructed)[shown], title)
         self.validation.folder.mkdir(parents=True, exist_ok=True)

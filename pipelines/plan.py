@@ -9,14 +9,16 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.runs import describe_progress, is_imported
 from pipelines.train_flow import find_flow
 from stage1_autoencoder.families import build_autoencoder
+from stage1_autoencoder.rcan import RCAN
 from stage2_flow.vector_field import VectorField
 
 
 def describe_plan(config: RiverConfig) -> str:
-    """Sizes of both networks, and how far each stage is."""
+    """Sizes of the networks, and how far each stage is."""
     with torch.device("meta"):
         autoencoder = build_autoencoder(config.autoencoder.model)
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
+        refiner = RCAN(config.refiner.model)
     side = config.dataset.image_size // autoencoder.downsampling
     try:
         if not config.store_path.exists():
@@ -27,8 +29,10 @@ def describe_plan(config: RiverConfig) -> str:
             )
     except StoreError as error:
         store = f"in the way: {error}"
-    # How far the training is, not which of its checkpoints is the best.
-    trained = CheckpointFolder(config.run_path / "autoencoder" / "checkpoints").latest()
+    # How far a training is, not which of its checkpoints is the best.
+    trained, refined = (
+        CheckpointFolder(config.run_path / name / "checkpoints").latest() for name in ("autoencoder", "refiner")
+    )
     return "\n".join(
         [
             f"autoencoder  {autoencoder.parameter_count / 1e6:.1f} M parameters, frames {config.dataset.image_size}x"
@@ -37,6 +41,8 @@ def describe_plan(config: RiverConfig) -> str:
             f"store        {config.store_path}: {store}",
             f"flow         {field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens; "
             + _progress(find_flow(config.run_path), config.flow.training.steps),
+            f"refiner      {refiner.parameter_count / 1e6:.2f} M parameters, optional; "
+            + _progress(refined, config.refiner.training.steps),
         ]
     )
 
