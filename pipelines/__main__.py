@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines.config import dump_config, load_config
-    from pipelines.runtime.distributed import join_processes
+    from pipelines.runtime.distributed import join_processes, leave_processes
     from pipelines.runtime.progress import say, set_quiet
     from pipelines.runtime.session import Session, resolve_device
 
@@ -85,6 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         say(describe_plan(config))
         return EXIT_DONE
     _command(options, config)(session)
+    leave_processes()
     if session.skipped:
         print(f"{options.command}: finished; {len(session.skipped)} video(s) were skipped:", file=sys.stderr)
         for video_id, reason in list(session.skipped.items())[:20]:

@@ -31,7 +31,7 @@ from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.config import AutoencoderTrainingConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frames import FramePool
-from stage1_autoencoder.lpips import LPIPS
+from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
 
 
@@ -146,7 +146,7 @@ def _with_perceptual_network(
     """LPIPS where the configuration wants it; where its weights lack, the configuration without it, and a warning.
 
     Raises:
-        UserError: `best_by: lpips` without LPIPS; weights that are named and can't be used.
+        UserError: `best_by: lpips` without LPIPS; frames too small for it; weights that are named and can't be used.
     """
     training = config.autoencoder.training
     if training.perceptual == "lpips":
@@ -156,6 +156,11 @@ def _with_perceptual_network(
                 say("autoencoder: it was trained without the perceptual loss, whose weights were not there")
                 config = _without_perceptual(config)
             return config, None
+        if config.dataset.image_size < SMALLEST_SIDE:
+            raise UserError(
+                f"autoencoder.training.perceptual: lpips compares images of at least {SMALLEST_SIDE} pixels a side, "
+                f"and dataset.image_size is {config.dataset.image_size}: take none, or larger frames"
+            )
         network = load_lpips(training.vgg_weights, session.device, download=session.download)
         if network is not None:
             return config, network

@@ -1,6 +1,7 @@
 """Checkpoints: a folder of safetensors and one JSON file, written whole or not at all. No pickle is ever written."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class CheckpointFolder:
         return final
 
     def is_best(self, name: str, value: float, *, lowest: bool) -> bool:
-        """Whether a measured number is better than that of the best checkpoint so far."""
+        """Whether a measured number is better than that of the best checkpoint so far; NaN never is."""
+        if math.isnan(value):
+            return False
         best = self.best()
         before = None if best is None else best.state.get("best", {}).get(name)
         return before is None or (value < before if lowest else value > before)

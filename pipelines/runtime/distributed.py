@@ -69,8 +69,9 @@ class Processes:
         """The rows [n, ...] of all processes, in their order: [count n, ...]."""
         if self.count == 1:
             return rows
+        rows = rows.contiguous()  # NCCL fills what it is given as if it were
         parts = [torch.empty_like(rows) for _ in range(self.count)]
-        dist.all_gather(parts, rows.contiguous())
+        dist.all_gather(parts, rows)
         return torch.cat(parts)
 
     def any_asks(self, number: int) -> int:

@@ -81,3 +81,9 @@ def test_weights_that_are_named_must_be_there(place) -> None:
     place.run("train-autoencoder", sets=["autoencoder.training.best_by=lpips"]).refused(
         2, "autoencoder.training.best_by: lpips needs the perceptual network"
     )
+
+
+def test_frames_too_small_for_the_network_are_refused(place, vgg: Path) -> None:
+    place.run(
+        "train-autoencoder", sets=(*WANTED, f"autoencoder.training.vgg_weights={vgg}", "dataset.image_size=8")
+    ).refused(2, "autoencoder.training.perceptual: lpips", "at least 16 pixels", "dataset.image_size is 8")

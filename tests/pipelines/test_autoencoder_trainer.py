@@ -1,6 +1,7 @@
 """The autoencoder's trainer: what one step changes, and what a validation measures."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latent_cache import step_generator
 from pipelines.autoencoder_trainer import AutoencoderTrainer, Validation
 from pipelines.config import parse_config
 from pipelines.metrics import psnr
@@ -108,6 +110,108 @@ def test_the_discriminator_starts_when_it_should():
     assert {"adversarial", "adaptive_weight"} <= felt.keys()
 
 
+def test_the_autoencoder_goes_on_learning_beside_the_discriminator():
+    trainer = make(adversarial=ADVERSARIAL | {"start": 0})
+    trainer.train_step(0)
+    before = copy.deepcopy(trainer.model.state_dict())
+    assert trainer.train_step(1).finite
+    assert not any(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("failing", ["autoencoder", "discriminator", None])
+def test_both_updates_must_be_finite(failing, monkeypatch):
+    trainer = make(adversarial=ADVERSARIAL | {"start": 0})
+    learners = {"autoencoder": trainer.learner, "discriminator": trainer.adversary.learner}
+    if failing is not None:
+        monkeypatch.setattr(learners[failing], "apply", lambda factor: torch.tensor(False))
+    assert bool(trainer.train_step(0).finite) == (failing is None)
+
+
+def test_the_discriminators_parts_are_its_batch(monkeypatch):
+    """Parts of one pair of images, over and over: BatchNorm sees the same in each, so the gradients are the same."""
+    torch.manual_seed(1)
+    images, reconstructed = torch.rand(2, 1, 3, SIDE, SIDE).expand(2, 8, 3, SIDE, SIDE) * 2 - 1
+    seen = []
+    for accumulate in (1, 4):
+        trainer = make(adversarial=ADVERSARIAL, accumulate=accumulate)
+        network = trainer.adversary.discriminator.eval()
+
+        def apply(factor: float, network=network) -> torch.Tensor:
+            seen.append((factor, network.training, [p.grad.clone() for p in network.parameters()]))
+            return torch.tensor(True)
+
+        monkeypatch.setattr(trainer.adversary.learner, "apply", apply)
+        trainer.adversary.train_step(images, reconstructed, 0.25, trainer._autocast)
+    assert [(factor, training) for factor, training, _ in seen] == [(0.25, True)] * 2
+    for whole, parts in zip(seen[0][2], seen[1][2], strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_both_learning_rates_have_one_course():
+    trainer = make(adversarial=ADVERSARIAL | {"start": 0, "learning_rate": 1e-4}, warmup_steps=4, weight_decay=0.1)
+    trainer.train_step(0)
+    (optimizer,) = trainer.adversary.learner.optimizers
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 / 4)
+    assert trainer.learning_rate == pytest.approx(1e-3 / 4)
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Second(Processes):
+    """The second of two processes that exchange nothing and have all rows."""
+
+    rank: int = 1
+
+    def rows(self, batch: int) -> slice:
+        return slice(None)
+
+
+@pytest.mark.parametrize("processes", [Processes(), Second()])
+def test_each_kind_of_draws_has_a_stream_of_its_own(processes, monkeypatch):
+    trainer, drawn = make(restart_every=1, processes=processes), []
+
+    def note(seed: int, step: int, *rest: Any, **options: Any) -> torch.Generator:
+        drawn.append((step, options.get("stream") or rest[1]))
+        return step_generator(seed, step, *rest, **options)
+
+    monkeypatch.setattr("pipelines.autoencoder_trainer.step_generator", note)
+    trainer.train_step(0)
+    drawn.clear()
+    trainer.train_step(1)
+    assert drawn == [(1, "augmentation"), (1, "dropout"), (1, "codes")]
+    # What dropout leaves out differs from process to process.
+    assert torch.initial_seed() == step_generator(0, 1, stream="dropout").initial_seed() + processes.rank
+
+
+def test_codes_start_on_the_latents_of_the_first_batches(monkeypatch):
+    monkeypatch.setattr("pipelines.autoencoder_trainer.VECTORS_A_CODE", 100)  # 1600 vectors, 512 a batch
+    trainer, served, modes = make(), [], []
+    batch, encode = trainer.pool.batch, trainer.model.encode
+    monkeypatch.setattr(trainer.pool, "batch", lambda step, rows: (served.append(step), batch(step, rows))[1])
+    monkeypatch.setattr(
+        trainer.model, "encode", lambda images: (modes.append(trainer.model.training), encode(images))[1]
+    )
+    trainer.train_step(0)
+    assert served == [0, 1, 2, 3, 0]
+    assert modes == [False] * 4
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_networks_run_in_the_precision_asked_for(precision, dtype, monkeypatch):
+    seen = []
+
+    def perceptual(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        seen.append((images @ images.mT).dtype)
+        return (images - truth).square().mean((1, 2, 3))
+
+    trainer = make(precision=precision, perceptual=perceptual, adversarial=ADVERSARIAL | {"start": 0})
+    for network in (trainer.model.last_layer, trainer.adversary.discriminator.main[0]):
+        network.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    trainer.train_step(0)
+    assert len(seen) >= 4
+    assert set(seen) == {dtype}
+
+
 def test_the_discriminator_has_its_own_learning_rate():
     trainer = make(adversarial=ADVERSARIAL | {"learning_rate": 3e-4, "betas": [0.5, 0.9]}, ema_decay=0.9)
     (optimizer,) = trainer.adversary.learner.optimizers
@@ -130,6 +234,7 @@ def test_a_batch_that_is_not_finite_changes_no_weight(adversarial, monkeypatch):
     result = trainer.train_step(3)
     assert not result.finite
     assert not result.terms["loss"].isfinite()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
     after = everything(trainer)
     # The codes were counted, and BatchNorm has seen the batch; nothing was learnt from it.
     unlearnt = {name for name in before if not name.startswith("codebook.") and "running" not in name}
@@ -170,7 +275,21 @@ def test_codes_start_among_the_latents():
     assert used[0] > used[1]
 
 
-def test_more_codes_than_latent_vectors_is_said_and_goes_on(capsys):
+class FirstOfTwo(Processes):
+    """The first of two processes; of the other one nothing is heard."""
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def distribute(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        return model
+
+
+@pytest.mark.parametrize("processes", [Processes(), FirstOfTwo(0, 2)])
+def test_more_codes_than_latent_vectors_is_said_and_goes_on(processes, capsys):
     config = parse_config(
         {
             "dataset": {"name": "toy", "source": "shapes", "image_size": SIDE},
@@ -184,7 +303,7 @@ def test_more_codes_than_latent_vectors_is_said_and_goes_on(capsys):
         },
         "test",
     )  # fmt: skip
-    assert AutoencoderTrainer(config, CPU, Pool()).train_step(0).finite
+    assert AutoencoderTrainer(config, CPU, Pool(), processes=processes).train_step(0).finite
     assert "128 latent vectors are all that the training begins with, for 4096 codes" in capsys.readouterr().err
 
 
@@ -239,11 +358,20 @@ def test_validation_measures_the_averaged_model(validation):
     entropy = -(frequencies * frequencies.log()).sum()
     assert measured["validation_perplexity"] == pytest.approx(entropy.exp().item())
     assert -1 <= measured["validation_ssim"] <= 1
+    assert not model.training
     with Image.open(validation.folder / "step_00000003.png") as sheet:
         assert sheet.width > 8 * 96
     # What was validated goes on to be trained.
     assert trainer.train_step(3).finite
     assert trainer.model.training
+
+
+def test_validation_looks_at_images_as_they_would_be_shown(validation):
+    trainer = make(validation, perceptual=lambda images, truth: (images - truth).abs().mean((1, 2, 3)))
+    with torch.no_grad():
+        trainer.model.last_layer.bias.fill_(50.0)  # far beyond white
+    white = (1 - validation.images).abs().mean().item()
+    assert trainer.validate(1)["validation_lpips"] == pytest.approx(white, rel=1e-5)
 
 
 def test_without_validation_images_nothing_is_measured():
@@ -263,6 +391,9 @@ def test_a_discriminator_that_does_harm_is_reported(capsys):
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 5):
         trainer.readings(step, {"l1": 0.1})
+    trainer.readings(5, {"l1": 0.2})  # the last one without it
+    assert trainer.watch.level == pytest.approx(0.8 * 0.1 + 0.2 * 0.2)
+    trainer.watch.level = 0.1
     for step in range(6, 30):
         trainer.readings(step, {"l1": 0.3, "logits_real": 0.0, "logits_fake": 0.0})
     message = capsys.readouterr().err

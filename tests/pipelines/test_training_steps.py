@@ -7,11 +7,13 @@ import torch
 import pipelines.autoencoder_trainer as autoencoder_module
 import pipelines.train_flow as flow_module
 from latent_cache import FlowBatch
-from pipelines.autoencoder_trainer import AutoencoderTrainer
+from pipelines.autoencoder_trainer import AutoencoderTrainer, Validation
 from pipelines.config import RiverConfig, parse_config
+from pipelines.train_autoencoder import _loop_settings, autoencoder_identity
 from pipelines.train_flow import FlowTrainer
 
 CPU = torch.device("cpu")
+ADVERSARIAL = {"weight": 0.5, "start": 1, "layers": 1, "filters": 8}
 
 
 def config(**sections) -> RiverConfig:
@@ -93,3 +95,31 @@ def test_augmentation_reaches_the_images(options, monkeypatch):
     AutoencoderTrainer(config(autoencoder__batch_size=8, **options), CPU, Pool()).train_step(0)
     untouched = torch.from_numpy(Pool.frames).permute(0, 3, 1, 2) / 127.5 - 1
     assert torch.allclose(seen[0], untouched, atol=1e-6) == (not options)
+
+
+@pytest.mark.parametrize(
+    ("training", "best", "lowest"),
+    [
+        ({}, "validation_psnr", False),
+        ({"perceptual": "lpips"}, "validation_lpips", True),
+        ({"perceptual": "lpips", "best_by": "psnr"}, "validation_psnr", False),
+        ({"best_by": "last"}, None, False),
+        ({"adversarial": ADVERSARIAL}, None, False),
+        ({"adversarial": ADVERSARIAL, "best_by": "psnr"}, "validation_psnr", False),
+        ({"adversarial": ADVERSARIAL, "perceptual": "lpips"}, "validation_lpips", True),
+    ],
+)
+def test_what_tells_the_best_autoencoder(training, best, lowest, tmp_path):
+    wanted = config(**{f"autoencoder__{key}": value for key, value in training.items()})
+    settings = _loop_settings(wanted, Validation(torch.zeros(1, 3, 16, 16), tmp_path))
+    assert (settings.best, settings.lowest) == (best, lowest)
+    assert _loop_settings(wanted, None).best is None
+
+
+def test_an_autoencoder_depends_on_its_seed_and_not_on_where_its_videos_lie():
+    plain = config()
+    moved = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"root": "elsewhere", "name": "b"})})
+    assert autoencoder_identity(moved) == autoencoder_identity(plain)
+    assert autoencoder_identity(plain.model_copy(update={"seed": 1})) != autoencoder_identity(plain)
+    larger = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"image_size": 32})})
+    assert autoencoder_identity(larger) != autoencoder_identity(plain)

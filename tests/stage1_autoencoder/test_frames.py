@@ -79,6 +79,28 @@ def test_a_batch_is_a_function_of_seed_and_step(frames):
         assert any((other.batch(step) != whole[step]).any() for step in range(3))
 
 
+def test_rounds_and_batches_are_drawn_by_the_seed():
+    with closing(make_pool(Numbered(LENGTHS))) as pool, closing(make_pool(Numbered(LENGTHS), seed=1)) as other:
+        ours = pool._decode_round(0)
+        assert not np.array_equal(ours.origins, other._decode_round(0).origins)
+        assert not np.array_equal(pool._chosen(0, ours), other._chosen(0, ours))
+
+
+def test_rows_of_a_batch():
+    with closing(make_pool(Numbered(LENGTHS))) as pool:
+        for step in (0, 3):
+            assert (pool.batch(step, slice(1, 3)) == pool.batch(step)[1:3]).all()
+            assert len(pool.batch(step, slice(1, 3))) == 2
+
+
+def test_a_batch_is_described_by_its_frames():
+    with closing(make_pool(Numbered(LENGTHS), batch_size=6)) as pool:
+        for step in (2, 30):
+            names = [f"v{video} frame {frame}" for video, frame in seen(pool.batch(step))]
+            assert pool.describe(step) == f"a batch of {', '.join(names[:4])} and 2 more"
+            assert pool.describe(step, most=6) == f"a batch of {', '.join(names)}"
+
+
 def test_rounds_bring_other_frames():
     with closing(make_pool(Numbered(LENGTHS), steps=400)) as pool:
         rounds = [{f for step in range(r * 40, r * 40 + 40) for f in seen(pool.batch(step))} for r in range(4)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_autoencoder.autoencoder import image_to_unit
+from stage1_autoencoder.autoencoder import check_image_range, image_to_unit
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN, from_official_keys
 
@@ -99,6 +99,19 @@ def test_an_image_is_encoded_the_same_in_any_batch(tiny):
 def test_images_that_do_not_fit_are_refused(tiny, shape, message):
     with pytest.raises(ValueError, match=message):
         tiny.encode(images(*shape))
+
+
+@pytest.mark.parametrize("value", [1.002, -1.002, float("nan"), float("inf"), -float("inf")])
+def test_one_value_out_of_range_is_refused(value):
+    values = torch.zeros(1, 3, 16, 16)
+    values[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\]"):
+        check_image_range(values)
+
+
+def test_values_that_rounding_moved_out_are_taken():
+    check_image_range(torch.tensor([-1.0009, 1.0009]))
+    check_image_range(torch.zeros(0, 3, 16, 16))
 
 
 def test_groups_that_do_not_divide_channels_are_refused():

@@ -101,6 +101,11 @@ def test_an_equal_one_is_not_better(train):
     assert checkpoints.best().step == 3
 
 
+def test_what_is_no_number_is_not_the_best(train):
+    checkpoints, _ = train(Counter({3: float("nan"), 6: 2.0, 9: float("nan"), 10: 1.0}), best="score")
+    assert checkpoints.best().step == 6
+
+
 def test_a_resumed_training_remembers_the_best(train):
     train(Counter({3: 5.0, 6: 2.0}), steps=6, best="score")
     checkpoints, lines = train(Counter({9: 4.0, 10: 3.0}), first_step=6, best="score")
@@ -139,6 +144,10 @@ def test_on_a_gpu_a_step_is_looked_at_while_the_next_is_under_way(train, monkeyp
     trainer = Lagging(breaks_at=9)
     with pytest.raises(UserError, match="not finite at step 10"):
         train(trainer)
+    trainer = Lagging(breaks_at=4)
+    with pytest.raises(UserError, match="not finite at step 5"):
+        train(trainer, checkpoint_every=100, validate_every=100)
+    assert trainer.steps[-1] == 4  # before it is logged, too
 
 
 def test_a_signal_saves_and_says_how_to_go_on(train, tmp_path):
