@@ -86,11 +86,12 @@ def _run(options: argparse.Namespace) -> int:
         return EXIT_DONE
     _command(options, config)(session)
     leave_processes()
-    if session.skipped:
+    if session.skipped and processes.is_first:
         print(f"{options.command}: finished; {len(session.skipped)} video(s) were skipped:", file=sys.stderr)
         for video_id, reason in list(session.skipped.items())[:20]:
             print(f"  {video_id}: {reason}", file=sys.stderr)
-        return EXIT_SKIPPED
+        # torchrun takes every code but 0 for a crash.
+        return EXIT_SKIPPED if processes.count == 1 else EXIT_DONE
     return EXIT_DONE
 
 

@@ -213,7 +213,10 @@ class AutoencoderTrainer(Trainer):
     def _images(self, step: int) -> Tensor:
         """This process's rows of a step's batch, augmented: [b, 3, h, w] in [-1, 1]."""
         rows = self.processes.rows(self.training.batch_size)
-        frames = torch.from_numpy(self.pool.batch(step, rows)).to(self.device, non_blocking=True)
+        frames = torch.from_numpy(self.pool.batch(step, rows))
+        if self.device.type == "cuda":
+            frames = frames.pin_memory()  # else the host would wait for the copy
+        frames = frames.to(self.device, non_blocking=True)
         images = augment(
             image_to_unit(frames),
             jitter=self.training.color_jitter,

@@ -1,6 +1,7 @@
 """The loop of every training: steps, log, validation, checkpoints, stopping; what a step does is the trainer's."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,13 +154,14 @@ class _FiniteGuard:
 
     def __init__(self, trainer: Trainer, settings: LoopSettings) -> None:
         self.trainer, self.settings = trainer, settings
-        self.pending: tuple[int, StepResult] | None = None
+        self.pending: tuple[int, StepResult, Callable[[], bool]] | None = None
 
     def look_at(self, step: int, result: StepResult) -> None:
         if result.finite.is_cuda:
             self.settle()
-        self.pending = (step, result)
-        if not result.finite.is_cuda:
+            self.pending = (step, result, start_reading(result.finite))
+        else:
+            self.pending = (step, result, lambda: bool(result.finite))
             self.settle()
 
     def settle(self) -> None:
@@ -170,8 +172,8 @@ class _FiniteGuard:
         """
         if self.pending is None:
             return
-        (step, result), self.pending = self.pending, None
-        if bool(result.finite):
+        (step, result, read), self.pending = self.pending, None
+        if read():
             return
         terms = ", ".join(f"{name} {value.item():g}" for name, value in result.terms.items())
         raise UserError(
@@ -179,6 +181,18 @@ class _FiniteGuard:
             f"{self.trainer.describe_batch(step)}. Nothing was updated, and the last checkpoint is kept. "
             f"{self.settings.advice}"
         )
+
+
+def start_reading(flag: Tensor) -> Callable[[], bool]:
+    """Copy a flag from a GPU behind the kernels that are queued now; reading it later waits for these alone."""
+    copied, arrived = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def read() -> bool:
+        arrived.synchronize()
+        return bool(copied)
+
+    return read
 
 
 def _mean_over(processes: Processes, terms: dict[str, Tensor]) -> dict[str, float]:

@@ -9,8 +9,15 @@ import pipelines.train_flow as flow_module
 from latent_cache import FlowBatch
 from pipelines.autoencoder_trainer import AutoencoderTrainer, Validation
 from pipelines.config import RiverConfig, parse_config
-from pipelines.train_autoencoder import _loop_settings, autoencoder_identity
+from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.train_autoencoder import (
+    _loop_settings,
+    autoencoder_identity,
+    find_autoencoder,
+    load_trained_autoencoder,
+)
 from pipelines.train_flow import FlowTrainer
+from stage1_autoencoder.families import build_autoencoder
 
 CPU = torch.device("cpu")
 ADVERSARIAL = {"weight": 0.5, "start": 1, "layers": 1, "filters": 8}
@@ -123,3 +130,18 @@ def test_an_autoencoder_depends_on_its_seed_and_not_on_where_its_videos_lie():
     assert autoencoder_identity(plain.model_copy(update={"seed": 1})) != autoencoder_identity(plain)
     larger = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"image_size": 32})})
     assert autoencoder_identity(larger) != autoencoder_identity(plain)
+
+
+def test_the_averaged_weights_of_the_best_checkpoint_are_used(tmp_path):
+    model = build_autoencoder(config().autoencoder.model)
+    folder = CheckpointFolder(tmp_path / "autoencoder" / "checkpoints")
+    assert find_autoencoder(tmp_path) is None
+    state = {"model": config().autoencoder.model.model_dump(mode="json")}
+    for step, best in ((1, None), (2, {"validation_psnr": 9.0}), (3, None)):
+        averaged = {name: torch.full_like(tensor, step) for name, tensor in model.state_dict().items()}
+        folder.save(step, {"model": model.state_dict(), "ema": averaged}, state, best=best)
+        found = find_autoencoder(tmp_path)
+        assert found.step == min(step, 2)
+        loaded = load_trained_autoencoder(found, CPU)
+        assert all((tensor == found.step).all() for tensor in loaded.state_dict().values())
+        assert not loaded.training
