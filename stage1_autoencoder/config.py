@@ -1,5 +1,6 @@
 """Settings of the autoencoder: its sizes and its training."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -31,7 +32,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _Sizes(_Settings):
+class _Sizes(_Settings, ABC):
     """What both families of autoencoders have."""
 
     latent_channels: PositiveInt = Field(4, description="channels of a latent, and dimensions of a code")
@@ -41,9 +42,9 @@ class _Sizes(_Settings):
     )
 
     @property
+    @abstractmethod
     def widths(self) -> tuple[int, ...]:
         """The numbers of channels that there are inside; each is normalised in groups."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "_Sizes":
