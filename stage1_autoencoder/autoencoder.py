@@ -97,7 +97,11 @@ class Autoencoder(nn.Module, ABC):
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Move latents [b, c, h, w] to their nearest codes: (values [b, c, h, w], codes [b, h, w] int64)."""
         codes = self.quantizer.nearest(latents)
-        return self.quantizer.embed(codes), codes
+        return self.embed(codes), codes
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """The latents [b, c, h, w] that codes [b, h, w] int64 stand for."""
+        return self.quantizer.embed(codes)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Quantize latents [b, c, h, w] and map them to images [b, 3, h f, w f], about [-1, 1], not clamped."""
@@ -109,7 +113,7 @@ class Autoencoder(nn.Module, ABC):
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Map codes [b, h, w] to images [b, 3, h f, w f]."""
-        return self.decode_quantized(self.quantizer.embed(codes))
+        return self.decode_quantized(self.embed(codes))
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantize, decode; what training needs. Looks at the images' shape, not at their values."""

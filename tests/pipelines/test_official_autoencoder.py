@@ -70,6 +70,7 @@ def test_decoding_without_quantizing_equals_the_official_one(autoencoder, record
 def test_decoding_codes_equals_the_official_one(autoencoder, recorded):
     codes = recorded["indices"].reshape(recorded["latents"][:, 0].shape)
     assert off(autoencoder.decode_codes(codes), recorded["decoded_from_codebook_entries"]) < 1.3e-4
+    assert off(autoencoder.embed(codes), recorded["quantized"]) < 1e-6
 
 
 def test_the_legacy_loss_is_ours_with_beta_on_the_other_term(autoencoder, recorded):
