@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 TimeSampling = Literal["uniform", "logit_normal"]
+Coupling = Literal["independent", "conditional"]
 
 
 class VectorFieldConfig(BaseModel):
@@ -28,6 +29,7 @@ class VectorFieldConfig(BaseModel):
     head: Literal["ln", "bn"] = Field("ln", description="output head: with LayerNorm or with BatchNorm")
     reference: bool = Field(True, description="condition on the previous frame besides the random past one")
     dropout: float = Field(0.05, ge=0, lt=1)
+    qk_norm: bool = Field(False, description="normalise queries and keys of every head; the paper does not")
 
     @model_validator(mode="after")
     def _divisible(self) -> "VectorFieldConfig":
@@ -42,7 +44,8 @@ class FlowTrainingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: PositiveInt = 300_000
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = Field(16, description="of all processes together")
+    accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, to save memory")
     learning_rate: PositiveFloat = 1e-4
     final_learning_rate: PositiveFloat = 1e-7
     warmup_steps: NonNegativeInt = 5000
@@ -52,17 +55,45 @@ class FlowTrainingConfig(BaseModel):
     weight_decay: NonNegativeFloat = 5e-6
     grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     time_sampling: TimeSampling = Field("uniform", description="distribution of t; the paper's is uniform")
+    coupling: Coupling = Field(
+        "independent",
+        description="how noise meets targets: as drawn (the paper), or exchanged between rows of like reference frames "
+        "where that shortens the paths",
+    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = Field(False, description="torch.compile the vector field; pays on long runs")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto",
+        description="of matrix products; weights and sums are fp32 in any case. auto: bf16 on a GPU, fp32 on a CPU",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile the vector field: a minute at the start. auto: on a GPU"
+    )
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto", description="record a whole step once and replay it. auto: on one GPU with adamw"
+    )
     standardize: bool = Field(
         False, description="learn on latents standardised with the store's per-channel statistics (paper: raw latents)"
     )
     clip_frames: int = Field(40, ge=3, description="a target's condition lies at most clip_frames - 1 frames before it")
+    past_horizon: int | None = Field(
+        None,
+        ge=2,
+        description="conditions are drawn from the last so many frames before a target, the reference among them; "
+        "null: from all of its clip",
+    )
     checkpoint_every: PositiveInt = 5000
     keep_checkpoints: PositiveInt = 2
+    best_by: Literal["loss", "last"] = Field(
+        "loss", description="which checkpoint predicts: that with the least validation loss, or the last one"
+    )
+    max_bad_steps: PositiveInt = Field(
+        10, description="steps in a row whose loss or gradients are not finite, and so change nothing, until it stops"
+    )
     validate_every: PositiveInt = 5000
     validation_pairs: PositiveInt = Field(512, description="fixed draws of the validation loss")
+    validation_samples: NonNegativeInt = Field(
+        4, description="clips of the val split that each validation predicts, as GIF and contact sheet"
+    )
 
 
 class SamplingConfig(BaseModel):
