@@ -58,9 +58,9 @@ encode: setup  ## all splits -> latents/<dataset>.zarr (SCHEDULER=tcp://host:878
 	$(remember)
 	@$(RIVER) encode $(CONFIG) $(ARGS)
 
-train-flow: setup  ## stage 2: train the flow, from the store alone
+train-flow: setup  ## stage 2: train the flow, from the store alone (NUM_GPUS=4)
 	$(remember)
-	@$(RIVER) train-flow $(CONFIG) $(ARGS)
+	@$(TRAIN) train-flow $(CONFIG) $(ARGS)
 
 train-refiner: setup  ## optional: the network that refines decoded frames; then make sample ARGS=--refine
 	$(remember)

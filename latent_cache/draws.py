@@ -75,19 +75,28 @@ def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
 
 
 def draw_distance(
-    uniform_place: np.ndarray, uniform_condition: np.ndarray, place_in_video: np.ndarray, clip_frames: int
+    uniform_place: np.ndarray,
+    uniform_condition: np.ndarray,
+    place_in_video: np.ndarray,
+    clip_frames: int,
+    past_horizon: int | None = None,
 ) -> np.ndarray:
     """How far the condition lies before the reference, given the target.
 
     The target's place in its clip p ~ U{2 .. min(clip_frames - 1, place_in_video)}, the condition
-    ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length).
+    ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length), or with a past horizon
+    ~ U{target - min(p, past_horizon) .. target - 2}: what `stage2_flow.conditioning.past_window` is in a rollout that
+    knows p frames.
 
     Args:
         uniform_place, uniform_condition: [n] float64 in [0, 1).
         place_in_video: [n] int64 >= 2, the target's frame number in its video.
         clip_frames: >= 3.
+        past_horizon: >= 2, frames before the target, the reference among them, that the condition is one of; None: all
+            of its clip. The place in the clip is drawn alike for any horizon.
     Returns:
-        [n] int64, index of the reference minus that of the condition, 1 .. clip_frames - 2.
+        [n] int64, index of the reference minus that of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
     """
     place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
-    return 1 + to_integer(uniform_condition, place_in_clip - 1)
+    known_frames = place_in_clip if past_horizon is None else np.minimum(place_in_clip, past_horizon)
+    return 1 + to_integer(uniform_condition, known_frames - 1)

@@ -35,6 +35,7 @@ def open_sampler(
     residency: Literal["auto", "device", "host", "stream"],
     memory_budget: int,
     dtype: torch.dtype = torch.float32,
+    past_horizon: int | None = None,
 ) -> Sampler:
     """The sampler of a split in the tier that is wanted, or the fastest that fits. Close it after use.
 
@@ -47,6 +48,7 @@ def open_sampler(
         residency: see `choose_residency`.
         memory_budget: bytes of host memory that the `stream` tier may take for latents.
         dtype: of the batches.
+        past_horizon: see `Sampler`.
     Raises:
         ValueError: sizes out of range.
         StoreError: the split doesn't fit where it is wanted; no video has three frames.
@@ -54,7 +56,7 @@ def open_sampler(
     """
     chosen = choose_residency(cache, device, residency)
     if chosen.tier == "stream":
-        sampler = StreamingSampler(cache, device, seed, batch_size, clip_frames, memory_budget, dtype)
+        sampler = StreamingSampler(cache, device, seed, batch_size, clip_frames, memory_budget, dtype, past_horizon)
         free = free_memory(torch.device("cpu"))
         if sampler.plan.nbytes > free:
             sampler.close()
@@ -64,7 +66,7 @@ def open_sampler(
             )
     else:
         storage = device if chosen.tier == "device" else "cpu"
-        sampler = ResidentSampler(cache, device, seed, batch_size, clip_frames, dtype, storage)
+        sampler = ResidentSampler(cache, device, seed, batch_size, clip_frames, dtype, storage, past_horizon)
     sampler.why = chosen.why
     return sampler
 

@@ -12,6 +12,8 @@ from latent_cache.errors import StoreError
 from latent_cache.reader import LatentCache
 from latent_cache.targets import MIN_VIDEO_FRAMES, LegalTargets
 
+NAMED_TARGETS = 8  # of a batch, in messages
+
 Tier = Literal["device", "host", "stream"]
 
 
@@ -49,6 +51,8 @@ class Sampler(ABC):
         batch_size: rows of the global batch, over all processes.
         clip_frames: frames of a training clip, >= 3: no condition lies further back.
         dtype: of the batches.
+        past_horizon: conditions are drawn from the last so many frames before the target, the reference among them,
+            >= 2; None: from all of its clip.
     Raises:
         ValueError: sizes out of range.
         StoreError: no video has three frames.
@@ -65,19 +69,24 @@ class Sampler(ABC):
         batch_size: int,
         clip_frames: int,
         dtype: torch.dtype,
+        past_horizon: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: at least 1 is wanted")
         if clip_frames < MIN_VIDEO_FRAMES:
             raise ValueError(f"clip_frames = {clip_frames}: at least {MIN_VIDEO_FRAMES} (condition, reference, target)")
+        if past_horizon is not None and past_horizon < 2:
+            raise ValueError(f"past_horizon = {past_horizon}: at least 2 (condition, reference) or None")
         if seed < 0:
             raise ValueError(f"seed = {seed}: must be >= 0")
         self.device = torch.device(device)
         self.seed = seed
         self.batch_size = batch_size
         self.clip_frames = clip_frames
+        self.past_horizon = past_horizon
         self.dtype = dtype
         self._pin = self.device.type == "cuda"
+        self._cache = cache
         self._legal = LegalTargets(cache.offsets)
         if self._legal.count == 0:
             lengths = cache.lengths
@@ -103,6 +112,18 @@ class Sampler(ABC):
         Raises:
             ValueError: ranks that don't fit, a negative step.
         """
+
+    @abstractmethod
+    def targets(self, step: int) -> np.ndarray:
+        """[batch_size] int64 frame numbers in the split of a step's targets."""
+
+    def describe_batch(self, step: int) -> str:
+        """Which videos a step is trained on, in a few words: for the message about a step that failed."""
+        targets, offsets = self.targets(step), self._cache.offsets
+        videos = np.searchsorted(offsets, targets, side="right") - 1
+        named = [f"{self._cache.video_ids[v]} frame {t - offsets[v]}" for t, v in zip(targets, videos, strict=True)]
+        more = f" and {len(named) - NAMED_TARGETS} more" if len(named) > NAMED_TARGETS else ""
+        return f"targets in {', '.join(named[:NAMED_TARGETS])}{more}"
 
     @property
     def order(self) -> str:

@@ -27,9 +27,16 @@ class _Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Draws of many steps: [3, n] int64 rows in the window's buffer (target, reference, condition), [n] distances."""
+    """Draws of many steps.
+
+    Attributes:
+        target: [n] int64 frame numbers in the split.
+        rows: [3, n] int64 rows of target, reference and condition in the window's buffer.
+        distance: [n] int64.
+    """
 
     number: int
+    target: np.ndarray
     rows: np.ndarray
     distance: np.ndarray
     segments: list[_Segment]
@@ -59,8 +66,9 @@ class StreamingSampler(Sampler):
 
     Sample number step * batch_size + row has its epoch, window and place by arithmetic, so that any step costs the
     reading of its own window only, and resuming anywhere is exact. What a step draws depends on the seed, the batch
-    size, clip_frames, the store's chunks and the memory budget: with another budget the order is another, and as
-    random. The first batch waits for its window; from then on the next window is read while one is served.
+    size, clip_frames, past_horizon, the store's chunks and the memory budget: with another budget the order is
+    another, and as random. The first batch waits for its window; from then on the next window is read while one is
+    served.
 
     Memory: two windows, which is at most the budget, and for the draws 12 bytes a video and about 3 MB. (Chunks of
     remote stores pass through zarr, which needs some more for the few that are read at a time.) Every process of a
@@ -86,11 +94,13 @@ class StreamingSampler(Sampler):
         clip_frames: int,
         memory_budget: int,
         dtype: torch.dtype = torch.float32,
+        past_horizon: int | None = None,
     ) -> None:
-        super().__init__(cache, device, seed, batch_size, clip_frames, dtype)
-        self.plan = WindowPlan(cache, self._legal, seed, clip_frames, memory_budget)
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
+        # A sample's frames are then a clip of past_horizon + 1 at most: less has to be read before a group.
+        reach = clip_frames if past_horizon is None else min(clip_frames, past_horizon + 1)
+        self.plan = WindowPlan(cache, self._legal, seed, reach, memory_budget)
         cache.latent_reader.check_files()
-        self._cache = cache
         # Not more than an epoch, so that a block of a small split doesn't consist of thousands of windows.
         self._block_steps = steps_per_block(batch_size, self.legal_targets)
         self._block: _Block | None = None
@@ -124,6 +134,11 @@ class StreamingSampler(Sampler):
                 for out, wanted in zip(frames[:, first - start : last - start], block.rows[:, first:last], strict=True):
                     torch.index_select(window, 0, torch.from_numpy(wanted), out=out)
         return self._to_batch(frames.flatten(0, 1), as_tensor(block.distance[start:stop]))
+
+    def targets(self, step: int) -> np.ndarray:
+        """As `Sampler.targets`."""
+        block, place = self._drawn(step // self._block_steps), step % self._block_steps * self.batch_size
+        return block.target[place : place + self.batch_size]
 
     @property
     def order(self) -> str:
@@ -168,9 +183,9 @@ class StreamingSampler(Sampler):
                 parts.append(values)
         place_in_video, target = self._legal.locate(np.concatenate(pairs))
         uniform = uniform_block(self.seed, "conditions", number, (2, samples))
-        distance = draw_distance(uniform[0], uniform[1], place_in_video, self.clip_frames)
+        distance = draw_distance(uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon)
         row = target + np.concatenate(shifts)
-        return _Block(number, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
+        return _Block(number, target, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
 
     def _window(self, number: int) -> Tensor:
         """The buffer that holds a window, and the next one on its way into the other."""

@@ -70,6 +70,7 @@ def _run(options: argparse.Namespace) -> int:
         strict=options.strict,
         overwrite=options.overwrite,
         restart=options.restart,
+        resume=options.resume,
         mirror=options.mirror,
         scheduler=options.scheduler,
         asked_device=options.device,
@@ -183,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
             default=os.environ.get("SCHEDULER") or None,
             help="encode on a dask cluster: its scheduler's address, tcp://host:8786",
         )
+        if name.startswith("train-"):
+            command.add_argument(
+                "--resume", metavar="CHECKPOINT",
+                help="what to go on from: auto (the newest whole checkpoint), or the step or folder of another",
+            )  # fmt: skip
+        command.set_defaults(resume="auto")
         if name == "sample":
             command.add_argument("--videos", type=_positive, default=8, help="how many clips")
         if name == "predict":

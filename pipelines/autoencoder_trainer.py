@@ -182,7 +182,7 @@ class AutoencoderTrainer(Trainer):
                 values.setdefault("lpips", []).append(lpips.cpu())
         return {f"validation_{name}": torch.cat(each).mean().item() for name, each in values.items()}
 
-    def readings(self, step: int, terms: dict[str, float]) -> dict[str, float]:
+    def readings(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
         """Use of the codes over an epoch; a warning at the first sign of trouble with the discriminator."""
         usage = self.care.usage()
         if self.adversary is not None:

@@ -1,4 +1,4 @@
-"""`bench`: what the store is worth on this machine, as ratios of two things measured in turn, in one run."""
+"""`bench`: what store and training are worth on this machine, as ratios of two things measured in turn, in one run."""
 
 import json
 import os
@@ -55,6 +55,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     """
     from pipelines.bench_autoencoder import autoencoder_measurements
     from pipelines.bench_encode import encode_measurements
+    from pipelines.bench_flow import flow_measurements
     from pipelines.bench_store import store_measurements
 
     say(f"bench: {hardware(session.device)}; a few minutes; other work on this machine spoils the numbers")
@@ -62,6 +63,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     with tempfile.TemporaryDirectory(prefix="river-bench-") as folder:
         sources: list[Callable[[], Iterator[Measurement]]] = [
             lambda: store_measurements(Path(folder), session.device),
+            lambda: flow_measurements(config, session.device),
             lambda: autoencoder_measurements(config, session.device),
             lambda: encode_measurements(config, session, Path(folder)),
         ]

@@ -195,7 +195,8 @@ def ensure_store(config: RiverConfig, session: Session) -> Path:
 
     Raises:
         IncompleteStoreError: it is not complete, and nothing tells that an encoding of it was interrupted here.
-        UserError: it was made otherwise than this configuration would.
+        UserError: it was made otherwise than this configuration would; it is missing, and this is one of several
+            processes.
     """
     path = config.store_path
     if not store_is_complete(path) and (path / "zarr.json").exists() and not (path / PROGRESS_FOLDER).exists():
@@ -208,4 +209,6 @@ def ensure_store(config: RiverConfig, session: Session) -> Path:
         if checkpoint is not None:  # a store alone is enough to train on
             check_store(config, weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu"))))
         return config.store_path
+    if session.processes.count > 1:
+        raise UserError(f"{path}: no complete store; `encode` makes it, in one process, before this")
     return encode(config, session.for_prerequisites())

@@ -5,8 +5,11 @@ import torch
 import latent_cache
 from latent_cache import StoreError
 from pipelines.config import RiverConfig
+from pipelines.flow_memory import estimate_memory
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.runs import describe_progress, is_imported
+from pipelines.runtime.session import resolve_precision
+from pipelines.runtime.throughput import step_flops
 from pipelines.train_flow import find_flow
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
@@ -41,10 +44,44 @@ def describe_plan(config: RiverConfig) -> str:
             f"store        {config.store_path}: {store}",
             f"flow         {field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens; "
             + _progress(find_flow(config.run_path), config.flow.training.steps),
+            *(f"{'':13}{line}" for line in _flow_costs(config, (config.autoencoder.model.latent_channels, side, side))),
             f"refiner      {refiner.parameter_count / 1e6:.2f} M parameters, optional; "
             + _progress(refined, config.refiner.training.steps),
         ]
     )
+
+
+def _flow_costs(config: RiverConfig, latent_shape: tuple[int, int, int]) -> list[str]:
+    """What a training step of the flow computes, and the memory that it takes on the device that `auto` is."""
+    training, residency = config.flow.training, config.cache.residency
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    beside = device.type == "cuda" and residency in ("host", "stream")
+    latents = 0 if beside else _latents_in_memory(config)
+    memory = estimate_memory(config.flow.model, training, latent_shape, device=device.type, latents_bytes=latents)
+    lines = [
+        f"{step_flops(config.flow.model, latent_shape, training.batch_size) / 1e9:.0f} GFLOP a training step of "
+        f"{training.batch_size} samples",
+        f"memory of a step on {device}, {resolve_precision(training.precision, device)}, not compiled, at its peak "
+        f"{memory.describe()}",
+    ]
+    if beside:
+        lines.append(f"latents in the host's memory (cache.residency {residency})")
+    elif not latents:
+        lines.append("latents come to it; there is no store yet that tells how much they take")
+    if residency == "auto":
+        lines.append("cache.residency auto: latents lie on the device where they fit into half of what it has free")
+    return lines
+
+
+def _latents_in_memory(config: RiverConfig) -> int:
+    """Bytes that training holds of its split's latents; 0 where there are none yet."""
+    try:
+        if not config.store_path.exists() or not latent_cache.is_complete(config.store_path):
+            return 0
+        size = latent_cache.open(config.store_path, "train").nbytes
+    except StoreError:
+        return 0
+    return min(size, config.cache.memory_budget_bytes) if config.cache.residency == "stream" else size
 
 
 def _progress(checkpoint: Checkpoint | None, steps: int) -> str:

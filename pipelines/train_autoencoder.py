@@ -63,7 +63,7 @@ def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
             folder,
             identity,
             keep=training.keep_checkpoints,
-            restart=session.restart and processes.is_first,
+            session=session,
             what="autoencoder",
         )
         if found is not None and is_finished(found, training.steps):

@@ -1,233 +1,124 @@
 """`train-flow`: stage 2, from the store alone to a checkpoint of the vector field."""
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import latent_cache
-from latent_cache import FlowBatch, LatentCache, Sampler, open_sampler, step_generator
+from latent_cache import LatentCache, Sampler, open_sampler
 from pipelines.config import RiverConfig, differences
 from pipelines.encode import ensure_store, store_is_complete
-from pipelines.errors import StoppedBySignal, UserError
+from pipelines.errors import UserError
+from pipelines.flow_trainer import FlowTrainer, compiles, records_steps
+from pipelines.flow_validation import open_flow_validation
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.learner import Learner
-from pipelines.runtime.logs import StepTimer, TrainingLog
-from pipelines.runtime.progress import duration, progress, say, warn
+from pipelines.runtime.logs import TrainingLog
+from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import (
     describe_progress,
+    is_finished,
     is_imported,
     only_training_of,
     resumable_checkpoint,
     training_identity,
     write_run_files,
 )
-from pipelines.runtime.session import Session
-from pipelines.runtime.signals import StopRequest
+from pipelines.runtime.session import Session, resolve_precision, use_precision
+from pipelines.runtime.training_loop import LoopSettings, explain_out_of_memory, run_training
 from stage2_flow.config import VectorFieldConfig
-from stage2_flow.loss import draw_flow, flow_matching_loss
-from stage2_flow.schedule import learning_rate
-from stage2_flow.standardization import Standardization
-from stage2_flow.vector_field import VectorField
+from stage2_flow.coupling import BLOCK_ROWS
+from stage2_flow.vector_field import POSITIONS, VectorField
+
+LESS_MEMORY = (
+    "Compute each batch in parts (flow.training.accumulate=2), lower flow.training.batch_size, take "
+    "flow.training.precision=bf16, or keep the latents elsewhere (cache.residency=host)"
+)
 
 
 def flow_identity(config: RiverConfig) -> dict[str, Any]:
     """What the trained vector field depends on besides the store, as plain data."""
-    return training_identity({"seed": config.seed, "flow": config.flow.model_dump(mode="json")})
+    flow = config.flow.model_dump(mode="json", exclude={"training": {"accumulate"}})
+    return training_identity({"seed": config.seed, "flow": flow})
 
 
 def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
     """Train the vector field to its last step, or recognise that this was done; makes the store first when it lacks.
 
     Returns:
-        The final checkpoint.
+        The checkpoint to use: the best by validation where one was measured, else the last.
     Raises:
-        UserError: a checkpoint that contradicts the configuration or the store; a loss that is not finite.
+        UserError: a checkpoint that contradicts the configuration or the store; settings that fit neither store nor
+            device; losses that are not finite; no memory left.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    training = config.flow.training
+    training, processes = config.flow.training, session.processes
     folder = config.run_path / "flow"
-    identity = flow_identity(config)
-    checkpoints, found = resumable_checkpoint(
-        folder, identity, keep=training.keep_checkpoints, restart=session.restart, what="flow"
-    )
+    settings = {"seed": config.seed, "flow": config.flow.model_dump(mode="json")}
+    with processes.first_before_others():
+        checkpoints, found = resumable_checkpoint(
+            folder,
+            flow_identity(config),
+            keep=training.keep_checkpoints,
+            session=session,
+            what="flow",
+            settings=settings,
+        )
+    finished = found is not None and is_finished(found, training.steps)
     if found is not None and is_imported(found):  # it was trained elsewhere, on no store of ours
         _warn_of_another_store(found, config.store_path)
-        say(f"flow: done, {describe_progress(found)}, {found.path}")
-        return found
-    finished = found is not None and found.step >= training.steps
-    if finished and not config.store_path.exists():
-        say(f"flow: done, {found.step} steps, {found.path} (its store is not here)")
-        return found
-
-    cache = latent_cache.open(ensure_store(config, session), "train")
-    if found is not None:
-        _check_same_store(found, cache)
+    elif not finished or config.store_path.exists():
+        _check_settings(config, session)
+        cache = latent_cache.open(ensure_store(config, session), "train")
+        if found is not None:
+            _check_same_store(found, cache)
     if finished:
-        say(f"flow: done, {found.step} steps, {found.path}")
-        return found
+        missing = "" if is_imported(found) or config.store_path.exists() else " (its store is not here)"
+        say(f"flow: done, {describe_progress(found)}, {found.path}{missing}")
+        return _chosen(checkpoints)
 
-    write_run_files(config, session.device)
-    trainer = FlowTrainer(config, session.device, cache)
-    first_step = 0
-    if found is not None:
-        trainer.load(found)
-        first_step = found.step
-    state = {
-        "identity": identity,
-        "model": config.flow.model.model_dump(mode="json"),
-        "latent_shape": list(cache.latent_shape),
-        "standardization": {"mean": trainer.standardization.mean.tolist(), "std": trainer.standardization.std.tolist()},
-        "fps": cache.metadata.fps,
-        "store": {
-            "path": str(cache.url),
-            "fingerprint": cache.fingerprint,
-            "autoencoder": cache.metadata.autoencoder["sha256"],
-        },
-    }
-    validation = _validation_batch(config, cache, session.device)
-    sampler = open_sampler(
-        cache,
-        session.device,
-        config.seed,
-        training.batch_size,
-        training.clip_frames,
-        residency=config.cache.residency,
-        memory_budget=config.cache.memory_budget_bytes,
-    )
-    with closing(sampler):
-        state["order"] = sampler.order
-        if found is not None and found.state.get("order", sampler.order) != sampler.order:
-            warn(
-                f"flow: from here on batches come in another order: {sampler.order}, and before "
-                f"{found.state['order']}. That is as good, but not what an uninterrupted training would have seen; "
-                "cache.residency and cache.memory_budget decide it"
-            )
-        say(
-            f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, "
-            f"batch {training.batch_size} of {sampler.legal_targets} targets, {sampler.describe()}, "
-            f"{training.precision} -> {folder}"
+    sampler = _open_sampler(config, session, cache)
+    with closing(sampler), ExitStack() as held, explain_out_of_memory("flow", LESS_MEMORY):
+        _check_data(config, cache, sampler, found)
+        validation, log = None, None
+        if processes.is_first:
+            write_run_files(config, session.device)
+            held.enter_context(only_training_of(folder))
+            validation = open_flow_validation(config, cache.url, session.device)
+        use_precision(resolve_precision(training.precision, session.device))
+        trainer = FlowTrainer(
+            config,
+            session.device,
+            cache,
+            sampler,
+            validation=validation,
+            samples=folder / "samples",
+            processes=processes,
         )
-        with only_training_of(folder), closing(TrainingLog(folder, config, "flow", first_step)) as log:
-            _loop(config, trainer, sampler, validation, log, checkpoints, state, first_step)
-    return checkpoints.latest()
+        trainer.checkpoint_state = {
+            "identity": flow_identity(config),
+            "settings": settings,
+            "order": sampler.order,
+        } | _what_sampling_needs(trainer, cache)
+        first_step = 0
+        if found is not None:
+            trainer.load(found)
+            first_step = found.step
+        say(_first_line(config, session, trainer, sampler, first_step, folder))
+        if processes.is_first:
+            log = held.enter_context(closing(TrainingLog(folder, config, "flow", first_step)))
+        run_training(trainer, _loop_settings(config, validation is not None), log, checkpoints, first_step, processes)
+    return _chosen(checkpoints)
 
 
-def _loop(
-    config: RiverConfig,
-    trainer: "FlowTrainer",
-    sampler: Sampler,
-    validation: FlowBatch | None,
-    log: TrainingLog,
-    checkpoints: CheckpointFolder,
-    state: dict[str, Any],
-    first_step: int,
-) -> None:
-    training = config.flow.training
-    timer = StepTimer()
-    bar = progress(total=training.steps, initial=first_step, description="flow", unit="step")
-    with StopRequest() as stop, bar:
-        for step in range(first_step, training.steps):
-            loss = trainer.train_step(step, sampler)
-            timer.step()
-            bar.update()
-            done = step + 1
-            last = done == training.steps
-            saves = done % training.checkpoint_every == 0 or last or bool(stop)
-            validates = validation is not None and (done % training.validate_every == 0 or last)
-            logs = done % config.logging.every == 0 or validates or last
-            # The only places where the host waits for the device. What is saved was looked at first.
-            if (logs or saves) and not torch.isfinite(loss):
-                raise UserError(
-                    f"flow: the loss is {loss.item()} at step {done}; the last checkpoint is kept. Lower "
-                    "flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32"
-                )
-            if logs:
-                record = {"step": done, "loss": loss.item(), "learning_rate": trainer.learner.learning_rate}
-                rate = timer.rate()
-                record |= {"steps_per_second": rate, "samples_per_second": rate * training.batch_size}
-                if done - first_step <= config.logging.every:
-                    say(f"flow: {rate:.2f} steps/s, about {duration((training.steps - done) / rate)} to go")
-                if validates:
-                    record["validation_loss"] = trainer.validate(validation)
-                    say(f"flow: step {done}: validation loss {record['validation_loss']:.4f}")
-                log.write(record)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-            if saves:
-                path = checkpoints.save(done, trainer.files(), state)
-                if stop:
-                    raise StoppedBySignal(
-                        stop.signal_number, f"stopped at step {done}, saved {path}; the same command goes on from there"
-                    )
+def find_flow(run_path: Path) -> Checkpoint | None:
+    """The flow's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
+    return _chosen(CheckpointFolder(run_path / "flow" / "checkpoints"))
 
 
-class FlowTrainer:
-    """Vector field and standardization; one call a step."""
-
-    def __init__(self, config: RiverConfig, device: torch.device, cache: LatentCache) -> None:
-        self.config, self.training, self.device = config, config.flow.training, device
-        channels = cache.latent_shape[0]
-        self.standardization = Standardization.identity(channels)
-        if self.training.standardize:
-            self.standardization = _standardization(cache)
-        self.standardization = self.standardization.to(device)
-        torch.manual_seed(config.seed)
-        self.model = VectorField(config.flow.model, channels).to(device)
-        self.field = torch.compile(self.model) if self.training.compile else self.model
-        self.learner = Learner(self.model, self.training, self.model.boundary_parameters())
-
-    def train_step(self, step: int, sampler: Sampler) -> torch.Tensor:
-        """One update; gives the loss as a tensor, without waiting for the device."""
-        training, seed = self.training, self.config.seed
-        batch = self._standardized(sampler.batch(step))
-        generator = step_generator(seed, step, self.device, "flow")
-        draws = draw_flow(batch.target.shape, generator, self.device, times=training.time_sampling)
-        torch.manual_seed(step_generator(seed, step, stream="dropout").initial_seed())
-        self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-            loss = flow_matching_loss(self.field, batch, draws)
-        rate = learning_rate(
-            step,
-            base=training.learning_rate,
-            final=training.final_learning_rate,
-            warmup=training.warmup_steps,
-            total=training.steps,
-        )
-        self.learner.update(loss, rate / training.learning_rate)
-        return loss.detach()
-
-    @torch.no_grad()
-    def validate(self, batch: FlowBatch) -> float:
-        """Loss on fixed pairs, times and noise of the validation split: comparable over the whole training."""
-        model = self.learner.best_model.eval()
-        batch = self._standardized(batch)
-        draws = draw_flow(
-            batch.target.shape, step_generator(self.config.seed, 0, self.device, "validation"), self.device
-        )
-        return flow_matching_loss(model, batch, draws).item()
-
-    def files(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Everything that resuming needs, and everything that sampling needs."""
-        return self.learner.files()
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same configuration."""
-        self.learner.load(checkpoint, self.device)
-
-    def _standardized(self, batch: FlowBatch) -> FlowBatch:
-        return FlowBatch(
-            target=self.standardization.to_final(batch.target),
-            reference=self.standardization.to_final(batch.reference),
-            condition=self.standardization.to_final(batch.condition),
-            distance=batch.distance,
-        )
-
-
-def _standardization(cache: LatentCache) -> Standardization:
-    # A channel that never changes has deviation 0; any other number standardises it to 0 as well.
-    std = torch.from_numpy(cache.std)
-    return Standardization(torch.from_numpy(cache.mean), torch.where(std > 0, std, torch.ones_like(std)))
+def _chosen(checkpoints: CheckpointFolder) -> Checkpoint | None:
+    return checkpoints.best() or checkpoints.latest()
 
 
 def load_trained_field(checkpoint: Checkpoint, device: torch.device) -> VectorField:
@@ -241,9 +132,124 @@ def load_trained_field(checkpoint: Checkpoint, device: torch.device) -> VectorFi
     return field.to(device).eval().requires_grad_(False)
 
 
-def find_flow(run_path: Path) -> Checkpoint | None:
-    """The newest flow checkpoint of a run."""
-    return CheckpointFolder(run_path / "flow" / "checkpoints").latest()
+def _loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
+    training = config.flow.training
+    return LoopSettings(
+        name="flow",
+        steps=training.steps,
+        checkpoint_every=training.checkpoint_every,
+        validate_every=training.validate_every,
+        log_every=config.logging.every,
+        best="validation_loss" if validated and training.best_by == "loss" else None,
+        lowest=True,
+        advice="Lower flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32",
+        max_bad_steps=training.max_bad_steps,
+        less_memory=LESS_MEMORY,
+    )
+
+
+def _open_sampler(config: RiverConfig, session: Session, cache: LatentCache) -> Sampler:
+    training = config.flow.training
+    return open_sampler(
+        cache,
+        session.device,
+        config.seed,
+        training.batch_size,
+        training.clip_frames,
+        residency=config.cache.residency,
+        memory_budget=config.cache.memory_budget_bytes,
+        past_horizon=training.past_horizon,
+    )
+
+
+def _what_sampling_needs(trainer: FlowTrainer, cache: LatentCache) -> dict[str, Any]:
+    statistics = trainer.standardization
+    return {
+        "model": trainer.config.flow.model.model_dump(mode="json"),
+        "latent_shape": list(cache.latent_shape),
+        "standardization": {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
+        "fps": cache.metadata.fps,
+        "store": {
+            "path": str(cache.url),
+            "fingerprint": cache.fingerprint,
+            "autoencoder": cache.metadata.autoencoder["sha256"],
+        },
+    }
+
+
+def _first_line(
+    config: RiverConfig, session: Session, trainer: FlowTrainer, sampler: Sampler, first_step: int, folder: Path
+) -> str:
+    """What is trained, on what, where and how."""
+    training, processes = config.flow.training, session.processes
+    many = f" x {processes.count}" if processes.count > 1 else ""
+    switches = [trainer.precision]
+    switches += ["compiled"] if compiles(training, session.device) else []
+    switches += ["CUDA graph"] if records_steps(training, session.device, processes) else []
+    return (
+        f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, "
+        f"batch {training.batch_size} of {sampler.legal_targets} targets, {sampler.describe()}, "
+        f"{session.device}{many}, {', '.join(switches)} -> {folder}"
+    )
+
+
+def _check_settings(config: RiverConfig, session: Session) -> None:
+    """Refuse settings that don't fit the device or the number of processes.
+
+    Raises:
+        UserError: says which key to change.
+    """
+    training, processes = config.flow.training, session.processes
+    parts = training.accumulate
+    if training.coupling == "conditional" and processes.count > 1:
+        parts = max(parts, BLOCK_ROWS)  # rows exchange their noise within blocks
+    processes.check_batch(training.batch_size, parts, "flow.training.batch_size")
+    if processes.count > 1 and session.device.type == "cpu" and config.flow.model.head == "bn" and processes.is_first:
+        warn("flow.model.head: bn: on CPUs each process normalises with the statistics of its own rows")
+    try:
+        records_steps(training, session.device, processes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found: Checkpoint | None) -> None:
+    """Refuse a store that the settings don't fit; say what is out of the ordinary.
+
+    Raises:
+        UserError: fewer targets than a batch has rows; latents of more places than the field has codes for.
+    """
+    training = config.flow.training
+    if sampler.legal_targets < training.batch_size:
+        raise UserError(
+            f"{cache.url}, split 'train': {sampler.legal_targets} frames have two frames of their video before them "
+            f"and can be a target, fewer than flow.training.batch_size {training.batch_size}: lower it, or encode more "
+            "videos"
+        )
+    if max(cache.latent_shape[1:]) > POSITIONS:
+        raise UserError(
+            f"{cache.url}: latents of {cache.latent_shape[1]}x{cache.latent_shape[2]}, and the vector field has codes "
+            f"for {POSITIONS} places a side: encode smaller frames (dataset.image_size)"
+        )
+    short, longest = int((cache.lengths < 3).sum()), int(cache.lengths.max())
+    if short:
+        say(f"flow: {short} of {len(cache.lengths)} videos have fewer than 3 frames and are not learned from")
+    if longest < training.clip_frames:
+        say(
+            f"flow: clip_frames is {training.clip_frames}, and the longest video has {longest} frames: conditions lie "
+            f"at most {longest - 2} frames before the reference"
+        )
+    horizon, sampled = training.past_horizon, config.sampling.past_horizon
+    if horizon is not None and (sampled is None or sampled > horizon):
+        warn(
+            f"flow.training.past_horizon is {horizon}, and sampling.past_horizon {sampled}: predictions would take "
+            f"conditions that the field never saw; set sampling.past_horizon={horizon}"
+        )
+    order = sampler.order if found is None else found.state.get("order", sampler.order)
+    if order != sampler.order:
+        warn(
+            f"flow: from here on batches come in another order: {sampler.order}, and before {order}. That is as good, "
+            "but not what an uninterrupted training would have seen; cache.residency and cache.memory_budget decide it"
+        )
 
 
 def _check_same_store(checkpoint: Checkpoint, cache: LatentCache) -> None:
@@ -269,24 +275,3 @@ def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
             f"{ours[:12]}...: encode again with the imported one (`encode --overwrite`), or train a flow on this store "
             "(`train-flow --restart`; the imported one is set aside)"
         )
-
-
-def _validation_batch(config: RiverConfig, cache: LatentCache, device: torch.device) -> FlowBatch | None:
-    """The one batch that every validation looks at: when it was drawn, the split can leave the memory again."""
-    if "val" not in latent_cache.splits(cache.url):
-        return None
-    training = config.flow.training
-    validation = latent_cache.open(cache.url, "val")
-    if validation.lengths.max() < 3:
-        return None
-    sampler = open_sampler(
-        validation,
-        "cpu",
-        config.seed,
-        training.validation_pairs,
-        training.clip_frames,
-        residency="auto",
-        memory_budget=config.cache.memory_budget_bytes,
-    )
-    with closing(sampler):
-        return sampler.batch(0).to(device)

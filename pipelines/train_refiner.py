@@ -8,7 +8,7 @@ import torch
 
 import latent_cache
 from pipelines.config import RiverConfig, differences
-from pipelines.encode import check_sources, ensure_store, store_is_complete
+from pipelines.encode import check_sources, ensure_store
 from pipelines.errors import UserError
 from pipelines.perceptual_videos import PerceptualVideos
 from pipelines.prepare import open_videos
@@ -61,7 +61,7 @@ def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
     before = CheckpointFolder(folder / "checkpoints").latest()
     done = before is not None and is_finished(before, training.steps) and not session.restart
     if not done:
-        _ensure_store(config, session)
+        ensure_store(config, session)
     autoencoder = _autoencoder(config, session.device)
     digest = weights_digest(autoencoder)
     identity = refiner_identity(config, digest)
@@ -70,7 +70,7 @@ def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
             folder,
             identity,
             keep=training.keep_checkpoints,
-            restart=session.restart and processes.is_first,
+            session=session,
             what="refiner",
         )
         if done:
@@ -143,13 +143,6 @@ def load_trained_refiner(checkpoint: Checkpoint, device: torch.device) -> RCAN:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
     return refiner.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)
-
-
-def _ensure_store(config: RiverConfig, session: Session) -> None:
-    """The store is there when this returns; several processes leave making it to one."""
-    if session.processes.count > 1 and not store_is_complete(config.store_path):
-        raise UserError(f"{config.store_path}: no complete store; `encode` makes it, in one process, before this")
-    ensure_store(config, session)
 
 
 def _autoencoder(config: RiverConfig, device: torch.device) -> Autoencoder:

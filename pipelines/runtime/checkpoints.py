@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,14 +126,39 @@ class CheckpointFolder:
                 return checkpoint
         return None
 
+    def named(self, name: str) -> Checkpoint:
+        """The checkpoint that a user names: by its step, or by its folder.
+
+        Raises:
+            UserError: there is none; it is damaged.
+        """
+        path = self.folder / f"step_{int(name):08d}" if name.isdecimal() else Path(name)
+        if not path.is_dir():
+            there = ", ".join(str(int(p.name.removeprefix("step_"))) for p in self._all()) or "none"
+            raise UserError(f"--resume {name}: {path} is not there; checkpoints in {self.folder}: {there}")
+        try:
+            return _read_whole(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--resume {name}: {path} is not a whole checkpoint ({error}); --resume auto goes on from the newest "
+                "that is"
+            ) from None
+
+    def set_aside_after(self, step: int) -> Path | None:
+        """Move checkpoints of later steps out of the way; gives where to, or None where there are none."""
+        later = [path for path in self._all() if int(path.name.removeprefix("step_")) > step]
+        if not later:
+            return None
+        aside = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        return aside
+
     def _read(self, path: Path, otherwise: str) -> Checkpoint | None:
         """A whole checkpoint; of another one it is said what is done instead."""
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            int(state["step"])
-            for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
-                _check_whole(path / f"{name}.safetensors")
-            return Checkpoint(path, _State(state, path))
+            return _read_whole(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             warn(f"{path}: not a whole checkpoint ({error}); {otherwise}")
             return None
@@ -167,6 +193,19 @@ class _State(dict):
             f"{self.path}/state.json lacks {key!r}: it was edited or written by another version; remove {self.path} to "
             "go on from the checkpoint before, or train anew with --restart"
         )
+
+
+def _read_whole(path: Path) -> Checkpoint:
+    """Read a checkpoint's state and look at its files.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is not whole.
+    """
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    int(state["step"])
+    for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
+        _check_whole(path / f"{name}.safetensors")
+    return Checkpoint(path, _State(state, path))
 
 
 def _check_whole(file: Path) -> None:
@@ -206,11 +245,18 @@ def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> Tensors:
 
 
 def unpack_optimizers(optimizers: list[torch.optim.Optimizer], tensors: Tensors) -> None:
-    """Put `pack_optimizers`' tensors back; the groups' options come from the present configuration."""
+    """Put `pack_optimizers`' tensors back; the groups' options come from the present configuration.
+
+    Each takes the memory layout of its parameter, which files don't keep: fused kernels walk through both alike.
+    """
     for i, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             number, parameter, name = key.split(".", 2)
             if int(number) == i:
+                like = parameters[int(parameter)]
+                if value.shape == like.shape:
+                    value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
                 state.setdefault(int(parameter), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

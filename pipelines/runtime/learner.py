@@ -37,6 +37,7 @@ class Learner:
         never_matrices: list[nn.Parameter],
         *,
         name: str = "model",
+        recordable: bool = False,
     ) -> None:
         """Make optimizers and average.
 
@@ -44,8 +45,9 @@ class Learner:
             model: on its device already.
             never_matrices: parameters that Muon leaves to AdamW.
             name: of the file with the weights; others than `model` are in the names of the other files, too.
+            recordable: updates may be recorded as a CUDA graph; with AdamW only.
         """
-        self.model, self.settings, self.name = model, settings, name
+        self.model, self.settings, self.name, self.recordable = model, settings, name, recordable
         self.optimizers = build_optimizers(
             model,
             name=settings.optimizer,
@@ -54,6 +56,7 @@ class Learner:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             never_matrices=never_matrices,
+            recordable=recordable,
         )
         decay = settings.ema_decay
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
@@ -70,19 +73,29 @@ class Learner:
         return self.apply(factor)
 
     def apply(self, factor: float) -> Tensor:
-        """One update by the gradients that are there, with `factor` of the full learning rates.
+        """One update by the gradients that are there, with `factor` of the full learning rates; see `step`."""
+        self.set_rate(factor)
+        return self.step()
 
-        With gradients that are not finite nothing is updated. Only Muon on a GPU makes the host wait to know.
+    def set_rate(self, factor: float) -> None:
+        """Take `factor` of the full learning rates from here on."""
+        set_learning_rate(self.optimizers, factor)
+        self.learning_rate = self.settings.learning_rate * factor
+
+    def step(self) -> Tensor:
+        """One update by the gradients that are there.
+
+        With gradients that are not finite nothing is updated (on a GPU the average still moves towards the weights).
+        Only Muon on a GPU makes the host wait to know.
 
         Returns:
             Scalar bool on the device: whether the gradients were finite.
         """
-        set_learning_rate(self.optimizers, factor)
-        self.learning_rate = self.settings.learning_rate * factor
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         finite = norm.isfinite()
-        skipping = finite.is_cuda and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers)
+        on_device = finite.is_cuda and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers)
+        skipping = self.recordable or on_device
         if skipping:
             # Fused AdamW looks at this flag on the device, as it does for gradient scaling.
             for optimizer in self.optimizers:

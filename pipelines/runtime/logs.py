@@ -79,3 +79,8 @@ class StepTimer:
         rate = self._steps / max(now - self._time, 1e-9)
         self._time, self._steps = now, 0
         return rate
+
+    def rate_after(self, seconds: float) -> float | None:
+        """As `rate`, without beginning anew; None before so many seconds have gone."""
+        elapsed = time.perf_counter() - self._time
+        return self._steps / elapsed if elapsed >= seconds and self._steps else None

@@ -48,19 +48,29 @@ def build_optimizers(
     betas: tuple[float, float],
     weight_decay: float,
     never_matrices: Iterable[nn.Parameter] = (),
+    recordable: bool = False,
 ) -> Optimizers:
     """Make the optimizers of a model; each remembers its full learning rate as `base_lr`.
+
+    AdamW is the fused one: one pass over memory on a CPU too, where it takes a fourth of the default one's time.
 
     Args:
         name: `adamw`, or `muon`: Muon for the weights of linear layers and convolutions.
         never_matrices: parameters that Muon must not take, such as embeddings and input and output layers.
+        recordable: learning rates are tensors beside the parameters, so that an update recorded as a CUDA graph follows
+            them; `adamw` only.
     """
-    fused = next(model.parameters()).is_cuda
+
+    def adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        rate = torch.tensor(learning_rate, device=parameters[0].device) if recordable else learning_rate
+        return torch.optim.AdamW(
+            parameters, lr=rate, betas=betas, weight_decay=weight_decay, fused=True, capturable=recordable
+        )
+
+    assert name == "adamw" or not recordable, name
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
-        optimizers: Optimizers = [
-            torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused or None)
-        ]
+        optimizers: Optimizers = [adamw(parameters)]
     else:
         excluded = {id(p) for p in never_matrices}
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in excluded]
@@ -68,12 +78,10 @@ def build_optimizers(
         rest = [p for p in parameters if id(p) not in chosen]
         optimizers = [ConvolutionMuon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)]
         if rest:
-            optimizers.append(
-                torch.optim.AdamW(rest, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused or None)
-            )
+            optimizers.append(adamw(rest))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+            group["base_lr"] = float(group["lr"])
     return optimizers
 
 
@@ -81,4 +89,7 @@ def set_learning_rate(optimizers: Optimizers, factor: float) -> None:
     """Set every learning rate to `factor` of its full value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(group["base_lr"] * factor)
+            else:
+                group["lr"] = group["base_lr"] * factor

@@ -17,11 +17,12 @@ from pipelines.config import RiverConfig, differences, dump_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.progress import say
+from pipelines.runtime.session import Session
 
 # Settings that change how a training is watched or fed, not what it computes.
 COSMETIC = {
     "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_frames", "validation_pairs",
-    "compile", "vgg_weights", "best_by",
+    "compile", "cuda_graphs", "vgg_weights", "best_by", "max_bad_steps", "validation_samples",
 }  # fmt: skip
 
 
@@ -117,32 +118,57 @@ def set_aside(folder: Path, what: str) -> None:
 
 
 def resumable_checkpoint(
-    folder: Path, identity: dict[str, Any], *, keep: int, restart: bool, what: str
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    keep: int,
+    session: Session,
+    what: str,
+    settings: dict[str, Any] | None = None,
 ) -> tuple[CheckpointFolder, Checkpoint | None]:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint to go on from: the newest, or the one that `session.resume` names.
+
+    With `session.restart` what is there is set aside; the checkpoints after one that is named are, too.
 
     Args:
         folder: of the training, `runs/<name>/flow`.
         identity: what the training depends on, compared with the `identity` in the checkpoint.
-        restart: set a contradicting (or finished) training aside and begin anew.
+        settings: all settings, for which the checkpoint's `settings` tell what has changed that it doesn't depend on.
     Raises:
-        UserError: the checkpoint was made under another configuration and `restart` is off.
+        UserError: the checkpoint was made under another configuration; the named one is missing or damaged.
     """
+    first = session.processes.is_first
     checkpoints = CheckpointFolder(folder / "checkpoints", keep)
-    found = checkpoints.latest()
+    named = session.resume != "auto"
+    if named and session.restart:
+        raise UserError(
+            f"--resume {session.resume} goes on with a training, and --restart begins anew: take one of them"
+        )
+    found = checkpoints.named(session.resume) if named else checkpoints.latest()
     if found is None:
         return checkpoints, None
-    if restart:
+    if session.restart and first:
         set_aside(folder, what)
+    if session.restart:
         return checkpoints, None
     before = found.state.get("identity", {})
     changed = differences(shared_part(identity, before) if is_imported(found) else identity, before)
+    other = []
+    if settings is not None and "settings" in found.state:
+        other = [line for line in differences(settings, found.state["settings"]) if line not in changed]
     if changed:
         how = f"imported from {found.state['imported']['file']}" if is_imported(found) else "trained"
         raise UserError(
             f"{found.path} was {how} under another configuration:\n  "
             + "\n  ".join(changed)
+            + ("\nchanged as well, which does not matter:\n  " + "\n  ".join(other) if other else "")
             + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), or "
             "give the run another name with --set dataset.name=..."
         )
+    if other:
+        say(f"{what}: settings changed since {found.path.name}, which is gone on with: {'; '.join(other)}")
+    if named and first:
+        aside = checkpoints.set_aside_after(found.step)
+        if aside is not None:
+            say(f"{what}: --resume {session.resume}; later checkpoints are kept in {aside}")
     return checkpoints, found

@@ -18,6 +18,7 @@ class Session:
         strict: a broken video stops the command (exit code 2) instead of being skipped (exit code 3).
         overwrite: replace a store that contradicts the configuration.
         restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
+        resume: what a training goes on from: `auto` (the newest whole checkpoint), or a checkpoint's step or folder.
         mirror: a folder or URL that holds the data set's archives.
         scheduler: address of the dask scheduler whose workers encode; None: this process does.
         download: fetch public weights that lack; without it nothing but `data` uses the network.
@@ -30,6 +31,7 @@ class Session:
     strict: bool = False
     overwrite: bool = False
     restart: bool = False
+    resume: str = "auto"
     mirror: str | None = None
     scheduler: str | None = None
     download: bool = False
@@ -39,7 +41,7 @@ class Session:
 
     def for_prerequisites(self) -> "Session":
         """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
-        return replace(self, overwrite=False, restart=False)
+        return replace(self, overwrite=False, restart=False, resume="auto")
 
     def skip(self, video_id: str, reason: str) -> None:
         """Note a broken video, once; with `strict` raise instead."""
@@ -53,6 +55,13 @@ class Session:
 def image_memory_format(device: torch.device) -> torch.memory_format:
     """The layout of images and kernels. On a CPU the contiguous one trains 12 % faster and encodes 12 % slower."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` to bf16 on a GPU that has it and fp32 elsewhere; others as they are."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def use_precision(precision: str) -> None:

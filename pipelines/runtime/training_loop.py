@@ -1,7 +1,8 @@
 """The loop of every training: steps, log, validation, checkpoints, stopping; what a step does is the trainer's."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,11 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import CheckpointFolder, Tensors
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.logs import StepTimer, TrainingLog
-from pipelines.runtime.progress import duration, progress, say
+from pipelines.runtime.progress import duration, progress, say, warn
 from pipelines.runtime.signals import StopRequest
+
+# After so long it is said how fast a training is, even where the first line of its log is far.
+FIRST_WORD_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Trainer(ABC):
         """Measure the model after so many steps. Called in the first process; empty where there is nothing to see."""
         return {}
 
-    def readings(self, step: int, terms: dict[str, float]) -> dict[str, float]:
-        """Further numbers for the log's line after so many steps, whose mean loss terms are given."""
+    def readings(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
+        """Further numbers for the log's line after so many steps, given its mean loss terms and its rate."""
         return {}
 
 
@@ -72,6 +76,8 @@ class LoopSettings:
         best: the validated number that tells the best checkpoint; None: none is kept as such.
         lowest: whether less of it is better.
         advice: what to do about a loss that is not finite.
+        max_bad_steps: steps in a row with such a loss, each without an update, that end the training.
+        less_memory: what to do when memory is out.
     """
 
     name: str
@@ -82,6 +88,8 @@ class LoopSettings:
     best: str | None = None
     lowest: bool = False
     advice: str = "Lower the learning rate, clip gradients, or take precision fp32"
+    max_bad_steps: int = 1
+    less_memory: str = "Take a smaller batch"
 
 
 def run_training(
@@ -97,12 +105,14 @@ def run_training(
     Args:
         log: of the first process; None in the others.
     Raises:
-        UserError: a loss or gradients that are not finite; the step's update was not made and nothing was saved.
+        UserError: a loss or gradients that are not finite, `max_bad_steps` times in a row; nothing was updated by them.
+            No memory left.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    timer, guard = StepTimer(), _FiniteGuard(trainer, settings)
+    timer, guard = StepTimer(), _FiniteGuard(trainer, settings, processes)
+    announced = False
     bar = progress(total=settings.steps, initial=first_step, description=settings.name, unit="step")
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, explain_out_of_memory(settings.name, settings.less_memory), bar:
         for step in range(first_step, settings.steps):
             result = trainer.train_step(step)
             guard.look_at(step, result)
@@ -117,15 +127,17 @@ def run_training(
             # The only places where the host waits for the device. What is saved was looked at first.
             if logs or saves:
                 guard.settle()
+            if step == first_step and not logs:
+                timer.rate()  # the first step compiles, allocates and warms up
+            rate = timer.rate() if logs else None if announced else timer.rate_after(FIRST_WORD_SECONDS)
+            if rate and not announced:
+                say(f"{settings.name}: {rate:.2f} steps/s, about {duration((settings.steps - done) / rate)} to go")
+                announced = True
             measured: dict[str, float] = {}
             if logs:
                 terms = _mean_over(processes, result.terms)
-                record = {"step": done, **terms, "learning_rate": trainer.learning_rate}
-                record["steps_per_second"] = timer.rate()
-                if done - first_step <= settings.log_every:
-                    rate = record["steps_per_second"]
-                    say(f"{settings.name}: {rate:.2f} steps/s, about {duration((settings.steps - done) / rate)} to go")
-                record |= trainer.readings(done, terms)
+                record = {"step": done, **terms, "learning_rate": trainer.learning_rate, "steps_per_second": rate}
+                record |= trainer.readings(done, terms, rate)
                 if processes.is_first and validates:
                     measured = trainer.validate(done)
                     timer.rate()  # steps that follow are not slower for it
@@ -147,14 +159,15 @@ def run_training(
 
 
 class _FiniteGuard:
-    """Ends a training whose gradients are not finite, without making the host wait for the step that it has begun.
+    """Counts steps whose gradients are not finite, without making the host wait for the step that it has begun.
 
     On a CPU a step is looked at as soon as it is done; on a GPU when the next one is under way.
     """
 
-    def __init__(self, trainer: Trainer, settings: LoopSettings) -> None:
-        self.trainer, self.settings = trainer, settings
+    def __init__(self, trainer: Trainer, settings: LoopSettings, processes: Processes) -> None:
+        self.trainer, self.settings, self.processes = trainer, settings, processes
         self.pending: tuple[int, StepResult, Callable[[], bool]] | None = None
+        self.bad_steps = 0
 
     def look_at(self, step: int, result: StepResult) -> None:
         if result.finite.is_cuda:
@@ -168,19 +181,27 @@ class _FiniteGuard:
         """Look at the last step that was not looked at yet.
 
         Raises:
-            UserError: its loss or its gradients are not finite.
+            UserError: its loss or its gradients are not finite, and it is one too many in a row.
         """
         if self.pending is None:
             return
         (step, result, read), self.pending = self.pending, None
         if read():
+            self.bad_steps = 0
             return
+        self.bad_steps += 1
         terms = ", ".join(f"{name} {value.item():g}" for name, value in result.terms.items())
-        raise UserError(
+        most = self.settings.max_bad_steps
+        message = (
             f"{self.settings.name}: the loss or its gradients are not finite at step {step + 1} ({terms}), on "
-            f"{self.trainer.describe_batch(step)}. Nothing was updated, and the last checkpoint is kept. "
-            f"{self.settings.advice}"
+            f"{self.trainer.describe_batch(step)}. Nothing was updated"
         )
+        if self.bad_steps < most:
+            if self.processes.is_first:
+                warn(f"{message}; it goes on ({self.bad_steps} such steps in a row, {most} end it)")
+            return
+        row = f", {most} steps in a row" if most > 1 else ""
+        raise UserError(f"{message}{row}, and the last checkpoint is kept. {self.settings.advice}")
 
 
 def start_reading(flag: Tensor) -> Callable[[], bool]:
@@ -193,6 +214,23 @@ def start_reading(flag: Tensor) -> Callable[[], bool]:
         return bool(copied)
 
     return read
+
+
+@contextmanager
+def explain_out_of_memory(name: str, advice: str) -> Iterator[None]:
+    """Turn an error about memory that could not be had into one that says what to lower.
+
+    Raises:
+        UserError: memory of the device or of the host is out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        first_line = str(error).partition("\n")[0]
+        # On a CPU it is a plain RuntimeError of the allocator's.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in first_line:
+            raise
+        raise UserError(f"{name}: out of memory ({first_line}). {advice}; the last checkpoint is kept") from None
 
 
 def _mean_over(processes: Processes, terms: dict[str, Tensor]) -> dict[str, float]:

@@ -221,7 +221,10 @@ def read_log(place: Place, what: str) -> list[dict[str, Any]]:
 
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Log lines without what the clock decides."""
-    return [{key: value for key, value in record.items() if "per_second" not in key} for record in records]
+    clocked = ("per_second", "data_wait", "mfu", "peak_memory")
+    return [
+        {key: value for key, value in record.items() if not any(part in key for part in clocked)} for record in records
+    ]
 
 
 def send_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, number: int = signal.SIGTERM) -> None:

@@ -17,9 +17,9 @@ import latent_cache
 from latent_cache import ChunkWriter, StoreWriter
 from latent_cache.progress import ChunkMarker
 from pipelines.chunk_task import ChunkTask
+from pipelines.flow_trainer import FlowTrainer
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.train_autoencoder import AutoencoderTrainer
-from pipelines.train_flow import FlowTrainer
 
 PLAIN = ()
 EVERYTHING = (
@@ -44,7 +44,11 @@ def assert_same_training(ours, theirs, what: str, story: ModuleType) -> None:
     assert {"model.safetensors", "optimizer.safetensors"} <= files.keys()
     for name in files.keys() - {"state.json"}:  # which has the path of the store
         assert found[name] == files[name], f"{name} differs"
-    assert story.timeless(story.read_log(ours, what)) == story.timeless(story.read_log(theirs, what))
+    logs = [story.timeless(story.read_log(place, what)) for place in (ours, theirs)]
+    if what == "flow" and (ours.runs / "autoencoder").exists() != (theirs.runs / "autoencoder").exists():
+        for record in logs[0] + logs[1]:  # only one of them could decode what it predicted
+            record.pop("validation_sample_psnr", None)
+    assert logs[0] == logs[1]
 
 
 @pytest.fixture
@@ -167,7 +171,7 @@ def test_flow_stopped_from_outside(with_store, story: ModuleType) -> None:
 # A step of the tiny flow takes a few milliseconds: too few to send a signal in.
 SLOW_STEPS = """
 import torch; torch.set_num_threads(1)
-from pipelines.train_flow import FlowTrainer
+from pipelines.flow_trainer import FlowTrainer
 step = FlowTrainer.train_step
 def slow(*arguments):
     time.sleep(0.05)
@@ -191,7 +195,9 @@ trainer.train_step = killed
 @pytest.mark.parametrize(("what", "killed", "kept"), [("flow", 6, 4), ("autoencoder", 5, 3)])
 def test_training_killed_after_a_checkpoint(trained, tmp_path: Path, story: ModuleType, what, killed, kept) -> None:
     place = trained.copy(tmp_path / "killed", "latents")
-    names = {"flow": ("train_flow", "FlowTrainer"), "autoencoder": ("train_autoencoder", "AutoencoderTrainer")}[what]
+    names = {"flow": ("flow_trainer", "FlowTrainer"), "autoencoder": ("autoencoder_trainer", "AutoencoderTrainer")}[
+        what
+    ]
     prelude = KILL_AT_STEP.format(module=names[0], trainer=names[1], step=killed)
     process = place.start(f"train-{what}", prelude=prelude)
     process.communicate(timeout=60)

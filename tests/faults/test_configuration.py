@@ -10,7 +10,7 @@ import pytest
     ("flwo.training.steps=3", ["flwo", "unknown key", 'did you mean "flow"?']),
     ("flow.training.steps=-1", ["flow.training.steps", "-1"]),
     ("flow.training.steps=many", ["flow.training.steps", "'many'"]),
-    ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'fp32' or 'bf16'"]),
+    ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'auto', 'fp32', 'tf32' or 'bf16'"]),
     ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos' or 'kth'"]),
     ("dataset.image_size=36", ["dataset.image_size: 36 is not a multiple of 8"]),
     ("autoencoder.model.norm_groups=5", ["autoencoder.model.norm_groups: 5 does not divide"]),

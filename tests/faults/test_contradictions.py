@@ -209,8 +209,8 @@ def test_run_without_its_config(copied) -> None:
 
 
 def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
-    """It stops the training with advice, and no checkpoint of it is kept."""
-    import pipelines.train_flow as module
+    """Nothing is updated by such steps, and `max_bad_steps` of them stop the training with advice."""
+    import pipelines.flow_trainer as module
 
     place, loss, calls = trained.copy(tmp_path / "nan", "latents"), module.flow_matching_loss, [0]
 
@@ -220,9 +220,15 @@ def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "flow_matching_loss", breaks)
     sets = ["logging.every=10", "flow.training.checkpoint_every=2", "flow.training.steps=20"]
-    sets.append("flow.training.validate_every=100")  # validating looks at the loss too
-    place.run("train-flow", sets=sets).refused(2, "the loss is nan at step 8", "flow.training.learning_rate")
-    assert place.checkpoint("flow").name == "step_00000006"
+    sets += ["flow.training.max_bad_steps=3"]
+    outcome = place.run("train-flow", sets=sets).refused(
+        2, "the loss or its gradients are not finite at step 9 (loss nan)", "3 steps in a row",
+        "on targets in train_000", "flow.training.learning_rate",
+    )  # fmt: skip
+    assert "not finite at step 7 (loss nan)" in outcome.err
+    assert "it goes on (2 such steps in a row, 3 end it)" in outcome.err
+    sixth, eighth = (place.runs / "flow" / "checkpoints" / f"step_{step:08d}" for step in (6, 8))
+    assert (eighth / "model.safetensors").read_bytes() == (sixth / "model.safetensors").read_bytes()
 
 
 def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:

@@ -8,6 +8,7 @@ from latent_cache import step_generator
 from latent_cache.draws import draw_distance, to_integer, uniform_block
 from latent_cache.permutation import ROUNDS, permute
 from latent_cache.targets import LegalTargets
+from stage2_flow.conditioning import past_window
 
 
 def test_generators_of_neighbouring_steps_have_nothing_in_common():
@@ -54,6 +55,49 @@ def test_distances_reach_from_the_neighbour_to_the_start_of_the_clip():
     u, v = np.random.default_rng(0).random((2, 3000))
     distance = draw_distance(u, v, place, clip_frames=6).reshape(3, 1000)
     assert [(row.min(), row.max()) for row in distance] == [(1, 1), (1, 2), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("place", "clip_frames", "past_horizon"),
+    [
+        (2, 6, 2),
+        (9, 6, 2),  # the only condition is the reference's neighbour
+        (9, 6, 3),
+        (9, 6, 4),
+        (9, 6, 5),  # the whole clip of a target in its last place
+        (9, 6, 100),  # more than the clip
+        (3, 40, 3),
+        (30, 40, 8),
+        (300, 40, None),
+        (4, 3, 3),  # clips of 3 frames have one condition
+    ],
+)
+def test_every_legal_distance_is_drawn_alike_given_the_place_in_the_clip(place, clip_frames, past_horizon):
+    n = 60_000
+    u, v = np.random.default_rng(1).random((2, n))
+    distance = draw_distance(u, v, np.full(n, place), clip_frames, past_horizon)
+    assert distance.dtype == np.int64
+    last = min(place, clip_frames - 1)
+    place_in_clip = 2 + (u * (last - 1)).astype(int)
+    for p in range(2, last + 1):
+        found = np.bincount(distance[place_in_clip == p])
+        window = past_window(p, past_horizon)
+        legal = sorted(p - 1 - index for index in range(window.first, window.first + window.count))
+        assert legal == list(range(1, min(p - 1, p if past_horizon is None else past_horizon - 1) + 1))
+        assert np.flatnonzero(found).tolist() == legal
+        wanted = found.sum() / len(legal)
+        chi_square = ((found[1:] - wanted) ** 2 / wanted).sum()
+        assert chi_square < len(legal) - 1 + 6 * np.sqrt(2 * len(legal))
+
+
+def test_without_a_horizon_the_draws_are_what_they_were():
+    """Recorded before there were horizons: a run that goes on from then sees the same batches."""
+    uniform = uniform_block(7, "frames", 3, (2, 12))
+    place = np.array([2, 3, 4, 5, 9, 17, 39, 40, 41, 100, 2, 3])
+    expected = [1, 2, 2, 4, 2, 3, 17, 13, 11, 1, 1, 2]
+    assert draw_distance(*uniform, place, 40).tolist() == expected
+    assert draw_distance(*uniform, place, 40, None).tolist() == expected
+    assert draw_distance(*uniform, place, 40, 40).tolist() == expected  # a horizon of the clip takes nothing away
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which tier a split is read in, and what is said about it."""
 
 import re
+from contextlib import closing
 
 import pytest
 import torch
@@ -75,6 +76,20 @@ def test_one_interface(cache, residency, kind, said):
     sampler.close()
     with pytest.raises(ValueError, match="the sampler is closed"):
         sampler.batch(0)
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "stream"])
+def test_every_tier_takes_the_horizon(cache, residency):
+    options = {"residency": residency, "memory_budget": 10**6}
+    sampler = open_sampler(cache, "cpu", 3, 64, 6, past_horizon=2, **options)
+    assert sampler.past_horizon == 2
+    assert sampler.batch(0).distance.unique().tolist() == [1]
+    sampler.close()
+    with closing(open_sampler(cache, "cpu", 3, 64, 6, **options)) as sampler:
+        assert sampler.past_horizon is None
+        assert sampler.batch(0).distance.max() > 1
+    with pytest.raises(ValueError, match="past_horizon = 1"):
+        open_sampler(cache, "cpu", 3, 64, 6, past_horizon=1, **options)
 
 
 def test_auto_streams_what_fits_nowhere(numbered, monkeypatch):

@@ -21,26 +21,29 @@ def make_sampler(cache, batch_size=64, clip_frames=6, seed=3, **options):
     return ResidentSampler(cache, "cpu", seed, batch_size, clip_frames, **options)
 
 
-def exact_probabilities(lengths, clip_frames):
+def exact_probabilities(lengths, clip_frames, past_horizon=None):
     """{(video, target, condition): probability}, from the definition."""
     pairs = [(video, target) for video, length in enumerate(lengths) for target in range(2, length)]
     result = Counter()
     for video, target in pairs:
         places = range(2, min(clip_frames - 1, target) + 1)
         for place in places:
-            for condition in range(target - place, target - 1):
-                result[video, target, condition] += 1 / len(pairs) / len(places) / (place - 1)
+            known = place if past_horizon is None else min(place, past_horizon)
+            for condition in range(target - known, target - 1):
+                result[video, target, condition] += 1 / len(pairs) / len(places) / (known - 1)
     return result
 
 
-@pytest.mark.parametrize("clip_frames", [3, 6, 40])
-def test_every_legal_draw_has_its_exact_probability_and_no_other_happens(cache, clip_frames):
-    sampler = make_sampler(cache, batch_size=100_000, clip_frames=clip_frames)
+@pytest.mark.parametrize(
+    ("clip_frames", "past_horizon"), [(3, None), (6, None), (40, None), (6, 2), (6, 4), (40, 5), (40, 11), (6, 50)]
+)
+def test_every_legal_draw_has_its_exact_probability_and_no_other_happens(cache, clip_frames, past_horizon):
+    sampler = make_sampler(cache, batch_size=100_000, clip_frames=clip_frames, past_horizon=past_horizon)
     drawn = sampler.indices(0)
     video = np.searchsorted(cache.offsets, drawn.target.numpy(), side="right") - 1
     start = cache.offsets[video]
     counts = Counter(zip(video, drawn.target.numpy() - start, drawn.condition.numpy() - start, strict=True))
-    expected = exact_probabilities(LENGTHS, clip_frames)
+    expected = exact_probabilities(LENGTHS, clip_frames, past_horizon)
     assert sum(expected.values()) == pytest.approx(1)
     assert counts.keys() == expected.keys()
     observed = np.array([counts[key] for key in expected])
@@ -52,6 +55,21 @@ def test_every_legal_draw_has_its_exact_probability_and_no_other_happens(cache, 
     pairs = Counter(zip(video, drawn.target.numpy() - start, strict=True))
     assert sampler.legal_targets == len(pairs) == sum(max(length - 2, 0) for length in LENGTHS)
     assert max(abs(count - 100_000 / len(pairs)) for count in pairs.values()) < 5 * np.sqrt(100_000 / len(pairs))
+
+
+@pytest.mark.parametrize("horizon", [None, 40, 6])
+def test_a_horizon_of_the_clip_or_more_changes_no_draw(cache, horizon):
+    expected, sampler = make_sampler(cache), make_sampler(cache, past_horizon=horizon)
+    for step in (0, 3, 10**6):
+        for name in ("target", "reference", "condition", "distance"):
+            assert torch.equal(getattr(sampler.batch(step), name), getattr(expected.batch(step), name))
+
+
+def test_a_horizon_changes_conditions_and_no_target(cache):
+    expected, sampler = make_sampler(cache).indices(2), make_sampler(cache, past_horizon=2).indices(2)
+    assert torch.equal(sampler.target, expected.target)
+    assert torch.equal(sampler.condition, expected.reference - 1)
+    assert not torch.equal(sampler.condition, expected.condition)
 
 
 def test_batches_hold_what_the_indices_say(cache):
@@ -109,6 +127,8 @@ def test_videos_that_are_all_too_short(kit, tmp_path):
         ({"batch_size": 0}, "batch_size = 0"),
         ({"clip_frames": 2}, "clip_frames = 2"),
         ({"seed": -1}, "seed = -1"),
+        ({"past_horizon": 1}, r"past_horizon = 1: at least 2 \(condition, reference\) or None"),
+        ({"past_horizon": 0}, "past_horizon = 0: at least 2"),
         ({"storage_device": "meta"}, "storage_device = meta: the CPU or the device, cpu, is wanted"),
     ],
 )

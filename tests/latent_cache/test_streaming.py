@@ -69,6 +69,7 @@ def epochs_of(sampler, epochs):
 
 
 def check_epochs(sampler, lengths, clip_frames, epochs=3):
+    clip_frames = min(clip_frames, sampler.past_horizon + 1) if sampler.past_horizon else clip_frames
     legal = {(video, target) for video, length in enumerate(lengths) for target in range(2, length)}
     for epoch in epochs_of(sampler, epochs):
         pairs = [(video, target) for video, target, _ in epoch.tolist()]
@@ -96,9 +97,10 @@ def check_epochs(sampler, lengths, clip_frames, epochs=3):
     ],
 )
 @pytest.mark.parametrize("groups", [4, 5])
-def test_an_epoch_serves_every_target_once(numbered, lengths, chunk_frames, clip_frames, groups):
+@pytest.mark.parametrize("past_horizon", [None, 3])
+def test_an_epoch_serves_every_target_once(numbered, lengths, chunk_frames, clip_frames, groups, past_horizon):
     cache = numbered(lengths, chunk_frames)
-    sampler = make_sampler(cache, clip_frames=clip_frames, groups=groups)
+    sampler = make_sampler(cache, clip_frames=clip_frames, groups=groups, past_horizon=past_horizon)
     assert sampler.legal_targets == sum(max(length - 2, 0) for length in lengths)
     check_epochs(sampler, lengths, clip_frames)
     sampler.close()
@@ -146,19 +148,22 @@ def imagined(lengths, chunk_frames):
     groups=st.integers(4, 20),
     group_chunks=st.integers(1, 5),
     batch_size=st.integers(1, 50),
+    past_horizon=st.none() | st.integers(2, 40),
 )
-def test_any_split_is_served_whole(lengths, chunk_frames, clip_frames, groups, group_chunks, batch_size):
+def test_any_split_is_served_whole(lengths, chunk_frames, clip_frames, groups, group_chunks, batch_size, past_horizon):
     cache = imagined(lengths, chunk_frames)
     budget = budget_of(groups, chunk_frames, clip_frames, max(lengths), group_chunks)
-    sampler = make_sampler(cache, batch_size, clip_frames, budget=budget)
+    sampler = make_sampler(cache, batch_size, clip_frames, budget=budget, past_horizon=past_horizon)
     check_epochs(sampler, lengths, clip_frames, epochs=2)
     sampler.close()
 
 
-@pytest.mark.parametrize(("groups", "epochs"), [(4, 300), (50, 3000)])
-def test_conditions_have_their_exact_probability(groups, epochs):
+@pytest.mark.parametrize(
+    ("groups", "epochs", "past_horizon"), [(4, 300, None), (50, 3000, None), (4, 300, 4), (50, 3000, 3), (4, 300, 50)]
+)
+def test_conditions_have_their_exact_probability(groups, epochs, past_horizon):
     lengths, clip_frames = [1, 5, 2, 3, 12, 1, 4], 6
-    sampler = make_sampler(imagined(lengths, 4), 1000, clip_frames, groups=groups)
+    sampler = make_sampler(imagined(lengths, 4), 1000, clip_frames, groups=groups, past_horizon=past_horizon)
     assert (sampler.plan.windows_per_epoch == 1) == (groups == 50)
     counts = Counter(map(tuple, epochs_of(sampler, epochs).reshape(-1, 3).tolist()))
     sampler.close()
@@ -167,14 +172,40 @@ def test_conditions_have_their_exact_probability(groups, epochs):
         for target in range(2, length):
             places = range(2, min(clip_frames - 1, target) + 1)
             for place in places:
-                for condition in range(target - place, target - 1):
-                    expected[video, target, condition] += epochs / len(places) / (place - 1)
+                known = place if past_horizon is None else min(place, past_horizon)
+                for condition in range(target - known, target - 1):
+                    expected[video, target, condition] += epochs / len(places) / (known - 1)
     assert counts.keys() == expected.keys()
     observed, wanted = (np.array([values[key] for key in expected]) for values in (counts, expected))
     chi_square = ((observed - wanted) ** 2 / wanted).sum()
     freedom = len(expected) - sampler.legal_targets
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
     assert chi_square > freedom - 4 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("past_horizon", [None, 6, 50])
+def test_a_horizon_of_the_clip_or_more_changes_no_draw(past_horizon):
+    samplers = [make_sampler(imagined(RAGGED, 4)), make_sampler(imagined(RAGGED, 4), past_horizon=past_horizon)]
+    for step in (0, 9, 30):
+        expected, found = (sampler.batch(step) for sampler in samplers)
+        assert same(found, expected)
+    assert samplers[0].order == samplers[1].order
+    for sampler in samplers:
+        sampler.close()
+
+
+@pytest.mark.parametrize("past_horizon", [2, 3])
+def test_a_horizon_spares_the_reading_before_a_group(past_horizon):
+    near, far = (make_sampler(imagined([60] * 4, 4), clip_frames=40, past_horizon=h) for h in (past_horizon, None))
+    assert (near.plan.halo_frames, far.plan.halo_frames) == (past_horizon, 39)
+    assert (np.diff(served([near.batch(0)])[:, [2, 1]]) <= past_horizon).all()
+    near.close()
+    far.close()
+
+
+def test_a_horizon_below_two_is_refused():
+    with pytest.raises(ValueError, match="past_horizon = 1: at least 2"):
+        make_sampler(imagined(RAGGED, 4), past_horizon=1)
 
 
 def test_a_target_comes_anywhere_in_an_epoch():

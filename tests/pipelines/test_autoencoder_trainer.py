@@ -325,7 +325,7 @@ def test_resuming_is_exact(tmp_path):
         whole.train_step(step)
     for step in range(4):
         before.train_step(step)
-        before.readings(step + 1, {"l1": 0.5})
+        before.readings(step + 1, {"l1": 0.5}, 1.0)
     folder = CheckpointFolder(tmp_path)
     folder.save(4, before.files(), before.state())
     after.load(folder.latest())
@@ -383,24 +383,24 @@ def test_readings_say_how_codes_are_used():
     for step in range(6):  # an epoch is 5 steps of 8 of 40 frames
         trainer.train_step(step)
     assert int(trainer.care.last_window.sum()) == 5 * 8 * 64
-    reading = trainer.readings(6, {"l1": 0.1})
+    reading = trainer.readings(6, {"l1": 0.1}, 1.0)
     assert 1 <= reading["code_perplexity"] <= reading["codes_used"] <= 16
 
 
 def test_a_discriminator_that_does_harm_is_reported(capsys):
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 5):
-        trainer.readings(step, {"l1": 0.1})
-    trainer.readings(5, {"l1": 0.2})  # the last one without it
+        trainer.readings(step, {"l1": 0.1}, 1.0)
+    trainer.readings(5, {"l1": 0.2}, 1.0)  # the last one without it
     assert trainer.watch.level == pytest.approx(0.8 * 0.1 + 0.2 * 0.2)
     trainer.watch.level = 0.1
     for step in range(6, 30):
-        trainer.readings(step, {"l1": 0.3, "logits_real": 0.0, "logits_fake": 0.0})
+        trainer.readings(step, {"l1": 0.3, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
     message = capsys.readouterr().err
     assert message.count("autoencoder: step") == 1
     assert "the reconstruction term" in message
     # LPIPS is what is looked at where there is one.
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 30):
-        trainer.readings(step, {"l1": 0.1 * step, "perceptual": 0.2, "logits_real": 0.0, "logits_fake": 0.0})
+        trainer.readings(step, {"l1": 0.1 * step, "perceptual": 0.2, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
     assert "the reconstruction term" not in capsys.readouterr().err

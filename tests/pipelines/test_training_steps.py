@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import pipelines.autoencoder_trainer as autoencoder_module
-import pipelines.train_flow as flow_module
+import pipelines.flow_trainer as flow_module
 from latent_cache import FlowBatch
 from pipelines.autoencoder_trainer import AutoencoderTrainer, Validation
 from pipelines.config import RiverConfig, parse_config
+from pipelines.flow_trainer import FlowTrainer
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.train_autoencoder import (
     _loop_settings,
@@ -16,7 +17,6 @@ from pipelines.train_autoencoder import (
     find_autoencoder,
     load_trained_autoencoder,
 )
-from pipelines.train_flow import FlowTrainer
 from stage1_autoencoder.families import build_autoencoder
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def config(**sections) -> RiverConfig:
 class Sampler:
     """Serves one fixed batch, where a flow's training expects a sampler."""
 
-    def batch(self, step: int) -> FlowBatch:
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
         target, reference, condition = torch.randn(3, 64, 4, 2, 2, generator=torch.Generator().manual_seed(0))
         return FlowBatch(target, reference, condition, torch.ones(64, dtype=torch.int64))
 
@@ -63,9 +63,9 @@ def test_time_sampling_reaches_the_loss(times, monkeypatch):
     monkeypatch.setattr(
         flow_module, "flow_matching_loss", lambda field, batch, draws: seen.append(draws.t) or loss(field, batch, draws)
     )
-    trainer = FlowTrainer(config(flow__time_sampling=times), CPU, Cache())
+    trainer = FlowTrainer(config(flow__time_sampling=times, flow__batch_size=64), CPU, Cache(), Sampler())
     for step in range(20):
-        trainer.train_step(step, Sampler())
+        trainer.train_step(step)
     outside = ((torch.cat(seen) - 0.5).abs() > 0.4).double().mean().item()
     # P(t < .1 or t > .9): 0.2 for the uniform, 0.028 for sigmoid(N(0, 1)).
     assert outside == pytest.approx(0.2 if times == "uniform" else 0.028, abs=0.03)
@@ -73,7 +73,7 @@ def test_time_sampling_reaches_the_loss(times, monkeypatch):
 
 @pytest.mark.parametrize("standardize", [False, True])
 def test_standardization_is_the_stores_where_it_is_asked_for(standardize):
-    trainer = FlowTrainer(config(flow__standardize=standardize), CPU, Cache())
+    trainer = FlowTrainer(config(flow__standardize=standardize), CPU, Cache(), Sampler())
     expected = ([1, 0, 0, 0], [2, 1, 1, 1]) if standardize else ([0] * 4, [1] * 4)  # a constant channel is left alone
     assert trainer.standardization.mean.tolist() == expected[0]
     assert trainer.standardization.std.tolist() == expected[1]

@@ -93,7 +93,8 @@ def trained(tmp_path):
 
 
 def resume(folder, identity, restart=False):
-    return resumable_checkpoint(folder, identity, keep=2, restart=restart, what="flow")
+    session = Session(torch.device("cpu"), restart=restart)
+    return resumable_checkpoint(folder, identity, keep=2, session=session, what="flow")
 
 
 def test_nothing_to_resume(tmp_path):

@@ -1,0 +1,90 @@
+"""What a training step computes, how fast this machine could compute at best, and how much memory was taken."""
+
+import sys
+import time
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from stage2_flow.config import VectorFieldConfig
+from stage2_flow.vector_field import VectorField
+
+# The backward pass has two products for each of the forward pass: the 6ND of Kaplan et al. 2020 (2ND of it forward).
+STEP_FORWARDS = 3
+# Sides of the matrices: large enough for full speed; 2 GFLOP on a CPU, 1.1 TFLOP on a GPU.
+MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
+MATMUL_REPEATS = 5
+
+
+def forward_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of the vector field's matrix products and convolutions for one sample.
+
+    A multiplication with its addition counts as two; what is done value by value (norms, GELU, softmax) is not counted.
+    Nothing is computed and no memory taken.
+
+    Args:
+        config: sizes of the field.
+        latent_shape: (c, h, w).
+    """
+    # Only the plain attention consists of products that the counter knows on every device; the others compute the same.
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        field = VectorField(config, latent_shape[0]).eval()
+        latents = torch.empty(1, *latent_shape)
+        field(latents, latents, latents, torch.ones(1, dtype=torch.int64), torch.empty(1))
+    return counter.get_total_flops()
+
+
+def step_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int], batch_size: int) -> int:
+    """Floating-point operations of the model in a training step: three times the forward pass (the 6ND convention).
+
+    What is computed twice to save memory, and the optimizer's work, are not the model's.
+    """
+    return STEP_FORWARDS * batch_size * forward_flops(config, latent_shape)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of products of large square matrices, measured here and now: the best of a few.
+
+    Model FLOP utilisation (MFU) is told as a share of this, not of the data sheet's figure: it is what this machine
+    gives, also while others work on it. On a CPU it takes about 0.2 s, some 30 ms a product.
+
+    Args:
+        device: where; on a CPU with the threads that torch uses.
+        dtype: of the matrices. For float32 on a GPU the process's precision of products holds (TF32 or not).
+    """
+    side = MATMUL_SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    torch.mm(left, right, out=product)  # the first one loads kernels
+    seconds = min(_seconds_of_product(left, right, product) for _ in range(MATMUL_REPEATS))
+    return 2 * side**3 / seconds
+
+
+def _seconds_of_product(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> float:
+    if not left.is_cuda:
+        started = time.perf_counter()
+        torch.mm(left, right, out=product)
+        return time.perf_counter() - started
+    with torch.cuda.device(left.device):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        torch.mm(left, right, out=product)
+        ended.record()
+        ended.synchronize()
+    return started.elapsed_time(ended) / 1000
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had at a time: of tensors on a GPU, or of all memory that is resident.
+
+    On a CPU what is loaded (Python, PyTorch: some 400 MB) counts, too. On a GPU `torch.cuda.reset_peak_memory_stats`
+    begins anew.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX only
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024  # Linux counts KiB
