@@ -36,22 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from latent_cache import NoSpaceError, StoreError
     from stage1_autoencoder.videos.base import VideoError
 
+    name = options.command
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one of several processes: which of them?
+        name += f" [process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']}]"
     try:
         return _run(options)
     except (NoSpaceError, CheckFailed) as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except (UserError, StoreError, VideoError) as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USAGE
     except StoppedBySignal as stopped:
-        print(f"{options.command}: {stopped}", file=sys.stderr)
+        print(f"{name}: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print(f"{options.command}: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        print(f"{name}: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        print(f"{options.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
 
 

@@ -105,6 +105,8 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
         if found is not None:
             trainer.load(found)
             first_step = found.step
+            if found.state.get("settings", settings)["flow"]["training"]["steps"] != training.steps:
+                say(f"flow: the learning rate takes the course of a training of {training.steps} steps from here on")
         say(_first_line(config, session, trainer, sampler, first_step, folder))
         if processes.is_first:
             log = held.enter_context(closing(TrainingLog(folder, config, "flow", first_step)))

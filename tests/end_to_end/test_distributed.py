@@ -105,6 +105,77 @@ def test_a_process_that_dies_ends_the_job(place) -> None:
     assert "rank      : 1" in done.stderr  # torchrun's own report names it
 
 
+FLOW = (
+    "flow.training.batch_size=16", "flow.training.accumulate=2", "flow.training.ema_decay=0.9", "logging.every=1",
+    "flow.training.coupling=conditional", "flow.training.time_sampling=logit_normal", "flow.training.grad_clip=1.0",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_flow_as_one(trained, tmp_path: Path, story) -> None:
+    alone, together = (trained.copy(tmp_path / name, "latents").with_sets(*FLOW) for name in ("alone", "together"))
+    alone.run("train-flow").ok()
+    done = torchrun(together, "train-flow")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("flow: step 8: validation") == 1  # the second process is silent
+    assert "cpu x 2" in done.stdout
+    ours, theirs = story.read_log(together, "flow"), story.read_log(alone, "flow")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 9))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5), one["step"]
+    assert ours[-1]["validation_loss"] == pytest.approx(theirs[-1]["validation_loss"], abs=1e-5)
+    files = [CheckpointFolder(p.runs / "flow" / "checkpoints").latest() for p in (together, alone)]
+    for file in ("model", "ema"):
+        one, other = (checkpoint.tensors(file) for checkpoint in files)
+        for name in other:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
+    again = torchrun(together, "train-flow")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("flow: done, 8 steps") == 1
+
+
+KILLED = """
+from pipelines.flow_trainer import FlowTrainer
+import signal
+step = FlowTrainer.train_step
+def killed(self, number):
+    if number == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number)
+FlowTrainer.train_step = killed
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_the_rest_goes_on_from_its_checkpoint(trained, tmp_path: Path, story) -> None:
+    place = trained.copy(tmp_path / "killed", "latents")
+    died = torchrun(place, "train-flow", KILLED)  # which waits four minutes, in place of for ever
+    assert died.returncode != 0
+    assert "rank      : 1" in died.stderr
+    assert "Signal 9 (SIGKILL)" in died.stderr
+    done = torchrun(place, "train-flow")
+    assert done.returncode == 0, done.stderr
+    assert "steps 4 to 8" in done.stdout
+    ours, theirs = story.read_log(place, "flow"), story.read_log(trained, "flow")
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5), one["step"]
+
+
+def test_processes_do_not_make_the_store(place) -> None:
+    done = torchrun(place, "train-flow")
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"train-flow [process {rank} of 2]: {place.store}: no complete store; `encode` makes it" in done.stderr
+    assert 'File "<string>"' not in done.stderr
+
+
+def test_a_flow_batch_that_cannot_be_shared_out(trained, tmp_path: Path) -> None:
+    place = trained.copy(tmp_path / "parts", "latents")
+    place.run("train-flow", sets=["flow.training.accumulate=3"]).refused(
+        2, "flow.training.batch_size: a batch of 8", "in 3 part(s) each", "such as 9"
+    )
+
+
 def test_a_batch_that_cannot_be_shared_out(place) -> None:
     from pipelines.errors import UserError
     from pipelines.runtime.distributed import Processes

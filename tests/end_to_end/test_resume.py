@@ -234,6 +234,59 @@ def test_killed_between_checkpoint_and_pointer(copied, trained, story: ModuleTyp
     assert CheckpointFolder(copied.runs / "flow" / "checkpoints").latest().step == 8
 
 
+@pytest.mark.parametrize("how", ["step", "folder"])
+def test_going_on_from_a_named_checkpoint(copied, trained, story: ModuleType, how: str) -> None:
+    named = copied.runs / "flow" / "checkpoints" / "step_00000004"
+    assert "flow: done, 8 steps" in copied.run("train-flow").ok().out
+    outcome = copied.run("train-flow", "--resume", "4" if how == "step" else str(named)).ok()
+    assert "steps 4 to 8" in outcome.out
+    (aside,) = (copied.runs / "flow").glob("checkpoints.*")
+    assert f"later checkpoints are kept in {aside}" in outcome.out
+    assert (aside / "step_00000008" / "model.safetensors").exists()
+    assert_same_training(copied, trained, "flow", story)
+
+
+def test_a_damaged_newest_checkpoint(copied, trained, story: ModuleType) -> None:
+    """`auto` passes it over and says so; who names it is told."""
+    newest = copied.checkpoint("flow") / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    copied.run("train-flow", "--resume", "8").refused(
+        2, "--resume 8", "step_00000008 is not a whole checkpoint", "optimizer.safetensors", "--resume auto"
+    )
+    assert not list((copied.runs / "flow").glob("checkpoints.*"))
+    outcome = copied.run("train-flow", "--resume", "auto").ok()
+    assert "step_00000008: not a whole checkpoint" in outcome.err
+    assert "steps 4 to 8" in outcome.out
+    assert_same_training(copied, trained, "flow", story)
+
+
+def test_a_named_checkpoint_that_is_not_there(copied) -> None:
+    copied.run("train-flow", "--resume", "6").refused(2, "--resume 6", "step_00000006 is not there", "4, 8")
+    copied.run("train-flow", "--resume", "runs/nowhere").refused(2, "runs/nowhere is not there")
+    copied.run("train-flow", "--resume", "4", "--restart").refused(2, "--resume 4", "--restart", "take one of them")
+
+
+def test_an_autoencoder_goes_on_from_a_named_checkpoint(copied, trained, story: ModuleType) -> None:
+    outcome = copied.run("train-autoencoder", "--resume", "3").ok()
+    assert "steps 3 to 6" in outcome.out
+    assert_same_training(copied, trained, "autoencoder", story)
+
+
+def test_settings_that_changed_are_told_apart(copied) -> None:
+    """Those that decide the result refuse; those that don't are named and gone on with."""
+    harmless = ["flow.training.keep_checkpoints=3", "flow.training.max_bad_steps=7"]
+    outcome = copied.run("train-flow", sets=[*harmless, "flow.training.batch_size=16"]).refused(
+        2, "under another configuration:\n  flow.training.batch_size: 8 -> 16\n",
+        "changed as well, which does not matter:\n  flow.training.keep_checkpoints: 2 -> 3\n",
+        "flow.training.max_bad_steps: 10 -> 7",
+    )  # fmt: skip
+    outcome = copied.run("train-flow", sets=[*harmless, "flow.training.steps=10"]).ok()
+    assert "settings changed since step_00000008" in outcome.out
+    assert "flow.training.keep_checkpoints: 2 -> 3; flow.training.max_bad_steps: 10 -> 7" in outcome.out
+    assert "the learning rate takes the course of a training of 10 steps from here on" in outcome.out
+    assert "steps 8 to 10" in outcome.out
+
+
 @pytest.fixture
 def encoder_place(trained, tmp_path: Path):
     """Places that have the autoencoder and nothing else, and encode to many chunks."""

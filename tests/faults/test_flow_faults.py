@@ -1,0 +1,121 @@
+"""What a user can get wrong when a flow is trained, and what the machine can lack."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def flowless(trained, tmp_path: Path):
+    """A place with a store and an autoencoder, in which no flow was trained."""
+    place = trained.copy(tmp_path / "flowless", "latents")
+    trained.copy(tmp_path / "whole", "runs")
+    (place.runs).mkdir(parents=True)
+    (tmp_path / "whole" / "runs" / "tiny" / "autoencoder").rename(place.runs / "autoencoder")
+    return place
+
+
+def test_a_store_smaller_than_a_batch(flowless) -> None:
+    flowless.run("train-flow", sets=["flow.training.batch_size=512"]).refused(
+        2, str(flowless.store), "split 'train': 240 frames", "fewer than flow.training.batch_size 512", "lower it"
+    )
+    assert not (flowless.runs / "flow" / "checkpoints").exists()
+
+
+def test_clips_longer_than_the_videos(flowless) -> None:
+    sets = ["flow.training.clip_frames=40", "evaluation.horizon=30"]
+    outcome = flowless.run("train-flow", sets=sets).ok()
+    assert "clip_frames is 40, and the longest video has 12 frames: conditions lie at most 10 frames" in outcome.out
+    assert "clips predicted on the way end after 10 frames" in outcome.out
+
+
+def test_a_horizon_that_sampling_ignores(flowless) -> None:
+    words = "predictions would take conditions that the field never saw; set sampling.past_horizon=4"
+    sets = ["flow.training.past_horizon=4"]
+    assert words in flowless.run("train-flow", sets=sets).ok().err
+    assert words not in flowless.run("train-flow", "--restart", sets=[*sets, "sampling.past_horizon=3"]).ok().err
+
+
+@pytest.mark.parametrize("setting", ["batch_size=0", "accumulate=0", "past_horizon=1", "max_bad_steps=0"])
+def test_settings_out_of_range(flowless, setting: str) -> None:
+    key = setting.partition("=")[0]
+    flowless.run("train-flow", sets=[f"flow.training.{setting}"]).refused(2, f"flow.training.{key}")
+
+
+def test_cuda_graphs_without_a_gpu(flowless) -> None:
+    flowless.run("train-flow", sets=["flow.training.cuda_graphs=true"]).refused(
+        2, "flow.training.cuda_graphs: true needs a single GPU", "this is cpu", "auto or false"
+    )
+
+
+@pytest.mark.parametrize("where", ["update", "load"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory(flowless, monkeypatch, where: str, error: Exception) -> None:
+    import pipelines.flow_trainer as module
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    if where == "update":
+        monkeypatch.setattr(module, "flow_matching_loss", fails)
+    else:
+        monkeypatch.setattr(module.VectorField, "to", fails)
+    outcome = flowless.run("train-flow").refused(
+        2, "flow: out of memory", "flow.training.accumulate=2", "flow.training.batch_size", "cache.residency=host"
+    )
+    assert ("2.00 GiB" in outcome.err) == isinstance(error, torch.OutOfMemoryError)
+    assert "GPU 0" not in outcome.err  # one line
+
+
+def test_an_error_of_another_kind_is_not_taken_for_it(flowless, monkeypatch) -> None:
+    import pipelines.flow_trainer as module
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(module, "flow_matching_loss", fails)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        flowless.run("train-flow")
+
+
+def test_numbers_that_are_not_finite_now_and_then(flowless, monkeypatch) -> None:
+    """Steps that are bad one at a time never end a training."""
+    import pipelines.flow_trainer as module
+
+    loss, calls = module.flow_matching_loss, [0]
+
+    def breaks(*arguments: object) -> object:
+        calls[0] += 1
+        return loss(*arguments) * (float("inf") if calls[0] % 2 else 1)
+
+    monkeypatch.setattr(module, "flow_matching_loss", breaks)
+    outcome = flowless.run("train-flow", sets=["flow.training.max_bad_steps=2"]).ok()
+    assert outcome.err.count("Nothing was updated; it goes on (1 such steps in a row, 2 end it)") == 4
+    assert "on targets in train_000" in outcome.err
+
+
+def test_speed_is_told_before_the_first_line_of_the_log(flowless, monkeypatch) -> None:
+    """Where a step takes seconds, nobody waits for `logging.every` of them to learn that it will take weeks."""
+    import pipelines.runtime.training_loop as module
+
+    monkeypatch.setattr(module, "FIRST_WORD_SECONDS", 0.0)
+    outcome = flowless.run("train-flow", sets=["logging.every=1000"]).ok()
+    assert outcome.out.count("steps/s, about") == 1
+    assert outcome.out.index("steps/s, about") < outcome.out.index("flow: step 4: validation loss")
+
+
+def test_the_last_checkpoint_in_place_of_the_best(trained, flowless) -> None:
+    from pipelines.train_flow import find_flow
+
+    flowless.run("train-flow", sets=["flow.training.best_by=last", "flow.training.learning_rate=1.0"]).ok()
+    assert not (flowless.runs / "flow" / "checkpoints" / "best").exists()
+    assert find_flow(flowless.runs).step == 8
+    checkpoints = trained.runs / "flow" / "checkpoints"
+    assert find_flow(trained.runs).path.name == (checkpoints / "best").read_text()
