@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         from pipelines.plan import describe_plan
 
         say(dump_config(config))
-        say(describe_plan(config))
+        say(describe_plan(config, device))
         return EXIT_DONE
     _command(options, config)(session)
     leave_processes()

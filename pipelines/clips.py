@@ -1,6 +1,7 @@
 """The clips that predictions are made and measured on."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +38,9 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
     """Clips by the protocol.
 
     With `window: first` a video gives its first frames, so it is taken once, and fewer clips than videos are spread
-    evenly over the split. With `random` the videos come in a drawn order, each once before any is taken again, and a
-    video's starts are drawn from (seed, video) without repetition, uniformly over all that fit.
+    evenly over the split; with `moving` too, but where a clip starts is seen when its video is read (`most_moving`).
+    With `random` the videos come in a drawn order, each once before any is taken again, and a video's starts are drawn
+    from (seed, video) without repetition, uniformly over all that fit.
 
     Args:
         lengths: frames of the split's videos.
@@ -46,7 +48,7 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
     """
     needed = evaluation.context + evaluation.horizon
     fitting = [i for i, length in enumerate(lengths) if length >= needed]
-    if evaluation.window == "first":
+    if evaluation.window in ("first", "moving"):
         spread = np.linspace(0, len(fitting) - 1, min(wanted, len(fitting))).round().astype(int)
         return [Window(fitting[i], 0) for i in spread]
     starts = {
@@ -62,6 +64,29 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
         if number < len(order)
     )
     return list(itertools.islice(windows, wanted))
+
+
+def most_moving(pixels: Iterable[np.ndarray], context: int, needed: int) -> int:
+    """Where a clip starts whose given frames move most; what comes after them is not looked at.
+
+    Args:
+        pixels: frames [h, w, 3] uint8 of a whole video, one at a time.
+        context: frames that are given.
+        needed: frames of the clip.
+    Returns:
+        The start, of several equal ones the first: that with the largest sum, over the given frames, of each one's mean
+        absolute difference to the frame before it.
+    """
+    changes, before = [0.0], None
+    for frame in pixels:
+        frame = frame.astype(np.int16)
+        if before is not None:
+            changes.append(float(np.abs(frame - before).mean()))
+        before = frame
+    # sums[i]: of the changes up to frame i, so that frames s .. s + context - 1 move by sums[s + context - 1] - sums[s]
+    sums = np.cumsum(changes)
+    starts = len(sums) - needed + 1
+    return int(np.argmax(sums[context - 1 : context - 1 + starts] - sums[:starts]))
 
 
 def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]:
@@ -93,7 +118,7 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
             f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}")  # fmt: skip
     clips = []
     for window in windows:
-        clip = _read_clip(source, window, needed, session)
+        clip = _read_clip(source, window, needed, session, evaluation)
         if clip is not None:
             clips.append(clip)
     if not clips:
@@ -103,9 +128,13 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
     return clips
 
 
-def _read_clip(source: VideoSource, window: Window, frames: int, session: Session) -> Clip | None:
+def _read_clip(
+    source: VideoSource, window: Window, frames: int, session: Session, evaluation: EvaluationConfig
+) -> Clip | None:
     video = source.videos[window.video]
     try:
+        if evaluation.window == "moving":
+            window = Window(window.video, most_moving(source.iterate(window.video), evaluation.context, frames))
         pixels = source.read(window.video, range(window.start, window.start + frames))
     except BrokenVideoError as error:
         session.skip(error.video_id, error.reason)

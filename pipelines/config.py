@@ -114,8 +114,10 @@ class EvaluationConfig(_Section):
         256, description="clips; with window: random a video gives several where there are not as many videos"
     )
     samples: PositiveInt = Field(1, description="predictions a clip, each with a sampling seed of its own")
-    window: Literal["first", "random"] = Field(
-        "first", description="where in its video a clip starts: at frame 0, or drawn uniformly by the seed"
+    window: Literal["first", "random", "moving"] = Field(
+        "first",
+        description="where in its video a clip starts: at frame 0, drawn uniformly by the seed, or where the given "
+        "frames move most, so that there is something to be seen",
     )
     batch_size: PositiveInt = 32
     seed: NonNegativeInt = 0

@@ -20,8 +20,7 @@ from pipelines.runtime.session import resolve_precision
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.training_loop import StepResult, Trainer
 from stage2_flow.config import FlowTrainingConfig
-from stage2_flow.coupling import couple
-from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
+from stage2_flow.loss import FlowDraws, couple_draws, draw_flow, flow_matching_loss
 from stage2_flow.schedule import learning_rate
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
@@ -114,16 +113,16 @@ class FlowTrainer(Trainer):
         self, target: Tensor, reference: Tensor, condition: Tensor, distance: Tensor, noise: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """All that the device does in a step, given raw latents: the loss, and whether there was an update."""
-        target, reference, condition = (self.standardization.to_final(x) for x in (target, reference, condition))
-        if self.training.coupling == "conditional":
-            noise = couple(noise, target, reference)
+        final = (self.standardization.to_final(frames) for frames in (target, reference, condition))
+        batch = FlowBatch(*final, distance)
+        draws = couple_draws(batch, FlowDraws(noise, t), self.training.coupling)
         count = self.training.accumulate
-        columns = (x.chunk(count) for x in (target, reference, condition, distance, noise, t))
+        columns = (batch.target, batch.reference, batch.condition, batch.distance, draws.noise, draws.t)
         losses = []
-        for number, (*frames, part_noise, part_t) in enumerate(zip(*columns, strict=True)):
+        for number, (*frames, noise, t) in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
             with self.processes.without_exchange(self.network, number < count - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    loss = flow_matching_loss(self.network, FlowBatch(*frames), FlowDraws(part_noise, part_t))
+                    loss = flow_matching_loss(self.network, FlowBatch(*frames), FlowDraws(noise, t))
                 (loss / count).backward()
             losses.append(loss.detach())
         finite = self.learner.step()

@@ -4,176 +4,122 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 import latent_cache
-from latent_cache import FlowBatch, LatentCache, open_sampler, step_generator
-from latent_cache.schema import IDENTITY_VIEW
+from latent_cache import FlowBatch, open_sampler, step_generator
 from pipelines.config import RiverConfig
-from pipelines.metrics import psnr
-from pipelines.pictures import animation, clip_strips, contact_sheet, save_gif
+from pipelines.flow_validation_clips import ValidationClips, open_validation_clips, rows_at_once
 from pipelines.runtime.progress import say
-from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
-from stage1_autoencoder.autoencoder import Autoencoder
-from stage2_flow.conditioning import known_frames, make_draws
-from stage2_flow.config import SamplingConfig
-from stage2_flow.loss import FlowDraws, draw_flow
+from stage2_flow.loss import FlowDraws
 from stage2_flow.path import path_sample
-from stage2_flow.rollout import SamplingPlan, evaluation_mode, generate_latents
+from stage2_flow.rollout import evaluation_mode
 from stage2_flow.standardization import Standardization
 
-# Pairs that go through the field, and frames that go through the autoencoder, at once.
-PAIRS_AT_ONCE = 128
-FRAMES_AT_ONCE = 64
 # The loss is told apart by the time on the path, in so many equal parts: it is another task early and late.
 TIME_BINS = 4
-# Cheap, and the same whatever the run samples with, so that trainings can be compared.
-SAMPLING = SamplingConfig(solver="euler", steps=10)
+LAST_TIME = 1 - 2**-24  # the largest float32 below 1
 
 
-@dataclass(frozen=True)
-class ValidationClips:
-    """Clips of the val split that are predicted each time.
+@dataclass(frozen=True, eq=False)
+class FlowValidation:
+    """Fixed pairs, times and noise of the val split, and clips; the same whatever is trained and on whatever device.
+
+    It changes nothing of the training: no mode of a module, no statistics, no state of a random generator.
 
     Attributes:
-        names: of the clips.
-        latents: [b, n, c, h, w] raw latents on the CPU.
-        truth: [b, n, 3, h f, w f] in [-1, 1] on the CPU, the decoded latents.
-        context: frames that are given.
-        fps: frames a second.
+        batch: [n] pairs of raw latents, float32 on the CPU.
+        draws: their noise and times, on the CPU.
+        device: where fields are evaluated.
+        pairs_at_once: that go through the field, to bound memory.
+        clips: what `write_samples` predicts; None: nothing.
     """
 
-    names: list[str]
-    latents: Tensor
-    truth: Tensor
-    context: int
-    fps: float
+    batch: FlowBatch
+    draws: FlowDraws
+    device: torch.device
+    pairs_at_once: int
+    clips: ValidationClips | None = None
 
-
-class FlowValidation:
-    """Fixed pairs, times and noise of the val split, and clips; the same whatever is trained and on whatever device."""
-
-    def __init__(
-        self,
-        batch: FlowBatch,
-        draws: FlowDraws,
-        device: torch.device,
-        *,
-        seed: int = 0,
-        clips: ValidationClips | None = None,
-        autoencoder: Autoencoder | None = None,
-        title: str = "",
-    ) -> None:
-        """Take what `open_flow_validation` found.
-
-        Args:
-            batch: raw latents, on the CPU.
-            draws: for its rows, on the CPU.
-            device: where fields are evaluated.
-            seed: of the clips' predictions.
-            clips, autoencoder: what is predicted and what decodes it; None: nothing.
-            title: what the pictures show.
-        """
-        self.batch, self.draws, self.device, self.seed = batch, draws, device, seed
-        self.clips, self.autoencoder, self.title = clips, autoencoder, title
-
-    @torch.no_grad()
     def measure(self, field: nn.Module, standardization: Standardization) -> dict[str, float]:
-        """The flow matching loss.
+        """The flow matching loss, of noise drawn independently whatever the training's coupling is.
 
         Args:
-            field: a `VectorField`, evaluated as in sampling; its modes are afterwards what they were.
+            field: a `VectorField` on the device; its modes are afterwards what they were.
+            standardization: from raw latents to those that the field knows.
         Returns:
-            `validation_loss`, the mean over all pairs, and `validation_loss_t0` .. `_t3` of those whose t lies in
-            [0, .25), [.25, .5), ...
+            `validation_loss`, the mean over all pairs, and `validation_loss_t0` .. `_t3`, the means over those whose t
+            lies in [0, .25), [.25, .5), [.5, .75), [.75, 1); without parts that have no pair.
         """
-        errors = []
-        with evaluation_mode(field):
-            for first in range(0, len(self.draws.t), PAIRS_AT_ONCE):
-                errors.append(self._errors(field, standardization, slice(first, first + PAIRS_AT_ONCE)))
-        error, t = torch.cat(errors).double().cpu(), self.draws.t
-        measured = {"validation_loss": error.mean().item()}
+        errors = self.errors(field, standardization)
+        measured = {"validation_loss": errors.mean().item()}
+        bins = (self.draws.t * TIME_BINS).long()
         for number in range(TIME_BINS):
-            inside = (t * TIME_BINS).long() == number
+            inside = bins == number
             if inside.any():
-                measured[f"validation_loss_t{number}"] = error[inside].mean().item()
+                measured[f"validation_loss_t{number}"] = errors[inside].mean().item()
         return measured
 
+    @torch.no_grad()
+    def errors(self, field: nn.Module, standardization: Standardization) -> Tensor:
+        """[n] float64 on the CPU: the mean squared error of the velocity, a pair. Arguments as in `measure`."""
+        starts = range(0, len(self.draws.t), self.pairs_at_once)
+        with evaluation_mode(field):
+            parts = [self._errors(field, standardization, slice(start, start + self.pairs_at_once)) for start in starts]
+        return torch.cat(parts).cpu()
+
     def _errors(self, field: nn.Module, standardization: Standardization, rows: slice) -> Tensor:
-        """[b] mean squared error of the velocity, a pair."""
-        final = [
+        """[rows] float64 on the device."""
+        target, reference, condition = (
             standardization.to_final(frames[rows].to(self.device))
             for frames in (self.batch.target, self.batch.reference, self.batch.condition)
-        ]
-        distance = self.batch.distance[rows].to(self.device)
-        noise, t = self.draws.noise[rows].to(self.device), self.draws.t[rows].to(self.device)
-        sample = path_sample(final[0], noise, t)
-        predicted = field(sample.x_t, final[1], final[2], distance, t)
-        return (predicted.float() - sample.velocity).square().flatten(1).mean(1)
+        )
+        distance, noise, t = (
+            values[rows].to(self.device) for values in (self.batch.distance, self.draws.noise, self.draws.t)
+        )
+        sample = path_sample(target, noise, t)
+        predicted = field(sample.x_t, reference, condition, distance, t)
+        # As `flow_matching_loss`, but a number a pair: their mean is then the same in parts of any size.
+        return (predicted.double() - sample.velocity.double()).square().flatten(1).mean(1)
 
-    @torch.no_grad()
     def write_samples(
         self, field: nn.Module, standardization: Standardization, step: int, folder: Path
     ) -> dict[str, float]:
         """Predict the clips, and write `step_00005000.png` (contact sheet) and `.gif` to a folder.
 
+        Args:
+            field, standardization: as in `measure`.
+            step: steps that were trained.
         Returns:
             `validation_sample_psnr` [dB] of predicted frames against decoded latents; empty where there are no clips.
         """
-        if self.clips is None or self.autoencoder is None:
-            return {}
-        clips, plan = self.clips, SamplingPlan.from_config(SAMPLING)
-        given = clips.latents[:, : clips.context].to(self.device)
-        horizon = clips.latents.shape[1] - clips.context
-        draws = make_draws(
-            self.seed,
-            [(number, 0) for number in range(len(clips.names))],
-            horizon,
-            plan.evaluations,
-            known_frames(clips.context),
-            tuple(given.shape[2:]),
-            None,
-            self.device,
-        )
-        final = generate_latents(field, standardization.to_final(given), horizon, plan, draws)
-        predicted = _decode(self.autoencoder, standardization.to_raw(final[:, clips.context :]), self.device)
-        truth = clips.truth[:, clips.context :]
-        value = psnr(*(rearrange(frames, "b n c h w -> (b n) c h w") for frames in (predicted, truth))).mean().item()
-        shown = torch.cat([clips.truth[:, : clips.context], predicted], 1)
-        rows = zip(clips.names, _pixels(clips.truth), _pixels(shown), strict=True)
-        strips = [(name, clip_strips(real, made, clips.context)) for name, real, made in rows]
-        folder.mkdir(parents=True, exist_ok=True)
-        title = f"{self.title}, step {step}: decoded latents and what was predicted, PSNR {value:.2f} dB"
-        sheet, moving = folder / f"step_{step:08d}.png", folder / f"step_{step:08d}.gif"
-        contact_sheet(strips, title).save(_part(sheet), format="png")
-        save_gif(_part(moving), animation(strips), clips.fps)
-        for file in (sheet, moving):
-            _part(file).replace(file)
-        return {"validation_sample_psnr": value}
+        return {} if self.clips is None else self.clips.write(field, standardization, step, folder)
 
 
-def open_flow_validation(config: RiverConfig, store: str, device: torch.device) -> FlowValidation | None:
+def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: torch.device) -> FlowValidation | None:
     """Draw the validation's pairs, times and noise, and choose its clips; when it is done the split can leave memory.
 
-    Times are stratified, one in each of as many equal parts of [0, 1) as there are pairs: whatever the training's
-    times are, trainings can be compared, and the mean scatters less than with independent ones.
+    Pairs are drawn as the training draws its own (clip_frames, past_horizon).
 
     Args:
-        store: URL of a complete store.
+        cache_url: a complete store.
         device: where fields will be evaluated, and latents decoded.
     Returns:
         None where there is no val split, or none of its videos has three frames, which is said.
+    Raises:
+        StoreError: the val split can't be read.
     """
     training = config.flow.training
-    if "val" not in latent_cache.splits(store):
-        say("flow: no validation: the store has no val split (dataset.splits)")
+    if "val" not in latent_cache.splits(cache_url):
+        say(f"flow: no validation: {cache_url} has no val split (dataset.splits makes one)")
         return None
-    split = latent_cache.open(store, "val")
+    split = latent_cache.open(cache_url, "val")
     if split.lengths.max() < 3:
-        say("flow: no validation: no video of the val split has 3 frames")
+        say(
+            f"flow: no validation: {cache_url}: a sample has 3 frames, and the longest video of the val split "
+            f"{split.lengths.max()}"
+        )
         return None
     sampler = open_sampler(
         split,
@@ -187,76 +133,24 @@ def open_flow_validation(config: RiverConfig, store: str, device: torch.device) 
     )
     with closing(sampler):
         batch = sampler.batch(0)
-    draws = draw_flow(batch.target.shape, step_generator(config.seed, 0, stream="validation"), "cpu")
-    pairs = training.validation_pairs
-    draws = FlowDraws(noise=draws.noise, t=(torch.arange(pairs) + draws.t) / pairs)
-    clips, autoencoder = None, None
-    if training.validation_samples:
-        autoencoder = _autoencoder(config, split, device)
-    if autoencoder is not None:
-        clips = _choose_clips(config, split, autoencoder, device)
     return FlowValidation(
-        batch, draws, device, seed=config.sampling.seed, clips=clips, autoencoder=autoencoder, title=config.dataset.name
+        batch=batch,
+        draws=validation_draws(tuple(batch.target.shape), config.seed),
+        device=device,
+        pairs_at_once=rows_at_once(batch.target),
+        clips=open_validation_clips(config, split, device),
     )
 
 
-def _autoencoder(config: RiverConfig, split: LatentCache, device: torch.device) -> Autoencoder | None:
-    """The run's autoencoder if it is the one that encoded the store; else None, and why is said."""
-    found = find_autoencoder(config.run_path)
-    if found is None:
-        say(f"flow: no predicted clips on the way: {config.run_path}/autoencoder, which would decode them, is not here")
-        return None
-    autoencoder = load_trained_autoencoder(found, device)
-    ours, theirs = weights_digest(autoencoder), split.metadata.autoencoder["sha256"]
-    if ours != theirs:
-        say(
-            f"flow: no predicted clips on the way: {found.path} is {ours[:12]}..., and the store was encoded by "
-            f"{theirs[:12]}..."
-        )
-        return None
-    return autoencoder
+def validation_draws(shape: tuple[int, ...], seed: int) -> FlowDraws:
+    """Noise [b, c, h, w] and times [b], a function of seed and shape, made on the CPU: the same for every device.
 
-
-def _choose_clips(
-    config: RiverConfig, split: LatentCache, autoencoder: Autoencoder, device: torch.device
-) -> ValidationClips | None:
-    """The first frames of videos that are spread over the split; None, which is said, where all are too short."""
-    context, horizon = config.evaluation.context, config.evaluation.horizon
-    wanted = config.flow.training.validation_samples
-    lengths = split.lengths
-    itself = [i for i, view in enumerate(split.video_views) if view == IDENTITY_VIEW and lengths[i] > context]
-    if not itself:
-        say(
-            f"flow: no predicted clips on the way: no video of the val split has more than the {context} frames of "
-            "evaluation.context"
-        )
-        return None
-    whole = [i for i in itself if lengths[i] >= context + horizon] or itself
-    chosen = [whole[i] for i in np.linspace(0, len(whole) - 1, min(wanted, len(whole))).round().astype(int)]
-    frames = int(min(lengths[chosen].min(), context + horizon))
-    if frames < context + horizon:
-        say(
-            f"flow: clips predicted on the way end after {frames - context} frames, where a video of the val split does"
-        )
-    names = [split.video_ids[i] for i in chosen]
-    latents = torch.stack([torch.from_numpy(split.video(name)[:frames]).float() for name in names])
-    truth = _decode(autoencoder, latents, device)
-    return ValidationClips(names, latents, truth, context, split.metadata.fps)
-
-
-@torch.no_grad()
-def _decode(autoencoder: Autoencoder, latents: Tensor, device: torch.device) -> Tensor:
-    """[b, n, c, h, w] raw latents to [b, n, 3, h f, w f] images in [-1, 1] on the CPU."""
-    frames = rearrange(latents, "b n c h w -> (b n) c h w").split(FRAMES_AT_ONCE)
-    images = torch.cat([autoencoder.decode(part.to(device)).clamp(-1, 1).cpu() for part in frames])
-    return rearrange(images, "(b n) c h w -> b n c h w", b=len(latents))
-
-
-def _pixels(videos: Tensor) -> np.ndarray:
-    """[b, n, 3, h, w] in [-1, 1] to [b, n, h, w, 3] uint8."""
-    return rearrange(videos.add(1).mul(127.5).round().to(torch.uint8), "b n c h w -> b n h w c").numpy()
-
-
-def _part(file: Path) -> Path:
-    """Where a file is written before it has its name."""
-    return file.with_name(f".{file.name}.part{file.suffix}")
+    Times are uniform whatever those of the training are, so that trainings can be compared, and stratified: one in
+    each of b equal parts of [0, 1), in a drawn order, so that the mean scatters less than with independent ones.
+    """
+    generator = step_generator(seed, 0, "cpu", "validation")
+    pairs = shape[0]
+    # t = (k + u) / b, in float64: in float32 k + u could round up to the next part, or to 1.
+    place = torch.randperm(pairs, generator=generator)
+    t = (place + torch.rand(pairs, generator=generator, dtype=torch.float64)) / pairs
+    return FlowDraws(noise=torch.randn(shape, generator=generator), t=t.float().clamp(max=LAST_TIME))

@@ -10,14 +10,13 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.runs import describe_progress, is_imported
 from pipelines.runtime.session import resolve_precision
 from pipelines.runtime.throughput import step_flops
-from pipelines.train_flow import find_flow
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.vector_field import VectorField
 
 
-def describe_plan(config: RiverConfig) -> str:
-    """Sizes of the networks, and how far each stage is."""
+def describe_plan(config: RiverConfig, device: torch.device) -> str:
+    """Sizes of the networks, how far each stage is, and what a step of the flow would take on a device."""
     with torch.device("meta"):
         autoencoder = build_autoencoder(config.autoencoder.model)
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
@@ -33,8 +32,8 @@ def describe_plan(config: RiverConfig) -> str:
     except StoreError as error:
         store = f"in the way: {error}"
     # How far a training is, not which of its checkpoints is the best.
-    trained, refined = (
-        CheckpointFolder(config.run_path / name / "checkpoints").latest() for name in ("autoencoder", "refiner")
+    trained, flow, refined = (
+        CheckpointFolder(config.run_path / name / "checkpoints").latest() for name in ("autoencoder", "flow", "refiner")
     )
     return "\n".join(
         [
@@ -43,18 +42,17 @@ def describe_plan(config: RiverConfig) -> str:
             + _progress(trained, config.autoencoder.training.steps),
             f"store        {config.store_path}: {store}",
             f"flow         {field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens; "
-            + _progress(find_flow(config.run_path), config.flow.training.steps),
-            *(f"{'':13}{line}" for line in _flow_costs(config, (config.autoencoder.model.latent_channels, side, side))),
+            + _progress(flow, config.flow.training.steps),
+            *(f"{'':13}{line}" for line in _flow_costs(config, (field.latent_channels, side, side), device)),
             f"refiner      {refiner.parameter_count / 1e6:.2f} M parameters, optional; "
             + _progress(refined, config.refiner.training.steps),
         ]
     )
 
 
-def _flow_costs(config: RiverConfig, latent_shape: tuple[int, int, int]) -> list[str]:
-    """What a training step of the flow computes, and the memory that it takes on the device that `auto` is."""
+def _flow_costs(config: RiverConfig, latent_shape: tuple[int, int, int], device: torch.device) -> list[str]:
+    """What a training step of the flow computes, and the memory that it takes."""
     training, residency = config.flow.training, config.cache.residency
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     beside = device.type == "cuda" and residency in ("host", "stream")
     latents = 0 if beside else _latents_in_memory(config)
     memory = estimate_memory(config.flow.model, training, latent_shape, device=device.type, latents_bytes=latents)

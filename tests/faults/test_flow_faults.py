@@ -27,14 +27,29 @@ def test_clips_longer_than_the_videos(flowless) -> None:
     sets = ["flow.training.clip_frames=40", "evaluation.horizon=30"]
     outcome = flowless.run("train-flow", sets=sets).ok()
     assert "clip_frames is 40, and the longest video has 12 frames: conditions lie at most 10 frames" in outcome.out
-    assert "clips predicted on the way end after 10 frames" in outcome.out
+    assert "clips predicted on the way have 10 of the 30 frames of evaluation.horizon" in outcome.out
 
 
 def test_a_horizon_that_sampling_ignores(flowless) -> None:
     words = "predictions would take conditions that the field never saw; set sampling.past_horizon=4"
     sets = ["flow.training.past_horizon=4"]
     assert words in flowless.run("train-flow", sets=sets).ok().err
-    assert words not in flowless.run("train-flow", "--restart", sets=[*sets, "sampling.past_horizon=3"]).ok().err
+    assert words not in flowless.run("train-flow", "--restart", sets=[*sets, "sampling.past_horizon=4"]).ok().err
+
+
+def test_a_horizon_is_trained_with(flowless, monkeypatch) -> None:
+    import pipelines.flow_trainer as module
+
+    loss, distances = module.flow_matching_loss, []
+
+    def notes(field: object, batch: object, draws: object) -> object:
+        distances.extend(batch.distance.tolist())
+        return loss(field, batch, draws)
+
+    monkeypatch.setattr(module, "flow_matching_loss", notes)
+    sets = ["flow.training.past_horizon=3", "sampling.past_horizon=3", "flow.training.steps=2"]
+    flowless.run("train-flow", sets=sets).ok()
+    assert set(distances) == {1, 2}
 
 
 @pytest.mark.parametrize("setting", ["batch_size=0", "accumulate=0", "past_horizon=1", "max_bad_steps=0"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import latent_cache
-from latent_cache import ResidentSampler, StoreError
+from latent_cache import ResidentSampler, StoreError, StreamingSampler
 
 LENGTHS = [1, 5, 2, 3, 12, 1, 4]
 
@@ -90,6 +90,21 @@ def test_batches_hold_what_the_indices_say(cache):
         assert batch.distance.max() <= 4  # a condition lies at most clip_frames - 1 = 5 before the target
         starts = torch.from_numpy(cache.offsets)[videos[0].long()]
         assert torch.equal(target.long() + starts, drawn.target)
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+@pytest.mark.parametrize(("batch_size", "more"), [(1, ""), (8, ""), (9, " and 1 more"), (64, " and 56 more")])
+def test_a_batch_is_described_by_its_targets(cache, kind, batch_size, more):
+    sampler = make_sampler(cache, batch_size)
+    if kind == "streaming":
+        sampler = StreamingSampler(cache, "cpu", 3, batch_size, 6, 2**20)
+    for step in (0, 1, 5):
+        target = sampler.batch(step).target
+        assert torch.equal(torch.from_numpy(sampler.targets(step) - cache.offsets[target[:, 0, 0, 0].int()]),
+                           target[:, 1, 0, 0].long())  # fmt: skip
+        named = [f"clip-{frames[0, 0, 0]:02.0f} frame {frames[1, 0, 0]:.0f}" for frames in target]
+        assert sampler.describe_batch(step) == f"targets in {', '.join(named[:8])}{more}"
+    sampler.close()
 
 
 def test_a_step_is_a_function_of_seed_and_step(cache):

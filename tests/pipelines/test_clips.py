@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines import clips as clips_module
-from pipelines.clips import Window, choose_windows, load_clips
+from pipelines.clips import Window, choose_windows, load_clips, most_moving
 from pipelines.config import EvaluationConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.runtime.session import Session
@@ -45,6 +45,22 @@ def test_random_windows_are_a_function_of_the_seed_and_their_number():
     few = choose_windows(LENGTHS, protocol(window="random"), 5)
     assert choose_windows(LENGTHS, protocol(window="random"), 50)[:5] == few
     assert choose_windows(LENGTHS, protocol(window="random", seed=1), 50)[:5] != few
+
+
+def frames_that_move(changes: list[int]) -> list[np.ndarray]:
+    """Grey frames that differ by so much from the one before."""
+    return [np.full((4, 4, 3), value, np.uint8) for value in np.cumsum([0, *changes])]
+
+
+def test_a_moving_clip_starts_where_the_given_frames_move_most():
+    # Frames 3 to 5 move by 30 + 20; what moves more later is not given, or leaves too little to predict.
+    frames = frames_that_move([1, 0, 2, 30, 20, 0, 0, 90, 0, 99])
+    assert most_moving(frames, context=3, needed=6) == 3
+    assert most_moving(iter(frames), context=3, needed=11) == 0
+    assert most_moving(frames, context=3, needed=4) == 6  # of two equal ones the first
+    assert most_moving(frames_that_move([0] * 9), context=2, needed=5) == 0
+    assert most_moving(frames[::-1], context=2, needed=3) == 0  # a fall of 99 is a movement
+    assert most_moving(frames, context=1, needed=2) == 0
 
 
 @pytest.mark.parametrize("window", ["first", "random"])
@@ -133,3 +149,18 @@ def test_only_broken_videos_are_an_error(tmp_path, session, monkeypatch):
     break_videos(monkeypatch, {0, 1, 2, 3})
     with pytest.raises(UserError, match="none of 4 videos can be decoded"):
         load_clips(config(tmp_path), session, 4)
+
+
+def test_moving_clips_are_read_from_where_they_start(tmp_path, session, monkeypatch):
+    still, jump = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 200, np.uint8)
+
+    def iterate(self, index, start=0, stop=None):
+        return iter(([still] * (3 + index // 3) + [jump] * 9)[:12][start:stop])
+
+    monkeypatch.setattr(ShapesSource, "iterate", iterate)
+    clips = load_clips(config(tmp_path, window="moving"), session, 2)
+    assert [clip.name for clip in clips] == [
+        "test_00000@2",
+        "test_00003@3",
+    ]  # the second given frame is the first bright one
+    assert [clip.key >> 32 for clip in clips] == [2, 3]

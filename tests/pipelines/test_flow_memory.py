@@ -178,7 +178,7 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
             "flow": {"model": SMALL, "training": {"batch_size": 8, "precision": "bf16"}},
             "cache": cache,
         }
-        return describe_plan(parse_config(values, "a test")).splitlines()
+        return describe_plan(parse_config(values, "a test"), torch.device("cpu")).splitlines()
 
     found = lines()
     flow = next(number for number, line in enumerate(found) if line.startswith("flow "))

@@ -1,18 +1,25 @@
 """The flow's training step: its parts, its sums over processes, and that it can learn one store by heart."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import latent_cache
+import pipelines.flow_trainer as flow_module
 from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter, open_sampler
 from pipelines.config import RiverConfig, parse_config
+from pipelines.errors import UserError
 from pipelines.flow_trainer import FlowTrainer, compiles, records_steps
+from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import Processes
-from pipelines.runtime.session import resolve_precision
+from pipelines.runtime.session import Session, resolve_precision
+from pipelines.train_flow import _check_data, _check_settings, _loop_settings, flow_identity, load_trained_field
 from stage2_flow.config import FlowTrainingConfig
+from stage2_flow.coupling import couple
+from stage2_flow.vector_field import POSITIONS
 
 CPU = torch.device("cpu")
 MODEL = {"width": 32, "depth": 1, "mid_depth": 0, "heads": 2, "dropout": 0.0}
@@ -201,3 +208,155 @@ def test_switches_take_what_suits_the_device():
             records_steps(settings(cuda_graphs=True, **values), device, processes)
     assert resolve_precision("auto", CPU) == "fp32"
     assert resolve_precision("bf16", CPU) == "bf16"
+
+
+def with_seed(seed: int) -> RiverConfig:
+    return config().model_copy(update={"seed": seed})
+
+
+def test_seed_and_step_decide_times_dropout_and_first_weights(store):
+    def drawn(seed: int, step: int) -> tuple[tuple[float, ...], int]:
+        made, seen = trainer(store, with_seed(seed)), []
+        made.model.eval()  # as something else may leave it
+
+        def forward(*inputs):
+            assert made.model.training
+            seen.append((tuple(inputs[4].tolist()), torch.initial_seed()))
+            return made.model(*inputs)
+
+        made.network = forward
+        made.train_step(step)
+        return seen[0]
+
+    assert drawn(0, 3) == drawn(0, 3)
+    for other in (drawn(1, 3), drawn(0, 4)):
+        for ours, theirs in zip(drawn(0, 3), other, strict=True):
+            assert ours != theirs
+    first, same, other = (weights(trainer(store, with_seed(seed))) for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_the_learning_rate_takes_its_course(store):
+    made = trainer(store, config(learning_rate=4e-3, final_learning_rate=1e-3, warmup_steps=4, steps=104))
+    for step, rate in ((0, 0), (3, 3e-3), (4, 4e-3), (79, 2.5e-3), (104, 1e-3)):
+        made.train_step(step)
+        assert made.learning_rate == pytest.approx(rate)
+        assert made.learner.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_muon_leaves_inputs_outputs_and_embeddings_to_adamw(store):
+    made = trainer(store, config(optimizer="muon"))
+    _, adamw = made.learner.optimizers
+    taken = {id(parameter) for parameter in adamw.param_groups[0]["params"]}
+    assert {id(parameter) for parameter in made.model.boundary_parameters()} <= taken
+
+
+def test_noise_is_coupled_to_the_latents_that_are_learned(store, monkeypatch):
+    """Standardised ones: of the raw ones, which are larger, other rows would exchange their noise."""
+    loss, seen = flow_module.flow_matching_loss, []
+    monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
+    for coupling in ("independent", "conditional"):
+        trainer(store, config(coupling=coupling, standardize=True)).train_step(3)
+    (batch, plain), (_, coupled) = seen
+    assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
+    assert not torch.equal(coupled.noise, plain.noise)
+    raw = [2 * frames + 3 for frames in (batch.target, batch.reference)]
+    assert not torch.equal(coupled.noise, couple(plain.noise, *raw))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_reaches_the_field(store, precision):
+    made, seen = trainer(store, config(precision=precision)), []
+    made.network = lambda *inputs: seen.append(torch.is_autocast_enabled("cpu")) or made.model(*inputs)
+    made.train_step(0)
+    assert seen == [precision == "bf16"]
+
+
+def test_utilisation_is_that_of_all_processes(store, monkeypatch):
+    monkeypatch.setattr(flow_module, "_best_rate", lambda device, precision: 1e9)
+    made = trainer(store, config(), TwoProcesses(0, 2))
+    assert made.readings(4, {}, 10.0)["mfu"] == pytest.approx(10 * made._step_flops / 2e9)
+
+
+def test_what_is_validated_is_what_is_delivered(store):
+    class Validation:
+        fields: tuple = ()
+
+        def measure(self, field, standardization):
+            self.fields += (field,)
+            return {"validation_loss": 0.25}
+
+    for decay in (None, 0.9):
+        made = trainer(store, config(ema_decay=decay))
+        made.validation = Validation()
+        assert made.validate(5) == {"validation_loss": 0.25}
+        assert made.validation.fields == (made.learner.best_model,)
+
+
+def test_a_failed_step_names_its_own_batch(store):
+    made = trainer(store, config())
+    assert made.describe_batch(3) == made.sampler.describe_batch(3)
+    assert made.describe_batch(3) != made.sampler.describe_batch(4)
+
+
+def test_what_a_trained_flow_depends_on():
+    assert flow_identity(config()) == flow_identity(config(accumulate=2, max_bad_steps=3))
+    for other in (with_seed(1), config(coupling="conditional"), config(past_horizon=4), config({"qk_norm": True})):
+        assert flow_identity(other) != flow_identity(config())
+
+
+def test_the_best_flow_has_the_least_validation_loss():
+    settings = _loop_settings(config(), validated=True)
+    assert (settings.best, settings.lowest) == ("validation_loss", True)
+    assert _loop_settings(config(), validated=False).best is None
+    assert _loop_settings(config(best_by="last"), validated=True).best is None
+
+
+def test_rows_that_exchange_their_noise_stay_in_one_process():
+    session = Session(CPU, processes=Processes(1, 2))
+    _check_settings(config(batch_size=8), session)
+    _check_settings(config(batch_size=16, coupling="conditional"), session)
+    _check_settings(config(batch_size=8, coupling="conditional"), Session(CPU))
+    with pytest.raises(UserError, match=r"flow\.training\.batch_size: a batch of 8 .* take a multiple of 16"):
+        _check_settings(config(batch_size=8, coupling="conditional"), session)
+
+
+def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
+    store = latent_cache.open(write_store(tmp_path / "toy.zarr", [12, 9, 3, 2]), "train")  # 10 + 7 + 1 targets
+
+    def said(**training) -> str:
+        settings = config(**training)
+        _check_data(settings, store, trainer(store, settings).sampler, None)
+        return capsys.readouterr().out
+
+    assert said(batch_size=18, clip_frames=12) == (
+        "flow: 1 of 4 videos have fewer than 3 frames and are not learned from\n"
+    )
+    assert "clip_frames is 13, and the longest video has 12 frames: conditions lie at most 10" in said(clip_frames=13)
+    with pytest.raises(UserError, match=r"split 'train': 18 frames .* fewer than flow\.training\.batch_size 19"):
+        said(batch_size=19)
+
+
+@pytest.mark.parametrize("shape", [(4, POSITIONS, POSITIONS), (4, POSITIONS + 1, 2), (4, 2, POSITIONS + 1)])
+def test_latents_of_more_places_than_there_are_codes_for(store, shape):
+    cache = SimpleNamespace(url="toy.zarr", latent_shape=shape, lengths=store.lengths)
+    sampler = trainer(store, config()).sampler
+    if max(shape) == POSITIONS:
+        _check_data(config(), cache, sampler, None)
+    else:
+        with pytest.raises(UserError, match=rf"latents of {shape[1]}x{shape[2]}, .* {POSITIONS} places a side"):
+            _check_data(config(), cache, sampler, None)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_the_averaged_weights_predict_where_there_are_any(store, tmp_path, decay):
+    made = trainer(store, config(ema_decay=decay))
+    for step in range(3):
+        made.train_step(step)
+    state = {"model": made.config.flow.model.model_dump(mode="json"), "latent_shape": list(store.latent_shape)}
+    CheckpointFolder(tmp_path / "checkpoints").save(3, made.files(), state)
+    field = load_trained_field(CheckpointFolder(tmp_path / "checkpoints").latest(), CPU)
+    assert not field.training
+    for name, tensor in field.state_dict().items():
+        assert torch.equal(tensor, made.learner.best_model.state_dict()[name]), name

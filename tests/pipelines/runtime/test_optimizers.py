@@ -92,6 +92,7 @@ def test_muon_takes_matrices_and_adamw_the_rest():
     assert [tuple(p.shape) for p in adamw.param_groups[0]["params"]] == [(8, 3, 3, 3), (8,), (8,), (4,), (5,)]
     assert muon.param_groups[0]["lr"] == 2e-2
     assert adamw.param_groups[0]["lr"] == 1e-2
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.99)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -1,6 +1,7 @@
 """Devices, skipped videos, run folders, and resuming without contradiction."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from pipelines.config import load_config, parse_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.distributed import Processes
 from pipelines.runtime.progress import is_quiet, progress, say, set_quiet
-from pipelines.runtime.runs import resumable_checkpoint, training_identity, write_run_files
+from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
 from pipelines.runtime.session import Session, resolve_device
 from pipelines.sizes import parse_size
 
@@ -79,6 +81,8 @@ def test_what_a_training_does_not_depend_on_is_left_out(tmp_path):
         return training_identity(config(tmp_path, flow={"training": training}).flow.model_dump(mode="json"))
 
     assert identity() == identity(steps=5, checkpoint_every=3, keep_checkpoints=9, validate_every=4, compile=True)
+    assert identity() == identity(cuda_graphs=False, best_by="last", max_bad_steps=3, validation_pairs=7)
+    assert identity() == identity(validation_samples=0)
     assert identity() != identity(learning_rate=0.5)
     assert identity() != identity(batch_size=3)
 
@@ -92,8 +96,8 @@ def trained(tmp_path):
     return folder
 
 
-def resume(folder, identity, restart=False):
-    session = Session(torch.device("cpu"), restart=restart)
+def resume(folder, identity, restart=False, **options):
+    session = Session(torch.device("cpu"), restart=restart, **options)
     return resumable_checkpoint(folder, identity, keep=2, session=session, what="flow")
 
 
@@ -122,6 +126,43 @@ def test_restart_sets_the_old_training_aside(trained, capsys):
     (aside,) = trained.parent.glob("flow.*")
     assert CheckpointFolder(aside / "checkpoints").latest().step == 7
     assert str(aside) in capsys.readouterr().out
+
+
+def test_a_second_process_moves_nothing(trained):
+    second = Processes(1, 2)
+    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
+    assert resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7", processes=second)[1].step == 7
+    assert resume(trained, {"seed": 1}, restart=True, processes=second)[1] is None
+    assert [path.name for path in trained.parent.glob("flow*")] == ["flow"]
+    assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
+    assert CheckpointFolder(trained / "checkpoints").latest().step == 9
+
+
+def test_going_on_from_a_name_moves_nothing_where_it_is_refused(trained, capsys):
+    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
+    with pytest.raises(UserError, match="another configuration"):
+        resume(trained, {"seed": 0, "b": {"c": 2}}, resume="7")
+    assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
+    checkpoints, found = resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7")
+    assert found.step == checkpoints.latest().step == 7
+    (aside,) = trained.glob("checkpoints.*")
+    assert f"flow: --resume 7; later checkpoints are kept in {aside}" in capsys.readouterr().out
+    assert CheckpointFolder(aside).latest().step == 9
+
+
+@pytest.mark.parametrize("state", ["[", "[]", "{}"])
+def test_going_on_from_a_name_that_is_damaged(trained, state):
+    (trained / "checkpoints" / "step_00000007" / "state.json").write_text(state)
+    with pytest.raises(UserError, match=r"--resume 7: .*step_00000007 is not a whole checkpoint .*--resume auto"):
+        resume(trained, {}, resume="7")
+
+
+def test_a_training_under_way_is_not_set_aside(trained):
+    for _ in range(2):  # the second time there is a number in the file already
+        with only_training_of(trained):
+            with pytest.raises(UserError, match=rf"flow: process {os.getpid()} is training here"):
+                resume(trained, {"seed": 1}, restart=True)
+            assert CheckpointFolder(trained / "checkpoints").latest().step == 7
 
 
 @pytest.mark.parametrize(

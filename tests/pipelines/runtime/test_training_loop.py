@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from pipelines.config import parse_config
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.distributed import Processes
 from pipelines.runtime.logs import TrainingLog
-from pipelines.runtime.training_loop import LoopSettings, StepResult, Trainer, run_training
+from pipelines.runtime.training_loop import LoopSettings, StepResult, Trainer, explain_out_of_memory, run_training
 
 
 class Counter(Trainer):
@@ -156,3 +158,60 @@ def test_a_signal_saves_and_says_how_to_go_on(train, tmp_path):
         train(Counter(stops_at=5))
     assert stopped.value.signal_number == signal.SIGTERM
     assert CheckpointFolder(tmp_path / "checkpoints").latest().step == 6
+
+
+def test_a_bad_step_counts_once_where_it_is_logged_and_saved(train, capsys):
+    _, lines = train(Counter(breaks_at=4), max_bad_steps=2, checkpoint_every=5)
+    assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
+    assert capsys.readouterr().err.count("it goes on (1 such steps in a row, 2 end it)") == 1
+
+
+class Second(Processes):
+    """The second of two processes, of which the first is away."""
+
+    def any_asks(self, number: int) -> int:
+        return number
+
+    def mean_(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+def test_a_second_process_is_silent_and_writes_nothing(tmp_path, capsys):
+    trainer, settings = Counter(breaks_at=4), LoopSettings("counter", 10, 4, 3, 5, max_bad_steps=2)
+    run_training(trainer, settings, None, CheckpointFolder(tmp_path / "checkpoints"), 0, Second(1, 2))
+    assert trainer.steps == list(range(10))
+    assert trainer.validated == []
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_speed_is_that_of_steps_alone(train, monkeypatch, capsys):
+    """Neither the first one, which compiles, nor validation is in it."""
+    now = [0.0]
+    monkeypatch.setattr("pipelines.runtime.logs.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Timed(Counter):
+        def train_step(self, step: int) -> StepResult:
+            now[0] += 0.5 if step else 100.0
+            return super().train_step(step)
+
+        def validate(self, step: int) -> dict[str, float]:
+            now[0] += 50.0
+            return super().validate(step)
+
+    _, lines = train(Timed())
+    assert [line["steps_per_second"] for line in lines] == [2.0] * 5
+    assert "counter: 2.00 steps/s, about 4 s to go" in capsys.readouterr().out  # 7 steps, after the third
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), torch.OutOfMemoryError("no room\nfor it"), RuntimeError("DefaultCPU: can't allocate memory")],
+)
+def test_any_lack_of_memory_comes_with_advice(error):
+    with pytest.raises(UserError, match=r"^counter: out of memory \(.*\)\. Take less; the last checkpoint is kept$"):
+        with explain_out_of_memory("counter", "Take less"):
+            raise error
