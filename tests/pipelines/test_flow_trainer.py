@@ -257,11 +257,12 @@ def test_noise_is_coupled_to_the_latents_that_are_learned(store, monkeypatch):
     loss, seen = flow_module.flow_matching_loss, []
     monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
     for coupling in ("independent", "conditional"):
-        trainer(store, config(coupling=coupling, standardize=True)).train_step(3)
+        made = trainer(store, config(coupling=coupling, standardize=True))
+        made.train_step(4)
     (batch, plain), (_, coupled) = seen
     assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
     assert not torch.equal(coupled.noise, plain.noise)
-    raw = [2 * frames + 3 for frames in (batch.target, batch.reference)]
+    raw = [made.standardization.to_raw(frames) for frames in (batch.target, batch.reference)]
     assert not torch.equal(coupled.noise, couple(plain.noise, *raw))
 
 

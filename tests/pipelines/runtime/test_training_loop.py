@@ -209,7 +209,11 @@ def test_speed_is_that_of_steps_alone(train, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError("no room"), torch.OutOfMemoryError("no room\nfor it"), RuntimeError("DefaultCPU: can't allocate memory")],
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("no room\nfor it"),
+        RuntimeError("DefaultCPU: can't allocate memory"),
+    ],
 )
 def test_any_lack_of_memory_comes_with_advice(error):
     with pytest.raises(UserError, match=r"^counter: out of memory \(.*\)\. Take less; the last checkpoint is kept$"):
