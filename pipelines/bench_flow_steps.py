@@ -1,6 +1,7 @@
 """What the benchmarks of flow training run: training steps, the autoencoder in their loop, a field of other layers."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from latent_cache import FlowBatch, FlowIndices, SplitPlan, StoreMetadata, StoreWriter
 from pipelines.runtime.learner import Learner
 from pipelines.runtime.recorded_step import RecordedStep
-from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
+from stage1_autoencoder.autoencoder import image_to_unit
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
 from stage2_flow.vector_field import FEED_FORWARD, TransformerBlock, VectorField
@@ -63,15 +64,18 @@ class FlowStep:
 
 
 @torch.no_grad()
-def encoded_batch(autoencoder: Autoencoder, frames: Tensor, drawn: FlowIndices, device: torch.device) -> FlowBatch:
+def encoded_batch(
+    encode: Callable[[Tensor], Tensor], frames: Tensor, drawn: FlowIndices, device: torch.device
+) -> FlowBatch:
     """A batch whose three frames a sample are encoded now, as the official training does in each step.
 
     Args:
+        encode: images to latents.
         frames: [n, h, w, 3] uint8 on the CPU; frame number i of the split is row i modulo n.
         drawn: frame numbers [b] and distances [b].
     """
     rows = torch.cat([drawn.target, drawn.reference, drawn.condition]) % len(frames)
-    latents = autoencoder.encode(image_to_unit(frames[rows].to(device)))
+    latents = encode(image_to_unit(frames[rows].to(device)))
     return FlowBatch(*latents.chunk(3), drawn.distance.to(device))
 
 

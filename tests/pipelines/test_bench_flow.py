@@ -91,7 +91,7 @@ def test_a_batch_in_the_loop_is_of_the_drawn_frames():
     model = VQGAN(VQGANConfig(**AUTOENCODER)).eval()
     frames = torch.randint(0, 256, (6, SIDE, SIDE, 3), dtype=torch.uint8)
     drawn = FlowIndices(*(torch.tensor(row) for row in ([8, 5], [7, 4], [1, 3], [6, 1])))
-    batch = encoded_batch(model, frames, drawn, CPU)
+    batch = encoded_batch(model.encode, frames, drawn, CPU)
     latents = model.encode(image_to_unit(frames))
     for given, rows in ((batch.target, [2, 5]), (batch.reference, [1, 4]), (batch.condition, [1, 3])):
         torch.testing.assert_close(given, latents[rows], rtol=1e-4, atol=1e-5)
@@ -107,8 +107,8 @@ def test_the_loop_encodes_three_frames_a_sample_and_the_cached_step_none(monkeyp
     measurements = flow_measurements(configuration(batch_size=BATCH), CPU)
     next(measurements)
     measurements.close()
-    # Warm-up and the cached step, then the step in the loop.
-    assert steps == [0, 0, 1]
+    # Warm-up and the cached step, then the step in the loop, and the one that encodes as the public code does.
+    assert steps == [0, 0, 1, 1]
     assert [images.shape for images in encoded] == [(3 * BATCH, 3, SIDE, SIDE)]
     assert not encoded[0].requires_grad
     assert len(encoded[0].flatten(1).unique(dim=0)) > 3 * BATCH // 4  # of a pool of 64
@@ -199,6 +199,7 @@ def test_rows_and_what_is_wanted_of_them(monkeypatch):
     found = by_name(rows)
     assert list(found) == [
         "step from the cache, batch 16, fp32",
+        "the same",
         "samples/s of it",
         "the model's FLOP/s in it",
         "memory of this process so far",
@@ -209,11 +210,12 @@ def test_rows_and_what_is_wanted_of_them(monkeypatch):
     ]
     wanted = [(row.at_least, row.at_most) for row in rows]
     free = (None, None)
-    assert wanted == [(1.5, None), free, free, free, (1.0, None), (None, 0.01), (None, 0.05), free]
-    step, samples, flops, memory, field, resident, _, bf16 = rows
+    assert wanted == [(1.5, None), free, free, free, free, (1.0, None), (None, 0.01), (None, 0.05), free]
+    step, public, samples, flops, memory, field, resident, _, bf16 = rows
     # Everything took one tick.
     assert (step.value, step.ratio, samples.value) == (1, 1, 16)
     assert step.reference == "its 3 frames a sample encoded in it: 1/s"
+    assert (public.ratio, public.reference) == (1, "encoded as the public code does: 1/s")
     expected = bench_flow.step_flops(SMALL, SHAPE, BATCH)
     assert flops.value == expected / 1e12
     assert flops.ratio == expected / 1e9
@@ -224,12 +226,6 @@ def test_rows_and_what_is_wanted_of_them(monkeypatch):
     assert resident.reference.endswith(" us a batch of 8")
     assert (bf16.value, bf16.ratio) == (1, 1)
     assert all(bench.line(row) for row in rows)
-
-
-@pytest.mark.usefixtures("ticks", "few")
-def test_long_steps_compare_fields_on_few_rows(monkeypatch):
-    monkeypatch.setattr(bench_flow, "LONG_STEP", 0.5)
-    assert "field there and back, batch 4, fp32" in by_name(list(flow_measurements(configuration(), CPU)))
 
 
 @pytest.mark.usefixtures("ticks", "few")

@@ -15,6 +15,7 @@ import latent_cache
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
 from pipelines import flow_validation_clips
 from pipelines.config import RiverConfig, parse_config
+from pipelines.flow_trainer import FlowTrainer
 from pipelines.flow_validation import FlowValidation, open_flow_validation, validation_draws
 from pipelines.flow_validation_clips import ValidationClips
 from pipelines.runtime.checkpoints import CheckpointFolder
@@ -150,7 +151,12 @@ def test_loss_by_hand(place):
     }
     assert len(errors) == 22
     assert batch.distance.max() > 1
-    assert validation.measure(Formula(), SCALED) == pytest.approx(wanted, rel=2e-6)
+    measured = validation.measure(Formula(), SCALED)
+    assert measured == pytest.approx(wanted, rel=2e-6)
+    pairs = np.histogram(t, 4, (0, 1))[0]  # 22 are not four equal parts
+    assert len(set(pairs)) > 1
+    weighted = sum(count * measured[f"validation_loss_t{i}"] for i, count in enumerate(pairs)) / 22
+    assert measured["validation_loss"] == pytest.approx(weighted, rel=1e-12)
 
 
 def test_pairs_are_of_the_val_split_and_of_its_raw_latents(place):
@@ -251,6 +257,24 @@ def test_pictures_of_every_clip(place, tmp_path):
         assert moving.width == 4 * (2 * (6 * 16 + 6) + 12)
 
 
+def test_pictures_show_truth_and_what_was_predicted_of_the_given_frames(place, tmp_path, monkeypatch):
+    shown, sheet = [], flow_validation_clips.contact_sheet
+    monkeypatch.setattr(flow_validation_clips, "contact_sheet", lambda *given: shown.append(given) or sheet(*given))
+    clips, field = place.clips(), network(dropout=0.0)
+    value = clips.write(field, RAW, 70, tmp_path)["validation_sample_psnr"]
+    ((rows, title),) = shown
+    assert title.startswith("toy, val split, step 70: ")
+    assert title.endswith(f"PSNR {value:.2f} dB")
+    decoded = flow_validation_clips.decode(place.model, clips.predict(field, RAW), CPU)
+    predicted = torch.cat([clips.truth[:, :2], decoded], 1)
+    assert [name for name, _ in rows] == clips.names
+    for (_, strips), *videos in zip(rows, clips.truth, predicted, strict=True):
+        for strip, video in zip(strips, videos, strict=True):
+            # Rounded to the nearest of 256 levels; half a level is 1/255 of [-1, 1].
+            levels = torch.from_numpy(strip.video).permute(0, 3, 1, 2) / 127.5 - 1
+            assert (levels - video).abs().max() < 1.001 / 255
+
+
 def test_samples_are_compared_with_the_decoded_latents_of_the_store(place, tmp_path, monkeypatch):
     clips = place.clips()
     stored = latent_cache.open(place.url, "val")
@@ -332,6 +356,22 @@ def test_where_no_video_is_long_enough_for_a_clip_shorter_ones_are_predicted(bar
     assert "clips predicted on the way have 1 of the 30 frames of evaluation.horizon" in capsys.readouterr().out
 
 
+def test_a_video_of_three_frames_is_enough(bare, tmp_path, capsys):
+    bare.save_autoencoder()
+    bare.write_store([3, 2])
+    validation = bare.open()
+    assert (validation.batch.distance == 1).all()
+    assert validation.clips.names == ["clip-0"]
+    assert validation.clips.latents.shape[1] == 3
+    assert "have 1 of the 3 frames" in capsys.readouterr().out
+    assert "validation_sample_psnr" in validation.write_samples(network(), RAW, 1, tmp_path)
+
+
+def test_nothing_is_said_of_whole_clips(place, capsys):
+    place.clips()
+    assert capsys.readouterr().out == ""
+
+
 def test_one_given_frame_is_enough(place, tmp_path):
     clips = place.clips(evaluation={"context": 1, "horizon": 4})
     assert clips.predict(network(), RAW).shape == (4, 4, *SHAPE)
@@ -342,6 +382,33 @@ def test_augmented_videos_are_not_shown(bare):
     bare.save_autoencoder()
     bare.write_store([6, 9, 6, 9], views=["identity", "hflip"] * 2)
     assert bare.clips().names == ["clip-0", "clip-2"]
+
+
+def test_augmented_videos_do_not_decide_how_much_is_predicted(bare, capsys):
+    bare.save_autoencoder()
+    bare.write_store([4, 9], views=["identity", "hflip"])
+    clips = bare.clips()
+    assert (clips.names, clips.latents.shape[1]) == (["clip-0"], 4)
+    assert "have 2 of the 3 frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_training_reports_loss_and_clips(place, tmp_path, capsys, shown):
+    split = latent_cache.open(place.url, "train")
+    small = {"width": 32, "depth": 1, "mid_depth": 0, "heads": 2}
+    config = place.config()
+    flow = config.flow.model_copy(update={"model": VectorFieldConfig(**small)})
+    folder = tmp_path / "samples" if shown else None
+    trainer = FlowTrainer(
+        config.model_copy(update={"flow": flow}), CPU, split, None, validation=place.open(), samples=folder
+    )
+    measured = trainer.validate(7)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"flow: step 7: validation loss {measured['validation_loss']:.4f}")
+    assert ("validation_sample_psnr" in measured) == shown
+    if shown:
+        assert line.endswith(f", predicted clips {measured['validation_sample_psnr']:.2f} dB")
+        assert (folder / "step_00000007.png").is_file()
 
 
 def nothing_to_see(validation: FlowValidation | None, folder: Path) -> bool:
