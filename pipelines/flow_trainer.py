@@ -1,6 +1,7 @@
 """What changes while a vector field is trained; one call a step."""
 
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ class FlowTrainer(Trainer):
         """All that the device does in a step, given raw latents: the loss, and whether there was an update."""
         final = (self.standardization.to_final(frames) for frames in (target, reference, condition))
         batch = FlowBatch(*final, distance)
-        draws = couple_draws(batch, FlowDraws(noise, t), self.training.coupling)
+        # What the field is conditioned on decides which rows are alike.
+        known = batch if self.model.config.reference else replace(batch, reference=batch.condition)
+        draws = couple_draws(known, FlowDraws(noise, t), self.training.coupling)
         count = self.training.accumulate
         columns = (batch.target, batch.reference, batch.condition, batch.distance, draws.noise, draws.t)
         losses = []

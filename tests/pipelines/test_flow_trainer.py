@@ -252,6 +252,16 @@ def test_muon_leaves_inputs_outputs_and_embeddings_to_adamw(store):
     assert {id(parameter) for parameter in made.model.boundary_parameters()} <= taken
 
 
+def test_without_a_reference_noise_is_coupled_by_the_condition(store, monkeypatch):
+    loss, seen = flow_module.flow_matching_loss, []
+    monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
+    for coupling in ("independent", "conditional"):
+        trainer(store, config({"reference": False}, coupling=coupling)).train_step(4)
+    (batch, plain), (_, coupled) = seen
+    assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.condition))
+    assert not torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
+
+
 def test_noise_is_coupled_to_the_latents_that_are_learned(store, monkeypatch):
     """Standardised ones: of the raw ones, which are larger, other rows would exchange their noise."""
     loss, seen = flow_module.flow_matching_loss, []
