@@ -51,7 +51,7 @@ def test_log(trained, story: ModuleType, what: str, steps: list[int], keys: set[
 
 
 def test_checkpoints(trained) -> None:
-    for what, steps, pointers in (("autoencoder", (3, 6), ("best", "latest")), ("flow", (4, 8), ("latest",))):
+    for what, steps, pointers in (("autoencoder", (3, 6), ("best", "latest")), ("flow", (4, 8), ("best", "latest"))):
         folder = trained.runs / what / "checkpoints"
         names = sorted(path.name for path in folder.iterdir())
         assert names == [*pointers, *(f"step_{step:08d}" for step in steps)]
