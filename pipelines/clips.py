@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.config import EvaluationConfig, RiverConfig
+from pipelines.config import RiverConfig
 from pipelines.errors import UserError
+from pipelines.evaluation_config import EvaluationConfig
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
 from stage1_autoencoder.autoencoder import image_to_unit

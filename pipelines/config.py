@@ -22,10 +22,11 @@ from pydantic import (
 )
 
 from pipelines.errors import UserError
+from pipelines.evaluation_config import EvaluationConfig
 from pipelines.sizes import parse_size
 from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig, VQGANConfig, VQVAEConfig
 from stage1_autoencoder.refiner_config import RefinerModelConfig, RefinerTrainingConfig
-from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
 
@@ -102,25 +103,6 @@ class RefinerConfig(_Section):
 
     model: RefinerModelConfig = Field(default_factory=RefinerModelConfig)
     training: RefinerTrainingConfig = Field(default_factory=RefinerTrainingConfig)
-
-
-class EvaluationConfig(_Section):
-    """The protocol: which clips, how much of each is given, how much is predicted."""
-
-    split: Split = "test"
-    context: PositiveInt = Field(10, description="frames given")
-    horizon: PositiveInt = Field(30, description="frames predicted")
-    videos: PositiveInt = Field(
-        256, description="clips; with window: random a video gives several where there are not as many videos"
-    )
-    samples: PositiveInt = Field(1, description="predictions a clip, each with a sampling seed of its own")
-    window: Literal["first", "random", "moving"] = Field(
-        "first",
-        description="where in its video a clip starts: at frame 0, drawn uniformly by the seed, or where the given "
-        "frames move most, so that there is something to be seen",
-    )
-    batch_size: PositiveInt = 32
-    seed: NonNegativeInt = 0
 
 
 class LoggingConfig(_Section):

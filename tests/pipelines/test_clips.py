@@ -8,8 +8,9 @@ import torch
 
 from pipelines import clips as clips_module
 from pipelines.clips import Window, choose_windows, load_clips, most_moving
-from pipelines.config import EvaluationConfig, parse_config
+from pipelines.config import parse_config
 from pipelines.errors import UserError
+from pipelines.evaluation_config import EvaluationConfig
 from pipelines.runtime.session import Session
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.base import BrokenVideoError
