@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from latent_cache.draws import ConditionDraw
 from latent_cache.errors import StoreError
 from latent_cache.reader import LatentCache
 from latent_cache.resident import ResidentSampler
@@ -36,6 +37,7 @@ def open_sampler(
     memory_budget: int,
     dtype: torch.dtype = torch.float32,
     past_horizon: int | None = None,
+    condition_draw: ConditionDraw = "uniform",
 ) -> Sampler:
     """The sampler of a split in the tier that is wanted, or the fastest that fits. Close it after use.
 
@@ -48,7 +50,7 @@ def open_sampler(
         residency: see `choose_residency`.
         memory_budget: bytes of host memory that the `stream` tier may take for latents.
         dtype: of the batches.
-        past_horizon: see `Sampler`.
+        past_horizon, condition_draw: see `Sampler`.
     Raises:
         ValueError: sizes out of range.
         StoreError: the split doesn't fit where it is wanted; no video has three frames.
@@ -56,7 +58,9 @@ def open_sampler(
     """
     chosen = choose_residency(cache, device, residency)
     if chosen.tier == "stream":
-        sampler = StreamingSampler(cache, device, seed, batch_size, clip_frames, memory_budget, dtype, past_horizon)
+        sampler = StreamingSampler(
+            cache, device, seed, batch_size, clip_frames, memory_budget, dtype, past_horizon, condition_draw
+        )
         free = free_memory(torch.device("cpu"))
         if sampler.plan.nbytes > free:
             sampler.close()
@@ -66,7 +70,9 @@ def open_sampler(
             )
     else:
         storage = device if chosen.tier == "device" else "cpu"
-        sampler = ResidentSampler(cache, device, seed, batch_size, clip_frames, dtype, storage, past_horizon)
+        sampler = ResidentSampler(
+            cache, device, seed, batch_size, clip_frames, dtype, storage, past_horizon, condition_draw
+        )
     sampler.why = chosen.why
     return sampler
 

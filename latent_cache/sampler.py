@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latent_cache.draws import ConditionDraw
 from latent_cache.errors import StoreError
 from latent_cache.reader import LatentCache
 from latent_cache.targets import MIN_VIDEO_FRAMES, LegalTargets
@@ -53,6 +54,7 @@ class Sampler(ABC):
         dtype: of the batches.
         past_horizon: conditions are drawn from the last so many frames before the target, the reference among them,
             >= 2; None: from all of its clip.
+        condition_draw: from which distribution, see `draw_distance`.
     Raises:
         ValueError: sizes out of range.
         StoreError: no video has three frames.
@@ -70,6 +72,7 @@ class Sampler(ABC):
         clip_frames: int,
         dtype: torch.dtype,
         past_horizon: int | None = None,
+        condition_draw: ConditionDraw = "uniform",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: at least 1 is wanted")
@@ -84,6 +87,7 @@ class Sampler(ABC):
         self.batch_size = batch_size
         self.clip_frames = clip_frames
         self.past_horizon = past_horizon
+        self.condition_draw: ConditionDraw = condition_draw
         self.dtype = dtype
         self._pin = self.device.type == "cuda"
         self._cache = cache

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_cache.draws import draw_distance, steps_per_block, uniform_block
+from latent_cache.draws import ConditionDraw, draw_distance, steps_per_block, uniform_block
 from latent_cache.reader import LatentCache
 from latent_cache.reading_threads import ReadingThreads
 from latent_cache.sampler import FlowBatch, Sampler, as_tensor
@@ -95,8 +95,9 @@ class StreamingSampler(Sampler):
         memory_budget: int,
         dtype: torch.dtype = torch.float32,
         past_horizon: int | None = None,
+        condition_draw: ConditionDraw = "uniform",
     ) -> None:
-        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, condition_draw)
         # A sample's frames are then a clip of past_horizon + 1 at most: less has to be read before a group.
         reach = clip_frames if past_horizon is None else min(clip_frames, past_horizon + 1)
         self.plan = WindowPlan(cache, self._legal, seed, reach, memory_budget)
@@ -183,7 +184,9 @@ class StreamingSampler(Sampler):
                 parts.append(values)
         place_in_video, target = self._legal.locate(np.concatenate(pairs))
         uniform = uniform_block(self.seed, "conditions", number, (2, samples))
-        distance = draw_distance(uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon)
+        distance = draw_distance(
+            uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon, self.condition_draw
+        )
         row = target + np.concatenate(shifts)
         return _Block(number, target, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
 

@@ -120,11 +120,12 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
         case "sample":
             from pipelines.sample import sample
 
-            return lambda session: sample(config, session, options.videos, options.refine)
+            return lambda session: sample(config, session, options.videos, options.refine, options.samples)
         case "predict":
-            from pipelines.sample import predict
+            from pipelines.predict import predict
 
-            return lambda session: predict(config, session, options.video, options.frames, options.refine)
+            wanted = {name: getattr(options, name) for name in ("frames", "refine", "marked", "samples")}
+            return lambda session: predict(config, session, options.video, **wanted)
         case "bench":
             from pipelines.bench import bench as function
         case "import-official":
@@ -200,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--frames", type=_positive, help="how many frames to predict; default evaluation.horizon"
             )
+            command.add_argument(
+                "--marked", action="store_true", help="frame what was given green and what was predicted red"
+            )
+        if name in ("sample", "predict"):
+            command.add_argument("--samples", type=_positive, default=1, help="different predictions of each clip")
         if name in ("sample", "predict", "evaluate"):
             command.add_argument(
                 "--refine", action="store_true", help="refine predicted frames; trains the refiner first where it lacks"

@@ -29,6 +29,7 @@ from stage1_autoencoder.refiner_config import RefinerModelConfig, RefinerTrainin
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
+from stage2_flow.plan import SamplingPlan
 
 
 class _Section(BaseModel):
@@ -156,6 +157,7 @@ class RiverConfig(_Section):
                 parse_size(size)
             except UserError as error:
                 raise ValueError(f"{key}: {error}") from None
+        SamplingPlan.from_config(self.sampling)  # says what does not go together
         return self
 
     @property

@@ -100,7 +100,7 @@ class FlowValidation:
 def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: torch.device) -> FlowValidation | None:
     """Draw the validation's pairs, times and noise, and choose its clips; when it is done the split can leave memory.
 
-    Pairs are drawn as the training draws its own (clip_frames, past_horizon).
+    Pairs are drawn as the training draws its own (clip_frames, past_horizon, condition_draw).
 
     Args:
         cache_url: a complete store.
@@ -130,6 +130,7 @@ def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: tor
         residency="auto",
         memory_budget=config.cache.memory_budget_bytes,
         past_horizon=training.past_horizon,
+        condition_draw=training.condition_draw,
     )
     with closing(sampler):
         batch = sampler.batch(0)

@@ -21,7 +21,8 @@ from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencod
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage2_flow.conditioning import known_frames, make_draws
 from stage2_flow.config import SamplingConfig
-from stage2_flow.rollout import SamplingPlan, generate_latents
+from stage2_flow.plan import SamplingPlan
+from stage2_flow.rollout import generate_latents
 from stage2_flow.standardization import Standardization
 
 # Cheap, and the same whatever the run samples with: only seed and past horizon are the run's.
@@ -81,6 +82,8 @@ class ValidationClips:
                 tuple(given.shape[2:]),
                 self.sampling.past_horizon,
                 self.device,
+                condition=self.sampling.condition,
+                condition_draw=self.sampling.condition_draw,
             )
             # It puts the field in evaluation mode, and its modes back.
             final = generate_latents(field, given, horizon, plan, draws, past_horizon=self.sampling.past_horizon)
@@ -149,7 +152,12 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
         context=context,
         fps=split.metadata.fps,
         sampling=SamplingConfig(
-            solver=SOLVER, steps=SOLVER_STEPS, seed=config.sampling.seed, past_horizon=config.sampling.past_horizon
+            solver=SOLVER,
+            steps=SOLVER_STEPS,
+            seed=config.sampling.seed,
+            past_horizon=config.sampling.past_horizon,
+            condition=config.sampling.condition,
+            condition_draw=config.sampling.condition_draw,
         ),
         autoencoder=autoencoder,
         device=device,

@@ -1,10 +1,11 @@
 """The Python API: predict videos from images or latents with a trained run."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
+from pipelines.field_rollouts import FieldRollouts
 from pipelines.refine import refine_frames
 from pipelines.runtime.progress import progress
 from pipelines.runtime.session import resolve_device
@@ -23,9 +25,9 @@ from pipelines.train_flow import find_flow, load_trained_field
 from pipelines.train_refiner import find_refiner, load_trained_refiner
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.rcan import RCAN
-from stage2_flow.conditioning import SamplingDraws, known_frames, make_draws
+from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig
-from stage2_flow.rollout import SamplingPlan, generate_latents
+from stage2_flow.plan import SamplingPlan
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
@@ -57,14 +59,18 @@ class VideoPredictor:
     no_refiner: str = "this predictor was made without a refiner: pass refiner=..., or train one for a run"
 
     @classmethod
-    def from_run(cls, run: str | Path, device: str | torch.device = "auto") -> "VideoPredictor":
-        """Load the newest checkpoints of a run folder; averaged weights where there are any.
+    def from_run(
+        cls, run: str | Path, device: str | torch.device = "auto", *, weights: Literal["ema", "raw"] | None = None
+    ) -> "VideoPredictor":
+        """Load the checkpoints of a run folder that are to be used.
 
         A refiner that was trained for another autoencoder is left out: who asks for it is told.
 
         Args:
             run: for example `runs/kth`, with `autoencoder/`, `flow/`, `config.yaml`, and `refiner/` if there is one.
             device: `auto`, `cpu`, `cuda`.
+            weights: of the vector field: averaged where the training kept an average, or those of the last step; None:
+                as the run's `sampling.weights` says.
         Raises:
             UserError: something of it is missing, or its flow was trained on another autoencoder's latents.
         """
@@ -87,14 +93,17 @@ class VideoPredictor:
                 "(`encode --overwrite`, `train-flow --restart`), or bring the old autoencoder back"
             )
         statistics = flow.state["standardization"]
+        sampling = parse_config(values, f"{run}/config.yaml").sampling
+        if weights is not None:
+            sampling = sampling.model_copy(update={"weights": weights})
         refiner, no_refiner = _find_refiner(run, here, device)
         return cls(
             autoencoder=autoencoder,
-            vector_field=load_trained_field(flow, device),
+            vector_field=load_trained_field(flow, device, sampling.weights),
             standardization=Standardization(
                 torch.tensor(statistics["mean"], device=device), torch.tensor(statistics["std"], device=device)
             ),
-            sampling=parse_config(values, f"{run}/config.yaml").sampling,
+            sampling=sampling,
             fps=flow.state["fps"],
             device=device,
             refiner=refiner,
@@ -110,8 +119,16 @@ class VideoPredictor:
         if isinstance(changes, SamplingConfig):
             return changes
         changes = dict(changes or {})
-        # A preset stands for solver and steps together, so it drops those of the run.
-        kept = self.sampling.model_dump(exclude={"solver", "steps"} if "preset" in changes else None)
+        if changes.get("weights", self.sampling.weights) != self.sampling.weights:
+            raise UserError(
+                f"sampling {changes}: weights are chosen when they are loaded: "
+                f"VideoPredictor.from_run(..., weights={changes['weights']!r})"
+            )
+        # A preset stands for solver, times and their number, so it drops those of the run.
+        dropped = {"solver", "steps", "nfe", "grid", "shift"} if "preset" in changes else set()
+        if "steps" in changes:
+            dropped |= {"nfe"}
+        kept = self.sampling.model_dump(exclude=dropped)
         try:
             return SamplingConfig.model_validate(kept | changes)
         except ValidationError as error:
@@ -125,6 +142,7 @@ class VideoPredictor:
         *,
         sampling: Mapping[str, Any] | SamplingConfig | None = None,
         keys: Sequence[tuple[int, int]] | None = None,
+        samples: int = 1,
         refine: bool = False,
         verbose: bool = False,
     ) -> Tensor:
@@ -136,11 +154,12 @@ class VideoPredictor:
             num_frames: frames to predict.
             sampling: options that differ from the run's, such as {"steps": 20, "warm_start": 0.3}.
             keys: (video, sample) of each row, which decide its random draws; default (row, 0).
+            samples: predictions of each row, which follow one another: number i has the draws of (video, sample + i).
             refine: apply the refiner to the predicted frames; what is predicted in latent space stays the same.
             verbose: show a progress bar.
         Returns:
-            [b, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then the
-            prediction.
+            [b samples, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then
+            the prediction.
         Raises:
             UserError: images of another shape or range; `refine` without a refiner.
         """
@@ -160,8 +179,12 @@ class VideoPredictor:
             context = self.encode_videos(images)
         except ValueError as error:
             raise UserError(str(error)) from None
-        latents = self.generate_latents(context, num_frames, sampling=sampling, keys=keys, verbose=verbose)
-        return self.decode_refined(latents, images) if refine else self.decode_videos(latents)
+        latents = self.generate_latents(
+            context, num_frames, sampling=sampling, keys=keys, samples=samples, verbose=verbose
+        )
+        if refine:
+            return self.decode_refined(latents, images.repeat_interleave(samples, dim=0))
+        return self.decode_videos(latents)
 
     def generate_latents(
         self,
@@ -170,6 +193,7 @@ class VideoPredictor:
         *,
         sampling: Mapping[str, Any] | SamplingConfig | None = None,
         keys: Sequence[tuple[int, int]] | None = None,
+        samples: int = 1,
         noise: Tensor | None = None,
         condition_indices: Tensor | None = None,
         verbose: bool = False,
@@ -179,52 +203,73 @@ class VideoPredictor:
         Args:
             context: [b, n, c, h, w] raw latents.
             num_frames: frames to predict.
-            sampling, keys, verbose: as in `generate_frames`.
-            noise: [num_frames, b, c, h, w], in place of drawn noise.
-            condition_indices: [num_frames, nfe, b] int64, in place of drawn ones.
+            sampling, keys, samples, verbose: as in `generate_frames`.
+            noise: [num_frames, b samples, c, h, w], in place of drawn noise.
+            condition_indices: [num_frames, nfe, b samples] int64, in place of drawn ones.
         Returns:
-            [b, n + num_frames, c, h, w] raw latents, un-quantized; the context as it came in.
+            [b samples, n + num_frames, c, h, w] raw latents, un-quantized; the context as it came in.
         Raises:
             UserError: sampling options or shapes that don't fit.
         """
         options = self.sampling_with(sampling)
-        context = context.to(self.device)
+        if context.ndim != 5:
+            raise UserError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
+        if samples < 1:
+            raise UserError(f"samples must be at least 1, not {samples}")
+        context = context.to(self.device).repeat_interleave(samples, dim=0)
         try:
-            if context.ndim != 5:
-                raise ValueError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
-            plan = SamplingPlan.from_config(options)
-            draws = make_draws(
-                options.seed,
-                [(row, 0) for row in range(len(context))] if keys is None else keys,
-                num_frames,
-                plan.evaluations,
-                known_frames(context.shape[1]),
-                tuple(context.shape[2:]),
-                options.past_horizon,
-                self.device,
-            )
+            draws = self._draws(options, context, num_frames, keys, samples)
             draws = SamplingDraws(
                 noise=draws.noise if noise is None else noise.to(self.device),
                 condition_indices=draws.condition_indices
                 if condition_indices is None
                 else condition_indices.to(self.device),
             )
-            bar = progress(total=num_frames, description="predict", unit="frame") if verbose else None
-            with nullcontext() if bar is None else bar:
-                final = generate_latents(
-                    self.vector_field,
+            total = num_frames * len(context)
+            bar = progress(total=total, description="predict", unit="frame") if verbose else None
+            with nullcontext() if bar is None else closing(bar):
+                final = self._rollouts.generate(
                     self.standardization.to_final(context),
                     num_frames,
-                    plan,
+                    options,
                     draws,
-                    past_horizon=options.past_horizon,
-                    on_frame=None if bar is None else lambda _: bar.update(),
+                    on_frames=None if bar is None else bar.update,
                 )
         except ValueError as error:
             raise UserError(str(error)) from None
         raw = self.standardization.to_raw(final)
         raw[:, : context.shape[1]] = context  # exactly, not within rounding
         return raw
+
+    @cached_property
+    def _rollouts(self) -> FieldRollouts:
+        return FieldRollouts(self.vector_field, self.device)
+
+    def _draws(
+        self,
+        options: SamplingConfig,
+        context: Tensor,
+        num_frames: int,
+        keys: Sequence[tuple[int, int]] | None,
+        samples: int,
+    ) -> SamplingDraws:
+        """For all rows of a context in which each video stands `samples` times."""
+        rows = len(context) // samples
+        keys = [(row, 0) for row in range(rows)] if keys is None else keys
+        if len(keys) != rows:
+            raise ValueError(f"{len(keys)} keys for {rows} videos: each row needs its own (video, sample)")
+        return make_draws(
+            options.seed,
+            [(video, first + number) for video, first in keys for number in range(samples)],
+            num_frames,
+            SamplingPlan.from_config(options).evaluations,
+            context.shape[1],
+            tuple(context.shape[2:]),
+            options.past_horizon,
+            self.device,
+            condition=options.condition,
+            condition_draw=options.condition_draw,
+        )
 
     @torch.inference_mode()
     def encode_videos(self, images: Tensor) -> Tensor:

@@ -1,36 +1,41 @@
-"""`sample` and `predict`: predicted videos as GIF, MP4, contact sheet and latents."""
+"""`sample`: predicted videos of a split as GIF, MP4, contact sheet and latents."""
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from safetensors.torch import save_file
 
 from pipelines.clips import Clip, load_clips
 from pipelines.config import RiverConfig
-from pipelines.errors import UserError
 from pipelines.pictures import RED, Strip, animation, clip_strips, contact_sheet, save_gif, save_mp4
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
-from pipelines.train_flow import find_flow, train_flow
-from pipelines.train_refiner import find_refiner, train_refiner
-from stage1_autoencoder.autoencoder import image_to_unit
-from stage1_autoencoder.videos import open_video
-from stage2_flow.rollout import SamplingPlan
+from pipelines.train_flow import train_flow
+from pipelines.train_refiner import train_refiner
+from stage2_flow.plan import SamplingPlan
 
 SHEET_CLIPS = 8
 
 
-def sample(config: RiverConfig, session: Session, videos: int = SHEET_CLIPS, refine: bool = False) -> Path:
+def sample(
+    config: RiverConfig, session: Session, videos: int = SHEET_CLIPS, refine: bool = False, samples: int = 1
+) -> Path:
     """Predict clips of the protocol's split; trains what lacks first, with `refine` also the refiner.
 
     Writes to `runs/<name>/samples`: `contact_sheet.png`, `overview.gif`, a GIF and an MP4 a clip, and
-    `predictions.safetensors` with the raw latents [clip, context + horizon, c, h, w].
+    `predictions.safetensors` with raw latents: `latents` [clip, context + horizon, c, h, w] of the first sample, and
+    where there are several `samples` [clip, sample, context + horizon, c, h, w].
 
+    Args:
+        videos: how many clips.
+        samples: different predictions of each.
     Returns:
         The folder of the samples.
     """
@@ -41,31 +46,38 @@ def sample(config: RiverConfig, session: Session, videos: int = SHEET_CLIPS, ref
     clips = load_clips(config, session, videos)
     context, horizon = config.evaluation.context, config.evaluation.horizon
     how = describe_sampling(predictor, refine)
-    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted, {how}")
-    latents = predict_clips(predictor, clips, context, horizon, config.evaluation.batch_size, sample_number=0)
-    frames = decode_clips(predictor, clips, latents, context, refine)
+    several = f", {samples} samples of each" if samples > 1 else ""
+    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}")
+    size = config.evaluation.batch_size
+    latents = [predict_clips(predictor, clips, context, horizon, size, number) for number in range(samples)]
+    frames = [decode_clips(predictor, clips, predicted, context, refine) for predicted in latents]
     folder = config.run_path / "samples"
     write_samples(folder, config, predictor, clips, frames, refine)
-    save_file({"latents": latents.cpu().contiguous()}, folder / "predictions.safetensors")
+    tensors = {"latents": latents[0].cpu().contiguous()}
+    if samples > 1:
+        tensors["samples"] = torch.stack(latents, dim=1).cpu().contiguous()
+    save_file(tensors, folder / "predictions.safetensors")
     say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
     return folder
 
 
 def load_predictor(config: RiverConfig, session: Session) -> VideoPredictor:
     """The predictor of the configuration's run, with the configuration's sampling options."""
-    predictor = VideoPredictor.from_run(config.run_path, session.device)
-    try:
-        SamplingPlan.from_config(config.sampling)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    predictor = VideoPredictor.from_run(config.run_path, session.device, weights=config.sampling.weights)
     return replace(predictor, sampling=config.sampling)
 
 
 def describe_sampling(predictor: VideoPredictor, refine: bool = False) -> str:
     """One phrase on how frames are integrated, for people."""
-    plan = SamplingPlan.from_config(predictor.sampling)
-    refined = ", refined" if refine else ""
-    return f"{plan.solver.name}, {plan.evaluations} evaluations a frame, warm start {plan.warm_start:g}{refined}"
+    options, plan = predictor.sampling, SamplingPlan.from_config(predictor.sampling)
+    words = [plan.solver.name, f"{plan.evaluations} evaluations a frame", f"warm start {plan.warm_start:g}"]
+    words += [f"times shifted by {plan.shift:g}"] if plan.shift != 1 else []
+    words += ["one condition a frame"] if options.condition == "per-frame" else []
+    words += ["recent conditions"] if options.condition_draw == "recent" else []
+    words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
+    words += ["raw weights"] if options.weights == "raw" else []
+    words += ["refined"] if refine else []
+    return ", ".join(words)
 
 
 def predict_clips(
@@ -101,16 +113,22 @@ def write_samples(
     config: RiverConfig,
     predictor: VideoPredictor,
     clips: list[Clip],
-    frames: torch.Tensor,
+    frames: Sequence[torch.Tensor],
     refine: bool = False,
 ) -> None:
-    """Write contact sheet, overview and one GIF and MP4 a clip."""
+    """Write contact sheet, overview and one GIF and MP4 a clip.
+
+    Args:
+        frames: of each sample, [clips, context + horizon, 3, h, w].
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _remove_former(folder)
     context = config.evaluation.context
-    predicted = to_video(frames)
+    predicted = [to_video(sample) for sample in frames]
     truth = to_video(torch.stack([clip.frames for clip in clips]))
-    rows = [(clip.name, clip_strips(truth[i], predicted[i], context)) for i, clip in enumerate(clips)]
+    rows = [
+        (clip.name, _strips(truth[i], [sample[i] for sample in predicted], context)) for i, clip in enumerate(clips)
+    ]
     title = (
         f"{config.dataset.name}, {config.evaluation.split} split: {context} frames given, {config.evaluation.horizon} "
         f"predicted ({describe_sampling(predictor, refine)})"
@@ -128,9 +146,16 @@ def write_samples(
         "context": context,
         "horizon": config.evaluation.horizon,
         "sampling": config.sampling.model_dump(mode="json"),
+        "samples": len(frames),
         "refine": refine,
     }
     (folder / "samples.json").write_text(json.dumps(protocol, indent=1), encoding="utf-8")
+
+
+def _strips(truth: np.ndarray, predicted: Sequence[np.ndarray], context: int) -> list[Strip]:
+    """What happened, and each of the samples below it."""
+    strips = clip_strips(truth, predicted[0], context)
+    return strips + [Strip(f"sample {n}", video, context, RED) for n, video in enumerate(predicted[1:], start=2)]
 
 
 def _remove_former(folder: Path) -> None:
@@ -142,46 +167,6 @@ def _remove_former(folder: Path) -> None:
     for name in names:
         for ending in ("gif", "mp4"):
             (folder / f"{file_name(name)}.{ending}").unlink(missing_ok=True)
-
-
-def predict(
-    config: RiverConfig, session: Session, video: Path, frames: int | None = None, refine: bool = False
-) -> Path:
-    """Continue any video file: its last `evaluation.context` frames are the context; trains what lacks first.
-
-    Writes `<run>/predictions/<name>.gif`, `.mp4` and `.png`.
-
-    Raises:
-        UserError: the video is shorter than the context.
-        VideoError: it can't be read.
-    """
-    context, horizon = config.evaluation.context, frames or config.evaluation.horizon
-    source = open_video(config.dataset, video)
-    length, fps = source.videos[0].frames, source.videos[0].fps
-    if length < context:
-        raise UserError(
-            f"{video}: {length} frames after dataset.frame_step {config.dataset.frame_step}, but evaluation.context is "
-            f"{context}: take a longer video or --set evaluation.context={length}"
-        )
-    given = image_to_unit(torch.from_numpy(source.read(0, range(length - context, length))))[None]
-    if find_flow(config.run_path) is None:
-        train_flow(config, session.for_prerequisites())
-    if refine and find_refiner(config.run_path) is None:
-        train_refiner(config, session.for_prerequisites())
-    predictor = load_predictor(config, session)
-    say(f"predict: {video}: last {context} frames given, {horizon} predicted, {describe_sampling(predictor, refine)}")
-    predicted = to_video(predictor.generate_frames(given, horizon, refine=refine, verbose=True))[0]
-    folder = config.run_path / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
-    strips = [Strip("prediction", predicted, context, RED)]
-    stem = file_name(video.stem)
-    title = f"{video.name}: {context} frames given, {horizon} predicted{', refined' if refine else ''}"
-    contact_sheet([(video.name, strips)], title).save(folder / f"{stem}.png")
-    shown = animation([(video.name, strips)])
-    save_gif(folder / f"{stem}.gif", shown, fps)
-    save_mp4(folder / f"{stem}.mp4", shown, fps)
-    say(f"predict: {folder}/{stem}.gif, .mp4 and .png")
-    return folder / f"{stem}.gif"
 
 
 def file_name(video_id: str) -> str:

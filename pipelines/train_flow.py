@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -123,12 +123,14 @@ def _chosen(checkpoints: CheckpointFolder) -> Checkpoint | None:
     return checkpoints.best() or checkpoints.latest()
 
 
-def load_trained_field(checkpoint: Checkpoint, device: torch.device) -> VectorField:
-    """The vector field of a checkpoint, in eval mode: the averaged weights where there are any."""
+def load_trained_field(
+    checkpoint: Checkpoint, device: torch.device, weights: Literal["ema", "raw"] = "ema"
+) -> VectorField:
+    """The vector field of a checkpoint, in eval mode: the averaged weights where there are any, unless raw ones."""
     try:
         sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
         field = VectorField(sizes, checkpoint.state["latent_shape"][0])
-        field.load_state_dict(checkpoint.tensors("ema" if checkpoint.has("ema") else "model"))
+        field.load_state_dict(checkpoint.tensors("ema" if weights == "ema" and checkpoint.has("ema") else "model"))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
     return field.to(device).eval().requires_grad_(False)
@@ -161,6 +163,7 @@ def _open_sampler(config: RiverConfig, session: Session, cache: LatentCache) -> 
         residency=config.cache.residency,
         memory_budget=config.cache.memory_budget_bytes,
         past_horizon=training.past_horizon,
+        condition_draw=training.condition_draw,
     )
 
 

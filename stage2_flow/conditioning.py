@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage2_flow.config import ConditionDraw, ConditionTiming
+
 
 @dataclass(frozen=True)
 class PastWindow:
@@ -69,6 +71,9 @@ def make_draws(
     latent_shape: tuple[int, int, int],
     past_horizon: int | None,
     device: torch.device | str,
+    *,
+    condition: ConditionTiming = "per-evaluation",
+    condition_draw: ConditionDraw = "uniform",
 ) -> SamplingDraws:
     """Draw a rollout's noise and conditions, as a function of (seed, video, sample, frame) alone.
 
@@ -84,6 +89,8 @@ def make_draws(
         latent_shape: (c, h, w).
         past_horizon: see `past_window`.
         device: where the draws shall lie.
+        condition: drawn anew at each evaluation (the paper), or once a frame.
+        condition_draw: see `condition_indices`.
     Raises:
         ValueError: no frame or key, a negative seed or key, or what `past_window` refuses.
     """
@@ -92,30 +99,40 @@ def make_draws(
     if min(seed, *(part for key in keys for part in key)) < 0:
         raise ValueError(f"seed and keys must be at least 0, got seed {seed} and keys {list(keys)}")
     first_length = known_frames(context_frames)
-    noise = np.empty((num_frames, len(keys), *latent_shape), dtype=np.float32)
-    uniforms = np.empty((num_frames, nfe, len(keys)), dtype=np.float64)
-    for frame in range(num_frames):
-        for element, (video, sample) in enumerate(keys):
-            # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed.
-            generator = np.random.default_rng((seed, video, sample, frame))
-            noise[frame, element] = generator.standard_normal(latent_shape, dtype=np.float32)
-            uniforms[frame, :, element] = generator.random(nfe)
     windows = [past_window(first_length + frame, past_horizon) for frame in range(num_frames)]
+    noise = np.empty((len(keys), num_frames, *latent_shape), dtype=np.float32)
+    uniforms = np.empty((len(keys), num_frames, nfe), dtype=np.float64)
+    for element, (video, sample) in enumerate(keys):
+        # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed. Each is
+        # read from its beginning, frame by frame, and what the noise takes does not depend on the solver.
+        key = (seed, video, sample)
+        noise[element] = np.random.default_rng((*key, 0)).standard_normal(noise.shape[1:], dtype=np.float32)
+        draws_a_frame = nfe if condition == "per-evaluation" else 1
+        uniforms[element] = np.random.default_rng((*key, 1)).random((num_frames, draws_a_frame))
+    indices = condition_indices(torch.from_numpy(uniforms).permute(1, 2, 0), windows, condition_draw)
     return SamplingDraws(
-        noise=torch.from_numpy(noise).to(device),
-        condition_indices=condition_indices(torch.from_numpy(uniforms), windows).to(device),
+        noise=torch.from_numpy(noise).transpose(0, 1).contiguous().to(device),
+        condition_indices=indices.contiguous().to(device),
     )
 
 
-def condition_indices(uniforms: Tensor, windows: Sequence[PastWindow]) -> Tensor:
-    """Map uniforms to indices: first + floor(u count).
+def condition_indices(uniforms: Tensor, windows: Sequence[PastWindow], draw: ConditionDraw = "uniform") -> Tensor:
+    """Map uniforms u to indices of the window.
+
+    `uniform`, the paper's: first + floor(u count). `recent`: the distance to the reference is
+    floor((count + 1)^u), in 1 .. count, so that P(distance = d) = log(1 + 1/d) / log(count + 1): near frames are more
+    likely about as 1/d, and no frame is left out.
 
     Args:
         uniforms: [frames, evaluations, b] float64 in [0, 1). In float64 the product stays below count.
         windows: one a frame.
+        draw: the distribution.
     Returns:
         [frames, evaluations, b] int64.
     """
     first = torch.tensor([window.first for window in windows])[:, None, None]
     count = torch.tensor([window.count for window in windows])[:, None, None]
-    return first + (uniforms * count).floor().long()
+    if draw == "uniform":
+        return first + (uniforms * count).floor().long()
+    distance = (count + 1).double().pow(uniforms).floor().long().minimum(count)  # a power may round up to count + 1
+    return first + count - distance

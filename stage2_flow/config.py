@@ -15,6 +15,9 @@ from pydantic import (
 
 TimeSampling = Literal["uniform", "logit_normal"]
 Coupling = Literal["independent", "conditional"]
+ConditionTiming = Literal["per-evaluation", "per-frame"]
+ConditionDraw = Literal["uniform", "recent"]
+SolverName = Literal["euler", "midpoint", "heun", "rk4", "rk4-38"]
 
 
 class VectorFieldConfig(BaseModel):
@@ -81,6 +84,11 @@ class FlowTrainingConfig(BaseModel):
         description="conditions are drawn from the last so many frames before a target, the reference among them; "
         "null: from all of its clip",
     )
+    condition_draw: ConditionDraw = Field(
+        "uniform",
+        description="how a condition is drawn from what may be one: uniformly (the paper), or recent: near frames more "
+        "often, about as 1/distance; sampling.condition_draw should be the same",
+    )
     checkpoint_every: PositiveInt = 5000
     keep_checkpoints: PositiveInt = 2
     best_by: Literal["loss", "last"] = Field(
@@ -97,20 +105,34 @@ class FlowTrainingConfig(BaseModel):
 
 
 class SamplingConfig(BaseModel):
-    """How latents are integrated from noise to the next frame."""
+    """How latents are integrated from noise to the next frame, and what that is computed with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Literal["default", "official"] = Field(
-        "default", description="official: the paper's RK4 (3/8 rule) on linspace(ws, 1, int((1 - ws) * steps)) points"
+        "default",
+        description="official: the paper's rk4-38 on linspace(ws, 1, int((1 - ws) * steps)) points, 396 evaluations",
     )
-    solver: Literal["euler", "midpoint", "heun", "rk4"] | None = Field(
-        None, description="null: euler, or with preset official its RK4 (3/8 rule), which is what rk4 means here"
+    solver: SolverName | None = Field(
+        None,
+        description="null: euler, or rk4-38 (Kutta's 3/8 rule, which the official code calls rk4) with preset official",
     )
     steps: PositiveInt | None = Field(
         None,
         description="solver steps from warm start to 1 (null: 10); with preset official the paper's count of "
         "time points, of which (1 - warm_start) are used (null: 100)",
+    )
+    nfe: PositiveInt | None = Field(
+        None,
+        description="evaluations of the field a frame, a multiple of the solver's 1 (euler), 2 (midpoint, heun) or 4 "
+        "(rk4, rk4-38) a step; wins over steps",
+    )
+    grid: Literal["uniform", "shifted"] = Field(
+        "uniform", description="times of the steps: equidistant, or closer together near the noise, by `shift`"
+    )
+    shift: PositiveFloat = Field(
+        3.0,
+        description="of grid shifted: t = u / (u + shift (1 - u)) for equidistant u; 1: uniform, below 1: to the end",
     )
     warm_start: float = Field(
         0.0, ge=0, lt=1, description="start this part of the way from the previous frame's latent"
@@ -118,4 +140,29 @@ class SamplingConfig(BaseModel):
     past_horizon: int | None = Field(
         None, ge=2, description="the condition is drawn from the last so many frames; null: from all"
     )
+    condition: ConditionTiming = Field(
+        "per-evaluation", description="when the condition is drawn: at every evaluation (the paper), or once a frame"
+    )
+    condition_draw: ConditionDraw = Field(
+        "uniform",
+        description="uniform over the past (the paper), or recent: near frames more often, about as 1/distance",
+    )
     seed: int = Field(0, ge=0)
+    weights: Literal["ema", "raw"] = Field(
+        "ema", description="ema: the averaged weights where the training kept them; raw: those of the last step"
+    )
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="clips that are predicted at once; changes no prediction. auto: as many as fit"
+    )
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto",
+        description="of matrix products; the state is fp32 in any case. auto: bf16 on a GPU, fp32 on a CPU and with "
+        "preset official",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile the field: a minute at the start. auto: on a GPU, for 10^4 evaluations or more",
+    )
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto", description="record a solver step once and replay it. auto: on a GPU"
+    )

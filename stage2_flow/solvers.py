@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 # velocity(t [], y [...], index of the evaluation, counted from 0 over the whole integration) -> like y
@@ -31,6 +32,16 @@ def _heun(velocity: VelocityFunction, t: Tensor, t_next: Tensor, y: Tensor, eval
 
 
 def _rk4(velocity: VelocityFunction, t: Tensor, t_next: Tensor, y: Tensor, evaluation: int) -> Tensor:
+    # The classical Runge-Kutta method: y += h/6 (k1 + 2 k2 + 2 k3 + k4)
+    h = t_next - t
+    k1 = velocity(t, y, evaluation)
+    k2 = velocity(t + h / 2, y + h / 2 * k1, evaluation + 1)
+    k3 = velocity(t + h / 2, y + h / 2 * k2, evaluation + 2)
+    k4 = velocity(t_next, y + h * k3, evaluation + 3)
+    return y + (k1 + 2 * (k2 + k3) + k4) * h / 6
+
+
+def _rk4_38(velocity: VelocityFunction, t: Tensor, t_next: Tensor, y: Tensor, evaluation: int) -> Tensor:
     # Kutta's 3/8 rule, not the classical one: it is what torchdiffeq, and so the official code, calls rk4.
     h, third = t_next - t, 1 / 3
     k1 = velocity(t, y, evaluation)
@@ -57,6 +68,7 @@ SOLVERS = {
         Solver("midpoint", order=2, evaluations_per_step=2, step=_midpoint),
         Solver("heun", order=2, evaluations_per_step=2, step=_heun),
         Solver("rk4", order=4, evaluations_per_step=4, step=_rk4),
+        Solver("rk4-38", order=4, evaluations_per_step=4, step=_rk4_38),
     )
 }
 
@@ -82,3 +94,22 @@ def integrate(velocity: VelocityFunction, y0: Tensor, time_points: Tensor, solve
     for index, (t, t_next) in enumerate(pairwise(times)):
         y = solver.step(velocity, t, t_next, y, index * solver.evaluations_per_step)
     return y
+
+
+def evaluation_times(time_points: Tensor, solver: Solver) -> Tensor:
+    """The times at which an integration asks for the velocity.
+
+    Args:
+        time_points: [points] float, at least two.
+        solver: one of `SOLVERS`.
+    Returns:
+        [(points - 1) evaluations_per_step] like `time_points`, in the order of the evaluations.
+    """
+    times: list[Tensor] = []
+
+    def velocity(t: Tensor, y: Tensor, evaluation: int) -> Tensor:
+        times.append(t)
+        return y
+
+    integrate(velocity, time_points.new_zeros(()), time_points, solver)
+    return torch.stack(times)

@@ -197,14 +197,26 @@ class VectorField(nn.Module):
         height, width = x_t.shape[-2:]
         frames = [x_t, reference, condition] if self.config.reference else [x_t, condition]
         tokens = self.project_in["1"](rearrange(torch.cat(frames, dim=1), "b c h w -> b (h w) c"))
-        with torch.autocast(x_t.device.type, enabled=False):  # bf16 would merge neighbouring distances
+        tokens = tokens + self.position_encoding(height, width) + self.distance_code(distance)[:, None]
+        return self.trunk(tokens, time_embedding(t, self.config.width), height, width)
+
+    def distance_code(self, distance: Tensor) -> Tensor:
+        """[n] int64 frames between condition and reference, >= 1, to [n, width] codes, in the weights' precision."""
+        with torch.autocast(distance.device.type, enabled=False):  # bf16 would merge neighbouring distances
             dtype = self.time_projection[0].weight.dtype
             log_distance = distance.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
-            distance_code = self.time_projection(log_distance[:, None])
-        tokens = tokens + self.position_encoding(height, width) + distance_code[:, None]
-        time_token = time_embedding(t, self.config.width).to(tokens.dtype)
-        tokens = torch.cat([time_token[:, None], tokens], dim=1)
+            return self.time_projection(log_distance[:, None])
 
+    def trunk(self, tokens: Tensor, time_token: Tensor, height: int, width: int) -> Tensor:
+        """All that comes after the embeddings.
+
+        Args:
+            tokens: [b, height * width, features]: projected frames with the codes of place and distance.
+            time_token: [b, features], see `time_embedding`.
+        Returns:
+            [b, c, height, width] velocity.
+        """
+        tokens = torch.cat([time_token.to(tokens.dtype)[:, None], tokens], dim=1)
         skips = []
         for block in self.in_blocks:
             tokens = block(tokens)

@@ -233,9 +233,39 @@ def test_predict_continues_any_video(copied, story: ModuleType, name: str) -> No
     story.write_video(copied.folder / name, story.moving_square(5, 1))
     copied.run("predict", str(copied.folder / name), "--frames", "3").ok()
     with Image.open(copied.runs / "predictions" / "clip.gif") as animation:
-        assert animation.n_frames == 5
+        assert animation.n_frames == 5 + 3
+        assert animation.size == (32, 32)
     assert (copied.runs / "predictions" / "clip.mp4").stat().st_size > 0
     assert (copied.runs / "predictions" / "clip.png").stat().st_size > 0
+
+
+def test_predict_marks_what_was_given_and_samples_differ(copied, story: ModuleType) -> None:
+    story.write_video(copied.folder / "clip.mp4", story.moving_square(5, 1))
+    copied.run("predict", str(copied.folder / "clip.mp4"), "--frames", "3", "--marked", "--samples", "2").ok()
+    videos = []
+    for name in ("clip.mp4", "clip-2.mp4"):
+        with av.open(str(copied.runs / "predictions" / name)) as container:
+            videos.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    for frames in videos:
+        corners = np.stack([frame[0, 0].astype(int) for frame in frames])
+        assert frames[0].shape == (38, 38, 3)
+        assert (corners[:5, 1] > corners[:5, 0]).all()  # green
+        assert (corners[5:, 0] > corners[5:, 1]).all()  # red
+    # The frames that were there are shown as they are, the predicted ones differ.
+    assert np.abs(videos[0][4].astype(int) - videos[1][4]).mean() < 1
+    assert np.abs(videos[0][7].astype(int) - videos[1][7]).mean() > 1
+
+
+def test_sample_shows_several_samples(copied) -> None:
+    copied.run("sample", "--videos", "2", "--samples", "3").ok()
+    tensors = load_file(copied.runs / "samples" / "predictions.safetensors")
+    assert tensors["samples"].shape == (2, 3, 8, 4, 4, 4)
+    assert torch.equal(tensors["samples"][:, 0], tensors["latents"])
+    assert not torch.equal(tensors["samples"][:, 0], tensors["samples"][:, 1])
+    copied.run("sample", "--videos", "2").ok()
+    again = load_file(copied.runs / "samples" / "predictions.safetensors")
+    assert torch.equal(again["latents"], tensors["latents"])
+    assert "samples" not in again
 
 
 def test_predict_trains_what_lacks(trained, tmp_path: Path, story: ModuleType) -> None:

@@ -89,7 +89,7 @@ def test_paper_presets_have_the_papers_sizes(name, autoencoder, latent_shape, he
         (with_section(flow={"model": {"dropout": 1.0}}), ["flow.model.dropout: 1.0 is not allowed", "less than 1"]),
         (
             with_section(sampling={"solver": "eular"}),
-            ["sampling.solver: 'eular' is not allowed", "'euler', 'midpoint', 'heun' or 'rk4'"],
+            ["sampling.solver: 'eular' is not allowed", "'euler', 'midpoint', 'heun', 'rk4' or 'rk4-38'"],
         ),
         (
             with_section(flow={"model": {"width": 10, "heads": 4}}),

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipelines.config import dump_config, parse_config
 from pipelines.errors import UserError
+from pipelines.field_rollouts import sampling_precision, with_matrices_in
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.train_autoencoder import weights_digest
@@ -17,6 +18,7 @@ from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
+from stage2_flow.rollout import Rollout
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
@@ -124,6 +126,92 @@ def test_rows_are_keyed_by_their_number_unless_told(tiny):
     assert not torch.equal(default, tiny.generate_latents(context, 1, sampling={"seed": 1}))
 
 
+def test_samples_of_a_video_follow_one_another(tiny):
+    clips = images(2, 2)
+    several = tiny.generate_frames(clips, 2, samples=3, keys=[(5, 0), (8, 4)])
+    assert several.shape == (6, 4, 3, 16, 16)
+    keys = [(5, 0), (5, 1), (5, 2), (8, 4), (8, 5), (8, 6)]
+    one_by_one = tiny.generate_frames(clips.repeat_interleave(3, dim=0), 2, keys=keys)
+    torch.testing.assert_close(several, one_by_one)
+    assert not torch.equal(several[0], several[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_batch_size_changes_no_prediction(tiny, size):
+    context = torch.randn(5, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = tiny.generate_latents(context, 3)
+    latents = tiny.generate_latents(context, 3, sampling={"batch_size": size})
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch, capsys):
+    def run(rollout, context, draws, **others):
+        if len(context) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(rollout, context, draws, **others)
+
+    original, context, fresh = Rollout.run, torch.randn(5, 2, 4, 4, 4), predictor()
+    expected = fresh.generate_latents(context, 2)
+    monkeypatch.setattr(Rollout, "run", run)
+    torch.testing.assert_close(fresh.generate_latents(context, 2), expected, atol=1e-5, rtol=1e-5)
+    assert "32 clips at once don't fit" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"out of memory with sampling\.batch_size 4: lower it"):
+        fresh.generate_latents(context, 2, sampling={"batch_size": 4})
+
+
+def test_precision_of_a_rollout_is_its_own(tiny):
+    context = torch.randn(2, 2, 4, 4, 4)
+    exact = tiny.generate_latents(context, 2)
+    before = torch.get_float32_matmul_precision()
+    rounded = tiny.generate_latents(context, 2, sampling={"precision": "bf16"})
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
+    assert torch.get_float32_matmul_precision() == before
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.equal(tiny.generate_latents(context, 2), exact)
+    assert {parameter.dtype for parameter in tiny.vector_field.parameters()} == {torch.float32}
+
+
+def test_bf16_matrices_are_those_of_autocast(tiny):
+    field = tiny.vector_field
+    copied = with_matrices_in(field, torch.bfloat16)
+    inputs = (*torch.randn(3, 2, 4, 4, 4), torch.tensor([1, 5]), torch.rand(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, time = torch.randn(2, 16, 16), torch.randn(2, 16)
+        assert torch.equal(copied.trunk(tokens, time, 4, 4), field.trunk(tokens, time, 4, 4))
+        assert field(*inputs).isfinite().all()
+    assert copied.in_blocks[0].linear1.weight.dtype == torch.bfloat16
+    assert copied.in_blocks[0].norm1.weight.dtype == torch.float32
+    assert copied.project_in["1"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [({}, "cpu", "fp32"), ({"preset": "official"}, "cuda", "fp32"), ({"precision": "tf32"}, "cuda", "tf32"),
+     ({"preset": "official", "precision": "bf16"}, "cpu", "bf16")],
+)  # fmt: skip
+def test_sampling_precision(options, device, expected):
+    assert sampling_precision(SamplingConfig(**options), torch.device(device)) == expected
+
+
+def test_options_of_conditions_reach_the_draws(tiny):
+    context = torch.randn(1, 12, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    usual = tiny.generate_latents(context, 1, sampling={"steps": 8})
+    for options in ({"condition": "per-frame"}, {"condition_draw": "recent"}, {"past_horizon": 2}):
+        changed = tiny.generate_latents(context, 1, sampling={"steps": 8} | options)
+        assert not torch.equal(changed[:, -1], usual[:, -1]), options
+
+
+def test_more_frames_than_it_was_trained_on(tiny):
+    assert tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 60).shape == (1, 62, 4, 4, 4)
+
+
+def test_cuda_graphs_need_a_gpu(tiny):
+    with pytest.raises(UserError, match="cuda_graphs: true: the device is cpu; leave it at auto"):
+        tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"cuda_graphs": True})
+
+
 def test_recorded_draws_can_be_replayed(tiny):
     context = torch.randn(2, 3, 4, 4, 4)
     noise, conditions = torch.randn(2, 2, 4, 4, 4), torch.zeros(2, 2, 2, dtype=torch.int64)
@@ -150,6 +238,10 @@ def test_a_preset_replaces_solver_and_steps_of_the_run_and_nothing_else():
     assert run.sampling_with({"preset": "official", "steps": 10}).steps == 10
     assert run.sampling_with({"steps": 9}) == run.sampling.model_copy(update={"steps": 9})
     assert run.sampling_with(None) == run.sampling
+    assert run.sampling_with({"nfe": 20}).nfe == 20
+    counted = predictor(nfe=8, grid="shifted")
+    assert counted.sampling_with({"steps": 3}).nfe is None
+    assert counted.sampling_with({"preset": "official"}).grid == "uniform"
 
 
 def test_the_official_preset_predicts(tiny):
@@ -273,6 +365,15 @@ def test_averaged_weights_are_taken_where_there_are_any(tmp_path):
     _, field = save_run(tmp_path / "run", ema=True)
     loaded = VideoPredictor.from_run(tmp_path / "run", device="cpu").vector_field.state_dict()
     assert all(torch.equal(loaded[name], tensor + 0.01) for name, tensor in field.state_dict().items())
+
+
+def test_raw_weights_are_taken_where_they_are_asked_for(tmp_path):
+    _, field = save_run(tmp_path / "run", ema=True)
+    raw = VideoPredictor.from_run(tmp_path / "run", device="cpu", weights="raw")
+    loaded = raw.vector_field.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in field.state_dict().items())
+    with pytest.raises(UserError, match=r"chosen when they are loaded: .*from_run\(\.\.\., weights='ema'\)"):
+        raw.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"weights": "ema"})
 
 
 def test_another_autoencoder_is_refused(tmp_path):

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.path import SIGMA_MIN
-from stage2_flow.rollout import SamplingPlan, generate_latents
+from stage2_flow.plan import SamplingPlan
+from stage2_flow.rollout import generate_latents
 from stage2_flow.vector_field import VectorField
 
 SHAPE = (2, 3, 3)
@@ -76,10 +77,13 @@ def test_replays_the_official_rollout(official_field, official_rollout):
         ({"steps": 5, "warm_start": 0.5, "solver": "midpoint"}, "midpoint", 6, 10),
         ({"solver": "heun"}, "heun", 11, 20),
         ({"solver": "rk4"}, "rk4", 11, 40),
-        ({"preset": "official"}, "rk4", 100, 396),
-        ({"preset": "official", "warm_start": 0.5}, "rk4", 50, 196),
-        ({"preset": "official", "warm_start": 0.9}, "rk4", 9, 32),  # int() truncates 9.999999999999998
-        ({"preset": "official", "steps": 2}, "rk4", 2, 4),
+        ({"solver": "rk4-38", "nfe": 8, "steps": 5}, "rk4-38", 3, 8),
+        ({"nfe": 7}, "euler", 8, 7),
+        ({"preset": "official", "nfe": 40, "warm_start": 0.9}, "rk4-38", 11, 40),
+        ({"preset": "official"}, "rk4-38", 100, 396),
+        ({"preset": "official", "warm_start": 0.5}, "rk4-38", 50, 196),
+        ({"preset": "official", "warm_start": 0.9}, "rk4-38", 9, 32),  # int() truncates 9.999999999999998
+        ({"preset": "official", "steps": 2}, "rk4-38", 2, 4),
         ({"preset": "official", "solver": "euler"}, "euler", 100, 99),
     ],
 )
@@ -90,6 +94,44 @@ def test_plans(options, solver, points, evaluations):
     assert times[0] == options.get("warm_start", 0)
     assert times[-1] == 1
     torch.testing.assert_close(times.diff(), times.diff()[:1].expand(points - 1))
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe", "message"),
+    [
+        ("heun", 7, "multiple of that: take 6 or 8"),
+        ("rk4-38", 2, "4 times a step.*take 4 or 8"),
+        ("rk4", 397, "396 or 4"),
+    ],
+)
+def test_evaluations_must_be_whole_steps(solver, nfe, message):
+    with pytest.raises(ValueError, match=message):
+        plan(solver=solver, nfe=nfe)
+
+
+@pytest.mark.parametrize("warm_start", [0.0, 0.4])
+def test_a_shifted_grid(warm_start):
+    times = plan(steps=4, grid="shifted", shift=3.0, warm_start=warm_start).time_points(torch.float64)
+    # t = u / (u + 3 (1 - u)) for u = 0, 1/4, 1/2, 3/4, 1, over the part of the way that is left
+    expected = torch.tensor([0, 1 / 10, 1 / 4, 1 / 2, 1], dtype=torch.float64)
+    torch.testing.assert_close(times, warm_start + (1 - warm_start) * expected)
+    even = plan(steps=4, grid="shifted", shift=1.0, warm_start=warm_start).time_points()
+    assert torch.equal(even, plan(steps=4, warm_start=warm_start).time_points())
+    assert torch.equal(even, plan(steps=4, warm_start=warm_start, shift=5.0).time_points())  # grid: uniform
+
+
+@pytest.mark.parametrize(
+    ("solver", "fractions"),
+    [("euler", [0]), ("midpoint", [0, 1 / 2]), ("heun", [0, 1]), ("rk4", [0, 1 / 2, 1 / 2, 1]),
+     ("rk4-38", [0, 1 / 3, 2 / 3, 1])],
+)  # fmt: skip
+def test_evaluation_times(solver, fractions):
+    resolved = plan(solver=solver, steps=2, warm_start=0.2)
+    expected = [0.2 + 0.4 * (step + fraction) for step in range(2) for fraction in fractions]
+    assert resolved.evaluation_times(torch.float64).tolist() == pytest.approx(expected)
+    field = Recorder()
+    generate_latents(field, torch.zeros(1, 2, *SHAPE), 1, resolved, draws_for(resolved, [(0, 0)], 1, 2))
+    assert [call["t"].item() for call in field.calls] == pytest.approx(resolved.evaluation_times().tolist())
 
 
 @pytest.mark.parametrize(("steps", "warm_start", "points"), [(1, 0.0, 1), (10, 0.9, 0), (3, 0.5, 1)])
@@ -147,7 +189,7 @@ def test_a_single_context_frame_is_duplicated_and_the_copy_dropped():
     draws = draws_for(resolved, [(0, 0), (1, 0)], 3, 1)
     recorder = Recorder(field)
     latents = generate_latents(recorder, context, 3, resolved, draws)
-    twice = generate_latents(field, context.repeat(1, 2, 1, 1, 1), 3, resolved, draws)
+    twice = generate_latents(Recorder(field), context.repeat(1, 2, 1, 1, 1), 3, resolved, draws)
     assert latents.shape == (2, 4, *SHAPE)
     assert torch.equal(latents, twice[:, 1:])
     for call in recorder.calls[:4]:

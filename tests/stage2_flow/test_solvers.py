@@ -48,8 +48,9 @@ def test_evaluations_are_counted_from_0_without_a_gap(solver):
     assert calls[solver.evaluations_per_step][1] == 0.25
 
 
-@pytest.mark.parametrize("name", ["euler", "midpoint", "rk4"])
-def test_equals_torchdiffeq(name):
+# torchdiffeq calls the 3/8 rule rk4, and Heun's method of order 2 heun2.
+@pytest.mark.parametrize(("name", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("rk4-38", "rk4")])
+def test_equals_torchdiffeq(name, theirs):
     y0 = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -57,8 +58,23 @@ def test_equals_torchdiffeq(name):
         return torch.tanh(y @ matrix) * (1 + t)
 
     times = torch.tensor([0.0, 0.1, 0.4, 1.0], dtype=torch.float64)
-    expected = odeint(velocity, y0, times, method=name)[-1]
+    expected = odeint(velocity, y0, times, method=theirs)[-1]
     torch.testing.assert_close(integrate(velocity, y0, times, SOLVERS[name]), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_the_classical_rk4_takes_its_weights_from_simpson():
+    """dy/dt = t^3 is integrated exactly; of dy/dt = y one step gives the exponential's first five terms."""
+    y = integrate(lambda t, y, _: t**3, torch.zeros((), dtype=torch.float64), torch.linspace(0, 2, 2), SOLVERS["rk4"])
+    assert y.item() == pytest.approx(4, abs=1e-14)
+    for name in ("rk4", "rk4-38"):
+        y = integrate(lambda t, y, _: y, torch.ones((), dtype=torch.float64), torch.linspace(0, 1, 2), SOLVERS[name])
+        assert y.item() == pytest.approx(1 + 1 + 1 / 2 + 1 / 6 + 1 / 24, abs=1e-14)
+    # t^4 tells them apart: Simpson's rule gives 5/24 for it, the 3/8 rule 11/54.
+    for name, value in (("rk4", 5 / 24), ("rk4-38", 11 / 54)):
+        y = integrate(
+            lambda t, y, _: t**4, torch.zeros((), dtype=torch.float64), torch.linspace(0, 1, 2), SOLVERS[name]
+        )
+        assert y.item() == pytest.approx(value, abs=1e-14)
 
 
 def test_time_points_follow_the_type_of_the_state():

@@ -1,0 +1,85 @@
+"""How a frame is integrated: sampling options resolved to a solver and its times."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage2_flow.config import SamplingConfig
+from stage2_flow.solvers import SOLVERS, Solver, evaluation_times
+
+DEFAULT_STEPS = {"default": 10, "official": 100}
+DEFAULT_SOLVER = {"default": "euler", "official": "rk4-38"}
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Each frame is integrated with `solver` over `points` times from `warm_start` to 1.
+
+    Attributes:
+        shift: of the grid, see `SamplingConfig`; 1: the times are equidistant.
+    """
+
+    solver: Solver
+    warm_start: float
+    points: int
+    shift: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: SamplingConfig) -> "SamplingPlan":
+        """Resolve a preset and what overrides it.
+
+        Raises:
+            ValueError: preset official with too few steps for its warm start; evaluations that are no whole steps.
+        """
+        solver = SOLVERS[config.solver or DEFAULT_SOLVER[config.preset]]
+        shift = config.shift if config.grid == "shifted" else 1.0
+        if config.nfe is not None:
+            return cls(solver, config.warm_start, _points(config.nfe, solver), shift)
+        steps = config.steps or DEFAULT_STEPS[config.preset]
+        points = steps + 1
+        if config.preset == "official":
+            # Points, not intervals, and truncated in floating point: 100 steps from warm start 0.9 give 9 points.
+            points = int((1 - config.warm_start) * steps)
+            if points < 2:
+                raise ValueError(
+                    f"sampling.steps {steps} with warm_start {config.warm_start} leaves "
+                    f"int((1 - warm_start) * steps) = {points} time points, and preset official needs at least 2: "
+                    "raise steps, lower warm_start, or take preset default, where steps counts intervals"
+                )
+        return cls(solver, config.warm_start, points, shift)
+
+    @property
+    def steps(self) -> int:
+        """Solver steps a frame."""
+        return self.points - 1
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the field a frame (NFE)."""
+        return self.steps * self.solver.evaluations_per_step
+
+    def time_points(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[points] times, made on the CPU: accelerators round a linspace otherwise."""
+        if self.shift == 1:
+            return torch.linspace(self.warm_start, 1, self.points, dtype=dtype)
+        # In u = 1 - t, the share of noise, this is u' = shift u / (1 + (shift - 1) u) (Esser et al. 2024, Eq. 23),
+        # here over the part of the way that a warm start leaves.
+        u = torch.linspace(0, 1, self.points, dtype=torch.float64)
+        times = self.warm_start + (1 - self.warm_start) * u / (u + self.shift * (1 - u))
+        return times.to(dtype)
+
+    def evaluation_times(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[evaluations] times at which the field is asked, on the CPU."""
+        return evaluation_times(self.time_points(dtype), self.solver)
+
+
+def _points(nfe: int, solver: Solver) -> int:
+    steps, rest = divmod(nfe, solver.evaluations_per_step)
+    if rest or not steps:
+        least = max(1, steps) * solver.evaluations_per_step
+        raise ValueError(
+            f"sampling.nfe {nfe}: {solver.name} evaluates the field {solver.evaluations_per_step} times a step, so nfe "
+            f"must be a multiple of that: take {least} or {least + solver.evaluations_per_step}, or another solver"
+        )
+    return steps + 1
