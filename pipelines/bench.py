@@ -1,4 +1,4 @@
-"""`bench`: what store and training are worth on this machine, as ratios of two things measured in turn, in one run."""
+"""`bench`: what store, training and sampling are worth here, as ratios of two things measured in turn, in one run."""
 
 import json
 import os
@@ -56,6 +56,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     from pipelines.bench_autoencoder import autoencoder_measurements
     from pipelines.bench_encode import encode_measurements
     from pipelines.bench_flow import flow_measurements
+    from pipelines.bench_sampling import sampling_measurements
     from pipelines.bench_store import store_measurements
 
     say(f"bench: {hardware(session.device)}; a few minutes; other work on this machine spoils the numbers")
@@ -64,6 +65,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
         sources: list[Callable[[], Iterator[Measurement]]] = [
             lambda: store_measurements(Path(folder), session.device),
             lambda: flow_measurements(config, session.device),
+            lambda: sampling_measurements(config, session.device),
             lambda: autoencoder_measurements(config, session.device),
             lambda: encode_measurements(config, session, Path(folder)),
         ]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from stage2_flow.linear import linear
 from stage2_flow.vector_field import VectorField, time_embedding
 
 Trunk = Callable[[Tensor, Tensor, int, int], Tensor]
@@ -82,13 +82,13 @@ class CachedEvaluator:
     def begin_frame(self, reference: Tensor) -> None:
         if self.standing is not None:
             with torch.autocast(reference.device.type, enabled=False):
-                projected = F.linear(_tokens(reference).to(self.standing.dtype), self.standing)
+                projected = linear(_tokens(reference).to(self.standing.dtype), self.standing)
             self.frame.copy_(self.places + projected)
 
     def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
             moving = _tokens(torch.cat([y, condition], dim=1)).to(self.moving.dtype)
-            tokens = F.linear(moving, self.moving) + self.frame + self.distances[distance][:, None]
+            tokens = linear(moving, self.moving) + self.frame + self.distances[distance][:, None]
         time_token = self.time_tokens[evaluation].expand(len(y), -1)
         return self.trunk(tokens, time_token, self.height, self.width)
 

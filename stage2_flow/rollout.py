@@ -109,7 +109,6 @@ class Rollout:
                 self.evaluator = CachedEvaluator(field, evaluation_times, length - 2, self.y, trunk)
         self._advance = self._solver_step if record is None else record(self._solver_step)
 
-    @torch.no_grad()
     def run(
         self,
         context: Tensor,
@@ -123,11 +122,12 @@ class Rollout:
         noise_shape = (self.num_frames, *self.y.shape)
         _check_draws(draws, noise_shape, self.plan.evaluations, known_frames(context.shape[1]), past_horizon)
         first = self.first_length
+        context = context.detach()
         self.past[:, first - self.given : first] = context
         self.past[:, 0] = context[:, 0]  # a single frame's copy; else what is there
         noise, indices = draws.noise.to(self.past), draws.condition_indices.to(self.past.device)
         distances = torch.arange(first, first + self.num_frames, device=indices.device)[:, None, None] - 1 - indices
-        with evaluation_mode(self.field):
+        with torch.inference_mode(), evaluation_mode(self.field):
             for frame in range(self.num_frames):
                 self._predict(first + frame, noise[frame], indices[frame], distances[frame])
                 if on_frame is not None:

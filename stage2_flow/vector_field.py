@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_flow.config import VectorFieldConfig
+from stage2_flow.linear import Linear, linear
 
 POSITIONS = 512  # rows and columns that the position tables hold, as in the official code
 DISTANCE_FEATURES = 256  # hidden features of the distance code
@@ -101,12 +102,12 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width // heads, eps=QK_NORM_EPS) if qk_norm else None
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x_bnd: Tensor) -> Tensor:
-        qkv = F.linear(x_bnd, self.in_proj_weight, self.in_proj_bias)
+        qkv = linear(x_bnd, self.in_proj_weight, self.in_proj_bias)
         query, key, value = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads).unbind()
         if self.q_norm is not None and self.k_norm is not None:
             query, key = rms_normalised(query, self.q_norm), rms_normalised(key, self.k_norm)
@@ -121,8 +122,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.self_attn = SelfAttention(width, heads, dropout, qk_norm)
-        self.linear1 = nn.Linear(width, FEED_FORWARD * width)
-        self.linear2 = nn.Linear(FEED_FORWARD * width, width)
+        self.linear1 = Linear(width, FEED_FORWARD * width)
+        self.linear2 = Linear(FEED_FORWARD * width, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
@@ -158,18 +159,16 @@ class VectorField(nn.Module):
 
         # The numbers in names are the places of these layers in the official code's sequences.
         self.position_encoding = PositionEncoding(width)
-        self.project_in = nn.ModuleDict({"1": nn.Linear(frames * latent_channels, width)})
+        self.project_in = nn.ModuleDict({"1": Linear(frames * latent_channels, width)})
         self.time_projection = nn.Sequential(  # of the distance in time, not of t
-            nn.Linear(1, DISTANCE_FEATURES), nn.ReLU(), nn.Linear(DISTANCE_FEATURES, width)
+            Linear(1, DISTANCE_FEATURES), nn.ReLU(), Linear(DISTANCE_FEATURES, width)
         )
         self.in_blocks = nn.ModuleList(block() for _ in range(config.depth))
         self.mid_blocks = nn.ModuleList(block() for _ in range(config.mid_depth))
-        self.out_blocks = nn.ModuleList(
-            nn.ModuleList([nn.Linear(2 * width, width), block()]) for _ in range(config.depth)
-        )
+        self.out_blocks = nn.ModuleList(nn.ModuleList([Linear(2 * width, width), block()]) for _ in range(config.depth))
         norm = {"2": nn.LayerNorm(width)} if config.head == "ln" else {"3": nn.BatchNorm2d(width)}
         self.project_out = nn.ModuleDict(
-            {"0": nn.Linear(width, width), **norm, "4": nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)}
+            {"0": Linear(width, width), **norm, "4": nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)}
         )
 
     @property

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stage2_flow.config import VectorFieldConfig
+from stage2_flow.linear import linear
 from stage2_flow.vector_field import VectorField
 
 # The backward pass has two products for each of the forward pass: the 6ND of Kaplan et al. 2020 (2ND of it forward).
@@ -56,21 +57,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     """
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    torch.mm(left, right, out=product)  # the first one loads kernels
-    seconds = min(_seconds_of_product(left, right, product) for _ in range(MATMUL_REPEATS))
+    linear(left, right)  # the first one loads kernels
+    seconds = min(_seconds_of_product(left, right) for _ in range(MATMUL_REPEATS))
     return 2 * side**3 / seconds
 
 
-def _seconds_of_product(left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> float:
+@torch.no_grad()
+def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
     if not left.is_cuda:
         started = time.perf_counter()
-        torch.mm(left, right, out=product)
+        linear(left, right)
         return time.perf_counter() - started
     with torch.cuda.device(left.device):
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         started.record()
-        torch.mm(left, right, out=product)
+        linear(left, right)
         ended.record()
         ended.synchronize()
     return started.elapsed_time(ended) / 1000
