@@ -18,7 +18,7 @@ CONFIG = --config configs/$(DATASET).yaml
 # The data set of the last target that named one is the next one's default.
 remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
-.PHONY: help setup demo test lint data train-autoencoder encode train-flow train-refiner sample predict evaluate import-official inspect bench
+.PHONY: help setup demo test lint data train-autoencoder encode train-flow train-refiner sample predict evaluate study import-official inspect bench
 
 help:  ## list the targets
 	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
@@ -75,9 +75,13 @@ predict: setup  ## continue any clip: make predict VIDEO=clip.mp4
 	@test -n "$(VIDEO)" || { echo "name a video: make predict VIDEO=clip.mp4" >&2; exit 2; }
 	@$(RIVER) predict "$(VIDEO)" $(CONFIG) $(ARGS)
 
-evaluate: setup  ## PSNR and SSIM beside two baselines, with their protocol
+evaluate: setup  ## PSNR, SSIM, LPIPS, FVD beside two baselines, with protocol (DOWNLOAD=1: fetch VGG16 and the I3D)
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(ARGS)
+
+study: setup  ## quality against evaluations of the field: which solver, how many steps; quality.json and .png
+	$(remember)
+	@$(RIVER) study $(CONFIG) $(ARGS)
 
 import-official: setup  ## official weights -> a run: MODEL=model.pth AUTOENCODER=vqvae.ckpt REFINER=..., or ARGS=--download
 	$(remember)

@@ -18,7 +18,8 @@ COMMANDS = {
     "train-refiner": "optional: train the network that refines decoded frames",
     "sample": "predict videos of the test split: GIF, MP4, contact sheet, latents",
     "predict": "continue any video file",
-    "evaluate": "PSNR and SSIM with baselines and protocol",
+    "evaluate": "PSNR, SSIM, LPIPS and FVD with intervals, baselines and protocol",
+    "study": "quality against the number of evaluations, for each solver and option: quality.json and a plot",
     "inspect": "what is in a store; check its checksums; decode any of its videos",
     "import-official": "official RIVER weights -> a run that is ready to sample",
     "bench": "what the store is worth on this machine: a table of ratios, and benchmark.json",
@@ -73,6 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         strict=options.strict,
         overwrite=options.overwrite,
         restart=options.restart,
+        fine_tune=options.fine_tune,
         resume=options.resume,
         mirror=options.mirror,
         scheduler=options.scheduler,
@@ -133,11 +135,15 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
 
             files = OfficialFiles(options.model, options.autoencoder, options.refiner)
             presets = [Path(options.config or "configs/shapes.yaml").parent, Path("configs")]
-            return lambda session: import_official(config, session, files, presets)
+            return lambda session: import_official(config, session, files, presets, heads=options.heads)
         case "evaluate":
             from pipelines.evaluate import evaluate
 
             return lambda session: evaluate(config, session, options.refine)
+        case "study":
+            from pipelines.study import study
+
+            return lambda session: study(config, session, options.videos)
         case "inspect":
             from pipelines.inspect_store import inspect_store
 
@@ -177,8 +183,8 @@ def _parser() -> argparse.ArgumentParser:
             "--download",
             action="store_true",
             default=os.environ.get("DOWNLOAD", "") not in ("", "0"),
-            help="fetch public weights that lack: VGG16 for LPIPS, checked by its sha256; with import-official the "
-            "released models",
+            help="fetch public weights that lack: VGG16 for LPIPS, and with evaluate the I3D for FVD, checked by their "
+            "sha256; with import-official the released models",
         )
         command.add_argument(
             "--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the archives"
@@ -193,9 +199,16 @@ def _parser() -> argparse.ArgumentParser:
                 "--resume", metavar="CHECKPOINT",
                 help="what to go on from: auto (the newest whole checkpoint), or the step or folder of another",
             )  # fmt: skip
-        command.set_defaults(resume="auto")
+        if name == "train-flow":
+            command.add_argument(
+                "--fine-tune", action="store_true",
+                help="start from the weights of the flow that is there, imported or trained, which is set aside",
+            )  # fmt: skip
+        command.set_defaults(resume="auto", fine_tune=False)
         if name == "sample":
             command.add_argument("--videos", type=_positive, default=8, help="how many clips")
+        if name == "study":
+            command.add_argument("--videos", type=_positive, default=24, help="how many clips")
         if name == "predict":
             command.add_argument("video", type=Path, help="a video file")
             command.add_argument(
@@ -221,6 +234,10 @@ def _parser() -> argparse.ArgumentParser:
                 "--autoencoder", type=Path, help="vqvae.ckpt or vqvae.pth; one that is inside the model wins"
             )
             command.add_argument("--refiner", type=Path, help="a refiner's .pth")
+            command.add_argument(
+                "--heads", type=_positive, default=8,
+                help="attention heads of the model, the one size that its file does not tell; released ones have 8",
+            )  # fmt: skip
         if name == "inspect":
             command.add_argument("store", nargs="?", help="latents/<dataset>.zarr, or a URL")
             command.add_argument("--verify", action="store_true", help="read all of it and check the checksums")

@@ -1,0 +1,62 @@
+"""The plot of `study`: quality against evaluations of the field."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+# Colours that people with any colour vision tell apart (Okabe and Ito), and other marks besides.
+STYLES = {
+    "euler": ("#0072B2", "o"),
+    "midpoint": ("#009E73", "s"),
+    "heun": ("#E69F00", "^"),
+    "rk4": ("#CC79A7", "D"),
+    "rk4-38": ("#D55E00", "v"),
+}
+PANELS = {
+    "psnr": "PSNR [dB], higher is better",
+    "ssim": "SSIM, higher is better",
+    "lpips": "LPIPS, lower is better",
+    "frechet": "Fréchet distance of latents, lower is better",
+    "sharpness": "sharpness (1: decoded real latents)",
+}
+
+
+def plot_study(result: dict[str, Any], path: Path) -> None:
+    """Write the plot: a line a solver, all else as in the paper; the band is the 396 evaluations' interval."""
+    protocol, points = result["protocol"], result["points"]
+    panels = {name: label for name, label in PANELS.items() if points[0].get(name) is not None}
+    figure = Figure(figsize=(5.2 * 2, 3.6 * -(-len(panels) // 2)), dpi=110, layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
+    reference, best = points[result["reference"]], points[result["cheapest"]]
+    for axis, (name, label) in zip(axes, panels.items(), strict=False):
+        low, high = reference[f"{name}_interval"]
+        axis.axhspan(low, high, color="#999999", alpha=0.18, linewidth=0)
+        axis.axhline(reference[name], color="#666666", linewidth=1, linestyle="--")
+        for solver, (colour, mark) in STYLES.items():
+            line = [point for point in points if _plain(point) and point["solver"] == solver]
+            axis.plot(
+                [point["nfe"] for point in line], [point[name] for point in line],
+                color=colour, marker=mark, markersize=4, linewidth=1.4, label=solver,
+            )  # fmt: skip
+        axis.plot(best["nfe"], best[name], "o", markersize=11, fillstyle="none", color="black", label="chosen")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64, 128, 396], ["1", "2", "4", "8", "16", "32", "64", "128", "396"])
+        axis.set_xlabel("evaluations of the field a frame (NFE)")
+        axis.set_title(label, fontsize=10)
+        axis.grid(alpha=0.25)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    axes[0].legend(fontsize=8, ncols=2)
+    figure.suptitle(
+        f"{protocol['dataset']}, {protocol['split']} split: {len(protocol['clips'])} clips, {protocol['context']} "
+        f"frames given, {protocol['horizon']} predicted; dashed: {reference['nfe']} evaluations (paper), band: 95 %",
+        fontsize=10,
+    )
+    figure.savefig(path)
+
+
+def _plain(point: dict[str, Any]) -> bool:
+    """Whether nothing but solver and evaluations differs from the paper."""
+    usual = {"shift": 1, "warm_start": 0, "condition": "per-evaluation", "condition_draw": "uniform"}
+    return all(point[name] == value for name, value in usual.items())
