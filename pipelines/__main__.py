@@ -143,7 +143,7 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
         case "study":
             from pipelines.study import study
 
-            return lambda session: study(config, session, options.videos)
+            return lambda session: study(config, session, options.videos, options.most_evaluations)
         case "inspect":
             from pipelines.inspect_store import inspect_store
 
@@ -209,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--videos", type=_positive, default=8, help="how many clips")
         if name == "study":
             command.add_argument("--videos", type=_positive, default=24, help="how many clips")
+            command.add_argument(
+                "--most-evaluations", type=_positive, metavar="NFE", help="leave out what takes more, to be done sooner"
+            )
         if name == "predict":
             command.add_argument("video", type=Path, help="a video file")
             command.add_argument(

@@ -110,9 +110,10 @@ class StudyClips:
         for name, values in predicted.metrics.items():
             point[name] = float(values.mean())
             point[f"{name}_interval"] = mean_interval(values, self.counts).tolist()
-            of_reference = values if reference is None else torch.tensor(reference["per_clip"][name], dtype=torch.float64)
-            point[f"{name}_difference"] = float((values - of_reference).mean())
-            point[f"{name}_difference_interval"] = mean_interval(values - of_reference, self.counts).tolist()
+            of_reference = values.tolist() if reference is None else reference["per_clip"][name]
+            difference = values - torch.tensor(of_reference, dtype=torch.float64)
+            point[f"{name}_difference"] = float(difference.mean())
+            point[f"{name}_difference_interval"] = mean_interval(difference, self.counts).tolist()
         point["per_clip"] = {name: values.tolist() for name, values in predicted.metrics.items()}
         point |= self._distance(predicted.features)
         point["milliseconds_per_frame"] = 1000 * predicted.seconds / (len(self.keys) * self.truth.shape[1])
