@@ -1,7 +1,7 @@
 """The clips that predictions are made and measured on."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,11 @@ class Clip:
     name: str
     key: int
     frames: Tensor
+
+    @property
+    def video(self) -> int:
+        """The number of its video in the split: clips of one video are no independent draws."""
+        return self.key & 0xFFFFFFFF
 
 
 def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
@@ -90,8 +95,57 @@ def most_moving(pixels: Iterable[np.ndarray], context: int, needed: int) -> int:
     return int(np.argmax(sums[context - 1 : context - 1 + starts] - sums[:starts]))
 
 
+class ClipReader:
+    """The protocol's clips, read from the raw videos one by one as they are asked for: none is kept.
+
+    Attributes:
+        windows: where they lie.
+    """
+
+    def __init__(
+        self, source: VideoSource, windows: list[Window], evaluation: EvaluationConfig, session: Session
+    ) -> None:
+        self.windows = windows
+        self._source = source
+        self._evaluation = evaluation
+        self._session = session
+
+    def __len__(self) -> int:
+        """Clips at most: broken videos are left out when they are read."""
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[Clip]:
+        """Read the clips; broken videos are skipped.
+
+        Raises:
+            UserError: at the end, where no video could be decoded.
+        """
+        needed, found = self._evaluation.context + self._evaluation.horizon, 0
+        for window in self.windows:
+            clip = _read_clip(self._source, window, needed, self._session, self._evaluation)
+            if clip is not None:
+                found += 1
+                yield clip
+        if not found:
+            raise UserError(
+                f"split {self._evaluation.split} of {self._source.dataset.name}: none of {len(self.windows)} videos "
+                "can be decoded"
+            )
+
+    def batches(self, size: int) -> Iterator[list[Clip]]:
+        """As many at once, the last time fewer; errors as of the iterator."""
+        clips = iter(self)
+        while batch := list(itertools.islice(clips, size)):
+            yield batch
+
+
 def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]:
-    """Read the protocol's clips from the raw videos.
+    """Read the protocol's clips from the raw videos, all at once; errors as of `open_clips` and its reader."""
+    return list(open_clips(config, session, wanted))
+
+
+def open_clips(config: RiverConfig, session: Session, wanted: int) -> ClipReader:
+    """Choose the protocol's clips among the raw videos.
 
     Raises:
         UserError: no video is long enough; says which lengths there are.
@@ -117,16 +171,7 @@ def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]
     if short:
         say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip and left out: "
             f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}")  # fmt: skip
-    clips = []
-    for window in windows:
-        clip = _read_clip(source, window, needed, session, evaluation)
-        if clip is not None:
-            clips.append(clip)
-    if not clips:
-        raise UserError(
-            f"split {evaluation.split} of {config.dataset.name}: none of {len(windows)} videos can be decoded"
-        )
-    return clips
+    return ClipReader(source, windows, evaluation, session)
 
 
 def _read_clip(

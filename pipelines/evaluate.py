@@ -1,32 +1,49 @@
-"""`evaluate`: PSNR and SSIM of the prediction beside two baselines, with the protocol they were measured under."""
+"""`evaluate`: PSNR, SSIM, LPIPS and FVD of the prediction beside two baselines, with the protocol of all that."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import repeat
 from torch import Tensor
 
-from pipelines.clips import Clip, load_clips
+from pipelines.bootstrap import draw_counts
+from pipelines.clips import Clip, ClipReader, open_clips
 from pipelines.config import RiverConfig
-from pipelines.metrics import psnr, ssim
+from pipelines.evaluate_fvd import ShownFrames, VideoDistances
+from pipelines.evaluate_protocol import describe_protocol
+from pipelines.evaluate_summary import SUBJECTS, summarise
+from pipelines.evaluate_table import format_table
+from pipelines.metrics import PSNR, SSIM, Metric, lpips_metric, measure_frames
+from pipelines.perceptual_weights import load_lpips
 from pipelines.predictor import VideoPredictor
-from pipelines.runtime.progress import say
+from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
-from pipelines.sample import decode_clips, describe_sampling, flatten, load_predictor, predict_clips
-from pipelines.train_flow import find_flow, train_flow
-from pipelines.train_refiner import find_refiner, train_refiner
-from stage2_flow.rollout import SamplingPlan
+from pipelines.sample import load_predictor
+from pipelines.train_flow import train_flow
+from pipelines.train_refiner import train_refiner
+from pipelines.video_network import VideoNetwork, find_video_network
+from stage1_autoencoder.lpips import SMALLEST_SIDE
 
-METRICS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {"psnr": (psnr, "dB"), "ssim": (ssim, "")}
-SUBJECTS = ("prediction", "copy_last", "reconstruction")
-TITLES = {
-    "prediction": "prediction",
-    "copy_last": "copying the last frame",
-    "reconstruction": "autoencoder's reconstruction (upper bound)",
-}
+NETWORK_SETTING = "evaluation.video_network"
+
+
+@dataclass(frozen=True, eq=False)
+class Judges:
+    """What is measured with.
+
+    Attributes:
+        metrics: of frames.
+        distances: the Fréchet video distance's features; None: not measured.
+        missing: metric -> why it is not measured.
+    """
+
+    metrics: list[Metric]
+    distances: VideoDistances | None
+    missing: dict[str, str]
 
 
 def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dict[str, Any]:
@@ -37,16 +54,21 @@ def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dic
 
     Returns:
         What was written: `{"protocol": {...}, "metrics": {"psnr": {"prediction": .., "per_frame": {..}}, ...}}`.
+    Raises:
+        UserError: no clips; a file of weights that is configured and missing, or not what it must be.
     """
+    # Asked for first: training may take days.
+    network = find_video_network(config.evaluation.video_network, NETWORK_SETTING, download=session.download)
     train_flow(config, session.for_prerequisites())
     if refine:
         train_refiner(config, session.for_prerequisites())
     predictor = load_predictor(config, session)
-    clips = load_clips(config, session, config.evaluation.videos)
-    result = {
-        "protocol": describe_protocol(config, predictor, clips, refine),
-        "metrics": measure(config, predictor, clips, refine),
-    }
+    clips = open_clips(config, session, config.evaluation.videos)
+    judges = load_judges(config, session, network)
+    metrics, videos = measure(config, predictor, clips, judges, refine)
+    video_network = judges.distances.network if judges.distances is not None and "fvd" in metrics else None
+    protocol = describe_protocol(config, predictor, videos, judges.missing, refine=refine, network=video_network)
+    result = {"protocol": protocol, "metrics": metrics}
     path = config.run_path / "evaluation.json"
     path.write_text(json.dumps(result, indent=1), encoding="utf-8")
     say("")
@@ -55,93 +77,138 @@ def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dic
     return result
 
 
-def measure(config: RiverConfig, predictor: VideoPredictor, clips: list[Clip], refine: bool = False) -> dict[str, Any]:
-    """All metrics of all subjects, averaged over clips (and samples), per predicted frame and over all of them."""
+def load_judges(config: RiverConfig, session: Session, network: Path | None) -> Judges:
+    """Load the networks that are there.
+
+    Args:
+        network: the file of the video network, if there is one.
+    """
+    missing, metrics = {}, [PSNR, SSIM]
+    if config.dataset.image_size < SMALLEST_SIDE:
+        missing["lpips"] = f"LPIPS needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
+    else:
+        lpips = load_lpips(config.autoencoder.training.vgg_weights, session.device, download=session.download)
+        if lpips is None:
+            missing["lpips"] = (
+                "no weights of VGG16: set autoencoder.training.vgg_weights, or fetch them with --download"
+            )
+        else:
+            metrics.append(lpips_metric(lpips))
+    shown, distances = ShownFrames.choose(config.evaluation), None
+    if isinstance(shown, str):
+        missing["fvd"] = shown
+    elif network is None:
+        missing["fvd"] = f"no I3D network: set {NETWORK_SETTING} to its file, or fetch it with --download"
+    else:
+        spoilt = "distances are not comparable with others'"
+        distances = VideoDistances(VideoNetwork(network, session.device, NETWORK_SETTING, spoilt), shown)
+    return Judges(metrics, distances, missing)
+
+
+def measure(
+    config: RiverConfig, predictor: VideoPredictor, clips: ClipReader, judges: Judges, refine: bool = False
+) -> tuple[dict[str, Any], list[int]]:
+    """All metrics of all subjects; clips are read, predicted and forgotten a batch at a time.
+
+    What cannot be measured on these clips is added to `judges.missing`.
+
+    Returns:
+        The metrics, and the video of each clip.
+    """
+    evaluation, videos = config.evaluation, []
+    values: dict[str, dict[str, list[Tensor]]] = {metric.name: defaultdict(list) for metric in judges.metrics}
+    with progress(total=len(clips) * evaluation.samples, description="evaluate", unit="prediction") as bar:
+        for batch in clips.batches(evaluation.batch_size):
+            videos += [clip.video for clip in batch]
+            for name, subjects in _measure_batch(config, predictor, batch, judges, refine, bar.update).items():
+                for subject, numbers in subjects.items():
+                    values[name][subject].append(numbers)
+    counts = None
+    if not evaluation.resamples:
+        judges.missing["interval"] = "evaluation.resamples is 0"
+    elif len(set(videos)) < 2:
+        judges.missing["interval"] = "clips of two videos or more are needed to resample, and there is one video"
+    else:
+        counts = draw_counts(videos, evaluation.resamples, evaluation.seed)
+    metrics = {
+        metric.name: summarise(metric, {name: torch.cat(parts) for name, parts in values[metric.name].items()}, counts)
+        for metric in judges.metrics
+    }
+    if judges.distances is not None:
+        try:
+            metrics["fvd"] = judges.distances.results(counts, evaluation.samples)
+        except ValueError as error:
+            judges.missing["fvd"] = str(error)
+    return metrics, videos
+
+
+def _measure_batch(
+    config: RiverConfig,
+    predictor: VideoPredictor,
+    batch: list[Clip],
+    judges: Judges,
+    refine: bool,
+    on_predictions: Callable[[int], object],
+) -> dict[str, dict[str, Tensor]]:
+    """By metric and subject [clips, samples, horizon]; features go to `judges.distances`."""
     context, horizon = config.evaluation.context, config.evaluation.horizon
-    sums = {(metric, subject): torch.zeros(horizon, dtype=torch.float64) for metric in METRICS for subject in SUBJECTS}
+    frames = torch.stack([clip.frames for clip in batch]).to(predictor.device)
+    given, truth = frames[:, :context], frames[:, context:]
+    latents = predictor.encode_videos(frames)
+    autoencoded = predictor.decode_videos(latents)
+    values: dict[str, dict[str, list[Tensor]]] = {
+        metric.name: {subject: [] for subject in SUBJECTS} for metric in judges.metrics
+    }
 
-    def add(subject: str, videos: Tensor, truth: Tensor, weight: float) -> None:
-        for metric, (function, _) in METRICS.items():
-            values = function(flatten(videos).cpu(), flatten(truth)).view(len(truth), horizon).double()
-            sums[metric, subject] += weight * values.sum(0)
+    def measure_subject(subject: str, videos: Tensor) -> None:
+        for metric in judges.metrics:
+            values[metric.name][subject].append(measure_frames(metric, videos, truth))
 
-    size = config.evaluation.batch_size
-    for first in range(0, len(clips), size):
-        batch = clips[first : first + size]
-        frames = torch.stack([clip.frames for clip in batch])
-        truth = frames[:, context:]
-        add("copy_last", repeat(frames[:, context - 1], "b c h w -> b n c h w", n=horizon), truth, 1.0)
-        add("reconstruction", predictor.decode_videos(predictor.encode_videos(truth)), truth, 1.0)
+    copies = given[:, -1:].expand(-1, horizon, -1, -1, -1)
+    measure_subject("copy_last", copies)
+    measure_subject("reconstruction", autoencoded[:, context:])
+    distances = judges.distances
+    if distances is not None:
+        distances.add("real", given, truth)
+        distances.add("autoencoded", autoencoded[:, :context], autoencoded[:, context:])
+        distances.add("copy_last", given, copies)
+        last = autoencoded[:, context - 1 : context].expand(-1, horizon, -1, -1, -1)
+        distances.add("copy_last_autoencoded", autoencoded[:, :context], last)
     for number in range(config.evaluation.samples):
-        latents = predict_clips(predictor, clips, context, horizon, size, number)
-        for first in range(0, len(clips), size):
-            batch = clips[first : first + size]
-            truth = torch.stack([clip.frames[context:] for clip in batch])
-            predicted = decode_clips(predictor, batch, latents[first : first + size], context, refine)
-            add("prediction", predicted[:, context:], truth, 1.0 / config.evaluation.samples)
-
-    metrics: dict[str, Any] = {}
-    for metric in METRICS:
-        per_frame = {subject: (sums[metric, subject] / len(clips)).tolist() for subject in SUBJECTS}
-        metrics[metric] = {subject: sum(values) / horizon for subject, values in per_frame.items()}
-        metrics[metric]["per_frame"] = per_frame
-    return metrics
-
-
-def describe_protocol(
-    config: RiverConfig, predictor: VideoPredictor, clips: list[Clip], refine: bool = False
-) -> dict[str, Any]:
-    """What must be known to measure the same thing again."""
-    flow, refiner = find_flow(config.run_path), find_refiner(config.run_path) if refine else None
-    assert flow is not None
+        predicted = predict_frames(
+            predictor, latents[:, :context], given, horizon, [(c.key, number) for c in batch], refine
+        )
+        measure_subject("prediction", predicted)
+        if distances is not None:
+            distances.add(f"prediction {number}", given, predicted)
+            if distances.shown.context:
+                distances.add(f"prediction_autoencoded {number}", autoencoded[:, :context], predicted)
+        on_predictions(len(batch))
     return {
-        "dataset": config.dataset.name,
-        "split": config.evaluation.split,
-        "clips": len(clips),
-        "window": config.evaluation.window,
-        "window_seed": config.evaluation.seed,
-        "context": config.evaluation.context,
-        "horizon": config.evaluation.horizon,
-        "samples": config.evaluation.samples,
-        "aggregation": "mean over clips, samples and predicted frames",
-        "pixels": "clamped to [-1, 1], compared as floats with data range 2",
-        "image_size": config.dataset.image_size,
-        "frame_step": config.dataset.frame_step,
-        "sampling": config.sampling.model_dump(mode="json"),
-        "nfe": SamplingPlan.from_config(config.sampling).evaluations,
-        "description": describe_sampling(predictor, refine),
-        "flow_step": flow.step,
-        "refine": refine,
-        "refiner_step": None if refiner is None else refiner.step,
-        "autoencoder_sha256": flow.state["store"]["autoencoder"],
-        "store_fingerprint": flow.state["store"]["fingerprint"],
-        "device": str(predictor.device),
+        name: {subject: torch.stack(samples, dim=1) for subject, samples in subjects.items()}
+        for name, subjects in values.items()
     }
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """The metrics as a table for people, with the protocol in the line above."""
-    protocol, metrics = result["protocol"], result["metrics"]
-    horizon = protocol["horizon"]
-    columns = sorted({0, (horizon - 1) // 2, horizon - 1})
-    lines = [
-        f"{protocol['dataset']}, {protocol['split']} split: {protocol['clips']} clips, {protocol['context']} frames "
-        f"given, {horizon} predicted, {protocol['samples']} sample(s) a clip, {protocol['description']}"
-    ]
-    for metric, (_, unit) in METRICS.items():
-        digits = 2 if unit else 3
-        heading = f"{metric.upper()}{' [' + unit + ']' if unit else ''}"
-        lines.append("")
-        lines.append(f"  {heading:<44}{'mean':>8}" + "".join(f"{'+' + str(c + 1):>8}" for c in columns))
-        for subject in SUBJECTS:
-            values = [metrics[metric][subject], *(metrics[metric]["per_frame"][subject][c] for c in columns)]
-            lines.append(f"  {TITLES[subject]:<44}" + "".join(f"{value:>8.{digits}f}" for value in values))
-    gain = metrics["psnr"]["prediction"] - metrics["psnr"]["copy_last"]
-    lines += [
-        "",
-        f"  The prediction is {abs(gain):.2f} dB {'better' if gain >= 0 else 'WORSE'} than copying the last frame.",
-    ]
-    return "\n".join(lines)
+def predict_frames(
+    predictor: VideoPredictor, latents: Tensor, given: Tensor, horizon: int, keys: list[tuple[int, int]], refine: bool
+) -> Tensor:
+    """Predict clips, and decode what was predicted alone.
+
+    Args:
+        latents: [b, context, c, h, w] raw ones of `given`.
+        given: [b, context, 3, h, w] in [-1, 1], of which refining needs the last.
+        keys: (video, sample) of each clip, which decide its random draws.
+    Returns:
+        [b, horizon, 3, h, w] in [-1, 1].
+    Raises:
+        UserError: `refine` without a refiner.
+    """
+    context = latents.shape[1]
+    predicted = predictor.generate_latents(latents, horizon, keys=keys)
+    if refine:
+        return predictor.decode_refined(predicted[:, context - 1 :], given[:, -1:])[:, 1:]
+    return predictor.decode_videos(predicted[:, context:])
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

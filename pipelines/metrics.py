@@ -1,8 +1,17 @@
-"""Image metrics, one number a frame."""
+"""Image metrics, one number a frame, and what to make of them over clips and samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from pipelines.field_rollouts import computing_in
+
+# Pixels that are measured at once: LPIPS keeps some kB of each.
+PIXELS_AT_ONCE = 2**18
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -28,3 +37,57 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """
     values = structural_similarity_index_measure(images.clamp(-1, 1), truth, data_range=2.0, reduction="none")
     return torch.atleast_1d(torch.as_tensor(values))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that tells how far an image is from its truth.
+
+    Attributes:
+        name: its key in results.
+        function: (images, truth), both [n, 3, h, w] in [-1, 1] -> [n].
+        higher_is_better: of two images, the one with the higher number is closer.
+        unit: of the number.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    higher_is_better: bool
+    unit: str = ""
+
+
+PSNR, SSIM = Metric("psnr", psnr, True, "dB"), Metric("ssim", ssim, True)
+
+
+def lpips_metric(network: Callable[[Tensor, Tensor], Tensor]) -> Metric:
+    """LPIPS by a loaded network; images are clamped to [-1, 1] as for the others."""
+    return Metric("lpips", lambda images, truth: network(images.clamp(-1, 1), truth), False)
+
+
+def measure_frames(metric: Metric, videos: Tensor, truth: Tensor) -> Tensor:
+    """A metric of every frame, in float32 on the device where the videos are.
+
+    Args:
+        videos, truth: [b, n, 3, h, w] in [-1, 1].
+    Returns:
+        [b, n] float32, on the CPU.
+    """
+    images, targets = (rearrange(frames, "b n c h w -> (b n) c h w").float() for frames in (videos, truth))
+    size = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
+    # SSIM takes differences of nearly equal sums, for which TF32 is too coarse.
+    with computing_in("fp32", images.device), torch.inference_mode():
+        parts = [metric.function(*pair) for pair in zip(images.split(size), targets.split(size), strict=True)]
+    return torch.cat(parts).view(videos.shape[:2]).cpu()
+
+
+def choose_best(values: Tensor, higher_is_better: bool) -> Tensor:
+    """Best-of-K as SVG and SRVP report it: of each clip the sample whose mean over the horizon is best.
+
+    Args:
+        values: [clips, samples, horizon] of one metric, by which the sample is chosen.
+    Returns:
+        [clips, horizon], of the chosen samples.
+    """
+    means = values.double().mean(2)
+    chosen = means.argmax(1) if higher_is_better else means.argmin(1)
+    return values[torch.arange(len(values)), chosen]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines import clips as clips_module
-from pipelines.clips import Window, choose_windows, load_clips, most_moving
+from pipelines.clips import Window, choose_windows, load_clips, most_moving, open_clips
 from pipelines.config import parse_config
 from pipelines.errors import UserError
 from pipelines.evaluation_config import EvaluationConfig
@@ -165,3 +165,30 @@ def test_moving_clips_are_read_from_where_they_start(tmp_path, session, monkeypa
         "test_00003@3",
     ]  # the second given frame is the first bright one
     assert [clip.key >> 32 for clip in clips] == [2, 3]
+
+
+def test_clips_are_read_when_they_are_asked_for(tmp_path, session, monkeypatch):
+    read, seen = ShapesSource.read, []
+
+    def noted(self, index, positions=None):
+        seen.append(index)
+        return read(self, index, positions)
+
+    monkeypatch.setattr(ShapesSource, "read", noted)
+    reader = open_clips(config(tmp_path), session, 4)
+    assert (len(reader), seen) == (4, [])
+    sizes = []
+    for batch in reader.batches(3):
+        sizes.append(len(batch))
+        assert len(seen) == sum(sizes)
+    assert sizes == [3, 1]
+    whole = load_clips(config(tmp_path), session, 4)
+    again = [clip for batch in reader.batches(3) for clip in batch]
+    assert [(clip.name, clip.key) for clip in again] == [(clip.name, clip.key) for clip in whole]
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(again, whole, strict=True))
+
+
+def test_clips_of_one_video_know_that_they_are(tmp_path, session):
+    clips = load_clips(config(tmp_path, window="random"), session, 10)
+    assert [clip.video for clip in clips] == [int(clip.name[5:10]) for clip in clips]
+    assert len({clip.video for clip in clips}) == 4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import latent_cache
-import pipelines.perceptual_videos as perceptual_module
+import pipelines.video_network as network_module
 from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.metrics import psnr
@@ -462,7 +462,7 @@ def test_the_perceptual_distance_is_between_features_of_clips(scripted, capsys):
     perceptual = PerceptualVideos(path, CPU)
     warning = capsys.readouterr().err
     assert perceptual.sha256 in warning
-    assert perceptual_module.I3D_SHA256 in warning
+    assert network_module.I3D_SHA256 in warning
     videos, truth = torch.rand(2, 2, 6, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     videos.requires_grad_(True)
     distance = perceptual.distance(videos, truth)
@@ -477,7 +477,7 @@ def test_the_perceptual_distance_is_between_features_of_clips(scripted, capsys):
 
 def test_the_usual_network_is_no_reason_to_warn(scripted, capsys, monkeypatch):
     path = scripted(VideoNetwork())
-    monkeypatch.setattr(perceptual_module, "I3D_SHA256", PerceptualVideos(path, CPU).sha256)
+    monkeypatch.setattr(network_module, "I3D_SHA256", PerceptualVideos(path, CPU).sha256)
     capsys.readouterr()
     PerceptualVideos(path, CPU)
     assert capsys.readouterr().err == ""

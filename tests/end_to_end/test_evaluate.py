@@ -1,0 +1,211 @@
+"""`evaluate` as users meet it: all metrics with a small video network and a VGG16 of noise, and what may be missing."""
+
+import hashlib
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipelines.clips import load_clips
+from pipelines.config import load_config
+from pipelines.evaluate import predict_frames
+from pipelines.frechet import fit_gaussian, frechet_distance
+from pipelines.metrics import psnr, ssim
+from pipelines.perceptual_weights import load_lpips
+from pipelines.predictor import VideoPredictor
+from pipelines.runtime.session import Session
+from pipelines.train_autoencoder import weights_digest
+from stage1_autoencoder.rcan import RCAN
+from stage1_autoencoder.refiner_config import RefinerModelConfig
+
+CPU = torch.device("cpu")
+LONG = ("evaluation.horizon=10",)  # 2 + 10 frames, enough for the I3D
+
+
+class Means(nn.Module):
+    """Stands for the I3D: means of each half of the clip, three channels each."""
+
+    def forward(
+        self, video: Tensor, rescale: bool = True, resize: bool = False, return_features: bool = False
+    ) -> Tensor:
+        assert not rescale
+        assert resize
+        assert return_features
+        return video.unflatten(2, [2, -1]).mean((3, 4, 5)).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads_of_the_user(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of both networks."""
+    folder = tmp_path_factory.mktemp("weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Means()).save(folder / "video.pt")
+    generator, state, channels = torch.Generator().manual_seed(0), {}, 3
+    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    for place, width in zip(places, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True):
+        state[f"features.{place}.bias"] = torch.zeros(width)
+        deviation = (2 / (9 * channels)) ** 0.5
+        state[f"features.{place}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) * deviation
+        channels = width
+    torch.save(state, folder / "vgg16.pth")
+    return {"video": folder / "video.pt", "vgg": folder / "vgg16.pth"}
+
+
+@pytest.fixture
+def everything(weights: dict[str, Path]) -> tuple[str, ...]:
+    """Settings with which all is measured."""
+    return (*LONG, f"evaluation.video_network={weights['video']}",
+            f"autoencoder.training.vgg_weights={weights['vgg']}")  # fmt: skip
+
+
+def result_of(place) -> dict[str, Any]:
+    return json.loads((place.runs / "evaluation.json").read_text())
+
+
+def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, weights) -> None:
+    outcome = copied.run("evaluate", sets=[*everything, "evaluation.samples=2", "evaluation.batch_size=3"]).ok()
+    result = result_of(copied)
+    protocol, metrics = result["protocol"], result["metrics"]
+    assert protocol["missing"] == {}
+    assert metrics.keys() == {"psnr", "ssim", "lpips", "fvd"}
+
+    config = load_config(copied.folder / "tiny.yaml", LONG)
+    predictor = VideoPredictor.from_run(copied.runs, "cpu")
+    clips = load_clips(config, Session(CPU), 4)
+    frames = torch.stack([clip.frames for clip in clips])
+    given, truth = frames[:, :2], frames[:, 2:]
+    autoencoded = predictor.decode_videos(predictor.encode_videos(frames))
+    samples = [
+        predictor.generate_frames(given, 10, keys=[(clip.key, number) for clip in clips])[:, 2:] for number in (0, 1)
+    ]
+    copies = given[:, 1:].expand_as(truth)
+    lpips = load_lpips(weights["vgg"], CPU, download=False)
+    functions = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    for name, function in functions.items():
+        values = [function(x.flatten(0, 1), truth.flatten(0, 1)).view(4, 10).double() for x in samples]
+        found, tolerance = metrics[name], {"rel": 1e-4, "abs": 1e-5}
+        assert found["prediction"] == pytest.approx(torch.stack(values).mean().item(), **tolerance)
+        assert found["per_frame"]["prediction"] == pytest.approx(torch.stack(values).mean((0, 1)).tolist(), **tolerance)
+        of_clips = torch.stack([x.mean(1) for x in values])
+        best = of_clips.amin(0) if name == "lpips" else of_clips.amax(0)
+        assert found["best_of"]["value"] == pytest.approx(best.mean().item(), **tolerance)
+        copied_values = function(copies.flatten(0, 1), truth.flatten(0, 1))
+        assert found["copy_last"] == pytest.approx(copied_values.mean().item(), **tolerance)
+        again = function(autoencoded[:, 2:].flatten(0, 1), truth.flatten(0, 1))
+        assert found["reconstruction"] == pytest.approx(again.mean().item(), **tolerance)
+
+    def distance(first: Tensor, second: Tensor) -> float:
+        halves = (x.unflatten(1, (2, 6)).mean((2, 4, 5)) for x in (first, second))
+        # The network has the channels before the halves.
+        return frechet_distance(*(fit_gaussian(x.transpose(1, 2).flatten(1)) for x in halves))
+
+    fvd, near = metrics["fvd"], {"rel": 1e-3, "abs": 1e-7}
+    assert fvd["copy_last"] == pytest.approx(distance(torch.cat([given, copies], 1), frames), **near)
+    assert fvd["reconstruction"] == pytest.approx(distance(autoencoded, frames), **near)
+    both = [distance(torch.cat([given, x], 1), frames) for x in samples]
+    assert fvd["prediction"] == pytest.approx(np.mean(both), **near)
+    both = [distance(torch.cat([autoencoded[:, :2], x], 1), autoencoded) for x in samples]
+    assert fvd["autoencoded"]["prediction"] == pytest.approx(np.mean(both), **near)
+    last = autoencoded[:, 1:2].expand_as(truth)
+    expected = distance(torch.cat([autoencoded[:, :2], last], 1), autoencoded)
+    assert fvd["autoencoded"]["copy_last"] == pytest.approx(expected, **near)
+
+    assert "FVD, lower is better" in outcome.out
+    assert "LPIPS, lower is better" in outcome.out
+    assert "prediction, best of 2" in outcome.out
+    assert max(len(line) for line in outcome.out.splitlines() if str(copied.folder) not in line) <= 120
+    assert "has sha256" in outcome.err  # of the stand-in: not the usual network
+    assert "measured on 4 clips, and the network has 6 features" in outcome.err
+
+
+@torch.inference_mode()
+def test_refined_frames_are_those_of_the_predictor(trained) -> None:
+    torch.manual_seed(0)
+    refiner = RCAN(RefinerModelConfig(groups=1, blocks=1, features=4, reduction=2)).eval()
+    predictor = replace(VideoPredictor.from_run(trained.runs, "cpu"), refiner=refiner)
+    given, keys = torch.rand(2, 3, 3, 32, 32) * 2 - 1, [(5, 0), (9, 1)]
+    for refine in (False, True):
+        ours = predict_frames(predictor, predictor.encode_videos(given), given, 4, keys, refine)
+        whole = predictor.generate_frames(given, 4, keys=keys, refine=refine)
+        torch.testing.assert_close(ours, whole[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_protocol_tells_weights_and_settings(copied, everything, weights) -> None:
+    copied.run("evaluate", sets=[*everything, "evaluation.window=random", "evaluation.fvd_context=false"]).ok()
+    protocol = result_of(copied)["protocol"]
+    predictor = VideoPredictor.from_run(copied.runs, "cpu")
+    assert protocol["flow_sha256"] == weights_digest(predictor.vector_field)
+    assert protocol["autoencoder_sha256"] == weights_digest(predictor.autoencoder)
+    assert protocol["vgg_sha256"] == hashlib.sha256(weights["vgg"].read_bytes()).hexdigest()
+    assert protocol["fvd"]["network_sha256"] == hashlib.sha256(weights["video"].read_bytes()).hexdigest()
+    assert protocol["fvd"]["context"] is False
+    assert protocol["fvd"]["frames"] == 10
+    assert (protocol["clips"], protocol["videos"], protocol["window"], protocol["window_seed"]) == (4, 4, "random", 0)
+    assert (protocol["nfe"], protocol["seed"]) == (2, 0)
+    assert protocol["resize"]["filter"] == "area"
+    assert protocol["resize"]["size"] == 32
+
+
+def test_the_same_numbers_come_again_whatever_the_batch(copied, everything) -> None:
+    copied.run("evaluate", sets=everything).ok()
+    first = (copied.runs / "evaluation.json").read_bytes()
+    copied.run("evaluate", sets=everything).ok()
+    assert (copied.runs / "evaluation.json").read_bytes() == first
+    copied.run("evaluate", sets=[*everything, "evaluation.batch_size=1"]).ok()
+    for metric, values in json.loads(first)["metrics"].items():
+        again = result_of(copied)["metrics"][metric]
+        assert again["prediction"] == pytest.approx(values["prediction"], rel=1e-3, abs=1e-6)
+
+
+def test_what_is_not_here_is_said_and_the_rest_is_measured(copied) -> None:
+    outcome = copied.run("evaluate", sets=LONG).ok()
+    result = result_of(copied)
+    assert result["metrics"].keys() == {"psnr", "ssim"}
+    assert result["protocol"]["missing"].keys() == {"lpips", "fvd"}
+    lines = [line for line in outcome.out.splitlines() if "was not measured" in line]
+    assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False]
+    assert ["evaluation.video_network" in line for line in lines] == [False, True]
+    assert all("--download" in line for line in lines)
+    assert outcome.err == ""
+
+
+def test_clips_too_short_for_the_i3d_and_one_video_alone(copied, everything) -> None:
+    copied.run("evaluate", sets=[*everything, "evaluation.horizon=6"]).ok()
+    assert "needs 10 frames or more, and the clips have 8" in result_of(copied)["protocol"]["missing"]["fvd"]
+    outcome = copied.run("evaluate", sets=[*everything, "evaluation.videos=1"]).ok()
+    missing = result_of(copied)["protocol"]["missing"]
+    assert missing.keys() == {"interval", "fvd"}
+    assert "two clips or more" in missing["fvd"]
+    assert "interval was not measured" in outcome.out
+    copied.run("evaluate", sets=["evaluation.resamples=0"]).ok()
+    assert "interval" not in result_of(copied)["metrics"]["psnr"]
+
+
+def test_files_that_are_named_must_be_right(copied, tmp_path: Path) -> None:
+    copied.run("evaluate", sets=[*LONG, "evaluation.video_network=gone.pt"]).refused(
+        2, "evaluation.video_network: gone.pt: no such file", "set it to null"
+    )
+    (tmp_path / "page.pt").write_text("<html>")
+    copied.run("evaluate", sets=[*LONG, f"evaluation.video_network={tmp_path / 'page.pt'}"]).refused(
+        2, "page.pt is no TorchScript file", "i3d_torchscript.pt"
+    )
+    copied.run("evaluate", sets=[*LONG, "autoencoder.training.vgg_weights=gone.pth"]).refused(
+        2, "autoencoder.training.vgg_weights: gone.pth: no such file"
+    )
+    copied.run("evaluate", sets=["evaluation.samples=0"]).refused(2, "evaluation.samples: 0 is not allowed")
+    before = (copied.runs / "evaluation.json").read_bytes()
+    copied.run("evaluate", sets=["evaluation.context=30"]).refused(2, "no video has the 30 + 6 frames")
+    assert (copied.runs / "evaluation.json").read_bytes() == before
