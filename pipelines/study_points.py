@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -23,6 +24,8 @@ from stage2_flow.plan import SamplingPlan
 RESAMPLES = 2000
 # Of the Fréchet distance, whose every resample takes a singular value decomposition.
 DISTANCE_RESAMPLES = 200
+# Standard deviations that 95 % of a normal distribution lie within.
+HALF_WIDTH = 1.959964
 # Side of the maps that latents are averaged to before their statistics are taken.
 POOLED_SIDE = 2
 
@@ -115,18 +118,32 @@ class StudyClips:
             point[f"{name}_difference"] = float(difference.mean())
             point[f"{name}_difference_interval"] = mean_interval(difference, self.counts).tolist()
         point["per_clip"] = {name: values.tolist() for name, values in predicted.metrics.items()}
-        point |= self._distance(predicted.features)
+        point |= self._distance(predicted.features, reference)
         point["milliseconds_per_frame"] = 1000 * predicted.seconds / (len(self.keys) * self.truth.shape[1])
         return point
 
-    def _distance(self, features: Tensor) -> dict[str, Any]:
-        """The Fréchet distance of predicted from real latents' features, over all frames of all clips."""
+    def _distance(self, features: Tensor, reference: dict[str, Any] | None) -> dict[str, Any]:
+        """The Fréchet distance of predicted from real latents' features, over all frames of all clips.
+
+        Its difference to the reference's has an interval of its own: both change alike with the clips that are drawn.
+        """
         frames = features.shape[1]
         ours, real = (rearrange(values, "b n d -> (b n) d") for values in (features, self.features))
         distance = frechet_distance(fit_gaussian(ours), fit_gaussian(real))
         counts = self.counts[:DISTANCE_RESAMPLES].repeat_interleave(frames, dim=1)
         resampled = [frechet_distance(fit_gaussian(ours, count), fit_gaussian(real, count)) for count in counts]
-        return {"frechet": distance, "frechet_interval": normal_interval(distance, resampled)}
+        difference, scatter = 0.0, np.zeros(len(resampled))
+        if reference is not None:
+            difference = distance - reference["frechet"]
+            scatter = np.asarray(resampled) - np.asarray(reference["frechet_resampled"])
+        half = HALF_WIDTH * float(scatter.std(ddof=1))
+        return {
+            "frechet": distance,
+            "frechet_interval": normal_interval(distance, resampled),
+            "frechet_difference": difference,
+            "frechet_difference_interval": [difference - half, difference + half],
+            "frechet_resampled": resampled,
+        }
 
 
 def latent_features(latents: Tensor, context: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,7 +155,9 @@ def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch, capsys):
     expected = fresh.generate_latents(context, 2)
     monkeypatch.setattr(Rollout, "run", run)
     torch.testing.assert_close(fresh.generate_latents(context, 2), expected, atol=1e-5, rtol=1e-5)
-    assert "32 clips at once don't fit" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "32 clips at once don't fit into memory; going on with 16" in said
+    assert said.count("don't fit") == 4  # 32, 16, 8, 4
     with pytest.raises(UserError, match=r"out of memory with sampling\.batch_size 4: lower it"):
         fresh.generate_latents(context, 2, sampling={"batch_size": 4})
 
@@ -188,11 +191,39 @@ def test_bf16_matrices_are_those_of_autocast(tiny):
 
 @pytest.mark.parametrize(
     ("options", "device", "expected"),
-    [({}, "cpu", "fp32"), ({"preset": "official"}, "cuda", "fp32"), ({"precision": "tf32"}, "cuda", "tf32"),
+    [({}, "cpu", "fp32"), ({}, "cuda", "bf16"), ({"preset": "official"}, "cuda", "fp32"),
+     ({"precision": "tf32"}, "cuda", "tf32"),
      ({"preset": "official", "precision": "bf16"}, "cpu", "bf16")],
 )  # fmt: skip
-def test_sampling_precision(options, device, expected):
+def test_sampling_precision(monkeypatch, options, device, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert sampling_precision(SamplingConfig(**options), torch.device(device)) == expected
+
+
+def test_frames_are_counted_over_all_batches(tiny, monkeypatch):
+    counted = []
+    monkeypatch.setattr(
+        "pipelines.predictor.progress", lambda **how: SimpleNamespace(update=counted.append, close=lambda: None)
+    )
+    tiny.generate_latents(torch.randn(5, 2, 4, 4, 4), 3, sampling={"batch_size": 2}, verbose=True)
+    assert counted == [2, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_samples_are_refined_with_their_own_context(tiny):
+    """The refiner sees the real frame before the prediction: that of each sample's video."""
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.previous = nn.Conv2d(6, 3, 1), []
+
+        def forward(self, previous, frame):
+            self.previous.append(previous)
+            return frame
+
+    refiner, clips = Seen(), images(2, 2)
+    dataclasses.replace(tiny, refiner=refiner).generate_frames(clips, 1, samples=2, refine=True)
+    torch.testing.assert_close(refiner.previous[0], clips[[0, 0, 1, 1], -1])
 
 
 def test_options_of_conditions_reach_the_draws(tiny):

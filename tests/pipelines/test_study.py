@@ -31,7 +31,7 @@ def measured() -> StudyClips:
 
 
 def point(nfe: int, **values) -> dict:
-    usual = {"psnr_difference": 0.0, "frechet": 1.0, "frechet_interval": [0.8, 1.2], "lpips": None}
+    usual = {"psnr_difference": 0.0, "frechet": 1.0, "frechet_difference_interval": [-0.1, 0.1], "lpips": None}
     return {"nfe": nfe, **usual, **values}
 
 
@@ -70,6 +70,8 @@ def test_a_point_has_the_metrics_of_its_predictions(measured):
     assert (found["solver"], found["nfe"], found["steps"], found["warm_start"]) == ("heun", 4, 2, 0.25)
     assert found["psnr_difference"] == 0
     assert found["psnr_interval"][0] < found["psnr"] < found["psnr_interval"][1]
+    reconstructed = measured.predictor.decode_videos(measured.predictor.encode_videos(truth.float()))
+    assert found["sharpness"] == pytest.approx((mean_gradient(frames) / mean_gradient(reconstructed)).mean().item())
     assert found["frechet"] > 0
     assert found["lpips"] is None
     assert found["milliseconds_per_frame"] > 0
@@ -77,6 +79,10 @@ def test_a_point_has_the_metrics_of_its_predictions(measured):
     per_clip = [
         ours - theirs for ours, theirs in zip(other["per_clip"]["psnr"], found["per_clip"]["psnr"], strict=True)
     ]
+    assert found["frechet_difference_interval"] == [0, 0]
+    assert other["frechet_difference"] == pytest.approx(other["frechet"] - found["frechet"])
+    low, high = other["frechet_difference_interval"]
+    assert low < other["frechet_difference"] < high
     assert other["psnr_difference"] == pytest.approx(sum(per_clip) / 4, abs=1e-9)
     assert min(per_clip) - 1e-9 <= other["psnr_difference_interval"][0] <= other["psnr_difference"]
 
@@ -105,8 +111,8 @@ def test_blur_lowers_the_gradient_and_leaves_the_mean():
         ({}, 2),
         ({"psnr_difference": -0.11}, 1),
         ({"psnr_difference": -0.09}, 2),
-        ({"frechet": 1.21}, 1),
-        ({"frechet": 0.1}, 2),  # better than the reference
+        ({"frechet_difference_interval": [0.01, 0.2]}, 1),
+        ({"frechet_difference_interval": [-0.9, -0.5]}, 2),  # better than the reference
     ],
 )
 def test_the_cheapest_loses_nothing(change, chosen):
@@ -115,9 +121,8 @@ def test_the_cheapest_loses_nothing(change, chosen):
 
 
 def test_lpips_counts_where_it_is_measured():
-    measured = {"lpips": 0.10, "lpips_interval": [0.08, 0.12]}
-    points = [point(396, **measured), point(8, **measured), point(4, **measured | {"lpips": 0.13})]
-    assert cheapest(points) == 1
+    same, worse = ({"lpips": 0.10, "lpips_difference_interval": ends} for ends in ([-0.1, 0.1], [0.01, 0.1]))
+    assert cheapest([point(396, **same), point(8, **same), point(4, **worse)]) == 1
 
 
 def test_table_and_plot(measured, tmp_path):
