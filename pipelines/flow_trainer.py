@@ -46,6 +46,7 @@ class FlowTrainer(Trainer):
         validation: FlowValidation | None = None,
         samples: Path | None = None,
         state: dict[str, Any] | None = None,
+        standardization: Standardization | None = None,
         processes: Processes = ALONE,
     ) -> None:
         """Make everything anew, from the configuration's seed.
@@ -56,12 +57,15 @@ class FlowTrainer(Trainer):
             validation: of the first process.
             samples: folder for what each validation predicts.
             state: what else goes to the checkpoints' JSON.
+            standardization: of the training that is gone on with; None: as the configuration says, from the split.
         """
         self.config, self.training, self.device = config, config.flow.training, device
         self.sampler, self.validation, self.samples = sampler, validation, samples
         self.checkpoint_state, self.processes = state or {}, processes
         self.precision = resolve_precision(self.training.precision, device)
-        self.standardization = standardization_of(latents, self.training.standardize).to(device)
+        if standardization is None:
+            standardization = standardization_of(latents, self.training.standardize)
+        self.standardization = standardization.to(device)
         torch.manual_seed(config.seed)
         self.model = VectorField(config.flow.model, latents.latent_shape[0])
         if processes.count > 1 and device.type == "cuda":

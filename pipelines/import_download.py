@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.fetch import TIMEOUT_SECONDS, fetch
+from pipelines.fetch import TIMEOUT_SECONDS, FetchError, fetch
+from pipelines.official.files import foreign_content
 from pipelines.runtime.progress import say
 
 HUB = "https://huggingface.co/cvg-unibe"
@@ -34,18 +35,25 @@ def download(config: RiverConfig, repository: str, name: str) -> Path:
     """A file of the hub, in `<data>/<dataset>/official/`; one that is there already is taken.
 
     Raises:
-        FetchError: it cannot be fetched; what has arrived is gone on from by the next call.
+        FetchError: it cannot be fetched, and what has arrived is gone on from by the next call; something else than a
+            checkpoint has arrived, and is removed.
     """
     folder = config.data_root / config.dataset.name / "official"
     target = folder / name
-    if target.is_file():
+    way_out = f"get it by other means and name it with --{_option(name)} <file>"
+    if target.is_file() and foreign_content(target) is None:
         say(f"import-official: {target} is there already ({_size(target.stat().st_size)})")
         return target
     url = f"{HUB}/{repository}/resolve/main/{name}"
     folder.mkdir(parents=True, exist_ok=True)
     expected = _announced_size(url)
     say(f"import-official: fetching {url}{f' ({_size(expected)})' if expected else ''} -> {target}")
-    fetch(url, target, way_out=f"get it by other means and name it with --{_option(name)} <file>")
+    fetch(url, target, way_out=way_out)
+    other = foreign_content(target)
+    if other is not None:
+        target.unlink()  # or the next call would take it for the file
+        raise FetchError(f"{url}: what came is {other} and no checkpoint: {way_out}")
+    say(f"import-official: fetched {_size(target.stat().st_size)}")
     return target
 
 
@@ -53,8 +61,9 @@ def _released(config: RiverConfig) -> tuple[str, str]:
     name = config.dataset.name
     if name not in RELEASED:
         raise UserError(
-            f"--download: there are released weights for the data sets {', '.join(RELEASED)}, not for "
-            f"{name!r}: take one of their configurations, or name files with --model and --autoencoder"
+            f"--download: there are released weights for the data sets {', '.join(RELEASED)}, not for {name!r}: fetch "
+            f"them with one of their configurations, and name them here, such as --model "
+            f"{config.data_root}/{next(iter(RELEASED))}/official/{MODEL}"
         )
     return RELEASED[name]
 

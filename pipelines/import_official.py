@@ -11,6 +11,7 @@ from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.import_download import RELEASED, download_model
 from pipelines.import_parts import OfficialFiles, Part, read_parts
+from pipelines.official.vector_fields import OFFICIAL_HEADS
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import is_imported, only_training_of, set_aside, write_run_files
@@ -25,13 +26,19 @@ LICENCE = (
 
 
 def import_official(
-    config: RiverConfig, session: Session, files: OfficialFiles, presets: Sequence[Path] = (Path("configs"),)
+    config: RiverConfig,
+    session: Session,
+    files: OfficialFiles,
+    presets: Sequence[Path] = (Path("configs"),),
+    *,
+    heads: int = OFFICIAL_HEADS,
 ) -> list[Path]:
     """Write official weights as finished trainings into the configuration's run.
 
     Args:
         files: at least one, unless the session allows downloads.
         presets: folders of configurations: where this one does not fit the files, one that does is looked for there.
+        heads: attention heads of the vector field, the one size that the shapes don't tell.
     Returns:
         The checkpoints of the parts, whether they were imported now or before.
     Raises:
@@ -46,7 +53,7 @@ def import_official(
                 f"refiner.pth; or fetch the released ones with --download (there are some for {', '.join(RELEASED)})"
             )
         files = replace(files, model=download_model(config))
-    parts = read_parts(config, files, download=session.download, presets=presets)
+    parts = read_parts(config, files, download=session.download, presets=presets, heads=heads)
     new = [part for part in parts if not _is_there(config, part)]
     in_the_way = [part for part in new if _find(config, part) is not None]
     if in_the_way and not session.restart:
@@ -63,6 +70,8 @@ def import_official(
                 _write(config, part)
             else:
                 say(f"import-official: {part.name}: done before, {_find(config, part).path}")
+    for source, sha256 in {part.source: part.state["imported"]["sha256"] for part in parts}.items():
+        say(f"import-official: {source}: sha256 {sha256}")
     say(f"import-official: {LICENCE}")
     _say_what_is_next(config)
     return [_find(config, part).path for part in parts]
@@ -109,7 +118,10 @@ def _say_what_is_next(config: RiverConfig) -> None:
         return
     digest = weights_digest(load_trained_autoencoder(autoencoder, torch.device("cpu")))
     if flow.state["store"]["autoencoder"] == digest:
-        say("import-official: next: `predict` a video of yours, `sample`, `evaluate`; nothing has to be trained")
+        say(
+            "import-official: next: `predict` a video of yours, `sample`, `evaluate`; nothing has to be trained. To "
+            "train it further on your videos: `encode`, then `train-flow --fine-tune`"
+        )
     else:
         warn(
             f"{flow.path} knows another autoencoder's latents: import the model that belongs to this one, or "

@@ -16,7 +16,7 @@ from pipelines.import_sizes import NO_SIZES, FoundSizes, check_sizes
 from pipelines.official.autoencoders import load_autoencoder
 from pipelines.official.files import OfficialCheckpoint, fill, read_official
 from pipelines.official.refiners import load_refiner
-from pipelines.official.vector_fields import load_vector_field
+from pipelines.official.vector_fields import OFFICIAL_HEADS, check_trained_together, load_vector_field
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import is_imported
 from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder, weights_digest
@@ -38,16 +38,18 @@ class OfficialFiles:
     autoencoder: Path | None = None
     refiner: Path | None = None
 
-    def check(self) -> None:
+    def check(self, dashes: str = "--") -> None:
         """Refuse what is no file.
 
+        Args:
+            dashes: before an option's name in messages: none in Python.
         Raises:
             UserError: names the option.
         """
         for option, path in vars(self).items():
             if path is not None and not path.is_file():
                 what = "is a folder: name the file in it" if path.is_dir() else "no such file"
-                raise UserError(f"--{option} {path}: {what}")
+                raise UserError(f"{dashes}{option} {path}: {what}")
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,33 @@ class _Found:
     content: OfficialCheckpoint | None
 
 
-def read_parts(config: RiverConfig, files: OfficialFiles, *, download: bool, presets: Sequence[Path]) -> list[Part]:
+def read_parts(
+    config: RiverConfig,
+    files: OfficialFiles,
+    *,
+    download: bool,
+    presets: Sequence[Path],
+    heads: int = OFFICIAL_HEADS,
+) -> list[Part]:
     """The networks that the files hold.
 
     Args:
         download: fetch the autoencoder where the model holds none.
         presets: folders of configurations, looked through where this one does not fit.
+        heads: attention heads of the vector field, which the shapes don't tell.
     Raises:
         OfficialFormatError: a file that is not what the official code writes.
         UserError: files that don't belong together, or don't fit the configuration.
     """
     model = None if files.model is None else read_official(files.model)
     try:
-        field = None if model is None else load_vector_field(files.model, model)
+        field = None if model is None else load_vector_field(files.model, model, heads=heads)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{error}: name their number with --heads") from None
     refiner = None if files.refiner is None else load_refiner(files.refiner)
     autoencoder = _find_autoencoder(config, files, model, download)
-    if field is not None and field.latent_channels != autoencoder.network.config.latent_channels:
-        raise UserError(
-            f"{files.model} predicts latents of {field.latent_channels} channels, but the autoencoder of "
-            f"{autoencoder.source} makes {autoencoder.network.config.latent_channels}: they were not trained together; "
-            "name the autoencoder that came with the model"
-        )
+    if field is not None:
+        check_trained_together(field, files.model, autoencoder.network, autoencoder.source)
     paths = {"autoencoder": autoencoder.source, "flow": files.model, "refiner": files.refiner}
     found = FoundSizes(
         files={name: path.name for name, path in paths.items() if path is not None},

@@ -17,6 +17,9 @@ from torch import Tensor
 from pipelines.config import parse_config
 from pipelines.errors import UserError
 from pipelines.field_rollouts import FieldRollouts
+from pipelines.import_parts import OfficialFiles
+from pipelines.official.vector_fields import OFFICIAL_HEADS
+from pipelines.official_predictor import load_official
 from pipelines.refine import refine_frames
 from pipelines.runtime.progress import progress
 from pipelines.runtime.session import resolve_device
@@ -77,9 +80,15 @@ class VideoPredictor:
         run = Path(run)
         device = resolve_device(str(device))
         flow, autoencoder_checkpoint = find_flow(run), find_autoencoder(run)
-        for what, found in (("flow", flow), ("autoencoder", autoencoder_checkpoint)):
-            if found is None:
-                raise UserError(f"{run}/{what}/checkpoints holds no checkpoint; `make train-flow` makes one")
+        if flow is None:
+            raise UserError(f"{run}/flow/checkpoints holds no checkpoint; `make train-flow` makes one")
+        if autoencoder_checkpoint is None:
+            known = flow.state["store"]["autoencoder"]
+            raise UserError(
+                f"{run}/autoencoder/checkpoints holds no checkpoint, and {flow.path} knows latents of autoencoder "
+                f"{known[:12]}...: bring that one back (`import-official` does, where it came from there), or begin "
+                "anew with `train-autoencoder`, `encode --overwrite` and `train-flow --restart`"
+            )
         try:
             values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -109,6 +118,34 @@ class VideoPredictor:
             refiner=refiner,
             no_refiner=no_refiner,
         )
+
+    @classmethod
+    def from_official(
+        cls,
+        model: str | Path,
+        autoencoder: str | Path | None = None,
+        refiner: str | Path | None = None,
+        device: str | torch.device = "auto",
+        *,
+        heads: int = OFFICIAL_HEADS,
+    ) -> "VideoPredictor":
+        """Load a released model as it is, without a configuration: all sizes are read off the shapes.
+
+        It predicts as the official code does: raw latents, preset official. Files don't tell `fps`: it is 25, and 5
+        with the custom VQ-VAE, whose model knows every fifth frame.
+
+        Args:
+            model: the main model, `model.pth`.
+            autoencoder: `vqvae.ckpt` or `vqvae.pth`, where the model holds none; one that is inside wins.
+            refiner: a refiner's `.pth`.
+            device: `auto`, `cpu`, `cuda`.
+            heads: attention heads: the one size that shapes don't tell.
+        Raises:
+            UserError: no such file; one that is not what the official code writes; a model without its autoencoder;
+                files that don't belong together; heads that don't divide the width.
+        """
+        files = OfficialFiles(Path(model), *(path and Path(path) for path in (autoencoder, refiner)))
+        return cls(**vars(load_official(files, resolve_device(str(device)), heads=heads)))
 
     def sampling_with(self, changes: Mapping[str, Any] | SamplingConfig | None) -> SamplingConfig:
         """The run's sampling options with some of them changed.

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -11,18 +11,21 @@ from latent_cache import LatentCache, Sampler, open_sampler
 from pipelines.config import RiverConfig, differences
 from pipelines.encode import ensure_store, store_is_complete
 from pipelines.errors import UserError
+from pipelines.fine_tuning import fine_tune, finish_beginning
+from pipelines.flow_state import flow_identity, flow_settings, flow_state, standardization_in
 from pipelines.flow_trainer import FlowTrainer, compiles, records_steps
 from pipelines.flow_validation import open_flow_validation
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import (
+    chosen_checkpoint,
     describe_progress,
+    is_fine_tuned,
     is_finished,
     is_imported,
     only_training_of,
     resumable_checkpoint,
-    training_identity,
     write_run_files,
 )
 from pipelines.runtime.session import Session, resolve_precision, use_precision
@@ -37,25 +40,25 @@ LESS_MEMORY = (
 )
 
 
-def flow_identity(config: RiverConfig) -> dict[str, Any]:
-    """What the trained vector field depends on besides the store, as plain data."""
-    flow = config.flow.model_dump(mode="json", exclude={"training": {"accumulate"}})
-    return training_identity({"seed": config.seed, "flow": flow})
-
-
 def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
     """Train the vector field to its last step, or recognise that this was done; makes the store first when it lacks.
+
+    With `session.fine_tune` the first weights are those of the flow that is there, see `fine_tuning`.
 
     Returns:
         The checkpoint to use: the best by validation where one was measured, else the last.
     Raises:
-        UserError: a checkpoint that contradicts the configuration or the store; settings that fit neither store nor
-            device; losses that are not finite; no memory left.
+        UserError: a checkpoint that contradicts the configuration or the store; nothing to fine-tune; settings that
+            fit neither store nor device; losses that are not finite; no memory left.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
     training, processes = config.flow.training, session.processes
     folder = config.run_path / "flow"
-    settings = {"seed": config.seed, "flow": config.flow.model_dump(mode="json")}
+    settings = flow_settings(config)
+    with processes.first_before_others():
+        finish_beginning(folder)
+    if session.fine_tune:
+        session = fine_tune(config, session)
     with processes.first_before_others():
         checkpoints, found = resumable_checkpoint(
             folder,
@@ -64,6 +67,7 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
             session=session,
             what="flow",
             settings=settings,
+            way_out="begin a fine-tuning with the weights that are there (`train-flow --fine-tune --restart`), ",
         )
     finished = found is not None and is_finished(found, training.steps)
     if found is not None and is_imported(found):  # it was trained elsewhere, on no store of ours
@@ -76,7 +80,9 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
     if finished:
         missing = "" if is_imported(found) or config.store_path.exists() else " (its store is not here)"
         say(f"flow: done, {describe_progress(found)}, {found.path}{missing}")
-        return _chosen(checkpoints)
+        if session.fine_tune:
+            say("flow: to fine-tune it once more: `train-flow --fine-tune --restart`")
+        return chosen_checkpoint(folder)
 
     sampler = _open_sampler(config, session, cache)
     with closing(sampler), ExitStack() as held, explain_out_of_memory("flow", LESS_MEMORY):
@@ -94,33 +100,31 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
             sampler,
             validation=validation,
             samples=folder / "samples",
+            standardization=None if found is None else standardization_in(found),
             processes=processes,
         )
-        trainer.checkpoint_state = {
-            "identity": flow_identity(config),
-            "settings": settings,
-            "order": sampler.order,
-        } | _what_sampling_needs(trainer, cache)
+        trainer.checkpoint_state = {"order": sampler.order, **flow_state(config, cache, trainer.standardization)}
         first_step = 0
         if found is not None:
             trainer.load(found)
             first_step = found.step
+            if is_fine_tuned(found):
+                trainer.checkpoint_state["fine_tuned_from"] = found.state["fine_tuned_from"]
             if found.state.get("settings", settings)["flow"]["training"]["steps"] != training.steps:
                 say(f"flow: the learning rate takes the course of a training of {training.steps} steps from here on")
         say(_first_line(config, session, trainer, sampler, first_step, folder))
+        if first_step == 0 and found is not None and validation is not None:
+            before = validation.measure(trainer.learner.best_model, trainer.standardization)["validation_loss"]
+            say(f"flow: {describe_progress(found)}: validation loss {before:.4f}")
         if processes.is_first:
             log = held.enter_context(closing(TrainingLog(folder, config, "flow", first_step)))
         run_training(trainer, _loop_settings(config, validation is not None), log, checkpoints, first_step, processes)
-    return _chosen(checkpoints)
+    return chosen_checkpoint(folder)
 
 
 def find_flow(run_path: Path) -> Checkpoint | None:
     """The flow's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
-    return _chosen(CheckpointFolder(run_path / "flow" / "checkpoints"))
-
-
-def _chosen(checkpoints: CheckpointFolder) -> Checkpoint | None:
-    return checkpoints.best() or checkpoints.latest()
+    return chosen_checkpoint(run_path / "flow")
 
 
 def load_trained_field(
@@ -165,21 +169,6 @@ def _open_sampler(config: RiverConfig, session: Session, cache: LatentCache) -> 
         past_horizon=training.past_horizon,
         condition_draw=training.condition_draw,
     )
-
-
-def _what_sampling_needs(trainer: FlowTrainer, cache: LatentCache) -> dict[str, Any]:
-    statistics = trainer.standardization
-    return {
-        "model": trainer.config.flow.model.model_dump(mode="json"),
-        "latent_shape": list(cache.latent_shape),
-        "standardization": {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
-        "fps": cache.metadata.fps,
-        "store": {
-            "path": str(cache.url),
-            "fingerprint": cache.fingerprint,
-            "autoencoder": cache.metadata.autoencoder["sha256"],
-        },
-    }
 
 
 def _first_line(

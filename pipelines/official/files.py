@@ -91,6 +91,9 @@ def load_pickle(path: str | Path, safe_globals: Iterable[Any] = ()) -> Any:
         OfficialFormatError: a truncated or foreign file, or pickled objects that are not allowed.
     """
     path = Path(path)
+    other = foreign_content(path)
+    if other is not None:
+        raise OfficialFormatError(f"{path} is {other} and no torch.save file: download it again")
     try:
         source = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
         with torch.serialization.safe_globals(list(safe_globals)):
@@ -110,6 +113,21 @@ def load_pickle(path: str | Path, safe_globals: Iterable[Any] = ()) -> Any:
         raise OfficialFormatError(
             f"{path} is truncated or no torch.save file ({type(error).__name__}): download it again"
         ) from error
+
+
+def foreign_content(path: Path) -> str | None:
+    """What was saved under a checkpoint's name in its place, as downloads go wrong; None: it may be a checkpoint.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head[:1] == b"<":
+        return "a web page, such as a server sends in place of a file that it keeps back,"
+    if head.startswith(b"version https://git-lfs"):
+        return "the pointer of git-lfs to a file (`git lfs pull` fetches the file)"
+    return None
 
 
 def check_state(path: str | Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

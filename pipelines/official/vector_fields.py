@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from pipelines.errors import UserError
 from pipelines.official.files import (
     OfficialCheckpoint,
     OfficialFormatError,
@@ -14,6 +15,7 @@ from pipelines.official.files import (
     require,
     unfit,
 )
+from stage1_autoencoder.autoencoder import Autoencoder
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.vector_field import VectorField
 
@@ -62,3 +64,21 @@ def load_vector_field(
         field = VectorField(config, latent_channels)
     fill(path, field, state)
     return field
+
+
+def check_trained_together(
+    field: VectorField, model: str | Path, autoencoder: Autoencoder, autoencoder_path: str | Path
+) -> None:
+    """Refuse a vector field and an autoencoder whose latents differ; equal ones need not be of one training.
+
+    Args:
+        model, autoencoder_path: where the two came from.
+    Raises:
+        UserError: other numbers of channels.
+    """
+    if field.latent_channels != autoencoder.config.latent_channels:
+        raise UserError(
+            f"{model} predicts latents of {field.latent_channels} channels, but the autoencoder of "
+            f"{autoencoder_path} makes {autoencoder.config.latent_channels}: they were not trained together; "
+            "name the autoencoder that came with the model"
+        )

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -84,15 +85,30 @@ def is_imported(checkpoint: Checkpoint) -> bool:
     return "imported" in checkpoint.state
 
 
+def is_fine_tuned(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's training began with the weights of another one."""
+    return "fine_tuned_from" in checkpoint.state
+
+
+def chosen_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint of a training's folder that is to be used: the best where one was measured, else the newest."""
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    return checkpoints.best() or checkpoints.latest()
+
+
 def is_finished(checkpoint: Checkpoint, steps: int) -> bool:
     """Whether nothing is left to train; what was imported is not trained on, however many steps are wanted."""
     return is_imported(checkpoint) or checkpoint.step >= steps
 
 
 def describe_progress(checkpoint: Checkpoint) -> str:
-    """How far a checkpoint is, for people: `3000 steps`, or where it was imported from."""
+    """How far a checkpoint is, for people: `3000 steps`, and where it was imported or fine-tuned from."""
     if is_imported(checkpoint):
         return f"imported from {checkpoint.state['imported']['file']}"
+    if is_fine_tuned(checkpoint):
+        start = checkpoint.state["fine_tuned_from"]
+        origin = start["imported"]["file"] if "imported" in start else f"step {start['step']} of the flow before"
+        return f"{checkpoint.step} steps of fine-tuning from {origin}"
     return f"{checkpoint.step} steps"
 
 
@@ -105,16 +121,25 @@ def shared_part(identity: dict[str, Any], like: dict[str, Any]) -> dict[str, Any
     }
 
 
-def set_aside(folder: Path, what: str) -> None:
+def set_aside(folder: Path, what: str, why: str = "--restart; the training before") -> Path:
     """Move a training's folder out of the way; nothing of it is lost.
 
+    Args:
+        why: begins the sentence that tells where it is kept.
+    Returns:
+        Where it is kept.
     Raises:
         UserError: another process trains there.
     """
-    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    aside = first = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = first.with_name(f"{first.name}-{number}")  # a second one in this second
     with only_training_of(folder):
         folder.rename(aside)
-    say(f"{what}: --restart; the training before is kept in {aside}")
+    say(f"{what}: {why} is kept in {aside}")
+    return aside
 
 
 def resumable_checkpoint(
@@ -125,6 +150,7 @@ def resumable_checkpoint(
     session: Session,
     what: str,
     settings: dict[str, Any] | None = None,
+    way_out: str = "",
 ) -> tuple[CheckpointFolder, Checkpoint | None]:
     """Find the checkpoint to go on from: the newest, or the one that `session.resume` names.
 
@@ -134,6 +160,7 @@ def resumable_checkpoint(
         folder: of the training, `runs/<name>/flow`.
         identity: what the training depends on, compared with the `identity` in the checkpoint.
         settings: all settings, for which the checkpoint's `settings` tell what has changed that it doesn't depend on.
+        way_out: one more way out where the configuration is another.
     Raises:
         UserError: the checkpoint was made under another configuration; the named one is missing or damaged.
     """
@@ -162,8 +189,8 @@ def resumable_checkpoint(
             f"{found.path} was {how} under another configuration:\n  "
             + "\n  ".join(changed)
             + ("\nchanged as well, which does not matter:\n  " + "\n  ".join(other) if other else "")
-            + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), or "
-            "give the run another name with --set dataset.name=..."
+            + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), "
+            f"{way_out}or give the run another name with --set dataset.name=..."
         )
     if other:
         say(f"{what}: settings changed since {found.path.name}, which is gone on with: {'; '.join(other)}")

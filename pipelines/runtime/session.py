@@ -19,6 +19,7 @@ class Session:
         overwrite: replace a store that contradicts the configuration.
         restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
         resume: what a training goes on from: `auto` (the newest whole checkpoint), or a checkpoint's step or folder.
+        fine_tune: `train-flow` starts a training from the weights of the flow that is there.
         mirror: a folder or URL that holds the data set's archives.
         scheduler: address of the dask scheduler whose workers encode; None: this process does.
         download: fetch public weights that lack; without it nothing but `data` uses the network.
@@ -32,6 +33,7 @@ class Session:
     overwrite: bool = False
     restart: bool = False
     resume: str = "auto"
+    fine_tune: bool = False
     mirror: str | None = None
     scheduler: str | None = None
     download: bool = False
@@ -41,7 +43,7 @@ class Session:
 
     def for_prerequisites(self) -> "Session":
         """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
-        return replace(self, overwrite=False, restart=False, resume="auto")
+        return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False)
 
     def skip(self, video_id: str, reason: str) -> None:
         """Note a broken video, once; with `strict` raise instead."""

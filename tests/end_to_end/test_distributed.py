@@ -19,10 +19,12 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def torchrun(place, command: str, prelude: str = "", sets: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def torchrun(
+    place, command: str, prelude: str = "", sets: tuple[str, ...] = (), arguments: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """Run a command in two processes on the CPU; `prelude` is Python that each runs before."""
     script = place.folder / "process.py"
-    words = place.arguments(command, sets=sets)
+    words = place.arguments(command, *arguments, sets=sets)
     script.write_text(
         f"import os, sys, torch\ntorch.set_num_threads(1)\n{prelude}\n"
         f"from pipelines.__main__ import main\nsys.exit(main({words!r}))\n"
@@ -185,3 +187,17 @@ def test_a_batch_that_cannot_be_shared_out(place) -> None:
     place.run("train-autoencoder", sets=["autoencoder.training.accumulate=3"]).refused(
         2, "autoencoder.training.batch_size: a batch of 4", "in 3 part(s) each", "such as 3"
     )
+
+
+@pytest.mark.slow
+def test_two_processes_begin_one_fine_tuning(trained, tmp_path: Path, story) -> None:
+    alone, together = (trained.copy(tmp_path / name, "latents", "runs") for name in ("alone", "together"))
+    alone.run("train-flow", "--fine-tune").ok()
+    done = torchrun(together, "train-flow", arguments=("--fine-tune",))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--fine-tune; the flow before is kept in") == 1
+    assert len([path for path in together.runs.iterdir() if path.name.startswith("flow.")]) == 1
+    for ours, theirs in zip(*(story.read_log(place, "flow") for place in (together, alone)), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    files = [CheckpointFolder(p.runs / "flow" / "checkpoints").latest() for p in (together, alone)]
+    assert files[0].state["fine_tuned_from"]["weights"] == files[1].state["fine_tuned_from"]["weights"]

@@ -1,7 +1,7 @@
 """`import-official`: official files become a run that counts as trained, and predicts what the official code does."""
 
 import argparse
-import gzip
+import hashlib
 import json
 import re
 import shlex
@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,7 +23,7 @@ from pipelines.fetch import FetchError
 from pipelines.import_official import import_official
 from pipelines.import_parts import OfficialFiles
 from pipelines.import_sizes import FoundSizes, check_sizes
-from pipelines.official import OfficialFormatError, load_autoencoder, load_vector_field
+from pipelines.official import load_autoencoder, load_vector_field
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.runs import only_training_of
@@ -140,31 +139,6 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
 
 def no_training(*_: Any, **__: Any) -> None:
     raise AssertionError("nothing is to be trained")
-
-
-def test_predictions_are_those_of_the_official_code(tmp_path, fixtures):
-    (tmp_path / "model.pth").write_bytes(gzip.decompress((fixtures / "main_ln_ddp.pth.gz").read_bytes()))
-    config = parse_config(
-        {
-            "paths": {"runs": str(tmp_path / "runs")},
-            "dataset": {"name": "replay", "source": "shapes", "image_size": 64},
-            "autoencoder": {"model": {"channels": 32, "codes": 256}},
-            "flow": {"model": {"width": 64, "depth": 2, "mid_depth": 1}},
-            "sampling": {"preset": "official", "steps": 10},
-        },
-        "a test",
-    )
-    import_official(config, Session(CPU), OfficialFiles(model=tmp_path / "model.pth"))
-    predictor = VideoPredictor.from_run(config.run_path, device="cpu")
-    recorded = {name: torch.from_numpy(array) for name, array in np.load(fixtures / "sample_ws0.npz").items()}
-    noise, latents = recorded["noise"], recorded["latents"]
-    context = latents.shape[1] - len(noise)
-    ours = predictor.generate_latents(
-        latents[:, :context], len(noise), noise=noise, condition_indices=recorded["conditioning_indices"]
-    )
-    assert (ours - latents).abs().max() < 1e-5
-    assert (predictor.decode_videos(ours) - recorded["frames"].clamp(-1, 1)).abs().max() < 1.3e-4
-    assert find_flow(config.run_path).state["imported"]["iterations"] == 2
 
 
 @pytest.mark.parametrize("family", ["vqvae", "vqgan"])
@@ -416,14 +390,18 @@ def test_the_configurations_of_the_released_weights_are_named(repository, preset
     assert named == fitting
 
 
-def test_heads_are_eight(given):
+def test_heads_are_eight_unless_told(given):
     values = given.config().model_dump(mode="json")
     values["flow"]["model"]["heads"] = 4
     with pytest.raises(UserError, match=r"flow.model.heads: 8 in model.pth, 4 in the configuration"):
         given.run(parse_config(values, "a test"), model=given.model())
     given.field = VectorField(VectorFieldConfig(width=36, depth=1, mid_depth=1, heads=9), 4)
-    with pytest.raises(UserError, match="width 36 must be a multiple of heads 8"):
+    with pytest.raises(UserError, match="width 36 must be a multiple of heads 8: name their number with --heads"):
         given.run(model=given.model())
+    (given.folder / "c.yaml").write_text(yaml.safe_dump(given.config().model_dump(mode="json")))
+    common = ["import-official", "--config", str(given.folder / "c.yaml"), "--device", "cpu"]
+    assert main([*common, "--model", str(given.model()), "--heads", "9"]) == 0
+    assert load_trained_field(find_flow(given.config().run_path), CPU).config.heads == 9
 
 
 def test_half_precision_files_give_a_run_that_is_whole(given):
@@ -500,7 +478,8 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked = folder, []
+        self.folder, self.asked, self.ranges = folder, [], []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/hub"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -518,10 +497,18 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self.send_error(404)
             return b""
-        self.send_response(200)
-        self.send_header("Content-Length", str(file.stat().st_size))
+        content, asked = file.read_bytes(), self.headers.get("Range")
+        if asked is None:
+            self.send_response(200)
+        else:
+            self.server.ranges.append(asked)
+            first, whole = int(asked.removeprefix("bytes=").removesuffix("-")), len(content)
+            content = content[first:]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        return file.read_bytes()
+        return content
 
     def log_message(self, *_: object) -> None:
         pass
@@ -531,7 +518,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(given: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Hub(given.folder) as running:
-        monkeypatch.setattr(import_download, "HUB", f"http://127.0.0.1:{running.server_address[1]}/hub")
+        monkeypatch.setattr(import_download, "HUB", running.url)
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
@@ -573,9 +560,45 @@ def test_what_cannot_be_fetched_is_told(given, hub):
     values["dataset"]["name"] = "mine"
     with pytest.raises(UserError, match=r"released weights for the data sets kth, .*, not for 'mine'"):
         import_official(parse_config(values, "a test"), session, OfficialFiles())
-    (given.folder / "model.pth").write_bytes(b"<html>")
-    with pytest.raises(OfficialFormatError, match=r"official/model.pth is truncated"):
+    with pytest.raises(UserError, match=r"name them here, such as --model .*data/kth/official/model.pth"):
+        import_official(parse_config(values, "a test"), session, OfficialFiles())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"<!doctype html>sign in", "a web page, such as"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs")],
+)
+def test_a_page_in_place_of_the_file_is_told_and_not_kept(given, hub, content, message):
+    session, folder = Session(CPU, download=True), given.folder / "data" / "kth" / "official"
+    page = given.folder / "model.pth"
+    page.write_bytes(content)
+    with pytest.raises(FetchError, match=rf"{hub.url}/.*model.pth: what came is .*{message}.*--model <file>"):
         import_official(given.config(), session, OfficialFiles())
+    assert list(folder.iterdir()) == []
+    # One that another program left there is fetched anew.
+    (folder / "model.pth").write_bytes(content)
+    given.model()
+    import_official(given.config(), session, OfficialFiles())
+    assert (folder / "model.pth").read_bytes() == page.read_bytes()
+
+
+def test_a_download_that_broke_off_is_gone_on_with(given, hub):
+    whole = given.model().read_bytes()
+    folder = given.folder / "data" / "kth" / "official"
+    folder.mkdir(parents=True)
+    (folder / "model.pth.part").write_bytes(whole[:1000])
+    import_official(given.config(), Session(CPU, download=True), OfficialFiles())
+    assert hub.ranges == ["bytes=1000-"]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"model.pth": whole}
+
+
+def test_the_file_is_told_by_its_sha256(given, hub, capsys):
+    digest = hashlib.sha256(given.model().read_bytes()).hexdigest()
+    import_official(given.config(), Session(CPU, download=True), OfficialFiles())
+    out = capsys.readouterr().out
+    assert re.search(r"fetched \d\.\d MB", out)
+    assert f"official/model.pth: sha256 {digest}" in out
+    assert find_flow(given.config().run_path).state["imported"]["sha256"] == digest
 
 
 def test_a_training_in_progress_is_not_disturbed(given):

@@ -197,8 +197,13 @@ def test_refuses_a_truncated_file(tmp_path, part, packed):
 
 def test_refuses_a_foreign_file(tmp_path):
     (tmp_path / "page.pth").write_text("<html>404: file not found</html>")
-    with pytest.raises(OfficialFormatError, match=r"truncated or no torch\.save file"):
+    with pytest.raises(
+        OfficialFormatError, match=r"page.pth is a web page, .* and no torch.save file: download it again"
+    ):
         read_official(tmp_path / "page.pth")
+    (tmp_path / "noise.pth").write_bytes(bytes(range(256)))
+    with pytest.raises(OfficialFormatError, match=r"truncated or no torch\.save file"):
+        read_official(tmp_path / "noise.pth")
 
 
 class Canary:

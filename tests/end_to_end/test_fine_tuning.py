@@ -1,0 +1,160 @@
+"""Official weights on videos of one's own: imported, encoded with, trained further, sampled, measured; and killed."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pipelines.flow_trainer import FlowTrainer
+from pipelines.predictor import VideoPredictor
+from pipelines.train_autoencoder import weights_digest
+from stage1_autoencoder.config import VQVAEConfig
+from stage1_autoencoder.vqvae import VQVAE
+from stage2_flow.config import VectorFieldConfig
+from stage2_flow.vector_field import VectorField
+
+SIZES = (
+    "autoencoder.model={architecture: vqvae, channels: 32, levels: 1, codes: 16}",
+    "flow.model={width: 32, depth: 1, mid_depth: 1, dropout: 0.1}",
+)
+OURS = (
+    *SIZES, "dataset.image_size=16", "flow.training.standardize=false", "flow.training.ema_decay=0.9",
+    "sampling={preset: official, steps: 2}", "evaluation.videos=2", "evaluation.horizon=2",
+    "flow.training.validation_samples=1",
+)  # fmt: skip
+
+
+def write_model(path: Path) -> VectorField:
+    """A random official main model with its autoencoder inside; gives its field."""
+    torch.manual_seed(0)
+    autoencoder = VQVAE(VQVAEConfig(channels=32, levels=1, codes=16))
+    field = VectorField(VectorFieldConfig(width=32, depth=1, mid_depth=1), 4)
+    state = {
+        f"module.ae.backbone.{re.sub('^quantizer', 'vector_quantizer', name)}": tensor
+        for name, tensor in autoencoder.state_dict().items()
+    } | {f"module.vector_field_regressor.{name}": tensor for name, tensor in field.state_dict().items()}
+    torch.save({"model": state, "global_step": 300_000}, path)
+    return field
+
+
+@pytest.fixture
+def imported(place, story: ModuleType):
+    """A place with videos of its own, their store, and an imported model."""
+    place = place.with_sets(*story.OWN_VIDEOS, *OURS)
+    story.write_videos(place.data, story.OWN_NAMES)
+    write_model(place.folder / "model.pth")
+    place.run("import-official", "--model", str(place.folder / "model.pth")).ok()
+    place.run("encode").ok()
+    return place
+
+
+def weights_of(place, name: str = "ema") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(place.checkpoint("flow") / f"{name}.safetensors")
+
+
+def test_official_weights_are_fine_tuned_on_ones_own_videos(imported, story: ModuleType, tmp_path: Path) -> None:
+    field = write_model(tmp_path / "again.pth")
+    still = imported.copy(tmp_path / "still", "latents", "runs")
+    # The first step of a warm-up has learning rate 0: what comes out is what was there.
+    still.run("train-flow", "--fine-tune", sets=["flow.training.steps=1"]).ok()
+    assert all(torch.equal(weights_of(still)[name], tensor) for name, tensor in field.state_dict().items())
+    still.run("train-flow", "--restart", sets=["flow.training.steps=1"]).ok()
+    assert not torch.equal(weights_of(still)["project_in.1.weight"], field.state_dict()["project_in.1.weight"])
+
+    assert "flow: done, imported from model.pth" in imported.run("train-flow").ok().out
+    outcome = imported.run("train-flow", "--fine-tune").ok()
+    assert "steps 0 to 8" in outcome.out
+    assert re.search(r"flow: 0 steps of fine-tuning from model.pth: validation loss \d", outcome.out)
+    state = json.loads((imported.checkpoint("flow") / "state.json").read_text())
+    origin = state["fine_tuned_from"]
+    assert (origin["step"], origin["weights"]) == (300_000, weights_digest(field))
+    assert origin["imported"]["file"] == "model.pth"
+    assert state["standardization"] == {"mean": [0.0] * 4, "std": [1.0] * 4}
+    assert state["fps"] == 10
+    assert (imported.runs / "flow" / "log.jsonl").exists()
+    (aside,) = (path for path in imported.runs.iterdir() if path.name.startswith("flow."))
+    assert (aside / "checkpoints" / "step_00300000" / "model.safetensors").exists()
+
+    for arguments in ([], ["--fine-tune"]):
+        again = imported.run("train-flow", *arguments).ok()
+        assert "flow: done, 8 steps of fine-tuning from model.pth" in again.out
+        assert "steps/s" not in again.out
+    assert "8 steps of fine-tuning" in imported.run("sample", "--videos", "1").ok().out
+    imported.run("evaluate").ok()
+    evaluation = json.loads((imported.runs / "evaluation.json").read_text())
+    assert evaluation["protocol"]["flow_step"] in (4, 8)
+    frames = VideoPredictor.from_run(imported.runs, device="cpu").generate_frames(torch.zeros(1, 2, 3, 16, 16), 1)
+    assert frames.shape == (1, 3, 3, 16, 16)
+    # Importing over what was trained here needs a word.
+    again = ("import-official", "--model", str(imported.folder / "model.pth"))
+    imported.run(*again).refused(2, "was trained here", "--restart")
+
+
+def test_a_store_without_its_autoencoder_is_enough_to_fine_tune_and_not_to_predict(imported) -> None:
+    shutil.rmtree(imported.runs / "autoencoder")
+    imported.run("train-flow", "--fine-tune").ok()
+    imported.run("sample").refused(
+        2, "runs/tiny/autoencoder/checkpoints holds no checkpoint", "knows latents of autoencoder", "`import-official`"
+    )
+    imported.run("import-official", "--autoencoder", str(imported.folder / "model.pth")).ok()
+    assert "8 steps of fine-tuning" in imported.run("sample", "--videos", "1").ok().out
+
+
+def test_what_does_not_go_together_is_refused(imported, story: ModuleType) -> None:
+    before = story.stamps(imported.runs)
+    imported.run("train-flow", "--fine-tune", sets=["flow.training.standardize=true"]).refused(
+        2, "flow.training.standardize: true", "knows raw latents", "set flow.training.standardize=false"
+    )
+    imported.run("train-flow", "--fine-tune", sets=["flow.model.width=64"]).refused(2, "flow.model.width: 32 -> 64")
+    imported.run("train-flow", "--fine-tune", "--resume", "4").refused(2, "take one of them")
+    imported.run("train-autoencoder", "--fine-tune").refused(2, "unrecognized arguments: --fine-tune")
+    assert story.stamps(imported.runs) == before
+
+
+def test_it_is_stopped_and_gone_on_with(imported, tmp_path: Path, story: ModuleType, monkeypatch) -> None:
+    halves = imported.copy(tmp_path / "halves", "latents", "runs")
+    imported.run("train-flow", "--fine-tune").ok()
+    story.send_at(monkeypatch, FlowTrainer, "train_step", call=3)
+    stopped = halves.run("train-flow", "--fine-tune").refused(143, "stopped at step 3", "the same command goes on")
+    assert "steps 0 to 8" in stopped.out
+    assert "steps 3 to 8" in halves.run("train-flow", "--fine-tune").ok().out
+    assert_same(halves, imported, story)
+
+
+KILL_AT_STEP_6 = """
+import os, signal, torch; torch.set_num_threads(1)
+from pipelines.flow_trainer import FlowTrainer
+step = FlowTrainer.train_step
+def killed(self, number):
+    if number == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number)
+FlowTrainer.train_step = killed
+"""
+
+
+@pytest.mark.slow
+def test_it_is_killed_and_gone_on_with(imported, tmp_path: Path, story: ModuleType) -> None:
+    killed = imported.copy(tmp_path / "killed", "latents", "runs")
+    imported.run("train-flow", "--fine-tune").ok()
+    process = killed.start("train-flow", "--fine-tune", prelude=KILL_AT_STEP_6)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert "steps 4 to 8" in killed.run("train-flow").ok().out
+    assert_same(killed, imported, story)
+
+
+def assert_same(ours, theirs, story: ModuleType) -> None:
+    found, files = (story.tree(place.checkpoint("flow")) for place in (ours, theirs))
+    assert found.keys() == files.keys() >= {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    for name in files.keys() - {"state.json"}:  # which has the path of the store
+        assert found[name] == files[name], f"{name} differs"
+    logs = [story.timeless(story.read_log(place, "flow")) for place in (ours, theirs)]
+    assert logs[0] == logs[1]
