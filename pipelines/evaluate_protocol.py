@@ -69,6 +69,7 @@ def describe_protocol(
         "description": describe_sampling(predictor, refine),
         "flow_step": flow.step,
         "flow_sha256": weights_digest(predictor.vector_field),
+        "flow_origin": {key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
         "refine": refine,
         "refiner_step": None if refiner is None else refiner.step,
         "refiner_sha256": weights_digest(predictor.check_refiner()) if refine else None,
