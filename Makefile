@@ -18,7 +18,7 @@ CONFIG = --config configs/$(DATASET).yaml
 # The data set of the last target that named one is the next one's default.
 remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
-.PHONY: help setup demo test lint data train-autoencoder encode train-flow train-refiner sample predict evaluate study import-official inspect bench
+.PHONY: help setup demo test lint data train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect bench
 
 help:  ## list the targets
 	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
@@ -58,7 +58,7 @@ encode: setup  ## all splits -> latents/<dataset>.zarr (SCHEDULER=tcp://host:878
 	$(remember)
 	@$(RIVER) encode $(CONFIG) $(ARGS)
 
-train-flow: setup  ## stage 2: train the flow, from the store alone (NUM_GPUS=4)
+train-flow: setup  ## stage 2: train the flow, from the store alone (NUM_GPUS=4; ARGS=--fine-tune: on from its weights)
 	$(remember)
 	@$(TRAIN) train-flow $(CONFIG) $(ARGS)
 
@@ -82,6 +82,10 @@ evaluate: setup  ## PSNR, SSIM, LPIPS, FVD beside two baselines, with protocol (
 study: setup  ## quality against evaluations of the field: which solver, how many steps; quality.json and .png
 	$(remember)
 	@$(RIVER) study $(CONFIG) $(ARGS)
+
+report: setup  ## one self-contained HTML page of a run: runs/<dataset>/report.html
+	$(remember)
+	@$(RIVER) report $(CONFIG) $(ARGS)
 
 import-official: setup  ## official weights -> a run: MODEL=model.pth AUTOENCODER=vqvae.ckpt REFINER=..., or ARGS=--download
 	$(remember)

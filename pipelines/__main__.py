@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "continue any video file",
     "evaluate": "PSNR, SSIM, LPIPS and FVD with intervals, baselines and protocol",
     "study": "quality against the number of evaluations, for each solver and option: quality.json and a plot",
+    "report": "one self-contained HTML page of a run: runs/<dataset>/report.html",
     "inspect": "what is in a store; check its checksums; decode any of its videos",
     "import-official": "official RIVER weights -> a run that is ready to sample",
     "bench": "what the store is worth on this machine: a table of ratios, and benchmark.json",
@@ -144,6 +145,8 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             from pipelines.study import study
 
             return lambda session: study(config, session, options.videos, options.most_evaluations)
+        case "report":
+            from pipelines.report.command import report as function
         case "inspect":
             from pipelines.inspect_store import inspect_store
 

@@ -17,6 +17,12 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 BORDER = 3
 LABEL_HEIGHT = 16
 SMALLEST_SIDE = 96
+# How long a GIF rests before it begins again.
+LAST_FRAME_MS = 1000
+# White around a tile of an animation, above and below, left and right.
+TILE_MARGINS = (4, 6)
+# Of a sheet of reconstructions: around it, for the rows' names, between blocks, and above them.
+SHEET_MARGIN, SHEET_LABEL_WIDTH, SHEET_GAP, SHEET_HEAD = 12, 104, 10, LABEL_HEIGHT + 14
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Strip:
 def clip_strips(truth: np.ndarray, prediction: np.ndarray, context: int) -> list[Strip]:
     """The two rows of a clip: what happened, and what was predicted from the same context."""
     return [Strip("truth", truth, context, GREY), Strip("prediction", prediction, context, RED)]
+
+
+def enlargement(side: int) -> int:
+    """How many times as large frames of this width are shown."""
+    return max(1, round(SMALLEST_SIDE / side))
 
 
 def framed(strip: Strip, scale: int) -> np.ndarray:
@@ -107,11 +118,11 @@ def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, colum
         for name, images in rows.items()
     }
     n, h, w, _ = pixels["image"].shape
-    scale = max(1, round(SMALLEST_SIDE / w))
-    cell_h, cell_w, margin, label_w = h * scale + 2, w * scale + 2, 12, 104
+    scale = enlargement(w)
+    cell_h, cell_w, margin, label_w = h * scale + 2, w * scale + 2, SHEET_MARGIN, SHEET_LABEL_WIDTH
     blocks = -(-n // columns)
-    head = LABEL_HEIGHT + 14
-    block = len(rows) * cell_h + 10
+    head = SHEET_HEAD
+    block = len(rows) * cell_h + SHEET_GAP
     page = Image.new(
         "RGB", (2 * margin + label_w + min(n, columns) * cell_w, 2 * margin + head + blocks * block), PAPER
     )
@@ -133,7 +144,7 @@ def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, colum
 def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) -> np.ndarray:
     """Clips playing side by side, each strip labelled: [n, h, w, 3] uint8."""
     side = clips[0][1][0].video.shape[1]
-    scale = max(1, round(SMALLEST_SIDE / side))
+    scale = enlargement(side)
     tiles = []
     for _, strips in clips:
         parts = []
@@ -145,7 +156,8 @@ def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) ->
                 np.concatenate([np.broadcast_to(np.asarray(label), (len(frames), *np.asarray(label).shape)), frames], 1)
             )
         tile = np.concatenate(parts, axis=2)
-        tiles.append(np.pad(tile, ((0, 0), (4, 4), (6, 6), (0, 0)), constant_values=255))
+        above, beside = TILE_MARGINS
+        tiles.append(np.pad(tile, ((0, 0), (above, above), (beside, beside), (0, 0)), constant_values=255))
     while len(tiles) % min(columns, len(tiles)):
         tiles.append(np.full_like(tiles[0], 255))
     width = min(columns, len(tiles))
@@ -156,7 +168,7 @@ def save_gif(path: Path, video: np.ndarray, fps: float) -> None:
     """Write [n, h, w, 3] uint8 as a GIF that loops, resting on its last frame."""
     # GIF counts time in hundredths of a second, and viewers slow down what is shorter than two of them.
     duration = max(20, round(100 / fps) * 10)
-    durations = [duration] * (len(video) - 1) + [max(duration, 1000)]
+    durations = [duration] * (len(video) - 1) + [max(duration, LAST_FRAME_MS)]
     # One palette for all frames, made of a sample of all of them: frame-wise palettes flicker.
     palette = Image.fromarray(np.concatenate(list(video[:: max(1, len(video) // 8)]), axis=0)).quantize(256)
     frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in video]

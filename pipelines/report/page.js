@@ -1,0 +1,100 @@
+"use strict";
+// The page is readable without this: clips then lie there as sheets of all their frames.
+document.documentElement.classList.add("scripted");
+
+function clips() {
+  const player = document.querySelector(".player");
+  if (!player) return;
+  const [button, slider, where, speed] = [".play", ".frame", ".where", ".speed"].map((name) => player.querySelector(name));
+  const labels = player.dataset.labels.split("|");
+  const shown = [...document.querySelectorAll(".clip")].map((clip) => ({
+    side: Number(clip.dataset.side),
+    given: Number(clip.dataset.given),
+    sheet: clip.querySelector(".sheet"),
+    canvases: [...clip.querySelectorAll("canvas")],
+  }));
+  document.querySelectorAll(".clip details").forEach((details) => { details.open = false; });
+  let playing = false, due = 0;
+
+  function draw() {
+    const frame = Number(slider.value);
+    where.textContent = labels[frame];
+    slider.setAttribute("aria-valuetext", labels[frame]);
+    for (const { side, given, sheet, canvases } of shown) {
+      for (const canvas of canvases) {
+        const row = Number(canvas.dataset.row);
+        canvas.getContext("2d").drawImage(sheet, frame * side, row * side, side, side, 0, 0, side, side);
+        canvas.classList.toggle("happened", frame >= given && row === 0);
+        canvas.classList.toggle("predicted", frame >= given && row > 0);
+      }
+    }
+  }
+  function tick(now) {
+    if (!playing) return;
+    if (now >= due) {
+      const last = labels.length - 1, frame = Number(slider.value);
+      slider.value = frame === last ? 0 : frame + 1;
+      draw();
+      // It rests at the end, as the GIFs do.
+      const frames = Number(slider.value) === last ? Math.max(1, player.dataset.fps * speed.value) : 1;
+      due = now + (1000 * frames) / (player.dataset.fps * speed.value);
+    }
+    requestAnimationFrame(tick);
+  }
+  function play(wanted) {
+    playing = wanted;
+    button.textContent = playing ? "Pause" : "Play";
+    due = 0;
+    if (playing) requestAnimationFrame(tick);
+  }
+  button.addEventListener("click", () => play(!playing));
+  slider.addEventListener("input", () => { play(false); draw(); });
+  Promise.all(shown.map(({ sheet }) => sheet.decode())).then(() => {
+    slider.value = Math.min(shown[0].given, labels.length - 1);
+    draw();
+    play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  });
+}
+
+function readings() {
+  document.querySelectorAll("svg[data-chart]").forEach((drawing) => {
+    const chart = JSON.parse(drawing.dataset.chart), figure = drawing.parentElement;
+    const rule = drawing.querySelector(".rule"), width = drawing.viewBox.baseVal.width;
+    let tip = null;
+    function hide() {
+      if (tip) tip.remove();
+      tip = null;
+      rule.setAttribute("visibility", "hidden");
+    }
+    function show(event) {
+      const box = drawing.getBoundingClientRect(), x = ((event.clientX - box.left) / box.width) * width;
+      const nearest = (points) => points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
+      const lines = chart.lines.filter((line) => line.points.length);
+      const at = nearest(lines.map((line) => nearest(line.points)));
+      rule.setAttribute("x1", at[0]);
+      rule.setAttribute("x2", at[0]);
+      rule.setAttribute("visibility", "visible");
+      if (!tip) tip = figure.appendChild(Object.assign(document.createElement("div"), { className: "tip" }));
+      const title = Object.assign(document.createElement("b"), { textContent: `${chart.x} ${at[1]}` });
+      const rows = lines.flatMap((line) => {
+        const point = nearest(line.points);
+        if (Math.abs(point[0] - at[0]) > 1) return [];
+        const row = document.createElement("div");
+        row.append(Object.assign(document.createElement("i"), { className: line.style }), `${line.name} ${point[2]}`);
+        return [row];
+      });
+      tip.replaceChildren(title, ...rows);
+      const around = figure.getBoundingClientRect();
+      const place = box.left - around.left + (at[0] / width) * box.width;
+      const left = place > box.width / 2 ? place - tip.offsetWidth - 10 : place + 10;
+      tip.style.left = `${Math.max(0, left)}px`;
+      tip.style.top = `${box.top - around.top + 14}px`;
+    }
+    drawing.addEventListener("pointermove", show);
+    drawing.addEventListener("pointerdown", show);
+    drawing.addEventListener("pointerleave", hide);
+  });
+}
+
+clips();
+readings();
