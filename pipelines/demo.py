@@ -7,6 +7,7 @@ from pipelines.config import RiverConfig
 from pipelines.encode import encode
 from pipelines.evaluate import evaluate
 from pipelines.prepare import prepare_data
+from pipelines.report.command import report
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
 from pipelines.sample import sample
@@ -27,11 +28,12 @@ def demo(config: RiverConfig, session: Session) -> None:
             ("stage 2: train the flow, from the store alone", train_flow),
             ("predict videos of the test split", sample),
             ("measure", evaluate),
+            ("all of it on one page", report),
         ),
         start=1,
     ):
         begun = time.perf_counter()
-        say(f"\n[{number}/6] {title}")
+        say(f"\n[{number}/7] {title}")
         stage(config, session)
         say(f"      {time.perf_counter() - begun:.0f} s")
     folder = config.run_path / "samples"
@@ -39,5 +41,6 @@ def demo(config: RiverConfig, session: Session) -> None:
         f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Look at\n"
         f"  {folder}/contact_sheet.png   context green, prediction red, above it what really happened\n"
         f"  {folder}/overview.gif        the same, moving\n"
+        f"  {config.run_path}/report.html                all of it on one page, opens in any browser\n"
         f"  {config.store_path}          all latents, an ordinary Zarr store"
     )

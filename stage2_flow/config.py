@@ -115,12 +115,12 @@ class SamplingConfig(BaseModel):
     )
     solver: SolverName | None = Field(
         None,
-        description="null: euler, or rk4-38 (Kutta's 3/8 rule, which the official code calls rk4) with preset official",
+        description="null: midpoint, or with preset official rk4-38 (Kutta's 3/8 rule, the official code's rk4)",
     )
     steps: PositiveInt | None = Field(
         None,
-        description="solver steps from warm start to 1 (null: 10); with preset official the paper's count of "
-        "time points, of which (1 - warm_start) are used (null: 100)",
+        description="solver steps from warm start to 1 (null: of 8 evaluations); with preset official the paper's "
+        "count of time points, of which (1 - warm_start) are used (null: 100)",
     )
     nfe: PositiveInt | None = Field(
         None,

@@ -20,8 +20,9 @@ from pipelines.config import load_config
 
 def test_demo_says_what_it_does_and_where_to_look(trained) -> None:
     text = (trained.folder / "demo.txt").read_text()
-    for number in range(1, 7):
-        assert f"[{number}/6]" in text
+    for number in range(1, 8):
+        assert f"[{number}/7]" in text
+    assert (trained.runs / "report.html").stat().st_size > 100_000
     assert str(trained.runs / "samples") in text
     assert str(trained.store) in text
     assert "PSNR" in text

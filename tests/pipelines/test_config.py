@@ -65,7 +65,7 @@ def test_paper_presets_have_the_papers_sizes(name, autoencoder, latent_shape, he
     assert (config.autoencoder.model.latent_channels, side, side) == latent_shape
     assert round(second.parameter_count / 1e6, 1) == 98.1
     assert config.flow.model.head == head
-    assert config.sampling.preset == "official"
+    assert config.sampling.preset == "default"
     assert (config.evaluation.context, config.evaluation.horizon) == (context, horizon)
     assert config.autoencoder.model.codes == (8192 if name == "clevrer" else 16384)
     assert round(first.parameter_count / 1e6, 1) == autoencoder

@@ -28,7 +28,7 @@ def generate(rollouts: FieldRollouts, options: SamplingConfig, *, rows: int = 3,
     return rollouts.generate(context, frames, options, draws)
 
 
-@pytest.mark.parametrize("options", [{"nfe": 3}, {"solver": "rk4-38", "nfe": 8, "warm_start": 0.2}])
+@pytest.mark.parametrize("options", [{"solver": "euler", "nfe": 3}, {"solver": "rk4-38", "nfe": 8, "warm_start": 0.2}])
 def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):  # noqa: F811
     """What is recorded once serves all steps, frames and batches of a shape: nothing in it is a number of Python's."""
     options, made = SamplingConfig(**options, batch_size=3), []

@@ -50,7 +50,7 @@ def predictor(**sampling) -> VideoPredictor:
         autoencoder=autoencoder,
         vector_field=field,
         standardization=Standardization(torch.tensor(MEAN), torch.tensor(STD)),
-        sampling=SamplingConfig(**{"steps": 2, **sampling}),
+        sampling=SamplingConfig(**{"solver": "euler", "steps": 2, **sampling}),
         fps=10.0,
         device=torch.device("cpu"),
     )

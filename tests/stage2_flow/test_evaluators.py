@@ -80,7 +80,7 @@ def test_a_solver_step_can_be_recorded_and_batches_follow_one_another():
 
 
 def test_the_tables_reach_the_farthest_condition():
-    field, plan = network(), SamplingPlan.from_config(SamplingConfig(nfe=1))
+    field, plan = network(), SamplingPlan.from_config(SamplingConfig(solver="euler", nfe=1))
     context = torch.randn(1, 6, *SHAPE)
     indices = torch.zeros(4, 1, 1, dtype=torch.int64)  # the first frame: distances 5 to 8
     draws = SamplingDraws(torch.randn(4, 1, *SHAPE), indices)

@@ -38,6 +38,10 @@ def plan(**options) -> SamplingPlan:
     return SamplingPlan.from_config(SamplingConfig(**options))
 
 
+def euler(steps: int, **options) -> SamplingPlan:
+    return plan(solver="euler", steps=steps, **options)
+
+
 def draws_for(plan: SamplingPlan, keys, num_frames: int, context_frames: int, shape=SHAPE, past_horizon=None):
     return make_draws(0, keys, num_frames, plan.evaluations, context_frames, shape, past_horizon, "cpu")
 
@@ -72,13 +76,14 @@ def test_replays_the_official_rollout(official_field, official_rollout):
 @pytest.mark.parametrize(
     ("options", "solver", "points", "evaluations"),
     [
-        ({}, "euler", 11, 10),
-        ({"steps": 1}, "euler", 2, 1),
+        ({}, "midpoint", 5, 8),
+        ({"solver": "euler"}, "euler", 9, 8),
+        ({"steps": 1}, "midpoint", 2, 2),
         ({"steps": 5, "warm_start": 0.5, "solver": "midpoint"}, "midpoint", 6, 10),
-        ({"solver": "heun"}, "heun", 11, 20),
-        ({"solver": "rk4"}, "rk4", 11, 40),
+        ({"solver": "heun"}, "heun", 5, 8),
+        ({"solver": "rk4", "steps": 10}, "rk4", 11, 40),
         ({"solver": "rk4-38", "nfe": 8, "steps": 5}, "rk4-38", 3, 8),
-        ({"nfe": 7}, "euler", 8, 7),
+        ({"nfe": 6}, "midpoint", 4, 6),
         ({"preset": "official", "nfe": 40, "warm_start": 0.9}, "rk4-38", 11, 40),
         ({"preset": "official"}, "rk4-38", 100, 396),
         ({"preset": "official", "warm_start": 0.5}, "rk4-38", 50, 196),
@@ -167,7 +172,7 @@ def test_reference_condition_and_distance_belong_together():
 
 
 def test_generated_frames_become_context():
-    field, resolved = Recorder(), plan(steps=1)
+    field, resolved = Recorder(), euler(1)
     draws = draws_for(resolved, [(0, 0)], 3, 2)
     latents = generate_latents(field, numbered_context(1, 2), 3, resolved, draws)
     for frame, call in enumerate(field.calls):
@@ -177,7 +182,7 @@ def test_generated_frames_become_context():
 
 @pytest.mark.parametrize(("horizon", "farthest"), [(3, 2), (20, 7)])
 def test_past_horizon_bounds_the_distance(horizon, farthest):
-    field, resolved = Recorder(), plan(steps=50)
+    field, resolved = Recorder(), euler(50)
     draws = draws_for(resolved, [(0, 0), (1, 0)], 1, 8, past_horizon=horizon)
     generate_latents(field, numbered_context(2, 8), 1, resolved, draws, past_horizon=horizon)
     distances = torch.stack([call["distance"] for call in field.calls])
@@ -222,7 +227,7 @@ def test_the_mode_comes_back_after_an_error():
 
     field = Failing().train()
     with pytest.raises(RuntimeError, match="out of luck"):
-        generate_latents(field, torch.zeros(1, 2, *SHAPE), 1, plan(steps=1), draws_for(plan(steps=1), [(0, 0)], 1, 2))
+        generate_latents(field, torch.zeros(1, 2, *SHAPE), 1, euler(1), draws_for(euler(1), [(0, 0)], 1, 2))
     assert field.training
 
 
@@ -270,7 +275,7 @@ def test_stages_of_a_bf16_field_are_added_in_fp32():
 
 def test_on_frame_counts_the_frames_done():
     counted = []
-    resolved = plan(steps=1)
+    resolved = euler(1)
     draws = draws_for(resolved, [(0, 0)], 3, 2)
     generate_latents(Recorder(), numbered_context(1, 2), 3, resolved, draws, on_frame=counted.append)
     assert counted == [1, 2, 3]
@@ -284,7 +289,7 @@ def test_on_frame_counts_the_frames_done():
         ({"context": torch.zeros(3, 4, *SHAPE)}, r"noise must be .* = \[2, 3, 2, 3, 3\], got \[2, 2, 2, 3, 3\]"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"num_frames": 3}, r"noise must be .* = \[3, "),
-        ({"plan": plan(steps=3)}, r"condition_indices must be .* = \[2, 3, 2\] for this plan, got \[2, 2, 2\]"),
+        ({"plan": euler(3)}, r"condition_indices must be .* = \[2, 3, 2\] for this plan, got \[2, 2, 2\]"),
         ({"past_horizon": 2}, r"frame 0 lie in 0\.\.2; allowed are 2\.\.2 \(past_horizon 2\)"),
         ({"context": torch.zeros(2, 3, *SHAPE)}, r"frame 0 lie in 0\.\.2; allowed are 0\.\.1"),
     ],
@@ -294,7 +299,7 @@ def test_refuses_what_does_not_fit(change, message):
     arguments = {
         "context": torch.zeros(2, 4, *SHAPE),
         "num_frames": 2,
-        "plan": plan(steps=2),
+        "plan": euler(2),
         "draws": SamplingDraws(torch.zeros(2, 2, *SHAPE), indices),
         **change,
     }
