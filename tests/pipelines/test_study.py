@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines import study as module
 from pipelines.clips import Clip
 from pipelines.study import cheapest, describe_way, format_study, ways_to_sample
-from pipelines.study_plot import plot_study
+from pipelines.study_plot import plot_study, solver_line
 from pipelines.study_points import StudyClips, latent_features, mean_gradient
 from stage2_flow.config import SamplingConfig
 from stage2_flow.plan import SamplingPlan
@@ -123,6 +123,16 @@ def test_the_cheapest_loses_nothing(change, chosen):
 def test_lpips_counts_where_it_is_measured():
     same, worse = ({"lpips": 0.10, "lpips_difference_interval": ends} for ends in ([-0.1, 0.1], [0.01, 0.1]))
     assert cheapest([point(396, **same), point(8, **same), point(4, **worse)]) == 1
+
+
+def test_a_solvers_line_has_its_plain_points_in_order():
+    usual = {"shift": 1, "warm_start": 0, "condition": "per-evaluation", "condition_draw": "uniform", "seed": 0}
+    points = [point(396, solver="rk4-38", **usual), point(8, solver="rk4-38", **usual | {"seed": 1})]
+    points += [point(nfe, solver="euler", **usual) for nfe in (4, 2)]
+    points += [point(2, solver="euler", **usual | {name: 2}) for name in usual]
+    points += [point(4, solver="rk4-38", **usual)]
+    assert [found["nfe"] for found in solver_line(points, "rk4-38")] == [4, 396]
+    assert [found["nfe"] for found in solver_line(points, "euler")] == [2, 4]
 
 
 def test_table_and_plot(measured, tmp_path):
