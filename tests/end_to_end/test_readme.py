@@ -113,8 +113,12 @@ def test_predictor(inside: None, trained) -> None:
         **{name: torch.zeros(small) for name in ("x_t", "reference", "condition")},
         "distance": torch.ones(2, dtype=torch.int64),
         "t": torch.zeros(2),
+        "noise": torch.zeros(2, *small),
+        "indices": torch.zeros(2, 8, 2, dtype=torch.int64),
     }
     exec(snippet_with("VideoPredictor.from_run"), names)
     assert names["frames"].shape == (2, 19, 3, side, side)
     assert names["video"].shape == (2, 19, side, side, 3)
+    assert names["several"].shape == (6, 19, 3, side, side)
+    assert names["replayed"].shape == (2, 5, *small[1:])
     assert names["latents"].shape == (2, 19, *small[1:])
