@@ -72,7 +72,7 @@ class CachedEvaluator:
             # [features, frames c]: the columns of the point, of the reference where there is one, of the condition
             point, *references, condition = projection.weight.split(channels, dim=1)
             self.moving = torch.cat([point, condition], dim=1)
-            self.standing = references[0] if references else None
+            self.standing = references[0].contiguous() if references else None
             self.places = projection.bias + field.position_encoding(self.height, self.width)
             self.time_tokens = time_embedding(times, field.config.width)
             # A distance is at least 1; place 0 of the table is not looked at.

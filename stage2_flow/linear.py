@@ -63,6 +63,7 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
         type(x) is Tensor  # no subclass, such as those that only count what would be computed
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and weight.is_contiguous()  # for columns of a wider matrix oneDNN has a kernel a hundred times as slow
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _onednn_is_faster()

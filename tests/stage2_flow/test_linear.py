@@ -49,11 +49,18 @@ def test_values_and_gradients(onednn, shape):
 @needs_onednn
 def test_views_and_frozen_weights(onednn):
     x = torch.randn(4, 6, 3, requires_grad=True).transpose(1, 2)
-    weight = torch.randn(5, 12)[:, ::2]
+    weight = torch.randn(5, 6)
     output = linear(x, weight)
     torch.testing.assert_close(output, F.linear(x, weight))
     (gradient,) = torch.autograd.grad(output.square().sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad(F.linear(x, weight).square().sum(), x)[0])
+
+
+@needs_onednn
+def test_columns_of_a_matrix_go_the_usual_way(onednn, monkeypatch):
+    monkeypatch.setattr(module, "_product", None)
+    wide, x = torch.randn(5, 12), torch.randn(4, 6)
+    assert torch.equal(linear(x, wide[:, 6:]), F.linear(x, wide[:, 6:]))
 
 
 @needs_onednn
