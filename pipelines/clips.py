@@ -1,5 +1,6 @@
 """The clips that predictions are made and measured on."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pipelines.runtime.session import Session
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
+from stage1_autoencoder.videos.table import VideoTable
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,19 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
     if evaluation.window in ("first", "moving"):
         spread = np.linspace(0, len(fitting) - 1, min(wanted, len(fitting))).round().astype(int)
         return [Window(fitting[i], 0) for i in spread]
-    starts = {
-        video: np.random.default_rng([evaluation.seed, video]).permutation(lengths[video] - needed + 1)
-        for video in np.random.default_rng(evaluation.seed).permutation(fitting).tolist()
-    }
-    rounds = max((len(order) for order in starts.values()), default=0)
-    # Lazily, since long videos hold far more windows than are wanted.
+    order = np.random.default_rng(evaluation.seed).permutation(fitting).tolist()
+    rounds = max((lengths[video] - needed + 1 for video in order), default=0)
+
+    @functools.cache
+    def starts(video: int) -> np.ndarray:
+        return np.random.default_rng([evaluation.seed, video]).permutation(lengths[video] - needed + 1)
+
+    # Lazily, since there may be far more videos, and long ones hold far more windows, than are wanted.
     windows = (
-        Window(video, int(order[number]))
+        Window(video, int(starts(video)[number]))
         for number in range(rounds)
-        for video, order in starts.items()
-        if number < len(order)
+        for video in order
+        if number < lengths[video] - needed + 1
     )
     return list(itertools.islice(windows, wanted))
 
@@ -155,9 +159,10 @@ def open_clips(config: RiverConfig, session: Session, wanted: int) -> ClipReader
     source = open_source(config.dataset, config.data_root, evaluation.split)
     for video in source.skipped:
         session.skip(video.id, video.reason)
-    lengths = [video.frames for video in source.videos]
+    videos = VideoTable.of(source.videos)
+    lengths = videos.frames.tolist()
     needed = evaluation.context + evaluation.horizon
-    short = [video.id for video in source.videos if video.frames < needed]
+    short = [videos.ids[row] for row in np.flatnonzero(videos.frames < needed)]
     windows = choose_windows(lengths, evaluation, wanted)
     if not windows:
         spread = (

@@ -26,6 +26,7 @@ from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import dataset_root
 from stage1_autoencoder.videos.base import VideoSource
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from stage1_autoencoder.videos.table import VideoTable
 from stage1_autoencoder.views import views_description
 
 # fp16 storage may move so many latents to another code before it is worth a warning.
@@ -144,7 +145,8 @@ def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:
     stored_splits = latent_cache.splits(path)
     skipped = latent_cache.open_notes(path).get("skipped", {})
     for split in {**dict.fromkeys(stored_splits), **splits}:
-        now = {video.id: video.fingerprint for video in splits[split].videos} if split in splits else {}
+        videos = VideoTable.of(splits[split].videos if split in splits else [])
+        now = dict(zip(videos.ids, videos.fingerprints, strict=True))
         before = dict(skipped.get(split, {}))  # could not be decoded, and were as they are now
         if split in stored_splits:
             cache = latent_cache.open(path, split)

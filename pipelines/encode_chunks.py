@@ -25,6 +25,7 @@ from pipelines.runtime.session import resolve_device
 from pipelines.train_autoencoder import load_trained_autoencoder, weights_digest
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.base import VideoSource
+from stage1_autoencoder.videos.table import VideoTable
 
 # Encoding threads: on a CPU one a core; on a GPU a second one fetches and copies while the first computes.
 GPU_ENCODERS = 2
@@ -132,7 +133,8 @@ class ChunkEncoder:
     @cached_property
     def rows(self) -> dict[str, dict[str, int]]:
         """Where a video is in its source, by split and id."""
-        return {split: {video.id: i for i, video in enumerate(s.videos)} for split, s in self.job.splits.items()}
+        tables = {split: VideoTable.of(source.videos) for split, source in self.job.splits.items()}
+        return {split: {video_id: row for row, video_id in enumerate(table.ids)} for split, table in tables.items()}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

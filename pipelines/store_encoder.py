@@ -23,7 +23,8 @@ from pipelines.runtime.progress import progress, say
 from pipelines.runtime.session import Session
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import Autoencoder
-from stage1_autoencoder.videos.base import VideoInfo, VideoSource
+from stage1_autoencoder.videos.base import VideoSource
+from stage1_autoencoder.videos.table import VideoTable
 
 IDENTITY = "identity"
 
@@ -163,8 +164,11 @@ class StoreEncoder:
                     self.broken[split][video.id] = reason
                     self.session.skip(video.id, reason)
 
-    def _videos(self, split: str) -> list[VideoInfo]:
-        return [video for video in self.splits[split].videos if video.id not in self.broken[split]]
+    def _videos(self, split: str) -> VideoTable:
+        videos = VideoTable.of(self.splits[split].videos)
+        if not self.broken[split]:
+            return videos
+        return videos.select(np.flatnonzero([video_id not in self.broken[split] for video_id in videos.ids]))
 
     def _skipped(self) -> dict[str, dict[str, str]]:
         """Fingerprints of the videos that could not be decoded, by split and id."""
@@ -182,22 +186,23 @@ class StoreEncoder:
 
         This number decides the chunks' size, and which frames are measured.
         """
-        return sum(video.frames for video in self.splits[split].videos) * len(self._views(split))
+        return int(VideoTable.of(self.splits[split].videos).frames.sum()) * len(self._views(split))
 
     def _plan(self, split: str) -> SplitPlan:
         cache = self.config.cache
         views = self._views(split)
         # Views of a video lie side by side, so that one pass over the video serves them all.
-        rows = [(video, view) for video in self._videos(split) for view in views]
+        videos = self._videos(split)
+        each = np.repeat(np.arange(len(videos)), len(views)).tolist()
         frames = self._index_frames(split)
         chunk_frames = cache.chunk_frames or latent_cache.default_chunk_frames(self.latent_shape, frames)
         return SplitPlan(
-            video_ids=[video.id for video, _ in rows],
-            video_views=[view for _, view in rows],
-            lengths=[video.frames for video, _ in rows],
+            video_ids=[videos.ids[row] for row in each],
+            video_views=list(views) * len(videos),
+            lengths=np.repeat(videos.frames, len(views)),
             latent_shape=self.latent_shape,
             chunk_frames=chunk_frames,
-            fingerprints=[video.fingerprint for video, _ in rows],
+            fingerprints=[videos.fingerprints[row] for row in each],
             shard_chunks=latent_cache.default_shard_chunks(frames, chunk_frames),
         )
 

@@ -15,6 +15,7 @@ from latent_cache.chunks import FrameReader
 from pipelines.frame_encoder import FrameEncoder, exact_kernels, stored_precision
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoSource
+from stage1_autoencoder.videos.table import VideoTable
 from stage1_autoencoder.views import ViewTransform, view_transform
 
 # A frame is wrong when its latents deviate by more than this share of the channels' standard deviation (rms over the
@@ -121,7 +122,8 @@ class FrameVerifier:
         device: torch.device,
     ) -> None:
         self.splits, self.autoencoder = splits, autoencoder
-        self.rows = {split: {video.id: i for i, video in enumerate(s.videos)} for split, s in splits.items()}
+        tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
+        self.rows = {split: {name: row for row, name in enumerate(table.ids)} for split, table in tables.items()}
         self.precision = stored_precision(caches[0].metadata)
         side = next(iter(splits.values())).dataset.image_size
         self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stage1_autoencoder.videos.base import BrokenVideoError, VideoError, VideoSource
+from stage1_autoencoder.videos.table import VideoTable
 
 # Frames of a round are shown this often at most before the next round brings others.
 REPEATS = 4
@@ -52,7 +53,7 @@ class FramePool:
         if not source.videos:
             raise ValueError("a frame pool needs at least one video")
         self.source, self.batch_size, self.seed, self.on_broken = source, batch_size, seed, on_broken
-        self.lengths = np.array([video.frames for video in source.videos], np.int64)
+        self.lengths = VideoTable.of(source.videos).frames
         total = int(self.lengths.sum())
         # Two rounds are alive at a time: the one in use and the one being decoded.
         fits = max(batch_size, memory // (2 * 3 * source.dataset.image_size**2))

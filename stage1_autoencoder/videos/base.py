@@ -3,8 +3,9 @@
 import abc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class BrokenVideoError(VideoError):
         return f"{self.video_id}: {self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoInfo:
     """One video of a split.
 
@@ -53,7 +54,7 @@ class VideoInfo:
     size: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SkippedVideo:
     """A video that is there but cannot be used, and why."""
 
@@ -68,13 +69,15 @@ class VideoSource(abc.ABC):
 
     Attributes:
         dataset: the settings that frames are made by.
-        videos: the usable videos, in natural order of their ids.
+        videos: the usable videos, in natural order of their ids; `VideoTable` where there may be many.
         skipped: the unusable ones.
+        passed_over: how many files are no videos, by extension; counted once, in the first split.
     """
 
     dataset: DatasetConfig
     videos: Sequence[VideoInfo]
     skipped: Sequence[SkippedVideo]
+    passed_over: Mapping[str, int] = MappingProxyType({})
 
     @abc.abstractmethod
     def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -134,8 +137,10 @@ class VideoSource(abc.ABC):
     @property
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) over all videos and the preprocessing: equal when and only when frames are."""
-        content = {
-            "videos": [asdict(video) for video in self.videos],
-            "preprocessing": preprocessing_description(self.dataset),
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        # The digest of one JSON document, {"preprocessing": ..., "videos": [...]}, that is never there as a whole.
+        described = json.dumps({"preprocessing": preprocessing_description(self.dataset)}, sort_keys=True)
+        digest = hashlib.sha256(f'{described[:-1]}, "videos": ['.encode())
+        for number, video in enumerate(self.videos):
+            digest.update(f"{', ' if number else ''}{json.dumps(asdict(video), sort_keys=True)}".encode())
+        digest.update(b"]}")
+        return digest.hexdigest()

@@ -1,46 +1,52 @@
 """A folder of video files and frame folders as a source, and how it falls into splits (`source: videos`)."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from stage1_autoencoder.videos.base import SkippedVideo, VideoError, VideoInfo, VideoSource
+from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.files import Probe, decode_video
+from stage1_autoencoder.videos.files import Keyframe, Probe, decode_video
 from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames
-from stage1_autoencoder.videos.index import Indexed, examine_video, find_videos, index_videos, stamp
+from stage1_autoencoder.videos.index import Indexed, Listing, examine_video, find_videos, index_videos
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
-from stage1_autoencoder.videos.splits import DEFAULT_FRACTIONS, join_names, split_by_fractions
+from stage1_autoencoder.videos.splits import DEFAULT_FRACTIONS, join_names, rows_by_fractions
+from stage1_autoencoder.videos.table import VideoTable
 
 _SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A video, or a cut of one: where it lies, what is in it, its first and one-past-last frame before `frame_step`."""
+class Clip(NamedTuple):
+    """A video, or a cut of one: its path below the source's folder, first and one-past-last frame before `frame_step`.
+
+    `keyframes` are those of the file, from which decoding may start.
+    """
 
     info: VideoInfo
-    path: Path
-    probe: Probe
+    name: str
     first: int
     stop: int
+    keyframes: tuple[Keyframe, ...]
 
 
-def make_clip(video_id: str, path: Path, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None) -> Clip:
+def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None) -> Clip:
     """Make a clip of an indexed video.
 
     Args:
+        name: of its file or folder, below the source's folder.
         cut: first and one-past-last frame, inside the video and not empty; None for all of it.
     """
     probe, fingerprint = indexed.probe, indexed.digest
-    assert probe is not None, f"{path} is not usable: {indexed.reason}"
-    assert fingerprint is not None, f"{path} has no digest"
+    assert probe is not None, f"{name} is not usable: {indexed.reason}"
+    assert fingerprint is not None, f"{name} has no digest"
     first, stop = cut or (0, probe.frames)
-    assert 0 <= first < stop <= probe.frames, f"cut {cut} of the {probe.frames} frames of {path}"
+    assert 0 <= first < stop <= probe.frames, f"cut {cut} of the {probe.frames} frames of {name}"
     info = VideoInfo(
         id=video_id,
         frames=(stop - first - 1) // frame_step + 1,
@@ -48,29 +54,78 @@ def make_clip(video_id: str, path: Path, indexed: Indexed, frame_step: int, cut:
         fingerprint=fingerprint if cut is None else f"{fingerprint} {first}:{stop}",
         size=(probe.width, probe.height),
     )
-    return Clip(info, path, probe, first, stop)
+    return Clip(info, name, first, stop, probe.keyframes)
 
 
 class FolderSource(VideoSource):
     """Videos that lie in a folder, as files or as folders of frames."""
 
-    def __init__(self, dataset: DatasetConfig, clips: Sequence[Clip], skipped: Sequence[SkippedVideo]) -> None:
+    videos: VideoTable
+
+    def __init__(
+        self,
+        dataset: DatasetConfig,
+        root: Path,
+        clips: Iterable[Clip],
+        skipped: Iterable[SkippedVideo] = (),
+        passed_over: Mapping[str, int] | None = None,
+    ) -> None:
+        """Take clips from any stream, one at a time; `skipped` is looked at after it."""
         self.dataset = dataset
-        self.videos = [clip.info for clip in clips]
+        self.root = root
+        self._names: list[str] = []
+        ends, keyframes, per_video = array("q"), array("q"), array("q")
+
+        def infos() -> Iterator[VideoInfo]:
+            for clip in clips:
+                self._names.append(clip.name)
+                ends.extend((clip.first, clip.stop))
+                keyframes.extend(itertools.chain.from_iterable(clip.keyframes))
+                per_video.append(len(clip.keyframes))
+                yield clip.info
+
+        self.videos = VideoTable(infos())
+        self._ends = np.array(ends, np.int64).reshape(-1, 2)
+        # Those of video i: rows offsets[i] to offsets[i + 1] of all.
+        self._keyframes = np.array(keyframes, np.int64).reshape(-1, 2)
+        self._keyframe_offsets = np.concatenate([[0], np.cumsum(np.array(per_video, np.int64))])
         self.skipped = list(skipped)
-        self._clips = list(clips)
+        self.passed_over = dict(passed_over or {})
+
+    def select(self, rows: np.ndarray, skipped: Iterable[SkippedVideo] = ()) -> "FolderSource":
+        """A source of some of the videos, by their positions [m] int64."""
+        source = FolderSource(self.dataset, self.root, (), skipped)
+        source.videos = self.videos.select(rows)
+        source._names = [self._names[row] for row in rows.tolist()]
+        source._ends = self._ends[rows]
+        starts, counts = self._keyframe_offsets[rows], np.diff(self._keyframe_offsets)[rows]
+        source._keyframe_offsets = np.concatenate([[0], np.cumsum(counts)])
+        within = np.arange(counts.sum()) - np.repeat(source._keyframe_offsets[:-1], counts)
+        source._keyframes = self._keyframes[np.repeat(starts, counts) + within]
+        return source
 
     def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         start, stop = self.check_range(index, start, stop)
         if start == stop:
             return
-        clip, step = self._clips[index], self.dataset.frame_step
-        decode = decode_folder if clip.path.is_dir() else partial(decode_video, probe=clip.probe)
-        first, last = clip.first + start * step, clip.first + (stop - 1) * step
+        video, path, step = self.videos[index], self.root / self._names[index], self.dataset.frame_step
+        first = int(self._ends[index, 0]) + start * step
+        last = first + (stop - 1 - start) * step
+        if path.is_dir():
+            decode = decode_folder
+        else:
+            decode = partial(decode_video, probe=self._probe(index))
         preprocess = FramePreprocessor(self.dataset.image_size)
-        with contextlib.closing(decode(clip.path, clip.info.id, first, last + 1, step)) as frames:
+        with contextlib.closing(decode(path, video.id, first, last + 1, step)) as frames:
             for frame in frames:
                 yield preprocess(frame)
+
+    def _probe(self, index: int) -> Probe:
+        """What decoding wants to know of a file; a cut knows no more than its own end."""
+        video = self.videos[index]
+        keyframes = self._keyframes[self._keyframe_offsets[index] : self._keyframe_offsets[index + 1]].tolist()
+        stop = int(self._ends[index, 1])
+        return Probe(stop, video.fps, *video.size, tuple(Keyframe(*pair) for pair in keyframes))
 
 
 def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
@@ -79,7 +134,7 @@ def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]
     If `root` has a folder `train`, then `train`, `val` (or `validation`) and `test` are the splits. Without `val`,
     the fraction `dataset.splits.val` (0.1 unless given) of the training videos is taken for validation; without `test`,
     the fraction `dataset.splits.test` if it is given, and otherwise there is no test split. If `root` has no such
-    folders, both fractions (0.1 each unless given) are taken of all videos. See `split_by_fractions`.
+    folders, both fractions (0.1 each unless given) are taken of all videos. See `rows_by_fractions`.
 
     Unusable videos are listed as `skipped` in the split of their folder, or in train.
 
@@ -98,35 +153,59 @@ def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]
     if "train" in fractions and abs(sum(fractions.values()) - 1) > 1e-6:
         raise VideoError(f"dataset.splits: {fractions} do not add up to 1; leave train out, it gets the rest")
 
-    found = {split: find_videos(folder) for split, folder in folders.items()}
-    indexed = index_videos(root, [path for videos in found.values() for path in videos.values()])
-    clips: dict[Split, dict[str, Clip]] = {}
-    skipped: dict[Split, list[SkippedVideo]] = {}
-    for split, videos in found.items():
-        skipped[split] = [SkippedVideo(i, indexed[path].reason) for i, path in videos.items() if indexed[path].reason]
-        clips[split] = {
-            video_id: make_clip(video_id, path, indexed[path], dataset.frame_step)
-            for video_id, path in videos.items()
-            if indexed[path].probe
-        }
-        if not clips[split]:
-            reasons = join_names(f"{video.id} {video.reason}" for video in skipped[split])
-            raise VideoError(f"{folders[split]}: none of its {len(videos)} videos can be used: {reasons}")
-
-    shares = split_by_fractions(
-        list(clips["train"]),
-        val=0.0 if "val" in clips else fractions["val"],
-        test=0.0 if "test" in clips else fractions["test"],
+    sources = _index_folders(dataset, root, {split: find_videos(folder) for split, folder in folders.items()})
+    train = sources["train"]
+    shares = rows_by_fractions(
+        train.videos.ids,
+        val=0.0 if "val" in sources else fractions["val"],
+        test=0.0 if "test" in sources else fractions["test"],
         seed=dataset.split_seed,
     )
-    if not shares["train"]:
+    if not len(shares["train"]):
         raise VideoError(
-            f"{root}: of {len(clips['train'])} videos, dataset.splits {fractions} leave none to train on; "
+            f"{root}: of {len(train.videos)} videos, dataset.splits {fractions} leave none to train on; "
             "lower the fractions or add videos"
         )
-    taken = {split: [clips["train"][video_id] for video_id in ids] for split, ids in shares.items()}
-    taken |= {split: list(videos.values()) for split, videos in clips.items() if split != "train"}
-    return {split: FolderSource(dataset, videos, skipped.get(split, [])) for split, videos in taken.items() if videos}
+    for split in ("val", "test"):
+        if len(shares[split]):
+            sources[split] = train.select(shares[split])
+    if len(shares["train"]) < len(train.videos):
+        passed_over = train.passed_over
+        sources["train"] = train.select(shares["train"], train.skipped)
+        sources["train"].passed_over = passed_over
+    return {split: sources[split] for split in ("train", "val", "test") if split in sources}
+
+
+def _index_folders(dataset: DatasetConfig, root: Path, found: dict[Split, Listing]) -> dict[Split, FolderSource]:
+    """Index the videos of all split folders as one, since one file below `root` remembers them.
+
+    Raises:
+        VideoError: a folder with none that can be used.
+    """
+    inside = {split: _below(root, listing.folder) for split, listing in found.items()}
+    indexed = index_videos(root, [inside[split] + name for split, listing in found.items() for name in listing.names])
+    sources: dict[Split, FolderSource] = {}
+    with contextlib.closing(indexed):
+        for split, listing in found.items():
+            skipped = list(listing.unreadable)
+
+            def usable(split: Split = split, listing: Listing = listing, skipped: list = skipped) -> Iterator[Clip]:
+                for video_id, name, entry in zip(listing.ids, listing.names, indexed, strict=False):
+                    if entry.probe is None:
+                        skipped.append(SkippedVideo(video_id, entry.reason or ""))
+                    else:
+                        yield make_clip(video_id, inside[split] + name, entry, dataset.frame_step)
+
+            source = FolderSource(dataset, root, usable(), skipped, listing.passed_over)
+            if not len(source.videos):
+                reasons = join_names(f"{video.id} {video.reason}" for video in skipped)
+                raise VideoError(f"{listing.folder}: none of its {len(listing)} videos can be used: {reasons}")
+            sources[split] = source
+    return sources
+
+
+def _below(root: Path, folder: Path) -> str:
+    return "" if folder == root else f"{folder.relative_to(root)}/"
 
 
 def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
@@ -138,10 +217,13 @@ def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
     """
     if not path.exists():
         raise VideoError(f"{path}: there is no such video file or folder of frames")
-    if path.is_dir() and not list_frames(path):
-        raise VideoError(f"{path}: a folder without .png or .jpg frames directly in it")
-    indexed = examine_video(path, str(path), stamp(path))
-    return FolderSource(dataset, [make_clip(path.stem, path, indexed, dataset.frame_step)], [])
+    try:
+        if path.is_dir() and not list_frames(path):
+            raise VideoError(f"{path}: a folder without .png or .jpg frames directly in it")
+    except OSError as error:
+        raise BrokenVideoError(str(path), f"cannot be looked into ({error.strerror})") from error
+    indexed = examine_video(path, str(path))
+    return FolderSource(dataset, path.parent, [make_clip(path.stem, path.name, indexed, dataset.frame_step)])
 
 
 def _split_folders(root: Path) -> dict[Split, Path]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stage1_autoencoder.videos.base import BrokenVideoError
 from stage1_autoencoder.videos.files import UNKNOWN_FPS, Probe
-from stage1_autoencoder.videos.splits import natural_key
+from stage1_autoencoder.videos.splits import natural_order
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg"})
 
@@ -22,7 +22,8 @@ def is_frame(name: str) -> bool:
 
 def list_frames(folder: Path) -> list[Path]:
     """List the frames of a folder in natural order (frame 2 before frame 10)."""
-    return [folder / name for name in sorted(filter(is_frame, os.listdir(folder)), key=natural_key)]
+    names = [name for name in os.listdir(folder) if is_frame(name)]
+    return [folder / names[at] for at in natural_order(names)]
 
 
 def probe_folder(folder: Path, video_id: str) -> Probe:

@@ -25,8 +25,8 @@ class _Name:
     person: int
 
 
-def _parse_name(path: Path) -> _Name | None:
-    match = re.fullmatch(rf"(person(\d+)_(?:{'|'.join(ACTIONS)})_d\d+)(?:_uncomp)?", path.stem)
+def _parse_name(path: str) -> _Name | None:
+    match = re.fullmatch(rf"(person(\d+)_(?:{'|'.join(ACTIONS)})_d\d+)(?:_uncomp)?", Path(path).stem)
     return _Name(match[1], int(match[2])) if match else None
 
 
@@ -56,8 +56,8 @@ def open_kth(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
     """Index the KTH videos below `root` and divide them by persons; splits without videos are left out.
 
     Ids are as person01_boxing_d1, whatever folder the file lies in. `dataset.splits` gives the persons of each split,
-    by default 1-19, 20 and 21-25: the paper trains on 1-20, of which person 20 is held out here for validation. Where
-    splits are given, they hold as they are, and persons in none of them go unused.
+    by default the paper's, 1-20 and 21-25, of which person 20 is held out for validation; see `persons_of_splits`.
+    Persons in no split go unused.
 
     With `dataset.sequences`, each range of `00sequences.txt` is a video of its own, as person01_jogging_d1_2-46
     (counted from 1, both ends included). Ranges are clipped to the video; one that lies behind its end is listed as
@@ -77,42 +77,51 @@ def open_kth(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
         found = find_videos(root)
     except VideoError as error:
         raise VideoError(f"{error}; {_WAY_OUT}") from error
-    names = {path: _parse_name(path) for path in found.values()}
-    if not any(names.values()):
+    names = [_parse_name(name) for name in found.names]
+    named = [row for row, name in enumerate(names) if name]
+    if not named:
         raise VideoError(
             f"{root}: none of its {len(names)} videos is named as person01_boxing_d1_uncomp.avi; {_WAY_OUT}"
         )
+    seen: dict[str, str] = {}
+    for row in named:
+        if (other := seen.setdefault(names[row].video_id, found.names[row])) != found.names[row]:
+            raise VideoError(
+                f"{root / other} and {root / found.names[row]} are both {names[row].video_id}: remove one of them"
+            )
 
     clips: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
     skipped: dict[Split, list[SkippedVideo]] = {split: [] for split in SPLITS}
-    seen: dict[str, Path] = {}
-    indexed = index_videos(root, [path for path in found.values() if names[path]])
-    for file_id, path in found.items():
-        name = names[path]
-        if name is None:
-            skipped["train"].append(SkippedVideo(file_id, "is not named as person01_boxing_d1_uncomp.avi"))
-            continue
-        if name.video_id in seen:
-            raise VideoError(f"{seen[name.video_id]} and {path} are both {name.video_id}: remove one of them")
-        seen[name.video_id] = path
-        split = owner.get(name.person)
+    skipped["train"] += found.unreadable
+    skipped["train"] += [
+        SkippedVideo(video_id, "is not named as person01_boxing_d1_uncomp.avi")
+        for video_id, name in zip(found.ids, names, strict=True)
+        if name is None
+    ]
+    indexed = index_videos(root, [found.names[row] for row in named])
+    for row, entry in zip(named, indexed, strict=True):
+        name, path, split = names[row], found.names[row], owner.get(names[row].person)
         if split is None:
             continue
-        probe = indexed[path].probe
-        if probe is None:
-            skipped[split].append(SkippedVideo(name.video_id, indexed[path].reason))
+        if entry.probe is None:
+            skipped[split].append(SkippedVideo(name.video_id, entry.reason or ""))
         elif sequences is None:
-            clips[split].append(make_clip(name.video_id, path, indexed[path], dataset.frame_step))
+            clips[split].append(make_clip(name.video_id, path, entry, dataset.frame_step))
         elif not sequences.get(name.video_id):
             skipped[split].append(SkippedVideo(name.video_id, f"has no frame ranges in {SEQUENCES_FILE}"))
         else:
             for first, last in sequences[name.video_id]:
-                sequence_id, cut = f"{name.video_id}_{first}-{last}", (max(first, 1) - 1, min(last, probe.frames))
+                sequence_id, cut = f"{name.video_id}_{first}-{last}", (max(first, 1) - 1, min(last, entry.probe.frames))
                 if cut[0] < cut[1]:
-                    clips[split].append(make_clip(sequence_id, path, indexed[path], dataset.frame_step, cut))
+                    clips[split].append(make_clip(sequence_id, path, entry, dataset.frame_step, cut))
                 else:
-                    skipped[split].append(SkippedVideo(sequence_id, f"lies outside the video's {probe.frames} frames"))
+                    outside = f"lies outside the video's {entry.probe.frames} frames"
+                    skipped[split].append(SkippedVideo(sequence_id, outside))
     if not clips["train"]:
         persons = dataset.splits.get("train", KTH_PERSONS["train"] if not dataset.splits else "nobody")
         raise VideoError(f"{root}: no usable video of the persons to train on ({persons}); {_WAY_OUT}")
-    return {split: FolderSource(dataset, clips[split], skipped[split]) for split in SPLITS if clips[split]}
+    return {
+        split: FolderSource(dataset, root, clips[split], skipped[split], found.passed_over if split == "train" else {})
+        for split in SPLITS
+        if clips[split]
+    }

@@ -4,6 +4,8 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from stage1_autoencoder.videos.base import VideoError
 from stage1_autoencoder.videos.config import Split
 
@@ -12,18 +14,31 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 # Shares of the videos that are held out where the config says nothing.
 DEFAULT_FRACTIONS: dict[Split, float] = {"val": 0.1, "test": 0.1}
 
-# The paper trains on persons 1-20 and tests on 21-25. Person 20 is held out of the former for validation.
-KTH_PERSONS: dict[Split, str] = {"train": "1-19", "val": "20", "test": "21-25"}
+# The paper's. Person 20 is held out for validation, by the rule of `persons_of_splits`.
+KTH_PERSONS: dict[Split, str] = {"train": "1-20", "test": "21-25"}
 
 
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sort key by which numbers inside names count as numbers: clip2 before clip10."""
-    parts: list[str | int] = list(re.split(r"(\d+)", name))
-    parts[1::2] = map(int, parts[1::2])
-    return parts, name
+def natural_key(name: str) -> str:
+    """Sort key by which numbers inside names count as numbers: clip2 before clip10.
+
+    Names that differ by leading zeros alone have equal keys: sort by name first where that may be (`natural_order`).
+    """
+    # A zero character, which no name has, ends the text before a number as the end of a name would; the number of
+    # digits before the digits makes their order that of the numbers. One text a name, since there may be a million.
+    return re.sub(r"\d+", lambda number: _number_key(number[0]), name)
 
 
-def split_by_fractions(ids: Sequence[str], *, val: float, test: float, seed: int) -> dict[Split, list[str]]:
+def _number_key(digits: str) -> str:
+    value = str(int(digits))
+    return f"\0{chr(len(value))}{value}"
+
+
+def natural_order(names: Sequence[str]) -> list[int]:
+    """Positions of names in natural order; of names with equal keys in the order of their characters."""
+    return sorted(sorted(range(len(names)), key=names.__getitem__), key=lambda at: natural_key(names[at]))
+
+
+def rows_by_fractions(ids: Sequence[str], *, val: float, test: float, seed: int) -> dict[Split, np.ndarray]:
     """Divide videos among the splits, depending on nothing but their ids and the seed.
 
     Videos are ranked by sha256 of "<seed><id>". The first round(n * test) of them are for testing, the next
@@ -35,21 +50,26 @@ def split_by_fractions(ids: Sequence[str], *, val: float, test: float, seed: int
         val, test: fractions in [0, 1).
         seed: `dataset.split_seed`.
     Returns:
-        ids a split, in the order they came; train may be left empty by fractions too large.
+        positions in `ids` a split, ascending; train may be left empty by fractions too large.
     """
 
     def size(fraction: float) -> int:
         at_least = 1 if fraction > 0 and len(ids) >= 3 else 0
         return max(at_least, round(len(ids) * fraction))
 
-    ranked = sorted(ids, key=lambda video_id: hashlib.sha256(f"{seed}{video_id}".encode()).hexdigest())
-    testing = set(ranked[: size(test)])
-    validation = set(ranked[size(test) : size(test) + size(val)])
-    return {
-        "train": [video_id for video_id in ids if video_id not in testing | validation],
-        "val": [video_id for video_id in ids if video_id in validation],
-        "test": [video_id for video_id in ids if video_id in testing],
-    }
+    ranked = sorted(range(len(ids)), key=lambda at: hashlib.sha256(f"{seed}{ids[at]}".encode()).digest())
+    ends = {"test": size(test), "val": size(test) + size(val), "train": len(ids)}
+    start, rows = 0, {}
+    for split, stop in ends.items():
+        rows[split] = np.sort(np.array(ranked[start:stop], np.int64))
+        start = stop
+    return {split: rows[split] for split in SPLITS}
+
+
+def split_by_fractions(ids: Sequence[str], *, val: float, test: float, seed: int) -> dict[Split, list[str]]:
+    """As `rows_by_fractions`, with the ids themselves."""
+    rows = rows_by_fractions(ids, val=val, test=test, seed=seed)
+    return {split: [ids[at] for at in places.tolist()] for split, places in rows.items()}
 
 
 def parse_persons(value: int | str, split: Split) -> set[int]:
@@ -71,11 +91,17 @@ def parse_persons(value: int | str, split: Split) -> set[int]:
 def persons_of_splits(splits: Mapping[Split, int | float | str]) -> dict[int, Split]:
     """Find which split each person belongs to. Given splits replace `KTH_PERSONS` as a whole; others go unused.
 
+    Where `val` is not given, the last of several training persons is held out for validation: 1-20 and 21-25 means
+    1-19, 20 and 21-25. `val: none` holds out nobody.
+
     Raises:
         VideoError: a person in two splits, or a range that cannot be parsed.
     """
+    splits = splits or KTH_PERSONS
     owner: dict[int, Split] = {}
-    for split, value in (splits or KTH_PERSONS).items():
+    for split, value in splits.items():
+        if split == "val" and value == "none":
+            continue
         for person in sorted(parse_persons(value, split)):
             if person in owner:
                 raise VideoError(
@@ -83,6 +109,9 @@ def persons_of_splits(splits: Mapping[Split, int | float | str]) -> dict[int, Sp
                     "leave the person out of one of them"
                 )
             owner[person] = split
+    training = [person for person, split in owner.items() if split == "train"]
+    if "val" not in splits and len(training) > 1:
+        owner[training[-1]] = "val"
     return owner
 
 

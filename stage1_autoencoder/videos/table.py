@@ -35,6 +35,19 @@ class VideoTable(Sequence[VideoInfo]):
         self._fps = np.frombuffer(fps, np.float64) if fps else np.empty(0, np.float64)
         self._sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2) if sizes else np.empty((0, 2), np.int32)
 
+    @classmethod
+    def of(cls, videos: Sequence[VideoInfo]) -> "VideoTable":
+        """The same videos as a table; a table is taken as it is."""
+        return videos if isinstance(videos, cls) else cls(videos)
+
+    def select(self, rows: np.ndarray) -> "VideoTable":
+        """Some of the videos, by their positions [m] int64."""
+        table = VideoTable()
+        table.ids = [self.ids[row] for row in rows.tolist()]
+        table.fingerprints = [self.fingerprints[row] for row in rows.tolist()]
+        table.frames, table._fps, table._sizes = self.frames[rows], self._fps[rows], self._sizes[rows]
+        return table
+
     def __len__(self) -> int:
         return len(self.ids)
 

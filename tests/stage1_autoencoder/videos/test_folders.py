@@ -1,8 +1,11 @@
 """Folders of videos as sources: splits, the interface's promises, what is skipped, and messages."""
 
+import hashlib
+import json
 import os
 import pickle
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from stage1_autoencoder.videos import BrokenVideoError, VideoError, open_source, open_splits, open_video
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.index import digest
+from stage1_autoencoder.videos.preprocessing import preprocessing_description
 
 
 def config(**settings) -> DatasetConfig:
@@ -207,3 +211,29 @@ def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path
     (tmp_path / "text.mp4").write_text("text")
     with pytest.raises(BrokenVideoError, match=r"text\.mp4: cannot be opened as a video"):
         open_video(config(), tmp_path / "text.mp4")
+
+
+def test_fingerprints_of_sources_are_of_one_document(three_splits):
+    """Stores and runs of earlier versions hold them."""
+    source = open_splits(config(), three_splits)["train"]
+    content = {
+        "videos": [asdict(video) for video in source.videos],
+        "preprocessing": preprocessing_description(source.dataset),
+    }
+    assert source.fingerprint == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def test_a_selection_reads_the_same_frames(tmp_path, encode_frames):
+    """Keyframes of the files go with them."""
+    for number in range(5):
+        frames = [np.full((48, 64, 3), (40 * number + 3 * i) % 250, np.uint8) for i in range(90)]
+        options = {"x264-params": f"keyint={64 if number % 2 else 200}:scenecut=0:threads=1"}
+        encode_frames(tmp_path / f"{number}.mp4", frames, "libx264", **options)
+    source = open_splits(config(splits={"val": 0, "test": 0}), tmp_path)["train"]
+    rows = np.array([1, 4, 3])
+    selected = source.select(rows)
+    assert list(selected.videos) == [source.videos[row] for row in rows]
+    for new, old in enumerate(rows):
+        assert selected._probe(new) == source._probe(old)
+        assert bool(selected._probe(new).keyframes) == (old % 2 == 1)
+        assert (selected.read(new, [70, 3]) == source.read(old, [70, 3])).all()

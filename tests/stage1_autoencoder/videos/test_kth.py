@@ -47,10 +47,14 @@ def test_default_splits(data):
 
 
 def test_given_splits_replace_the_default(data):
-    sources = open_splits(config(splits={"train": "1-2", "test": 10}), data)
-    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 3, "test": 1}
+    def counts(**splits) -> dict[str, int]:
+        return {split: len(names) for split, names in ids(open_splits(config(splits=splits), data)).items()}
+
+    assert counts(train="1-2", val="none", test=10) == {"train": 3, "test": 1}
+    assert counts(train="1-2", test=10) == {"train": 2, "val": 1, "test": 1}  # the last training person is held out
+    assert counts(train="1-16", test="17-25") == {"train": 4, "test": 2}  # of person 16 there is nothing
     with pytest.raises(VideoError, match="the val split of 'kth' has no videos"):
-        open_source(config(splits={"train": "1-2", "test": 10}), data, "val")
+        open_source(config(splits={"train": 1, "test": 10}), data, "val")
     with pytest.raises(VideoError, match="person 2 is both in train and in val"):
         open_splits(config(splits={"train": "1-2", "val": "2"}), data)
     with pytest.raises(VideoError, match=r"no usable video of the persons to train on \(3-4\)"):

@@ -1,7 +1,9 @@
 """Decoding from the middle of a file: bit for bit what decoding from its start gives, wherever it begins."""
 
+import contextlib
 import io
 import json
+import sqlite3
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from stage1_autoencoder.videos import files, open_source
 from stage1_autoencoder.videos.base import BrokenVideoError
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.files import Keyframe, decode_video, probe_video
-from stage1_autoencoder.videos.index import CACHE_NAME
+from stage1_autoencoder.videos.index_cache import CACHE_NAME
 
 FRAMES = 50
 
@@ -138,10 +140,12 @@ def test_a_source_remembers_keyframes_and_starts_at_them(tmp_path, seeks):
     path = write(tmp_path / "v.mp4", "libx264", x264(keyint=12, bframes=2), count=210)
     settings = {"name": "mine", "source": "videos", "root": "{data}", "image_size": 16}
     open_source(DatasetConfig(**settings), tmp_path, "train")
-    remembered = (tmp_path / CACHE_NAME).read_text()
-    probe = json.loads(remembered)["videos"]["v.mp4"]["probe"]
+    remembered = (tmp_path / CACHE_NAME).read_bytes()
+    with contextlib.closing(sqlite3.connect(tmp_path / CACHE_NAME)) as database:
+        ((stored,),) = database.execute("SELECT keyframes FROM video")
+    keyframes = tuple(Keyframe(*pair) for pair in json.loads(stored))
     # At a distance of 64 frames or more: multiples of 12 from there on.
-    assert [position for position, _ in probe["keyframes"]] == [72, 144]
+    assert [keyframe.position for keyframe in keyframes] == [72, 144]
 
     source = open_source(DatasetConfig(**settings), tmp_path, "train")
     everything = source.read(0)
@@ -153,8 +157,8 @@ def test_a_source_remembers_keyframes_and_starts_at_them(tmp_path, seeks):
     stepped = open_source(DatasetConfig(**settings, frame_step=30), tmp_path, "train")
     assert (np.stack(list(stepped.iterate(0, 3))) == everything[90::30]).all()
     assert seeks == [True] * 6
-    assert (tmp_path / CACHE_NAME).read_text() == remembered
-    assert probe_video(path, "v").keyframes == tuple(Keyframe(*pair) for pair in probe["keyframes"])
+    assert (tmp_path / CACHE_NAME).read_bytes() == remembered
+    assert probe_video(path, "v").keyframes == keyframes
 
 
 def test_short_videos_have_no_keyframes_to_remember(tmp_path):

@@ -1,17 +1,32 @@
 """Splits by seeded fractions and by persons, and natural order."""
 
 import hashlib
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stage1_autoencoder.videos.base import VideoError
-from stage1_autoencoder.videos.splits import natural_key, parse_persons, persons_of_splits, split_by_fractions
+from stage1_autoencoder.videos.splits import natural_order, parse_persons, persons_of_splits, split_by_fractions
 
 
 def test_natural_order():
     names = ["clip10", "clip2", "clip1b", "clip01", "clip1", "a", "2", "10", "clip2/10", "clip2/9"]
     right = ["2", "10", "a", "clip01", "clip1", "clip1b", "clip2", "clip2/9", "clip2/10", "clip10"]
-    assert sorted(names, key=natural_key) == right
+    for order in (names, names[::-1]):
+        assert [order[at] for at in natural_order(order)] == right
+
+
+def whole_numbers(name: str) -> tuple[list[str | int], str]:
+    parts: list[str | int] = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+@given(st.lists(st.text("a1b0-/ 29é٣", max_size=12), max_size=30))
+def test_natural_order_is_that_of_texts_and_numbers(names):
+    assert [names[at] for at in natural_order(names)] == sorted(names, key=whole_numbers)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
@@ -51,11 +66,30 @@ def test_persons_that_cannot_be_read(value):
         parse_persons(value, "val")
 
 
-def test_persons_of_splits():
-    default = persons_of_splits({})
-    assert [person for person, split in default.items() if split == "test"] == [21, 22, 23, 24, 25]
-    assert default[20] == "val"
-    assert sorted(default) == list(range(1, 26))
-    assert set(persons_of_splits({"train": "1-16", "test": "17-25"}).values()) == {"train", "test"}
+def members(splits) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for person, split in persons_of_splits(splits).items():
+        found.setdefault(split, []).append(person)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        ({}, {"train": list(range(1, 20)), "test": [21, 22, 23, 24, 25], "val": [20]}),
+        ({"train": "1-3", "test": "4"}, {"train": [1, 2], "test": [4], "val": [3]}),
+        ({"train": "7,2-3", "test": "4"}, {"train": [2, 3], "test": [4], "val": [7]}),
+        ({"train": "1-3", "val": "none", "test": "4"}, {"train": [1, 2, 3], "test": [4]}),
+        ({"train": "1-3", "val": 9}, {"train": [1, 2, 3], "val": [9]}),
+        ({"train": 5, "test": "4"}, {"train": [5], "test": [4]}),
+    ],
+)
+def test_persons_of_splits(splits, expected):
+    assert members(splits) == expected
+
+
+def test_a_person_in_two_splits():
     with pytest.raises(VideoError, match="person 16 is both in train and in test"):
-        persons_of_splits({"train": "1-16", "test": "16-25"})
+        persons_of_splits({"train": "1-17", "test": "16-25"})
+    with pytest.raises(VideoError, match="person 17 is both in train and in test"):  # though held out
+        persons_of_splits({"train": "1-17", "test": "17-25"})
