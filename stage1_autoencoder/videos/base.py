@@ -135,6 +135,11 @@ class VideoSource(abc.ABC):
         return start, stop
 
     @property
+    def native_frames(self) -> int | None:
+        """How many frames the videos have together before `frame_step`; None where that is not known."""
+        return None
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) over all videos and the preprocessing: equal when and only when frames are."""
         # The digest of one JSON document, {"preprocessing": ..., "videos": [...]}, that is never there as a whole.

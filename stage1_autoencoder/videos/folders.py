@@ -92,6 +92,10 @@ class FolderSource(VideoSource):
         self.skipped = list(skipped)
         self.passed_over = dict(passed_over or {})
 
+    @property
+    def native_frames(self) -> int:
+        return int((self._ends[:, 1] - self._ends[:, 0]).sum())
+
     def select(self, rows: np.ndarray, skipped: Iterable[SkippedVideo] = ()) -> "FolderSource":
         """A source of some of the videos, by their positions [m] int64."""
         source = FolderSource(self.dataset, self.root, (), skipped)
