@@ -57,10 +57,10 @@ class Probe:
     keyframes: tuple[Keyframe, ...] = ()
 
 
-def _open(path: Path, video_id: str) -> InputContainer:
+def _open(path: Path, video_id: str, **options: str) -> InputContainer:
     try:
         # Tags in odd encodings say nothing about frames.
-        return av.open(os.path.abspath(path), metadata_errors="ignore")
+        return av.open(os.path.abspath(path), metadata_errors="ignore", options=options)
     except (av.error.FFmpegError, OSError) as error:
         raise BrokenVideoError(video_id, f"cannot be opened as a video ({error.strerror})") from error
 
@@ -109,7 +109,8 @@ def probe_video(path: Path, video_id: str) -> Probe:
         if first is None:
             raise BrokenVideoError(video_id, "has no frame that can be decoded")
         in_mp4_table = stream.frames if "mp4" in container.format.name else 0
-        if packets < in_mp4_table:
+        # An edit list may leave out whole groups of pictures, which the demuxer then passes over.
+        if packets < in_mp4_table and (packets := _unedited_packets(path, video_id)) < in_mp4_table:
             raise BrokenVideoError(video_id, f"is cut off: {packets} of its {in_mp4_table} frames are there")
         rate = float(stream.average_rate or stream.guessed_rate or UNKNOWN_FPS)
     if missing := _missing_bytes(path):
@@ -117,6 +118,16 @@ def probe_video(path: Path, video_id: str) -> Probe:
     # A field of an interlaced frame may have a packet of its own.
     keyframes = _keyframes(timestamps, restarts) if steady and not first.interlaced_frame else ()
     return Probe(shown, rate, first.width, first.height, keyframes)
+
+
+def _unedited_packets(path: Path, video_id: str) -> int:
+    """Count the packets of an mp4 file that are there, also those that its edit list leaves out."""
+    with _open(path, video_id, ignore_editlist="1") as container:
+        stream = _video_stream(container, video_id)
+        try:
+            return sum(packet.size > 0 and not packet.is_corrupt for packet in container.demux(stream))
+        except av.error.FFmpegError:
+            return 0
 
 
 def _restarts(packet: av.Packet, stream: VideoStream) -> bool:

@@ -233,7 +233,11 @@ def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
 def _split_folders(root: Path) -> dict[Split, Path]:
     """Find the split folders in `root`; empty if there are none."""
     folders: dict[Split, Path] = {}
-    for path in sorted(root.iterdir()):
+    try:
+        paths = sorted(root.iterdir())
+    except OSError as error:
+        raise VideoError(f"{root}: cannot be looked into ({error.strerror})") from error
+    for path in paths:
         split = _SPLIT_FOLDERS.get(path.name.lower())
         if split is None or not path.is_dir():
             continue

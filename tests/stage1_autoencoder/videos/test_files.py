@@ -2,6 +2,7 @@
 
 import io
 import struct
+from pathlib import Path
 
 import av
 import numpy as np
@@ -138,3 +139,53 @@ def test_size_that_changes_is_an_error(tmp_path):
     assert len(decoded(path, 0, 4)) == 4
     with pytest.raises(BrokenVideoError, match="v: changes from 64x48 to 32x48 at frame 4; cut it"):
         decoded(path, 0, 6)
+
+
+def trimmed(source: Path, target: Path, start: int) -> Path:
+    """The same packets with an edit list that begins to play at frame `start`, as trimming without encoding does."""
+    options = {"avoid_negative_ts": "disabled", "use_editlist": "1", "movflags": "faststart"}
+    with av.open(str(source)) as whole, av.open(str(target), "w", options=options) as container:
+        stream = whole.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in whole.demux(stream):
+            if packet.size:
+                shift = int(start / 10 / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                container.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("start", [2, 5, 7, 11])  # in the first group of pictures, and behind it
+def test_edit_lists_are_followed(make_video, tmp_path, read_numbers, start):
+    x264 = {"x264-params": "keyint=5:bframes=2:scenecut=0:threads=1"}
+    path = trimmed(make_video("whole.mp4", 16, "libx264", **x264), tmp_path / "cut.mp4", start)
+    probe = probe_video(path, "cut")
+    assert probe.frames == 16 - start
+    assert read_numbers(decoded(path, 0, probe.frames)) == list(range(start, 16))
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    with pytest.raises(BrokenVideoError, match="cut off"):
+        probe_video(path, "cut")
+
+
+def test_videos_of_no_frame_and_of_one(tmp_path, make_video, encode_frames):
+    with av.open(str(tmp_path / "none.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    with pytest.raises(BrokenVideoError, match=r"none: (has no|cannot be opened as a) video"):
+        probe_video(tmp_path / "none.mp4", "none")
+    path = make_video("one.gif", 1, "gif")
+    assert probe_video(path, "one").frames == 1
+    assert len(decoded(path, 0, 1)) == 1
+
+
+def test_a_file_that_may_not_be_read(tmp_path, make_video, monkeypatch):
+    path = make_video("v.avi", 3)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(BrokenVideoError, match=r"v: cannot be opened as a video \(Permission denied\)"):
+        probe_video(path, "v")
