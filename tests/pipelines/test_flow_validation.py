@@ -169,6 +169,11 @@ def test_pairs_are_of_the_val_split_and_of_its_raw_latents(place):
     assert (place.open(past_horizon=2).batch.distance == 1).all()
 
 
+def test_pairs_are_drawn_as_the_training_draws_them(place):
+    usual, recent = (place.open(condition_draw=draw).batch.distance for draw in ("uniform", "recent"))
+    assert recent.float().mean() < usual.float().mean()
+
+
 def test_parts_of_any_size_have_the_same_loss(place):
     validation, field = place.open(), network()
     whole = validation.measure(field, SCALED)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,3 +139,11 @@ def test_a_single_context_frame_counts_twice():
 def test_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         draw(**{"keys": [(0, 0)], **change})
+
+
+def test_noise_tells_nothing_about_the_conditions():
+    """They are of different streams: numbers of one stream would give the same bits to both."""
+    drawn = make_draws(5, [(3, 0)], 1, 4096, 9, (1, 64, 64), None, "cpu")
+    uniforms = np.random.default_rng((5, 3, 0, 0)).random(4096)  # what the noise's own stream would draw
+    shared = condition_indices(torch.from_numpy(uniforms)[None, :, None], [past_window(9, None)])
+    assert (drawn.condition_indices == shared).float().mean() < 0.3  # by chance 1 in 8
