@@ -18,7 +18,7 @@ CONFIG = --config configs/$(DATASET).yaml
 # The data set of the last target that named one is the next one's default.
 remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
-.PHONY: help setup demo test lint data train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect bench
+.PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect bench
 
 help:  ## list the targets
 	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
@@ -49,6 +49,11 @@ lint: setup  ## ruff
 data: setup  ## fetch (MIRROR=folder or URL), check, unpack and index the raw videos
 	$(remember)
 	@$(RIVER) data $(CONFIG) $(ARGS)
+
+convert: setup  ## any data set -> folders of pictures: make convert DATASET=bair_64 OUT=frames (ARGS="--format jpg --split test")
+	$(remember)
+	@test -n "$(OUT)" || { echo "name a folder: make convert OUT=frames" >&2; exit 2; }
+	@$(RIVER) convert --out "$(OUT)" $(CONFIG) $(ARGS)
 
 train-autoencoder: setup  ## stage 1: train the VQGAN (NUM_GPUS=4, DOWNLOAD=1: fetch VGG16 for LPIPS where it lacks)
 	$(remember)

@@ -12,6 +12,7 @@ from pipelines.errors import EXIT_DONE, EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE, C
 COMMANDS = {
     "demo": "the whole story on one data set: videos, autoencoder, store, flow, prediction, metrics",
     "data": "fetch, check, unpack and index the raw videos",
+    "convert": "write the frames of any source as folders of pictures: <out>/<split>/<video>/<frame>.png",
     "train-autoencoder": "stage 1: train the VQGAN",
     "encode": "encode all splits into the store of latents, or --verify it",
     "train-flow": "stage 2: train the flow from the store alone",
@@ -108,6 +109,11 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             from pipelines.demo import demo as function
         case "data":
             from pipelines.prepare import prepare_data as function
+        case "convert":
+            from pipelines.convert import convert
+
+            wanted = {"image_format": options.format, "splits": options.split, "videos": options.videos}
+            return lambda session: convert(config, session, options.out, quality=options.quality, **wanted)
         case "train-autoencoder":
             from pipelines.train_autoencoder import train_autoencoder as function
         case "encode" if options.verify is not None:
@@ -208,6 +214,14 @@ def _parser() -> argparse.ArgumentParser:
                 help="start from the weights of the flow that is there, imported or trained, which is set aside",
             )  # fmt: skip
         command.set_defaults(resume="auto", fine_tune=False)
+        if name == "convert":
+            command.add_argument("--out", type=Path, required=True, help="the folder to write to")
+            command.add_argument("--format", choices=("png", "jpg"), default="png", help="of the pictures")
+            command.add_argument("--quality", type=_positive, default=95, help="of jpg pictures, at most 100")
+            command.add_argument(
+                "--split", action="append", choices=("train", "val", "test"), help="this split alone; may be repeated"
+            )
+            command.add_argument("--videos", type=_positive, help="so many of each split alone")
         if name == "sample":
             command.add_argument("--videos", type=_positive, default=8, help="how many clips")
         if name == "study":
