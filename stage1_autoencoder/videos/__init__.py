@@ -1,4 +1,4 @@
-"""Where frames come from: one interface, `VideoSource`, before procedural videos, folders of videos, and KTH."""
+"""Where frames come from: one interface, `VideoSource`, before drawn videos, folders, and the data sets people use."""
 
 from pathlib import Path
 
@@ -29,11 +29,12 @@ def dataset_root(dataset: DatasetConfig, data_root: str | Path) -> Path:
     return Path(dataset.root.replace("{data}", str(data_root))).expanduser()
 
 
-def open_splits(dataset: DatasetConfig, data_root: str | Path) -> dict[Split, VideoSource]:
+def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = True) -> dict[Split, VideoSource]:
     """Open all splits of a data set, indexing its folder once. Splits without videos are left out; train never is.
 
     Args:
         data_root: `paths.data` of the config.
+        remember: keep what is found out in a hidden file in the folder; without it, nothing is written.
     Raises:
         VideoError: no folder, no videos in it, or nothing to train on.
     """
@@ -47,11 +48,23 @@ def open_splits(dataset: DatasetConfig, data_root: str | Path) -> dict[Split, Vi
         case "kth":
             from stage1_autoencoder.videos.kth import open_kth
 
-            return dict(open_kth(dataset, root))
+            return dict(open_kth(dataset, root, remember))
+        case "bair":
+            from stage1_autoencoder.videos.bair import open_bair
+
+            return dict(open_bair(dataset, root))
+        case "clevrer":
+            from stage1_autoencoder.videos.clevrer import open_clevrer
+
+            return dict(open_clevrer(dataset, root, remember))
+        case "hdf5":
+            from stage1_autoencoder.videos.hdf5 import open_hdf5
+
+            return dict(open_hdf5(dataset, root, remember))
         case "videos":
             from stage1_autoencoder.videos.folders import open_folder
 
-            return dict(open_folder(dataset, root))
+            return dict(open_folder(dataset, root, remember))
 
 
 def open_video(dataset: DatasetConfig, path: str | Path) -> VideoSource:

@@ -36,8 +36,9 @@ class DatasetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names latents/<name>.zarr and runs/<name>")
-    source: Literal["shapes", "videos", "kth"] = Field(
-        description="shapes: procedural; videos: a folder of video files or of frame folders; kth: the KTH archives"
+    source: Literal["shapes", "videos", "kth", "bair", "clevrer", "hdf5"] = Field(
+        description="shapes: procedural; videos: a folder of video files or of frame folders; kth, bair, clevrer: what "
+        "is in the archives of these data sets; hdf5: shards of the official code"
     )
     root: str | None = Field(
         None, description="folder of the raw videos; '{data}' stands for paths.data; default {data}/<name>"
@@ -46,8 +47,9 @@ class DatasetConfig(BaseModel):
     frame_step: PositiveInt = Field(1, description="keep every frame_step-th frame")
     splits: dict[Split, int | float | str] = Field(
         default_factory=dict,
-        description="shapes: videos a split; videos: fractions for val and test, used when root has no train/val/test "
-        "folders; kth: persons a split, e.g. '1-19'",
+        description="shapes: videos a split; videos, hdf5: fractions for val and test, used when root has no train/val/"
+        "test folders; kth: persons a split, e.g. '1-19'; clevrer: numbers of videos, e.g. '0-9999'; bair: val, the "
+        "fraction of the training videos that is held out",
     )
     split_seed: int = Field(0, ge=0, description="seed of the split by fractions")
     sequences: bool = Field(False, description="kth: cut videos at the frame ranges of 00sequences.txt")
@@ -59,12 +61,18 @@ class DatasetConfig(BaseModel):
             match self.source:
                 case "shapes" if not isinstance(value, int) or value < 1:
                     raise ValueError(f"splits.{split}: {value!r} is not a number of videos (source: shapes)")
-                case "videos" if not isinstance(value, int | float) or not 0 <= value < 1:
-                    raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: videos)")
+                case "videos" | "hdf5" | "bair" if not isinstance(value, int | float) or not 0 <= value < 1:
+                    raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: {self.source})")
+                case "bair" if split != "val":
+                    raise ValueError(f"splits.{split}: BAIR has train and test folders; only val can be set")
                 case "kth" if not isinstance(value, str | int):
                     raise ValueError(
                         f"splits.{split}: {value!r} is not a range of persons such as '1-19' (source: kth)"
                     )
-        if self.source == "videos" and sum(float(v) for k, v in self.splits.items() if k != "train") >= 1:
+                case "clevrer" if not isinstance(value, str | int):
+                    raise ValueError(
+                        f"splits.{split}: {value!r} is not a range of videos such as '0-9999' (source: clevrer)"
+                    )
+        if self.source in ("videos", "hdf5") and sum(float(v) for k, v in self.splits.items() if k != "train") >= 1:
             raise ValueError(f"splits {self.splits} leave nothing to train on")
         return self

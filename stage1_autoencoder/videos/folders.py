@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from stage1_autoencoder.videos.index import Indexed, Listing, examine_video, fin
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.splits import DEFAULT_FRACTIONS, join_names, rows_by_fractions
 from stage1_autoencoder.videos.table import VideoTable
+
+Source = TypeVar("Source", bound=VideoSource)  # one that can `select`
 
 _SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
@@ -132,7 +134,7 @@ class FolderSource(VideoSource):
         return Probe(stop, video.fps, *video.size, tuple(Keyframe(*pair) for pair in keyframes))
 
 
-def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
+def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
     """Index a folder of videos and divide it into splits; splits without videos are left out.
 
     If `root` has a folder `train`, then `train`, `val` (or `validation`) and `test` are the splits. Without `val`,
@@ -142,6 +144,8 @@ def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]
 
     Unusable videos are listed as `skipped` in the split of their folder, or in train.
 
+    Args:
+        remember: without it, nothing is written; see `index_videos`.
     Raises:
         VideoError: no folder, no videos, a split folder with none that can be used, nothing left to train on.
     """
@@ -149,16 +153,36 @@ def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]
         raise VideoError(
             f"{root}: there is no such folder; put the videos of {dataset.name!r} there, or set dataset.root"
         )
-    folders = _split_folders(root) or {"train": root}
-    fractions = {"val": DEFAULT_FRACTIONS["val"], "test": DEFAULT_FRACTIONS["test"]}
-    if folders["train"] != root:
-        fractions["test"] = 0.0
+    folders = split_folders(root) or {"train": root}
+    fractions = choose_fractions(dataset, has_folders=folders["train"] != root)
+    found = {split: find_videos(folder) for split, folder in folders.items()}
+    return split_training(dataset, root, _index_folders(dataset, root, found, remember), fractions)
+
+
+def choose_fractions(dataset: DatasetConfig, has_folders: bool) -> dict[Split, float]:
+    """The fractions that are held out for splits without a folder of their own; see `open_folder`.
+
+    Raises:
+        VideoError: they don't add up.
+    """
+    fractions = DEFAULT_FRACTIONS | ({"test": 0.0} if has_folders else {})
     fractions |= {split: float(fraction) for split, fraction in dataset.splits.items()}
     if "train" in fractions and abs(sum(fractions.values()) - 1) > 1e-6:
         raise VideoError(f"dataset.splits: {fractions} do not add up to 1; leave train out, it gets the rest")
+    return fractions
 
-    sources = _index_folders(dataset, root, {split: find_videos(folder) for split, folder in folders.items()})
-    train = sources["train"]
+
+def split_training(
+    dataset: DatasetConfig, root: Path, sources: dict[Split, Source], fractions: Mapping[Split, float]
+) -> dict[Split, Source]:
+    """Take the splits that lack out of the training videos, by fractions.
+
+    Args:
+        sources: of the splits that have folders, train among them.
+    Raises:
+        VideoError: nothing is left to train on.
+    """
+    train, sources = sources["train"], dict(sources)
     shares = rows_by_fractions(
         train.videos.ids,
         val=0.0 if "val" in sources else fractions["val"],
@@ -174,20 +198,22 @@ def open_folder(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]
         if len(shares[split]):
             sources[split] = train.select(shares[split])
     if len(shares["train"]) < len(train.videos):
-        passed_over = train.passed_over
         sources["train"] = train.select(shares["train"], train.skipped)
-        sources["train"].passed_over = passed_over
+        sources["train"].passed_over = train.passed_over
     return {split: sources[split] for split in ("train", "val", "test") if split in sources}
 
 
-def _index_folders(dataset: DatasetConfig, root: Path, found: dict[Split, Listing]) -> dict[Split, FolderSource]:
+def _index_folders(
+    dataset: DatasetConfig, root: Path, found: dict[Split, Listing], remember: bool
+) -> dict[Split, FolderSource]:
     """Index the videos of all split folders as one, since one file below `root` remembers them.
 
     Raises:
         VideoError: a folder with none that can be used.
     """
     inside = {split: _below(root, listing.folder) for split, listing in found.items()}
-    indexed = index_videos(root, [inside[split] + name for split, listing in found.items() for name in listing.names])
+    names = [inside[split] + name for split, listing in found.items() for name in listing.names]
+    indexed = index_videos(root, names, remember)
     sources: dict[Split, FolderSource] = {}
     with contextlib.closing(indexed):
         for split, listing in found.items():
@@ -230,7 +256,7 @@ def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
     return FolderSource(dataset, path.parent, [make_clip(path.stem, path.name, indexed, dataset.frame_step)])
 
 
-def _split_folders(root: Path) -> dict[Split, Path]:
+def split_folders(root: Path) -> dict[Split, Path]:
     """Find the split folders in `root`; empty if there are none."""
     folders: dict[Split, Path] = {}
     try:

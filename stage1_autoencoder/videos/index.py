@@ -174,6 +174,7 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
 
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(IndexCache(root, remember))
+        cache.forget_others(names)
         executor = ThreadPoolExecutor(_WORKERS)
         stack.callback(executor.shutdown, cancel_futures=True)
         # disable=None: no bar where nobody looks at a terminal
@@ -193,7 +194,6 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
                 cache.put(name, Entry(seen, indexed.probe, indexed.digest))
             bar.update()
             yield indexed
-        cache.forget_others(names)
 
 
 def examine_video(path: Path, video_id: str) -> Indexed:

@@ -52,7 +52,7 @@ def read_sequences(path: Path) -> dict[str, list[tuple[int, int]]]:
     return sequences
 
 
-def open_kth(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
+def open_kth(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
     """Index the KTH videos below `root` and divide them by persons; splits without videos are left out.
 
     Ids are as person01_boxing_d1, whatever folder the file lies in. `dataset.splits` gives the persons of each split,
@@ -98,7 +98,7 @@ def open_kth(dataset: DatasetConfig, root: Path) -> dict[Split, FolderSource]:
         for video_id, name in zip(found.ids, names, strict=True)
         if name is None
     ]
-    indexed = index_videos(root, [found.names[row] for row in named])
+    indexed = index_videos(root, [found.names[row] for row in named], remember)
     for row, entry in zip(named, indexed, strict=True):
         name, path, split = names[row], found.names[row], owner.get(names[row].person)
         if split is None:

@@ -1,6 +1,7 @@
-"""Which videos are for training, validation and testing: by seeded fractions, and by KTH's persons. And their order."""
+"""Which videos are for training, validation and testing: by seeded fractions, or by numbers in names. And order."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,6 +17,9 @@ DEFAULT_FRACTIONS: dict[Split, float] = {"val": 0.1, "test": 0.1}
 
 # The paper's. Person 20 is held out for validation, by the rule of `persons_of_splits`.
 KTH_PERSONS: dict[Split, str] = {"train": "1-20", "test": "21-25"}
+
+# The official ones.
+CLEVRER_NUMBERS: dict[Split, str] = {"train": "0-9999", "val": "10000-14999", "test": "15000-19999"}
 
 
 def natural_key(name: str) -> str:
@@ -72,24 +76,26 @@ def split_by_fractions(ids: Sequence[str], *, val: float, test: float, seed: int
     return {split: [ids[at] for at in places.tolist()] for split, places in rows.items()}
 
 
-def parse_persons(value: int | str, split: Split) -> set[int]:
-    """Parse persons as "1-19", "1-4,7" or 20.
+def parse_numbers(value: int | float | str, split: Split, what: str = "persons", example: str = "1-19") -> list[range]:
+    """Parse numbers as "1-19", "1-4,7" or 20.
 
+    Args:
+        what: they are of, with an `example`, for the message.
     Raises:
         VideoError: not of this form, or a range that runs backwards.
     """
-    persons: set[int] = set()
+    ranges: list[range] = []
     for part in str(value).split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise VideoError(f"dataset.splits.{split}: {value!r} is not a range of persons such as '1-19' or '1-4,7'")
-        persons.update(range(first, last + 1))
-    return persons
+            raise VideoError(f"dataset.splits.{split}: {value!r} is not a range of {what} such as '{example}'")
+        ranges.append(range(first, last + 1))
+    return ranges
 
 
 def persons_of_splits(splits: Mapping[Split, int | float | str]) -> dict[int, Split]:
-    """Find which split each person belongs to. Given splits replace `KTH_PERSONS` as a whole; others go unused.
+    """Find which split each person of KTH belongs to. Given splits replace `KTH_PERSONS` as a whole.
 
     Where `val` is not given, the last of several training persons is held out for validation: 1-20 and 21-25 means
     1-19, 20 and 21-25. `val: none` holds out nobody.
@@ -98,20 +104,32 @@ def persons_of_splits(splits: Mapping[Split, int | float | str]) -> dict[int, Sp
         VideoError: a person in two splits, or a range that cannot be parsed.
     """
     splits = splits or KTH_PERSONS
-    owner: dict[int, Split] = {}
-    for split, value in splits.items():
-        if split == "val" and value == "none":
-            continue
-        for person in sorted(parse_persons(value, split)):
-            if person in owner:
-                raise VideoError(
-                    f"dataset.splits: person {person} is both in {owner[person]} and in {split}; "
-                    "leave the person out of one of them"
-                )
-            owner[person] = split
-    training = [person for person, split in owner.items() if split == "train"]
+    owner = _owners({split: value for split, value in splits.items() if (split, value) != ("val", "none")}, "person")
+    training = sorted(person for person, split in owner.items() if split == "train")
     if "val" not in splits and len(training) > 1:
         owner[training[-1]] = "val"
+    return owner
+
+
+def numbers_of_splits(splits: Mapping[Split, int | float | str]) -> dict[int, Split]:
+    """Find which split each video of CLEVRER belongs to. Given splits replace `CLEVRER_NUMBERS` as a whole.
+
+    Raises:
+        VideoError: a video in two splits, or a range that cannot be parsed.
+    """
+    return _owners(splits or CLEVRER_NUMBERS, "video", example="0-9999")
+
+
+def _owners(splits: Mapping[Split, int | float | str], what: str, example: str = "1-19") -> dict[int, Split]:
+    owner: dict[int, Split] = {}
+    for split, value in splits.items():
+        for number in sorted(set(itertools.chain(*parse_numbers(value, split, f"{what}s", example)))):
+            if number in owner:
+                raise VideoError(
+                    f"dataset.splits: {what} {number} is both in {owner[number]} and in {split}; "
+                    f"leave the {what} out of one of them"
+                )
+            owner[number] = split
     return owner
 
 

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stage1_autoencoder.videos.base import VideoError
-from stage1_autoencoder.videos.splits import natural_order, parse_persons, persons_of_splits, split_by_fractions
+from stage1_autoencoder.videos.splits import (
+    natural_order,
+    numbers_of_splits,
+    parse_numbers,
+    persons_of_splits,
+    split_by_fractions,
+)
 
 
 def test_natural_order():
@@ -57,13 +63,13 @@ def test_a_split_depends_on_the_seed_and_not_on_the_order():
     ("value", "persons"), [(20, {20}), ("3", {3}), ("1-4,7", {1, 2, 3, 4, 7}), (" 2 - 3 , 9 ", {2, 3, 9}), ("05", {5})]
 )
 def test_persons(value, persons):
-    assert parse_persons(value, "train") == persons
+    assert set().union(*parse_numbers(value, "train")) == persons
 
 
 @pytest.mark.parametrize("value", ["", "a", "4-1", "1..4", "1-", "1,,2", "-3"])
 def test_persons_that_cannot_be_read(value):
     with pytest.raises(VideoError, match=r"dataset\.splits\.val: .* is not a range of persons such as '1-19'"):
-        parse_persons(value, "val")
+        parse_numbers(value, "val")
 
 
 def members(splits) -> dict[str, list[int]]:
@@ -93,3 +99,16 @@ def test_a_person_in_two_splits():
         persons_of_splits({"train": "1-17", "test": "16-25"})
     with pytest.raises(VideoError, match="person 17 is both in train and in test"):  # though held out
         persons_of_splits({"train": "1-17", "test": "17-25"})
+
+
+def test_numbers_of_splits():
+    official = numbers_of_splits({})
+    assert [official[number] for number in (0, 9999, 10_000, 14_999, 15_000, 19_999)] == [
+        "train", "train", "val", "val", "test", "test",
+    ]  # fmt: skip
+    assert len(official) == 20_000
+    assert numbers_of_splits({"train": "0-2", "test": 7}) == {0: "train", 1: "train", 2: "train", 7: "test"}
+    with pytest.raises(VideoError, match="video 2 is both in train and in test; leave the video out"):
+        numbers_of_splits({"train": "0-2", "test": "2-5"})
+    with pytest.raises(VideoError, match=r"splits\.test: 'x' is not a range of videos such as '0-9999'"):
+        numbers_of_splits({"test": "x"})
