@@ -1,0 +1,218 @@
+"""BAIR's TFRecords as a source: every frame to the bit, splits, and files that are not what they should be."""
+
+import itertools
+import pickle
+import re
+import shutil
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from stage1_autoencoder.videos import BrokenVideoError, VideoError, bair, open_source, open_splits
+from stage1_autoencoder.videos.bair import BairSource
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.tfrecords import Record
+from tests import small_data_sets
+
+TRAIN, TEST, FRAMES, IN_A_FILE = 22, 3, 5, 2
+
+
+def config(**settings) -> DatasetConfig:
+    return DatasetConfig(**{"name": "bair_64", "source": "bair", "root": "{data}", "image_size": 64} | settings)
+
+
+def noise(count: int, seed: int, frames: int = FRAMES, side: int = 64) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, frames, side, side, 3), np.uint8))
+
+
+def write(folder, videos) -> None:
+    folder.mkdir(parents=True)
+    for first in range(0, len(videos), IN_A_FILE):
+        part = videos[first : first + IN_A_FILE]
+        records = b"".join(small_data_sets.record(small_data_sets.bair_example(video)) for video in part)
+        (folder / f"traj_{first}_to_{first + len(part) - 1}.tfrecords").write_bytes(records)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bair")
+    write(root / "softmotion30_44k" / "train", noise(TRAIN, 1))
+    write(root / "softmotion30_44k" / "test", noise(TEST, 2))
+    return root
+
+
+@pytest.fixture
+def data(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "data")
+
+
+def test_every_frame_of_every_video(written):
+    sources = open_splits(config(splits={"val": 0}), written)
+    assert {split: len(source.videos) for split, source in sources.items()} == {"train": TRAIN, "test": TEST}
+    for split, seed in (("train", 1), ("test", 2)):
+        source = sources[split]
+        for index, video in enumerate(noise(len(source.videos), seed)):
+            np.testing.assert_array_equal(source.read(index), video)
+    # Natural order of files, and the order of examples in each.
+    ids = [video.id for video in sources["train"].videos]
+    assert ids[:3] == ["traj_0_to_1/0", "traj_0_to_1/1", "traj_2_to_3/0"]
+    assert ids[-1] == "traj_20_to_21/1"
+    assert sources["train"].videos[0].size == (64, 64)
+    assert sources["train"].native_frames == TRAIN * FRAMES
+    assert not sources["train"].skipped
+
+
+def test_validation_videos_are_held_out_of_train(written):
+    sources = open_splits(config(splits={"val": 0.2}), written)
+    held_out = {video.id for video in sources["val"].videos}
+    assert (len(held_out), len(sources["train"].videos)) == (4, 18)
+    assert not held_out & {video.id for video in sources["train"].videos}
+    whole = open_splits(config(splits={"val": 0}), written)["train"]
+    rows = {video.id: index for index, video in enumerate(whole.videos)}
+    for index, video in enumerate(sources["val"].videos):
+        np.testing.assert_array_equal(sources["val"].read(index), whole.read(rows[video.id]))
+    assert len(open_splits(config(), written)["val"].videos) == 1  # by default few, but one
+
+
+def test_splits_that_cannot_be_chosen():
+    with pytest.raises(ValueError, match=r"splits\.test: BAIR has train and test folders; only val can be set"):
+        config(splits={"test": 0.1})
+    with pytest.raises(ValueError, match=r"splits\.val: '3-4' is not a fraction in \[0, 1\) \(source: bair\)"):
+        config(splits={"val": "3-4"})
+
+
+def test_ranges_steps_and_sizes(written):
+    source = open_source(config(splits={"val": 0}, frame_step=2), written, "train")
+    video = noise(1, 1)[0]
+    assert (source.videos[0].frames, source.videos[0].fps) == (3, 5.0)
+    np.testing.assert_array_equal(list(source.iterate(0, 1, 3)), video[2::2])
+    np.testing.assert_array_equal(source.read(0, [2, 0, 2]), video[[4, 0, 4]])
+    assert list(source.iterate(0, 2, 2)) == []
+    with pytest.raises(IndexError, match=r"frames 0\.\.4 of traj_0_to_1/0, which has 3"):
+        next(source.iterate(0, 0, 4))
+    small = open_source(config(splits={"val": 0}, image_size=32), written, "train").read(0, [1])
+    area = video[1].reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(small[0] - area).max() <= 1
+
+
+def test_files_directly_in_the_root(written):
+    inside = written / "softmotion30_44k"
+    assert open_splits(config(), inside)["test"].videos == open_splits(config(), written)["test"].videos
+
+
+def test_many_readers(written):
+    source = pickle.loads(pickle.dumps(open_source(config(splits={"val": 0}), written, "train")))
+    videos = noise(TRAIN, 1)
+    with ThreadPoolExecutor(4) as pool:
+        for index, frames in zip(itertools.cycle(range(TRAIN)), pool.map(source.read, list(range(TRAIN)) * 3)):
+            np.testing.assert_array_equal(frames, videos[index])
+
+
+def test_fingerprints_are_of_the_content(data):
+    before = open_source(config(), data, "test")
+    shutil.copytree(data, data.parent / "copy", copy_function=shutil.copyfile)
+    assert open_source(config(), data.parent / "copy", "test").fingerprint == before.fingerprint
+    file = data / "softmotion30_44k/test/traj_2_to_2.tfrecords"
+    video = noise(3, 2)[2]
+    video[3, 5, 5, 1] ^= 1
+    file.write_bytes(small_data_sets.record(small_data_sets.bair_example(video)))
+    after = open_source(config(), data, "test")
+    changed = [old != new for old, new in zip(before.videos, after.videos, strict=True)]
+    assert changed == [False, False, True]
+
+
+def test_damaged_examples_break_when_they_are_read(data):
+    file = data / "softmotion30_44k/test/traj_0_to_1.tfrecords"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    source = open_source(config(), data, "test")
+    assert len(source.read(0)) == FRAMES
+    with pytest.raises(BrokenVideoError, match=r"traj_0_to_1/1: .*traj_0_to_1\.tfrecords is damaged: .* fetch it"):
+        source.read(1)
+    file.unlink()
+    with pytest.raises(BrokenVideoError, match="cannot be read"):
+        source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty; fetch it again"),
+        (b"<html>Not found</html>", "is no TFRecord file, or is damaged"),
+        (
+            small_data_sets.record(small_data_sets.example({"0/image_main/encoded": b"x"})),
+            "an example without '0/im",
+        ),
+        (small_data_sets.record(small_data_sets.example({"1/image_aux1/encoded": bytes(12)})), "without frame 0"),
+        (
+            small_data_sets.record(small_data_sets.example({"0/image_aux1/encoded": bytes(13)})),
+            "13 bytes, which are",
+        ),
+        (small_data_sets.record(b"no example"), r"has data that are no tf\.train\.Example"),
+    ],
+)
+def test_files_that_cannot_be_used_are_skipped(data, content, reason):
+    (data / "softmotion30_44k/test/traj_9_to_9.tfrecords").write_bytes(content)
+    source = open_source(config(), data, "test")
+    assert len(source.videos) == TEST
+    (skipped,) = source.skipped
+    assert skipped.id == "traj_9_to_9"
+    assert skipped.reason.startswith("traj_9_to_9.tfrecords ")
+    assert re.search(reason, skipped.reason)
+
+
+def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):
+    file = data / "softmotion30_44k/test/traj_0_to_1.tfrecords"
+    file.write_bytes(file.read_bytes()[:-10])
+    source = open_source(config(), data, "test")
+    assert [video.id for video in source.videos] == ["traj_0_to_1/0", "traj_2_to_2/0"]
+    assert "is cut off in record 1" in source.skipped[0].reason
+    (data / "softmotion30_44k/test/traj_2_to_2.tfrecords").unlink()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(VideoError, match=r"test: none of its 1 files can be used: .* cut off in record 0.*make data"):
+        open_splits(config(), data)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (noise(1, 5, frames=4)[0], "has 4 frames, but the first example of traj_0_to_1.tfrecords 5"),
+        (noise(1, 5, side=32)[0], "frame 0 has 3072 bytes instead of 64x64x3"),
+    ],
+)
+def test_examples_unlike_the_first_of_their_file(data, video, message):
+    file = data / "softmotion30_44k/test/traj_0_to_1.tfrecords"
+    with file.open("ab") as opened:
+        opened.write(small_data_sets.record(small_data_sets.bair_example(video)))
+    source = open_source(config(), data, "test")
+    assert source.videos[2].id == "traj_0_to_1/2"
+    with pytest.raises(BrokenVideoError, match=message):
+        source.read(2)
+
+
+def test_folders_that_lack(data):
+    with pytest.raises(VideoError, match="nowhere: there is no such folder; fetch the data by `make data"):
+        open_splits(config(root="{data}/nowhere"), data)
+    for file in (data / "softmotion30_44k/test").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    with pytest.raises(VideoError, match=r"test: no \.tfrecords in it, only \.txt; fetch"):
+        open_splits(config(), data)
+    shutil.rmtree(data / "softmotion30_44k/test")
+    with pytest.raises(VideoError, match="test: there is no such folder, which BAIR's test split lies in; fetch"):
+        open_splits(config(), data)
+
+
+def test_the_index_of_the_whole_set_takes_little(tmp_path, monkeypatch):
+    """43 264 videos, simulated: 169 files of 256 examples."""
+    monkeypatch.setattr(bair, "walk_records", lambda path: (Record(i * 740_000, 737_000, i) for i in range(256)))
+    monkeypatch.setattr(bair, "_look_at", lambda path, record: (30, 64))
+    files = [f"traj_{256 * i}_to_{256 * i + 255}.tfrecords" for i in range(169)]
+    tracemalloc.start()
+    source = BairSource(config(), tmp_path, files)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source.videos) == 43_264
+    assert held / len(source.videos) < 400

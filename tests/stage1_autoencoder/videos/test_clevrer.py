@@ -1,0 +1,81 @@
+"""CLEVRER: splits by the numbers in the names, and the messages of a folder that is not what it should be."""
+
+import pytest
+
+from stage1_autoencoder.videos import VideoError, open_splits
+from stage1_autoencoder.videos.config import DatasetConfig
+
+NUMBERS = (3, 12, 9999, 10000, 14999, 15000, 19999)
+
+
+def config(**settings) -> DatasetConfig:
+    return DatasetConfig(**{"name": "clevrer", "source": "clevrer", "root": "{data}", "image_size": 16} | settings)
+
+
+def ids(sources) -> dict[str, list[str]]:
+    return {split: [video.id for video in source.videos] for split, source in sources.items()}
+
+
+@pytest.fixture
+def data(tmp_path, make_video):
+    for number in NUMBERS:
+        make_video(f"somewhere/video_{number // 1000:05d}-x/video_{number:05d}.mp4", 11, "libx264")
+    return tmp_path
+
+
+def test_the_official_splits(data):
+    sources = open_splits(config(), data)
+    assert ids(sources) == {
+        "train": ["video_00003", "video_00012", "video_09999"],
+        "val": ["video_10000", "video_14999"],
+        "test": ["video_15000", "video_19999"],
+    }
+    assert not any(source.skipped for source in sources.values())
+
+
+def test_every_fifth_frame(data, read_numbers):
+    sources = open_splits(config(frame_step=5), data)
+    assert sources["test"].videos[0].frames == 3
+    assert read_numbers(sources["test"].read(0)) == [0, 5, 10]
+    assert sources["train"].native_frames == 33
+
+
+def test_other_splits(data):
+    assert ids(open_splits(config(splits={"train": "0-99", "test": 10000}), data)) == {
+        "train": ["video_00003", "video_00012"],
+        "test": ["video_10000"],
+    }
+    with pytest.raises(VideoError, match="video 3 is both in train and in test"):
+        open_splits(config(splits={"train": "0-3", "test": "3-9"}), data)
+    with pytest.raises(VideoError, match=r"no usable video of the numbers to train on \(500-600\); fetch the data by"):
+        open_splits(config(splits={"train": "500-600", "test": "3-9"}), data)
+    with pytest.raises(ValueError, match=r"splits\.val: 0\.1 is not a range of videos such as '0-9999'"):
+        config(splits={"val": 0.1})
+
+
+def test_other_names_and_broken_files_are_skipped(data, make_video):
+    make_video("mine.mp4", 3)
+    (data / "somewhere/video_00004.mp4").write_text("text")
+    (data / "notes.txt").touch()
+    train = open_splits(config(), data)["train"]
+    assert {video.id: video.reason.split(" (")[0] for video in train.skipped} == {
+        "mine": "is not named as video_00000.mp4",
+        "video_00004": "cannot be opened as a video",
+    }
+    assert train.passed_over == {".txt": 1}
+
+
+def test_two_files_of_one_number(data, make_video):
+    make_video("elsewhere/video_3.mp4", 3)
+    with pytest.raises(VideoError, match=r"video_3\.mp4 and .*video_00003\.mp4 are both video 3: remove one"):
+        open_splits(config(), data)
+
+
+def test_folders_that_are_something_else(tmp_path, make_video):
+    with pytest.raises(VideoError, match="nowhere: there is no such folder; fetch the data by `make data"):
+        open_splits(config(root="{data}/nowhere"), tmp_path)
+    with pytest.raises(VideoError, match=r"the folder is empty; .*MIRROR=<folder with video_train"):
+        open_splits(config(), tmp_path)
+    make_video("a.mp4", 3)
+    with pytest.raises(VideoError, match=r"none of its 1 videos is named as video_00000\.mp4; fetch"):
+        open_splits(config(), tmp_path)
