@@ -205,9 +205,7 @@ def test_shards_that_are_none(tmp_path, content):
     (skipped,) = source.skipped
     assert skipped.reason.startswith("shard_0002.hdf5 cannot be read as HDF5")
     (tmp_path / "train/shard_0001.hdf5").unlink()
-    with pytest.raises(
-        VideoError, match="train: no video in its 1 shards can be used: shard_0002: shard_0002.hdf5 can"
-    ):
+    with pytest.raises(VideoError, match=r"train: no video in its 1 shards can be used: shard_0002: shard_0002\.hdf5"):
         open_splits(config(), tmp_path)
 
 
