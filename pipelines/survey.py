@@ -38,7 +38,8 @@ def _totals(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list[s
         kinds = join_names((f"{count} {kind}" for kind, count in passed_over.most_common()), 8)
         lines[0] += f"; other files, passed over: {kinds}"
     there = [source.native_frames for source in sources.values()]
-    used = f"{frames.sum()} frames" if None in there else f"{frames.sum()} of {sum(there)} frames"
+    of_all = "" if None in there or sum(there) == frames.sum() else f"of {sum(there)} "
+    used = f"{frames.sum()} {of_all}frames"
     seconds = sum(video.frames / video.fps for video in videos())
     lines.append(f"  used     {used} (dataset.frame_step {dataset.frame_step}), {duration(seconds)}")
     lines.append(f"  lengths  {_spread(frames)} frames")

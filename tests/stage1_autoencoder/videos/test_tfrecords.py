@@ -151,3 +151,9 @@ def test_examples_of_the_protobuf_package():
 def test_data_that_are_no_example(data):
     with pytest.raises(RecordError, match=r"no tf\.train\.Example"):
         features(data)
+
+
+def test_fields_of_all_kinds_are_passed_over():
+    written = small_data_sets.example({"k": b"v"})
+    others = b"\x10\xac\x02" + b"\x19" + bytes(range(8)) + b"\x25" + bytes(range(4)) + b"\x2a\x02hi"
+    assert features(others + written + others) == {"k": b"v"}
