@@ -46,7 +46,7 @@ def _totals(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list[s
     crop = f"centred square, resized to {dataset.image_size}x{dataset.image_size}"
     lines.append(f"  sizes    {_sizes(videos(), counts=True) or 'drawn'} -> {crop}")
     rates = _distinct((f"{video.fps:.4g}" for video in videos()), counts=True)
-    lines.append(f"  rates    {rates} frames a second{' after frame_step' if dataset.frame_step > 1 else ''}")
+    lines.append(f"  fps      {rates}{', after frame_step' if dataset.frame_step > 1 else ''}")
     return lines
 
 

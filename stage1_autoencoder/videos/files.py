@@ -62,7 +62,18 @@ def _open(path: Path, video_id: str, **options: str) -> InputContainer:
         # Tags in odd encodings say nothing about frames.
         return av.open(os.path.abspath(path), metadata_errors="ignore", options=options)
     except (av.error.FFmpegError, OSError) as error:
+        if isinstance(error, av.error.InvalidDataError) and _begins_as_mp4(path):
+            reason = "cannot be opened as a video: it begins as an mp4, but its index is missing, so it was cut off"
+            raise BrokenVideoError(video_id, reason) from error
         raise BrokenVideoError(video_id, f"cannot be opened as a video ({error.strerror})") from error
+
+
+def _begins_as_mp4(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(8)[4:] == b"ftyp"
+    except OSError:
+        return False
 
 
 def _video_stream(container: InputContainer, video_id: str) -> VideoStream:

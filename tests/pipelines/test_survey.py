@@ -52,7 +52,7 @@ def test_everything_in_a_few_lines(config):
         "  used     110 of 219 frames (dataset.frame_step 2), 6 s",
         "  lengths  10 to 50, median 25 frames",
         "  sizes    160x120 (3), 320x240 (1) -> centred square, resized to 64x64",
-        "  rates    25 (3), 12.5 (1) frames a second after frame_step",
+        "  fps      25 (3), 12.5 (1), after frame_step",
         "train: 3 videos, 60 frames (10 to 30, median 20), 25 fps, 160x120 -> 64x64, skipped 1",
         "  skipped broken: is cut off",
         "test: 1 videos, 50 frames (50 to 50, median 50), 12.5 fps, 320x240 -> 64x64, skipped 0",
