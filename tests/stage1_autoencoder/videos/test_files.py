@@ -75,7 +75,7 @@ def test_cut_off_files_are_noticed_when_counting(encode_frames, tmp_path, name, 
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(BrokenVideoError, match=r"cut off|damaged|cannot be opened|no video stream") as caught:
         probe_video(path, "v")
-    if name == "v.mp4":  # what tells where frames are lies at the end
+    if name == "v.mp4" and share < 0.9:  # what tells where frames are lies at the end
         assert caught.value.reason.endswith("its index is missing, so it was cut off")
 
 
