@@ -69,6 +69,7 @@ def test_validation_videos_are_held_out_of_train(written):
     held_out = {video.id for video in sources["val"].videos}
     assert (len(held_out), len(sources["train"].videos)) == (4, 18)
     assert not held_out & {video.id for video in sources["train"].videos}
+    assert sources["val"].native_frames == 4 * FRAMES
     whole = open_splits(config(splits={"val": 0}), written)["train"]
     rows = {video.id: index for index, video in enumerate(whole.videos)}
     for index, video in enumerate(sources["val"].videos):
