@@ -1,5 +1,8 @@
 """CLEVRER: splits by the numbers in the names, and the messages of a folder that is not what it should be."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from stage1_autoencoder.videos import VideoError, open_splits
@@ -63,6 +66,20 @@ def test_other_names_and_broken_files_are_skipped(data, make_video):
         "video_00004": "cannot be opened as a video",
     }
     assert train.passed_over == {".txt": 1}
+
+
+def test_folders_that_cannot_be_looked_into(data, monkeypatch):
+    (data / "closed").mkdir()
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    (skipped,) = open_splits(config(), data)["train"].skipped
+    assert (skipped.id, skipped.reason) == ("closed", "cannot be looked into (Permission denied)")
 
 
 def test_two_files_of_one_number(data, make_video):

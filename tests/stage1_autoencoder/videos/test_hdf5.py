@@ -182,6 +182,7 @@ def test_videos_that_cannot_be_used_are_skipped(tmp_path, change, reason):
         ),
         (replace("1/2", np.zeros((32, 32, 3), np.int16)), r"frame 2 is int16 \[32, 32, 3\]"),
         (delete("1/2"), "has 5 frames, but len/1 says 6"),
+        (lambda file: [change(file) for change in (delete("1/5"), replace("len/1", 5))], "has 5 frames, but its index"),
     ],
 )
 def test_frames_that_break_when_they_are_read(tmp_path, change, message):

@@ -16,6 +16,9 @@ from stage1_autoencoder.videos.tfrecords import (
 from tests import small_data_sets
 
 
+SHORT = small_data_sets.example({"k": b"value"})[:-1]
+
+
 def features(data: bytes) -> dict[str, bytes]:
     return {key: bytes(value) for key, value in example_bytes(memoryview(data))}
 
@@ -145,8 +148,7 @@ def test_examples_of_the_protobuf_package():
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"\x0a\x05\x0a", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", b"\x0b", b"\x0a", b"\x0a\x02\x0a\x00"],
+    "data", [b"\x0a\x05\x0a", b"\x0a" + b"\xff" * 10 + b"\x01", b"\x0b", b"\x0a", b"\x0a\x02\x0a\x00", SHORT]
 )
 def test_data_that_are_no_example(data):
     with pytest.raises(RecordError, match=r"no tf\.train\.Example"):
