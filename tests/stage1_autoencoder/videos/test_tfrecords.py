@@ -15,7 +15,6 @@ from stage1_autoencoder.videos.tfrecords import (
 )
 from tests import small_data_sets
 
-
 SHORT = small_data_sets.example({"k": b"value"})[:-1]
 
 
