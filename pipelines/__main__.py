@@ -86,6 +86,11 @@ def _run(options: argparse.Namespace) -> int:
         config = None
     else:
         config = load_config(options.config or "configs/shapes.yaml", options.set)
+    if options.dry_run and options.command == "data":
+        from pipelines.preview import preview_data
+
+        preview_data(config, session)
+        return EXIT_DONE
     if options.dry_run and config is not None:
         from pipelines.plan import describe_plan
 

@@ -1,48 +1,76 @@
-"""Unpacking zip archives from elsewhere: all of one or nothing, and nothing outside its folder."""
+"""Unpacking archives from elsewhere: all of one or nothing, nothing outside its folder, and no more than fits."""
 
-import calendar
 import hashlib
 import json
 import os
 import shutil
-import stat
-import zipfile
-import zlib
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
-from stage1_autoencoder.videos import VideoError
+from pipelines.archives_entries import ArchiveError, Entry, Names, NoRoomError, Reader, describe_beginning
+from pipelines.archives_tar import TarReader, looks_like_tar
+from pipelines.archives_zip import ZipReader, looks_like_zip
+from pipelines.fetch import size_text
+from pipelines.runtime.progress import is_quiet
+
+__all__ = [
+    "MARKER_NAME",
+    "ArchiveError",
+    "NoRoomError",
+    "Unpacked",
+    "check_beginning",
+    "clear_leftovers",
+    "digest_of",
+    "read_marker",
+    "unpack",
+]
 
 # Written into a folder last: which archive it came from, and the files with their sizes.
 MARKER_NAME = ".unpacked.json"
 
-# More than any archive that we fetch unpacks to; a zip of a few kilobytes can claim any size.
+# More than any zip that we fetch unpacks to; one of a few kilobytes can claim any size.
 MAX_UNPACKED_BYTES = 32 << 30
+MAX_FILES = 200_000
 
 _BLOCK = 1 << 20
-_BEGINNINGS = {
-    b"": "it is empty",
-    b"PK\x03\x04": "it begins like a zip, but its end is missing: it was cut off",
-    b"\x1f\x8b": "it is gzip",
-    b"Rar!": "it is a RAR archive",
-    b"7z\xbc\xaf": "it is a 7z archive",
-    b"<": "it is an HTML or XML page, maybe the error page of a server",
-}
 
 
-class ArchiveError(VideoError):
-    """An archive that cannot or must not be unpacked; the message has its path and what is wrong."""
+@dataclass(frozen=True)
+class Unpacked:
+    """What came of an archive: how many files, and the names of those passed over as litter of a file manager."""
+
+    files: int
+    passed_over: list[str]
 
 
-def sha1_of(path: Path) -> str:
-    """sha1 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha1").hexdigest()
+def digest_of(path: Path, algorithm: str) -> str:
+    """A file's checksum (sha1, sha256), hexadecimal."""
+    digest = hashlib.new(algorithm)
+    with path.open("rb", buffering=0) as file, _bar(f"check {path.name}", path.stat().st_size) as bar:
+        buffer = memoryview(bytearray(_BLOCK))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            bar.update(count)
+    return digest.hexdigest()
+
+
+def check_beginning(kind: str, head: bytes) -> str | None:
+    """Tell from the first 512 bytes of a file (all, if it has fewer) why it is no archive of a kind; None if it may be.
+
+    Args:
+        kind: "zip" or "tar".
+    """
+    looks = looks_like_zip if kind == "zip" else looks_like_tar
+    if looks(head):
+        return None
+    return f"not a whole {kind} archive (wrong beginning): {describe_beginning(head)}"
 
 
 def read_marker(folder: Path) -> dict | None:
-    """Read what `unpack_zip` noted about a folder, if the files are all there with their sizes; None otherwise."""
+    """Read what `unpack` noted about a folder, if the files are all there with their sizes; None otherwise."""
     try:
         marker = json.loads((folder / MARKER_NAME).read_text())
         whole = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
@@ -51,111 +79,140 @@ def read_marker(folder: Path) -> dict | None:
     return marker if whole else None
 
 
-def unpack_zip(archive: Path, folder: Path, *, sha1: str, max_bytes: int = MAX_UNPACKED_BYTES) -> int:
-    """Unpack a zip archive into a folder.
+def unpack(
+    archive: Path,
+    folder: Path,
+    *,
+    checksum: dict[str, str],
+    kind: str = "zip",
+    top: str = "",
+    expected: str = "",
+    max_bytes: int = MAX_UNPACKED_BYTES,
+) -> Unpacked:
+    """Unpack an archive into a folder.
 
-    It is unpacked and marked in a hidden folder aside, which gets its name at the end: `folder` never holds half of it.
-    If `folder` is there already, files of the same names are replaced, others are left alone, and the mark goes in
-    last. Files get the times that the archive has for them.
+    All names, kinds and sizes are checked before anything is written. Then it is unpacked and marked in a hidden folder
+    aside, which gets its name at the end: `folder` never holds half of it. If `folder` is there already, files of the
+    same names are replaced, others are left alone, and the mark goes in last. Files get the times that the archive has
+    for them.
 
     Args:
-        sha1: of the archive, for the mark.
+        checksum: of the archive, for the mark: {"sha1": ...} or {"sha256": ...}.
+        kind: "zip" or "tar".
+        top: a folder in the archive that is taken off the names in it.
+        expected: extension that some of its files must have, such as ".avi".
         max_bytes: refuse archives that claim to unpack to more.
-    Returns:
-        number of files.
     Raises:
-        ArchiveError: not a zip, damaged, encrypted, too large, or with entries that would land elsewhere.
+        ArchiveError: not an archive of this kind, damaged, encrypted, too large, without files that are expected, or
+            with entries that would land elsewhere or are no plain files.
+        NoRoomError: it does not fit on the disk.
     """
-    aside = folder.with_name(f".{folder.name}.unpacking")
-    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+    clear_leftovers(folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(folder)
     try:
-        with _open_zip(archive) as opened:
-            entries = _checked_entries(archive, opened, max_bytes, shutil.disk_usage(folder.parent).free)
+        with ZipReader(archive) if kind == "zip" else TarReader(archive) as reader:
+            names = _checked_names(archive, reader, top, expected, max_bytes)
+            _check_room(archive, folder.parent, sum(entry.size for entry in names.entries.values()))
             aside.mkdir()
-            with tqdm(desc=archive.name, total=len(entries), unit="file", leave=False, disable=None) as bar:
-                for name, entry in entries.items():
-                    _extract(archive, opened, entry, aside / name)
-                    bar.update()
+            _extract_all(archive, reader, names.entries, aside)
         marker = {
             "archive": archive.name,
             "bytes": archive.stat().st_size,
-            "sha1": sha1,
-            "files": {name: entry.file_size for name, entry in entries.items()},
+            **checksum,
+            "files": {name: entry.size for name, entry in names.entries.items()},
         }
         (aside / MARKER_NAME).write_text(json.dumps(marker, indent=1))
-        if folder.exists():
-            (folder / MARKER_NAME).unlink(missing_ok=True)
-            for name in [*entries, MARKER_NAME]:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(aside / name, folder / name)
-        else:
-            os.rename(aside, folder)
+        _give_name(aside, folder, [*names.entries, MARKER_NAME])
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return len(entries)
+    return Unpacked(len(names.entries), names.passed_over)
 
 
-def _open_zip(archive: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(archive)
-    except zipfile.BadZipFile as error:
-        with archive.open("rb") as file:
-            head = file.read(64)
-        meaning = next(
-            (text for begin, text in _BEGINNINGS.items() if (head.lstrip().startswith(begin) if begin else not head)),
-            f"it begins with {head[:16]!r}",
-        )
-        raise ArchiveError(f"{archive}: not a whole zip archive ({error}): {meaning}; fetch it again") from error
+def clear_leftovers(folder: Path) -> None:
+    """Remove what an `unpack` into a folder left behind that was killed: it may take as much room as the archive."""
+    shutil.rmtree(_aside(folder.resolve()), ignore_errors=True)
 
 
-def _checked_entries(
-    archive: Path, opened: zipfile.ZipFile, max_bytes: int, free_bytes: int
-) -> dict[str, zipfile.ZipInfo]:
+def _aside(folder: Path) -> Path:
+    """Beside the true folder: that may be a link to another disk, and from one to another nothing can be renamed."""
+    return folder.with_name(f".{folder.name}.unpacking")
+
+
+def _checked_names(archive: Path, reader: Reader, top: str, expected: str, max_bytes: int) -> Names:
     """Find the files of an archive by name, refusing what could do harm before anything is written."""
-    entries: dict[str, zipfile.ZipInfo] = {}
-    for entry in opened.infolist():
-        # The name as the archive has it: zipfile has cut it at a zero byte, and may have turned the slashes.
-        path = PurePosixPath(entry.filename)
-        if path.is_absolute() or ".." in path.parts or "\\" in entry.orig_filename or ":" in path.parts[0]:
-            raise ArchiveError(f"{archive}: refused, its entry {entry.orig_filename!r} would land outside the folder")
-        kind = stat.S_IFMT(entry.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ArchiveError(f"{archive}: refused, its entry {entry.filename!r} is a link or a device")
-        if entry.flag_bits & 0x1:
-            raise ArchiveError(f"{archive}: its entry {entry.filename!r} is encrypted; unpack it by hand")
-        if entry.is_dir():
-            continue
-        if str(path) in entries:
-            raise ArchiveError(f"{archive}: refused, it has two entries {entry.filename!r}")
-        entries[str(path)] = entry
-    total = sum(entry.file_size for entry in entries.values())
-    if total > max_bytes:
-        raise ArchiveError(f"{archive}: refused, it would unpack to {total} bytes, more than {max_bytes}")
-    if total > free_bytes:
-        raise ArchiveError(f"{archive}: needs {total} bytes to unpack, but only {free_bytes} are free there")
-    if not entries:
+    names = Names(archive, top, reserved=MARKER_NAME)
+    total = 0
+    for number, entry in enumerate(reader.entries(), start=1):
+        names.add(entry)
+        total += entry.size
+        if number > MAX_FILES:
+            raise ArchiveError(f"{archive}: refused, it has more than {MAX_FILES} entries")
+        if total > max_bytes:
+            raise ArchiveError(
+                f"{archive}: refused, it would unpack to {size_text(total)} or more, more than {size_text(max_bytes)}"
+            )
+    if not names.entries:
         raise ArchiveError(f"{archive}: there are no files in it")
-    return entries
-
-
-def _extract(archive: Path, opened: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
-    written = 0
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with opened.open(entry) as source, target.open("wb") as file:
-            while block := source.read(_BLOCK):  # checks the CRC when it reaches the end
-                written += len(block)
-                file.write(block)
-    # zipfile raises NotImplementedError for a compression that it does not know, as damaged headers name one.
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ArchiveError(f"{archive}: its entry {entry.filename!r} is damaged ({error}); fetch it again") from error
-    if written != entry.file_size:
+    if expected and not any(name.lower().endswith(expected) for name in names.entries):
+        some = ", ".join(repr(name) for name in list(names.entries)[:3])
         raise ArchiveError(
-            f"{archive}: its entry {entry.filename!r} has {written} bytes instead of {entry.file_size}; fetch it again"
+            f"{archive}: it has no {expected} files, but {len(names.entries)} others, such as {some}; is it another "
+            "archive?"
         )
-    try:
-        seconds = calendar.timegm((*entry.date_time, 0, 0, 0))
-    except ValueError:
-        return  # an impossible date
-    # The same times whenever it is unpacked, so that the index of the videos stays valid.
-    os.utime(target, (seconds, seconds))
+    return names
+
+
+def _check_room(archive: Path, folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoomError(
+            f"{archive}: needs {size_text(needed)} to unpack, but only {size_text(free)} are free in {folder}; make "
+            "room there, or set dataset.root to a folder on another disk"
+        )
+
+
+def _extract_all(archive: Path, reader: Reader, entries: dict[str, Entry], folder: Path) -> None:
+    with _bar(f"unpack {archive.name}", sum(entry.size for entry in entries.values())) as bar:
+        for name, entry in entries.items():
+            _extract(archive, reader, entry, folder / name, bar.update)
+
+
+def _extract(archive: Path, reader: Reader, entry: Entry, target: Path, advance: Callable[[int], object]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with target.open("wb") as file:
+        for block in reader.blocks(entry):
+            written += len(block)
+            file.write(block)
+            advance(len(block))
+    if written != entry.size:
+        raise ArchiveError(
+            f"{archive}: its entry {entry.name!r} has {written} bytes instead of {entry.size}; fetch it again"
+        )
+    if entry.seconds is not None:
+        # The same times whenever it is unpacked, so that the index of the videos stays valid.
+        os.utime(target, (entry.seconds, entry.seconds))
+
+
+def _give_name(aside: Path, folder: Path, names: list[str]) -> None:
+    """Move what was unpacked to where it belongs; the mark is the last of `names`."""
+    if not folder.exists():
+        os.rename(aside, folder)
+        return
+    (folder / MARKER_NAME).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / name, folder / name)
+
+
+def _bar(description: str, total: int) -> tqdm:
+    return tqdm(
+        desc=description,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=True if is_quiet() else None,  # None: no bar where nobody looks at a terminal
+    )

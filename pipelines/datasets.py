@@ -1,30 +1,31 @@
 """What `make data` does for each kind of data set: fetch, verify, unpack, index, and tell what is there."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.archives import read_marker, sha1_of, unpack_zip
-from pipelines.fetch import FetchError, fetch, is_url
+from pipelines.downloads import Delivery, free_bytes, only_one_here
+from pipelines.downloads_known import RECIPES, Archive
+from pipelines.fetch import FetchError, arrived_bytes, fetch, size_text
 from pipelines.survey import describe
 from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.kth import SEQUENCES_FILE, read_sequences
 
-KTH_URL = "http://www.csc.kth.se/cvap/actions"
-
-# As other projects recorded them.
-KTH_SHA1 = {
-    "boxing": "adb36ed9c29c846d44d2ba15f348bd115c951bbd",
-    "handclapping": "d3b81261aa822ef63d0d1523f945bfaff27814d2",
-    "handwaving": "0792f7cd69f7f895a205c08ac212ddaa7177e370",
-    "jogging": "21943bdbcef9dad106db0d74661e49eaeaa15a25",
-    "running": "da83bb313edfd4455fffdda6263696fa10d43c6f",
-    "walking": "a3e81537271a0ab4576591774baa38c2d97b7e3a",
+# Data sets of which nobody has published an archive, and why.
+_FRAMES_ONLY = {
+    "bair_256": "BAIR at 256x256 exists only as folders of frames that other projects made, not as an archive; they "
+    "are taken as they lie"
 }
-
-_WAY_OUT = "get the archives by other means and name their folder: make data DATASET=kth MIRROR=<folder with the zips>"
+_WAYS_OUT = {
+    errno.EACCES: "it must be readable, and what is written to must be writable: change that, or set dataset.root to a "
+    "folder of your own",
+    errno.EPERM: "it may not be changed: set dataset.root to a folder of your own",
+    errno.EROFS: "set dataset.root to a folder that can be written to",
+    errno.ENOSPC: "make room there; what is done is kept, and the same command goes on",
+}
 
 Say = Callable[[str], None]
 
@@ -32,11 +33,11 @@ Say = Callable[[str], None]
 def prepare(dataset: DatasetConfig, data_root: str | Path, mirror: str | None, say: Say) -> dict[Split, VideoSource]:
     """Make the raw videos of a data set ready: fetched and unpacked where we know how to, and indexed.
 
-    What is there already is recognised and left as it is.
+    What is there already is recognised and left as it is. What a stopped run has fetched is gone on from.
 
     Args:
         data_root: `paths.data` of the config.
-        mirror: folder or http(s) URL that holds the archives (kth); None for the project's own site.
+        mirror: folder or http(s) URL that holds the archives by their names; None for the makers' own sites.
         say: takes the lines of the report.
     Returns:
         the source of each split that has videos.
@@ -44,97 +45,132 @@ def prepare(dataset: DatasetConfig, data_root: str | Path, mirror: str | None, s
         VideoError: something is missing, cannot be fetched, or is damaged.
     """
     root = dataset_root(dataset, data_root)
-    if dataset.source == "kth":
+    delivery = _delivery(dataset, root, mirror)
+    if delivery is not None:
         try:
-            _prepare_kth(root, mirror, dataset.sequences, say)
+            _deliver(dataset, delivery, say)
         except OSError as error:
-            raise VideoError(f"{error.filename or root}: {error.strerror or error}") from error
-    elif mirror:
-        say(f"MIRROR is not used: source {dataset.source!r} has nothing to fetch")
+            way_out = _WAYS_OUT.get(error.errno or 0)
+            message = f"{error.filename or root}: {error.strerror or error}"
+            raise VideoError(f"{message}; {way_out}" if way_out else message) from error
+    else:
+        if mirror:
+            say(f"MIRROR is not used: source {dataset.source!r} has nothing to fetch")
+        if dataset.name in _FRAMES_ONLY and dataset.source == "videos":
+            say(f"{dataset.name}: {_FRAMES_ONLY[dataset.name]}, from {root}")
+            _check_frames(dataset.name, root)
     sources = open_splits(dataset, data_root)
     for line in describe(sources):
         say(line)
     return sources
 
 
-def _prepare_kth(root: Path, mirror: str | None, sequences: bool, say: Say) -> None:
-    if mirror and not is_url(mirror) and not Path(mirror).expanduser().is_dir():
-        raise VideoError(
-            f"MIRROR={mirror}: no such folder, and no http(s) URL; it must hold {SEQUENCES_FILE} and six zips"
-        )
-    todo = [action for action in KTH_SHA1 if not _is_unpacked(root / action, mirror, say)]
-    if mirror and not is_url(mirror):
-        missing = [f"{action}.zip" for action in todo if not (Path(mirror).expanduser() / f"{action}.zip").is_file()]
-        if missing:
-            raise VideoError(f"MIRROR={mirror}: lacks {', '.join(missing)}; put them there, or name another folder")
-    root.mkdir(parents=True, exist_ok=True)
-    _get_sequences(root, mirror, sequences, say)
-    for action in todo:
-        _unpack_action(root, action, mirror, say)
+def plan(dataset: DatasetConfig, data_root: str | Path, mirror: str | None) -> list[str]:
+    """Tell what `prepare` would do, asking no network and writing nothing.
+
+    Args:
+        data_root: `paths.data` of the config.
+        mirror: as for `prepare`.
+    Returns:
+        lines of a report.
+    Raises:
+        VideoError: there is no such mirror.
+        OSError: a folder may not be looked into.
+    """
+    root = dataset_root(dataset, data_root)
+    if dataset.source == "shapes":
+        return ["raw videos   drawn, nothing to fetch"]
+    delivery = _delivery(dataset, root, mirror)
+    if delivery is None:
+        there = "is there" if root.is_dir() else "there is no such folder yet"
+        lines = [f"raw videos   {root}, {there}; source {dataset.source!r} has nothing to fetch"]
+        if dataset.name in _FRAMES_ONLY and dataset.source == "videos":
+            lines.append(_FRAMES_ONLY[dataset.name])
+        return lines
+    delivery.check_mirror()
+    lines = [f"raw videos   {root}, {size_text(free_bytes(root))} free"]
+    if dataset.source == "kth" and not (root / SEQUENCES_FILE).is_file():
+        place = delivery.mirror_folder / SEQUENCES_FILE if delivery.is_local else delivery.url(SEQUENCES_FILE)
+        lines.append(f"{SEQUENCES_FILE}: would come from {place}")
+    for archive in delivery.recipe.archives:
+        lines.append(delivery.why_not_needed(archive) or f"{archive.folder}: {_would(delivery, archive)}")
+    return lines
 
 
-def _is_unpacked(folder: Path, mirror: str | None, say: Say) -> bool:
-    """Tell whether an action needs no archive any more, and say why."""
-    if marker := read_marker(folder):
-        note = ""
-        archive = Path(mirror or "").expanduser() / f"{folder.name}.zip"
-        if mirror and not is_url(mirror) and archive.is_file() and archive.stat().st_size != marker["bytes"]:
-            note = f", from another archive than {archive}; to use that one, remove {folder}"
-        say(f"{folder.name}: already unpacked, {len(marker['files'])} files{note}")
-        return True
-    # Without our mark, a folder is the user's own, or files are missing. An archive tells; if none was named, trust it.
-    videos = len(list(folder.glob("**/*.avi")))
-    if videos and mirror is None:
-        say(f"{folder.name}: {videos} videos that were not unpacked by us, taken as they are ({folder})")
-        return True
-    return False
+def _would(delivery: Delivery, archive: Archive) -> str:
+    """What would be done about an archive that is needed."""
+    local = delivery.local(archive)
+    if delivery.is_local:
+        if not local.is_file():
+            return f"would be unpacked from {local}, but that is missing"
+        return f"would be unpacked from {local} ({size_text(local.stat().st_size)})"
+    if local.is_file():
+        return f"would be unpacked from {local} ({size_text(local.stat().st_size)}), which is fetched already"
+    have = arrived_bytes(local)
+    already = f", going on from the {size_text(have)} that are here" if have else ""
+    return f"would be fetched from {delivery.url(archive.path)}{already}"
 
 
-def _get_sequences(root: Path, mirror: str | None, needed: bool, say: Say) -> None:
-    """Put the file of frame ranges in its place. Without `needed`, a mirror may lack it."""
-    target = root / SEQUENCES_FILE
-    if target.is_file():
-        read_sequences(target)
-        return
-    aside = root / f".{SEQUENCES_FILE}"
-    try:
-        if mirror and not is_url(mirror):
-            shutil.copyfile(Path(mirror).expanduser() / SEQUENCES_FILE, aside)
+def _delivery(dataset: DatasetConfig, root: Path, mirror: str | None) -> Delivery | None:
+    """How the archives of a data set come; None if it has none."""
+    recipe = RECIPES.get(dataset.source)
+    if recipe is None:
+        return None
+    names = "the zips" if dataset.source == "kth" else " ".join(archive.name for archive in recipe.archives)
+    way_out = (
+        "get the archives by other means and name their folder: "
+        f"make data DATASET={dataset.name} MIRROR=<folder with {names}>"
+    )
+    return Delivery(recipe, root, mirror or None, way_out)
+
+
+def _deliver(dataset: DatasetConfig, delivery: Delivery, say: Say) -> None:
+    delivery.check_mirror()
+    todo = []
+    for archive in delivery.recipe.archives:
+        if why := delivery.why_not_needed(archive):
+            say(why)
         else:
-            fetch(f"{(mirror or KTH_URL).rstrip('/')}/{SEQUENCES_FILE}", aside, way_out=_WAY_OUT)
+            todo.append(archive)
+    if missing := delivery.missing_in_mirror(todo):
+        raise VideoError(
+            f"MIRROR={delivery.mirror}: lacks {', '.join(missing)}; put them there, or name another folder"
+        )
+    wants_sequences = dataset.source == "kth" and not (delivery.root / SEQUENCES_FILE).is_file()
+    if dataset.source == "kth" and not wants_sequences:
+        read_sequences(delivery.root / SEQUENCES_FILE)
+    if not todo and not wants_sequences:
+        return  # nothing is written where all is there: the folder may be read-only
+    with only_one_here(delivery.root):
+        if wants_sequences:
+            _get_sequences(delivery, dataset.sequences, say)
+        delivery.deliver(todo, say)
+
+
+def _get_sequences(delivery: Delivery, needed: bool, say: Say) -> None:
+    """Put KTH's file of frame ranges in its place. Without `needed`, a mirror may lack it."""
+    target = delivery.root / SEQUENCES_FILE
+    aside = delivery.root / f".{SEQUENCES_FILE}"
+    try:
+        if delivery.is_local:
+            shutil.copyfile(delivery.mirror_folder / SEQUENCES_FILE, aside)
+        else:
+            fetch(delivery.url(SEQUENCES_FILE), aside, way_out=delivery.way_out)
         read_sequences(aside)
     except (FileNotFoundError, FetchError, VideoError) as error:
         aside.unlink(missing_ok=True)
-        if mirror is None or needed:
+        if delivery.mirror is None or needed:
             raise
         say(f"warning: no {SEQUENCES_FILE} ({error}); it is needed only with dataset.sequences")
         return
     os.replace(aside, target)
 
 
-def _unpack_action(root: Path, action: str, mirror: str | None, say: Say) -> None:
-    name = f"{action}.zip"
-    local = mirror is not None and not is_url(mirror)
-    archive = Path(mirror).expanduser() / name if local else root / f".{name}"
-    if not local:
-        url = f"{(mirror or KTH_URL).rstrip('/')}/{name}"
-        if not archive.is_file():  # it is when the last run was stopped while unpacking
-            say(f"{action}: fetching {url}")
-            fetch(url, archive, way_out=_WAY_OUT)
-    sha1 = sha1_of(archive)
-    try:
-        if sha1 != KTH_SHA1[action]:
-            if mirror is None:
-                raise VideoError(
-                    f"{url}: sha1 {sha1} is not the known {KTH_SHA1[action]}: the file has changed or was damaged on "
-                    f"its way; run again, or {_WAY_OUT}"
-                )
-            say(f"warning: {archive if local else url}: sha1 {sha1} is not that of the KTH archive, {KTH_SHA1[action]}")
-        files = unpack_zip(archive, root / action, sha1=sha1)
-    except VideoError:
-        if not local:
-            archive.unlink()  # damaged: to be fetched again
-        raise
-    if not local:
-        archive.unlink()  # of no more use
-    say(f"{action}: unpacked {files} files")
+def _check_frames(name: str, root: Path) -> None:
+    """Raises VideoError if there is nothing in the folder of a data set that cannot be fetched."""
+    if not root.is_dir() or all(path.name.startswith(".") for path in root.iterdir()):
+        there = "it is empty" if root.is_dir() else "there is no such folder"
+        raise VideoError(
+            f"{root}: {there}, and {name} cannot be fetched: put the frames there, as "
+            f"{root}/{{train,val,test}}/<video>/<frame>.png, or set dataset.root to where they lie"
+        )

@@ -1,12 +1,10 @@
 """Fetching the weights that the authors of RIVER have on the public hub, when the user says --download."""
 
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.fetch import TIMEOUT_SECONDS, FetchError, fetch
+from pipelines.fetch import FetchError, announced_size, fetch, size_text
 from pipelines.official.files import foreign_content
 from pipelines.runtime.progress import say
 
@@ -42,18 +40,18 @@ def download(config: RiverConfig, repository: str, name: str) -> Path:
     target = folder / name
     way_out = f"get it by other means and name it with --{_option(name)} <file>"
     if target.is_file() and foreign_content(target) is None:
-        say(f"import-official: {target} is there already ({_size(target.stat().st_size)})")
+        say(f"import-official: {target} is there already ({size_text(target.stat().st_size)})")
         return target
     url = f"{HUB}/{repository}/resolve/main/{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    expected = _announced_size(url)
-    say(f"import-official: fetching {url}{f' ({_size(expected)})' if expected else ''} -> {target}")
+    expected = announced_size(url)
+    say(f"import-official: fetching {url}{f' ({size_text(expected)})' if expected else ''} -> {target}")
     fetch(url, target, way_out=way_out)
     other = foreign_content(target)
     if other is not None:
         target.unlink()  # or the next call would take it for the file
         raise FetchError(f"{url}: what came is {other} and no checkpoint: {way_out}")
-    say(f"import-official: fetched {_size(target.stat().st_size)}")
+    say(f"import-official: fetched {size_text(target.stat().st_size)}")
     return target
 
 
@@ -70,18 +68,3 @@ def _released(config: RiverConfig) -> tuple[str, str]:
 
 def _option(name: str) -> str:
     return "model" if name == MODEL else "autoencoder"
-
-
-def _announced_size(url: str) -> int | None:
-    """Bytes of a file, where the server tells before it sends it."""
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "river-two-stage"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            length = response.headers.get("Content-Length", "")
-    except (urllib.error.URLError, OSError, ValueError):
-        return None  # what is wrong, fetching it will say
-    return int(length) if length.isdigit() else None
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

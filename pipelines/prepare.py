@@ -4,18 +4,27 @@ from pipelines import datasets
 from pipelines.config import RiverConfig
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
+from pipelines.survey import remarks
+from pipelines.video_list import write_video_list
 from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.base import VideoSource
 from stage1_autoencoder.videos.config import Split
 
 
 def prepare_data(config: RiverConfig, session: Session) -> dict[Split, VideoSource]:
-    """Bring the raw videos to where the configuration looks for them, and say what is there.
+    """Bring the raw videos to where the configuration looks for them, say what is there, and leave a list of it.
 
     Raises:
         VideoError, UserError: archives or videos that are not what they should be.
     """
-    return _note_skipped(datasets.prepare(config.dataset, config.data_root, session.mirror, say), session)
+    splits = datasets.prepare(config.dataset, config.data_root, session.mirror, say)
+    for line in remarks(config, splits):
+        say(line)
+    if session.processes.is_first:
+        path = config.run_path / "videos.tsv"
+        count = write_video_list(path, splits)
+        say(f"data: {count} videos, listed in {path}")
+    return _note_skipped(splits, session)
 
 
 def open_videos(config: RiverConfig, session: Session) -> dict[Split, VideoSource]:

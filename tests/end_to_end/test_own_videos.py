@@ -126,3 +126,37 @@ def test_kth_cut_into_sequences(place, kth_mirror: Path) -> None:
     cache = latent_cache.open(place.store, "val")
     assert cache.video_ids[:2] == ["person05_boxing_d1_1-6", "person05_boxing_d1_8-14"]
     assert list(cache.lengths) == [6, 7] * 6
+
+
+def test_what_is_there_before_any_work(own, story: ModuleType) -> None:
+    """A dry run reads the videos and writes nothing; `data` then leaves the list of them."""
+    (own.data / "broken.mp4").write_text("no video")
+    (own.data / "notes.txt").write_text("text")
+    own = own.with_sets("dataset.frame_step=2")
+    before = story.stamps(own.data)
+    out = own.run("data", "--dry-run").ok().out
+    assert story.stamps(own.data) == before
+    assert not (own.folder / "runs").exists()
+    assert not (own.folder / "latents").exists()
+    count = len(story.OWN_NAMES)
+    assert f"found: {count + 1} videos, {count} usable, 1 skipped; other files, passed over: 1 .txt" in out
+    frames = [12 + number % 3 for number in range(count)]
+    used = sum((length + 1) // 2 for length in frames)
+    assert f"used     {used} of {sum(frames)} frames (dataset.frame_step 2)" in out
+    assert "48x40" in out
+    assert "skipped broken: cannot be opened as a video" in out
+
+    outcome = own.run("data")
+    assert outcome.code == 3
+    rows = (own.runs / "videos.tsv").read_text().splitlines()
+    assert rows[0].split("\t")[:3] == ["split", "id", "frames"]
+    assert len(rows) == count + 1
+
+
+def test_a_dry_run_of_what_nobody_has_yet(place) -> None:
+    missing = place.with_sets("dataset.source=videos", "dataset.splits={}")
+    missing.run("data", "--dry-run").refused(2, "there is no such folder; put the videos of 'tiny' there")
+    out = place.with_sets(*KTH).run("data", "--dry-run").ok().out
+    assert "not there yet" in out
+    assert "boxing" in out
+    assert not place.data.exists()

@@ -1,6 +1,8 @@
-"""Zip archives: what is refused, what is damaged, and that nothing half unpacked is left."""
+"""Unpacking, by zip archives: what is refused, what is damaged, and that nothing half unpacked is left."""
 
 import os
+import random
+import shutil
 import stat
 import types
 import zipfile
@@ -8,7 +10,7 @@ import zipfile
 import pytest
 
 from pipelines import archives
-from pipelines.archives import MARKER_NAME, ArchiveError, read_marker, sha1_of, unpack_zip
+from pipelines.archives import MARKER_NAME, ArchiveError, NoRoomError, digest_of, read_marker
 
 
 def make_zip(path, entries, compression=zipfile.ZIP_DEFLATED):
@@ -21,19 +23,19 @@ def make_zip(path, entries, compression=zipfile.ZIP_DEFLATED):
 
 
 def unpack(archive, folder, **settings):
-    return unpack_zip(archive, folder, sha1=sha1_of(archive), **settings)
+    return archives.unpack(archive, folder, checksum={"sha1": digest_of(archive, "sha1")}, **settings)
 
 
 def test_unpacks_and_marks(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"x.avi": b"x" * 9, "sub/y.avi": b"y", "empty/": b""})
-    assert unpack(archive, tmp_path / "a") == 2
+    assert unpack(archive, tmp_path / "a") == archives.Unpacked(2, [])
     assert (tmp_path / "a/sub/y.avi").read_bytes() == b"y"
     assert os.stat(tmp_path / "a/x.avi").st_mtime == 315532800, "1980-01-01, what the zip says, in any time zone"
     marker = read_marker(tmp_path / "a")
     assert marker == {
         "archive": "a.zip",
         "bytes": archive.stat().st_size,
-        "sha1": sha1_of(archive),
+        "sha1": digest_of(archive, "sha1"),
         "files": {"x.avi": 9, "sub/y.avi": 1},
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.zip"]
@@ -101,10 +103,12 @@ def test_links_are_refused(tmp_path):
 def test_bombs_are_refused(tmp_path, monkeypatch):
     archive = make_zip(tmp_path / "a.zip", {"x": bytes(100_000)})
     assert archive.stat().st_size < 1000
-    with pytest.raises(ArchiveError, match="refused, it would unpack to 100000 bytes, more than 50000"):
+    with pytest.raises(ArchiveError, match=r"refused, it would unpack to 100\.0 kB or more, more than 50\.0 kB"):
         unpack(archive, tmp_path / "a", max_bytes=50_000)
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=9))
-    with pytest.raises(ArchiveError, match="needs 100000 bytes to unpack, but only 9 are free"):
+    with pytest.raises(
+        NoRoomError, match=r"a\.zip: needs 100\.0 kB to unpack, but only 9 bytes are free in .*make room"
+    ):
         unpack(archive, tmp_path / "a")
 
 
@@ -143,10 +147,10 @@ def test_encrypted_double_and_empty(tmp_path):
 def test_stopped_in_the_middle(tmp_path, monkeypatch):
     archive = make_zip(tmp_path / "a.zip", {"x": b"x", "y": b"y"})
 
-    def stop(archive, opened, entry, target):
-        if entry.filename == "y":
+    def stop(archive, reader, entry, target, advance):
+        if entry.name == "y":
             raise KeyboardInterrupt
-        extract(archive, opened, entry, target)
+        extract(archive, reader, entry, target, advance)
 
     extract = archives._extract
     monkeypatch.setattr(archives, "_extract", stop)
@@ -158,3 +162,91 @@ def test_stopped_in_the_middle(tmp_path, monkeypatch):
     (tmp_path / ".a.unpacking/z").write_bytes(b"old")
     unpack(archive, tmp_path / "a")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [MARKER_NAME, "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a/x.avi", "a/X.avi"], "its entries 'a/x.avi' and 'a/X.avi' differ only by upper and lower case"),
+        (["n\u0303.avi", "\u00f1.avi"], "differ only by upper and lower case"),
+        (["x", "x/y"], "its entry 'x' is a file, but 'x/y' needs a folder there"),
+        (["x/y/z", "X/Y"], "its entry 'X/Y' is a file, but 'x/y/z' needs a folder there"),
+        (["a\nb.avi"], r"its entry 'a\\nb.avi' has control characters in its name"),
+        (["x.avi", MARKER_NAME], "its entry '.unpacked.json' has the name of the mark that unpacking leaves"),
+    ],
+)
+def test_names_that_are_in_the_way_of_others(tmp_path, names, message):
+    archive = make_zip(tmp_path / "a.zip", dict.fromkeys(names, b"1"))
+    with pytest.raises(ArchiveError, match=rf"a\.zip: refused, .*{message}"):
+        unpack(archive, tmp_path / "deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_litter_of_file_managers_is_passed_over(tmp_path):
+    names = ["x.avi", "__MACOSX/._x.avi", "sub/._y.avi", "sub/.DS_Store", "sub/y.avi"]
+    archive = make_zip(tmp_path / "a.zip", dict.fromkeys(names, b"1"))
+    assert unpack(archive, tmp_path / "a") == archives.Unpacked(2, names[1:4])
+    assert set(read_marker(tmp_path / "a")["files"]) == {"x.avi", "sub/y.avi"}
+    with pytest.raises(ArchiveError, match="would land outside"):
+        unpack(make_zip(tmp_path / "b.zip", {"x": b"", "__MACOSX/../../x": b""}), tmp_path / "b")
+
+
+def test_a_top_folder_is_taken_off(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", {"top/x.avi": b"1", "top/": b"", "other/top/y.avi": b"1"})
+    unpack(archive, tmp_path / "a", top="top")
+    assert set(read_marker(tmp_path / "a")["files"]) == {"x.avi", "other/top/y.avi"}
+
+
+def test_another_archive_than_expected(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", {"x.txt": b"1", "y.txt": b"1"})
+    with pytest.raises(
+        ArchiveError, match=r"a\.zip: it has no \.mp4 files, but 2 others, such as 'x\.txt', 'y\.txt'; is"
+    ):
+        unpack(archive, tmp_path / "a", expected=".mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+    unpack(make_zip(tmp_path / "b.zip", {"x.MP4": b"1"}), tmp_path / "b", expected=".mp4")
+
+
+def test_too_many_entries(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_FILES", 3)
+    archive = make_zip(tmp_path / "a.zip", dict.fromkeys(["1", "2", "3", "4/"], b""))
+    with pytest.raises(ArchiveError, match=r"a\.zip: refused, it has more than 3 entries"):
+        unpack(archive, tmp_path / "a")
+
+
+def test_a_folder_that_is_a_link_to_another_place(tmp_path, monkeypatch):
+    """It is unpacked over there, which may be another disk: a file cannot be renamed from one to another."""
+    moves = []
+    replace = os.replace
+    monkeypatch.setattr(archives.os, "replace", lambda *paths: (moves.append(paths), replace(*paths)))
+    archive = make_zip(tmp_path / "a.zip", {"x": b"x"})
+    (tmp_path / "big/a").mkdir(parents=True)
+    (tmp_path / "a").symlink_to(tmp_path / "big/a")
+    unpack(archive, tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+    assert read_marker(tmp_path / "big/a") is not None
+    assert [path.name for path in (tmp_path / "big").iterdir()] == ["a"]
+    assert len(moves) == 2
+    assert all(path.is_relative_to(tmp_path / "big") for move in moves for path in move)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED])
+def test_any_damage_ends_in_a_message(tmp_path, compression):
+    """Bytes flipped anywhere: unpacked in full, or refused as an archive, and nothing lies about."""
+    archive = make_zip(tmp_path / "a.zip", {"one.avi": b"one" * 40, "sub/two.avi": b"two" * 30}, compression)
+    good, dice = archive.read_bytes(), random.Random(7)
+    refused = 0
+    for _ in range(70):
+        bad = bytearray(good)
+        for _ in range(dice.choice([1, 3])):
+            bad[dice.randrange(len(bad))] = dice.randrange(256)
+        archive.write_bytes(bad)
+        try:
+            unpack(archive, tmp_path / "out/a", max_bytes=1 << 20)
+        except ArchiveError as error:
+            assert "a.zip: " in str(error)  # noqa: PT017 - either way is right
+            assert list((tmp_path / "out").iterdir()) == []
+            refused += 1
+        else:
+            shutil.rmtree(tmp_path / "out/a")
+    assert refused > 25

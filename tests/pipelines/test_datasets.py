@@ -1,5 +1,6 @@
 """`make data`: KTH from mirrors of every kind, what is recognised, what is refused, and the report."""
 
+import dataclasses
 import functools
 import http.server
 import io
@@ -12,9 +13,9 @@ import av
 import numpy as np
 import pytest
 
-from pipelines import datasets
-from pipelines.archives import sha1_of
-from pipelines.datasets import KTH_SHA1, describe, prepare
+from pipelines.archives import digest_of
+from pipelines.datasets import describe, plan, prepare
+from pipelines.downloads_known import KTH_SHA1, RECIPES
 from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.config import DatasetConfig
 
@@ -50,13 +51,14 @@ def mirror(tmp_path) -> Path:
 
 @pytest.fixture
 def site(mirror, monkeypatch):
-    """The mirror behind http, which notes what is asked for."""
+    """The mirror behind http, which notes what is asked for, beside sizes (HEAD)."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     asked: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_request(self, *_: object) -> None:
-            asked.append(self.path)
+            if self.command == "GET":
+                asked.append(self.path)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -71,6 +73,9 @@ def site(mirror, monkeypatch):
 
 
 def test_from_a_folder(mirror, tmp_path):
+    planned = plan(KTH, tmp_path / "data", str(mirror))
+    assert planned[1] == f"00sequences.txt: would come from {mirror}/00sequences.txt"
+    assert all("would be unpacked from" in line for line in planned[2:])
     lines: list[str] = []
     sources = prepare(KTH, tmp_path / "data", str(mirror), lines.append)
     assert {split: len(source.videos) for split, source in sources.items()} == {"train": 6, "val": 6, "test": 6}
@@ -82,6 +87,7 @@ def test_from_a_folder(mirror, tmp_path):
     assert (mirror / "boxing.zip").is_file()
     assert not list((tmp_path / "data/kth").glob("**/*.zip")), "unpacked from where they lie, not copied"
 
+    assert plan(KTH, tmp_path / "data", None)[1:] == [f"{action}: already unpacked, 3 files" for action in KTH_SHA1]
     again: list[str] = []
     prepare(KTH, tmp_path / "data", str(mirror), again.append)
     assert [line for line in again if "already unpacked, 3 files" in line] == again[:6]
@@ -98,23 +104,25 @@ def test_from_a_site(mirror, site, tmp_path):
     assert len(sources["test"].videos) == 6
     assert asked == ["/00sequences.txt", *(f"/{action}.zip" for action in KTH_SHA1)]
     left = {path.name for path in (tmp_path / "data/kth").iterdir()}
-    assert left == {*KTH_SHA1, "00sequences.txt", ".river_index.json"}
+    assert {name for name in left if not name.startswith(".river_index")} == {*KTH_SHA1, "00sequences.txt"}
 
 
 def test_the_projects_own_site_must_have_the_known_archives(mirror, site, tmp_path, monkeypatch):
     url, asked = site
-    monkeypatch.setattr(datasets, "KTH_URL", url)
+    recipe = dataclasses.replace(RECIPES["kth"], url=url)
+    monkeypatch.setitem(RECIPES, "kth", recipe)
     with pytest.raises(VideoError, match=r"/boxing\.zip: sha1 [0-9a-f]{40} is not the known adb36.*MIRROR=<folder"):
         prepare(KTH, tmp_path / "data", None, print)
     assert not list((tmp_path / "data/kth").glob("*boxing*"))
-    monkeypatch.setattr(datasets, "KTH_SHA1", {action: sha1_of(mirror / f"{action}.zip") for action in KTH_SHA1})
+    known = [dataclasses.replace(archive, sha1=digest_of(mirror / archive.name, "sha1")) for archive in recipe.archives]
+    monkeypatch.setitem(RECIPES, "kth", dataclasses.replace(recipe, archives=tuple(known)))
     assert len(prepare(KTH, tmp_path / "data", None, print)["train"].videos) == 6
     assert asked.count("/boxing.zip") == 2
     assert asked.count("/00sequences.txt") == 1
 
 
 def test_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "KTH_URL", "http://127.0.0.1:9")
+    monkeypatch.setitem(RECIPES, "kth", dataclasses.replace(RECIPES["kth"], url="http://127.0.0.1:9"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("pipelines.fetch.time.sleep", lambda _: None)
     with pytest.raises(

@@ -537,7 +537,7 @@ def test_released_files_are_fetched_when_asked_for(given, hub, capsys, inside):
     folder = given.folder / "data" / "kth" / "official"
     assert sorted(file.name for file in folder.iterdir()) == wanted
     assert VideoPredictor.from_run(config.run_path, device="cpu").fps == 5
-    assert re.search(r"fetching http.*model.pth \(\d\.\d MB\) -> .*official/model.pth", capsys.readouterr().out)
+    assert re.search(r"fetching http.*model.pth \(\d+\.\d [kM]B\) -> .*official/model.pth", capsys.readouterr().out)
     import_official(config, session, OfficialFiles())
     assert len(hub.asked) == len(wanted)
     assert "official/model.pth is there already" in capsys.readouterr().out

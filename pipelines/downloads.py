@@ -1,0 +1,267 @@
+"""Bringing the archives of a data set to where they belong: what lacks is found out, fetched or found, and unpacked."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.archives import (
+    MARKER_NAME,
+    NoRoomError,
+    check_beginning,
+    clear_leftovers,
+    digest_of,
+    read_marker,
+    unpack,
+)
+from pipelines.downloads_known import Archive, Recipe
+from pipelines.downloads_record import RECORD_NAME, record_sha256, recorded_sha256
+from pipelines.fetch import announced_size, arrived_bytes, fetch, is_url, size_text
+from stage1_autoencoder.videos import VideoError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """The archives of one data set, where they come from, and where they go.
+
+    Attributes:
+        root: the data set's folder.
+        mirror: folder or http(s) URL that holds the archives; None for the makers' own site.
+        way_out: ends messages about the network.
+    """
+
+    recipe: Recipe
+    root: Path
+    mirror: str | None
+    way_out: str
+
+    @property
+    def is_local(self) -> bool:
+        """The archives lie in a folder."""
+        return self.mirror is not None and not is_url(self.mirror)
+
+    @property
+    def mirror_folder(self) -> Path:
+        assert self.is_local
+        return Path(self.mirror or "").expanduser()
+
+    def url(self, path: str) -> str:
+        """Where a file is fetched from. In a mirror, all lie beside each other."""
+        if self.mirror is None:
+            return f"{self.recipe.url}/{path}"
+        return f"{self.mirror.rstrip('/')}/{path.rpartition('/')[2]}"
+
+    def place(self, archive: Archive) -> str:
+        """Where an archive comes from, as people call it."""
+        return str(self.mirror_folder / archive.name) if self.is_local else self.url(archive.path)
+
+    def local(self, archive: Archive) -> Path:
+        """The file of an archive: in the mirror, or where a fetched one lies until it is unpacked."""
+        return self.mirror_folder / archive.name if self.is_local else self.root / f".{archive.name}"
+
+    def check_mirror(self) -> None:
+        """Raises VideoError if there is no such mirror."""
+        if self.is_local and not self.mirror_folder.is_dir():
+            names = ", ".join(archive.name for archive in self.recipe.archives)
+            raise VideoError(f"MIRROR={self.mirror}: no such folder, and no http(s) URL; it must hold {names}")
+
+    def why_not_needed(self, archive: Archive) -> str | None:
+        """Tell why an archive is not needed any more; None if it is."""
+        folder = self.root / archive.folder
+        if marker := read_marker(folder):
+            note = ""
+            local = self.mirror_folder / archive.name if self.is_local else None
+            if local is not None and local.is_file() and local.stat().st_size != marker["bytes"]:
+                note = f", from another archive than {local}; to use that one, remove {folder}"
+            return f"{archive.folder}: already unpacked, {len(marker['files'])} files{note}"
+        if self.mirror is not None:
+            return None
+        # Without our mark, a folder is the user's own, or files are missing. An archive tells; if none was named, trust
+        # the folder.
+        for place in (folder, *(self.root / name for name in archive.elsewhere)):
+            if videos := sum(1 for _ in place.glob(f"**/*{archive.extension}")):
+                what = "videos" if archive.kind == "zip" else f"{archive.extension} files"
+                how = "were not unpacked by us"
+                if (place / MARKER_NAME).exists():
+                    how = "are not all that was unpacked, or not the same"
+                return f"{archive.folder}: {videos} {what} that {how}, taken as they are ({place})"
+        return None
+
+    def missing_in_mirror(self, archives: list[Archive]) -> list[str]:
+        """Names of the archives that a mirror folder lacks; a URL tells only when it is asked."""
+        if not self.is_local:
+            return []
+        return [archive.name for archive in archives if not (self.mirror_folder / archive.name).is_file()]
+
+    def deliver(self, archives: list[Archive], say: Say) -> None:
+        """Fetch what has to be fetched, check and unpack it.
+
+        Raises:
+            VideoError: it cannot be fetched, is not what it should be, or does not fit on the disk.
+        """
+        for archive in archives:
+            clear_leftovers(self.root / archive.folder)
+        self._check_room(archives)
+        for archive in archives:
+            self._deliver_one(archive, say)
+
+    def _deliver_one(self, archive: Archive, say: Say) -> None:
+        local = self.local(archive)
+        if not self.is_local and not local.is_file():  # it is when the last run was stopped while unpacking
+            self._fetch(archive, local, say)
+        size = local.stat().st_size
+        say(f"{archive.folder}: checking and unpacking {self.place(archive)} ({size_text(size)})")
+        try:
+            checksum = self._verify(archive, local, say)
+            unpacked = unpack(
+                local,
+                self.root / archive.folder,
+                checksum=checksum,
+                kind=archive.kind,
+                top=archive.top,
+                expected=archive.extension,
+                max_bytes=archive.max_bytes,
+            )
+        except (NoRoomError, _Changed):
+            raise  # the archive is good for another try
+        except VideoError:
+            if not self.is_local:
+                local.unlink()  # damaged: to be fetched again
+            raise
+        if "sha256" in checksum:
+            record_sha256(self.root, archive.name, checksum["sha256"], size=size, place=self.place(archive))
+        if not self.is_local:
+            local.unlink()  # of no more use
+        litter = unpacked.passed_over
+        note = f", passed over {len(litter)} that file managers left, such as {litter[0]!r}" if litter else ""
+        say(f"{archive.folder}: unpacked {unpacked.files} files{note}")
+
+    def _fetch(self, archive: Archive, target: Path, say: Say) -> None:
+        url = self.url(archive.path)
+        said = False
+
+        def check_size(size: int, have: int) -> None:
+            nonlocal said
+            if not said:
+                already = f", {size_text(have)} of them are here already" if have else ""
+                say(f"{archive.folder}: fetching {url} ({size_text(size)}{already})")
+                said = True
+            check_room(self.root, f"{archive.name}: ", size - have, size)
+
+        fetch(
+            url,
+            target,
+            way_out=self.way_out,
+            check_size=check_size,
+            check_head=lambda head: check_beginning(archive.kind, head),
+        )
+
+    def _verify(self, archive: Archive, local: Path, say: Say) -> dict[str, str]:
+        """Hold an archive to the checksum that is known or was recorded; a mirror may differ.
+
+        Returns:
+            its checksum, by the algorithm's name.
+        Raises:
+            VideoError: another archive than the known one.
+            _Changed: another one than the first.
+        """
+        place = self.place(archive)
+        if archive.sha1 is not None:
+            sha1 = digest_of(local, "sha1")
+            if sha1 != archive.sha1 and self.mirror is None:
+                raise VideoError(
+                    f"{place}: sha1 {sha1} is not the known {archive.sha1}: the file has changed or was damaged on "
+                    f"its way; run again, or {self.way_out}"
+                )
+            if sha1 != archive.sha1:
+                say(f"warning: {place}: sha1 {sha1} is not that of the {self.recipe.title} archive, {archive.sha1}")
+            return {"sha1": sha1}
+        sha256, record = digest_of(local, "sha256"), self.root / RECORD_NAME
+        first = recorded_sha256(self.root, archive.name)
+        if first is not None and sha256 != first:
+            differs = f"{place}: sha256 {sha256} is not {first}, that of the archive that was unpacked here before"
+            if self.mirror is None:
+                raise _Changed(
+                    f"{differs} ({record}): the file has changed or was damaged on its way; remove {local} to fetch it "
+                    f"again, or {record} to take it as it is"
+                )
+            say(f"warning: {differs} ({record})")
+        return {"sha256": sha256}
+
+    def _check_room(self, archives: list[Archive]) -> None:
+        """Refuse what cannot end well before anything is fetched, as far as the server tells the sizes."""
+        taken = most = fetched = unpacked = 0
+        for archive in archives:
+            if self.is_local or self.local(archive).is_file():
+                size = here = self.local(archive).stat().st_size
+            else:
+                announced = announced_size(self.url(archive.path))
+                if announced is None:
+                    break  # a server that tells of one file later tells of the others later, too
+                size, here = announced, min(arrived_bytes(self.local(archive)), announced)
+            fetched, unpacked = fetched + size - here, unpacked + size
+            most = max(most, taken + size - here + size)
+            taken += size - (0 if self.is_local else here)  # an archive that was fetched is removed once it is unpacked
+        check_room(self.root, "", fetched, unpacked, most)
+
+
+class _Changed(VideoError):
+    """Another archive than the one that was unpacked first."""
+
+
+def check_room(folder: Path, what: str, fetched: int, unpacked: int, most: int | None = None) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: on the disk; it need not be there.
+        what: begins the message.
+        fetched: bytes to be fetched.
+        unpacked: bytes that archives unpack to. Of those not opened yet this is about their own size: tar stores files
+            as they are, and videos hardly shrink.
+        most: bytes that are taken at the same time; both together unless given.
+    Raises:
+        NoRoomError: there are fewer free.
+    """
+    free, needed = free_bytes(folder), fetched + unpacked if most is None else most
+    if needed > free:
+        raise NoRoomError(
+            f"{what}{size_text(fetched)} to fetch and about {size_text(unpacked)} to unpack need {size_text(needed)}, "
+            f"but only {size_text(free)} are free in {folder}; make room there, or set dataset.root to a folder on "
+            "another disk"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be on."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def only_one_here(root: Path) -> Iterator[None]:
+    """Hold a data set's folder for one process that fetches: two would write into the same files.
+
+    The kernel lets go of the lock when the process dies, however it dies.
+
+    Raises:
+        VideoError: another process has it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VideoError(f"{root}: another process fetches or unpacks here; wait for it, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
