@@ -15,11 +15,13 @@ from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.files import UNKNOWN_FPS
 from stage1_autoencoder.videos.folders import split_training
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
-from stage1_autoencoder.videos.splits import join_names, natural_order
+from stage1_autoencoder.videos.shards import list_shards
+from stage1_autoencoder.videos.splits import join_names
 from stage1_autoencoder.videos.table import VideoTable
 from stage1_autoencoder.videos.tfrecords import Record, RecordError, example_bytes, read_record, walk_records
 
 FOLDER = "softmotion30_44k"
+EXTENSIONS = frozenset({".tfrecords", ".tfrecord"})
 # There is no official validation split. So many of the 43 264 training videos make one of about the test set's size.
 DEFAULT_VAL = 0.006
 
@@ -133,8 +135,8 @@ def _frames(data: memoryview) -> list[memoryview]:
     found = {int(match[1]): value for key, value in example_bytes(data) if (match := _KEY.fullmatch(key))}
     if not found:
         raise RecordError("has an example without '0/image_aux1/encoded', which the frames of BAIR are called")
-    if missing := set(range(max(found) + 1)) - found.keys():
-        raise RecordError(f"has an example without frame {min(missing)}")
+    if (missing := next((number for number in range(len(found)) if number not in found), None)) is not None:
+        raise RecordError(f"has an example without frame {missing}")
     return [found[number] for number in range(len(found))]
 
 
@@ -155,7 +157,7 @@ def open_bair(dataset: DatasetConfig, root: Path) -> dict[Split, BairSource]:
     are as traj_0_to_255/12, the file and the number of the example in it.
 
     Raises:
-        VideoError: no such folder, no TFRecords in it, none that can be used.
+        VideoError: no such folder, no TFRecords in it, two of one name, none that can be used.
     """
     inside = root / FOLDER if (root / FOLDER).is_dir() else root
     if not root.is_dir():
@@ -165,15 +167,15 @@ def open_bair(dataset: DatasetConfig, root: Path) -> dict[Split, BairSource]:
         folder = inside / split
         if not folder.is_dir():
             raise VideoError(f"{folder}: there is no such folder, which BAIR's {split} split lies in; {_WAY_OUT}")
-        names = sorted(path.name for path in folder.glob("*.tfrecord*") if not path.name.startswith("."))
-        if not names:
-            others = sorted({path.suffix or path.name for path in folder.iterdir()})
-            there = f"only {join_names(others)}" if others else "nothing"
+        shards = list_shards(folder, EXTENSIONS)
+        if not shards.names:
+            there = f"only {join_names(sorted(shards.passed_over))}" if shards.passed_over else "nothing"
             raise VideoError(f"{folder}: no .tfrecords in it, {there}; {_WAY_OUT}")
-        source = BairSource(dataset, folder, [names[at] for at in natural_order(names)])
+        source = BairSource(dataset, folder, shards.names)
+        source.passed_over = shards.passed_over
         if not source.videos:
             reasons = join_names(video.reason for video in source.skipped)
-            raise VideoError(f"{folder}: none of its {len(names)} files can be used: {reasons}; {_WAY_OUT}")
+            raise VideoError(f"{folder}: none of its {len(shards.names)} files can be used: {reasons}; {_WAY_OUT}")
         sources[split] = source
     fractions: dict[Split, float] = {"val": float(dataset.splits.get("val", DEFAULT_VAL)), "test": 0.0}
     return split_training(dataset, root, sources, fractions)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,15 +21,28 @@ from stage1_autoencoder.videos.folders import choose_fractions, split_folders, s
 from stage1_autoencoder.videos.index import stamp
 from stage1_autoencoder.videos.index_cache import Entry, IndexCache
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
+from stage1_autoencoder.videos.shards import list_shards
 from stage1_autoencoder.videos.splits import join_names, natural_order
 from stage1_autoencoder.videos.table import VideoTable
 
 EXTENSIONS = frozenset({".hdf5", ".h5"})
 _NOT_VIDEOS = frozenset({"len", "videos"})
+# What h5py raises where bytes of a file are damaged, by what they stand for; there are no checksums in it.
+_DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError)
 
 
 class _ShardError(Exception):
-    """A video of a shard cannot be used; the message says why."""
+    """A shard, or a video of it, cannot be used; the message says why."""
+
+
+@contextlib.contextmanager
+def _damage_is_said() -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        errno = getattr(error, "errno", None)  # with it h5py's own text is a long one
+        said = os.strerror(errno) if errno else str(error).strip("'\"")
+        raise _ShardError(f"cannot be read as HDF5: {said}; copy or convert it again") from error
 
 
 def _h5py() -> ModuleType:
@@ -37,6 +51,14 @@ def _h5py() -> ModuleType:
     except ImportError as error:
         raise VideoError("dataset.source hdf5 needs h5py: pip install h5py (or 'river-two-stage[h5]')") from error
     return h5py
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    with _damage_is_said():
+        shard = _h5py().File(path, "r")
+    with contextlib.closing(shard):
+        yield shard
 
 
 class Hdf5Source(VideoSource):
@@ -78,11 +100,10 @@ class Hdf5Source(VideoSource):
 
     def _index_shard(self, path: Path, cache: IndexCache | None) -> Iterator[tuple[str, Entry]]:
         try:
-            seen = stamp(path)
-            with _h5py().File(path, "r") as shard:
-                lengths = shard.get("len", {})  # the official converter leaves an empty shard at the end
-                names = list(lengths) or [name for name in shard if name not in _NOT_VIDEOS]
-                for name in (names[at] for at in natural_order(names)):
+            with _damage_is_said():  # looking at the file included
+                seen = stamp(path)
+            with _open(path) as shard:
+                for name in _video_names(shard):
                     key = f"{path.parent.name}/{path.name}/{name}"
                     entry = cache.get(key) if cache else None
                     if entry is None or entry.stamp != seen:
@@ -94,8 +115,8 @@ class Hdf5Source(VideoSource):
                         if cache:
                             cache.put(key, entry)
                     yield name, entry
-        except OSError as error:  # what h5py raises for files of another format, and for damaged ones
-            self.skipped.append(SkippedVideo(path.stem, f"{path.name} cannot be read as HDF5 ({error})"))
+        except _ShardError as error:
+            self.skipped.append(SkippedVideo(path.stem, f"{path.name} {error}"))
 
     @property
     def native_frames(self) -> int:
@@ -117,48 +138,95 @@ class Hdf5Source(VideoSource):
         path = self.folder / self.files[self._file_of[index]]
         preprocess = FramePreprocessor(self.dataset.image_size)
         try:
-            with _h5py().File(path, "r") as shard:
-                frames = _frames(shard, self._names[index])
+            with _open(path) as shard:
+                group = _group(shard, self._names[index])
+                frames = _frame_names(group, _length(shard, self._names[index]))
                 if len(frames) != self._native[index]:
                     raise _ShardError(f"has {len(frames)} frames, but its index expects {self._native[index]}")
                 for name in frames[start * step : (stop - 1) * step + 1 : step]:
-                    pixels = _picture(shard, self._names[index], name)
-                    if pixels.shape != (video.size[1], video.size[0], 3):
-                        raise _ShardError(
-                            f"frame {name} is {pixels.shape[1]}x{pixels.shape[0]}, the first one {video.size[0]}x"
-                            f"{video.size[1]}; frames of one video must have one size"
-                        )
-                    yield preprocess(av.VideoFrame.from_ndarray(pixels, "rgb24"))
+                    yield preprocess(av.VideoFrame.from_ndarray(_picture(group, name, video.size), "rgb24"))
         except _ShardError as error:
             raise BrokenVideoError(video.id, f"{error} (in {path})") from error
-        except OSError as error:
-            raise BrokenVideoError(video.id, f"cannot be read from {path} ({error})") from error
 
 
-def _frames(shard: Any, name: str) -> list[str]:
-    """Names of a video's frames in natural order, as many as the shard says that it has.
+@_damage_is_said()
+def _video_names(shard: Any) -> list[str]:
+    """Names of the videos that have a length, frames, or both, in natural order; the official converter leaves an
+    empty shard at the end."""
+    lengths = shard.get("len", {})
+    if not hasattr(lengths, "keys"):
+        raise _ShardError("has a 'len' that is no group of lengths, one a video")
+    names = set(lengths)
+    others = [name for name in shard if name not in names and name not in _NOT_VIDEOS]
+    found = [*lengths, *(name for name in others if shard.get(name, getclass=True) is _h5py().Group)]
+    return [found[at] for at in natural_order(found)]
+
+
+@_damage_is_said()
+def _length(shard: Any, video: str) -> int | None:
+    """How many frames the shard says that a video has; None in a shard without lengths.
 
     Raises:
-        _ShardError: no such video, no frames, or another number of them.
+        _ShardError: it has lengths, but not of this video, or no number.
     """
-    group = shard.get(name)
-    if group is None or not hasattr(group, "keys"):
-        raise _ShardError(f"has a length, but no group {name!r} of frames")
+    if "len" not in shard:
+        return None
+    if video not in shard["len"]:
+        raise _ShardError(f"has frames, but no len/{video}")
+    stored = shard["len"][video]
+    if getattr(stored, "shape", None) not in ((), (1,)) or stored.dtype.kind not in "iu":
+        raise _ShardError(f"len/{video} is no whole number")
+    return int(stored[()].item())
+
+
+@_damage_is_said()
+def _group(shard: Any, video: str) -> Any:
+    group = shard.get(video)
+    if not hasattr(group, "keys"):
+        raise _ShardError(f"has a length, but no group {video!r} of frames")
+    return group
+
+
+@_damage_is_said()
+def _frame_names(group: Any, expected: int | None) -> list[str]:
+    """Names of a video's frames in natural order.
+
+    Raises:
+        _ShardError: there are none; there are not as many as `expected`, or one in the middle lacks.
+    """
     names = list(group)
     if not names:
         raise _ShardError("has no frames")
-    expected = shard["len"][name][()] if "len" in shard else len(names)
+    names = [names[at] for at in natural_order(names)]
+    if expected is None:
+        return names
     if len(names) != expected:
-        raise _ShardError(f"has {len(names)} frames, but len/{name} says {expected}")
-    return [names[at] for at in natural_order(names)]
+        raise _ShardError(f"has {len(names)} frames, but len{group.name} says {expected}")
+    if all(name.isdecimal() for name in names):
+        first = int(names[0])
+        for number, name in enumerate(names, first):
+            if int(name) != number:
+                raise _ShardError(f"lacks frame {number}")
+    return names
 
 
-def _picture(shard: Any, video: str, name: str) -> np.ndarray:
-    dataset = shard[video][name]
-    shape, kind = getattr(dataset, "shape", ()), getattr(dataset, "dtype", None)
+@_damage_is_said()
+def _picture(group: Any, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """[h, w, 3] uint8, of a (width, height) if that is given.
+
+    Raises:
+        _ShardError: it is something else, which is noticed before it is read.
+    """
+    stored = group[name]
+    shape, kind = getattr(stored, "shape", ()), getattr(stored, "dtype", None)
     if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise _ShardError(f"frame {name} is {kind} {list(shape)}, and uint8 [h, w, 3] is wanted")
-    return dataset[()]
+    if size not in (None, (shape[1], shape[0])):
+        raise _ShardError(
+            f"frame {name} is {shape[1]}x{shape[0]}, the first one {size[0]}x{size[1]}; frames of one video must have "
+            "one size"
+        )
+    return stored[()]
 
 
 def _examine(shard: Any, video: str) -> tuple[Probe, str]:
@@ -167,10 +235,12 @@ def _examine(shard: Any, video: str) -> tuple[Probe, str]:
     Raises:
         _ShardError: it cannot be used.
     """
-    names = _frames(shard, video)
-    pictures = [_picture(shard, video, names[at]) for at in (0, len(names) // 2, -1)]
-    height, width = pictures[0].shape[:2]
-    parts = [hashlib.sha256(picture.tobytes()).digest() for picture in pictures]
+    group = _group(shard, video)
+    names = _frame_names(group, _length(shard, video))
+    first = _picture(group, names[0])
+    height, width = first.shape[:2]
+    pictures = [first, *(_picture(group, names[at], (width, height)) for at in (len(names) // 2, -1))]
+    parts = [hashlib.sha256(picture).digest() for picture in pictures]
     described = json.dumps([names, *(picture.shape for picture in pictures)]).encode()
     digest = hashlib.sha256(hashlib.sha256(described).digest() + b"".join(parts)).hexdigest()
     return Probe(len(names), UNKNOWN_FPS, width, height), digest
@@ -182,7 +252,8 @@ def open_hdf5(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict
     Splits that have no folder are taken of the training videos by fractions, as of a folder of videos (`open_folder`).
 
     Raises:
-        VideoError: no folder, no shards or none that can be used, nothing left to train on, h5py is not installed.
+        VideoError: no folder, no shards, two of one name, none that can be used, nothing left to train on, h5py is not
+            installed.
     """
     _h5py()
     if not root.is_dir():
@@ -196,12 +267,14 @@ def open_hdf5(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(IndexCache(root, remember))
         for split, folder in folders.items():
-            names = [path.name for path in folder.iterdir() if path.suffix in EXTENSIONS and path.name[0] != "."]
-            if not names:
-                raise VideoError(f"{folder}: no shards in it; expected shard_0001.hdf5 and so on")
-            source = Hdf5Source(dataset, folder, [names[at] for at in natural_order(names)], cache)
+            shards = list_shards(folder, EXTENSIONS)
+            if not shards.names:
+                there = f"only {join_names(sorted(shards.passed_over))}" if shards.passed_over else "nothing"
+                raise VideoError(f"{folder}: no shards in it, {there}; expected shard_0001.hdf5 and so on")
+            source = Hdf5Source(dataset, folder, shards.names, cache)
+            source.passed_over = shards.passed_over
             if not source.videos:
-                reasons = join_names(f"{video.id}: {video.reason}" for video in source.skipped)
-                raise VideoError(f"{folder}: no video in its {len(names)} shards can be used: {reasons or 'all empty'}")
+                reasons = join_names(f"{video.id}: {video.reason}" for video in source.skipped) or "all empty"
+                raise VideoError(f"{folder}: no video in its {len(shards.names)} shards can be used: {reasons}")
             sources[split] = source
     return split_training(dataset, root, sources, fractions)

@@ -1,6 +1,7 @@
 """BAIR's TFRecords as a source: every frame to the bit, splits, and files that are not what they should be."""
 
 import itertools
+import multiprocessing
 import pickle
 import re
 import shutil
@@ -64,6 +65,19 @@ def test_every_frame_of_every_video(written):
     assert not sources["train"].skipped
 
 
+def test_frames_are_in_order_whatever_the_order_of_the_features(tmp_path):
+    """A map of protobuf has none: TensorFlow's writer and others leave its entries as they come."""
+    video = noise(1, 6, frames=12)[0]
+    names = [f"{number}/image_aux1/encoded" for number in range(12)]
+    entries = {name: frame.tobytes() for name, frame in zip(names, video, strict=True)}
+    for folder, order in (("train", sorted(names)), ("test", reversed(names))):
+        (tmp_path / folder).mkdir()
+        example = small_data_sets.example({name: entries[name] for name in order})
+        (tmp_path / folder / "traj_0_to_0.tfrecords").write_bytes(small_data_sets.record(example))
+    for source in open_splits(config(splits={"val": 0}), tmp_path).values():
+        np.testing.assert_array_equal(source.read(0), video)
+
+
 def test_validation_videos_are_held_out_of_train(written):
     sources = open_splits(config(splits={"val": 0.2}), written)
     held_out = {video.id for video in sources["val"].videos}
@@ -86,6 +100,7 @@ def test_splits_that_cannot_be_chosen():
 
 def test_ranges_steps_and_sizes(written):
     source = open_source(config(splits={"val": 0}, frame_step=2), written, "train")
+    assert source.native_frames == TRAIN * FRAMES
     video = noise(1, 1)[0]
     assert (source.videos[0].frames, source.videos[0].fps) == (3, 5.0)
     np.testing.assert_array_equal(list(source.iterate(0, 1, 3)), video[2::2])
@@ -109,6 +124,13 @@ def test_many_readers(written):
     with ThreadPoolExecutor(4) as pool:
         for index, frames in zip(itertools.cycle(range(TRAIN)), pool.map(source.read, list(range(TRAIN)) * 3)):
             np.testing.assert_array_equal(frames, videos[index])
+
+
+def test_many_processes(written):
+    source = open_source(config(splits={"val": 0}), written, "train")
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for frames, video in zip(pool.map(source.read, range(TRAIN)), noise(TRAIN, 1), strict=True):
+            np.testing.assert_array_equal(frames, video)
 
 
 def test_fingerprints_are_of_the_content(data):
@@ -149,6 +171,12 @@ def test_damaged_examples_break_when_they_are_read(data):
         ),
         (small_data_sets.record(small_data_sets.example({"1/image_aux1/encoded": bytes(12)})), "without frame 0"),
         (
+            small_data_sets.record(
+                small_data_sets.example(dict.fromkeys(("0/image_aux1/encoded", f"{10**15}/image_aux1/encoded"), b"rgb"))
+            ),
+            "without frame 1",
+        ),
+        (
             small_data_sets.record(small_data_sets.example({"0/image_aux1/encoded": bytes(13)})),
             "13 bytes, which are",
         ),
@@ -174,6 +202,23 @@ def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):
     (data / "softmotion30_44k/test/traj_2_to_2.tfrecords").unlink()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(VideoError, match=r"test: none of its 1 files can be used: .* cut off in record 0.*make data"):
+        open_splits(config(), data)
+
+
+def test_what_other_programs_leave_is_passed_over(data):
+    folder = data / "softmotion30_44k/test"
+    for name in ("traj_0_to_1.tfrecords.part", "traj_0_to_1.tfrecords.1", "._traj_2_to_2.tfrecords"):
+        shutil.copyfile(folder / "traj_0_to_1.tfrecords", folder / name)
+    source = open_source(config(), data, "test")
+    assert (len(source.videos), source.passed_over) == (TEST, {".part": 1, ".1": 1})
+    (folder / "traj_2_to_2.tfrecords").rename(folder / "TRAJ_2_TO_2.TFRECORD")
+    assert len(open_source(config(), data, "test").videos) == TEST
+
+
+def test_two_files_of_one_name(data):
+    folder = data / "softmotion30_44k/test"
+    shutil.copyfile(folder / "traj_2_to_2.tfrecords", folder / "traj_2_to_2.tfrecord")
+    with pytest.raises(VideoError, match=r"2\.tfrecord and .*2\.tfrecords would both be 'traj_2_to_2': rename one of"):
         open_splits(config(), data)
 
 

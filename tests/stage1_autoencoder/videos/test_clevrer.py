@@ -82,6 +82,12 @@ def test_folders_that_cannot_be_looked_into(data, monkeypatch):
     assert (skipped.id, skipped.reason) == ("closed", "cannot be looked into (Permission denied)")
 
 
+def test_videos_are_in_the_order_of_their_numbers(tmp_path, make_video):
+    for name in ("b/video_00002.mp4", "a/video_00010.mp4", "c/video_00001.mp4"):
+        make_video(name, 2)
+    assert ids(open_splits(config(), tmp_path))["train"] == ["video_00001", "video_00002", "video_00010"]
+
+
 def test_two_files_of_one_number(data, make_video):
     make_video("elsewhere/video_3.mp4", 3)
     with pytest.raises(VideoError, match=r"video_3\.mp4 and .*video_00003\.mp4 are both video 3: remove one"):
