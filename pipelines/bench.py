@@ -54,6 +54,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     Stores and videos to measure with are made in a temporary folder and removed.
     """
     from pipelines.bench_autoencoder import autoencoder_measurements
+    from pipelines.bench_decode import decode_measurements
     from pipelines.bench_encode import encode_measurements
     from pipelines.bench_flow import flow_measurements
     from pipelines.bench_sampling import sampling_measurements
@@ -67,6 +68,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
             lambda: flow_measurements(config, session.device),
             lambda: sampling_measurements(config, session.device),
             lambda: autoencoder_measurements(config, session.device),
+            lambda: decode_measurements(Path(folder)),
             lambda: encode_measurements(config, session, Path(folder)),
         ]
         for source in sources:

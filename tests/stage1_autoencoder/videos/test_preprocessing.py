@@ -1,9 +1,11 @@
-"""Frames against float64 arithmetic: area filter, crop, colour matrices and ranges."""
+"""Frames against float64 arithmetic: area filter, crop, colour matrices and ranges. And both ways through swscale."""
 
 import av
+import av.filter
 import numpy as np
 import pytest
 
+from stage1_autoencoder.videos import preprocessing
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor, preprocessing_description
 
@@ -150,14 +152,120 @@ def test_ten_bits_are_scaled(tag):
     assert np.abs(result - (500 / 4 - 16) * 255 / 219).max() < 1
 
 
-def test_results_are_arrays_of_their_own():
+@pytest.mark.parametrize("patience", [0, 99])
+@pytest.mark.parametrize("size", [(20, 30), (8, 8)])
+@pytest.mark.parametrize("pixel_format", ["rgb24", "gbrp", "gray"])
+def test_results_are_arrays_of_their_own(pixel_format, size, patience, monkeypatch):
+    monkeypatch.setattr(preprocessing, "_PATIENCE", patience)
     preprocess = FramePreprocessor(8)
-    dark, light = (av.VideoFrame.from_ndarray(np.full((20, 30, 3), level, np.uint8), "rgb24") for level in (10, 240))
+    levels = (np.full((*size, 3), level, np.uint8) for level in (10, 240))
+    dark, light = (av.VideoFrame.from_ndarray(level, "rgb24").reformat(format=pixel_format) for level in levels)
     first = preprocess(dark)
+    was = first.copy()
     preprocess(light)
-    assert (first == 10).all()
+    assert (first == was).all()
     assert first.flags.c_contiguous
     assert first.flags.writeable
+    first[:] = 77
+    assert (preprocess(dark) == was).all()
+
+
+def test_square_rgb_of_the_right_size_stays_as_it_is():
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)  # rows that FFmpeg pads
+    assert (FramePreprocessor(20)(av.VideoFrame.from_ndarray(rgb, "rgb24")) == rgb).all()
+
+
+def with_graph(image_size: int, frame: av.VideoFrame, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, bool]:
+    """A frame the way of the thirty-third one, and whether that was through a filter graph."""
+    with monkeypatch.context() as patched:
+        patched.setattr(preprocessing, "_PATIENCE", 0)
+        preprocess = FramePreprocessor(image_size)
+        return preprocess(frame), preprocess._graph is not None
+
+
+def noisy(pixel_format: str, width: int, height: int, seed: int = 0) -> av.VideoFrame:
+    frame = av.VideoFrame(width, height, pixel_format)
+    for channel, plane in enumerate(frame.planes):
+        values = np.random.default_rng((seed, channel)).integers(0, 256, plane.buffer_size, np.uint8)
+        np.frombuffer(plane, np.uint8)[:] = values
+    return frame
+
+
+@pytest.mark.parametrize("size", [(160, 120), (96, 200), (182, 64), (65, 49), (162, 121), (120, 120)])
+@pytest.mark.parametrize(
+    "pixel_format", [*preprocessing._CROPPABLE, "rgb24", "rgba", "yuva420p", "nv12", "yuv420p10le", "gray16le"]
+)
+def test_both_ways_give_the_same(pixel_format, size, monkeypatch):
+    """Every colour range, shrunk, enlarged and as it is; through the graph wherever chroma can be cut at its edges."""
+    frame, sliced = noisy(pixel_format, *size), False
+    for image_size in (32, min(size), 150):
+        for tag in (0, 1, 2):
+            frame.color_range = tag
+            pixels, through = with_graph(image_size, frame, monkeypatch)
+            assert (pixels == FramePreprocessor(image_size)(frame)).all(), (image_size, tag)
+            sliced |= through
+    sliceable = size in ((160, 120), (96, 200)) and pixel_format not in ("yuv410p", "yuv411p")
+    if pixel_format not in preprocessing._CROPPABLE or size[0] == size[1]:
+        assert not sliced
+    elif sliceable or pixel_format in ("gray", "gbrp", "yuv444p"):
+        assert sliced
+
+
+@pytest.mark.parametrize("colourspace", [0, 1, 2, 4, 5, 6, 7, 9])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj422p", "yuv444p", "gray"])
+def test_both_ways_read_colour_matrices_alike(pixel_format, colourspace, monkeypatch):
+    frame = noisy(pixel_format, 80, 60)
+    frame.colorspace = colourspace
+    for tag in (0, 1, 2):
+        frame.color_range = tag
+        pixels, through = with_graph(32, frame, monkeypatch)
+        assert through
+        assert (pixels == FramePreprocessor(32)(frame)).all(), tag
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        "field_mode=tff",
+        "field_mode=bff",
+        "chroma_location=left",
+        "chroma_location=topleft",
+        "chroma_location=bottom",
+        "color_trc=smpte2084:color_primaries=bt2020",
+    ],
+)
+def test_both_ways_pass_over_other_tags(tags, monkeypatch):
+    frame, graph = noisy("yuv420p", 80, 60), av.filter.Graph()
+    plain = FramePreprocessor(32)(frame)
+    source = graph.add("buffer", video_size="80x60", pix_fmt="yuv420p", time_base="1/1")
+    tag, sink = graph.add("setparams", tags), graph.add("buffersink")
+    graph.link_nodes(source, tag, sink).configure()
+    source.push(frame)
+    tagged = sink.pull()
+    assert tagged.interlaced_frame == ("field" in tags)
+    assert (FramePreprocessor(32)(tagged) == plain).all()
+    pixels, through = with_graph(32, tagged, monkeypatch)
+    assert through
+    assert (pixels == plain).all()
+
+
+def test_every_frame_gives_one_whatever_its_time():
+    """No timestamps, equal ones, backward ones; over the place where a graph takes over, and back and forth."""
+    frames = [noisy("yuv420p", *((80, 60) if number % 90 < 70 else (60, 80)), seed=number) for number in range(180)]
+    for frame, pts in zip(frames, [None, 7, 7, 100, 3, -5, 0, 1 << 40] * 30, strict=False):
+        frame.pts = pts
+    preprocess, ways = FramePreprocessor(32), []
+    for number, frame in enumerate(frames):
+        frame.color_range = 2 if number >= 135 else 1
+        assert (preprocess(frame) == FramePreprocessor(32)(frame)).all(), number
+        ways.append(preprocess._graph is not None)
+    # After 32 of a kind: the kind changes at 70, 90, 135 and 160.
+    assert [number for number in range(180) if ways[number]] == [*range(32, 70), *range(122, 135)]
+
+
+def test_large_frames_are_copied(monkeypatch):
+    assert with_graph(32, noisy("yuv420p", 1024, 512), monkeypatch)[1]
+    assert not with_graph(32, noisy("yuv420p", 1026, 512), monkeypatch)[1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 5)])
