@@ -198,7 +198,7 @@ def noisy(pixel_format: str, width: int, height: int, seed: int = 0) -> av.Video
 def test_both_ways_give_the_same(pixel_format, size, monkeypatch):
     """Every colour range, shrunk, enlarged and as it is; through the graph wherever chroma can be cut at its edges."""
     frame, sliced = noisy(pixel_format, *size), False
-    for image_size in (32, min(size), 150):
+    for image_size in (32, min(size), min(size) + 2, 150):
         for tag in (0, 1, 2):
             frame.color_range = tag
             pixels, through = with_graph(image_size, frame, monkeypatch)
@@ -265,7 +265,7 @@ def test_every_frame_gives_one_whatever_its_time():
 
 def test_large_frames_are_copied(monkeypatch):
     assert with_graph(32, noisy("yuv420p", 1024, 512), monkeypatch)[1]
-    assert not with_graph(32, noisy("yuv420p", 1026, 512), monkeypatch)[1]
+    assert not with_graph(32, noisy("yuv420p", 1028, 512), monkeypatch)[1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (3, 5)])
