@@ -121,7 +121,7 @@ def _jobs(split: Split, source: VideoSource) -> Iterator[Job]:
 def _refuse_others(record: Record, jobs: list[Job], overwrite: bool) -> None:
     """What was written of other videos than those of the source: remove it, or refuse to add to it."""
     entries = {job.name: job.entry for job in jobs}
-    others = [name for name, entry in record.entries.items() if entries.get(name) != entry]
+    others = sorted(name for name, entry in record.entries.items() if entries.get(name) != entry)
     if not others:
         return
     if overwrite:

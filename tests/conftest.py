@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.runtime.progress import set_quiet
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -16,6 +18,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> None:
+    """Whatever a test before ran with --quiet in this process."""
+    set_quiet(False)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
     ("flow.training.steps=-1", ["flow.training.steps", "-1"]),
     ("flow.training.steps=many", ["flow.training.steps", "'many'"]),
     ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'auto', 'fp32', 'tf32' or 'bf16'"]),
-    ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos' or 'kth'"]),
+    ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos', 'kth', 'bair'", "or 'hdf5'"]),
     ("dataset.image_size=36", ["dataset.image_size: 36 is not a multiple of 8"]),
     ("autoencoder.model.norm_groups=5", ["autoencoder.model.norm_groups: 5 does not divide"]),
     ("flow.model.heads=3", ["width 32 must be a multiple of heads 3"]),

@@ -240,7 +240,7 @@ def test_bench_measures_the_flow(monkeypatch, tmp_path: Path):
     order = []
     for module, name in (
         ("bench_store", "store"), ("bench_flow", "flow"), ("bench_sampling", "sampling"),
-        ("bench_autoencoder", "autoencoder"), ("bench_encode", "encode"),
+        ("bench_autoencoder", "autoencoder"), ("bench_decode", "decode"), ("bench_encode", "encode"),
     ):  # fmt: skip
         row = Measurement(name, 1.0, "x")
         monkeypatch.setattr(
@@ -249,7 +249,7 @@ def test_bench_measures_the_flow(monkeypatch, tmp_path: Path):
     values = configuration().model_dump() | {"paths": {"runs": str(tmp_path)}}
     session = bench.Session(CPU)
     assert [row.name for row in bench.bench(parse_config(values, "a test"), session)] == order
-    assert order == ["store", "flow", "sampling", "autoencoder", "encode"]
+    assert order == ["store", "flow", "sampling", "autoencoder", "decode", "encode"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
