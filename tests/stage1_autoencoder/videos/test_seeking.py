@@ -30,7 +30,8 @@ def x264(**settings: int) -> dict[str, str]:
     return {"x264-params": ":".join(f"{key}={value}" for key, value in settings.items())}
 
 
-X265 = "log-level=none:pools=none:frame-threads=1:keyint=12:min-keyint=12:scenecut=0"
+# asm=0: x265's assembler writes past its buffers where pictures are smaller than 64x64, and the process dies later.
+X265 = "log-level=none:asm=0:pools=none:frame-threads=1:keyint=12:min-keyint=12:scenecut=0"
 
 # Files of which the keyframes may be used.
 SEEKABLE = [
