@@ -8,13 +8,23 @@ from pathlib import Path
 from stage1_autoencoder.videos.base import SkippedVideo, VideoError
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.folders import Clip, FolderSource, make_clip
-from stage1_autoencoder.videos.index import find_videos, index_videos
+from stage1_autoencoder.videos.index import index_videos
+from stage1_autoencoder.videos.named import find_named
 from stage1_autoencoder.videos.splits import CLEVRER_NUMBERS, SPLITS, numbers_of_splits
 
 _WAY_OUT = (
     "fetch the data by `make data DATASET=clevrer`, or unpack it from archives that you have by "
     "`make data DATASET=clevrer MIRROR=<folder with video_train.zip, video_validation.zip, video_test.zip>`"
 )
+
+
+def _video_id(stem: str) -> str | None:
+    match = re.fullmatch(r"video_(\d+)", stem)
+    return f"video_{int(match[1]):05d}" if match else None
+
+
+def _number(video_id: str) -> int:
+    return int(video_id.removeprefix("video_"))
 
 
 def open_clevrer(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
@@ -27,40 +37,20 @@ def open_clevrer(dataset: DatasetConfig, root: Path, remember: bool = True) -> d
         VideoError: no folder, no CLEVRER videos, two files for one video, overlapping splits, nothing to train on.
     """
     owner = numbers_of_splits(dataset.splits)
-    if not root.is_dir():
-        raise VideoError(f"{root}: there is no such folder; {_WAY_OUT}")
-    try:
-        found = find_videos(root)
-    except VideoError as error:
-        raise VideoError(f"{error}; {_WAY_OUT}") from error
-    matches = [re.fullmatch(r"video_(\d+)", Path(name).stem) for name in found.names]
-    if not any(matches):
-        raise VideoError(f"{root}: none of its {len(found)} videos is named as video_00000.mp4; {_WAY_OUT}")
-    rows: dict[int, int] = {}
-    for row, match in enumerate(matches):
-        if match and (other := rows.setdefault(int(match[1]), row)) != row:
-            raise VideoError(
-                f"{root / found.names[other]} and {root / found.names[row]} are both video {int(match[1])}: "
-                "remove one of them"
-            )
-    skipped: dict[Split, list[SkippedVideo]] = {split: [] for split in SPLITS}
-    skipped["train"] += found.unreadable
-    skipped["train"] += [
-        SkippedVideo(video_id, "is not named as video_00000.mp4")
-        for video_id, match in zip(found.ids, matches, strict=True)
-        if match is None
-    ]
-    numbers = {split: sorted(number for number in rows if owner.get(number) == split) for split in SPLITS}
-    wanted = [number for split in SPLITS for number in numbers[split]]
-    indexed = index_videos(root, [found.names[rows[number]] for number in wanted], remember)
+    found = find_named(root, _video_id, "video_00000.mp4", _WAY_OUT)
+    ids: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    for number, video_id in sorted((_number(video_id), video_id) for video_id in found.names):
+        if number in owner:
+            ids[owner[number]].append(video_id)
+    skipped: dict[Split, list[SkippedVideo]] = {split: [] for split in SPLITS} | {"train": found.skipped}
+    indexed = index_videos(root, [found.names[video_id] for split in SPLITS for video_id in ids[split]], remember)
 
     def usable(split: Split) -> Iterator[Clip]:
-        for number, entry in zip(numbers[split], indexed, strict=False):
-            video_id = f"video_{number:05d}"
+        for video_id, entry in zip(ids[split], indexed, strict=False):
             if entry.probe is None:
                 skipped[split].append(SkippedVideo(video_id, entry.reason or ""))
             else:
-                yield make_clip(video_id, found.names[rows[number]], entry, dataset.frame_step)
+                yield make_clip(video_id, found.names[video_id], entry, dataset.frame_step)
 
     passed_over = {"train": found.passed_over}
     with contextlib.closing(indexed):

@@ -1,13 +1,13 @@
 """The KTH actions: `<action>/person01_<action>_d1_uncomp.avi`, split by persons, on request cut into sequences."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from stage1_autoencoder.videos.base import SkippedVideo, VideoError
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.folders import Clip, FolderSource, make_clip
-from stage1_autoencoder.videos.index import find_videos, index_videos
+from stage1_autoencoder.videos.index import index_videos
+from stage1_autoencoder.videos.named import find_named
 from stage1_autoencoder.videos.splits import KTH_PERSONS, SPLITS, persons_of_splits
 
 ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
@@ -19,15 +19,13 @@ _WAY_OUT = (
 )
 
 
-@dataclass(frozen=True)
-class _Name:
-    video_id: str
-    person: int
+def _video_id(stem: str) -> str | None:
+    match = re.fullmatch(rf"(person\d+_(?:{'|'.join(ACTIONS)})_d\d+)(?:_uncomp)?", stem)
+    return match[1] if match else None
 
 
-def _parse_name(path: str) -> _Name | None:
-    match = re.fullmatch(rf"(person(\d+)_(?:{'|'.join(ACTIONS)})_d\d+)(?:_uncomp)?", Path(path).stem)
-    return _Name(match[1], int(match[2])) if match else None
+def _person(video_id: str) -> int:
+    return int(video_id.partition("_")[0].removeprefix("person"))
 
 
 def read_sequences(path: Path) -> dict[str, list[tuple[int, int]]]:
@@ -67,51 +65,26 @@ def open_kth(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[
         VideoError: no folder, no KTH videos, two files for one video, nobody to train on, overlapping splits.
     """
     owner = persons_of_splits(dataset.splits)
-    if not root.is_dir():
-        raise VideoError(f"{root}: there is no such folder; {_WAY_OUT}")
     if any(root.glob("*.zip")) and not any((root / action).is_dir() for action in ACTIONS):
         raise VideoError(f"{root}: has archives, but they are not unpacked: `make data DATASET=kth MIRROR={root}`")
+    found = find_named(root, _video_id, "person01_boxing_d1_uncomp.avi", _WAY_OUT)
     sequences = read_sequences(root / SEQUENCES_FILE) if dataset.sequences else None
-
-    try:
-        found = find_videos(root)
-    except VideoError as error:
-        raise VideoError(f"{error}; {_WAY_OUT}") from error
-    names = [_parse_name(name) for name in found.names]
-    named = [row for row, name in enumerate(names) if name]
-    if not named:
-        raise VideoError(
-            f"{root}: none of its {len(names)} videos is named as person01_boxing_d1_uncomp.avi; {_WAY_OUT}"
-        )
-    seen: dict[str, str] = {}
-    for row in named:
-        if (other := seen.setdefault(names[row].video_id, found.names[row])) != found.names[row]:
-            raise VideoError(
-                f"{root / other} and {root / found.names[row]} are both {names[row].video_id}: remove one of them"
-            )
-
     clips: dict[Split, list[Clip]] = {split: [] for split in SPLITS}
-    skipped: dict[Split, list[SkippedVideo]] = {split: [] for split in SPLITS}
-    skipped["train"] += found.unreadable
-    skipped["train"] += [
-        SkippedVideo(video_id, "is not named as person01_boxing_d1_uncomp.avi")
-        for video_id, name in zip(found.ids, names, strict=True)
-        if name is None
-    ]
-    indexed = index_videos(root, [found.names[row] for row in named], remember)
-    for row, entry in zip(named, indexed, strict=True):
-        name, path, split = names[row], found.names[row], owner.get(names[row].person)
+    skipped: dict[Split, list[SkippedVideo]] = {split: [] for split in SPLITS} | {"train": found.skipped}
+    indexed = index_videos(root, list(found.names.values()), remember)
+    for (video_id, path), entry in zip(found.names.items(), indexed, strict=True):
+        split = owner.get(_person(video_id))
         if split is None:
             continue
         if entry.probe is None:
-            skipped[split].append(SkippedVideo(name.video_id, entry.reason or ""))
+            skipped[split].append(SkippedVideo(video_id, entry.reason or ""))
         elif sequences is None:
-            clips[split].append(make_clip(name.video_id, path, entry, dataset.frame_step))
-        elif not sequences.get(name.video_id):
-            skipped[split].append(SkippedVideo(name.video_id, f"has no frame ranges in {SEQUENCES_FILE}"))
+            clips[split].append(make_clip(video_id, path, entry, dataset.frame_step))
+        elif not sequences.get(video_id):
+            skipped[split].append(SkippedVideo(video_id, f"has no frame ranges in {SEQUENCES_FILE}"))
         else:
-            for first, last in sequences[name.video_id]:
-                sequence_id, cut = f"{name.video_id}_{first}-{last}", (max(first, 1) - 1, min(last, entry.probe.frames))
+            for first, last in sequences[video_id]:
+                sequence_id, cut = f"{video_id}_{first}-{last}", (max(first, 1) - 1, min(last, entry.probe.frames))
                 if cut[0] < cut[1]:
                     clips[split].append(make_clip(sequence_id, path, entry, dataset.frame_step, cut))
                 else:

@@ -90,7 +90,7 @@ def test_videos_are_in_the_order_of_their_numbers(tmp_path, make_video):
 
 def test_two_files_of_one_number(data, make_video):
     make_video("elsewhere/video_3.mp4", 3)
-    with pytest.raises(VideoError, match=r"video_3\.mp4 and .*video_00003\.mp4 are both video 3: remove one"):
+    with pytest.raises(VideoError, match=r"video_3\.mp4 and .*video_00003\.mp4 are both video_00003: remove one"):
         open_splits(config(), data)
 
 
