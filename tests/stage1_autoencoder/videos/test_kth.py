@@ -111,6 +111,7 @@ def test_folders_that_lack(tmp_path, make_video):
     make_video("kth/boxing/holiday.avi")
     with pytest.raises(VideoError, match="none of its 1 videos is named as person01_boxing_d1_uncomp"):
         open_splits(config(), tmp_path)
+    make_video("kth/boxing/person01_boxing_d1_uncomp.avi")
     with pytest.raises(VideoError, match=r"00sequences\.txt: cannot be read \(No such file"):
         open_splits(config(sequences=True), tmp_path)
     (root / "00sequences.txt").write_text("<html>not found</html>")
