@@ -1,6 +1,5 @@
 """Official files to all that a predictor consists of, without a run in between."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,34 +10,19 @@ from pipelines.official.autoencoders import load_autoencoder
 from pipelines.official.files import OfficialCheckpoint, OfficialFormatError, read_official
 from pipelines.official.refiners import load_refiner
 from pipelines.official.vector_fields import OFFICIAL_HEADS, check_trained_together, load_vector_field
+from pipelines.predictor_parts import PredictorParts
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import image_memory_format
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import VQVAEConfig
-from stage1_autoencoder.rcan import RCAN
 from stage2_flow.config import SamplingConfig
 from stage2_flow.standardization import Standardization
-from stage2_flow.vector_field import VectorField
 
 # CLEVRER's model, the one with the custom VQ-VAE, knows every fifth frame.
 CLEVRER_FRAME_STEP = 5
 
 
-@dataclass(frozen=True, eq=False)
-class OfficialParts:
-    """What a `VideoPredictor` is made of, by the same names; networks on the device, in evaluation mode, frozen."""
-
-    autoencoder: Autoencoder
-    vector_field: VectorField
-    standardization: Standardization
-    sampling: SamplingConfig
-    fps: float
-    device: torch.device
-    refiner: RCAN | None
-    no_refiner: str
-
-
-def load_official(files: OfficialFiles, device: torch.device, *, heads: int = OFFICIAL_HEADS) -> OfficialParts:
+def load_official(files: OfficialFiles, device: torch.device, *, heads: int = OFFICIAL_HEADS) -> PredictorParts:
     """Read the files of a released model; sizes are read off the shapes.
 
     Args:
@@ -61,7 +45,7 @@ def load_official(files: OfficialFiles, device: torch.device, *, heads: int = OF
     refiner = None if files.refiner is None else load_refiner(files.refiner)
     layout = image_memory_format(device)
     step = CLEVRER_FRAME_STEP if isinstance(autoencoder.config, VQVAEConfig) else 1
-    return OfficialParts(
+    return PredictorParts(
         autoencoder=autoencoder.to(device, memory_format=layout).requires_grad_(False),
         vector_field=field.to(device).requires_grad_(False),
         standardization=Standardization.identity(field.latent_channels).to(device),
