@@ -52,8 +52,7 @@ def walk_records(path: Path) -> Iterator[Record]:
 
 
 def _read_head(file: BinaryIO, at: int, number: int, size: int) -> int:
-    """The length of the record that begins at byte `at`, which lies in the file as a whole."""
-    file.seek(at)
+    """The length of the record that begins at byte `at`, where the file is, and which lies in it as a whole."""
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size:
         raise RecordError(f"is cut off in record {number}")

@@ -58,6 +58,15 @@ def test_a_mark_does_not_hold_when_files_are_missing_or_short(tmp_path):
     assert read_marker(tmp_path / "a") is None
 
 
+def test_folders_that_somebody_removed_come_back(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", {"x": b"x", "sub/deep/y": b"y"})
+    unpack(archive, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a/sub")
+    unpack(archive, tmp_path / "a")
+    assert (tmp_path / "a/sub/deep/y").read_bytes() == b"y"
+    assert read_marker(tmp_path / "a") is not None
+
+
 @pytest.mark.parametrize(
     ("content", "meaning"),
     [

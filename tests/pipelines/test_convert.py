@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pipelines.convert import convert
 from pipelines.convert_names import folder_names
 from pipelines.convert_record import RECORD
 from pipelines.errors import StoppedBySignal, UserError
+from pipelines.fetch import size_text
 from pipelines.runtime.session import Session
 from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.config import DatasetConfig
@@ -142,7 +144,11 @@ def test_what_is_whole_is_not_written_again(noise, capsys: pytest.CaptureFixture
     reports = run(noise)
     assert [(report.videos, report.written) for report in reports] == [(5, 3), (2, 0)]
     assert {video for video, *_ in noise.splits["train"].passes} == {"c", "d", "e"}
-    assert "7 videos, 61 frames of 16x16 as png, 4 of them are there" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "7 videos, 61 frames of 16x16 as png, 4 of them are there" in out
+    new = f"3 of them new ({size_text(reports[0].written_bytes)})"
+    assert f"convert: train: 5 videos, {reports[0].frames} frames in {noise.out / 'train'}, {new}\n" in out
+    assert f"convert: val: 2 videos, {reports[1].frames} frames in {noise.out / 'val'}\n" in out
     before = {path: path.stat().st_mtime_ns for path in noise.out.rglob("*.png")}
     noise.splits["train"].passes.clear()
     run(noise)
@@ -216,6 +222,20 @@ def test_a_folder_that_cannot_be_written_to(noise, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(UserError, match=r"out: cannot be written to \(.*Permission denied"):
         run(noise)
+
+
+def test_a_video_is_recorded_before_it_is_at_its_place(noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, it is written again; the other way round it would be taken for somebody else's."""
+    rename, recorded = Path.rename, []
+
+    def watched(path: Path, target: Path) -> Path:
+        lines = map(json.loads, (noise.out / RECORD).read_text().splitlines())
+        recorded.append(str(target.relative_to(noise.out)) in [line.get("folder") for line in lines])
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    run(noise)
+    assert recorded == [True] * 7
 
 
 def test_what_is_replaced_leaves_its_place_at_once(noise, monkeypatch: pytest.MonkeyPatch) -> None:

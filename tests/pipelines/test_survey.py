@@ -82,6 +82,12 @@ def test_videos_too_short_to_learn_from_or_to_sample(config):
     ]
 
 
+def test_a_few_videos_too_short_are_all_named(config):
+    sources = {"train": Source(config, [2, 9, 1, 2])}
+    (remark,) = [line for line in remarks(config, sources) if "train videos" in line]
+    assert remark.endswith("(the flow learns nothing from them): v0, v2, v3")
+
+
 def test_videos_smaller_than_the_frames(config):
     sources = {split: Source(config, [12], name=split) for split in ("train", "val", "test")}
     sources["train"] = Source(config, [12, 12], size=(200, 63))

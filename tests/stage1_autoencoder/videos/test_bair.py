@@ -103,6 +103,7 @@ def test_ranges_steps_and_sizes(written):
     assert source.native_frames == TRAIN * FRAMES
     video = noise(1, 1)[0]
     assert (source.videos[0].frames, source.videos[0].fps) == (3, 5.0)
+    np.testing.assert_array_equal(list(source.iterate(0)), video[::2])
     np.testing.assert_array_equal(list(source.iterate(0, 1, 3)), video[2::2])
     np.testing.assert_array_equal(source.read(0, [2, 0, 2]), video[[4, 0, 4]])
     assert list(source.iterate(0, 2, 2)) == []
@@ -191,6 +192,15 @@ def test_files_that_cannot_be_used_are_skipped(data, content, reason):
     assert skipped.id == "traj_9_to_9"
     assert skipped.reason.startswith("traj_9_to_9.tfrecords ")
     assert re.search(reason, skipped.reason)
+
+
+def test_files_that_cannot_be_read_are_skipped(data):
+    (data / "softmotion30_44k/test/traj_9_to_9.tfrecords").symlink_to(data / "a disk that is not there")
+    source = open_source(config(), data, "test")
+    assert len(source.videos) == TEST
+    assert [(video.id, video.reason) for video in source.skipped] == [
+        ("traj_9_to_9", "traj_9_to_9.tfrecords cannot be read (No such file or directory)")
+    ]
 
 
 def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):

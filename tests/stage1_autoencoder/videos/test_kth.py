@@ -87,7 +87,10 @@ def test_broken_and_foreign_files(data):
     (data / "kth/boxing/holiday.avi").write_text("text")
     (data / "kth/boxing/person22_boxing_d1_uncomp.avi").write_text("text")
     sources = open_splits(config(), data)
-    assert {video.id for video in sources["train"].skipped} == {"person03_boxing_d1", "boxing/holiday"}
+    assert {video.id: video.reason.split(" (")[0] for video in sources["train"].skipped} == {
+        "person03_boxing_d1": "cannot be opened as a video",
+        "boxing/holiday": "is not named as person01_boxing_d1_uncomp.avi",
+    }
     assert [video.id for video in sources["test"].skipped] == ["person22_boxing_d1"]
 
 
