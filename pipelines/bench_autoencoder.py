@@ -1,5 +1,6 @@
 """Benchmarks of the autoencoder: encoding and decoding against the same network run as the public code runs it."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ def autoencoder_measurements(config: RiverConfig, device: torch.device) -> Itera
     # The plain one shares the weights, and so does everything else: `FrameEncoder` changes the layout of its own.
     plain = build_autoencoder(config.autoencoder.model).to(device).eval().requires_grad_(False)
     plain.load_state_dict(autoencoder.state_dict())
-    frames = _affordable_frames(plain, device, side)
+    frames = _affordable_frames(plain, device, side, FrameEncoder(autoencoder, device, side).frames)
     images = np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), np.uint8)
     for precision, wanted in (("fp32", 1.3), ("bf16", None)):
         with exact_kernels(precision):
@@ -62,18 +63,23 @@ def _measurement(what: str, frames: int, ours: float, reference: float, wanted: 
     return Measurement(f"autoencoder: {what}", frames / ours, "frames/s", words, reference / ours, at_least=wanted)
 
 
-def _affordable_frames(plain: VQGAN, device: torch.device, side: int) -> int:
-    """A multiple of the plain batch that takes about as long as one measurement should."""
+def _affordable_frames(plain: VQGAN, device: torch.device, side: int, encoder_batch: int) -> int:
+    """As many as take about as long as one measurement should, in whole batches, and equally many for each thread."""
     batch = PLAIN_BATCH[device.type]
     few = np.zeros((batch, side, side, 3), np.uint8)
     seconds = min(in_turn(lambda: _encode_plainly(plain, few, device, "fp32"), repeats=2))
-    return batch * max(2, round(SECONDS / seconds))
+    unit = math.lcm(batch, encoder_batch * _threads(device))
+    return unit * max(1, round(SECONDS / seconds * batch / unit))
+
+
+def _threads(device: torch.device) -> int:
+    """That encode at once."""
+    return len(os.sched_getaffinity(0)) if device.type == "cpu" else GPU_ENCODERS
 
 
 def _encode(encoder: FrameEncoder, images: np.ndarray) -> None:
     """As `encode` does: threads that compute alone, each with the batches that the encoder wants."""
     before = torch.get_num_threads()
-    threads = len(os.sched_getaffinity(0)) if encoder.device.type == "cpu" else GPU_ENCODERS
     size = encoder.frames
 
     def encode(start: int) -> None:
@@ -81,7 +87,7 @@ def _encode(encoder: FrameEncoder, images: np.ndarray) -> None:
         encoded = encoder.encode(part, [ViewTransform()] * len(part))
         encoded.latents.cpu(), encoded.codes.cpu()
 
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(_threads(encoder.device), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(encode, range(0, len(images), size)))
     torch.set_num_threads(before)
 
