@@ -8,7 +8,7 @@ from typing import BinaryIO, Self
 
 from pipelines.archives_entries import ArchiveError, Entry, describe_beginning
 
-_BLOCK = 4 << 20
+_TAR_BLOCK = 4 << 20
 _RECORD = tarfile.BLOCKSIZE
 _MOST_HEADER_BYTES = 64 << 10  # of one entry, long names and all
 _KINDS = {
@@ -96,7 +96,7 @@ class TarReader:
         self._file.seek(entry.source)
         left = entry.size
         while left:
-            block = self._file.read(min(left, _BLOCK))
+            block = self._file.read(min(left, _TAR_BLOCK))
             if not block:
                 raise self._damaged(f"it ends inside its entry {entry.name!r}")
             left -= len(block)

@@ -14,7 +14,7 @@ from typing import Self
 
 from pipelines.archives_entries import ArchiveError, Entry, describe_beginning
 
-_BLOCK = 1 << 20
+_UNZIP_BLOCK = 1 << 20
 # zipfile raises NotImplementedError for a compression that it does not know, as damaged headers name one, ValueError
 # and struct.error for impossible numbers in them, RuntimeError for encryption that only the local header tells.
 _DAMAGE = (
@@ -75,7 +75,7 @@ class ZipReader:
     def blocks(self, entry: Entry) -> Iterator[bytes]:
         try:
             with self._zip.open(entry.source) as file:
-                while block := file.read(_BLOCK):  # checks the CRC when it reaches the end
+                while block := file.read(_UNZIP_BLOCK):  # checks the CRC when it reaches the end
                     yield block
         except (*_DAMAGE, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):

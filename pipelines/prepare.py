@@ -1,6 +1,6 @@
 """`data`: fetch, check, unpack and index the raw videos."""
 
-from pipelines import datasets
+from pipelines.datasets import prepare
 from pipelines.config import RiverConfig
 from pipelines.runtime.progress import say
 from pipelines.runtime.session import Session
@@ -17,7 +17,7 @@ def prepare_data(config: RiverConfig, session: Session) -> dict[Split, VideoSour
     Raises:
         VideoError, UserError: archives or videos that are not what they should be.
     """
-    splits = datasets.prepare(config.dataset, config.data_root, session.mirror, say)
+    splits = prepare(config.dataset, config.data_root, session.mirror, say)
     for line in remarks(config, splits):
         say(line)
     if session.processes.is_first:

@@ -13,13 +13,11 @@ from pydantic import (
     model_validator,
 )
 
+from stage1_autoencoder.config import _Settings
+
 # The official training's rate is for a batch of 256 and scales with the batch.
 OFFICIAL_LEARNING_RATE = 3e-4
 OFFICIAL_LEARNING_RATE_BATCH = 256
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RefinerModelConfig(_Settings):
