@@ -3,8 +3,6 @@
 `latent_cache.open("latents/kth.zarr", split="train")` reads one split; `StoreWriter.open` writes a store.
 """
 
-from latent_cache.chunk_writer import ChunkWriter
-from latent_cache.draws import step_generator
 from latent_cache.errors import (
     CorruptStoreError,
     DamagedFramesError,
@@ -15,8 +13,7 @@ from latent_cache.errors import (
     StoreError,
     StoreMismatchError,
 )
-from latent_cache.plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
-from latent_cache.reader import (
+from latent_cache.reading.reader import (
     LatentCache,
     SplitProgress,
     is_complete,
@@ -25,13 +22,16 @@ from latent_cache.reader import (
     open_progress,
     splits,
 )
-from latent_cache.reader import open_cache as open
-from latent_cache.residency import Residency, choose_residency, open_sampler
-from latent_cache.resident import FlowIndices, ResidentSampler
-from latent_cache.sampler import FlowBatch, Sampler
+from latent_cache.reading.reader import open_cache as open
+from latent_cache.sampling.draws import step_generator
+from latent_cache.sampling.residency import Residency, choose_residency, open_sampler
+from latent_cache.sampling.resident import FlowIndices, ResidentSampler
+from latent_cache.sampling.sampler import FlowBatch, Sampler
+from latent_cache.sampling.streaming import StreamingSampler
 from latent_cache.schema import StoreMetadata
-from latent_cache.streaming import StreamingSampler
-from latent_cache.writer import StoreWriter
+from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
+from latent_cache.writing.chunk_writer import ChunkWriter
+from latent_cache.writing.writer import StoreWriter
 
 __all__ = [
     "ChunkPlan",

@@ -14,7 +14,7 @@ from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
 from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
-from latent_cache.remote import open_remote
+from latent_cache.reading.remote import open_remote
 
 FORMAT = "river-latents"
 FORMAT_VERSION = 1

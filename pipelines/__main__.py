@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Imports take seconds: not before the command line is known to be right.
     from latent_cache import NoSpaceError, StoreError
-    from stage1_autoencoder.videos.base import VideoError
+    from stage1_autoencoder.videos.source import VideoError
 
     name = options.command
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one of several processes: which of them?
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines.config import dump_config, load_config
+    from pipelines.runtime.context import Session, resolve_device
     from pipelines.runtime.distributed import join_processes, leave_processes
     from pipelines.runtime.progress import say, set_quiet
-    from pipelines.runtime.session import Session, resolve_device
 
     processes, device = join_processes(resolve_device(options.device))
     set_quiet(options.quiet or not processes.is_first)
@@ -87,12 +87,12 @@ def _run(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.config or "configs/shapes.yaml", options.set)
     if options.dry_run and options.command == "data":
-        from pipelines.preview import preview_data
+        from pipelines.dry_run import preview_data
 
         preview_data(config, session)
         return EXIT_DONE
     if options.dry_run and config is not None:
-        from pipelines.plan import describe_plan
+        from pipelines.dry_run import describe_plan
 
         say(dump_config(config))
         say(describe_plan(config, device))
@@ -111,55 +111,55 @@ def _run(options: argparse.Namespace) -> int:
 def _command(options: argparse.Namespace, config: object) -> Callable[[object], object]:
     match options.command:
         case "demo":
-            from pipelines.demo import demo as function
+            from pipelines.commands.demo import demo as function
         case "data":
-            from pipelines.prepare import prepare_data as function
+            from pipelines.data.datasets import prepare_data as function
         case "convert":
-            from pipelines.convert import convert
+            from pipelines.commands.convert import convert
 
             wanted = {"image_format": options.format, "splits": options.split, "videos": options.videos}
             return lambda session: convert(config, session, options.out, quality=options.quality, **wanted)
         case "train-autoencoder":
-            from pipelines.train_autoencoder import train_autoencoder as function
+            from pipelines.training.autoencoder_stage import train_autoencoder as function
         case "encode" if options.verify is not None:
-            from pipelines.verify import verify_store
+            from pipelines.encoding.verify_store import verify_store
 
             return lambda session: verify_store(config, session, options.verify)
         case "encode":
-            from pipelines.encode import encode as function
+            from pipelines.encoding.encode_store import encode as function
         case "train-flow":
-            from pipelines.train_flow import train_flow as function
+            from pipelines.training.flow_stage import train_flow as function
         case "train-refiner":
-            from pipelines.train_refiner import train_refiner as function
+            from pipelines.training.refiner_stage import train_refiner as function
         case "sample":
-            from pipelines.sample import sample
+            from pipelines.commands.sample import sample
 
             return lambda session: sample(config, session, options.videos, options.refine, options.samples)
         case "predict":
-            from pipelines.predict import predict
+            from pipelines.commands.predict import predict
 
             wanted = {name: getattr(options, name) for name in ("frames", "refine", "marked", "samples")}
             return lambda session: predict(config, session, options.video, **wanted)
         case "bench":
-            from pipelines.bench import bench as function
+            from pipelines.commands.bench import bench as function
         case "import-official":
-            from pipelines.import_official import OfficialFiles, import_official
+            from pipelines.commands.import_official import OfficialFiles, import_official
 
             files = OfficialFiles(options.model, options.autoencoder, options.refiner)
             presets = [Path(options.config or "configs/shapes.yaml").parent, Path("configs")]
             return lambda session: import_official(config, session, files, presets, heads=options.heads)
         case "evaluate":
-            from pipelines.evaluate import evaluate
+            from pipelines.commands.evaluate import evaluate
 
             return lambda session: evaluate(config, session, options.refine)
         case "study":
-            from pipelines.study import study
+            from pipelines.commands.study import study
 
             return lambda session: study(config, session, options.videos, options.most_evaluations)
         case "report":
-            from pipelines.report.command import report as function
+            from pipelines.commands.report import report as function
         case "inspect":
-            from pipelines.inspect_store import inspect_store
+            from pipelines.commands.inspect import inspect_store
 
             store = options.store or (str(config.store_path) if config is not None else None)
             if store is None:

@@ -22,14 +22,126 @@ from pydantic import (
 )
 
 from pipelines.errors import UserError
-from pipelines.evaluation_config import EvaluationConfig
-from pipelines.sizes import parse_size
-from stage1_autoencoder.config import AutoencoderModelConfig, AutoencoderTrainingConfig, VQGANConfig, VQVAEConfig
-from stage1_autoencoder.refiner_config import RefinerModelConfig, RefinerTrainingConfig
-from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.config import (
+    AutoencoderModelConfig,
+    AutoencoderTrainingConfig,
+    RefinerModelConfig,
+    RefinerTrainingConfig,
+    VQGANConfig,
+    VQVAEConfig,
+)
+from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
-from stage2_flow.plan import SamplingPlan
+from stage2_flow.sampling_plan import SamplingPlan
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+def parse_size(text: str) -> int:
+    """`"4 GiB"`, `"512MB"` or `"1000"` to bytes.
+
+    Raises:
+        UserError: it is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise UserError(f"{text!r} is not a size of memory; write for example 4 GiB or 512 MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+ProtocolName = Literal["kth_10_30", "kth_10_40", "bair_1_15", "clevrer_2_14"]
+
+# SRVP, SLAMP, MCVD and RaMViD put the given frames before the predicted ones and show the I3D the whole clip at once.
+_FVD: dict[str, Any] = {"fvd_context": True, "fvd_frames": None}
+# SRVP's test set: 1000 clips drawn from the videos of persons 21-25. Its draw is its own; ours is by evaluation.seed.
+_KTH: dict[str, Any] = {"split": "test", "context": 10, "videos": 1000, "samples": 1, "window": "random", "seed": 0}
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "kth_10_30": _KTH | {"horizon": 30} | _FVD,
+    "kth_10_40": _KTH | {"horizon": 40} | _FVD,
+    # The whole test set, the first 16 of 30 frames of each.
+    "bair_1_15": {"split": "test", "context": 1, "horizon": 15, "videos": 256, "samples": 1, "window": "first"} | _FVD,
+    # RIVER's lengths; how many videos it took is not known.
+    "clevrer_2_14": {"split": "test", "context": 2, "horizon": 14, "videos": 256, "samples": 1, "window": "first"}
+    | _FVD,
+}
+
+# What of `dataset:` belongs to a protocol: it is not set, and said where it differs.
+_KTH_DATA = {"source": "kth", "image_size": 64, "frame_step": 1, "splits.test": "21-25", "sequences": False}
+PROTOCOL_DATA: dict[str, dict[str, Any]] = {
+    "kth_10_30": _KTH_DATA,
+    "kth_10_40": _KTH_DATA,
+    "bair_1_15": {"frame_step": 1},
+    "clevrer_2_14": {"image_size": 128, "frame_step": 5},
+}
+
+
+class EvaluationConfig(BaseModel):
+    """The protocol: which clips, how much of each is given, how much is predicted.
+
+    With `protocol`, keys that are not set take the preset's values in place of the defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    protocol: ProtocolName | None = Field(
+        None,
+        description="a protocol of the literature, which sets the keys below; those that are set as well win, and the "
+        "result says that they differ",
+    )
+    split: Split = "test"
+    context: PositiveInt = Field(10, description="frames given")
+    horizon: PositiveInt = Field(30, description="frames predicted")
+    videos: PositiveInt = Field(
+        256, description="clips; with window: random a video gives several where there are not as many videos"
+    )
+    samples: PositiveInt = Field(1, description="predictions a clip, each with a sampling seed of its own")
+    window: Literal["first", "random", "moving"] = Field(
+        "first",
+        description="where in its video a clip starts: at frame 0, drawn uniformly by the seed, or where the given "
+        "frames move most, so that there is something to be seen",
+    )
+    batch_size: PositiveInt = Field(32, description="clips at once; changes memory and speed alone")
+    seed: NonNegativeInt = Field(0, description="of random windows and of the bootstrap")
+    video_network: str | None = Field(
+        None,
+        description="path of the I3D, i3d_torchscript.pt, for the Fréchet video distance; null: the copy in torch's "
+        "folder of downloads, which --download fetches",
+    )
+    fvd_context: bool = Field(
+        True,
+        description="whether the clips of the Fréchet video distance begin with the given frames: in SRVP, SLAMP, MCVD "
+        "and RaMViD they do, in FitVid not",
+    )
+    fvd_frames: PositiveInt | None = Field(
+        16,
+        ge=10,
+        description="frames that the I3D sees at once: a clip is cut into so long ones that follow one another, the "
+        "last of which ends with the clip; null: the whole clip at once",
+    )
+    resamples: NonNegativeInt = Field(
+        1000,
+        description="of the bootstrap over videos, for 95 % intervals; 0: none. The Fréchet video distance takes at "
+        "most 200",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_presets_values(cls, values: Any) -> Any:
+        name = values.get("protocol") if isinstance(values, dict) else None
+        return PROTOCOLS[name] | values if isinstance(name, str) and name in PROTOCOLS else values
 
 
 class _Section(BaseModel):

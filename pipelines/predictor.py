@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +13,20 @@ from einops import rearrange
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.field_rollouts import FieldRollouts
-from pipelines.import_parts import OfficialFiles
+from pipelines.loading import PredictorParts, load_run
+from pipelines.official.official_predictor import load_official
+from pipelines.official.parts import OfficialFiles
 from pipelines.official.vector_fields import OFFICIAL_HEADS
-from pipelines.official_predictor import load_official
-from pipelines.predictor_parts import PredictorParts, load_run
-from pipelines.refine import refine_frames
+from pipelines.prediction.clips import Clip
+from pipelines.prediction.rollouts import FieldRollouts, refine_frames
+from pipelines.runtime.context import Session, resolve_device
 from pipelines.runtime.progress import progress
-from pipelines.runtime.session import resolve_device
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig
-from stage2_flow.plan import SamplingPlan
+from stage2_flow.sampling_plan import SamplingPlan
 
 # Frames that go through the autoencoder at once.
 FRAMES_AT_ONCE = 64
@@ -296,3 +298,50 @@ def to_video(frames: Tensor) -> np.ndarray:
     """
     pixels = frames.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return rearrange(pixels, "b n c h w -> b n h w c").cpu().numpy()
+
+
+def load_predictor(config: RiverConfig, session: Session) -> VideoPredictor:
+    """The predictor of the configuration's run, with the configuration's sampling options."""
+    predictor = VideoPredictor.from_run(config.run_path, session.device, weights=config.sampling.weights)
+    return replace(predictor, sampling=config.sampling)
+
+
+def describe_sampling(predictor: VideoPredictor, refine: bool = False) -> str:
+    """One phrase on how frames are integrated, for people."""
+    options, plan = predictor.sampling, SamplingPlan.from_config(predictor.sampling)
+    words = [plan.solver.name, f"{plan.evaluations} evaluations a frame", f"warm start {plan.warm_start:g}"]
+    words += [f"times shifted by {plan.shift:g}"] if plan.shift != 1 else []
+    words += ["one condition a frame"] if options.condition == "per-frame" else []
+    words += ["recent conditions"] if options.condition_draw == "recent" else []
+    words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
+    words += ["raw weights"] if options.weights == "raw" else []
+    words += ["refined"] if refine else []
+    return ", ".join(words)
+
+
+def predict_clips(
+    predictor: VideoPredictor, clips: list[Clip], context: int, horizon: int, batch_size: int, sample_number: int
+) -> torch.Tensor:
+    """Raw latents [clips, context + horizon, c, h, w] of context and prediction; `sample_number` keys the draws."""
+    parts = []
+    with progress(total=len(clips), description="predict", unit="clip") as bar:
+        for first in range(0, len(clips), batch_size):
+            batch = clips[first : first + batch_size]
+            given = predictor.encode_videos(torch.stack([clip.frames[:context] for clip in batch]))
+            keys = [(clip.key, sample_number) for clip in batch]
+            parts.append(predictor.generate_latents(given, horizon, keys=keys))
+            bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def decode_clips(
+    predictor: VideoPredictor, clips: list[Clip], latents: torch.Tensor, context: int, refine: bool
+) -> torch.Tensor:
+    """Frames [clips, context + horizon, 3, h, w] of `predict_clips`' latents; with `refine` predicted ones are refined.
+
+    Raises:
+        UserError: `refine` without a refiner.
+    """
+    if not refine:
+        return predictor.decode_videos(latents)
+    return predictor.decode_refined(latents, torch.stack([clip.frames[:context] for clip in clips]))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stage1_autoencoder.videos.base import BrokenVideoError, VideoError, VideoSource
-from stage1_autoencoder.videos.table import VideoTable
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoSource, VideoTable
 
 # Frames of a round are shown this often at most before the next round brings others.
 REPEATS = 4

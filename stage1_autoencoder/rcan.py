@@ -6,7 +6,7 @@ Parameters have the names of the official code, so that its weights load as they
 import torch
 from torch import Tensor, nn
 
-from stage1_autoencoder.refiner_config import RefinerModelConfig
+from stage1_autoencoder.config import RefinerModelConfig
 
 PIXEL_CHANNELS = 3
 

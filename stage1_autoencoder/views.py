@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage1_autoencoder.colours import GREY_WEIGHTS, ColourFactors, change_colours
+from stage1_autoencoder.augmentation import GREY_WEIGHTS, ColourFactors, change_colours
 
 # The jitter with which RIVER was trained on CLEVRER: factors, and a share of the colour circle.
 BRIGHTNESS = (0.9, 1.1)

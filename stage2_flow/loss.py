@@ -14,7 +14,7 @@ from stage2_flow.coupling import couple
 from stage2_flow.path import path_sample
 
 if TYPE_CHECKING:  # a name only: sampling and the loss need no store
-    from latent_cache.sampler import FlowBatch
+    from latent_cache.sampling.sampler import FlowBatch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stage2_flow.conditioning import SamplingDraws, known_frames, past_window
 from stage2_flow.evaluators import CachedEvaluator, Evaluator, PlainEvaluator, Trunk
 from stage2_flow.path import SIGMA_MIN
-from stage2_flow.plan import SamplingPlan
+from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
 # Hands back a function that does the same as the given one, which works on tensors that stay where they are.

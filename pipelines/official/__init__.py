@@ -1,15 +1,15 @@
 """Load the weights that the official code released: `(path) -> module`, in evaluation mode on the CPU."""
 
 from pipelines.official.autoencoders import load_autoencoder
-from pipelines.official.files import (
+from pipelines.official.refiners import load_refiner
+from pipelines.official.vector_fields import load_vector_field
+from pipelines.official.weight_files import (
     OfficialCheckpoint,
     OfficialFormatError,
     autoencoder_state,
     load_pickle,
     read_official,
 )
-from pipelines.official.refiners import load_refiner
-from pipelines.official.vector_fields import load_vector_field
 
 __all__ = [
     "OfficialCheckpoint",

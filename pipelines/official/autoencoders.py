@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pipelines.official.files import (
+from pipelines.official.weight_files import (
     OfficialCheckpoint,
     OfficialFormatError,
     autoencoder_state,

@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pipelines.official.files import OfficialFormatError, count_blocks, fill, listed, load_pickle, require, unfit
+from pipelines.official.weight_files import OfficialFormatError, count_blocks, fill, listed, load_pickle, require, unfit
+from stage1_autoencoder.config import RefinerModelConfig
 from stage1_autoencoder.rcan import RCAN
-from stage1_autoencoder.refiner_config import RefinerModelConfig
 
 HEAD, SQUEEZE = "head.weight", "body.0.body.0.body.3.conv_du.0.weight"
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from pipelines.errors import UserError
-from pipelines.official.files import (
+from pipelines.official.weight_files import (
     OfficialCheckpoint,
     OfficialFormatError,
     count_blocks,

@@ -2,12 +2,12 @@
 
 import numpy as np
 
+from pipelines.prediction.pictures import file_name
 from pipelines.report.embedding import data_url, encode_all, fitting_frames, sheet, smaller
 from pipelines.report.forms import Samples
 from pipelines.report.inputs import Run
 from pipelines.report.markup import Html, code, details, el, join, note
 from pipelines.report.recorded_pictures import read_clip
-from pipelines.sample import file_name
 
 MOST_CLIPS = 6
 # Samples of a clip that are shown beside the first one.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from pipelines.pictures import (
+from pipelines.prediction.pictures import (
     BORDER,
     LABEL_HEIGHT,
     LAST_FRAME_MS,

@@ -17,8 +17,8 @@ import torch
 from pipelines.config import RiverConfig, differences, dump_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.context import Session
 from pipelines.runtime.progress import say
-from pipelines.runtime.session import Session
 
 # Settings that change how a training is watched or fed, not what it computes.
 COSMETIC = {

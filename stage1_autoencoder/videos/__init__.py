@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from stage1_autoencoder.videos.source import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.splits import SPLITS
 
 __all__ = [

@@ -10,15 +10,21 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.files import UNKNOWN_FPS
 from stage1_autoencoder.videos.folders import split_training
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.shards import list_shards
+from stage1_autoencoder.videos.source import (
+    BrokenVideoError,
+    SkippedVideo,
+    VideoError,
+    VideoInfo,
+    VideoSource,
+    VideoTable,
+)
 from stage1_autoencoder.videos.splits import join_names
-from stage1_autoencoder.videos.table import VideoTable
 from stage1_autoencoder.videos.tfrecords import Record, RecordError, example_bytes, read_record, walk_records
+from stage1_autoencoder.videos.video_files import UNKNOWN_FPS
 
 FOLDER = "softmotion30_44k"
 EXTENSIONS = frozenset({".tfrecords", ".tfrecord"})

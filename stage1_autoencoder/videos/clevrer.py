@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from stage1_autoencoder.videos.base import SkippedVideo, VideoError
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.folders import Clip, FolderSource, make_clip
+from stage1_autoencoder.videos.folders import Clip, FolderSource, find_named, make_clip
 from stage1_autoencoder.videos.index import index_videos
-from stage1_autoencoder.videos.named import find_named
+from stage1_autoencoder.videos.source import SkippedVideo, VideoError
 from stage1_autoencoder.videos.splits import CLEVRER_NUMBERS, SPLITS, numbers_of_splits
 
 _WAY_OUT = (

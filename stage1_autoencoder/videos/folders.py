@@ -3,21 +3,71 @@
 import contextlib
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.files import Keyframe, Probe, decode_video
-from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames
 from stage1_autoencoder.videos.index import Indexed, Listing, examine_video, find_videos, index_videos
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
+from stage1_autoencoder.videos.source import (
+    BrokenVideoError,
+    SkippedVideo,
+    VideoError,
+    VideoInfo,
+    VideoSource,
+    VideoTable,
+)
 from stage1_autoencoder.videos.splits import DEFAULT_FRACTIONS, join_names, rows_by_fractions
-from stage1_autoencoder.videos.table import VideoTable
+from stage1_autoencoder.videos.video_files import Keyframe, Probe, decode_folder, decode_video, list_frames
+
+
+@dataclass(frozen=True)
+class NamedVideos:
+    """Videos that are named as their data set has it.
+
+    Attributes:
+        names: the path of each id, below the folder, in natural order of the paths.
+        skipped: videos that are named otherwise, and folders that could not be looked into.
+        passed_over: how many other files there are, by extension (by name where they have none).
+    """
+
+    names: dict[str, str]
+    skipped: list[SkippedVideo]
+    passed_over: dict[str, int]
+
+
+def find_named(root: Path, id_of: Callable[[str], str | None], example: str, way_out: str) -> NamedVideos:
+    """Find the videos below `root` whose names have the right form, whatever folders they lie in.
+
+    Args:
+        id_of: the id that a file's name without extension stands for; None for a name of another form.
+        example: of such a name.
+        way_out: how to get the data set, for messages.
+    Raises:
+        VideoError: no folder, no video with such a name, two for one id.
+    """
+    if not root.is_dir():
+        raise VideoError(f"{root}: there is no such folder; {way_out}")
+    try:
+        found = find_videos(root)
+    except VideoError as error:
+        raise VideoError(f"{error}; {way_out}") from error
+    names: dict[str, str] = {}
+    skipped = list(found.unreadable)
+    for video, name in zip(found.ids, found.names, strict=True):
+        if (video_id := id_of(Path(name).stem)) is None:
+            skipped.append(SkippedVideo(video, f"is not named as {example}"))
+        elif (other := names.setdefault(video_id, name)) != name:
+            raise VideoError(f"{root / other} and {root / name} are both {video_id}: remove one of them")
+    if not names:
+        raise VideoError(f"{root}: none of its {len(found)} videos is named as {example}; {way_out}")
+    return NamedVideos(names, skipped, found.passed_over)
+
 
 Source = TypeVar("Source", bound=VideoSource)  # one that can `select`
 

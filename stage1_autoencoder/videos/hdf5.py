@@ -14,16 +14,22 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.files import UNKNOWN_FPS, Probe
 from stage1_autoencoder.videos.folders import choose_fractions, split_folders, split_training
 from stage1_autoencoder.videos.index import stamp
 from stage1_autoencoder.videos.index_cache import Entry, IndexCache
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.shards import list_shards
+from stage1_autoencoder.videos.source import (
+    BrokenVideoError,
+    SkippedVideo,
+    VideoError,
+    VideoInfo,
+    VideoSource,
+    VideoTable,
+)
 from stage1_autoencoder.videos.splits import join_names, natural_order
-from stage1_autoencoder.videos.table import VideoTable
+from stage1_autoencoder.videos.video_files import UNKNOWN_FPS, Probe
 
 EXTENSIONS = frozenset({".hdf5", ".h5"})
 _NOT_VIDEOS = frozenset({"len", "videos"})

@@ -16,11 +16,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stage1_autoencoder.videos.base import BrokenVideoError, SkippedVideo, VideoError
-from stage1_autoencoder.videos.files import VIDEO_EXTENSIONS, Probe, probe_video
-from stage1_autoencoder.videos.frame_folders import IMAGE_EXTENSIONS, is_frame, list_frames, probe_folder
 from stage1_autoencoder.videos.index_cache import Entry, IndexCache, Stamp
+from stage1_autoencoder.videos.source import BrokenVideoError, SkippedVideo, VideoError
 from stage1_autoencoder.videos.splits import join_names, natural_order
+from stage1_autoencoder.videos.video_files import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Probe,
+    is_frame,
+    list_frames,
+    probe_folder,
+    probe_video,
+)
 
 _WORKERS = 8  # opening files is mostly waiting, and FFmpeg runs outside Python's lock
 _AHEAD = 16 * _WORKERS  # videos that are looked at before the results of earlier ones are taken

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stage1_autoencoder.videos.files import Keyframe, Probe
+from stage1_autoencoder.videos.video_files import Keyframe, Probe
 
 CACHE_NAME = ".river_index.sqlite"
 CACHE_VERSION = 3

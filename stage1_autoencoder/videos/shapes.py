@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from stage1_autoencoder.videos.base import VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from stage1_autoencoder.videos.source import VideoError, VideoInfo, VideoSource
 
 # Simulation and radii live in a world of this side; rendering scales it to the image size.
 WORLD = 64.0

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from stage1_autoencoder.videos.base import VideoError
+from stage1_autoencoder.videos.source import VideoError
 from stage1_autoencoder.videos.splits import natural_order
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from stage1_autoencoder.videos.base import VideoError
 from stage1_autoencoder.videos.config import Split
+from stage1_autoencoder.videos.source import VideoError
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import latent_cache
-from pipelines import fetch
+from pipelines.data import fetch
 from tests import small_data_sets
 
 BAIR = ("dataset.source=bair", "dataset.splits={val: 0.25}")

@@ -81,7 +81,7 @@ def test_store_is_complete_and_holds_all_videos(trained) -> None:
 
 
 def test_store_holds_what_the_autoencoder_makes_of_the_frames(trained) -> None:
-    from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder
+    from pipelines.loading import find_autoencoder, load_trained_autoencoder
     from stage1_autoencoder.autoencoder import image_to_unit
     from stage1_autoencoder.videos import open_source
 

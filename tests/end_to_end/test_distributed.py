@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(place, tmp_path: Path, story) -> None:
 
 
 STOPPED = """
-from pipelines.autoencoder_trainer import AutoencoderTrainer
+from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 import signal
 step = AutoencoderTrainer.train_step
 def stopped(self, number):
@@ -75,7 +75,7 @@ AutoencoderTrainer.train_step = stopped
 """
 
 DIES = """
-from pipelines.autoencoder_trainer import AutoencoderTrainer
+from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 step = AutoencoderTrainer.train_step
 def dies(self, number):
     if number == 2 and os.environ["RANK"] == "1":
@@ -137,7 +137,7 @@ def test_two_processes_train_a_flow_as_one(trained, tmp_path: Path, story) -> No
 
 
 KILLED = """
-from pipelines.flow_trainer import FlowTrainer
+from pipelines.training.flow_trainer import FlowTrainer
 import signal
 step = FlowTrainer.train_step
 def killed(self, number):

@@ -17,10 +17,10 @@ import dask
 import pytest
 
 import latent_cache
-import pipelines.encode_chunks as encode_chunks
-import pipelines.encode_graph as encode_graph
+import pipelines.encoding.chunk_encoder as encode_chunks
+import pipelines.encoding.cluster as encode_graph
 from latent_cache import ChunkWriter, StaleWriterError, StoreWriter
-from pipelines.encode_chunks import EncodeJob, encode_chunk, remove_encoder
+from pipelines.encoding.chunk_encoder import EncodeJob, encode_chunk, remove_encoder
 from pipelines.errors import UserError
 from pipelines.runtime.runs import software_versions
 
@@ -34,7 +34,9 @@ def cluster() -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.encode_chunks", "distributed"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["pipelines.encoding.chunk_encoder", "distributed"]
+    )
     settings = {"distributed.worker.multiprocessing-method": "forkserver", "distributed.admin.log-length": 0}
     with (
         dask.config.set(settings),
@@ -251,7 +253,7 @@ def jobs(place, monkeypatch) -> Callable[..., list[tuple[EncodeJob, list[Any]]]]
             raise encode_graph.StopAsked
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipelines.store_encoder.run_here", run_here)
+            patch.setattr("pipelines.encoding.store_encoder.run_here", run_here)
             at.run("encode")
         (answer,) = answers
         return answer
@@ -342,7 +344,7 @@ def test_a_worker_with_another_autoencoder_is_refused(jobs, place, trained, tmp_
 def test_what_is_sent_to_workers_can_be_pickled(jobs) -> None:
     import pickle
 
-    from pipelines.chunk_task import BrokenVideosError
+    from pipelines.encoding.chunk_encoder import BrokenVideosError
 
     jobs(lambda job, tasks: pickle.loads(pickle.dumps((job, tasks[:2]))))
     error = pickle.loads(pickle.dumps(BrokenVideosError("val", {"a": "is noise"})))

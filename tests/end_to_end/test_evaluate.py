@@ -12,17 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.clips import load_clips
+from pipelines.commands.evaluate import predict_frames
 from pipelines.config import load_config
-from pipelines.evaluate import predict_frames
-from pipelines.frechet import fit_gaussian, frechet_distance
-from pipelines.metrics import psnr, ssim
-from pipelines.perceptual_weights import load_lpips
+from pipelines.evaluation.metrics import fit_gaussian, frechet_distance, psnr, ssim
+from pipelines.evaluation.perceptual_weights import load_lpips
+from pipelines.loading import weights_digest
+from pipelines.prediction.clips import load_clips
 from pipelines.predictor import VideoPredictor
-from pipelines.runtime.session import Session
-from pipelines.train_autoencoder import weights_digest
+from pipelines.runtime.context import Session
+from stage1_autoencoder.config import RefinerModelConfig
 from stage1_autoencoder.rcan import RCAN
-from stage1_autoencoder.refiner_config import RefinerModelConfig
 
 CPU = torch.device("cpu")
 LONG = ("evaluation.horizon=10",)  # 2 + 10 frames, enough for the I3D

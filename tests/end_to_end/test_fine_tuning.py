@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipelines.flow_trainer import FlowTrainer
+from pipelines.loading import weights_digest
 from pipelines.predictor import VideoPredictor
-from pipelines.train_autoencoder import weights_digest
+from pipelines.training.flow_trainer import FlowTrainer
 from stage1_autoencoder.config import VQVAEConfig
 from stage1_autoencoder.vqvae import VQVAE
 from stage2_flow.config import VectorFieldConfig
@@ -131,7 +131,7 @@ def test_it_is_stopped_and_gone_on_with(imported, tmp_path: Path, story: ModuleT
 
 KILL_AT_STEP_6 = """
 import os, signal, torch; torch.set_num_threads(1)
-from pipelines.flow_trainer import FlowTrainer
+from pipelines.training.flow_trainer import FlowTrainer
 step = FlowTrainer.train_step
 def killed(self, number):
     if number == 6:

@@ -45,7 +45,7 @@ def test_a_folder_of_videos_split_by_fractions(own, story: ModuleType) -> None:
 
 def test_stored_latents_are_those_of_the_files(own) -> None:
     """What lies in the store is what the autoencoder makes of the very video of that name, whatever its container."""
-    from pipelines.train_autoencoder import find_autoencoder, load_trained_autoencoder
+    from pipelines.loading import find_autoencoder, load_trained_autoencoder
     from stage1_autoencoder.autoencoder import image_to_unit
     from stage1_autoencoder.videos import open_video
 

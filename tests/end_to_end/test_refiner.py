@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import latent_cache
 from pipelines.errors import UserError
 from pipelines.predictor import VideoPredictor
-from pipelines.refiner_trainer import RefinerTrainer
+from pipelines.training.refiner_trainer import RefinerTrainer
 
 SMALL = (
     "refiner.model={groups: 1, blocks: 1, features: 4, reduction: 2}",

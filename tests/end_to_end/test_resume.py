@@ -15,11 +15,11 @@ import pytest
 
 import latent_cache
 from latent_cache import ChunkWriter, StoreWriter
-from latent_cache.progress import ChunkMarker
-from pipelines.chunk_task import ChunkTask
-from pipelines.flow_trainer import FlowTrainer
+from latent_cache.writing.markers import ChunkMarker
+from pipelines.encoding.chunk_encoder import ChunkTask
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.train_autoencoder import AutoencoderTrainer
+from pipelines.training.autoencoder_stage import AutoencoderTrainer
+from pipelines.training.flow_trainer import FlowTrainer
 
 PLAIN = ()
 EVERYTHING = (
@@ -171,7 +171,7 @@ def test_flow_stopped_from_outside(with_store, story: ModuleType) -> None:
 # A step of the tiny flow takes a few milliseconds: too few to send a signal in.
 SLOW_STEPS = """
 import torch; torch.set_num_threads(1)
-from pipelines.flow_trainer import FlowTrainer
+from pipelines.training.flow_trainer import FlowTrainer
 step = FlowTrainer.train_step
 def slow(*arguments):
     time.sleep(0.05)
@@ -370,8 +370,8 @@ def test_encode_onto_a_full_disk(encoder_place, uninterrupted, story, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        patch.setattr("latent_cache.disk.flush_tree", lambda root: None)
-        patch.setattr("latent_cache.writer.flush_tree", lambda root: None)
+        patch.setattr("latent_cache.writing.disk.flush_tree", lambda root: None)
+        patch.setattr("latent_cache.writing.writer.flush_tree", lambda root: None)
         outcome = place.run("encode").refused(1, "no space left for chunk", "MB of latents are still to be written")
     done = len(list((place.store / ".encoding").rglob("*.json")))
     pending = 8 - done
@@ -393,7 +393,7 @@ def test_a_disk_that_is_too_small_is_told_at_once(encoder_place, monkeypatch) ->
 
 KILL_WHILE_MARKING = """
 import os, signal, torch; torch.set_num_threads(1)
-from latent_cache.progress import ChunkMarker
+from latent_cache.writing.markers import ChunkMarker
 write, calls = ChunkMarker.write, []
 def killed(*arguments):
     calls.append(1)

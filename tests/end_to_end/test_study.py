@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipelines import study as module
-from pipelines.study_points import StudyClips
+from pipelines.commands import study as module
+from pipelines.evaluation.study_points import StudyClips
 
 
 @pytest.fixture(autouse=True)

@@ -210,7 +210,7 @@ def test_run_without_its_config(copied) -> None:
 
 def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
     """Nothing is updated by such steps, and `max_bad_steps` of them stop the training with advice."""
-    import pipelines.flow_trainer as module
+    import pipelines.training.flow_trainer as module
 
     place, loss, calls = trained.copy(tmp_path / "nan", "latents"), module.flow_matching_loss, [0]
 
@@ -232,7 +232,7 @@ def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
 
 
 def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:
-    import pipelines.autoencoder_trainer as module
+    import pipelines.training.autoencoder_trainer as module
 
     backward, calls = module.backward, [0]
 

@@ -38,7 +38,7 @@ def test_a_horizon_that_sampling_ignores(flowless) -> None:
 
 
 def test_a_horizon_is_trained_with(flowless, monkeypatch) -> None:
-    import pipelines.flow_trainer as module
+    import pipelines.training.flow_trainer as module
 
     loss, distances = module.flow_matching_loss, []
 
@@ -73,7 +73,7 @@ def test_cuda_graphs_without_a_gpu(flowless) -> None:
     ],
 )
 def test_out_of_memory(flowless, monkeypatch, where: str, error: Exception) -> None:
-    import pipelines.flow_trainer as module
+    import pipelines.training.flow_trainer as module
 
     def fails(*arguments: object, **options: object) -> None:
         raise error
@@ -90,7 +90,7 @@ def test_out_of_memory(flowless, monkeypatch, where: str, error: Exception) -> N
 
 
 def test_an_error_of_another_kind_is_not_taken_for_it(flowless, monkeypatch) -> None:
-    import pipelines.flow_trainer as module
+    import pipelines.training.flow_trainer as module
 
     def fails(*arguments: object) -> None:
         raise RuntimeError("a mistake of ours")
@@ -102,7 +102,7 @@ def test_an_error_of_another_kind_is_not_taken_for_it(flowless, monkeypatch) -> 
 
 def test_numbers_that_are_not_finite_now_and_then(flowless, monkeypatch) -> None:
     """Steps that are bad one at a time never end a training."""
-    import pipelines.flow_trainer as module
+    import pipelines.training.flow_trainer as module
 
     loss, calls = module.flow_matching_loss, [0]
 
@@ -127,7 +127,7 @@ def test_speed_is_told_before_the_first_line_of_the_log(flowless, monkeypatch) -
 
 
 def test_the_last_checkpoint_in_place_of_the_best(trained, flowless) -> None:
-    from pipelines.train_flow import find_flow
+    from pipelines.loading import find_flow
 
     flowless.run("train-flow", sets=["flow.training.best_by=last", "flow.training.learning_rate=1.0"]).ok()
     assert not (flowless.runs / "flow" / "checkpoints" / "best").exists()

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import latent_cache
-from pipelines.chunk_task import ChunkTask
+from pipelines.encoding.chunk_encoder import ChunkTask
 
 OWN = ("dataset.source=videos", "dataset.splits={val: 0.2, test: 0.2}")
 NAMES = ("a.mp4", "b.avi", "c", "d.mp4", "e.gif", "f.avi", "g", "h.mp4", "i.avi", "j")

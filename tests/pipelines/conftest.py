@@ -16,12 +16,12 @@ import torch
 
 from latent_cache import StoreMetadata
 from pipelines.config import RiverConfig, parse_config
+from pipelines.encoding.store_encoder import SplitReport, StoreEncoder
 from pipelines.runtime.checkpoints import Checkpoint
-from pipelines.runtime.session import Session
-from pipelines.store_encoder import SplitReport, StoreEncoder
+from pipelines.runtime.context import Session
 from stage1_autoencoder.config import VQGANConfig
-from stage1_autoencoder.videos.base import BrokenVideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoInfo, VideoSource
 from stage1_autoencoder.vqgan import VQGAN
 
 SIDE = 16
@@ -164,8 +164,8 @@ def _small_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """The network sees 8 frames at once, a few are sampled of these few, and nothing waits for the disk."""
     if "kit" in request.fixturenames:
         monkeypatch.setattr("os.fsync", lambda descriptor: None)
-        monkeypatch.setattr("pipelines.frame_encoder.PASS_PIXELS", {"cpu": 8 * SIDE**2})
-        monkeypatch.setattr("pipelines.chunk_task.PSNR_EVERY", 8)
+        monkeypatch.setattr("stage1_autoencoder.frame_encoder.PASS_PIXELS", {"cpu": 8 * SIDE**2})
+        monkeypatch.setattr("pipelines.encoding.chunk_encoder.PSNR_EVERY", 8)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ from torch import nn
 
 from pipelines.config import dump_config, parse_config
 from pipelines.errors import UserError
-from pipelines.field_rollouts import sampling_precision, with_matrices_in
+from pipelines.loading import weights_digest
+from pipelines.prediction.rollouts import with_matrices_in
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.train_autoencoder import weights_digest
+from pipelines.runtime.context import sampling_precision
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN

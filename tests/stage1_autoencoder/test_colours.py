@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_autoencoder.colours import ColourFactors, change_colours
+from stage1_autoencoder.augmentation import ColourFactors, change_colours
 
 
 def factors(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from stage1_autoencoder.frames import REPEATS, FramePool
-from stage1_autoencoder.videos.base import BrokenVideoError, VideoError, VideoInfo, VideoSource
 from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource
 
 SIDE = 4
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage1_autoencoder.config import RefinerModelConfig, RefinerTrainingConfig
 from stage1_autoencoder.rcan import RCAN
-from stage1_autoencoder.refiner_config import RefinerModelConfig, RefinerTrainingConfig
 
 KEYS = Path(__file__).parents[1] / "fixtures" / "reference" / "rcan_s3_b3_c64_r8.keys.txt"
 SMALL = {"groups": 2, "blocks": 2, "features": 8, "reduction": 4}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latent_cache.sampler import FlowBatch
+from latent_cache.sampling.sampler import FlowBatch
 from stage2_flow.coupling import BLOCK_ROWS, couple
 from stage2_flow.loss import couple_draws, draw_flow
 

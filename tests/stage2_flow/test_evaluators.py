@@ -6,8 +6,8 @@ import torch
 from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.evaluators import CachedEvaluator, PlainEvaluator
-from stage2_flow.plan import SamplingPlan
 from stage2_flow.rollout import Rollout, generate_latents
+from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
 SHAPE = (2, 3, 5)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from latent_cache.sampler import FlowBatch
+from latent_cache.sampling.sampler import FlowBatch
 from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
 from stage2_flow.path import SIGMA_MIN
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.path import SIGMA_MIN
-from stage2_flow.plan import SamplingPlan
 from stage2_flow.rollout import generate_latents
+from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
 SHAPE = (2, 3, 3)

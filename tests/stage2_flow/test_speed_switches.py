@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_cache.sampler import FlowBatch
+from latent_cache.sampling.sampler import FlowBatch
 from stage2_flow.loss import FlowDraws, flow_matching_loss
 from stage2_flow.path import SIGMA_MIN
 from stage2_flow.vector_field import VectorField, attention

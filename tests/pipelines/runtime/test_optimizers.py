@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipelines.runtime.checkpoints import CheckpointFolder, pack_optimizers, unpack_optimizers
-from pipelines.runtime.optimizers import build_optimizers, set_learning_rate
+from pipelines.runtime.train_state import build_optimizers, set_learning_rate
 
 
 def network(channels_last: bool = False) -> nn.Sequential:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage1_autoencoder.videos.base import BrokenVideoError
-from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames, probe_folder
+from stage1_autoencoder.videos.source import BrokenVideoError
+from stage1_autoencoder.videos.video_files import decode_folder, list_frames, probe_folder
 
 
 def arrays(folder, first, stop, step=1):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from stage1_autoencoder.videos import index, index_cache
-from stage1_autoencoder.videos.base import VideoError
 from stage1_autoencoder.videos.index import Indexed, digest, find_videos, index_videos
 from stage1_autoencoder.videos.index_cache import CACHE_NAME
+from stage1_autoencoder.videos.source import VideoError
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import numpy as np
 
 from stage1_autoencoder.videos import index, open_splits
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.files import Probe
+from stage1_autoencoder.videos.video_files import Probe
 
 def walk(folder, onerror, followlinks):
     for number in range(int(sys.argv[2]) // 1000):

@@ -15,11 +15,12 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
-from stage1_autoencoder.videos import files, open_source
-from stage1_autoencoder.videos.base import BrokenVideoError
+from stage1_autoencoder.videos import open_source
+from stage1_autoencoder.videos import video_files as files
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.files import Keyframe, decode_video, probe_video
 from stage1_autoencoder.videos.index_cache import CACHE_NAME
+from stage1_autoencoder.videos.source import BrokenVideoError
+from stage1_autoencoder.videos.video_files import Keyframe, decode_video, probe_video
 
 FRAMES = 50
 

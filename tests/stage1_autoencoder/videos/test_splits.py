@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stage1_autoencoder.videos.base import VideoError
+from stage1_autoencoder.videos.source import VideoError
 from stage1_autoencoder.videos.splits import (
     natural_order,
     numbers_of_splits,

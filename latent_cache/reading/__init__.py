@@ -1,0 +1,1 @@
+"""Reading a store: checked, lazily, from paths and URLs."""

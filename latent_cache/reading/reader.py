@@ -1,0 +1,403 @@
+"""Reading a complete store: its latents, its videos, and a fingerprint of what it holds."""
+
+import difflib
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+import zarr
+from zarr.core.sync import sync
+from zarr.errors import ZarrUserWarning
+
+from latent_cache import schema
+from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.reading.frame_reader import FrameReader
+from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
+
+
+class Names(Sequence[str]):
+    """An array of strings as a sequence, of which one chunk at a time is in memory.
+
+    Args:
+        array: [video] strings, none of them empty.
+        url: of the store, for messages.
+    """
+
+    def __init__(self, array: zarr.Array, url: str) -> None:
+        self._array, self._url = array, url
+        self._chunk = (-1, np.empty(0, np.dtypes.StringDType()))
+
+    def __len__(self) -> int:
+        return self._array.shape[0]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        size = self._array.chunks[0]
+        return str(self._read(position // size)[position % size])
+
+    def __iter__(self) -> Iterator[str]:
+        for index in range(-(-len(self) // self._array.chunks[0])):
+            yield from map(str, self._read(index))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and len(self.find(name)) > 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} names, {self[0]!r} first>"
+
+    def find(self, name: str) -> np.ndarray:
+        """Rows [n] int64 that have a name."""
+        size = self._array.chunks[0]
+        found = [np.flatnonzero(self._read(index) == name) + index * size for index in range(-(-len(self) // size))]
+        return np.concatenate(found)
+
+    def check(self) -> None:
+        """Read the first and the last chunk, so that damage is noticed early, in most cases.
+
+        Raises:
+            CorruptStoreError: they are missing or damaged.
+        """
+        self._read(0)
+        self._read((len(self) - 1) // self._array.chunks[0])
+
+    def _read(self, index: int) -> np.ndarray:
+        held, values = self._chunk  # one assignment, so that threads see a pair that belongs together
+        if held != index:
+            start = index * self._array.chunks[0]
+            try:
+                values = self._array[start : start + self._array.chunks[0]]
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise self._corrupt(index, f"is damaged ({error})") from error
+            if (values == "").any():  # a missing chunk reads as empty names, without an error
+                raise self._corrupt(index, "is missing or damaged")
+            self._chunk = (index, values)
+        return values
+
+    def _corrupt(self, index: int, what: str) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"{self._url}/{self._array.path}/c/{index} {what}: restore the file from a copy, or write the store again: "
+            "`make encode` with --overwrite"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """One split of a complete store. Made by `latent_cache.open`.
+
+    Attributes:
+        latents: [frame, c, y, x] zarr array, videos laid end to end; plain zarr access, without our checks.
+        codes: [frame, y, x] uint16 zarr array, or None.
+        video_ids, video_views: [videos], read when they are asked for.
+        offsets: [videos + 1] int64, first frame of each video.
+        mean, std: [c] float32, of the training split, whichever split this is. std may be 0 (a constant channel).
+    """
+
+    url: str
+    split: str
+    metadata: StoreMetadata
+    latents: zarr.Array
+    codes: zarr.Array | None
+    video_ids: Names
+    video_views: Names
+    offsets: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    _group: zarr.Group = field(repr=False)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[videos] int64 frames of each video."""
+        return np.diff(self.offsets)
+
+    @property
+    def frames(self) -> int:
+        """Frames of all videos together."""
+        return int(self.offsets[-1])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a frame's latent."""
+        return self.latents.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the split's latents in memory."""
+        return self.latents.nbytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what the split is: metadata, videos, autoencoder and statistics.
+
+        Reads no bulk data; the training split's statistics stand for it. `software` is left out: the same latents
+        written by other versions are the same latents.
+        """
+        digest = hashlib.sha256()
+        described = asdict(self.metadata) | {
+            "software": None,
+            "format_version": schema.FORMAT_VERSION,
+            "split": self.split,
+            "shape": list(self.latents.shape),
+            "dtype": self.latents.dtype.name,
+        }
+        digest.update(json.dumps(described, sort_keys=True).encode())
+        for name in itertools.chain(self.video_ids, self.video_views):
+            digest.update(name.encode() + b"\0")
+        for values in (self.offsets.astype("<i8"), self.mean.astype("<f4"), self.std.astype("<f4")):
+            digest.update(values.tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def latent_reader(self) -> FrameReader:
+        """Checked reading of latents by frame or by chunk."""
+        return FrameReader(self.latents, self.url, self.video_ids, self.offsets)
+
+    @cached_property
+    def code_reader(self) -> FrameReader | None:
+        """Checked reading of codes; None in a store without codes."""
+        return None if self.codes is None else FrameReader(self.codes, self.url, self.video_ids, self.offsets)
+
+    def load(self) -> torch.Tensor:
+        """All latents of the split.
+
+        Returns:
+            [frame, c, y, x] on the CPU, in the dtype of the store: float16 unless it was written as float32.
+        Raises:
+            CorruptStoreError: a chunk is missing, damaged or holds NaN; names its file and its videos.
+        """
+        self.latent_reader.check_files()
+        # numpy's memory, since numpy asks for huge pages: touching 150 MB for the first time costs six times less.
+        latents = np.empty(self.latents.shape, self.latents.dtype)
+        self.latent_reader.read_all(latents)
+        return torch.from_numpy(latents)
+
+    def video(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
+        """Latents of one video.
+
+        Args:
+            video: its id, or its row in the split (which says the view, so that `view` is not looked at).
+        Returns:
+            [n, c, y, x] in the dtype of the store.
+        Raises:
+            StoreError: no such video.
+            CorruptStoreError: a chunk that holds some of it is missing or damaged.
+        """
+        row = self.row(video, view)
+        return self.latent_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def video_codes(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
+        """Codes of one video, [n, y, x] uint16. Arguments and errors as in `video`, and a store without codes."""
+        if self.codes is None:
+            raise StoreError(f"{self.url}: the store has no codes: encode again with cache.codes=true and --overwrite")
+        row = self.row(video, view)
+        return self.code_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def row(self, video: str | int, view: str = IDENTITY_VIEW) -> int:
+        """The row of a video, given by its id and view or by the row itself."""
+        where = f"{self.url}, split {self.split!r}"
+        if isinstance(video, int | np.integer):
+            if not 0 <= video < len(self.video_ids):
+                raise StoreError(f"{where}: no video {video}: rows are 0 to {len(self.video_ids) - 1}")
+            return int(video)
+        rows = self.video_ids.find(video)
+        views = {self.video_views[row]: int(row) for row in rows}
+        if view in views:
+            return views[view]
+        if views:
+            raise StoreError(f"{where}: video {video!r} has no view {view!r}: it has {sorted(views)}")
+        close = difflib.get_close_matches(video, self.video_ids, n=3) or self.video_ids[:3]
+        raise StoreError(f"{where}: no video {video!r} among {len(self.video_ids)}: did you mean one of {close}?")
+
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """[videos] of the videos' sources as they were encoded; empty ones if the writer was given none."""
+        array = self._group.get(schema.VIDEO_FINGERPRINT)
+        if array is None:
+            return [""] * len(self.video_ids)
+        for damage in _index_damages(array, self.url):
+            raise damage
+        return [str(value) for value in array[:]]
+
+    def index_damages(self) -> Iterator[CorruptStoreError]:
+        """Read all names and offsets of the videos; what is wrong with each of their files."""
+        for name in (schema.VIDEO_OFFSET, schema.VIDEO_ID, schema.VIDEO_VIEW, schema.VIDEO_FINGERPRINT):
+            if isinstance(array := self._group.get(name), zarr.Array):
+                yield from _index_damages(array, self.url)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the writer wrote down about the split."""
+        return dict(self._group.attrs)
+
+
+def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
+    """Open one split of a complete store, as `latent_cache.open`.
+
+    Args:
+        url: a local path, or a URL that fsspec knows.
+        split: its name; see `splits`.
+    Raises:
+        StoreError: no store of ours there, or no such split.
+        IncompleteStoreError: its writer has not finished.
+        CorruptStoreError: damaged metadata. Chunks are checked when they are read.
+    """
+    url = str(url).rstrip("/")
+    group = schema.open_group(url)
+    if group.attrs.get("complete") is not True:
+        raise IncompleteStoreError(f"{url}: the store is not complete: run `make encode` again, it goes on from there")
+    metadata = StoreMetadata.from_attrs(group.attrs, url)
+    try:
+        arrays = group.get(split)
+        if not isinstance(arrays, zarr.Group):
+            raise StoreError(f"{url}: no split {split!r}: there are {_split_names(group)}")
+        latents, codes = arrays[LATENTS], arrays.get(CODES)
+        offsets = np.asarray(arrays[schema.VIDEO_OFFSET][:], dtype=np.int64)
+        video_ids, video_views = (Names(arrays[name], url) for name in (schema.VIDEO_ID, schema.VIDEO_VIEW))
+        mean, std = (np.array(latents.attrs[name], dtype=np.float32) for name in ("mean", "std"))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CorruptStoreError(
+            f"{url}/{split}: an array or attribute is missing or damaged ({error}): restore the store from a copy, or "
+            "write it again with --overwrite"
+        ) from error
+
+    sound = (
+        len(offsets) == len(video_ids) + 1 == len(video_views) + 1
+        and offsets[0] == 0
+        and offsets[-1] == latents.shape[0]
+        and bool((np.diff(offsets) > 0).all())
+        and latents.chunks[1:] == latents.shape[1:]
+        and mean.shape == std.shape == latents.shape[1:2]
+        and bool(np.isfinite([mean, std]).all())
+        and (codes is None or codes.shape == (latents.shape[0], *latents.shape[2:]))
+    )
+    if not sound:
+        raise CorruptStoreError(
+            f"{url}/{split}: offsets, names, statistics and latents do not fit together "
+            f"({len(video_ids)} videos, latents {latents.shape}): restore the store, or write it again with --overwrite"
+        )
+    video_ids.check()
+    video_views.check()
+    return LatentCache(
+        url=url,
+        split=split,
+        metadata=metadata,
+        latents=latents,
+        codes=codes,
+        video_ids=video_ids,
+        video_views=video_views,
+        offsets=offsets,
+        mean=mean,
+        std=std,
+        _group=arrays,
+    )
+
+
+def open_metadata(url: str | Path) -> StoreMetadata:
+    """What a store's latents are latents of, whether it is complete or not. Raises as `schema.open_group`."""
+    return StoreMetadata.from_attrs(schema.open_group(url).attrs, str(url))
+
+
+def open_notes(url: str | Path) -> dict[str, Any]:
+    """What the writer of a complete store wrote down about it. Raises as `schema.open_group`."""
+    return dict(schema.open_group(url).attrs.get("notes", {}))
+
+
+@dataclass(frozen=True)
+class SplitProgress:
+    """How far the writing of a split is.
+
+    Attributes:
+        written: chunks (or shards, where there are any) that are on the disk whole, of `chunks`.
+        frames: of the split; `frames_a_chunk`: of a chunk, or of a shard.
+        last_write: when the last of them was written, in seconds since 1970; None where there is none.
+    """
+
+    written: int
+    chunks: int
+    frames: int
+    frames_a_chunk: int
+    last_write: float | None
+
+
+def open_progress(url: str | Path) -> dict[str, SplitProgress]:
+    """How far the writing of an incomplete store is, by split; of one that lies here. Raises as `schema.open_group`."""
+    group = schema.open_group(url)
+    path = schema.local_path(url)
+    if path is None:
+        raise StoreError(f"{url}: how far a store is can be seen only where it is written")
+    progress = {}
+    for split in _split_names(group):
+        latents = group.get(f"{split}/{LATENTS}")
+        if isinstance(latents, zarr.Array):
+            size = (latents.shards or latents.chunks)[0]
+            chunks = -(-latents.shape[0] // size)
+            markers = (path / schema.PROGRESS_FOLDER / split).glob("*.json")
+            there = [file for file in markers if file.stem.isdigit() and int(file.stem) < chunks]
+            last = max((file.stat().st_mtime for file in there), default=None)
+            progress[split] = SplitProgress(len(there), chunks, latents.shape[0], size, last)
+    return progress
+
+
+def is_complete(url: str | Path) -> bool:
+    """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
+    path = schema.local_path(url)
+    if path is not None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
+        return False
+    try:
+        return schema.open_group(url).attrs.get("complete") is True
+    except IncompleteStoreError:
+        return False
+
+
+def splits(url: str | Path) -> list[str]:
+    """Names of a store's splits: train, val, test, then any others. Raises as `schema.open_group`."""
+    return _split_names(schema.open_group(url))
+
+
+def _split_names(group: zarr.Group) -> list[str]:
+    written = group.attrs.get("splits")
+    if isinstance(written, list):  # a listing is what some remote stores cannot give
+        return [str(name) for name in written]
+    with warnings.catch_warnings():
+        # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
+        warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
+        return schema.in_order(group.group_keys())
+
+
+def _index_damages(array: zarr.Array, url: str) -> Iterator[CorruptStoreError]:
+    """What is wrong with each chunk of an array along videos. One that is not there reads as zeros or empty names."""
+    for index in range(array.nchunks):
+        key = f"{array.path}/{array.metadata.encode_chunk_key((index,))}"
+        start = index * array.chunks[0]
+        try:
+            if sync(array.store.getsize(key)) == 0:
+                raise ValueError("it is empty")
+            array[start : start + array.chunks[0]]
+        except FileNotFoundError:
+            what = "is missing"
+        except (ValueError, RuntimeError, TypeError) as error:
+            what = f"is damaged ({error})"
+        else:
+            continue
+        yield CorruptStoreError(
+            f"{url}/{key} {what}: restore the file from a copy, or write the store again: `make encode` with "
+            "--overwrite"
+        )

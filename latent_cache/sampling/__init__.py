@@ -1,0 +1,1 @@
+"""Batches for training, in three tiers with one interface."""

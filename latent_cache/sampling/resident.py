@@ -1,0 +1,115 @@
+"""Batches from latents that lie in memory whole, on the training device or in the host's memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latent_cache.reading.reader import LatentCache
+from latent_cache.sampling.draws import ConditionDraw, draw_distance, steps_per_block, to_integer, uniform_block
+from latent_cache.sampling.sampler import FlowBatch, Sampler
+
+
+@dataclass(frozen=True)
+class FlowIndices:
+    """The rows of `FlowBatch` as frame numbers in the split, each [b] int64 on the CPU."""
+
+    target: Tensor
+    reference: Tensor
+    condition: Tensor
+    distance: Tensor
+
+
+class ResidentSampler(Sampler):
+    """Draws independently and with replacement, targets uniformly over all legal pairs.
+
+    The draws of many steps are made at once, on the CPU wherever the latents lie, so that the same step has the same
+    batch in both residencies, and a run that resumes on another machine goes on as it was.
+
+    Args:
+        storage_device: where the latents lie; the same as `device`, or the CPU. See `choose_residency`.
+        Others: as `Sampler`.
+    Raises:
+        CorruptStoreError: the split cannot be read.
+        ValueError, StoreError: as `Sampler`.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        device: torch.device | str,
+        seed: int,
+        batch_size: int,
+        clip_frames: int,
+        dtype: torch.dtype = torch.float32,
+        storage_device: torch.device | str | None = None,
+        past_horizon: int | None = None,
+        condition_draw: ConditionDraw = "uniform",
+    ) -> None:
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, condition_draw)
+        self.storage_device = self.device if storage_device is None else torch.device(storage_device)
+        if self.storage_device.type not in ("cpu", self.device.type):
+            raise ValueError(f"storage_device = {self.storage_device}: the CPU or the device, {self.device}, is wanted")
+        self.tier = "device" if self.storage_device.type == self.device.type else "host"
+        self._block_steps = steps_per_block(batch_size)
+        self._block: tuple[int, Tensor] | None = None
+        self._latents: Tensor | None = cache.load().to(self.storage_device)
+
+    def indices(self, step: int) -> FlowIndices:
+        """The draws of a step for the whole global batch."""
+        return FlowIndices(*self._drawn(step).cpu().clone())
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
+        """As `Sampler.batch`; on a GPU that holds the latents, nothing waits for it."""
+        rows = self._rows(step, rank, world_size)
+        if self._latents is None:
+            raise ValueError("the sampler is closed")
+        drawn = self._drawn(step)
+        wanted = drawn[:3, rows].reshape(-1)
+        if self._pin and not self._latents.is_cuda:
+            shape = (len(wanted), *self._latents.shape[1:])
+            frames = torch.empty(shape, dtype=self._latents.dtype, pin_memory=True)
+            torch.index_select(self._latents, 0, wanted, out=frames)
+        else:
+            frames = self._latents.index_select(0, wanted)
+        return self._to_batch(frames, drawn[3, rows].clone())
+
+    def targets(self, step: int) -> np.ndarray:
+        """As `Sampler.targets`."""
+        return self.indices(step).target.numpy()
+
+    def describe(self) -> str:
+        """Where the latents lie, how many bytes, and why there: for the log."""
+        size = 0 if self._latents is None else self._latents.nbytes
+        return f"{size / 1e6:.0f} MB of latents resident on {self.storage_device}{self.why and f' ({self.why})'}"
+
+    def close(self) -> None:
+        """Let go of the latents."""
+        self._latents = self._block = None
+
+    def _drawn(self, step: int) -> Tensor:
+        """[4, batch_size] int64 targets, references, conditions (frame numbers) and distances, where the latents lie.
+
+        Threads may call this at the same time; at worst each draws the block for itself.
+        """
+        number, place = divmod(step, self._block_steps)
+        block = self._block
+        if block is None or block[0] != number:
+            drawn = torch.from_numpy(self._draw(number))
+            if self.storage_device.type == "cuda":  # all indices of the block in one copy, for which nothing waits
+                drawn = drawn.pin_memory().to(self.storage_device, non_blocking=True)
+            self._block = block = (number, drawn)
+        return block[1][place]
+
+    def _draw(self, block: int) -> np.ndarray:
+        """[steps, 4, batch_size] int64, see `_drawn`."""
+        uniform = uniform_block(self.seed, "frames", block, (3, self._block_steps * self.batch_size))
+        place_in_video, target = self._legal.locate(to_integer(uniform[0], self._legal.count))
+        distance = draw_distance(
+            uniform[1], uniform[2], place_in_video, self.clip_frames, self.past_horizon, self.condition_draw
+        )
+        drawn = np.empty((self._block_steps, 4, self.batch_size), np.int64)
+        for column, values in enumerate((target, target - 1, target - 1 - distance, distance)):
+            drawn[:, column] = values.reshape(self._block_steps, self.batch_size)
+        return drawn

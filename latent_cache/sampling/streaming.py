@@ -1,0 +1,321 @@
+"""Batches from a split that is larger than memory: a window of it is served while the next one is read."""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latent_cache.reading.reader import LatentCache
+from latent_cache.sampling.draws import ConditionDraw, draw_distance, steps_per_block, uniform_block
+from latent_cache.sampling.sampler import FlowBatch, Sampler, as_tensor
+from latent_cache.sampling.windows import Window, WindowPlan
+
+_Task = tuple[Future[None], Callable[..., None], tuple[Any, ...]] | None
+
+
+class ReadingThreads:
+    """A few threads that do one task after the other, begun at the first task.
+
+    Not a ThreadPoolExecutor, because at the end of a program that one waits until all that is queued is done.
+
+    Args:
+        count: of threads.
+        name: that theirs begin with.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._tasks: SimpleQueue[_Task] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        # They know the queue only: whoever forgets to close a sampler loses the sampler, and then its threads.
+        self._end = weakref.finalize(self, _end, self._tasks, count)
+        self._end.atexit = False
+        self._started = False
+
+    def submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Have a task done in its turn."""
+        if not self._started:
+            self._started = True
+            for thread in self._threads:
+                thread.start()
+        future: Future[None] = Future()
+        self._tasks.put((future, task, arguments))
+        return future
+
+    def close(self) -> None:
+        """Wait until all tasks are done, and end. Safe to call twice; no task comes after it."""
+        self._end()
+        if self._started:
+            for thread in self._threads:
+                thread.join()
+
+
+def _work(tasks: "SimpleQueue[_Task]") -> None:
+    while (next_task := tasks.get()) is not None:
+        future, task, arguments = next_task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(task(*arguments))
+            except BaseException as error:  # handed to the one who waits
+                future.set_exception(error)
+        del next_task, future, task, arguments  # while it waits, it must not keep a sampler alive
+
+
+def _end(tasks: "SimpleQueue[_Task]", count: int) -> None:
+    for _ in range(count):
+        tasks.put(None)
+
+
+class _Segment(NamedTuple):
+    """Samples `start` to `stop` (excluded) of a block of steps are served from one window."""
+
+    start: int
+    stop: int
+    window: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Draws of many steps.
+
+    Attributes:
+        target: [n] int64 frame numbers in the split.
+        rows: [3, n] int64 rows of target, reference and condition in the window's buffer.
+        distance: [n] int64.
+    """
+
+    number: int
+    target: np.ndarray
+    rows: np.ndarray
+    distance: np.ndarray
+    segments: list[_Segment]
+
+
+@dataclass(eq=False)
+class _Load:
+    """A window on its way into a buffer: a task for each chunk."""
+
+    content: int
+    parts: list[Future[None]] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Wait, and raise what went wrong."""
+        for part in self.parts:
+            part.result()
+
+    def cancel(self) -> None:
+        """Begin no more of it, and wait until nothing writes into the buffer any more."""
+        for part in self.parts:
+            part.cancel()
+        wait(self.parts)
+
+
+class StreamingSampler(Sampler):
+    """Serves every legal target exactly once an epoch, in an order that `WindowPlan` shuffles twice.
+
+    Sample number step * batch_size + row has its epoch, window and place by arithmetic, so that any step costs the
+    reading of its own window only, and resuming anywhere is exact. What a step draws depends on the seed, the batch
+    size, clip_frames, past_horizon, the store's chunks and the memory budget: with another budget the order is
+    another, and as random. The first batch waits for its window; from then on the next window is read while one is
+    served.
+
+    Memory: two windows, which is at most the budget, and for the draws 12 bytes a video and about 3 MB. (Chunks of
+    remote stores pass through zarr, which needs some more for the few that are read at a time.) Every process of a
+    training reads the same windows, each for itself.
+
+    Args:
+        memory_budget: bytes.
+        Others: as `Sampler`.
+    Raises:
+        StoreError: the budget is too small for the store's chunks; otherwise, and ValueError, as `Sampler`.
+        CorruptStoreError: a chunk's file is missing or of the wrong size. What is damaged within is found when it is
+            read, and raised by `batch`.
+    """
+
+    tier = "stream"
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        device: torch.device | str,
+        seed: int,
+        batch_size: int,
+        clip_frames: int,
+        memory_budget: int,
+        dtype: torch.dtype = torch.float32,
+        past_horizon: int | None = None,
+        condition_draw: ConditionDraw = "uniform",
+    ) -> None:
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, condition_draw)
+        # A sample's frames are then a clip of past_horizon + 1 at most: less has to be read before a group.
+        reach = clip_frames if past_horizon is None else min(clip_frames, past_horizon + 1)
+        self.plan = WindowPlan(cache, self._legal, seed, reach, memory_budget)
+        cache.latent_reader.check_files()
+        # Not more than an epoch, so that a block of a small split doesn't consist of thousands of windows.
+        self._block_steps = steps_per_block(batch_size, self.legal_targets)
+        self._block: _Block | None = None
+        self._lock = threading.Lock()
+        self._threads = ReadingThreads(min(4, os.cpu_count() or 1), "latents")
+        self._buffers: list[Tensor | None] = [None, None]
+        self._loads: list[_Load | None] = [None, None]
+        self._halos: dict[int, np.ndarray] = {}  # of each group, once they were read
+        self._served = 0  # the buffer of the last window
+        self._closed = False
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
+        """As `Sampler.batch`; waits when the window of the step is not there yet.
+
+        Raises:
+            CorruptStoreError: a chunk of the window is missing or damaged; names its file and its videos.
+            ValueError: as `Sampler.batch`; the sampler is closed.
+        """
+        rows = self._rows(step, rank, world_size)
+        block = self._drawn(step // self._block_steps)
+        place = step % self._block_steps * self.batch_size
+        start, stop = place + rows.start, place + rows.stop
+        shape = (3, stop - start, *self._cache.latent_shape)
+        frames = torch.empty(shape, dtype=_torch_dtype(self._cache), pin_memory=self._pin)
+        with self._lock:
+            for segment in block.segments:
+                first, last = max(start, segment.start), min(stop, segment.stop)
+                if first >= last:
+                    continue
+                window = self._window(segment.window)
+                for out, wanted in zip(frames[:, first - start : last - start], block.rows[:, first:last], strict=True):
+                    torch.index_select(window, 0, torch.from_numpy(wanted), out=out)
+        return self._to_batch(frames.flatten(0, 1), as_tensor(block.distance[start:stop]))
+
+    def targets(self, step: int) -> np.ndarray:
+        """As `Sampler.targets`."""
+        block, place = self._drawn(step // self._block_steps), step % self._block_steps * self.batch_size
+        return block.target[place : place + self.batch_size]
+
+    @property
+    def order(self) -> str:
+        """As `Sampler.order`; a memory budget that makes other windows makes another order."""
+        plan = self.plan
+        return f"streamed in windows of {plan.buffer_frames} frames, groups of {plan.group_chunks} chunks"
+
+    def describe(self) -> str:
+        """How much lies in memory at a time, of how much, and why: for the log."""
+        plan = self.plan
+        return (
+            f"{self._cache.nbytes / 1e6:.0f} MB of latents streamed through {plan.nbytes / 1e6:.0f} MB of host memory, "
+            f"{plan.windows_per_epoch} windows an epoch, {plan.group_chunks} chunks a group"
+            f"{self.why and f' ({self.why})'}"
+        )
+
+    def close(self) -> None:
+        """End the threads and let go of the latents. Safe to call twice; no batch comes after it."""
+        with self._lock:
+            self._closed = True
+            for load in self._loads:
+                if load is not None:
+                    load.cancel()
+            self._threads.close()
+            self._loads, self._buffers, self._block = [None, None], [None, None], None
+
+    def _drawn(self, number: int) -> _Block:
+        """Threads may call this at the same time; at worst each draws the block for itself."""
+        block = self._block
+        if block is None or block.number != number:
+            self._block = block = self._draw(number)
+        return block
+
+    def _draw(self, number: int) -> _Block:
+        samples = self._block_steps * self.batch_size
+        segments, pairs, shifts = [], [], []
+        start = 0
+        for window, places in self.plan.segments(number * samples, (number + 1) * samples):
+            segments.append(_Segment(start, start + len(places), window.number))
+            start += len(places)
+            for parts, values in zip((pairs, shifts), window.pairs(places), strict=True):
+                parts.append(values)
+        place_in_video, target = self._legal.locate(np.concatenate(pairs))
+        uniform = uniform_block(self.seed, "conditions", number, (2, samples))
+        distance = draw_distance(
+            uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon, self.condition_draw
+        )
+        row = target + np.concatenate(shifts)
+        return _Block(number, target, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
+
+    def _window(self, number: int) -> Tensor:
+        """The buffer that holds a window, and the next one on its way into the other."""
+        if self._closed:
+            raise ValueError("the sampler is closed")
+        # With one window an epoch, what is in the buffer is right for all of them.
+        several = self.plan.windows_per_epoch > 1
+        content = number if several else 0
+        held = [load is not None and load.content == content for load in self._loads]
+        place = held.index(True) if any(held) else 1 - self._served if several else 0
+        if not any(held):
+            self._load(place, content)
+        try:
+            self._loads[place].finish()
+        except BaseException as error:
+            if isinstance(error, Exception):  # not when a user's signal ended the waiting
+                self._loads[place].cancel()
+                self._loads[place] = None  # whoever asks again has it read again
+            raise
+        self._served = place
+        ahead = self._loads[1 - place]
+        if several and (ahead is None or ahead.content != content + 1):
+            self._load(1 - place, content + 1)
+        return self._buffers[place]
+
+    def _load(self, place: int, number: int) -> None:
+        """Begin to read a window into a buffer."""
+        if self._loads[place] is not None:
+            self._loads[place].cancel()
+        if self._buffers[place] is None:
+            shape = (self.plan.buffer_frames, *self._cache.latent_shape)
+            # numpy's memory, since numpy asks for huge pages.
+            self._buffers[place] = torch.from_numpy(np.empty(shape, self._cache.latents.dtype))
+        self._loads[place] = load = _Load(number)
+        window = self.plan.window(number)
+        buffer = self._buffers[place].numpy()
+        for slot, group in enumerate(window.groups.tolist()):
+            for chunk in self.plan.chunks(group):
+                load.parts.append(self._threads.submit(self._read, window, buffer, slot, chunk))
+
+    def _read(self, window: Window, buffer: np.ndarray, slot: int, chunk: int) -> None:
+        """Read a chunk to its place in the buffer, and before a group's first chunk the group's halo."""
+        reader, size, shift = self._cache.latent_reader, self.plan.chunk_frames, int(window.shifts[slot])
+        start, stop = chunk * size, min((chunk + 1) * size, self._cache.frames)
+        group = int(window.groups[slot])
+        chunks = self.plan.chunks(group)
+        if chunk == chunks[0]:
+            halo = self.plan.halo(group)
+            before = buffer[halo.start + shift : halo.stop + shift]
+            if group in self._halos:
+                before[:] = self._halos[group]
+            else:
+                # The chunks before are read and checked whole, in the place that the group's own chunk takes next.
+                whole = buffer[start + shift : start + size + shift]
+                for earlier in range(halo.start // size, chunk) if halo else ():
+                    reader.read_chunk(earlier, whole)
+                    first = max(halo.start, earlier * size)
+                    buffer[first + shift : (earlier + 1) * size + shift] = whole[first - earlier * size :]
+                self._keep(group, before)
+        reader.read_chunk(chunk, buffer[start + shift : stop + shift])
+        if chunk == chunks[-1] and stop < self._cache.frames:
+            halo = self.plan.halo(group + 1)
+            self._keep(group + 1, buffer[halo.start + shift : halo.stop + shift])
+
+    def _keep(self, group: int, halo: np.ndarray) -> None:
+        if self.plan.keeps_halos and group not in self._halos:
+            self._halos[group] = halo.copy()
+
+
+def _torch_dtype(cache: LatentCache) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, cache.latents.dtype)).dtype

@@ -1,0 +1,1 @@
+"""Writing a store: whole chunks, one writer each, flushed."""

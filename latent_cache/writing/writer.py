@@ -1,0 +1,344 @@
+"""Writing a store, chunk by chunk, so that it can be interrupted anywhere and go on."""
+
+import contextlib
+import logging
+import math
+import shutil
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from latent_cache import schema
+from latent_cache.errors import IncompleteStoreError, NoSpaceError, StoreError, StoreMismatchError
+from latent_cache.reading.frame_reader import FrameReader
+from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER, TRAIN, StoreMetadata
+from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan
+from latent_cache.writing.chunk_writer import ChunkWriter, file_path, session_path
+from latent_cache.writing.disk import PARTIAL, WriterLock, flush, flush_tree, is_full
+from latent_cache.writing.markers import ChunkMarker, channel_statistics
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "writer.lock"
+
+
+class StoreWriter:
+    """Writes whole chunks of an incomplete store; `finish` makes it complete. Use it in a `with` statement.
+
+    Threads and other processes may write chunks at once, through `chunk_writer`. zarr loses data silently when two
+    tasks write parts of one chunk, so a part of a chunk cannot be written at all.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: StoreMetadata,
+        plans: Mapping[str, SplitPlan],
+        *,
+        codes: bool,
+        dtype: str,
+        lock: WriterLock,
+    ) -> None:
+        """For `StoreWriter.open`, which makes the checks."""
+        self.path = path
+        self.metadata = metadata
+        self.plans = dict(plans)
+        self.dtype = dtype
+        self.codes = codes
+        self._lock = lock
+        self._session = uuid.uuid4().hex
+        self._frame_arrays = (LATENTS, CODES) if codes else (LATENTS,)
+        self._group: zarr.Group
+        self._finished: dict[str, dict[int, ChunkMarker]] = {split: {} for split in plans}
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        metadata: StoreMetadata,
+        plans: Mapping[str, SplitPlan],
+        *,
+        codes: bool,
+        dtype: Literal["float16", "float32"] = "float16",
+        overwrite: bool = False,
+    ) -> Self:
+        """Create a store, or go on with an incomplete one.
+
+        Chunks that an earlier writer finished are kept when the plan still wants the same frames in them and they
+        read back whole; all others are `pending`.
+
+        Args:
+            path: a local folder; missing, empty, or a store of ours.
+            metadata: what the latents are latents of. Must agree with an incomplete store's.
+            plans: by split; `train` must be there, since its statistics standardise all splits.
+            codes: whether codes are stored beside the latents.
+            dtype: of the stored latents.
+            overwrite: throw away what is there, if it is a store of ours.
+        Raises:
+            StoreError: a URL, a complete store, a folder of something else, no `train`.
+            StoreMismatchError: an incomplete store of another autoencoder, preprocessing, dtype or set of splits.
+            LockedStoreError: another writer is at it.
+        """
+        folder = schema.local_path(path)
+        if folder is None:
+            raise StoreError(f"{path}: a store is written to a local folder: write it to one, then copy it there")
+        if TRAIN not in plans:
+            raise StoreError(f"{path}: splits {sorted(plans)} lack {TRAIN!r}, whose statistics standardise all splits")
+        shapes = {split: plan.latent_shape for split, plan in plans.items()}
+        if len(set(shapes.values())) > 1:
+            raise StoreError(f"{path}: the splits' latents differ in shape: {shapes}")
+
+        _refuse_foreign(folder)
+        lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
+        try:
+            writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock)
+            if overwrite or not (folder / "zarr.json").exists():
+                _clear(folder)
+            else:
+                writer._check_agreement(schema.open_group(folder))
+            writer._prepare()
+        except BaseException:
+            _release(lock, folder)
+            raise
+        return writer
+
+    def pending(self, split: str) -> list[ChunkPlan]:
+        """The chunks of a split that are still to be written, in order."""
+        finished = self._finished[split]
+        plan = self.plans[split]
+        return [plan.chunk(index) for index in range(len(plan.chunks)) if index not in finished]
+
+    def write_chunk(
+        self,
+        split: str,
+        chunk: ChunkPlan,
+        latents: np.ndarray,
+        codes: np.ndarray | None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one whole chunk and wait until it is on the disk. Writing a chunk again replaces it.
+
+        Arguments and errors as in `ChunkWriter.write`; and ValueError for a chunk that is not the plan's.
+        """
+        if chunk != self.plans[split].chunk(chunk.index):
+            raise ValueError(f"chunk {chunk.index} of {split!r} is not the plan's: take it from `pending`")
+        self._finished[split].pop(chunk.index, None)
+        self.accept(split, chunk, self.chunk_writer.write(split, chunk, latents, codes, measured))
+
+    def accept(self, split: str, chunk: ChunkPlan, marker: ChunkMarker) -> None:
+        """Take note of a chunk that another process has written through `chunk_writer`."""
+        self._finished[split][chunk.index] = marker
+
+    def markers(self, split: str) -> list[ChunkMarker]:
+        """What is known of the finished chunks of a split, in order."""
+        return [marker for _, marker in sorted(self._finished[split].items())]
+
+    @property
+    def chunk_writer(self) -> ChunkWriter:
+        """Writes this store's chunks, in this process or in others, until `close`."""
+        return ChunkWriter(self.path, self._session)
+
+    def bytes_needed(self) -> int:
+        """Bytes that the latents of all pending chunks will take; codes, which are compressed, are not counted."""
+        total = 0
+        for split, plan in self.plans.items():
+            frames = (len(plan.chunks) - len(self._finished[split])) * plan.file_frames
+            total += frames * math.prod(plan.latent_shape) * np.dtype(self.dtype).itemsize
+        return total
+
+    def check_space(self) -> None:
+        """Raises NoSpaceError when what is pending cannot fit onto the disk."""
+        free, needed = shutil.disk_usage(self.path).free, self.bytes_needed()
+        if needed > free:
+            raise NoSpaceError(
+                f"{self.path}: the latents that are still to be written take {needed / 1e6:.1f} MB, and its disk has "
+                f"{free / 1e6:.1f} MB left: free some, or set paths.latents to a folder on another disk"
+            )
+
+    def finish(
+        self, notes: Mapping[str, Mapping[str, Any]] | None = None, store_notes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the videos' names and offsets and the statistics, flush everything, and call the store complete.
+
+        Args:
+            notes: by split, JSON that goes to the attributes of its group.
+            store_notes: JSON that goes to the attribute `notes` of the root.
+        Raises:
+            IncompleteStoreError: chunks are pending.
+            CorruptStoreError: somebody removed chunks that were written.
+            NoSpaceError: the disk is full.
+        """
+        missing = {split: len(plan.chunks) - len(self._finished[split]) for split, plan in self.plans.items()}
+        if any(missing.values()):
+            raise IncompleteStoreError(f"{self.path}: chunks still to be written: {missing}: write them, then finish")
+        for split in self.plans:
+            for name in self._frame_arrays:
+                self._frame_reader(split, name).check_files()
+        try:
+            self._write_index(notes or {})
+            flush_tree(self.path)
+            self._group.update_attributes({"notes": dict(store_notes or {}), "complete": True})
+            flush(self.path / "zarr.json")
+            flush(self.path)
+        except OSError as error:
+            if is_full(error):
+                raise NoSpaceError(f"{self.path}: no space left for the names of its videos") from error
+            raise
+        shutil.rmtree(self.path / PROGRESS_FOLDER)
+        self.close()
+
+    def _write_index(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
+        statistics = channel_statistics(self.markers(TRAIN))
+        for split, plan in self.plans.items():
+            group = self._group[split]
+            assert isinstance(group, zarr.Group)
+            group.update_attributes(dict(notes.get(split, {})))
+            group[LATENTS].update_attributes(statistics)
+            offsets = np.asarray(plan.offsets)
+            chunk = min(len(offsets), schema.OFFSET_CHUNK)
+            schema.create_array(group, schema.VIDEO_OFFSET, offsets.shape, (chunk,), offsets.dtype)[:] = offsets
+            for name, texts in (
+                (schema.VIDEO_ID, plan.video_ids),
+                (schema.VIDEO_VIEW, plan.video_views),
+                (schema.VIDEO_FINGERPRINT, plan.fingerprints),
+            ):
+                values = np.array(texts, dtype=np.dtypes.StringDType())
+                chunk = min(len(values), schema.NAME_CHUNK)
+                schema.create_array(group, name, values.shape, (chunk,), values.dtype)[:] = values
+
+    def close(self) -> None:
+        """Let other writers in, and late tasks of this one out. What was written stays; safe to call twice."""
+        _release(self._lock, self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_agreement(self, group: zarr.Group) -> None:
+        there = StoreMetadata.from_attrs(group.attrs, str(self.path))
+        differences = self.metadata.differences(there)
+        strangers = sorted({file.parent.name for file in self.path.glob("*/zarr.json")} - self.plans.keys())
+        if strangers:
+            differences.append(f"splits: {sorted(self.plans)} here, also {strangers} there")
+        for split, plan in self.plans.items():
+            if any((self.path / PROGRESS_FOLDER / split).glob("*.json")):  # else the arrays are simply made anew
+                differences += self._array_differences(group, split, plan)
+        if differences:
+            raise StoreMismatchError(
+                f"{self.path} was written for something else:\n  " + "\n  ".join(differences) + "\n"
+                "Write it again with --overwrite, or write another store, or use the settings of this one"
+            )
+        if group.attrs.get("complete"):
+            raise StoreError(f"{self.path} is complete: there is nothing to write, except anew with --overwrite")
+
+    def _array_differences(self, group: zarr.Group, split: str, plan: SplitPlan) -> list[str]:
+        latents = group.get(f"{split}/{LATENTS}")
+        if latents is None:
+            return []
+        pairs = {
+            "dtype": (self.dtype, latents.dtype.name),
+            "latent shape": (plan.latent_shape, latents.shape[1:]),
+            "codes": (self.codes, f"{split}/{CODES}" in group),
+        }
+        return [f"{split} {name}: {here} here, {there} there" for name, (here, there) in pairs.items() if here != there]
+
+    def _prepare(self) -> None:
+        """Make the arrays as the plans want them, and find out which chunks are finished."""
+        for stray in self.path.rglob(f"*{PARTIAL}"):  # of a writer that was killed between writing and renaming
+            stray.unlink()
+        session_path(self.path).write_text(self._session)
+        attrs = self.metadata.to_attrs(list(self.plans), complete=False)
+        self._group = zarr.open_group(LocalStore(self.path), mode="a", zarr_format=3, attributes=attrs)
+        if dict(self._group.attrs) != attrs:  # other software: the last writer is the one to name
+            self._group.update_attributes(attrs)
+        for split, plan in self.plans.items():
+            group = self._group.require_group(split)
+            channels, height, width = plan.latent_shape
+            shapes = {LATENTS: (channels, height, width)} | ({CODES: (height, width)} if self.codes else {})
+            for name, shape in shapes.items():
+                array = group.get(name)
+                size, chunk = (plan.frames, *shape), (plan.chunk_frames, *shape)
+                shard = (plan.file_frames, *shape) if plan.shard_chunks > 1 else None
+                dtype = np.dtype(self.dtype if name == LATENTS else np.uint16)
+                if array is None or (array.chunks, array.shards, array.dtype) != (chunk, shard, dtype):
+                    shutil.rmtree(self.path / PROGRESS_FOLDER / split, ignore_errors=True)
+                    schema.create_array(group, name, size, chunk, dtype, shard)
+                elif array.shape != size:
+                    array.resize(size)
+                (self.path / split / name / "c").mkdir(exist_ok=True)
+            if not self.codes and CODES in group:
+                del group[CODES]
+            (self.path / PROGRESS_FOLDER / split).mkdir(parents=True, exist_ok=True)
+            self._recognise_finished(split)
+        flush_tree(self.path)
+
+    def _recognise_finished(self, split: str) -> None:
+        plan = self.plans[split]
+        arrays = {name: self._group[f"{split}/{name}"] for name in self._frame_arrays}
+
+        def recognise(file: Path) -> None:
+            try:
+                marker = ChunkMarker.read(file)
+                index = int(file.stem)
+                chunk = plan.chunks[index]
+                files = {name: file_path(self.path / split / name, array, index) for name, array in arrays.items()}
+                marker.check(chunk, files)
+            except (ValueError, TypeError, IndexError, OSError) as error:
+                logger.info("%s: chunk %s of %s is written again: %s", self.path, file.stem, split, error)
+                file.unlink()  # so that no marker ever vouches for another content
+            else:
+                self._finished[split][index] = marker
+
+        with ThreadPoolExecutor(thread_name_prefix="verify") as pool:
+            list(pool.map(recognise, sorted((self.path / PROGRESS_FOLDER / split).glob("*.json"))))
+
+    def _frame_reader(self, split: str, name: str) -> FrameReader:
+        plan = self.plans[split]
+        return FrameReader(self._group[f"{split}/{name}"], str(self.path), plan.video_ids, plan.offsets)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise StoreError unless a folder is missing, empty, a store of ours, or one that was just begun."""
+    if not folder.exists():
+        return
+    if folder.is_dir() and not (folder / "zarr.json").exists():
+        if any(folder.iterdir()) and not (folder / PROGRESS_FOLDER).exists():
+            raise StoreError(f"{folder}: holds something else, and no store is written over it: check paths.latents")
+        return
+    schema.open_group(folder)
+
+
+def _release(lock: WriterLock, folder: Path) -> None:
+    """Let go of a store, and leave no empty folder in it. Without a root that folder says that the store is ours."""
+    if lock.held:
+        session_path(folder).unlink(missing_ok=True)
+    lock.release()
+    if (folder / "zarr.json").exists():
+        with contextlib.suppress(OSError):  # markers of finished chunks are in it, or it is gone
+            for split in (folder / PROGRESS_FOLDER).iterdir():
+                split.rmdir()
+            (folder / PROGRESS_FOLDER).rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Remove all but the lock; the root first, so that what is half removed is never taken for complete."""
+    (folder / "zarr.json").unlink(missing_ok=True)
+    flush(folder)
+    for entry in [*folder.iterdir(), *(folder / PROGRESS_FOLDER).iterdir()]:
+        if entry.name in (PROGRESS_FOLDER, LOCK_FILE):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,1 @@
+"""Bytes from outside: data sets, downloads, archives, surveys, frame folders."""

@@ -1,0 +1,276 @@
+"""From videos to a complete store: what goes into which chunk, having it made, and what it came to."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import latent_cache
+from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
+from latent_cache.schema import PROGRESS_FOLDER
+from latent_cache.writing.disk import write_json
+from pipelines.config import RiverConfig
+from pipelines.encoding.chunk_encoder import (
+    BrokenVideosError,
+    ChunkEncoder,
+    EncodedChunk,
+    EncodeJob,
+    EncodingStopped,
+    psnr_stride,
+)
+from pipelines.encoding.cluster import StopAsked, connect, run_here, run_on_cluster
+from pipelines.errors import StoppedBySignal, UserError
+from pipelines.runtime.checkpoints import Checkpoint
+from pipelines.runtime.context import Session
+from pipelines.runtime.progress import progress, say
+from pipelines.runtime.signals import StopRequest
+from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.videos.source import VideoSource, VideoTable
+
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What encoding one split came to.
+
+    Attributes:
+        frames_per_second: of the frames that this command encoded; None where all were there already.
+        code_perplexity: exp of the entropy of the codes' frequencies; `codes` at most.
+        round_trip_psnr: dB, mean over a sample of frames, of the decoded stored latent against the frame.
+        codes_changed: share of the latents whose nearest code is another one after rounding to the store's type.
+        codes_held: share of those that were pulled towards their code by some last places, so that it stayed.
+    """
+
+    split: str
+    videos: int
+    frames: int
+    megabytes: float
+    frames_per_second: float | None
+    codes_used: int
+    codes: int
+    code_perplexity: float
+    round_trip_psnr: float
+    codes_changed: float
+    codes_held: float
+
+    def line(self) -> str:
+        rate = "" if self.frames_per_second is None else f"{self.frames_per_second:.0f} frames/s, "
+        return (
+            f"store: {self.split}: {self.videos} videos, {self.frames} frames, {self.megabytes:.1f} MB of latents, "
+            f"{rate}{self.codes_used} of {self.codes} codes used (perplexity {self.code_perplexity:.0f}), round trip "
+            f"{self.round_trip_psnr:.2f} dB, {self.codes_changed:.3%} of codes changed by rounding "
+            f"({self.codes_held:.3%} held)"
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """What goes to the store: all that does not depend on the day."""
+        kept = ("codes_used", "code_perplexity", "round_trip_psnr", "codes_changed", "codes_held")
+        return {name: value for name, value in asdict(self).items() if name in kept}
+
+
+class StoreEncoder:
+    """Plans the chunks of all splits and has them made, here or on a cluster, until the store is complete."""
+
+    def __init__(
+        self,
+        config: RiverConfig,
+        session: Session,
+        checkpoint: Checkpoint,
+        autoencoder: Autoencoder,
+        splits: dict[str, VideoSource],
+        metadata: StoreMetadata,
+    ) -> None:
+        self.config, self.session, self.checkpoint, self.autoencoder = config, session, checkpoint, autoencoder
+        self.splits, self.metadata = splits, metadata
+        self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # by split and id, and why
+        side = config.dataset.image_size // autoencoder.downsampling
+        self.latent_shape = (autoencoder.config.latent_channels, side, side)
+
+    def run(self, overwrite: bool) -> list[SplitReport]:
+        """Encode what is pending until the store is complete."""
+        if not overwrite:
+            self._recall_broken()
+        while True:
+            try:
+                return self._attempt(overwrite)
+            except BrokenVideosError as error:
+                # Their frames were planned for; the chunks before them stay, the others are laid out anew.
+                for video_id, reason in error.reasons.items():
+                    self.broken[error.split][video_id] = reason
+                    self.session.skip(video_id, reason)
+                self._note_broken()
+                # A store can lose videos, but no split: without its last video the whole store is laid out anew.
+                overwrite = not self._videos(error.split)
+
+    def _attempt(self, overwrite: bool) -> list[SplitReport]:
+        plans = {split: self._plan(split) for split in self.splits if self._videos(split)}
+        if "train" not in plans:
+            raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
+        options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
+        path = self.config.store_path.absolute()
+        job = self._job(ChunkWriter(path, session="none yet"), plans)
+        # What refuses to encode does so before an old store is thrown away.
+        with contextlib.ExitStack() as stack:
+            if self.session.scheduler is None:
+                ChunkEncoder(job, self.autoencoder, self.session.device).close()
+                cluster = None
+            else:
+                cluster = stack.enter_context(connect(self.session.scheduler))
+            writer = stack.enter_context(StoreWriter.open(path, self.metadata, plans, **options))
+            stop = stack.enter_context(StopRequest())
+            writer.check_space()
+            try:
+                done = self._encode(writer, replace(job, writer=writer.chunk_writer), cluster, stop)
+                reports = [self._report(writer, split, plan, done) for split, plan in plans.items()]
+                notes = {report.split: report.notes() for report in reports}
+                writer.finish(notes, {"skipped": self._skipped()})
+            except (StopAsked, EncodingStopped):
+                raise StoppedBySignal(
+                    stop.signal_number,
+                    f"stopped; {self.config.store_path} keeps its finished chunks, `encode` goes on from there",
+                ) from None
+            except NoSpaceError as error:
+                raise NoSpaceError(
+                    f"{error}; {writer.bytes_needed() / 1e6:.1f} MB of latents are still to be written: free as much, "
+                    "and `encode` goes on from the chunks that are finished"
+                ) from error
+            if stop:
+                raise StoppedBySignal(stop.signal_number, f"stopped; {self.config.store_path} is complete")
+        return reports
+
+    @property
+    def _broken_file(self) -> Path:
+        return self.config.store_path / PROGRESS_FOLDER / "broken.json"
+
+    def _note_broken(self) -> None:
+        """Remember broken videos beside the finished chunks, which were laid out without them."""
+        fingerprints = self._skipped()
+        noted = {
+            split: {video_id: [prints[video_id], self.broken[split][video_id]] for video_id in prints}
+            for split, prints in fingerprints.items()
+        }
+        write_json(self._broken_file, noted)
+
+    def _recall_broken(self) -> None:
+        """Leave out what an earlier command found broken, unless it has changed since."""
+        try:
+            noted = json.loads(self._broken_file.read_text())
+        except (OSError, ValueError):
+            return
+        for split in noted.keys() & self.splits.keys():
+            for video in self.splits[split].videos:
+                fingerprint, reason = noted[split].get(video.id, (None, ""))
+                if fingerprint == video.fingerprint:
+                    self.broken[split][video.id] = reason
+                    self.session.skip(video.id, reason)
+
+    def _videos(self, split: str) -> VideoTable:
+        videos = VideoTable.of(self.splits[split].videos)
+        if not self.broken[split]:
+            return videos
+        return videos.select(np.flatnonzero([video_id not in self.broken[split] for video_id in videos.ids]))
+
+    def _skipped(self) -> dict[str, dict[str, str]]:
+        """Fingerprints of the videos that could not be decoded, by split and id."""
+        return {
+            split: {video.id: video.fingerprint for video in self.splits[split].videos if video.id in ids}
+            for split, ids in self.broken.items()
+            if ids
+        }
+
+    def _views(self, split: str) -> Sequence[str]:
+        return self.config.cache.views if split == "train" else [IDENTITY]
+
+    def _index_frames(self, split: str) -> int:
+        """Frames of a split, with the videos that turn out to be broken: what is kept must not depend on these.
+
+        This number decides the chunks' size, and which frames are measured.
+        """
+        return int(VideoTable.of(self.splits[split].videos).frames.sum()) * len(self._views(split))
+
+    def _plan(self, split: str) -> SplitPlan:
+        cache = self.config.cache
+        views = self._views(split)
+        # Views of a video lie side by side, so that one pass over the video serves them all.
+        videos = self._videos(split)
+        each = np.repeat(np.arange(len(videos)), len(views)).tolist()
+        frames = self._index_frames(split)
+        chunk_frames = cache.chunk_frames or latent_cache.default_chunk_frames(self.latent_shape, frames)
+        return SplitPlan(
+            video_ids=[videos.ids[row] for row in each],
+            video_views=list(views) * len(videos),
+            lengths=np.repeat(videos.frames, len(views)),
+            latent_shape=self.latent_shape,
+            chunk_frames=chunk_frames,
+            fingerprints=[videos.fingerprints[row] for row in each],
+            shard_chunks=latent_cache.default_shard_chunks(frames, chunk_frames),
+        )
+
+    def _job(self, writer: ChunkWriter, plans: dict[str, SplitPlan]) -> EncodeJob:
+        """What tasks need to know; without a cluster, `device` is this process's own."""
+        session = self.session
+        return EncodeJob(
+            splits=self.splits,
+            cache=self.config.cache,
+            checkpoint=replace(self.checkpoint, path=self.checkpoint.path.absolute()),
+            digest=self.metadata.autoencoder["sha256"],
+            # Each worker finds its own device; only a device that the user named is asked of all of them.
+            device=str(session.device) if session.scheduler is None else session.asked_device,
+            writer=writer,
+            psnr_stride={split: psnr_stride(self._index_frames(split)) for split in plans},
+            chunk_frames=max(plan.file_frames for plan in plans.values()),
+        )
+
+    def _encode(self, writer: StoreWriter, job: EncodeJob, cluster: Any, stop: StopRequest) -> list[EncodedChunk]:
+        plans = writer.plans
+        pending = {split: writer.pending(split) for split in plans}
+        for split, plan in plans.items():
+            if len(pending[split]) < len(plan.chunks):
+                there = len(plan.chunks) - len(pending[split])
+                say(f"store: {split}: {there} of {len(plan.chunks)} chunks are there already")
+        tasks = [(split, chunk) for split in plans for chunk in pending[split]]
+        if not tasks:
+            return []
+        frames = sum(plan.frames for plan in plans.values())
+        there = frames - sum(chunk.frames for _, chunk in tasks)
+        with progress(total=frames, initial=there, description="encode", unit="frame") as bar:
+
+            def accept(encoded: EncodedChunk) -> None:
+                writer.accept(encoded.split, encoded.chunk, encoded.marker)
+                if cluster is not None:
+                    bar.update(encoded.chunk.frames)
+
+            if cluster is not None:
+                return run_on_cluster(cluster, job, tasks, accept, stop)
+            encoder = ChunkEncoder(job, self.autoencoder, self.session.device, accept, bar.update, stop)
+            try:
+                return run_here(encoder, tasks)
+            finally:
+                encoder.close()
+
+    def _report(self, writer: StoreWriter, split: str, plan: SplitPlan, done: list[EncodedChunk]) -> SplitReport:
+        markers = [marker.measured for marker in writer.markers(split)]
+        counts = np.zeros(self.autoencoder.config.codes, np.int64)
+        for measured in markers:
+            counts[: len(measured["code_counts"])] += measured["code_counts"]
+        share = counts[counts > 0] / counts.sum()
+        mine = [encoded for encoded in done if encoded.split == split]
+        seconds = max(encoded.ended for encoded in mine) - min(encoded.started for encoded in mine) if mine else None
+        return SplitReport(
+            split=split,
+            videos=len(set(plan.video_ids)),
+            frames=plan.frames,
+            megabytes=plan.frames * np.prod(self.latent_shape) * np.dtype(self.config.cache.dtype).itemsize / 1e6,
+            frames_per_second=sum(encoded.chunk.frames for encoded in mine) / max(seconds, 1e-9) if mine else None,
+            codes_used=int((counts > 0).sum()),
+            codes=len(counts),
+            code_perplexity=float(np.exp(-(share * np.log(share)).sum())),
+            round_trip_psnr=float(np.mean([value for measured in markers for value in measured["psnr"]])),
+            codes_changed=sum(measured["codes_changed"] for measured in markers) / int(counts.sum()),
+            codes_held=sum(measured["codes_held"] for measured in markers) / int(counts.sum()),
+        )

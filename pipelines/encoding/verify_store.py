@@ -1,0 +1,230 @@
+"""`encode --verify`: every checksum of a store, and some of its frames encoded again. Writes nothing."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+import latent_cache
+from latent_cache import CorruptStoreError, DamagedFramesError, LatentCache
+from pipelines.config import RiverConfig
+from pipelines.encoding.store_checks import check_sources, check_store, store_is_complete
+from pipelines.encoding.verify_frames import FrameCheck, FrameVerifier, draw_frames
+from pipelines.errors import CheckFailed, UserError
+from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
+from pipelines.runtime.context import Session
+from pipelines.runtime.progress import progress, say
+from pipelines.runtime.runs import software_versions
+from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
+
+# Of more videos than this, which lie side by side in the split, the first and the last are named, and their rows.
+MOST_NAMES = 20
+CHECKSUMS_ONLY = "or check the checksums alone, which needs neither videos nor autoencoder: `encode --verify 0`"
+
+
+def verify_store(config: RiverConfig, session: Session, count: int) -> None:
+    """Check all checksums of the configuration's store, and encode `count` of its frames again.
+
+    Raises:
+        CheckFailed: something is damaged or wrong; each finding was printed on stderr.
+        UserError: no complete store, or one of another autoencoder, preprocessing or videos than those that are here;
+            with `count` above 0 also when autoencoder or videos are not here.
+    """
+    path = config.store_path
+    if session.overwrite:
+        raise UserError("--verify writes nothing: leave --overwrite away, or leave --verify away to encode again")
+    latent_cache.open_metadata(path)  # says so when there is no store
+    if not store_is_complete(path):
+        raise UserError(f"{path}: the store is not complete: `make encode` goes on from there; verify it then")
+    autoencoder = _autoencoder(config, session, count)
+    splits = _videos(config) if count else {}
+    if count:
+        with contextlib.suppress(CorruptStoreError):  # damaged names are listed with all else
+            check_sources(config, splits)
+    sums = check_checksums(str(path))
+    found = [sums.problem] if sums.problem else []
+    if not count:
+        say("verify: 0 frames were asked for: nothing was encoded again")
+    elif not sums.names_are_sound:
+        found.append("no frame was encoded again, since names or offsets of videos are damaged")
+    else:
+        assert autoencoder is not None
+        problem = _check_frames(config, session, sums.caches, splits, autoencoder, count)
+        found += [problem] if problem else []
+    if found:
+        raise CheckFailed(
+            f"{path}: {'; '.join(found)}: restore the files from a copy, or encode again with `encode --overwrite`"
+        )
+
+
+@dataclass(frozen=True)
+class ChecksumReport:
+    """What reading a whole store came to.
+
+    Attributes:
+        caches: the splits that can be opened.
+        names_are_sound: whether these are all, and their names and offsets are sound, whatever their chunks are.
+        problem: what is wrong, in a few words; empty when nothing is.
+    """
+
+    caches: list[LatentCache]
+    names_are_sound: bool
+    problem: str
+
+
+def check_checksums(store: str) -> ChecksumReport:
+    """Read all chunks, names and offsets of a complete store. Each damage is printed on stderr, by file and videos.
+
+    Raises:
+        StoreError: no complete store, or one that cannot be reached.
+    """
+    damages, names_are_sound, caches = 0, True, []
+    for split in latent_cache.splits(store):
+        try:
+            caches.append(latent_cache.open(store, split))
+        except CorruptStoreError as error:
+            damages, names_are_sound = damages + 1, False
+            _print_finding(f"{error}. The other files of {split} were not checked")
+    readers = {
+        cache.split: [reader for reader in (cache.latent_reader, cache.code_reader) if reader is not None]
+        for cache in caches
+    }
+    chunks = sum(reader.chunk_count for group in readers.values() for reader in group)
+    size = sum(reader.array.nbytes for group in readers.values() for reader in group)
+    with progress(total=chunks, description="checksums", unit="chunk") as bar:
+        for cache in caches:
+            of_index = list(cache.index_damages())
+            for error in of_index:
+                _print_finding(str(error))
+            damages += len(of_index)
+            names_are_sound &= not of_index
+            for reader in readers[cache.split]:
+                found = []
+                for damage in reader.damages():
+                    bar.update()
+                    found += [damage] if damage is not None else []
+                for damage in _joined(found):
+                    damages += 1
+                    videos = _name_videos(cache, damage.start, damage.stop) if not of_index else "videos without names"
+                    _print_finding(
+                        f"{damage.file} {damage.what}. It carries frames {damage.start} to {damage.stop - 1} of "
+                        f"{cache.split}, of {videos}"
+                    )
+    if damages:
+        return ChecksumReport(caches, names_are_sound, f"{damages} file(s) or chunk(s) are damaged, as listed")
+    say(
+        f"verify: {store}: all {chunks} chunks of latents and codes, {size / 1e6:.1f} MB, and the names and offsets of "
+        f"all videos match their checksums"
+    )
+    return ChecksumReport(caches, True, "")
+
+
+def _autoencoder(config: RiverConfig, session: Session, count: int) -> Autoencoder | None:
+    """The autoencoder of the store; None when it is neither here nor needed."""
+    checkpoint = find_autoencoder(config.run_path)
+    if checkpoint is None and not count:
+        return None
+    if checkpoint is None:
+        raise UserError(
+            f"{config.run_path}/autoencoder holds no checkpoint, so no frame can be encoded again: bring it back, "
+            f"{CHECKSUMS_ONLY}"
+        )
+    autoencoder = load_trained_autoencoder(checkpoint, session.device)
+    check_store(config, weights_digest(autoencoder))
+    return autoencoder
+
+
+def _videos(config: RiverConfig) -> dict[str, VideoSource]:
+    """The raw videos; from no mirror, since nothing is to be written."""
+    root = dataset_root(config.dataset, config.data_root)
+    if config.dataset.source != "shapes" and not root.exists():
+        raise UserError(
+            f"{root}: the raw videos are not there, so no frame can be encoded again: bring them back, {CHECKSUMS_ONLY}"
+        )
+    try:
+        return dict(open_splits(config.dataset, config.data_root))
+    except VideoError as error:
+        raise UserError(f"{error}; {CHECKSUMS_ONLY}") from error
+
+
+def _check_frames(
+    config: RiverConfig,
+    session: Session,
+    caches: Sequence[LatentCache],
+    splits: dict[str, VideoSource],
+    autoencoder: Autoencoder,
+    count: int,
+) -> str:
+    """Encode drawn frames again; what is wrong with them in a few words, empty when nothing is."""
+    drawn = draw_frames(caches, count, config.seed)
+    checks: list[FrameCheck] = []
+    with progress(total=len(drawn), description="encode again", unit="frame") as bar:
+        for check in FrameVerifier(caches, splits, autoencoder, session.device).check(drawn):
+            bar.update()
+            checks.append(check)
+            if check.problem:
+                _print_finding(check.problem)
+    compared = [check for check in checks if check.compared]
+    wrong = [check for check in compared if check.problem]
+    equal = sum(check.bit_equal for check in compared)
+    total = sum(cache.frames for cache in caches)
+    which = f"all {total} frames" if len(drawn) == total else f"{len(drawn)} frames, drawn from {total},"
+    videos, number = len({check.video for check in checks}), "all" if equal == len(drawn) else equal
+    say(
+        f"verify: {which} of {videos} video(s) encoded again: {number} equal to the bit"
+        + _explain_rounding(compared, caches[0])
+    )
+    problems = []
+    if wrong:
+        problems.append(f"{len(wrong)} of {len(compared)} frames are not what their videos encode to, as listed")
+    if len(compared) < len(drawn):
+        problems.append(f"{len(drawn) - len(compared)} frame(s) could not be compared, as listed")
+    return "; ".join(problems)
+
+
+def _explain_rounding(compared: Sequence[FrameCheck], cache: LatentCache) -> str:
+    close = [check for check in compared if not check.bit_equal and not check.problem]
+    if not close:
+        return ""
+    largest = max(check.deviation for check in close)
+    text = (
+        f", {len(close)} sound but not equal: they deviate by at most {largest:.1%} of what is tolerated, as another "
+        "device, processor or library version explains"
+    )
+    here, there = software_versions(), cache.metadata.software
+    others = [f"{name} {there[name]}, here {here.get(name)}" for name in there if there[name] != here.get(name)]
+    return text + (f" (the store was written with {'; '.join(others)})" if others else "")
+
+
+def _joined(damages: Sequence[DamagedFramesError]) -> list[DamagedFramesError]:
+    """One for neighbouring chunks of one file that have one cause, such as a shard that is missing."""
+    joined: list[DamagedFramesError] = []
+    for damage in damages:
+        last = joined[-1] if joined else None
+        if last is not None and (last.file, last.what, last.stop) == (damage.file, damage.what, damage.start):
+            joined[-1] = DamagedFramesError(str(last), last.file, last.what, last.start, damage.stop)
+        else:
+            joined.append(damage)
+    return joined
+
+
+def _name_videos(cache: LatentCache, start: int, stop: int) -> str:
+    """The videos of some frames of a split, as words."""
+    first, last = (int(row) for row in cache.offsets.searchsorted([start, stop - 1], side="right") - 1)
+    rows = range(first, last + 1)
+
+    def name(row: int) -> str:
+        view = cache.video_views[row]
+        return repr(cache.video_ids[row]) + ("" if view == "identity" else f" ({view})")
+
+    if len(rows) <= MOST_NAMES:
+        return f"{len(rows)} video(s): " + ", ".join(map(name, rows))
+    return f"{len(rows)} videos, rows {first} to {last}: {name(first)}, {name(first + 1)}, ..., {name(last)}"
+
+
+def _print_finding(text: str) -> None:
+    """Print on stderr, also when the run is quiet, without tearing a progress bar apart."""
+    tqdm.write(f"verify: {text}", file=sys.stderr)

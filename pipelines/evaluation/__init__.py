@@ -1,0 +1,1 @@
+"""Numbers about quality: metrics, Fréchet distances, protocols, results, studies."""

@@ -1,0 +1,121 @@
+"""What must be known to measure the same thing again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
+from pipelines.evaluation.fvd import MOST_RESAMPLES, ShownFrames
+from pipelines.evaluation.perceptual_weights import download_path as vgg_download_path
+from pipelines.evaluation.video_network import VideoNetwork, file_sha256
+from pipelines.loading import find_flow, find_refiner, weights_digest
+from pipelines.predictor import VideoPredictor, describe_sampling
+from pipelines.runtime.context import sampling_precision
+from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from stage2_flow.sampling_plan import SamplingPlan
+
+
+def describe_protocol(
+    config: RiverConfig,
+    predictor: VideoPredictor,
+    videos: list[int],
+    missing: dict[str, str],
+    *,
+    refine: bool,
+    network: VideoNetwork | None,
+) -> dict[str, Any]:
+    """All that decides the numbers.
+
+    Args:
+        videos: the video of each clip that was measured.
+        missing: what was not measured, and why.
+        network: of the Fréchet video distance, if that was measured.
+    """
+    evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
+    flow, refiner = find_flow(config.run_path), find_refiner(config.run_path) if refine else None
+    assert flow is not None
+    return {
+        "protocol": describe_preset(config),
+        "dataset": config.dataset.name,
+        "split": evaluation.split,
+        "clips": len(videos),
+        "videos": len(set(videos)),
+        "window": evaluation.window,
+        "window_seed": evaluation.seed,
+        "context": evaluation.context,
+        "horizon": evaluation.horizon,
+        "samples": evaluation.samples,
+        "aggregation": "mean over clips, samples and predicted frames",
+        "best_of": "of each clip, for each metric, the sample with the best mean over the horizon by that metric"
+        if evaluation.samples > 1
+        else None,
+        "interval": None
+        if "interval" in missing
+        else f"95 %, bootstrap over videos: percentiles of {evaluation.resamples} resamples, seed {evaluation.seed}",
+        "pixels": "clamped to [-1, 1], compared as floats with data range 2",
+        "image_size": config.dataset.image_size,
+        "frame_step": config.dataset.frame_step,
+        "resize": {"filter": frames["resize_filter"], "upscale_filter": frames["upscale_filter"],
+                   "crop": frames["crop"], "size": config.dataset.image_size},
+        "sampling": config.sampling.model_dump(mode="json"),
+        "seed": config.sampling.seed,
+        "precision": sampling_precision(config.sampling, predictor.device),
+        "nfe": SamplingPlan.from_config(config.sampling).evaluations,
+        "description": describe_sampling(predictor, refine),
+        "flow_step": flow.step,
+        "flow_sha256": weights_digest(predictor.vector_field),
+        "flow_origin": {key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
+        "refine": refine,
+        "refiner_step": None if refiner is None else refiner.step,
+        "refiner_sha256": weights_digest(predictor.check_refiner()) if refine else None,
+        "autoencoder_sha256": flow.state["store"]["autoencoder"],
+        "store_fingerprint": flow.state["store"]["fingerprint"],
+        "vgg_sha256": None if "lpips" in missing else file_sha256(vgg_path(config)),
+        "fvd": None if network is None else describe_fvd(config, network, intervals="interval" not in missing),
+        "device": str(predictor.device),
+        "torch": torch.__version__,
+        "missing": missing,
+    }  # fmt: skip
+
+
+def describe_preset(config: RiverConfig) -> str | None:
+    """The preset, and where the settings differ from it: `kth_10_30, with videos=64`."""
+    evaluation, dataset = config.evaluation.model_dump(), config.dataset.model_dump()
+    name = evaluation["protocol"]
+    if name is None:
+        return None
+    preset = PROTOCOLS[name]
+    changes = [f"{key}={value}" for key, value in evaluation.items() if key in preset and preset[key] != value]
+    for path, value in PROTOCOL_DATA[name].items():
+        key, _, inner = path.partition(".")
+        ours = dataset[key].get(inner) if inner else dataset[key]
+        changes += [f"dataset.{path}={ours}"] if ours != value else []
+    return name + (f", with {', '.join(changes)}" if changes else "")
+
+
+def describe_fvd(config: RiverConfig, network: VideoNetwork, intervals: bool) -> dict[str, Any]:
+    """How the Fréchet video distance was measured."""
+    shown = ShownFrames.choose(config.evaluation)
+    assert isinstance(shown, ShownFrames)
+    return {
+        "network_sha256": network.sha256,
+        "context": shown.context > 0,
+        "frames": shown.frames,
+        "clips_of_frames": shown.describe(),
+        "resize": "by the network: 224x224, bilinear",
+        "given_frames": "real ones against real clips, autoencoded ones against autoencoded clips"
+        if shown.context
+        else None,
+        "statistics": "mean and covariance (n - 1) in float64",
+        "samples": "a set of each sample number, mean over the sets' distances",
+        "interval": f"-+ 1.96 standard deviations of {min(config.evaluation.resamples, MOST_RESAMPLES)} resamples"
+        if intervals
+        else None,
+    }
+
+
+def vgg_path(config: RiverConfig) -> Path:
+    """The file of VGG16 that LPIPS takes."""
+    given = config.autoencoder.training.vgg_weights
+    return vgg_download_path() if given is None else Path(given).expanduser()

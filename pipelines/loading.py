@@ -1,0 +1,176 @@
+"""All that a predictor consists of, and how it is loaded from a run folder."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+
+from pipelines.config import parse_config
+from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.context import image_memory_format
+from pipelines.runtime.runs import (
+    chosen_checkpoint,
+)
+from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
+from stage1_autoencoder.families import build_autoencoder
+from stage1_autoencoder.rcan import RCAN
+from stage2_flow.config import SamplingConfig, VectorFieldConfig
+from stage2_flow.standardization import Standardization
+from stage2_flow.vector_field import VectorField
+
+
+@dataclass(frozen=True, eq=False)
+class PredictorParts:
+    """Networks that were trained together, on the device, in evaluation mode, frozen.
+
+    Attributes:
+        autoencoder: `.encode(images)`, `.quantize(latents)`, `.decode(latents)`.
+        vector_field: called with final latents: (x_t, reference, condition, distance, t) -> velocity.
+        standardization: between the raw latents of the autoencoder and the final latents of the field.
+        sampling: the defaults of every prediction.
+        fps: frames a second of the videos it was trained on.
+        refiner: used only where it is asked for; None: there is none.
+        no_refiner: why there is none, and the way out.
+    """
+
+    autoencoder: Autoencoder
+    vector_field: VectorField
+    standardization: Standardization
+    sampling: SamplingConfig
+    fps: float
+    device: torch.device
+    refiner: RCAN | None = None
+    no_refiner: str = "this predictor was made without a refiner: pass refiner=..., or train one for a run"
+
+
+def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | None = None) -> PredictorParts:
+    """Load the checkpoints of a run folder that are to be used; see `VideoPredictor.from_run`.
+
+    Raises:
+        UserError: something of it is missing, or its flow was trained on another autoencoder's latents.
+    """
+    flow, autoencoder_checkpoint = find_flow(run), find_autoencoder(run)
+    if flow is None:
+        raise UserError(f"{run}/flow/checkpoints holds no checkpoint; `make train-flow` makes one")
+    if autoencoder_checkpoint is None:
+        known = flow.state["store"]["autoencoder"]
+        raise UserError(
+            f"{run}/autoencoder/checkpoints holds no checkpoint, and {flow.path} knows latents of autoencoder "
+            f"{known[:12]}...: bring that one back (`import-official` does, where it came from there), or begin "
+            "anew with `train-autoencoder`, `encode --overwrite` and `train-flow --restart`"
+        )
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
+    autoencoder = load_trained_autoencoder(autoencoder_checkpoint, device)
+    trained_on, here = flow.state["store"]["autoencoder"], weights_digest(autoencoder)
+    if trained_on != here:
+        raise UserError(
+            f"{flow.path} was trained on latents of autoencoder {trained_on[:12]}..., but "
+            f"{autoencoder_checkpoint.path} is {here[:12]}...: encode and train the flow again "
+            "(`encode --overwrite`, `train-flow --restart`), or bring the old autoencoder back"
+        )
+    statistics = flow.state["standardization"]
+    sampling = parse_config(values, f"{run}/config.yaml").sampling
+    if weights is not None:
+        sampling = sampling.model_copy(update={"weights": weights})
+    refiner, no_refiner = _find_refiner(run, here, device)
+    return PredictorParts(
+        autoencoder=autoencoder,
+        vector_field=load_trained_field(flow, device, sampling.weights),
+        standardization=Standardization(
+            torch.tensor(statistics["mean"], device=device), torch.tensor(statistics["std"], device=device)
+        ),
+        sampling=sampling,
+        fps=flow.state["fps"],
+        device=device,
+        refiner=refiner,
+        no_refiner=no_refiner,
+    )
+
+
+def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> tuple[RCAN | None, str]:
+    """The refiner of a run, or None and why there is none to use."""
+    found = find_refiner(run)
+    if found is None:
+        return None, f"{run}/refiner/checkpoints holds no checkpoint; `make train-refiner` makes one"
+    trained_for = found.state["autoencoder"]
+    if trained_for != autoencoder_digest:
+        return None, (
+            f"{found.path} was trained for autoencoder {trained_for[:12]}..., but {run}/autoencoder is "
+            f"{autoencoder_digest[:12]}...: train it anew (`train-refiner --restart`), or bring the old autoencoder "
+            "back"
+        )
+    return load_trained_refiner(found, device), ""
+
+
+def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
+    """The autoencoder of a checkpoint, in eval mode: the averaged weights where there are any."""
+    name = "ema" if checkpoint.has("ema") else "model"
+    try:
+        model = build_autoencoder(parse_model_config(checkpoint.state["model"]))
+        model.load_state_dict(checkpoint.tensors(name))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
+    return model.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of all weights: what tells autoencoders apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_autoencoder(run_path: Path) -> Checkpoint | None:
+    """The autoencoder's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
+    return _chosen(CheckpointFolder(run_path / "autoencoder" / "checkpoints"))
+
+
+def _chosen(checkpoints: CheckpointFolder) -> Checkpoint | None:
+    return checkpoints.best() or checkpoints.latest()
+
+
+def find_flow(run_path: Path) -> Checkpoint | None:
+    """The flow's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
+    return chosen_checkpoint(run_path / "flow")
+
+
+def load_trained_field(
+    checkpoint: Checkpoint, device: torch.device, weights: Literal["ema", "raw"] = "ema"
+) -> VectorField:
+    """The vector field of a checkpoint, in eval mode: the averaged weights where there are any, unless raw ones."""
+    try:
+        sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
+        field = VectorField(sizes, checkpoint.state["latent_shape"][0])
+        field.load_state_dict(checkpoint.tensors("ema" if weights == "ema" and checkpoint.has("ema") else "model"))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
+    return field.to(device).eval().requires_grad_(False)
+
+
+def find_refiner(run_path: Path) -> Checkpoint | None:
+    """The refiner's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
+    return _chosen(CheckpointFolder(run_path / "refiner" / "checkpoints"))
+
+
+def load_trained_refiner(checkpoint: Checkpoint, device: torch.device) -> RCAN:
+    """The refiner of a checkpoint, in eval mode: the averaged weights where there are any.
+
+    Raises:
+        UserError: weights that don't fit the sizes beside them.
+    """
+    try:
+        refiner = RCAN(RefinerModelConfig.model_validate(checkpoint.state["model"]))
+        refiner.load_state_dict(checkpoint.tensors("ema" if checkpoint.has("ema") else "model"))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
+    return refiner.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Frames come out: rollouts in batches, clips, pictures."""

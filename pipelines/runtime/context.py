@@ -1,0 +1,113 @@
+"""What one command was asked for besides its configuration, and what it met on the way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from pipelines.errors import UserError
+from pipelines.runtime.distributed import ALONE, Processes
+from pipelines.runtime.progress import say
+from stage2_flow.config import SamplingConfig
+
+
+@dataclass
+class Session:
+    """One command of a user.
+
+    Attributes:
+        device: where networks run.
+        strict: a broken video stops the command (exit code 2) instead of being skipped (exit code 3).
+        overwrite: replace a store that contradicts the configuration.
+        restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
+        resume: what a training goes on from: `auto` (the newest whole checkpoint), or a checkpoint's step or folder.
+        fine_tune: `train-flow` starts a training from the weights of the flow that is there.
+        mirror: a folder or URL that holds the data set's archives.
+        scheduler: address of the dask scheduler whose workers encode; None: this process does.
+        download: fetch public weights that lack; without it nothing but `data` uses the network.
+        processes: that train together with this one.
+        asked_device: what the user asked for; `auto` lets each worker find its own.
+        skipped: broken videos, id -> reason.
+    """
+
+    device: torch.device
+    strict: bool = False
+    overwrite: bool = False
+    restart: bool = False
+    resume: str = "auto"
+    fine_tune: bool = False
+    mirror: str | None = None
+    scheduler: str | None = None
+    download: bool = False
+    processes: Processes = ALONE
+    asked_device: str = "auto"
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def for_prerequisites(self) -> "Session":
+        """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
+        return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False)
+
+    def skip(self, video_id: str, reason: str) -> None:
+        """Note a broken video, once; with `strict` raise instead."""
+        if self.strict:
+            raise UserError(f"video {video_id}: {reason} (--strict: nothing is skipped)")
+        if video_id not in self.skipped:
+            self.skipped[video_id] = reason
+            say(f"skipped video {video_id}: {reason}")
+
+
+def image_memory_format(device: torch.device) -> torch.memory_format:
+    """The layout of images and kernels. On a CPU the contiguous one trains 12 % faster and encodes 12 % slower."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` to bf16 on a GPU that has it and fp32 elsewhere; others as they are."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def use_precision(precision: str) -> None:
+    """Multiply float32 matrices and convolutions of this process's training in TF32, unless `fp32` is asked for."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1` to a device that is there.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: allowed are auto, cpu, cuda, cuda:<number>") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def sampling_precision(options: SamplingConfig, device: torch.device) -> str:
+    """What matrix products are computed in: `fp32`, `tf32` or `bf16`."""
+    if options.precision == "auto" and options.preset == "official":
+        return "fp32"
+    return resolve_precision(options.precision, device)
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Matrix products in `fp32`, `tf32` or `bf16` inside; as it was before afterwards."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    try:
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

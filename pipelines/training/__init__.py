@@ -1,0 +1,1 @@
+"""Where weights change: trainers, validation, fine-tuning."""

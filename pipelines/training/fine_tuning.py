@@ -1,0 +1,195 @@
+"""`train-flow --fine-tune`: a flow's training from step 0 whose first weights are those of a flow that is there."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import latent_cache
+from latent_cache import LatentCache
+from pipelines.config import RiverConfig, differences
+from pipelines.encoding.encode_store import ensure_store
+from pipelines.errors import UserError
+from pipelines.loading import weights_digest
+from pipelines.official.parts import NO_SIZES
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
+from pipelines.runtime.context import Session
+from pipelines.runtime.progress import say, warn
+from pipelines.runtime.runs import chosen_checkpoint, is_fine_tuned, is_imported, only_training_of, set_aside
+from pipelines.training.flow_trainer import flow_state, standardization_in
+from stage2_flow.config import VectorFieldConfig
+from stage2_flow.vector_field import VectorField
+
+
+def fine_tune(config: RiverConfig, session: Session) -> Session:
+    """Begin a fine-tuning of the flow that is there, unless one was begun already.
+
+    Returns:
+        The session of the training that is gone on with from here, from step 0 or from where it was.
+    Raises:
+        UserError: nothing to start from; a training that is not finished; weights that can't be trained further on
+            this store under this configuration; `--resume` beside it. Nothing was changed.
+    """
+    processes = session.processes
+    if session.resume != "auto":
+        raise UserError(
+            f"--resume {session.resume} goes on with a training, and --fine-tune begins one: take one of them"
+        )
+    start = _find_start(config, session)
+    processes.wait()  # all have seen what is there before the first one sets it aside
+    if start is not None:
+        cache = latent_cache.open(ensure_store(config, session), "train")
+        _check_start(start, config, cache)
+        with processes.first_before_others():
+            if processes.is_first:
+                _begin(config, start, cache)
+    return replace(session, restart=False)
+
+
+def finish_beginning(folder: Path) -> None:
+    """Put right what a process left that was killed while it began a fine-tuning.
+
+    Args:
+        folder: of the flow.
+    Raises:
+        UserError: another process is beginning one now.
+    """
+    beginning = _beginning(folder)
+    if not beginning.is_dir():
+        return
+    with only_training_of(beginning):
+        if (folder / "checkpoints").exists():  # it was killed before the old flow was set aside, which is in force
+            shutil.rmtree(beginning)
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        beginning.rename(folder)
+    say(f"flow: a fine-tuning was interrupted while it began; it is in {folder}")
+
+
+def _find_start(config: RiverConfig, session: Session) -> Checkpoint | None:
+    """What to start from: the run's checkpoint that predicts; None where a fine-tuning is to be gone on with."""
+    folder = config.run_path / "flow"
+    newest = CheckpointFolder(folder / "checkpoints").latest()
+    if newest is None:
+        raise UserError(
+            f"--fine-tune starts from weights that are there, and {folder}/checkpoints holds none: bring official ones "
+            "with `import-official`, or train from random weights with `train-flow`"
+        )
+    if not session.restart and not _has_not_moved(newest):
+        if is_fine_tuned(newest):
+            return None
+        steps = _steps_wanted(newest, config)
+        if not is_imported(newest) and newest.step < steps:
+            raise UserError(
+                f"{newest.path} is {newest.step} of {steps} steps into a training that is no fine-tuning: finish it "
+                "with `train-flow`, or start from its weights as they are with `train-flow --fine-tune --restart` (it "
+                "is set aside)"
+            )
+    return chosen_checkpoint(folder)
+
+
+def _check_start(start: Checkpoint, config: RiverConfig, cache: LatentCache) -> None:
+    """Refuse weights that can't be trained further on a store under a configuration.
+
+    Raises:
+        UserError: other sizes; latents of another autoencoder; standardised latents where the start knows raw ones, or
+            the other way round.
+    """
+    sizes = (config.flow.model, _sizes(start))
+    changed = differences(*({"flow": {"model": s.model_dump(mode="json", exclude=NO_SIZES)}} for s in sizes))
+    if changed:
+        raise UserError(
+            f"{start.path} has other sizes than the configuration:\n  " + "\n  ".join(changed)
+            + "\nfine-tune it with its own sizes, or train another network from random weights with `train-flow "
+            "--restart` (what is there is set aside)"
+        )  # fmt: skip
+    knows, stored = start.state["store"]["autoencoder"], cache.metadata.autoencoder["sha256"]
+    if knows != stored:
+        raise UserError(
+            f"{cache.url} was encoded by autoencoder {stored[:12]}..., and {start.path} knows latents of "
+            f"{knows[:12]}...: what it learned is worth nothing on others. Bring its autoencoder back to "
+            f"{config.run_path}/autoencoder (`import-official` does, where it came from there) and `encode "
+            "--overwrite`, or train a flow on this store from random weights with `train-flow --restart`"
+        )
+    standardised = not _is_identity(start)
+    if config.flow.training.standardize != standardised:
+        known, right = ("standardised", "true") if standardised else ("raw", "false")
+        raise UserError(
+            f"flow.training.standardize: {str(not standardised).lower()}, but {start.path} knows {known} latents, and "
+            f"fine-tuning keeps to them: set flow.training.standardize={right}"
+        )
+    before, now = start.state["latent_shape"][1:], cache.latent_shape[1:]
+    if any(side > learned for side, learned in zip(now, before, strict=True)):
+        warn(
+            f"flow: {start.path} was trained on latents of {before[0]}x{before[1]}, and {cache.url} has {now[0]}x"
+            f"{now[1]}: the position codes of the further places are still random"
+        )
+
+
+def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache) -> None:
+    """Put a checkpoint of step 0 with the start's weights in the place of the flow that is there, which is set aside.
+
+    From then on it is a training like every other one, which a plain `train-flow` goes on with. Killed at any moment,
+    either the old flow or this one is in its place, or `finish_beginning` puts it there.
+    """
+    weights = start.tensors("ema" if start.has("ema") else "model")
+    # No moments: the optimizer begins anew, and the warm-up with it.
+    files: dict[str, Tensors] = {"model": weights, "optimizer": {}}
+    if config.flow.training.ema_decay is not None:
+        # Counted as one update, or the first one would replace the average instead of moving it.
+        files |= {"ema": weights, "average": {"n_averaged": torch.tensor(1)}}
+    # The start's statistics, not the store's, which would shift all that it has learned.
+    state = flow_state(config, cache, standardization_in(start))
+    if _has_not_moved(start):
+        state["fine_tuned_from"] = start.state["fine_tuned_from"]
+    else:
+        kept = {key: start.state[key] for key in ("store", "imported", "fine_tuned_from") if key in start.state}
+        state["fine_tuned_from"] = {"step": start.step, "weights": _digest(start, weights), **kept}
+    folder = config.run_path / "flow"
+    beginning = _beginning(folder)
+    with only_training_of(beginning):
+        CheckpointFolder(beginning / "checkpoints").save(0, files, state)
+        aside = set_aside(folder, "flow", "--fine-tune; the flow before")
+        beginning.rename(folder)
+    if _has_not_moved(start):
+        shutil.rmtree(aside)  # a copy of what is kept elsewhere
+
+
+def _has_not_moved(checkpoint: Checkpoint) -> bool:
+    """Whether it is the beginning of a fine-tuning, with the weights that this started from."""
+    return is_fine_tuned(checkpoint) and checkpoint.step == 0
+
+
+def _beginning(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.beginning")
+
+
+def _steps_wanted(checkpoint: Checkpoint, config: RiverConfig) -> int:
+    """The number of steps of the training that made a checkpoint, which need not be that of the fine-tuning."""
+    settings = checkpoint.state.get("settings")
+    return config.flow.training.steps if settings is None else settings["flow"]["training"]["steps"]
+
+
+def _sizes(checkpoint: Checkpoint) -> VectorFieldConfig:
+    try:
+        return VectorFieldConfig.model_validate(checkpoint.state["model"])
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: the sizes in state.json are none: {error}") from None
+
+
+def _digest(start: Checkpoint, weights: Tensors) -> str:
+    """The sha256 that `import-official` gives the same weights."""
+    with torch.device("meta"):
+        field = VectorField(_sizes(start), start.state["latent_shape"][0])
+    try:
+        field.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{start.path}: weights don't fit the sizes in state.json: {error}") from None
+    return weights_digest(field)
+
+
+def _is_identity(start: Checkpoint) -> bool:
+    """Whether a flow learned on raw latents."""
+    standardization = standardization_in(start)
+    return bool((standardization.mean == 0).all() and (standardization.std == 1).all())

@@ -1,0 +1,197 @@
+"""Memory of flow training, worked out before it begins: a step is traced on tensors that have shapes and no memory."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from latent_cache import FlowBatch
+from pipelines.runtime.context import resolve_precision
+from pipelines.runtime.train_state import Optimizers, build_optimizers
+from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
+from stage2_flow.loss import FlowDraws, flow_matching_loss
+from stage2_flow.vector_field import VectorField
+
+
+@dataclass(frozen=True)
+class FlowMemory:
+    """Bytes that are taken at the peak of a training step.
+
+    Attributes:
+        parameters: of the vector field, buffers included.
+        gradients: those that are there at the peak. With a batch in one part the peak is where the forward pass ends,
+            and hardly any are; each takes the place of activations that it has been computed from.
+        optimizer: its state.
+        average: the averaged weights.
+        activations: all else: what the backward pass needs, a batch, copies in bf16, what is in the works.
+        latents: cached ones that lie in the same memory.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    latents: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def describe(self) -> str:
+        """The sum and its parts in words."""
+        parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return f"{_size(self.total)}: " + ", ".join(f"{name} {_size(size)}" for name, size in parts if size)
+
+
+def estimate_memory(
+    model: VectorFieldConfig,
+    training: FlowTrainingConfig,
+    latent_shape: tuple[int, int, int],
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    latents_bytes: int = 0,
+) -> FlowMemory:
+    """Work out the peak of an eager training step: forward and backward pass, clipping, the optimizer, the average.
+
+    Not in it: Python and libraries, what kernels take within a call, what an allocator rounds up and keeps (glibc's
+    heap another fifth at the paper's sizes), other processes, validation. Compiled steps take less.
+
+    Args:
+        model: sizes of the field.
+        training: batch size, parts it is computed in, precision, optimizer, average.
+        latent_shape: (c, h, w).
+        device: whose step. `cuda` wants a GPU, though none of its memory: elsewhere PyTorch doesn't say which kernels
+            it would take, and these differ in what they keep (dropout on a CPU keeps four times the bytes, and its
+            attention all weights).
+        latents_bytes: of cached latents in the same memory.
+    Raises:
+        ValueError: `cuda` on a machine without.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': what a GPU's kernels keep is known only where there is one")
+    precision = resolve_precision(training.precision, torch.device(device))
+    with FakeTensorMode(), torch.device(device), LiveMemory(device) as memory:
+        field = VectorField(model, latent_shape[0])
+        parameters = memory.now
+        optimizers = build_optimizers(
+            field,
+            name=training.optimizer,
+            learning_rate=training.learning_rate,
+            muon_learning_rate=training.muon_learning_rate,
+            betas=training.betas,
+            weight_decay=training.weight_decay,
+            never_matrices=field.boundary_parameters(),
+        )
+        _make_state(field, optimizers)
+        optimizer = memory.now - parameters
+        memory.restart()
+        batch, draws = _batch(-(-training.batch_size // training.accumulate), latent_shape)
+        for _ in range(min(training.accumulate, 2)):  # a third part is like the second
+            _train_part(field, batch, draws, precision)
+        _update(field, optimizers, training.grad_clip)
+        gradients = memory.at_peak([parameter.grad for parameter in field.parameters()])
+    return FlowMemory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        average=parameters if training.ema_decay else 0,
+        activations=memory.peak - parameters - optimizer - gradients,
+        latents=latents_bytes,
+    )
+
+
+def _make_state(field: VectorField, optimizers: Optimizers) -> None:
+    """Let the optimizers make their state, which they do at the first update."""
+    for parameter in field.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    _update(field, optimizers, None)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _batch(rows: int, latent_shape: tuple[int, int, int]) -> tuple[FlowBatch, FlowDraws]:
+    target, reference, condition, noise = torch.empty(4, rows, *latent_shape).unbind()
+    batch = FlowBatch(target, reference, condition, torch.ones(rows, dtype=torch.int64))
+    return batch, FlowDraws(noise, torch.empty(rows))
+
+
+def _train_part(field: VectorField, batch: FlowBatch, draws: FlowDraws, precision: str) -> None:
+    """Forward and backward pass of one part of a batch, whose gradients are added to those that are there."""
+    with torch.autocast(draws.t.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = flow_matching_loss(field, batch, draws)
+    loss.backward()
+
+
+def _update(field: VectorField, optimizers: Optimizers, grad_clip: float | None) -> None:
+    """As `Learner.step`, which needs numbers to know whether they are finite. The average moves in its place."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in field.parameters()], foreach=True)
+    if grad_clip is not None:
+        nn.utils.clip_grads_with_norm_(field.parameters(), grad_clip, norm)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows the memory that tensors made within it take, by what PyTorch's operations return.
+
+    Memory that was there before is not counted, nor is what an operation takes and gives back within itself.
+
+    Attributes:
+        now: bytes alive.
+        peak: most bytes that were alive after an operation, since the last `restart`.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.now = self.peak = 0
+        self._alive: dict[int, tuple[int, int]] = {}  # a storage's address -> its serial number, bytes
+        self._at_peak: set[int] = set()  # serial numbers
+        self._serial = 0
+
+    def restart(self) -> None:
+        """Let the peak begin anew from what is alive."""
+        self.peak, self._at_peak = self.now, {serial for serial, _ in self._alive.values()}
+
+    def at_peak(self, tensors: list[Tensor | None]) -> int:
+        """Bytes of these tensors that were alive already at the peak."""
+        addresses = {tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None}
+        held = [self._alive[address] for address in addresses & self._alive.keys()]
+        return sum(size for serial, size in held if serial in self._at_peak)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        if self.now > self.peak:
+            self.restart()
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if tensor.device.type != self.device or address in self._alive:
+            return
+        self._serial += 1
+        self._alive[address] = (self._serial, storage.nbytes())
+        self.now += storage.nbytes()
+        weakref.finalize(storage, self._forget, address).atexit = False
+
+    def _forget(self, address: int) -> None:
+        self.now -= self._alive.pop(address)[1]
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,225 @@
+"""The interface behind which every kind of video source stands, its named results and its errors."""
+
+import abc
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import overload
+
+import numpy as np
+
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.preprocessing import preprocessing_description
+
+
+class VideoError(Exception):
+    """Something is wrong with the videos that the user gave; the message has what, which, and the way out."""
+
+
+class BrokenVideoError(VideoError):
+    """One video cannot be decoded as far as its index promised.
+
+    Attributes:
+        video_id: the id of the video in its split.
+        reason: what went wrong, without the id.
+    """
+
+    def __init__(self, video_id: str, reason: str) -> None:
+        super().__init__(video_id, reason)  # both arguments, so that the error can be sent between processes
+        self.video_id = video_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.video_id}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """One video of a split.
+
+    Attributes:
+        id: unique in its split.
+        frames: number of frames after `frame_step`, at least 1.
+        fps: frames a second after `frame_step`.
+        fingerprint: changes with the content, not with its place or times: a digest of the file's bytes (of a frame
+            folder see `index.digest`), start and stop where it is cut; of a drawn video, its settings.
+        size: native (width, height) in pixels; None where frames are drawn at the size that is asked for.
+    """
+
+    id: str
+    frames: int
+    fps: float
+    fingerprint: str
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedVideo:
+    """A video that is there but cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+class VideoSource(abc.ABC):
+    """One split of one data set: what videos there are, and their frames.
+
+    Sources hold no open files, so they can be pickled and used by many threads and processes at once.
+
+    Attributes:
+        dataset: the settings that frames are made by.
+        videos: the usable videos, in natural order of their ids; `VideoTable` where there may be many.
+        skipped: the unusable ones.
+        passed_over: how many files are no videos, by extension; counted once, in the first split.
+    """
+
+    dataset: DatasetConfig
+    videos: Sequence[VideoInfo]
+    skipped: Sequence[SkippedVideo]
+    passed_over: Mapping[str, int] = MappingProxyType({})
+
+    @abc.abstractmethod
+    def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Stream frames start..stop-1 of a video, in order; a whole video is never held in memory.
+
+        Args:
+            index: which of `videos`.
+            start: first frame, counted after `frame_step`.
+            stop: one past the last frame; None for the end of the video.
+        Yields:
+            [image_size, image_size, 3] uint8 RGB, each an array of its own.
+        Raises:
+            IndexError: a range outside the video, at the first frame asked for.
+            BrokenVideoError: decoding fails, or ends before the last frame that the index promised.
+        """
+
+    def read(self, index: int, positions: Sequence[int] | None = None) -> np.ndarray:
+        """Read some frames of a video, decoding no further than the last of them.
+
+        Args:
+            index: which of `videos`.
+            positions: frame numbers in any order, also repeated; None for all frames.
+        Returns:
+            [n, image_size, image_size, 3] uint8 RGB, in the order of `positions`.
+        Raises:
+            IndexError: a position outside the video.
+            BrokenVideoError: as in `iterate`.
+        """
+        if positions is None:
+            positions = range(self.videos[index].frames)
+        side = self.dataset.image_size
+        frames = np.empty((len(positions), side, side, 3), np.uint8)
+        if len(positions) == 0:
+            return frames
+        wanted: dict[int, list[int]] = {}
+        for row, position in enumerate(positions):
+            wanted.setdefault(int(position), []).append(row)
+        first, last = min(wanted), max(wanted)
+        self.check_range(index, first, last + 1)
+        for position, frame in enumerate(self.iterate(index, first, last + 1), start=first):
+            for row in wanted.get(position, ()):
+                frames[row] = frame
+        return frames
+
+    def check_range(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
+        """Resolve a range of frames of a video to (start, stop).
+
+        Raises:
+            IndexError: it does not lie inside the video.
+        """
+        video = self.videos[index]
+        stop = video.frames if stop is None else stop
+        if not 0 <= start <= stop <= video.frames:
+            raise IndexError(f"frames {start}..{stop} of {video.id}, which has {video.frames}")
+        return start, stop
+
+    @property
+    def native_frames(self) -> int | None:
+        """How many frames the videos have together before `frame_step`; None where that is not known."""
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) over all videos and the preprocessing: equal when and only when frames are."""
+        # The digest of one JSON document, {"preprocessing": ..., "videos": [...]}, that is never there as a whole.
+        described = json.dumps({"preprocessing": preprocessing_description(self.dataset)}, sort_keys=True)
+        digest = hashlib.sha256(f'{described[:-1]}, "videos": ['.encode())
+        for number, video in enumerate(self.videos):
+            digest.update(f"{', ' if number else ''}{json.dumps(asdict(video), sort_keys=True)}".encode())
+        digest.update(b"]}")
+        return digest.hexdigest()
+
+
+class VideoTable(Sequence[VideoInfo]):
+    """A sequence of `VideoInfo`, each made when it is asked for.
+
+    Attributes:
+        ids, fingerprints: a text a video.
+        frames: [n] int64, after `frame_step`.
+    """
+
+    ids: list[str]
+    fingerprints: list[str]
+    frames: np.ndarray
+
+    def __init__(self, videos: Iterable[VideoInfo] = ()) -> None:
+        """Take videos from any stream, one at a time."""
+        self.ids, self.fingerprints = [], []
+        frames, fps, sizes = array("q"), array("d"), array("i")
+        for video in videos:
+            self.ids.append(video.id)
+            self.fingerprints.append(video.fingerprint)
+            frames.append(video.frames)
+            fps.append(video.fps)
+            sizes.extend(video.size or (0, 0))
+        self.frames = np.frombuffer(frames, np.int64) if frames else np.empty(0, np.int64)
+        self._fps = np.frombuffer(fps, np.float64) if fps else np.empty(0, np.float64)
+        self._sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2) if sizes else np.empty((0, 2), np.int32)
+
+    @classmethod
+    def of(cls, videos: Sequence[VideoInfo]) -> "VideoTable":
+        """The same videos as a table; a table is taken as it is."""
+        return videos if isinstance(videos, cls) else cls(videos)
+
+    def select(self, rows: np.ndarray) -> "VideoTable":
+        """Some of the videos, by their positions [m] int64."""
+        table = VideoTable()
+        table.ids = [self.ids[row] for row in rows.tolist()]
+        table.fingerprints = [self.fingerprints[row] for row in rows.tolist()]
+        table.frames, table._fps, table._sizes = self.frames[rows], self._fps[rows], self._sizes[rows]
+        return table
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> VideoInfo: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[VideoInfo]: ...
+
+    def __getitem__(self, index: int | slice) -> VideoInfo | list[VideoInfo]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        video_id = self.ids[index]  # IndexError comes from here, by which iteration ends
+        width, height = self._sizes[index].tolist()
+        return VideoInfo(
+            id=video_id,
+            frames=int(self.frames[index]),
+            fps=float(self._fps[index]),
+            fingerprint=self.fingerprints[index],
+            size=(width, height) if width else None,
+        )
+
+    def __iter__(self) -> Iterator[VideoInfo]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None

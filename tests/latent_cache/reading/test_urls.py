@@ -1,0 +1,372 @@
+"""A store behind a URL is read as a local one is, and what a network does to it is said with the URL."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from zarr.core.sync import sync
+
+import latent_cache
+from latent_cache import CorruptStoreError, IncompleteStoreError, SplitPlan, StoreError
+from latent_cache.reading import remote
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves files, lists no folder, knows no ranges. `faults` does something else for paths that contain a text."""
+
+    def __init__(self, *arguments: object, faults: dict[str, Callable], asked: list[str], **options: object) -> None:
+        self.faults, self.asked = faults, asked
+        super().__init__(*arguments, **options)
+
+    def do_GET(self) -> None:
+        self._answer(super().do_GET)
+
+    def do_HEAD(self) -> None:
+        self._answer(super().do_HEAD)
+
+    def _answer(self, usual: Callable[[], None]) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        fault = next((fault for text, fault in self.faults.items() if text in self.path), None)
+        with contextlib.suppress(ConnectionError):  # who asked has gone
+            usual() if fault is None else fault(self)
+
+    def list_directory(self, path: object) -> None:
+        self.send_error(403)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class Site:
+    """A web server on the loopback interface."""
+
+    folder: Path
+    url: str
+    faults: dict[str, Callable[[Handler], None]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    site = Site(folder, "")
+    handler = partial(Handler, directory=str(folder), faults=site.faults, asked=site.asked)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        site.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield site
+        server.shutdown()
+        thread.join()
+    remote.close_connections()
+
+
+@pytest.fixture(params=["http", "memory"])
+def published(request: pytest.FixtureRequest, kit, tmp_path: Path) -> Iterator[tuple[Path, str, Callable[[], None]]]:
+    """A local store, the URL of its copy, and a function that copies it there anew."""
+    path = kit.build(tmp_path / "toys.zarr")
+    if request.param == "memory":
+        memory = fsspec.filesystem("memory")
+
+        def publish() -> None:
+            if memory.exists("/published"):
+                memory.rm("/published", recursive=True)
+            memory.put(str(path), "/published/toys.zarr", recursive=True)
+
+        publish()
+        yield path, "memory://published/toys.zarr", publish
+        memory.rm("/published", recursive=True)
+    else:
+        site = request.getfixturevalue("site")
+        (site.folder / "toys.zarr").symlink_to(path)
+        yield path, f"{site.url}/toys.zarr", lambda: None
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_everything_is_read_as_from_a_folder(published, slash: str) -> None:
+    path, url, _ = published
+    url += slash
+    assert latent_cache.splits(url) == ["train", "test"]
+    assert latent_cache.is_complete(url)
+    assert latent_cache.open_metadata(url) == latent_cache.open_metadata(path)
+    assert latent_cache.open_notes(url) == latent_cache.open_notes(path)
+    for split in ("train", "test"):
+        there, here = latent_cache.open(url, split), latent_cache.open(path, split)
+        assert torch.equal(there.load(), here.load())
+        assert list(there.video_ids) == list(here.video_ids)
+        np.testing.assert_array_equal(there.offsets, here.offsets)
+        assert there.fingerprint == here.fingerprint
+        assert there.fingerprints == here.fingerprints
+        name = here.video_ids[0]
+        np.testing.assert_array_equal(there.video(name), here.video(name))
+        np.testing.assert_array_equal(there.video_codes(name), here.video_codes(name))
+        assert not list(there.index_damages())
+        assert set(there.latent_reader.damages()) == set(there.code_reader.damages()) == {None}
+
+
+@pytest.mark.parametrize("residency", ["device", "stream"])
+def test_sampling(published, residency: str) -> None:
+    path, url, _ = published
+    batches = []
+    for place in (url, path):
+        cache = latent_cache.open(place)
+        sampler = latent_cache.open_sampler(cache, "cpu", 0, 4, 5, residency=residency, memory_budget=10**6)
+        batches.append([sampler.batch(step) for step in range(3)])
+        sampler.close()
+    for ours, theirs in zip(*batches, strict=True):
+        for name in ("target", "reference", "condition", "distance"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_no_folder_is_listed(kit, site: Site, tmp_path: Path) -> None:
+    (site.folder / "toys.zarr").symlink_to(kit.build(tmp_path / "toys.zarr", codes=False))
+    url = f"{site.url}/toys.zarr"
+    cache = latent_cache.open(url, latent_cache.splits(url)[1])
+    cache.load()
+    assert cache.codes is None
+    assert site.asked
+    assert not [path for path in site.asked if path.endswith("/") or path.endswith((".zarr", "/train", "/test"))]
+
+
+def test_unknown_split(published) -> None:
+    _, url, _ = published
+    with pytest.raises(StoreError, match=rf"{url}: no split 'val': there are \['train', 'test'\]"):
+        latent_cache.open(url, "val")
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "is damaged"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-7]), "is truncated or overlong: 189 bytes, not 196"),
+        (lambda file: file.write_bytes(b""), "is empty"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+    ids=["flipped bit", "truncated", "empty", "missing"],
+)
+@pytest.mark.parametrize("how", ["load", "video", "damages"])
+def test_a_damaged_chunk(published, damage: Callable, message: str, how: str) -> None:
+    path, url, publish = published
+    damage(path / "train/latents/c/1/0/0/0")
+    publish()
+    cache = latent_cache.open(url)
+    read = {
+        "load": cache.load,
+        "video": lambda: cache.video("clip-01"),
+        "damages": lambda: raise_first(cache.latent_reader.damages()),
+    }[how]
+    with pytest.raises(CorruptStoreError, match=rf"{url}/train/latents/c/1/0/0/0 {message}.*It carries .*'clip-01'"):
+        read()
+
+
+def raise_first(damages: Iterator[CorruptStoreError | None]) -> None:
+    raise next(damage for damage in damages if damage is not None)
+
+
+@pytest.mark.parametrize("name", ["video_id", "video_offset"])
+def test_damaged_names(published, name: str) -> None:
+    path, url, publish = published
+    flip_a_bit(path / "train" / name / "c" / "0")
+    publish()
+    with pytest.raises(CorruptStoreError, match=f"{url}/train"):
+        latent_cache.open(url)
+
+
+def test_no_store_there(published) -> None:
+    _, url, _ = published
+    for place in (url.replace("toys", "toy"), url.replace("/toys.zarr", "")):
+        with pytest.raises(StoreError, match=f"{place}: not a Zarr v3 group"):
+            latent_cache.open(place)
+    with pytest.raises(StoreError, match=f"{url}/train: a Zarr group, but its format is None"):
+        latent_cache.open(f"{url}/train")
+
+
+def test_incomplete(kit, site: Site, tmp_path: Path) -> None:
+    (site.folder / "half.zarr").symlink_to(kit.build(tmp_path / "half.zarr", stop_after=2))
+    url = f"{site.url}/half.zarr"
+    assert not latent_cache.is_complete(url)
+    with pytest.raises(IncompleteStoreError, match=f"{url}: the store is not complete"):
+        latent_cache.open(url)
+    with pytest.raises(StoreError, match=f"{url}: how far a store is can be seen only where it is written"):
+        latent_cache.open_progress(url)
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/toys.zarr"
+    for read in (latent_cache.open, latent_cache.splits, latent_cache.is_complete):
+        with pytest.raises(StoreError, match=rf"{url}/zarr.json cannot be read \(.*check the URL and the connection"):
+            read(url)
+    remote.close_connections()
+
+
+@pytest.fixture
+def web_store(kit, site: Site, tmp_path: Path) -> str:
+    (site.folder / "toys.zarr").symlink_to(kit.build(tmp_path / "toys.zarr"))
+    return f"{site.url}/toys.zarr"
+
+
+def hang_up(handler: Handler) -> None:
+    """Promise more than is sent."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"x" * 10)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda handler: handler.send_error(500), "500"),
+        (lambda handler: handler.send_error(403), "403"),
+        (hang_up, "payload|196|1000"),
+    ],
+    ids=["500", "403", "hang up"],
+)
+@pytest.mark.parametrize("where", ["zarr.json", "latents/zarr.json", "video_offset/c/0", "latents/c/1"])
+def test_a_server_that_fails(site: Site, web_store: str, fault: Callable, reason: str, where: str) -> None:
+    site.faults[where] = fault
+
+    def read() -> None:
+        cache = latent_cache.open(web_store)
+        cache.load()
+
+    with pytest.raises(StoreError, match=rf"{web_store}/.*({reason})"):
+        read()
+    site.faults.clear()
+    read()  # nothing of the failure stays
+
+
+def test_a_chunk_that_fails_while_it_is_read(site: Site, web_store: str) -> None:
+    cache = latent_cache.open(web_store)
+    site.faults["latents/c/1"] = lambda handler: handler.send_error(503)
+    for read in (lambda: cache.video("clip-01"), lambda: list(cache.latent_reader.damages())):
+        with pytest.raises(StoreError, match=rf"{web_store}/train/latents/c/1/0/0/0 cannot be read .*503") as caught:
+            read()
+        assert not isinstance(caught.value, CorruptStoreError)  # the store may well be sound
+
+
+def test_an_examination_that_is_given_up(site: Site, web_store: str) -> None:
+    """Garbage is collected by any thread, also by the one that does the reading for all others."""
+    cache = latent_cache.open(web_store)
+    started = threading.Event()
+
+    def slow(handler: Handler) -> None:
+        started.set()
+        time.sleep(0.3)
+        handler.send_error(503)
+
+    site.faults["latents/c/1"] = site.faults["latents/c/2"] = site.faults["latents/c/3"] = slow
+    damages = cache.latent_reader.damages()
+    assert next(damages) is None
+    started.wait(10)
+
+    async def close() -> None:
+        damages.close()
+
+    sync(close(), timeout=20)
+
+
+def test_a_server_that_does_not_tell_sizes(site: Site, web_store: str, kit) -> None:
+    def without_length(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(Path(handler.translate_path(handler.path)).read_bytes())
+
+    site.faults["/c/"] = without_length
+    expected = kit.expected(kit.plan([3, 7, 2, 1, 9])).astype(np.float16)
+    np.testing.assert_array_equal(latent_cache.open(web_store).load().numpy(), expected)
+
+
+def serve_ranges(handler: Handler) -> None:
+    """As most servers do."""
+    file = Path(handler.translate_path(handler.path))
+    if not file.exists():
+        handler.send_error(404)
+        return
+    content = file.read_bytes()
+    asked = handler.headers.get("Range")
+    if asked is None or handler.command == "HEAD":
+        handler.send_response(200)
+    else:
+        first, last = asked.removeprefix("bytes=").split("-")
+        part = content[-int(last) :] if not first else content[int(first) : int(last) + 1 if last else None]
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        content = part
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    if handler.command == "GET":
+        handler.wfile.write(content)
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_shards(site: Site, kit, tmp_path: Path, ranges: bool) -> None:
+    """Parts of files, also from a server that always sends the whole."""
+    names = [f"clip-{row:02d}" for row in range(6)]
+    plan = SplitPlan(names, ["identity"] * 6, [3, 7, 2, 1, 9, 20], kit.shape, 4, shard_chunks=3)
+    path = kit.build(tmp_path / "toys.zarr", {"train": plan})
+    (site.folder / "toys.zarr").symlink_to(path)
+    if ranges:
+        site.faults["/c/"] = serve_ranges
+    cache = latent_cache.open(f"{site.url}/toys.zarr")
+    assert cache.latents.shards is not None
+    expected = kit.expected(plan).astype(np.float16)
+    np.testing.assert_array_equal(cache.load().numpy(), expected)
+    np.testing.assert_array_equal(cache.video("clip-04"), expected[13:22])
+    assert set(cache.latent_reader.damages()) == {None}
+
+    flip_a_bit(path / "train/latents/c/1/0/0/0")
+    (path / "train/latents/c/2/0/0/0").unlink()
+    found = [str(damage) for damage in cache.latent_reader.damages() if damage is not None]
+    assert [
+        f"{cache.url}/train/latents/c/{shard}/0/0/0" in text for shard, text in zip([1, 2, 2, 2], found, strict=True)
+    ]
+    assert "is damaged" in found[0]
+    assert all("c/2/0/0/0 is missing" in text for text in found[1:])
+
+
+def test_connections_are_closed_at_the_end_of_the_process(web_store: str, monkeypatch) -> None:
+    monkeypatch.setattr(Handler, "protocol_version", "HTTP/1.1")  # which keeps them open
+    code = f"""
+import atexit
+sessions = []
+atexit.register(lambda: print([session.closed for session in sessions]))  # called last, as it is registered first
+import latent_cache
+cache = latent_cache.open({web_store!r})
+cache.load()
+sessions.append(cache.latents.store.fs._session)
+"""
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "[True]"), done.stderr
+    for text in ("nclosed", "Traceback", "never awaited"):
+        assert text not in done.stderr, done.stderr
+
+
+def test_connections_are_opened_again(web_store: str) -> None:
+    cache = latent_cache.open(web_store)
+    remote.close_connections()
+    cache.load()
+    latent_cache.open(web_store).load()

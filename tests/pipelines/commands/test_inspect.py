@@ -1,0 +1,259 @@
+"""`inspect`: what is said about whole, half done, remote and damaged stores."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_cache import SplitPlan, StoreMetadata, StoreWriter
+from latent_cache.reading.remote import close_connections
+from pipelines.__main__ import main
+
+DIGEST = "3f9a" * 16
+NAMES = ["walk", "walk", "jump", "jump"]
+VIEWS = ["identity", "hflip"] * 2
+
+
+@pytest.fixture
+def inspect(capsys) -> Callable[..., SimpleNamespace]:
+    """Run the command."""
+
+    def run(*words: object) -> SimpleNamespace:
+        capsys.readouterr()
+        code = main(["inspect", *map(str, words)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a store: train has 2 videos in 2 views, 30 frames in chunks of 4; test has one video of 3 frames."""
+
+    def build(
+        name: str = "toys.zarr", stop_after: int | None = None, notes: bool = True, shard_chunks: int = 1
+    ) -> Path:
+        metadata = StoreMetadata(
+            dataset="toys",
+            fps=12.5,
+            preprocessing={"image_size": 24, "resize": "area", "views": ["identity", "hflip"]},
+            autoencoder={"architecture": "vqgan", "sha256": DIGEST, "downsampling": 8, "codes": 64},
+            software={"zarr": "3.1.6"},
+        )
+        plans = {
+            "train": SplitPlan(NAMES, VIEWS, [5, 5, 10, 10], (2, 3, 4), 4, shard_chunks=shard_chunks),
+            "test": SplitPlan(["wave"], ["identity"], [3], (2, 3, 4), 3),
+        }
+        path = tmp_path / name
+        with StoreWriter.open(path, metadata, plans, codes=True) as writer:
+            todo = [(split, chunk) for split in plans for chunk in writer.pending(split)]
+            for split, chunk in todo[:stop_after]:
+                numbers = np.arange(chunk.start, chunk.stop)[:, None, None, None]
+                latents = np.broadcast_to(numbers, (chunk.frames, 2, 3, 4)).astype(np.float32)
+                codes = np.broadcast_to(numbers[:, 0] % 4, (chunk.frames, 3, 4))
+                writer.write_chunk(split, chunk, latents, codes)
+            if stop_after is None:
+                measured = {"codes_used": 7, "code_perplexity": 5.4, "round_trip_psnr": 31.25, "codes_changed": 0.00125}
+                skipped = {"skipped": {"train": {f"torn{number}": "f" for number in range(7)}}}
+                writer.finish({"train": measured} if notes else None, skipped if notes else None)
+        return path
+
+    return build
+
+
+def test_a_complete_store(write, inspect) -> None:
+    path = write()
+    moment = time.time() - 3 * 3600
+    os.utime(path / "zarr.json", (moment, moment))
+    outcome = inspect(path)
+    assert (outcome.code, outcome.err) == (0, "")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    for text in (
+        f"{path}: latents of toys, 12.5 frames/s; complete, written 3.0 h ago, {size / 1e6:.1f} MB on disk",
+        "preprocessing  image_size 24, resize area, views identity hflip",
+        "autoencoder    architecture vqgan, sha256 3f9a3f9a3f9a..., downsampling 8, codes 64",
+        "software       zarr 3.1.6",
+        "train  4 videos of 5 to 10 frames (views: identity, hflip); latents 30x2x3x4 float16, 8 chunks of 4 ",
+        "7 of 64 codes used, perplexity 5; round trip 31.25 dB; 0.125% of codes changed by rounding",
+        "7 video(s) could not be decoded and are left out: torn0, torn1, torn2, torn3, torn4, ...",
+        "test   1 videos of 3 to 3 frames; latents 3x2x3x4 float16, 1 chunks of 3 frames",
+        "3 of 64 codes used, perplexity 3",  # of test, which has no notes: computed
+        "per channel    mean [14.5 14.5], std [8.655 8.655]",
+    ):
+        assert text in outcome.out, f"{text!r} is not in\n{outcome.out}"
+
+
+def test_a_store_without_notes(write, inspect) -> None:
+    outcome = inspect(write(notes=False))
+    assert "4 of 64 codes used, perplexity 4" in outcome.out
+    assert "left out" not in outcome.out
+
+
+def test_shards(write, inspect) -> None:
+    assert "8 chunks of 4 frames in shards of 2" in inspect(write(shard_chunks=2)).out
+
+
+@pytest.mark.parametrize(("stop_after", "shard_chunks"), [(0, 1), (3, 1), (8, 1), (9, 1), (2, 2)])
+def test_an_incomplete_store_tells_how_far_it_is(write, inspect, stop_after: int, shard_chunks: int) -> None:
+    path = write(stop_after=stop_after, shard_chunks=shard_chunks)
+    outcome = inspect(path)
+    assert (outcome.code, outcome.err) == (0, "")
+    chunks = 8 // shard_chunks
+    assert f"{path}: latents of toys, 12.5 frames/s; not complete: `make encode` goes on" in outcome.out
+    last = ", the last one [0-9]+ s ago" if stop_after else ""
+    assert re.search(
+        rf"train  {min(stop_after, chunks)} of {chunks} chunks are written{last}; 30 frames, "
+        rf"{4 * shard_chunks} a chunk",
+        outcome.out,
+    )
+    assert f"test   {max(0, stop_after - chunks)} of 1 chunks are written" in outcome.out
+    assert f"in all {stop_after} of {chunks + 1} chunks" in outcome.out
+    assert "sha256 3f9a" in outcome.out
+
+
+def test_what_an_incomplete_store_cannot_do(write, inspect, tmp_path: Path) -> None:
+    path = write(stop_after=3)
+    for words in (["--verify"], ["--gif", tmp_path / "a.gif"]):
+        outcome = inspect(path, *words)
+        assert outcome.code == 2
+        assert "in all 3 of 9 chunks" in outcome.out
+        assert f"inspect: {path}: the store is not complete: `make encode` goes on" in outcome.err
+
+
+def test_a_store_that_is_only_begun(tmp_path: Path, inspect) -> None:
+    (tmp_path / "toys.zarr" / ".encoding").mkdir(parents=True)
+    outcome = inspect(tmp_path / "toys.zarr")
+    assert outcome.code == 0
+    assert "only begun, no chunk is written; `make encode` goes on" in outcome.out
+
+
+def test_no_store(tmp_path: Path, inspect) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in (("none.zarr", "there is no such path"), ("empty", "not a Zarr v3 group")):
+        outcome = inspect(tmp_path / name)
+        assert outcome.code == 2
+        assert f"inspect: {tmp_path / name}: {message}" in outcome.err
+
+
+def test_verify(write, inspect) -> None:
+    path = write()
+    outcome = inspect(path, "--verify")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "all 18 chunks of latents and codes" in outcome.out
+
+    first, second = path / "train/latents/c/1/0/0/0", path / "test/codes/c/0/0/0"
+    content = bytearray(first.read_bytes())
+    content[10] ^= 1
+    first.write_bytes(content)
+    second.unlink()
+    outcome = inspect(path, "--verify")
+    assert outcome.code == 1
+    assert "latents of toys" in outcome.out
+    assert f"{first} is damaged: its checksum does not match. It carries frames 4 to 7 of train, of 2 video(s): " in (
+        outcome.err
+    )
+    assert "'walk', 'walk' (hflip)" in outcome.err
+    assert f"{second} is missing. It carries frames 0 to 2 of test, of 1 video(s): 'wave'" in outcome.err
+    assert f"inspect: {path}: 2 file(s) or chunk(s) are damaged, as listed" in outcome.err
+    outcome = inspect(path)
+    assert outcome.code == 0  # nobody asked
+    assert f"codes cannot be counted: {second} is missing" in outcome.out
+
+    (path / "train/video_id/c/0").unlink()
+    assert inspect(path).code == 2
+    outcome = inspect(path, "--verify")
+    assert outcome.code == 1
+    assert f"{path}/train/video_id/c/0 is missing" in outcome.err
+    assert f"{second} is missing" in outcome.err
+
+
+@pytest.fixture
+def remote(write) -> Iterator[Callable[[Path], str]]:
+    """Copy a store to memory and give its URL."""
+    memory = fsspec.filesystem("memory")
+
+    def publish(path: Path) -> str:
+        memory.put(str(path), f"/inspected/{path.name}", recursive=True)
+        return f"memory://inspected/{path.name}"
+
+    yield publish
+    memory.rm("/inspected", recursive=True)
+
+
+def test_a_url(write, inspect, remote) -> None:
+    path = write()
+    url = remote(path)
+    outcome = inspect(url, "--verify")
+    assert outcome.code == 0, outcome.err
+    assert f"{url}: latents of toys, 12.5 frames/s; complete\n" in outcome.out
+    assert "7 of 64 codes used" in outcome.out
+    assert f"verify: {url}: all 18 chunks" in outcome.out
+    # But for the first line all is as it is here.
+    here, there = inspect(path).out.splitlines()[1:], inspect(url).out.splitlines()[1:]
+    assert here == there
+
+
+def test_an_incomplete_store_behind_a_url(write, inspect, remote) -> None:
+    outcome = inspect(remote(write(stop_after=2)))
+    assert outcome.code == 0, outcome.err
+    assert "not complete" in outcome.out
+    assert "how far it is can be seen only where it is written" in outcome.out
+
+
+def test_a_url_where_nothing_is(inspect) -> None:
+    outcome = inspect("memory://inspected/none.zarr")
+    assert outcome.code == 2
+    assert "inspect: memory://inspected/none.zarr: not a Zarr v3 group" in outcome.err
+    outcome = inspect("http://127.0.0.1:9/toys.zarr")
+    assert outcome.code == 2
+    assert "http://127.0.0.1:9/toys.zarr/zarr.json cannot be read" in outcome.err
+    close_connections()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--video", "walk"], "--video walk: say also where to write it, for example --gif walk.gif"),
+        (["--view", "hflip"], "--view hflip: say also where to write it"),
+        (["--gif", "walk.mp4"], "must end in .gif"),
+        (["--gif", "walk.gif"], "decoding needs the autoencoder: name the run's configuration with --config"),
+    ],
+)
+def test_wishes_that_lack_something(write, inspect, words: list[str], message: str) -> None:
+    outcome = inspect(write(), *words)
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+# With an autoencoder
+
+
+def test_any_view_is_decoded(story: ModuleType, tmp_path: Path) -> None:
+    place = story.Place(tmp_path / "place", ("cache.views=[identity, hflip]", "autoencoder.training.steps=2"))
+    place.run("encode").ok()
+    frames = {}
+    for view in ("identity", "hflip"):
+        gif = tmp_path / f"{view}.gif"
+        outcome = place.run("inspect", "--video", "train_00002", "--view", view, "--gif", str(gif)).ok()
+        assert f"train_00002{', view hflip,' if view == 'hflip' else ''} of train decoded to {gif}" in outcome.out
+        with Image.open(gif) as animation:
+            assert animation.n_frames == 12
+            frames[view] = np.asarray(animation.convert("RGB"))
+    assert not np.array_equal(frames["identity"], frames["hflip"])
+    place.run("inspect", "--video", "train_00002", "--view", "jitter-3", "--gif", str(tmp_path / "x.gif")).refused(
+        2, "no view 'jitter-3': it has ['hflip', 'identity']"
+    )

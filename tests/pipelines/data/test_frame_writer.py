@@ -1,0 +1,508 @@
+"""Folders of pictures: the same videos when they are read back, whole or not there, and nobody else's."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_cache import NoSpaceError
+from pipelines.__main__ import main
+from pipelines.commands.convert import convert
+from pipelines.config import RiverConfig, parse_config
+from pipelines.data.frame_writer import RECORD, folder_names
+from pipelines.errors import StoppedBySignal, UserError
+from pipelines.runtime.context import Session
+from pipelines.runtime.progress import size_text
+from stage1_autoencoder.videos import open_splits
+from stage1_autoencoder.videos.config import DatasetConfig
+
+
+def settings(folder: Path, **dataset: object) -> RiverConfig:
+    paths = {name: str(folder / name) for name in ("data", "latents", "runs")}
+    return parse_config({"paths": paths, "dataset": {"name": "tiny", "image_size": 16} | dataset}, "a test")
+
+
+def session(**options: bool) -> Session:
+    return Session(torch.device("cpu"), **options)
+
+
+def write_video(path: Path, seed: int, frames: int = 7, size: tuple[int, int] = (40, 32)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for _ in range(frames):
+            coarse = generator.integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+            picture = coarse.repeat(8, axis=0).repeat(8, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All pictures below a folder, and whatever else is not hidden."""
+    found = sorted(path for path in out.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
+
+
+def read_back(out: Path, **dataset: object) -> dict:
+    wanted = {"name": "back", "source": "videos", "root": str(out), "image_size": 16} | dataset
+    return open_splits(DatasetConfig(**wanted), out, remember=False)
+
+
+def assert_same(sources: dict, others: dict) -> None:
+    assert list(sources) == list(others)
+    for split, source in sources.items():
+        assert [video.id for video in source.videos] == [video.id for video in others[split].videos]
+        for index in range(len(source.videos)):
+            assert (source.read(index) == others[split].read(index)).all(), (split, index)
+
+
+@pytest.fixture
+def noise(kit, monkeypatch: pytest.MonkeyPatch):
+    """Sources of noise: train a b c d e, val v w."""
+    monkeypatch.setattr("pipelines.commands.convert.open_videos", lambda config, session: kit.splits)
+    kit.out = kit.folder / "out"
+    return kit
+
+
+def run(kit, session_: Session | None = None, **options: object):
+    return convert(kit.config(), session_ or session(), kit.out, **options)
+
+
+def whole(kit) -> dict[str, bytes]:
+    """What an undisturbed conversion gives."""
+    out = kit.folder / "whole"
+    convert(kit.config(), session(), out)
+    kit.splits["train"].passes.clear()
+    return files(out)
+
+
+def test_shapes_there_and_back(tmp_path: Path) -> None:
+    config = settings(tmp_path, source="shapes", splits={"train": 12, "val": 3, "test": 2}, shapes={"frames": 12})
+    reports = convert(config, session(), tmp_path / "out")
+    assert [(report.split, report.videos, report.frames, report.written) for report in reports] == [
+        ("train", 12, 144, 12),
+        ("val", 3, 36, 3),
+        ("test", 2, 24, 2),
+    ]
+    names = sorted(os.listdir(tmp_path / "out" / "test" / "test_00001"))
+    assert names == [f"{number:05d}.png" for number in range(12)]
+    assert_same(open_splits(config.dataset, tmp_path), read_back(tmp_path / "out"))
+    assert reports[2].written_bytes == sum(
+        len(content) for name, content in files(tmp_path / "out").items() if name.startswith("test")
+    )
+
+
+def test_a_folder_of_videos_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cropped, resized and stepped once, not again on the way back; ids with folders in them stay."""
+    names = ["train/clip 10.avi", "train/clip 2.avi", "train/traj_0_to_255/12.avi", "train/b/été.avi", "test/x.avi"]
+    for seed, name in enumerate(names):
+        write_video(tmp_path / "data" / "tiny" / name, seed)
+    config = settings(tmp_path, source="videos", frame_step=3, splits={"val": 0.0})
+    reports = convert(config, session(), tmp_path / "out")
+    assert [report.frames for report in reports] == [12, 3]
+    assert (tmp_path / "out/train/traj_0_to_255/12/00002.png").is_file()
+    back = read_back(tmp_path / "out", splits={"val": 0.0})
+    assert [video.id for video in back["train"].videos] == ["b/été", "clip 2", "clip 10", "traj_0_to_255/12"]
+    assert_same(open_splits(config.dataset, config.data_root), back)
+    assert "--set dataset.frame_step=1 --set dataset.splits='{val: 0}'" in capsys.readouterr().out
+
+
+def test_frame_folders_there_and_back(tmp_path: Path) -> None:
+    for number in range(4):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / "tiny" / split / f"v{number}"
+            folder.mkdir(parents=True)
+            for frame in range(3):
+                pixels = np.random.default_rng([number, frame]).integers(0, 256, (16, 20, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{frame}.png")
+    config = settings(tmp_path, source="videos")
+    convert(config, session(), tmp_path / "out")
+    assert_same(open_splits(config.dataset, config.data_root), read_back(tmp_path / "out"))
+    # And again, from there.
+    again = settings(tmp_path, source="videos", root=str(tmp_path / "out"))
+    convert(again, session(), tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
+def test_what_is_whole_is_not_written_again(noise, capsys: pytest.CaptureFixture[str]) -> None:
+    run(noise, videos=2)
+    assert {name.rpartition("/")[0] for name in files(noise.out)} == {"train/a", "train/b", "val/v", "val/w"}
+    noise.splits["train"].passes.clear()
+    reports = run(noise)
+    assert [(report.videos, report.written) for report in reports] == [(5, 3), (2, 0)]
+    assert {video for video, *_ in noise.splits["train"].passes} == {"c", "d", "e"}
+    out = capsys.readouterr().out
+    assert "7 videos, 61 frames of 16x16 as png, 4 of them are there" in out
+    new = f"3 of them new ({size_text(reports[0].written_bytes)})"
+    assert f"convert: train: 5 videos, {reports[0].frames} frames in {noise.out / 'train'}, {new}\n" in out
+    assert f"convert: val: 2 videos, {reports[1].frames} frames in {noise.out / 'val'}\n" in out
+    before = {path: path.stat().st_mtime_ns for path in noise.out.rglob("*.png")}
+    noise.splits["train"].passes.clear()
+    run(noise)
+    assert noise.splits["train"].passes == []
+    assert {path: path.stat().st_mtime_ns for path in noise.out.rglob("*.png")} == before
+    assert sorted(os.listdir(noise.out)) == [RECORD, "train", "val"]
+
+
+@pytest.mark.parametrize("damage", ["frame", "folder", "torn record", "unrecorded tail"])
+def test_what_is_damaged_is_written_again(damage: str, noise) -> None:
+    expected = whole(noise)
+    run(noise)
+    record, passes = noise.out / RECORD, noise.splits["train"].passes
+    passes.clear()
+    again = {"d"}
+    match damage:
+        case "frame":
+            (noise.out / "train/d/00003.png").unlink()
+            (noise.out / "train/d/notes.txt").touch()
+        case "folder":  # as when the process is killed between recording and renaming
+            shutil.rmtree(noise.out / "train/d")
+        case "torn record":  # killed while it recorded the last video, which is not at its place then
+            lines = record.read_bytes().splitlines(keepends=True)
+            last = next(line for line in lines if b'"train/d"' in line)
+            lines.remove(last)
+            record.write_bytes(b"".join(lines) + last[:30])
+            shutil.rmtree(noise.out / "train/d")
+        case "unrecorded tail":  # killed in the middle of a video
+            unfinished = noise.out / ".river_convert.unfinished" / "train-3"
+            unfinished.mkdir(parents=True)
+            (unfinished / "00000.png").touch()
+            again = set()
+    run(noise)
+    assert {video for video, *_ in passes} == again
+    assert files(noise.out) == expected
+    assert sorted(os.listdir(noise.out)) == [RECORD, "train", "val"]
+    passes.clear()
+    run(noise)
+    assert passes == []
+
+
+@pytest.mark.parametrize("frame", [0, 20, 60])
+def test_a_full_disk_leaves_whole_videos(frame: int, noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, written, write = whole(noise), [], Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.suffix == ".png":
+            written.append(path)
+            if len(written) > frame:
+                write(path, content[:9])
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(NoSpaceError, match=r"the disk is full; what is there is whole: free some room"):
+            run(noise)
+    there = files(noise.out)
+    assert there.items() <= expected.items()
+    lengths = {"train/a": 7, "train/b": 13, "train/c": 1, "train/d": 22, "train/e": 5, "val/v": 9, "val/w": 4}
+    for video in {name.rpartition("/")[0] for name in there}:
+        assert sum(name.startswith(f"{video}/") for name in there) == lengths[video]
+    run(noise)
+    assert files(noise.out) == expected
+
+
+def test_a_folder_that_cannot_be_written_to(noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, content: bytes) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(UserError, match=r"out: cannot be written to \(.*Permission denied"):
+        run(noise)
+
+
+def test_a_video_is_recorded_before_it_is_at_its_place(noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, it is written again; the other way round it would be taken for somebody else's."""
+    rename, recorded = Path.rename, []
+
+    def watched(path: Path, target: Path) -> Path:
+        lines = map(json.loads, (noise.out / RECORD).read_text().splitlines())
+        recorded.append(str(target.relative_to(noise.out)) in [line.get("folder") for line in lines])
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    run(noise)
+    assert recorded == [True] * 7
+
+
+def test_what_is_replaced_leaves_its_place_at_once(noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting takes a while, in which the process may be killed: no half of a video stays where whole ones are."""
+    run(noise)
+    (noise.out / "train/d/00003.png").unlink()
+    removed, remove = [], shutil.rmtree
+    monkeypatch.setattr("shutil.rmtree", lambda path, **options: (removed.append(path), remove(path, **options)))
+    run(noise)
+    assert all(".river_convert.unfinished" in str(path) for path in removed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_frames(number: int, noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, write = whole(noise), Path.write_bytes
+    noise.splits["train"].seconds["d"] = 0.05
+
+    def interrupted(path: Path, content: bytes) -> int:
+        if path.parent.name == "train-3" and path.stem == "00001":  # of d
+            os.kill(os.getpid(), number)
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", interrupted)
+        with pytest.raises(StoppedBySignal, match="keeps its whole videos, the same command goes on") as stopped:
+            run(noise)
+    assert stopped.value.signal_number == number
+    assert files(noise.out).items() < expected.items()
+    assert not (noise.out / "train/d").exists()
+    assert sorted(os.listdir(noise.out))[0] == RECORD  # and nothing unfinished
+    run(noise)
+    assert files(noise.out) == expected
+
+
+def test_broken_videos_are_skipped(noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, write, beside = whole(noise), Path.write_bytes, set()
+    noise.splits["train"].ends["b"] = 5
+    asked = session()
+
+    def look_beside(path: Path, content: bytes) -> int:
+        beside.add((path.parent.name, *sorted(os.listdir(path.parent.parent))))
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", look_beside)
+        patched.setattr("os.sched_getaffinity", lambda process: {0})
+        reports = run(noise, asked)
+    assert ("train-2", "train-2") in beside  # what was written of b does not take room any longer
+    assert asked.skipped == {"b": "frame 5 is noise"}
+    assert [(report.videos, report.frames) for report in reports] == [(4, 35), (2, 13)]
+    assert files(noise.out) == {name: content for name, content in expected.items() if "/b/" not in name}
+    noise.splits["train"].ends.clear()
+    run(noise)
+    assert files(noise.out) == expected
+
+
+def test_strict_stops_at_a_broken_video(noise) -> None:
+    noise.splits["train"].ends["b"] = 5
+    with pytest.raises(UserError, match=r"video b: frame 5 is noise \(--strict"):
+        run(noise, session(strict=True))
+    assert not any("/b/" in name for name in files(noise.out))
+
+
+def test_frames_that_ffmpeg_cannot_convert_are_broken(noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    def iterate(index: int, start: int = 0, stop: int | None = None):
+        raise av.error.FFmpegError(95, "Operation not supported")
+        yield
+
+    monkeypatch.setattr(noise.splits["val"], "iterate", iterate)
+    asked = session()
+    run(noise, asked, splits=["val"])
+    assert asked.skipped.keys() == {"v", "w"}
+    assert "Operation not supported" in asked.skipped["v"]
+
+
+def test_jpg(noise) -> None:
+    run(noise, image_format="jpg", splits=["val"])
+    small = noise.folder / "small"
+    convert(noise.config(), session(), small, image_format="jpg", splits=["val"], quality=30)
+    assert set(files(noise.out)) == {
+        f"val/{video}/{number:05d}.jpg" for video, frames in (("v", 9), ("w", 4)) for number in range(frames)
+    }
+    with Image.open(noise.out / "val/v/00002.jpg") as image:
+        difference = np.asarray(image).astype(int) - noise.splits["val"].frame("v", 2)
+    assert 0 < abs(difference).mean() < 2
+    assert sum(map(len, files(small).values())) < 0.8 * sum(map(len, files(noise.out).values()))
+    with pytest.raises(UserError, match=r"made with quality 30 \(now 95\)"):
+        convert(noise.config(), session(), small, image_format="jpg")
+    with pytest.raises(UserError, match="--quality 101: allowed are 1 to 100"):
+        run(noise, image_format="jpg", quality=101)
+
+
+def test_splits_are_chosen(noise, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = run(noise, splits=["val"])
+    assert [report.split for report in reports] == ["val"]
+    assert sorted(os.listdir(noise.out)) == [RECORD, "val"]
+    assert "convert the train split too" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--split test: noise has train, val"):
+        run(noise, splits=["test"])
+    assert len(run(noise, splits=["train", "train"])) == 1
+    assert "--set dataset.source=videos" in capsys.readouterr().out
+
+
+def test_other_settings_are_refused_and_replaced(noise) -> None:
+    run(noise)
+    with pytest.raises(UserError, match=r"made with format 'png' \(now 'jpg'\); name another folder, or .*--overwrite"):
+        run(noise, image_format="jpg")
+    (noise.out / "train" / "mine.txt").touch()
+    run(noise, session(overwrite=True), image_format="jpg", splits=["val"])
+    assert {Path(name).suffix for name in files(noise.out)} == {".jpg", ".txt"}
+    assert {name.partition("/")[0] for name in files(noise.out)} == {"val", "train"}  # mine stays
+    run(noise, image_format="jpg")
+    (noise.out / "train" / "mine.txt").unlink()
+    smaller = noise.config().model_copy(
+        update={"dataset": noise.config().dataset.model_copy(update={"image_size": 8, "frame_step": 2})}
+    )
+    with pytest.raises(UserError, match=r"image_size 16 \(now 8\), frame_step 1 \(now 2\), format 'jpg' \(now 'png'\)"):
+        convert(smaller, session(), noise.out)
+
+
+def test_without_pictures_nothing_contradicts(noise) -> None:
+    """As after a replacing that was stopped when all was removed."""
+    noise.splits["train"].ends["a"] = 0
+    run(noise, videos=1, splits=["train"])
+    assert files(noise.out) == {}
+    run(noise, image_format="jpg", splits=["val"])
+    assert len(files(noise.out)) == 13
+
+
+@pytest.mark.parametrize("change", ["content", "gone", "split gone"])
+def test_another_source_is_refused_and_replaces(change: str, noise) -> None:
+    run(noise)
+    Source = noise.Source
+    match change:
+        case "content":
+            noise.splits["train"] = Source({"a": 7, "b": 13, "c": 1, "d": 22, "e": 5}, b="other")
+            words = "1 of its 7 videos are from another source: train/b has changed"
+        case "gone":
+            noise.splits["train"] = Source({"a": 7, "c": 1, "d": 22, "e": 5})
+            words = "1 of its 7 videos are from another source: train/b is not among its videos now"
+        case "split gone":
+            del noise.splits["val"]
+            words = "2 of its 7 videos are from another source: val/v is not"
+    before = files(noise.out)
+    with pytest.raises(UserError, match=words):
+        run(noise, splits=["train"], videos=1)
+    assert files(noise.out) == before
+    passes = noise.splits["train"].passes
+    passes.clear()
+    run(noise, session(overwrite=True))
+    assert {video for video, *_ in passes} == ({"b"} if change == "content" else set())
+    assert files(noise.out) == whole(noise)
+    run(noise)
+
+
+def test_places_that_are_refused(noise, tmp_path: Path) -> None:
+    noise.out.parent.mkdir(parents=True, exist_ok=True)
+    noise.out.write_text("a file")
+    with pytest.raises(UserError, match="this is a file"):
+        run(noise)
+    noise.out.unlink()
+    (noise.out / "photos").mkdir(parents=True)
+    with pytest.raises(UserError, match="has photos in it, which was not written by convert"):
+        run(noise, session(overwrite=True))
+    for inside in (".", "frames", "../noise/frames"):
+        with pytest.raises(UserError, match=r"lies in .*data/noise, where the videos are read from"):
+            convert(noise.config(), session(), noise.config().data_root / "noise" / inside)
+    (noise.out / "photos").rmdir()
+    run(noise, videos=1)
+    (noise.out / "train" / "c").mkdir()
+    with pytest.raises(UserError, match=r"train/c: is there, and was not written by convert"):
+        run(noise, session(overwrite=True))
+    (noise.out / "train" / "c").rmdir()
+    (noise.out / RECORD).write_text('{"convert": 99}\n')
+    with pytest.raises(UserError, match=r"cannot be read \(format 99\)"):
+        run(noise)
+
+
+def test_two_at_once_are_refused(noise) -> None:
+    run(noise, videos=1)
+    with (noise.out / RECORD).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="another process converts into it"):
+            run(noise)
+
+
+def test_room_is_said_before(noise, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Disk = namedtuple("Disk", "f_bavail f_frsize f_files f_favail")
+    monkeypatch.setattr("os.statvfs", lambda path: Disk(60, 4096, 100, 50))
+    noise.splits["train"].ends["a"] = 0  # the first video tells nothing
+    run(noise)
+    said = capsys.readouterr()
+    assert "61 files, about 249.9 kB on the disk, which has 245.8 kB free" in said.out
+    assert "more than the disk has left" in said.err
+    assert "takes 50 more files only" in said.err
+
+
+ODD = {
+    "clip": "clip",
+    "traj_0_to_255/12": "traj_0_to_255/12",
+    "été 2": "été 2",
+    "a:b?c": "a%3Ab%3Fc",
+    "back\\xe9": "back%5Cxe9",
+    "50% of it": "50% of it",
+    "a%3Ab": "a%253Ab",
+    "line\nbreak": "line%0Abreak",
+    ".hidden/..": "%2Ehidden/%2E%2E",
+    "dot.": "dot%2E",
+    "space ": "space%20",
+    "nul": "nul_",
+    "x/COM1.tar": "x/COM1_.tar",
+    "null": "null",
+    "/root": "_/root",
+    "deep": "deep_",
+    "deep/er": "deep/er",
+}
+
+
+def test_odd_ids_become_safe_names() -> None:
+    assert folder_names(list(ODD)) == list(ODD.values())
+    long = ["ä" * 300, "ä" * 299 + "b", "x" * 200]
+    names = folder_names(long)
+    assert names[2] == long[2]
+    assert all(len(name.encode()) <= 200 for name in names)
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize(
+    "ids", [("Clip", "clip"), ("a/B", "A/b"), ("é", "e\u0301"), ("nul", "NUL_"), ("a", "a/b", "A_")]
+)
+def test_ids_that_would_be_one_folder_are_refused(ids: tuple[str, ...], noise) -> None:
+    with pytest.raises(UserError, match=r"would be the folders .* rename one of them"):
+        folder_names(ids)
+    noise.splits["train"] = noise.Source(dict.fromkeys(ids, 2))
+    with pytest.raises(UserError, match=r"train: videos"):
+        run(noise)
+    assert not noise.out.exists()
+
+
+def test_odd_ids_are_written_and_said(noise, capsys: pytest.CaptureFixture[str]) -> None:
+    noise.splits["train"] = noise.Source(dict.fromkeys(ODD, 2))
+    run(noise)
+    assert {name.rpartition("/")[0].removeprefix("train/") for name in files(noise.out)} >= set(ODD.values())
+    changed = sum(video != name for video, name in ODD.items())
+    assert f"{changed} ids are no safe names of folders and were changed: 'a:b?c' is in train/a%3Ab%3Fc" in (
+        capsys.readouterr().out
+    )
+    back = read_back(noise.out)["train"]
+    assert {video.id for video in back.videos} == set(ODD.values())
+    run(noise)
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        write_video(tmp_path / "videos" / "train" / f"{number}.avi", number)
+    write_video(tmp_path / "videos" / "val" / "0.avi", 9)
+    (tmp_path / "videos" / "train" / "bad.avi").write_bytes(b"no video")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        f"dataset: {{name: tiny, source: videos, image_size: 16, root: {tmp_path / 'videos'}}}\n"
+        f"paths: {{data: {tmp_path}, latents: {tmp_path}, runs: {tmp_path}}}\n"
+    )
+    command = ["convert", "--config", str(config), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*command, "--videos", "2", "--split", "train", "--format", "jpg"]) == 3
+    assert {name.rpartition("/")[0] for name in files(tmp_path / "out")} == {"train/0", "train/1"}
+    assert "bad: cannot be opened" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--quiet"]) == 3
+    assert len(files(tmp_path / "out")) == 35
+    assert capsys.readouterr().out == ""

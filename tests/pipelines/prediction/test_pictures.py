@@ -1,0 +1,153 @@
+"""Contact sheets, GIFs and MP4s, pixel by pixel."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from pipelines.prediction.pictures import (
+    BORDER,
+    GREEN,
+    GREY,
+    RED,
+    Strip,
+    animation,
+    clip_strips,
+    contact_sheet,
+    framed,
+    save_gif,
+    save_mp4,
+)
+
+
+def video(frames: int, height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
+    """Frames that differ by a moving bright block on a grey ground."""
+    pixels = np.full((frames, height, width, 3), 60 + seed, np.uint8)
+    for frame in range(frames):
+        left = frame * (width - 4) // max(1, frames - 1)
+        pixels[frame, 2:10, left : left + 4] = (200, 40, 90)
+    return pixels
+
+
+def numbered(frames: int, side: int = 64) -> np.ndarray:
+    """Frames whose one colour tells their number."""
+    return np.stack([np.full((side, side, 3), 3 * number, np.uint8) for number in range(frames)])
+
+
+def test_context_is_framed_green_and_the_rest_in_its_own_colour():
+    strip = Strip("prediction", video(5), 2, RED)
+    frames = framed(strip, 2)
+    assert frames.shape == (5, 128 + 2 * BORDER, 128 + 2 * BORDER, 3)
+    for number, frame in enumerate(frames):
+        colour = GREEN if number < 2 else RED
+        for edge in (frame[:BORDER], frame[-BORDER:], frame[:, :BORDER], frame[:, -BORDER:]):
+            assert (edge == colour).all()
+        assert (frame[BORDER:-BORDER:2, BORDER:-BORDER:2] == strip.video[number]).all()
+        assert (frame[BORDER + 1 : -BORDER : 2, BORDER + 1 : -BORDER : 2] == strip.video[number]).all()
+
+
+def test_a_clip_shows_truth_in_grey_over_prediction_in_red():
+    truth, prediction = clip_strips(video(4), video(4, seed=9), 1)
+    assert (truth.label, truth.rest, truth.context) == ("truth", GREY, 1)
+    assert (prediction.label, prediction.rest, prediction.context) == ("prediction", RED, 1)
+    assert (truth.video != prediction.video).any()
+
+
+def shown_numbers(page: Image.Image, rows: int) -> list[list[tuple[int, tuple[int, int, int]]]]:
+    """(frame number, border colour) of every cell of `numbered` videos on a page, read off its pixels."""
+    pixels = np.asarray(page)
+    cell = 64 * 2 + 2 * BORDER
+    is_border = np.zeros(pixels.shape[:2], bool)
+    for colour in (GREEN, RED, GREY):
+        is_border |= (pixels == colour).all(-1)
+    found = []
+    for y in range(len(pixels) - cell):
+        row = is_border[y]
+        lefts = [
+            x
+            for x in np.flatnonzero(row[:-cell])
+            if row[x : x + cell].all() and is_border[y : y + cell, x].all()
+            if not row[x - 1] and not is_border[y - 1, x]
+        ]
+        if lefts:
+            centre = y + cell // 2
+            found.append([(int(pixels[centre, x + cell // 2, 0]) // 3, tuple(pixels[y, x].tolist())) for x in lefts])
+    assert len(found) == rows
+    return found
+
+
+def test_a_contact_sheet_shows_all_frames_of_short_clips():
+    page = contact_sheet([("a", clip_strips(numbered(5), numbered(5), 2))] * 2, "title")
+    expected_truth = [(i, GREEN if i < 2 else GREY) for i in range(5)]
+    expected_prediction = [(i, GREEN if i < 2 else RED) for i in range(5)]
+    assert shown_numbers(page, rows=4) == [expected_truth, expected_prediction] * 2
+
+
+def test_a_contact_sheet_of_long_clips_keeps_first_and_last_frame():
+    page = contact_sheet([("a", clip_strips(numbered(40), numbered(40), 10))], "title", max_columns=6)
+    truth, prediction = shown_numbers(page, rows=2)
+    assert [number for number, _ in truth] == [0, 8, 16, 23, 31, 39]
+    assert [colour for _, colour in prediction] == [GREEN, GREEN, RED, RED, RED, RED]
+
+
+def test_a_contact_sheet_of_single_frames():
+    page = contact_sheet([("a", clip_strips(numbered(1), numbered(1), 1))], "title")
+    assert shown_numbers(page, rows=2) == [[(0, GREEN)], [(0, GREEN)]]
+
+
+@pytest.mark.parametrize(("clips", "tiles"), [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (5, (2, 4))])
+def test_an_animation_lays_clips_out_in_rows(clips, tiles):
+    single = animation([("a", clip_strips(video(3), video(3), 1))])
+    frames = animation([("a", clip_strips(video(3), video(3), 1))] * clips)
+    assert frames.dtype == np.uint8
+    assert frames.shape == (3, single.shape[1] * tiles[0], single.shape[2] * tiles[1], 3)
+    assert (frames[:, : single.shape[1], : single.shape[2]] == single).all()
+    assert (single[0] == GREEN).all(-1).any()
+    assert not (single[0] == RED).all(-1).any()
+    assert (single[1] == RED).all(-1).any()
+
+
+def durations(path) -> list[int]:
+    with Image.open(path) as image:
+        return [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (37, 51)])
+def test_a_gif_has_all_frames_and_reads_back(tmp_path, height, width):
+    original = video(12, height, width)
+    save_gif(tmp_path / "a.gif", original, fps=10)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 12
+        assert image.info["loop"] == 0
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    assert np.abs(frames.astype(int) - original).max() <= 3
+    assert durations(tmp_path / "a.gif") == [100] * 11 + [1000]
+
+
+def test_a_gif_of_equal_frames_plays_as_long(tmp_path):
+    still = np.concatenate([video(1)] * 4 + [video(1, seed=50)] * 2)
+    save_gif(tmp_path / "a.gif", still, fps=10)
+    assert sum(durations(tmp_path / "a.gif")) == 5 * 100 + 1000  # equal neighbours may become one frame
+
+
+def test_a_gif_of_one_frame_and_one_of_many_a_second(tmp_path):
+    save_gif(tmp_path / "one.gif", video(1), fps=10)
+    with Image.open(tmp_path / "one.gif") as image:
+        assert image.n_frames == 1
+    save_gif(tmp_path / "fast.gif", video(5), fps=120)
+    assert durations(tmp_path / "fast.gif")[:4] == [20] * 4
+
+
+@pytest.mark.parametrize(("height", "width", "fps"), [(64, 64, 10), (37, 51, 25), (64, 64, 29.97)])
+def test_an_mp4_plays_back(tmp_path, height, width, fps):
+    original = video(12, height, width)
+    save_mp4(tmp_path / "a.mp4", original, fps)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+        assert float(stream.average_rate) == pytest.approx(fps, rel=1e-3)
+    assert len(frames) == 12
+    assert [time for time, _ in frames] == pytest.approx([i / fps for i in range(12)], abs=1e-3)
+    for (_, frame), expected in zip(frames, original, strict=True):
+        assert frame.shape == (height + height % 2, width + width % 2, 3)
+        assert np.abs(frame[:height, :width].astype(int) - expected).mean() < 6

@@ -1,0 +1,221 @@
+"""What a step is said to take is what the allocator sees it take."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter
+from pipelines.config import parse_config
+from pipelines.dry_run import describe_plan
+from pipelines.runtime.throughput import forward_flops
+from pipelines.runtime.train_state import Learner
+from pipelines.training.flow_memory import FlowMemory, LiveMemory, estimate_memory
+from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
+from stage2_flow.loss import FlowDraws, flow_matching_loss
+from stage2_flow.vector_field import VectorField
+
+SHAPE = (4, 8, 8)
+SMALL = {"width": 64, "depth": 1, "mid_depth": 1}
+FEW_VALUES = {"batch_size": 1}  # of one place each: weights, gradients and the update are what counts
+
+
+def two_steps(
+    model: VectorFieldConfig, training: FlowTrainingConfig, shape: tuple[int, int, int], device: str = "cpu"
+) -> None:
+    """The real thing: two updates by the learner, on tensors that are there."""
+    field = VectorField(model, shape[0]).to(device)
+    learner = Learner(field, training, field.boundary_parameters())
+    rows, parts = training.batch_size, training.accumulate
+    for _ in range(2):
+        frames = torch.randn(3, rows, *shape, device=device).unbind()
+        distance, noise = torch.randint(1, 9, (rows,), device=device), torch.randn(rows, *shape, device=device)
+        times = torch.rand(rows, device=device)
+        columns = (values.chunk(parts) for values in (*frames, distance, noise, times))
+        for target, reference, condition, part_distance, part_noise, part_times in zip(*columns, strict=True):
+            with torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"):
+                batch = FlowBatch(target, reference, condition, part_distance)
+                loss = flow_matching_loss(field, batch, FlowDraws(part_noise, part_times))
+            (loss / parts).backward()
+        assert learner.apply(1.0)
+
+
+def allocated(folder: Path, *arguments: object) -> int:
+    """Most bytes that PyTorch's CPU allocator had handed out at a time, as the profiler reports each time.
+
+    What is given back counts only if it was handed out in this call: garbage of earlier tests may go at any time.
+    """
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        two_steps(*arguments)
+    file = folder / "trace.json"
+    profiler.export_chrome_trace(str(file))
+    held: dict[int, int] = {}
+    now = peak = 0
+    # In the order in which they were recorded: clocks of two cores may differ.
+    for event in json.loads(file.read_text())["traceEvents"]:
+        if event.get("name") != "[memory]":
+            continue
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            held[address] = size
+            now += size
+        else:
+            now -= held.pop(address, 0)
+        peak = max(peak, now)
+    return peak
+
+
+CASES = [
+    ({}, {}),
+    ({}, {"precision": "bf16"}),
+    ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
+    ({"head": "bn", "dropout": 0.0}, {"grad_clip": 1.0}),
+    ({"dropout": 0.0}, {"precision": "bf16"}),
+    ({"qk_norm": True, "reference": False}, {}),
+    ({}, {"accumulate": 2}),
+    ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
+    ({}, {"optimizer": "muon", "grad_clip": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "settings"), CASES, ids=str)
+def test_a_step_takes_what_was_computed(tmp_path, sizes, settings):
+    model, training = VectorFieldConfig(**SMALL | sizes), FlowTrainingConfig(**{"batch_size": 8} | settings)
+    memory = estimate_memory(model, training, SHAPE)
+    assert memory.total == pytest.approx(allocated(tmp_path, model, training, SHAPE), rel=0.03)
+    assert memory.activations > memory.parameters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16"},
+        {"ema_decay": 0.9},
+        {"optimizer": "muon"},
+        {"grad_clip": 1.0},
+        {"accumulate": 2, "batch_size": 2},
+    ],
+    ids=str,
+)
+def test_where_weights_are_most_of_it(tmp_path, settings):
+    model, training = VectorFieldConfig(width=128, depth=1, mid_depth=1), FlowTrainingConfig(**FEW_VALUES | settings)
+    memory = estimate_memory(model, training, (4, 1, 1))
+    assert memory.total == pytest.approx(allocated(tmp_path, model, training, (4, 1, 1)), rel=0.05)
+    assert memory.activations < memory.parameters
+
+
+def test_the_parts_are_what_they_are_called():
+    model = VectorFieldConfig(**SMALL, head="bn")
+    field = VectorField(model, 4)
+    weights = sum(value.nbytes for value in field.parameters())
+    buffers = sum(value.nbytes for value in field.buffers())
+    plain = estimate_memory(model, FlowTrainingConfig(), SHAPE)
+    assert plain.parameters == weights + buffers
+    # Two moments, and a counter for each parameter.
+    assert plain.optimizer == 2 * weights + 4 * len(list(field.parameters()))
+    assert (plain.average, plain.latents) == (0, 0)
+    full = estimate_memory(model, FlowTrainingConfig(ema_decay=0.9, accumulate=2), SHAPE, latents_bytes=12345)
+    assert (full.gradients, full.average, full.latents) == (weights, weights + buffers, 12345)
+    muon = estimate_memory(model, FlowTrainingConfig(optimizer="muon"), SHAPE)
+    assert weights < muon.optimizer < 1.3 * weights  # one moment of the matrices, two of the rest
+
+
+def test_sum_and_words():
+    memory = FlowMemory(
+        parameters=392_300_000, gradients=0, optimizer=785 * 10**6, average=0, activations=10**9, latents=22 * 10**6
+    )
+    assert memory.total == 2_199_300_000
+    words = "2.20 GB: parameters 392.3 MB, optimizer 785.0 MB, activations 1.00 GB, latents 22.0 MB"
+    assert memory.describe() == words
+
+
+def test_computing_it_takes_no_memory_of_that_size():
+    """A field of 12 TB."""
+    giant = VectorFieldConfig(width=2**16, depth=1, mid_depth=1)
+    assert estimate_memory(giant, FlowTrainingConfig(), SHAPE).parameters > 10**12 / 2
+
+
+def test_following_memory():
+    """4000 bytes each; what was there before, views and changes in place take none."""
+    before = torch.zeros(1000)
+    with LiveMemory("cpu") as memory:
+        first = torch.zeros(1000)
+        second = first + before
+        assert memory.now == memory.peak == 8000
+        view = second.view(10, 100)[1:]
+        view.mul_(2)
+        assert memory.now == 8000
+        del first
+        assert (memory.now, memory.peak) == (4000, 8000)
+        del second
+        assert memory.now == 4000  # the view holds it
+        third = view.sum(0, keepdim=True)
+        assert (memory.now, memory.peak) == (4400, 8000)
+        memory.restart()
+        del view
+        fourth = torch.zeros(10)
+        assert (memory.now, memory.peak) == (440, 4400)
+        assert memory.at_peak([third, fourth, None, before]) == 400
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match="device = 'cuda': what a GPU's kernels keep is known only where there is one"):
+        estimate_memory(VectorFieldConfig(**SMALL), FlowTrainingConfig(), SHAPE, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("settings", [{"precision": "fp32"}, {"precision": "bf16", "ema_decay": 0.9}], ids=str)
+def test_a_step_on_a_gpu_takes_what_was_computed(settings):
+    model, training = VectorFieldConfig(depth=1, mid_depth=1), FlowTrainingConfig(**settings)
+    memory = estimate_memory(model, training, SHAPE, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    two_steps(model, training, SHAPE, "cuda")
+    assert memory.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+
+
+def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
+    """With a store its latents are in the sum."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    paths = {name: str(tmp_path / name) for name in ("data", "latents", "runs")}
+
+    def lines(**cache: object) -> list[str]:
+        values = {
+            "paths": paths,
+            "dataset": {"name": "none", "source": "videos", "image_size": 32},
+            "autoencoder": {"model": {"channels": 8, "channel_multipliers": [1, 2], "norm_groups": 4}},
+            "flow": {"model": SMALL, "training": {"batch_size": 8, "precision": "bf16"}},
+            "cache": cache,
+        }
+        return describe_plan(parse_config(values, "a test"), torch.device("cpu")).splitlines()
+
+    found = lines()
+    flow = next(number for number, line in enumerate(found) if line.startswith("flow "))
+    flops = 3 * 8 * forward_flops(VectorFieldConfig(**SMALL), (4, 16, 16))
+    assert found[flow + 1].strip() == f"{flops / 1e9:.0f} GFLOP a training step of 8 samples"
+    words = "memory of a step on cpu, bf16, not compiled, at its peak "
+    training = FlowTrainingConfig(batch_size=8, precision="bf16")
+    memory = estimate_memory(VectorFieldConfig(**SMALL), training, (4, 16, 16))
+    assert found[flow + 2].strip() == words + memory.describe()
+    assert "no store yet" in found[flow + 3]
+    assert "auto: latents lie on the device where they fit" in found[flow + 4]
+    assert found[flow + 5].startswith("refiner ")
+
+    plan = SplitPlan(["a"], ["identity"], [10], (4, 16, 16), 10)
+    metadata = StoreMetadata("none", 25.0, {}, {"sha256": "0"}, {})
+    with StoreWriter.open(tmp_path / "latents" / "none.zarr", metadata, {"train": plan}, codes=False) as writer:
+        for part in writer.pending("train"):
+            writer.write_chunk("train", part, torch.randn(10, 4, 16, 16).numpy(), None)
+        writer.finish()
+    found = lines()
+    assert found[flow + 2].endswith(", latents 0.0 MB")  # 20 kB of them
+    assert "no store yet" not in found[flow + 3]
+    memory = estimate_memory(VectorFieldConfig(**SMALL), training, (4, 16, 16), latents_bytes=10 * 4 * 256 * 2)
+    assert memory.describe() in found[flow + 2]
+    assert lines(residency="host")[flow + 3].startswith("refiner ")

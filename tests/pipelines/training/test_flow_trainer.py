@@ -1,0 +1,374 @@
+"""The flow's training step: its parts, its sums over processes, and that it can learn one store by heart."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import latent_cache
+import pipelines.training.flow_trainer as flow_module
+from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter, open_sampler
+from pipelines.config import RiverConfig, parse_config
+from pipelines.errors import UserError
+from pipelines.loading import load_trained_field
+from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.context import Session, resolve_precision
+from pipelines.runtime.distributed import Processes
+from pipelines.training.flow_stage import _check_data, _check_settings, _loop_settings, flow_identity
+from pipelines.training.flow_trainer import FlowTrainer, compiles, records_steps
+from stage2_flow.config import FlowTrainingConfig
+from stage2_flow.coupling import couple
+from stage2_flow.vector_field import POSITIONS
+
+CPU = torch.device("cpu")
+MODEL = {"width": 32, "depth": 1, "mid_depth": 0, "heads": 2, "dropout": 0.0}
+
+
+def config(model: dict | None = None, **training) -> RiverConfig:
+    values = {"batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 5, "clip_frames": 8, "steps": 1000} | training
+    return parse_config(
+        {"dataset": {"name": "toy", "source": "shapes"}, "flow": {"model": MODEL | (model or {}), "training": values}},
+        "test",
+    )
+
+
+def write_store(path: Path, lengths: list[int], shape: tuple[int, int, int] = (4, 2, 2)) -> Path:
+    """Independent latents with mean 3 and deviation 2 in every channel."""
+    plan = SplitPlan([f"clip_{i}" for i in range(len(lengths))], ["identity"] * len(lengths), lengths, shape, 64)
+    metadata = StoreMetadata("toy", 10.0, {}, {"sha256": "0" * 64, "codes": 8}, {})
+    generator = np.random.default_rng(0)
+    with StoreWriter.open(path, metadata, {"train": plan}, codes=False) as writer:
+        for chunk in plan.chunks:
+            latents = (3 + 2 * generator.standard_normal((chunk.frames, *shape))).astype(np.float32)
+            writer.write_chunk("train", chunk, latents, None)
+        writer.finish()
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> latent_cache.LatentCache:
+    return latent_cache.open(write_store(tmp_path / "toy.zarr", [12, 9, 3]), "train")
+
+
+def trainer(store, settings: RiverConfig, processes: Processes | None = None) -> FlowTrainer:
+    training = settings.flow.training
+    sampler = open_sampler(
+        store, CPU, settings.seed, training.batch_size, training.clip_frames, residency="auto", memory_budget=2**20,
+        past_horizon=training.past_horizon,
+    )  # fmt: skip
+    return FlowTrainer(settings, CPU, store, sampler, processes=processes or Processes())
+
+
+def weights(made: FlowTrainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
+
+
+def test_a_batch_in_parts_is_the_batch(store):
+    whole, parts = trainer(store, config()), trainer(store, config(accumulate=4))
+    for made in (whole, parts):
+        made.learner.step = lambda: torch.tensor(True)  # leaves the gradients to look at
+    one, other = whole.train_step(0), parts.train_step(0)
+    torch.testing.assert_close(other.terms["loss"], one.terms["loss"], rtol=1e-6, atol=0)
+    for parameter, same in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(same.grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class TwoProcesses(Processes):
+    """One of two processes that is on its own: nothing is exchanged."""
+
+    def distribute(self, model, device):
+        return model
+
+    def without_exchange(self, model, active):
+        return Processes().without_exchange(model, active)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "conditional"])
+def test_processes_share_out_the_rows_of_one_batch(store, coupling, monkeypatch):
+    settings = config(coupling=coupling, time_sampling="logit_normal")
+    seen = {}
+    for name, processes in {"all": Processes(), "0": TwoProcesses(0, 2), "1": TwoProcesses(1, 2)}.items():
+        made = trainer(store, settings, processes)
+        rows = []
+        forward = made.model.forward
+        made.network = lambda *inputs, rows=rows, forward=forward: rows.append(inputs) or forward(*inputs)
+        made.train_step(3)
+        (seen[name],) = rows
+    for whole, first, second in zip(seen["all"], seen["0"], seen["1"], strict=True):
+        assert torch.equal(whole, torch.cat([first, second]))
+    assert len(seen["0"][0]) == 8
+
+
+def test_dropout_is_another_in_each_process(store):
+    settings = config({"dropout": 0.5})
+    losses = [trainer(store, settings, p).train_step(3).terms["loss"] for p in (Processes(), Processes())]
+    assert losses[0] == losses[1]
+    states = []
+    for processes in (TwoProcesses(0, 2), TwoProcesses(1, 2)):
+        trainer(store, settings, processes).train_step(3)
+        states.append(torch.random.get_rng_state())
+    assert not torch.equal(*states)
+
+
+class Broken:
+    """A sampler that serves numbers that are not finite at some steps."""
+
+    def __init__(self, sampler, steps: set[int], value: float) -> None:
+        self.sampler, self.steps, self.value = sampler, steps, value
+
+    def batch(self, step: int, rank: int, count: int) -> FlowBatch:
+        batch = self.sampler.batch(step, rank, count)
+        if step in self.steps:
+            batch.target[0, 0, 0, 0] = self.value
+        return batch
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_not_finite_updates_nothing(store, value, optimizer):
+    made = trainer(store, config(optimizer=optimizer, ema_decay=0.9, grad_clip=1.0))
+    made.train_step(0)
+    before = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in made.files().items()}
+    made.sampler = Broken(made.sampler, {1}, value)
+    assert not made.train_step(1).finite
+    for name, tensors in made.files().items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, before[name][key]), (name, key)
+    assert made.train_step(2).finite
+    assert not torch.equal(made.files()["model"]["project_out.0.weight"], before["model"]["project_out.0.weight"])
+
+
+def test_a_tiny_store_is_learned_by_heart(tmp_path):
+    """The noise can't be told from x_t and t alone, but with the target known by heart it can: the loss goes to 0."""
+    store = latent_cache.open(write_store(tmp_path / "one.zarr", [4]), "train")
+    settings = config({"width": 64, "depth": 1, "mid_depth": 1}, batch_size=64, learning_rate=2e-3, standardize=True,
+                      grad_clip=1.0, ema_decay=0.98, optimizer="muon", steps=300)  # fmt: skip
+    made = trainer(store, settings)
+    losses = [made.train_step(step).terms["loss"].item() for step in range(300)]
+    assert np.mean(losses[:5]) > 1.5
+    assert np.mean(losses[-50:]) < 0.15
+
+
+def test_raw_latents_unless_standardised_ones_are_wanted(store):
+    seen = {}
+    for standardize in (False, True):
+        made = trainer(store, config(standardize=standardize, batch_size=22))
+        made.network = lambda x_t, reference, *rest, key=standardize, made=made: (
+            seen.__setitem__(key, reference) or made.model(x_t, reference, *rest)
+        )
+        made.train_step(0)
+    assert seen[False].mean() == pytest.approx(3, abs=0.4)
+    assert seen[True].mean() == pytest.approx(0, abs=0.2)
+    assert seen[True].std() == pytest.approx(1, abs=0.2)
+
+
+def test_past_horizon_reaches_the_conditions(store):
+    made = trainer(store, config(past_horizon=2, batch_size=22))
+    distances = []
+    made.network = lambda *inputs: distances.append(inputs[3]) or made.model(*inputs)
+    made.train_step(0)
+    assert (distances[0] == 1).all()
+
+
+def test_readings_tell_how_well_the_machine_is_used(store):
+    made = trainer(store, config())
+    for step in range(4):
+        made.train_step(step)
+    readings = made.readings(4, {"loss": 1.0}, 10.0)
+    assert readings["samples_per_second"] == 160
+    assert 0 < readings["data_wait"] < 1
+    assert readings["tflops_per_second"] == pytest.approx(10 * made._step_flops / 1e12)
+    assert 0 < readings["mfu"] < 1
+    assert readings["peak_memory_mb"] > 50
+    made._waited, made._steps = 0.5, 4  # seconds in 4 steps, of which there are 10 in a second
+    assert made.readings(4, {}, 2.0)["data_wait"] == pytest.approx(0.25)
+    assert made.readings(4, {}, 2.0)["data_wait"] == 0
+
+
+GPU = torch.device("cuda")
+
+
+def test_switches_take_what_suits_the_device():
+    def settings(**values) -> FlowTrainingConfig:
+        return FlowTrainingConfig(**values)
+
+    assert not compiles(settings(), CPU)
+    assert compiles(settings(), GPU)
+    assert compiles(settings(compile=True), CPU)
+    assert not compiles(settings(compile=False), GPU)
+    one, two = Processes(), Processes(0, 2)
+    assert records_steps(settings(), GPU, one)
+    assert not records_steps(settings(), CPU, one)
+    assert not records_steps(settings(), GPU, two)
+    assert not records_steps(settings(optimizer="muon"), GPU, one)
+    assert not records_steps(settings(cuda_graphs=False), GPU, one)
+    for values, device, processes in (({}, CPU, one), ({}, GPU, two), ({"optimizer": "muon"}, GPU, one)):
+        with pytest.raises(ValueError, match=r"cuda_graphs: true needs a single GPU and optimizer adamw"):
+            records_steps(settings(cuda_graphs=True, **values), device, processes)
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"
+
+
+def with_seed(seed: int) -> RiverConfig:
+    return config().model_copy(update={"seed": seed})
+
+
+def test_seed_and_step_decide_times_dropout_and_first_weights(store):
+    def drawn(seed: int, step: int) -> tuple[tuple[float, ...], int]:
+        made, seen = trainer(store, with_seed(seed)), []
+        made.model.eval()  # as something else may leave it
+
+        def forward(*inputs):
+            assert made.model.training
+            seen.append((tuple(inputs[4].tolist()), torch.initial_seed()))
+            return made.model(*inputs)
+
+        made.network = forward
+        made.train_step(step)
+        return seen[0]
+
+    assert drawn(0, 3) == drawn(0, 3)
+    for other in (drawn(1, 3), drawn(0, 4)):
+        for ours, theirs in zip(drawn(0, 3), other, strict=True):
+            assert ours != theirs
+    first, same, other = (weights(trainer(store, with_seed(seed))) for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_the_learning_rate_takes_its_course(store):
+    made = trainer(store, config(learning_rate=4e-3, final_learning_rate=1e-3, warmup_steps=4, steps=104))
+    for step, rate in ((0, 0), (3, 3e-3), (4, 4e-3), (79, 2.5e-3), (104, 1e-3)):
+        made.train_step(step)
+        assert made.learning_rate == pytest.approx(rate)
+        assert made.learner.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_muon_leaves_inputs_outputs_and_embeddings_to_adamw(store):
+    made = trainer(store, config(optimizer="muon"))
+    _, adamw = made.learner.optimizers
+    taken = {id(parameter) for parameter in adamw.param_groups[0]["params"]}
+    assert {id(parameter) for parameter in made.model.boundary_parameters()} <= taken
+
+
+def test_without_a_reference_noise_is_coupled_by_the_condition(store, monkeypatch):
+    loss, seen = flow_module.flow_matching_loss, []
+    monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
+    for coupling in ("independent", "conditional"):
+        trainer(store, config({"reference": False}, coupling=coupling)).train_step(4)
+    (batch, plain), (_, coupled) = seen
+    assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.condition))
+    assert not torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
+
+
+def test_noise_is_coupled_to_the_latents_that_are_learned(store, monkeypatch):
+    """Standardised ones: of the raw ones, which are larger, other rows would exchange their noise."""
+    loss, seen = flow_module.flow_matching_loss, []
+    monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
+    for coupling in ("independent", "conditional"):
+        made = trainer(store, config(coupling=coupling, standardize=True))
+        made.train_step(4)
+    (batch, plain), (_, coupled) = seen
+    assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
+    assert not torch.equal(coupled.noise, plain.noise)
+    raw = [made.standardization.to_raw(frames) for frames in (batch.target, batch.reference)]
+    assert not torch.equal(coupled.noise, couple(plain.noise, *raw))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_reaches_the_field(store, precision):
+    made, seen = trainer(store, config(precision=precision)), []
+    made.network = lambda *inputs: seen.append(torch.is_autocast_enabled("cpu")) or made.model(*inputs)
+    made.train_step(0)
+    assert seen == [precision == "bf16"]
+
+
+def test_utilisation_is_that_of_all_processes(store, monkeypatch):
+    monkeypatch.setattr(flow_module, "_best_rate", lambda device, precision: 1e9)
+    made = trainer(store, config(), TwoProcesses(0, 2))
+    assert made.readings(4, {}, 10.0)["mfu"] == pytest.approx(10 * made._step_flops / 2e9)
+
+
+def test_what_is_validated_is_what_is_delivered(store):
+    class Validation:
+        fields: tuple = ()
+
+        def measure(self, field, standardization):
+            self.fields += (field,)
+            return {"validation_loss": 0.25}
+
+    for decay in (None, 0.9):
+        made = trainer(store, config(ema_decay=decay))
+        made.validation = Validation()
+        assert made.validate(5) == {"validation_loss": 0.25}
+        assert made.validation.fields == (made.learner.best_model,)
+
+
+def test_a_failed_step_names_its_own_batch(store):
+    made = trainer(store, config())
+    assert made.describe_batch(3) == made.sampler.describe_batch(3)
+    assert made.describe_batch(3) != made.sampler.describe_batch(4)
+
+
+def test_what_a_trained_flow_depends_on():
+    assert flow_identity(config()) == flow_identity(config(accumulate=2, max_bad_steps=3))
+    for other in (with_seed(1), config(coupling="conditional"), config(past_horizon=4), config({"qk_norm": True})):
+        assert flow_identity(other) != flow_identity(config())
+
+
+def test_the_best_flow_has_the_least_validation_loss():
+    settings = _loop_settings(config(), validated=True)
+    assert (settings.best, settings.lowest) == ("validation_loss", True)
+    assert _loop_settings(config(), validated=False).best is None
+    assert _loop_settings(config(best_by="last"), validated=True).best is None
+
+
+def test_rows_that_exchange_their_noise_stay_in_one_process():
+    session = Session(CPU, processes=Processes(1, 2))
+    _check_settings(config(batch_size=8), session)
+    _check_settings(config(batch_size=16, coupling="conditional"), session)
+    _check_settings(config(batch_size=8, coupling="conditional"), Session(CPU))
+    with pytest.raises(UserError, match=r"flow\.training\.batch_size: a batch of 8 .* take a multiple of 16"):
+        _check_settings(config(batch_size=8, coupling="conditional"), session)
+
+
+def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
+    store = latent_cache.open(write_store(tmp_path / "toy.zarr", [12, 9, 3, 2]), "train")  # 10 + 7 + 1 targets
+
+    def said(**training) -> str:
+        settings = config(**training)
+        _check_data(settings, store, trainer(store, settings).sampler, None)
+        return capsys.readouterr().out
+
+    assert said(batch_size=18, clip_frames=12) == (
+        "flow: 1 of 4 videos have fewer than 3 frames and are not learned from\n"
+    )
+    assert "clip_frames is 13, and the longest video has 12 frames: conditions lie at most 10" in said(clip_frames=13)
+    with pytest.raises(UserError, match=r"split 'train': 18 frames .* fewer than flow\.training\.batch_size 19"):
+        said(batch_size=19)
+
+
+@pytest.mark.parametrize("shape", [(4, POSITIONS, POSITIONS), (4, POSITIONS + 1, 2), (4, 2, POSITIONS + 1)])
+def test_latents_of_more_places_than_there_are_codes_for(store, shape):
+    cache = SimpleNamespace(url="toy.zarr", latent_shape=shape, lengths=store.lengths)
+    sampler = trainer(store, config()).sampler
+    if max(shape) == POSITIONS:
+        _check_data(config(), cache, sampler, None)
+    else:
+        with pytest.raises(UserError, match=rf"latents of {shape[1]}x{shape[2]}, .* {POSITIONS} places a side"):
+            _check_data(config(), cache, sampler, None)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_the_averaged_weights_predict_where_there_are_any(store, tmp_path, decay):
+    made = trainer(store, config(ema_decay=decay))
+    for step in range(3):
+        made.train_step(step)
+    state = {"model": made.config.flow.model.model_dump(mode="json"), "latent_shape": list(store.latent_shape)}
+    CheckpointFolder(tmp_path / "checkpoints").save(3, made.files(), state)
+    field = load_trained_field(CheckpointFolder(tmp_path / "checkpoints").latest(), CPU)
+    assert not field.training
+    for name, tensor in field.state_dict().items():
+        assert torch.equal(tensor, made.learner.best_model.state_dict()[name]), name

@@ -1,0 +1,193 @@
+"""Video files: counting frames without trusting headers, decoding in presentation order, and damage."""
+
+import io
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage1_autoencoder.videos.preprocessing import FramePreprocessor
+from stage1_autoencoder.videos.source import BrokenVideoError
+from stage1_autoencoder.videos.video_files import decode_video, probe_video
+
+CODECS = [
+    ("v.avi", "mpeg4", {}),
+    ("b_frames.avi", "mpeg4", {"bf": "2"}),
+    ("v.mp4", "libx264", {}),
+    ("v.mov", "mpeg4", {}),
+    ("v.mkv", "libx264", {}),
+    ("v.webm", "libvpx-vp9", {"deadline": "realtime"}),
+    ("v.gif", "gif", {}),
+    ("v.avi", "mjpeg", {}),
+]
+
+
+def decoded(path, first, stop, step=1):
+    preprocess = FramePreprocessor(16)
+    return [preprocess(frame) for frame in decode_video(path, "v", first, stop, step)]
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), CODECS)
+def test_counts_and_decodes_every_frame_in_order(make_video, read_numbers, name, codec, options):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    path = make_video(name, 13, codec, **options)
+    probe = probe_video(path, "v")
+    assert (probe.frames, probe.width, probe.height) == (13, 64, 48)
+    assert probe.fps == pytest.approx(10, rel=0.02)
+    if codec == "gif":  # 8 bits for three colours: no flat greys to read numbers from
+        assert len(decoded(path, 0, 13)) == 13
+    else:
+        assert read_numbers(decoded(path, 0, 13)) == list(range(13))
+
+
+def test_ranges_and_steps(make_video, read_numbers):
+    path = make_video("v.mp4", 14, "libx264")
+    assert read_numbers(decoded(path, 3, 12, 4)) == [3, 7, 11]
+    assert read_numbers(decoded(path, 3, 14, 4)) == [3, 7, 11]
+    assert read_numbers(decoded(path, 13, 14)) == [13]
+
+
+@pytest.mark.parametrize("lie", [3, 1000])
+def test_a_header_that_lies_about_the_count_is_not_believed(make_video, lie):
+    path = make_video("v.avi", 9)
+    content = bytearray(path.read_bytes())
+    header = content.index(b"strh") + 8
+    assert struct.unpack_from("<I", content, header + 32) == (9,)
+    struct.pack_into("<I", content, header + 32, lie)
+    struct.pack_into("<I", content, content.index(b"avih") + 8 + 16, lie)
+    path.write_bytes(content)
+    assert probe_video(path, "v").frames == 9
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("v.avi", "mpeg4"), ("v.mp4", "libx264"), ("v.mkv", "libx264"), ("v.avi", "mjpeg"), ("v.gif", "gif")],
+)
+def test_cut_off_files_are_noticed_when_counting(encode_frames, tmp_path, name, codec, share):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 49, 65, 3), np.uint8)[:, :48, :64]
+    path = encode_frames(tmp_path / name, list(noise), codec)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(BrokenVideoError, match=r"cut off|damaged|cannot be opened|no video stream") as caught:
+        probe_video(path, "v")
+    if name == "v.mp4" and share < 0.9:  # what tells where frames are lies at the end
+        assert caught.value.reason.endswith("its index is missing, so it was cut off")
+
+
+def test_text_is_no_video(tmp_path):
+    path = tmp_path / "notes.mp4"
+    path.write_text("not a video at all\n" * 50)
+    with pytest.raises(BrokenVideoError, match="notes: cannot be opened as a video") as caught:
+        probe_video(path, "notes")
+    assert (caught.value.video_id, caught.value.reason.split()[0]) == ("notes", "cannot")
+    path.write_bytes(b"")
+    with pytest.raises(BrokenVideoError, match="cannot be opened as a video"):
+        probe_video(path, "notes")
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(BrokenVideoError, match="has no video stream"):
+        probe_video(path, "sound")
+
+
+def test_damage_inside_is_noticed_when_decoding(encode_frames, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
+    path = encode_frames(tmp_path / "v.mp4", list(noise), "libx264")
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
+    path.write_bytes(content)
+    assert probe_video(path, "v").frames == 12
+    with pytest.raises(BrokenVideoError, match=r"v: (frame [0-9]+ is damaged|cannot be decoded after frame [0-9]+)"):
+        decoded(path, 0, 12)
+
+
+def test_fewer_frames_than_promised(make_video):
+    path = make_video("v.avi", 6)
+    with pytest.raises(BrokenVideoError, match="v: ends after 6 frames, but frame 8 was expected"):
+        decoded(path, 0, 9)
+
+
+def test_a_file_that_is_gone(tmp_path):
+    with pytest.raises(BrokenVideoError, match="gone: cannot be opened"):
+        next(decode_video(tmp_path / "gone.avi", "gone", 0, 1, 1))
+
+
+def test_size_that_changes_is_an_error(tmp_path):
+    path = tmp_path / "v.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(6):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 48) if number < 4 else (32, 48)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.is_keyframe = True
+            container.mux(packet)
+    assert probe_video(path, "v").frames == 6
+    assert len(decoded(path, 0, 4)) == 4
+    with pytest.raises(BrokenVideoError, match="v: changes from 64x48 to 32x48 at frame 4; cut it"):
+        decoded(path, 0, 6)
+
+
+def trimmed(source: Path, target: Path, start: int) -> Path:
+    """The same packets with an edit list that begins to play at frame `start`, as trimming without encoding does."""
+    options = {"avoid_negative_ts": "disabled", "use_editlist": "1", "movflags": "faststart"}
+    with av.open(str(source)) as whole, av.open(str(target), "w", options=options) as container:
+        stream = whole.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in whole.demux(stream):
+            if packet.size:
+                shift = int(start / 10 / stream.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                container.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("start", [2, 5, 7, 11])  # in the first group of pictures, and behind it
+def test_edit_lists_are_followed(make_video, tmp_path, read_numbers, start):
+    x264 = {"x264-params": "keyint=5:bframes=2:scenecut=0:threads=1"}
+    path = trimmed(make_video("whole.mp4", 16, "libx264", **x264), tmp_path / "cut.mp4", start)
+    probe = probe_video(path, "cut")
+    assert probe.frames == 16 - start
+    assert read_numbers(decoded(path, 0, probe.frames)) == list(range(start, 16))
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    with pytest.raises(BrokenVideoError, match="cut off"):
+        probe_video(path, "cut")
+
+
+def test_videos_of_no_frame_and_of_one(tmp_path, make_video, encode_frames):
+    with av.open(str(tmp_path / "none.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    with pytest.raises(BrokenVideoError, match=r"none: (has no|cannot be opened as a) video"):
+        probe_video(tmp_path / "none.mp4", "none")
+    path = make_video("one.gif", 1, "gif")
+    assert probe_video(path, "one").frames == 1
+    assert len(decoded(path, 0, 1)) == 1
+
+
+def test_a_file_that_may_not_be_read(tmp_path, make_video, monkeypatch):
+    path = make_video("v.avi", 3)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(BrokenVideoError, match=r"v: cannot be opened as a video \(Permission denied\)"):
+        probe_video(path, "v")
