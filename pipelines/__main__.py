@@ -63,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from pipelines.config import dump_config, load_config
-    from pipelines.runtime.context import Session, resolve_device
+    from pipelines.runtime.context import RunContext, resolve_device
     from pipelines.runtime.distributed import join_processes, leave_processes
     from pipelines.runtime.progress import say, set_quiet
 
     processes, device = join_processes(resolve_device(options.device))
     set_quiet(options.quiet or not processes.is_first)
-    session = Session(
+    run_context = RunContext(
         device=device,
         download=options.download,
         processes=processes,
@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run and options.command == "data":
         from pipelines.dry_run import preview_data
 
-        preview_data(config, session)
+        preview_data(config, run_context)
         return EXIT_DONE
     if options.dry_run and config is not None:
         from pipelines.dry_run import describe_plan
@@ -97,11 +97,11 @@ def _run(options: argparse.Namespace) -> int:
         say(dump_config(config))
         say(describe_plan(config, device))
         return EXIT_DONE
-    _command(options, config)(session)
+    _command(options, config)(run_context)
     leave_processes()
-    if session.skipped and processes.is_first:
-        print(f"{options.command}: finished; {len(session.skipped)} video(s) were skipped:", file=sys.stderr)
-        for video_id, reason in list(session.skipped.items())[:20]:
+    if run_context.skipped and processes.is_first:
+        print(f"{options.command}: finished; {len(run_context.skipped)} video(s) were skipped:", file=sys.stderr)
+        for video_id, reason in list(run_context.skipped.items())[:20]:
             print(f"  {video_id}: {reason}", file=sys.stderr)
         # torchrun takes every code but 0 for a crash.
         return EXIT_SKIPPED if processes.count == 1 else EXIT_DONE
@@ -118,13 +118,13 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             from pipelines.commands.convert import convert
 
             wanted = {"image_format": options.format, "splits": options.split, "videos": options.videos}
-            return lambda session: convert(config, session, options.out, quality=options.quality, **wanted)
+            return lambda run_context: convert(config, run_context, options.out, quality=options.quality, **wanted)
         case "train-autoencoder":
             from pipelines.training.autoencoder_stage import train_autoencoder as function
         case "encode" if options.verify is not None:
             from pipelines.encoding.verify_store import verify_store
 
-            return lambda session: verify_store(config, session, options.verify)
+            return lambda run_context: verify_store(config, run_context, options.verify)
         case "encode":
             from pipelines.encoding.encode_store import encode as function
         case "train-flow":
@@ -134,12 +134,12 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
         case "sample":
             from pipelines.commands.sample import sample
 
-            return lambda session: sample(config, session, options.videos, options.refine, options.samples)
+            return lambda run_context: sample(config, run_context, options.videos, options.refine, options.samples)
         case "predict":
             from pipelines.commands.predict import predict
 
             wanted = {name: getattr(options, name) for name in ("frames", "refine", "marked", "samples")}
-            return lambda session: predict(config, session, options.video, **wanted)
+            return lambda run_context: predict(config, run_context, options.video, **wanted)
         case "bench":
             from pipelines.commands.bench import bench as function
         case "import-official":
@@ -147,15 +147,15 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
 
             files = OfficialFiles(options.model, options.autoencoder, options.refiner)
             presets = [Path(options.config or "configs/shapes.yaml").parent, Path("configs")]
-            return lambda session: import_official(config, session, files, presets, heads=options.heads)
+            return lambda run_context: import_official(config, run_context, files, presets, heads=options.heads)
         case "evaluate":
             from pipelines.commands.evaluate import evaluate
 
-            return lambda session: evaluate(config, session, options.refine)
+            return lambda run_context: evaluate(config, run_context, options.refine)
         case "study":
             from pipelines.commands.study import study
 
-            return lambda session: study(config, session, options.videos, options.most_evaluations)
+            return lambda run_context: study(config, run_context, options.videos, options.most_evaluations)
         case "report":
             from pipelines.commands.report import report as function
         case "inspect":
@@ -165,8 +165,8 @@ def _command(options: argparse.Namespace, config: object) -> Callable[[object], 
             if store is None:
                 raise UserError("inspect: name a store, such as latents/shapes.zarr, or a --config")
             wanted = {name: getattr(options, name) for name in ("verify", "video", "view", "gif")}
-            return lambda session: inspect_store(config, session, store, **wanted)
-    return lambda session: function(config, session)
+            return lambda run_context: inspect_store(config, run_context, store, **wanted)
+    return lambda run_context: function(config, run_context)
 
 
 def _parser() -> argparse.ArgumentParser:

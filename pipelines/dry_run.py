@@ -8,7 +8,7 @@ from pipelines.config import RiverConfig
 from pipelines.data import datasets
 from pipelines.data.survey import survey
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import Session, resolve_precision
+from pipelines.runtime.context import RunContext, resolve_precision
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import describe_progress, is_imported
 from pipelines.runtime.throughput import step_flops
@@ -20,7 +20,7 @@ from stage1_autoencoder.videos.source import VideoError
 from stage2_flow.vector_field import VectorField
 
 
-def preview_data(config: RiverConfig, session: Session) -> None:
+def preview_data(config: RiverConfig, run_context: RunContext) -> None:
     """Say what `data` would fetch, and what of the videos is there, is used, and is skipped. Nothing is written.
 
     Raises:
@@ -28,7 +28,7 @@ def preview_data(config: RiverConfig, session: Session) -> None:
     """
     dataset = config.dataset
     say(f"data: {dataset.name}, source {dataset.source}, in {dataset_root(dataset, config.data_root)}")
-    for line in datasets.plan(dataset, config.data_root, session.mirror):
+    for line in datasets.plan(dataset, config.data_root, run_context.mirror):
         say(line)
     try:
         sources = open_splits(dataset, config.data_root, remember=False)

@@ -21,7 +21,7 @@ from pipelines.official.parts import OfficialFiles
 from pipelines.official.vector_fields import OFFICIAL_HEADS
 from pipelines.prediction.clips import Clip
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
-from pipelines.runtime.context import Session, resolve_device
+from pipelines.runtime.context import RunContext, resolve_device
 from pipelines.runtime.progress import progress
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws, make_draws
@@ -300,9 +300,9 @@ def to_video(frames: Tensor) -> np.ndarray:
     return rearrange(pixels, "b n c h w -> b n h w c").cpu().numpy()
 
 
-def load_predictor(config: RiverConfig, session: Session) -> VideoPredictor:
+def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:
     """The predictor of the configuration's run, with the configuration's sampling options."""
-    predictor = VideoPredictor.from_run(config.run_path, session.device, weights=config.sampling.weights)
+    predictor = VideoPredictor.from_run(config.run_path, run_context.device, weights=config.sampling.weights)
     return replace(predictor, sampling=config.sampling)
 
 

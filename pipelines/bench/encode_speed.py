@@ -15,7 +15,7 @@ from pipelines.encoding.chunk_encoder import GPU_ENCODERS
 from pipelines.encoding.store_checks import store_metadata
 from pipelines.encoding.store_encoder import StoreEncoder
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
 from stage1_autoencoder.videos import open_source, open_splits
@@ -27,9 +27,9 @@ VIDEO_FRAMES, WIDTH, HEIGHT = 100, 160, 120  # KTH's size
 FRAMES = {"cpu": 6000, "cuda": 40_000}
 
 
-def encode_measurements(config: RiverConfig, session: Session, folder: Path) -> Iterator[Measurement]:
+def encode_measurements(config: RiverConfig, run_context: RunContext, folder: Path) -> Iterator[Measurement]:
     """Measure with the configuration's autoencoder, at random weights: speed does not depend on them."""
-    device = session.device
+    device = run_context.device
     torch.manual_seed(0)
     autoencoder = build_autoencoder(config.autoencoder.model).to(device).eval().requires_grad_(False)
     side = config.dataset.image_size
@@ -50,7 +50,7 @@ def encode_measurements(config: RiverConfig, session: Session, folder: Path) -> 
     state = {"model": config.autoencoder.model.model_dump(mode="json")}
     checkpoints.save(0, {"model": autoencoder.state_dict()}, state)
     metadata = store_metadata(config, autoencoder, splits)
-    encoder = StoreEncoder(config, session, checkpoints.latest(), autoencoder, splits, metadata)
+    encoder = StoreEncoder(config, run_context, checkpoints.latest(), autoencoder, splits, metadata)
     source = open_source(config.dataset, folder, "train")
 
     def whole() -> None:

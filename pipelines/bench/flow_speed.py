@@ -27,9 +27,9 @@ from latent_cache import (
 from pipelines.bench.autoencoder_speed import plain_encode
 from pipelines.bench.measurement import Measurement, in_turn
 from pipelines.config import RiverConfig
-from pipelines.runtime.cuda_graph_step import WARM_UP_STEPS, RecordedStep
+from pipelines.runtime.cuda_graph_step import WARM_UP_STEPS, CudaGraphStep
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.train_state import TrainState
 from pipelines.training.flow_memory import estimate_memory
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.families import build_autoencoder
@@ -66,10 +66,10 @@ class FlowStep:
         self.device, self.precision = device, precision
         self.field = VectorField(model, latent_shape[0]).to(device)
         self.network = torch.compile(self.field, fullgraph=True, dynamic=False) if fast else self.field
-        self.learner = Learner(self.field, training, self.field.boundary_parameters(), recordable=fast)
-        self.learner.set_rate(1.0)
+        self.train_state = TrainState(self.field, training, self.field.boundary_parameters(), recordable=fast)
+        self.train_state.set_rate(1.0)
         self.generator = torch.Generator(device).manual_seed(0)
-        self.update = RecordedStep(self._update) if fast else self._update
+        self.update = CudaGraphStep(self._update) if fast else self._update
 
     def __call__(self, batch: FlowBatch) -> Tensor:
         """One step on a batch [b, c, h, w] on the device; gives the loss without waiting for it."""
@@ -81,7 +81,7 @@ class FlowStep:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = flow_matching_loss(self.network, FlowBatch(*tensors[:4]), FlowDraws(*tensors[4:]))
         loss.backward()
-        self.learner.step()
+        self.train_state.step()
         return (loss.detach(),)
 
 

@@ -13,12 +13,12 @@ import torch
 
 from pipelines.bench.measurement import Measurement
 from pipelines.config import RiverConfig
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
 
 
-def bench(config: RiverConfig, session: Session) -> list[Measurement]:
+def bench(config: RiverConfig, run_context: RunContext) -> list[Measurement]:
     """Measure everything, print the table, and write `benchmark.json` to the run's folder.
 
     Stores and videos to measure with are made in a temporary folder and removed.
@@ -30,16 +30,16 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     from pipelines.bench.sampling_speed import sampling_measurements
     from pipelines.bench.store_speed import store_measurements
 
-    say(f"bench: {hardware(session.device)}; a few minutes; other work on this machine spoils the numbers")
+    say(f"bench: {hardware(run_context.device)}; a few minutes; other work on this machine spoils the numbers")
     results: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="river-bench-") as folder:
         sources: list[Callable[[], Iterator[Measurement]]] = [
-            lambda: store_measurements(Path(folder), session.device),
-            lambda: flow_measurements(config, session.device),
-            lambda: sampling_measurements(config, session.device),
-            lambda: autoencoder_measurements(config, session.device),
+            lambda: store_measurements(Path(folder), run_context.device),
+            lambda: flow_measurements(config, run_context.device),
+            lambda: sampling_measurements(config, run_context.device),
+            lambda: autoencoder_measurements(config, run_context.device),
             lambda: decode_measurements(Path(folder)),
-            lambda: encode_measurements(config, session, Path(folder)),
+            lambda: encode_measurements(config, run_context, Path(folder)),
         ]
         for source in sources:
             for measurement in source():
@@ -49,7 +49,7 @@ def bench(config: RiverConfig, session: Session) -> list[Measurement]:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(session.device),
+        "hardware": hardware(run_context.device),
         "software": software_versions(),
         "measurements": [asdict(measurement) | {"reached": measurement.reached} for measurement in results],
     }

@@ -16,7 +16,7 @@ from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
 from pipelines.data.frame_writer import Entry, ImageFormat, Job, Record, Writer, check_place, folder_names, open_record
 from pipelines.errors import StoppedBySignal, UserError
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import progress, say, size_text, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
@@ -44,7 +44,7 @@ class ConvertedSplit:
 
 def convert(
     config: RiverConfig,
-    session: Session,
+    run_context: RunContext,
     out: Path,
     *,
     image_format: ImageFormat = "png",
@@ -70,7 +70,7 @@ def convert(
     out = out.expanduser()
     _check_apart(config, out)
     check_place(out)
-    sources = open_videos(config, session)
+    sources = open_videos(config, run_context)
     chosen = list(dict.fromkeys(splits or sources))
     if missing := [split for split in chosen if split not in sources]:
         raise UserError(f"--split {missing[0]}: {config.dataset.name} has {', '.join(sources)}")
@@ -78,15 +78,15 @@ def convert(
     if image_format == "jpg":
         settings["quality"] = quality
     jobs = {split: list(_jobs(split, source)) for split, source in sources.items()}
-    with open_record(out, settings, session.overwrite) as record:
-        _refuse_others(record, list(itertools.chain(*jobs.values())), session.overwrite)
+    with open_record(out, settings, run_context.overwrite) as record:
+        _refuse_others(record, list(itertools.chain(*jobs.values())), run_context.overwrite)
         asked = [job for split in chosen for job in jobs[split][:videos]]
         pending = [job for job in asked if not record.is_whole(job.name, f".{image_format}")]
         _refuse_foreign(record, pending)
         writer = Writer(record, sources, image_format, quality)
         _announce(config, out, asked, pending, writer)
         if pending:
-            _write_all(pending, writer, session)
+            _write_all(pending, writer, run_context)
         lacking = {job.name for job in pending} - writer.written.keys()
         there = [job for job in asked if job.name not in lacking]
         reports = [_report(split, [job for job in there if job.split == split], writer) for split in chosen]
@@ -161,7 +161,7 @@ def _announce(config: RiverConfig, out: Path, asked: list[Job], pending: list[Jo
         warn(f"{out}: its file system takes {disk.f_favail} more files only")
 
 
-def _write_all(pending: list[Job], writer: Writer, session: Session) -> None:
+def _write_all(pending: list[Job], writer: Writer, run_context: RunContext) -> None:
     cores = len(os.sched_getaffinity(0))
     waiting, running = iter(pending), dict[Future, Job]()
     frames = sum(job.entry.frames for job in pending)
@@ -186,7 +186,7 @@ def _write_all(pending: list[Job], writer: Writer, session: Session) -> None:
                     try:
                         future.result()
                     except BrokenVideoError as error:
-                        session.skip(job.entry.id, error.reason)
+                        run_context.skip(job.entry.id, error.reason)
         finally:
             writer.stopping.set()
             for future in running:

@@ -9,17 +9,17 @@ from pipelines.commands.sample import sample
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import prepare_data
 from pipelines.encoding.encode_store import encode
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from pipelines.training.autoencoder_stage import train_autoencoder
 from pipelines.training.flow_stage import train_flow
 
 
-def demo(config: RiverConfig, session: Session) -> None:
+def demo(config: RiverConfig, run_context: RunContext) -> None:
     """Run every stage in turn; what is done already is recognised."""
     started = time.perf_counter()
     # Training the autoencoder anew makes the store out of date with it.
-    session = replace(session, overwrite=session.overwrite or session.restart)
+    run_context = replace(run_context, overwrite=run_context.overwrite or run_context.restart)
     for number, (title, stage) in enumerate(
         (
             ("raw videos", prepare_data),
@@ -34,7 +34,7 @@ def demo(config: RiverConfig, session: Session) -> None:
     ):
         begun = time.perf_counter()
         say(f"\n[{number}/7] {title}")
-        stage(config, session)
+        stage(config, run_context)
         say(f"      {time.perf_counter() - begun:.0f} s")
     folder = config.run_path / "samples"
     say(

@@ -19,7 +19,7 @@ from pipelines.evaluation.table import SUBJECTS, format_table, summarise
 from pipelines.evaluation.video_network import VideoNetwork, find_video_network
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
 from pipelines.predictor import VideoPredictor, load_predictor
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import progress, say
 from pipelines.training.flow_stage import train_flow
 from pipelines.training.refiner_stage import train_refiner
@@ -43,7 +43,7 @@ class Judges:
     missing: dict[str, str]
 
 
-def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dict[str, Any]:
+def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False) -> dict[str, Any]:
     """Measure the run on the protocol's clips; trains what lacks first. Writes `runs/<name>/evaluation.json`.
 
     Args:
@@ -55,13 +55,13 @@ def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dic
         UserError: no clips; a file of weights that is configured and missing, or not what it must be.
     """
     # Asked for first: training may take days.
-    network = find_video_network(config.evaluation.video_network, NETWORK_SETTING, download=session.download)
-    train_flow(config, session.for_prerequisites())
+    network = find_video_network(config.evaluation.video_network, NETWORK_SETTING, download=run_context.download)
+    train_flow(config, run_context.for_prerequisites())
     if refine:
-        train_refiner(config, session.for_prerequisites())
-    predictor = load_predictor(config, session)
-    clips = open_clips(config, session, config.evaluation.videos)
-    judges = load_judges(config, session, network)
+        train_refiner(config, run_context.for_prerequisites())
+    predictor = load_predictor(config, run_context)
+    clips = open_clips(config, run_context, config.evaluation.videos)
+    judges = load_judges(config, run_context, network)
     metrics, videos = measure(config, predictor, clips, judges, refine)
     video_network = judges.distances.network if judges.distances is not None and "fvd" in metrics else None
     protocol = describe_protocol(config, predictor, videos, judges.missing, refine=refine, network=video_network)
@@ -74,7 +74,7 @@ def evaluate(config: RiverConfig, session: Session, refine: bool = False) -> dic
     return result
 
 
-def load_judges(config: RiverConfig, session: Session, network: Path | None) -> Judges:
+def load_judges(config: RiverConfig, run_context: RunContext, network: Path | None) -> Judges:
     """Load the networks that are there.
 
     Args:
@@ -84,7 +84,7 @@ def load_judges(config: RiverConfig, session: Session, network: Path | None) -> 
     if config.dataset.image_size < SMALLEST_SIDE:
         missing["lpips"] = f"LPIPS needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
     else:
-        lpips = load_lpips(config.autoencoder.training.vgg_weights, session.device, download=session.download)
+        lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
         if lpips is None:
             missing["lpips"] = (
                 "no weights of VGG16: set autoencoder.training.vgg_weights, or fetch them with --download"
@@ -98,7 +98,7 @@ def load_judges(config: RiverConfig, session: Session, network: Path | None) -> 
         missing["fvd"] = f"no I3D network: set {NETWORK_SETTING} to its file, or fetch it with --download"
     else:
         spoilt = "distances are not comparable with others'"
-        distances = VideoDistances(VideoNetwork(network, session.device, NETWORK_SETTING, spoilt), shown)
+        distances = VideoDistances(VideoNetwork(network, run_context.device, NETWORK_SETTING, spoilt), shown)
     return Judges(metrics, distances, missing)
 
 

@@ -14,7 +14,7 @@ from pipelines.official.official_download import RELEASED, download_model
 from pipelines.official.parts import OfficialFiles, Part, read_parts
 from pipelines.official.vector_fields import OFFICIAL_HEADS
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import is_imported, only_training_of, set_aside, write_run_files
 
@@ -26,7 +26,7 @@ LICENCE = (
 
 def import_official(
     config: RiverConfig,
-    session: Session,
+    run_context: RunContext,
     files: OfficialFiles,
     presets: Sequence[Path] = (Path("configs"),),
     *,
@@ -35,7 +35,7 @@ def import_official(
     """Write official weights as finished trainings into the configuration's run.
 
     Args:
-        files: at least one, unless the session allows downloads.
+        files: at least one, unless the run_context allows downloads.
         presets: folders of configurations: where this one does not fit the files, one that does is looked for there.
         heads: attention heads of the vector field, the one size that the shapes don't tell.
     Returns:
@@ -46,16 +46,16 @@ def import_official(
     """
     files.check()
     if files == OfficialFiles():
-        if not session.download:
+        if not run_context.download:
             raise UserError(
                 "name the files: --model model.pth, --autoencoder vqvae.ckpt (where the model holds none), --refiner "
                 f"refiner.pth; or fetch the released ones with --download (there are some for {', '.join(RELEASED)})"
             )
         files = replace(files, model=download_model(config))
-    parts = read_parts(config, files, download=session.download, presets=presets, heads=heads)
+    parts = read_parts(config, files, download=run_context.download, presets=presets, heads=heads)
     new = [part for part in parts if not _is_there(config, part)]
     in_the_way = [part for part in new if _find(config, part) is not None]
-    if in_the_way and not session.restart:
+    if in_the_way and not run_context.restart:
         raise UserError("\n".join(_refusal(config, part) for part in in_the_way))
     for part in in_the_way:
         set_aside(config.run_path / part.name, part.name)
@@ -63,7 +63,7 @@ def import_official(
         for part in new:
             held.enter_context(only_training_of(config.run_path / part.name))
         if new:
-            write_run_files(config, session.device)
+            write_run_files(config, run_context.device)
         for part in parts:
             if part in new:
                 _write(config, part)

@@ -17,7 +17,7 @@ from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.pictures import save_gif
 from pipelines.predictor import to_video
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import duration, say
 
 # Latents that are decoded at once.
@@ -27,7 +27,7 @@ MOST_NAMES = 5
 
 def inspect_store(
     config: RiverConfig | None,
-    session: Session,
+    run_context: RunContext,
     store: str,
     *,
     verify: bool = False,
@@ -68,7 +68,7 @@ def inspect_store(
     if verify and (problem := check_checksums(store).problem):
         raise CheckFailed(f"{store}: {problem}: restore from a copy, or encode again with `encode --overwrite`")
     if gif is not None:
-        save_video(config, session, store, video, view or IDENTITY_VIEW, gif)
+        save_video(config, run_context, store, video, view or IDENTITY_VIEW, gif)
 
 
 def describe_complete(store: str) -> None:
@@ -176,7 +176,7 @@ def code_usage(cache: LatentCache) -> Mapping[str, Any]:
 
 
 def save_video(
-    config: RiverConfig | None, session: Session, store: str, video: str | None, view: str, gif: Path
+    config: RiverConfig | None, run_context: RunContext, store: str, video: str | None, view: str, gif: Path
 ) -> None:
     """Decode one video of a store to a GIF."""
     if config is None:
@@ -184,7 +184,7 @@ def save_video(
     checkpoint = find_autoencoder(config.run_path)
     if checkpoint is None:
         raise UserError(f"{config.run_path}/autoencoder holds no checkpoint, so {store} can't be decoded")
-    autoencoder = load_trained_autoencoder(checkpoint, session.device)
+    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
     wanted = latent_cache.open_metadata(store).autoencoder["sha256"]
     if weights_digest(autoencoder) != wanted:
         raise UserError(f"{store} was encoded by autoencoder {wanted[:12]}..., but {checkpoint.path} is another")
@@ -195,7 +195,7 @@ def save_video(
         raise UserError(f"{store} has no video {video!r}; there are for example: {examples}")
     name = cache.video_ids[0] if video is None else video
     with torch.inference_mode():
-        latents = torch.from_numpy(cache.video(name, view).astype(np.float32)).to(session.device)
+        latents = torch.from_numpy(cache.video(name, view).astype(np.float32)).to(run_context.device)
         frames = torch.cat([autoencoder.decode(part) for part in latents.split(DECODE_FRAMES)])
     gif.parent.mkdir(parents=True, exist_ok=True)
     save_gif(gif, to_video(frames[None])[0], cache.metadata.fps)

@@ -10,7 +10,7 @@ from pipelines.errors import UserError
 from pipelines.loading import find_flow, find_refiner
 from pipelines.prediction.pictures import RED, Strip, contact_sheet, file_name, framed, save_gif, save_mp4
 from pipelines.predictor import describe_sampling, load_predictor, to_video
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from pipelines.training.flow_stage import train_flow
 from pipelines.training.refiner_stage import train_refiner
@@ -23,7 +23,7 @@ MOST_FRAMES_SHOWN = 1000
 
 def predict(
     config: RiverConfig,
-    session: Session,
+    run_context: RunContext,
     video: Path,
     frames: int | None = None,
     refine: bool = False,
@@ -55,10 +55,10 @@ def predict(
     clip = source.read(0, range(max(0, length - MOST_FRAMES_SHOWN), length))
     given = image_to_unit(torch.from_numpy(clip[-context:]))[None]
     if find_flow(config.run_path) is None:
-        train_flow(config, session.for_prerequisites())
+        train_flow(config, run_context.for_prerequisites())
     if refine and find_refiner(config.run_path) is None:
-        train_refiner(config, session.for_prerequisites())
-    predictor = load_predictor(config, session)
+        train_refiner(config, run_context.for_prerequisites())
+    predictor = load_predictor(config, run_context)
     several = f", {samples} samples" if samples > 1 else ""
     how = describe_sampling(predictor, refine)
     say(f"predict: {video}: last {context} of {length} frames given, {horizon} predicted{several}, {how}")

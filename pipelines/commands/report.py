@@ -19,7 +19,7 @@ from pipelines.report.quality import quality_section
 from pipelines.report.speed import speed_section
 from pipelines.report.summary import summary_section
 from pipelines.report.training_section import training_section
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
 
 # Of the whole file; pictures have budgets of their own, which leave room for everything else.
@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Run], Html]]] = {
 }
 
 
-def report(config: RiverConfig, session: Session) -> Path:
+def report(config: RiverConfig, run_context: RunContext) -> Path:
     """Write `runs/<name>/report.html`; nothing is trained, predicted or measured for it.
 
     What lacks is said in its section, with the command that makes it; what is damaged, with its file.

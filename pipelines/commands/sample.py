@@ -21,7 +21,7 @@ from pipelines.prediction.pictures import (
     save_mp4,
 )
 from pipelines.predictor import VideoPredictor, decode_clips, describe_sampling, load_predictor, predict_clips, to_video
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import progress, say
 from pipelines.training.flow_stage import train_flow
 from pipelines.training.refiner_stage import train_refiner
@@ -30,7 +30,7 @@ SHEET_CLIPS = 8
 
 
 def sample(
-    config: RiverConfig, session: Session, videos: int = SHEET_CLIPS, refine: bool = False, samples: int = 1
+    config: RiverConfig, run_context: RunContext, videos: int = SHEET_CLIPS, refine: bool = False, samples: int = 1
 ) -> Path:
     """Predict clips of the protocol's split; trains what lacks first, with `refine` also the refiner.
 
@@ -44,11 +44,11 @@ def sample(
     Returns:
         The folder of the samples.
     """
-    train_flow(config, session.for_prerequisites())
+    train_flow(config, run_context.for_prerequisites())
     if refine:
-        train_refiner(config, session.for_prerequisites())
-    predictor = load_predictor(config, session)
-    clips = load_clips(config, session, videos)
+        train_refiner(config, run_context.for_prerequisites())
+    predictor = load_predictor(config, run_context)
+    clips = load_clips(config, run_context, videos)
     context, horizon = config.evaluation.context, config.evaluation.horizon
     how = describe_sampling(predictor, refine)
     several = f", {samples} samples of each" if samples > 1 else ""

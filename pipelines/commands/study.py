@@ -13,7 +13,7 @@ from pipelines.evaluation.study_points import StudyClips
 from pipelines.loading import find_flow, weights_digest
 from pipelines.prediction.clips import load_clips
 from pipelines.predictor import VideoPredictor, load_predictor
-from pipelines.runtime.context import Session, sampling_precision
+from pipelines.runtime.context import RunContext, sampling_precision
 from pipelines.runtime.progress import progress, say
 from pipelines.training.flow_stage import train_flow
 from stage2_flow.config import SamplingConfig
@@ -33,7 +33,7 @@ PSNR_MARGIN = 0.1
 
 
 def study(
-    config: RiverConfig, session: Session, clips: int = CLIPS, most_evaluations: int | None = None
+    config: RiverConfig, run_context: RunContext, clips: int = CLIPS, most_evaluations: int | None = None
 ) -> dict[str, Any]:
     """Predict the protocol's clips in all ways of `ways_to_sample`; trains what lacks first.
 
@@ -49,12 +49,12 @@ def study(
     Raises:
         UserError: all clips are of one video.
     """
-    train_flow(config, session.for_prerequisites())
-    predictor = load_predictor(config, session)
-    lpips = load_lpips(config.autoencoder.training.vgg_weights, session.device, download=session.download)
+    train_flow(config, run_context.for_prerequisites())
+    predictor = load_predictor(config, run_context)
+    lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
     if lpips is None:
         say(f"study: {missing_weights_message('LPIPS is left out')}")
-    chosen = load_clips(config, session, clips)
+    chosen = load_clips(config, run_context, clips)
     if len({clip.video for clip in chosen}) < 2:
         raise UserError("study: intervals over videos need clips of two or more; take more with --videos")
     protocol = _protocol(config, predictor, [clip.name for clip in chosen]) | {"lpips": lpips is not None}

@@ -10,7 +10,7 @@ from pipelines.config import RiverConfig
 from pipelines.data.downloads import RECIPES, Archive, Delivery, free_bytes, only_one_here
 from pipelines.data.fetch import FetchError, arrived_bytes, fetch
 from pipelines.data.survey import describe, remarks, write_video_list
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, size_text
 from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
 from stage1_autoencoder.videos.config import DatasetConfig, Split
@@ -178,35 +178,35 @@ def _check_frames(name: str, root: Path) -> None:
         )
 
 
-def prepare_data(config: RiverConfig, session: Session) -> dict[Split, VideoSource]:
+def prepare_data(config: RiverConfig, run_context: RunContext) -> dict[Split, VideoSource]:
     """Bring the raw videos to where the configuration looks for them, say what is there, and leave a list of it.
 
     Raises:
         VideoError, UserError: archives or videos that are not what they should be.
     """
-    splits = prepare(config.dataset, config.data_root, session.mirror, say)
+    splits = prepare(config.dataset, config.data_root, run_context.mirror, say)
     for line in remarks(config, splits):
         say(line)
-    if session.processes.is_first:
+    if run_context.processes.is_first:
         path = config.run_path / "videos.tsv"
         count = write_video_list(path, splits)
         say(f"data: {count} videos, listed in {path}")
-    return _note_skipped(splits, session)
+    return _note_skipped(splits, run_context)
 
 
-def open_videos(config: RiverConfig, session: Session) -> dict[Split, VideoSource]:
+def open_videos(config: RiverConfig, run_context: RunContext) -> dict[Split, VideoSource]:
     """The splits of the raw videos; with a mirror they are fetched from it first, where they lack.
 
     Raises:
         VideoError: no folder, or no videos in it; says how to get them.
     """
-    if session.mirror is not None:
-        return prepare_data(config, session)
-    return _note_skipped(open_splits(config.dataset, config.data_root), session)
+    if run_context.mirror is not None:
+        return prepare_data(config, run_context)
+    return _note_skipped(open_splits(config.dataset, config.data_root), run_context)
 
 
-def _note_skipped(splits: dict[Split, VideoSource], session: Session) -> dict[Split, VideoSource]:
+def _note_skipped(splits: dict[Split, VideoSource], run_context: RunContext) -> dict[Split, VideoSource]:
     for source in splits.values():
         for video in source.skipped:
-            session.skip(video.id, video.reason)
+            run_context.skip(video.id, video.reason)
     return splits

@@ -18,7 +18,7 @@ from pipelines.encoding.store_checks import (
 from pipelines.encoding.store_encoder import StoreEncoder
 from pipelines.errors import UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import write_run_files
 from pipelines.training.autoencoder_stage import train_autoencoder
@@ -28,7 +28,7 @@ from stage1_autoencoder.videos import dataset_root
 MOST_CODES_CHANGED = 1e-3
 
 
-def encode(config: RiverConfig, session: Session) -> Path:
+def encode(config: RiverConfig, run_context: RunContext) -> Path:
     """Encode every split, or recognise that this was done; trains the autoencoder first when there is none.
 
     Returns:
@@ -38,23 +38,23 @@ def encode(config: RiverConfig, session: Session) -> Path:
         StoreError: an incomplete store of another origin; a store that another process writes; a full disk.
         StoppedBySignal: after SIGINT or SIGTERM; finished chunks are kept.
     """
-    checkpoint = train_autoencoder(config, session.for_prerequisites())
-    autoencoder = load_trained_autoencoder(checkpoint, session.device)
+    checkpoint = train_autoencoder(config, run_context.for_prerequisites())
+    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
     path = config.store_path
-    if not session.overwrite and store_is_complete(path):
+    if not run_context.overwrite and store_is_complete(path):
         check_store(config, weights_digest(autoencoder))
         check_layout(config)
         here = config.dataset.source == "shapes" or dataset_root(config.dataset, config.data_root).exists()
-        if here or session.mirror is not None:
-            check_sources(config, open_videos(config, session))
+        if here or run_context.mirror is not None:
+            check_sources(config, open_videos(config, run_context))
         say(f"store: done, {path}" + ("" if here else " (its videos are not here to compare)"))
         return path
 
-    splits = open_videos(config, session)
-    write_run_files(config, session.device)
+    splits = open_videos(config, run_context)
+    write_run_files(config, run_context.device)
     metadata = store_metadata(config, autoencoder, splits)
-    encoder = StoreEncoder(config, session, checkpoint, autoencoder, splits, metadata)
-    for report in encoder.run(overwrite=session.overwrite):
+    encoder = StoreEncoder(config, run_context, checkpoint, autoencoder, splits, metadata)
+    for report in encoder.run(overwrite=run_context.overwrite):
         say(report.line())
         if report.codes_changed > MOST_CODES_CHANGED:
             warn(
@@ -66,7 +66,7 @@ def encode(config: RiverConfig, session: Session) -> Path:
     return path
 
 
-def ensure_store(config: RiverConfig, session: Session) -> Path:
+def ensure_store(config: RiverConfig, run_context: RunContext) -> Path:
     """The complete store of this configuration; encodes (and trains the autoencoder) when it is missing or half done.
 
     Raises:
@@ -85,6 +85,6 @@ def ensure_store(config: RiverConfig, session: Session) -> Path:
         if checkpoint is not None:  # a store alone is enough to train on
             check_store(config, weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu"))))
         return config.store_path
-    if session.processes.count > 1:
+    if run_context.processes.count > 1:
         raise UserError(f"{path}: no complete store; `encode` makes it, in one process, before this")
-    return encode(config, session.for_prerequisites())
+    return encode(config, run_context.for_prerequisites())

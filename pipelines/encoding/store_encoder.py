@@ -25,7 +25,7 @@ from pipelines.encoding.chunk_encoder import (
 from pipelines.encoding.cluster import StopAsked, connect, run_here, run_on_cluster
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import Checkpoint
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import Autoencoder
@@ -79,13 +79,13 @@ class StoreEncoder:
     def __init__(
         self,
         config: RiverConfig,
-        session: Session,
+        run_context: RunContext,
         checkpoint: Checkpoint,
         autoencoder: Autoencoder,
         splits: dict[str, VideoSource],
         metadata: StoreMetadata,
     ) -> None:
-        self.config, self.session, self.checkpoint, self.autoencoder = config, session, checkpoint, autoencoder
+        self.config, self.run_context, self.checkpoint, self.autoencoder = config, run_context, checkpoint, autoencoder
         self.splits, self.metadata = splits, metadata
         self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # by split and id, and why
         side = config.dataset.image_size // autoencoder.downsampling
@@ -102,7 +102,7 @@ class StoreEncoder:
                 # Their frames were planned for; the chunks before them stay, the others are laid out anew.
                 for video_id, reason in error.reasons.items():
                     self.broken[error.split][video_id] = reason
-                    self.session.skip(video_id, reason)
+                    self.run_context.skip(video_id, reason)
                 self._note_broken()
                 # A store can lose videos, but no split: without its last video the whole store is laid out anew.
                 overwrite = not self._videos(error.split)
@@ -116,11 +116,11 @@ class StoreEncoder:
         job = self._job(ChunkWriter(path, session="none yet"), plans)
         # What refuses to encode does so before an old store is thrown away.
         with contextlib.ExitStack() as stack:
-            if self.session.scheduler is None:
-                ChunkEncoder(job, self.autoencoder, self.session.device).close()
+            if self.run_context.scheduler is None:
+                ChunkEncoder(job, self.autoencoder, self.run_context.device).close()
                 cluster = None
             else:
-                cluster = stack.enter_context(connect(self.session.scheduler))
+                cluster = stack.enter_context(connect(self.run_context.scheduler))
             writer = stack.enter_context(StoreWriter.open(path, self.metadata, plans, **options))
             stop = stack.enter_context(StopRequest())
             writer.check_space()
@@ -167,7 +167,7 @@ class StoreEncoder:
                 fingerprint, reason = noted[split].get(video.id, (None, ""))
                 if fingerprint == video.fingerprint:
                     self.broken[split][video.id] = reason
-                    self.session.skip(video.id, reason)
+                    self.run_context.skip(video.id, reason)
 
     def _videos(self, split: str) -> VideoTable:
         videos = VideoTable.of(self.splits[split].videos)
@@ -213,14 +213,14 @@ class StoreEncoder:
 
     def _job(self, writer: ChunkWriter, plans: dict[str, SplitPlan]) -> EncodeJob:
         """What tasks need to know; without a cluster, `device` is this process's own."""
-        session = self.session
+        run_context = self.run_context
         return EncodeJob(
             splits=self.splits,
             cache=self.config.cache,
             checkpoint=replace(self.checkpoint, path=self.checkpoint.path.absolute()),
             digest=self.metadata.autoencoder["sha256"],
             # Each worker finds its own device; only a device that the user named is asked of all of them.
-            device=str(session.device) if session.scheduler is None else session.asked_device,
+            device=str(run_context.device) if run_context.scheduler is None else run_context.asked_device,
             writer=writer,
             psnr_stride={split: psnr_stride(self._index_frames(split)) for split in plans},
             chunk_frames=max(plan.file_frames for plan in plans.values()),
@@ -247,7 +247,7 @@ class StoreEncoder:
 
             if cluster is not None:
                 return run_on_cluster(cluster, job, tasks, accept, stop)
-            encoder = ChunkEncoder(job, self.autoencoder, self.session.device, accept, bar.update, stop)
+            encoder = ChunkEncoder(job, self.autoencoder, self.run_context.device, accept, bar.update, stop)
             try:
                 return run_here(encoder, tasks)
             finally:

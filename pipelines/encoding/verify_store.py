@@ -14,7 +14,7 @@ from pipelines.encoding.store_checks import check_sources, check_store, store_is
 from pipelines.encoding.verify_frames import FrameCheck, FrameVerifier, draw_frames
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.runs import software_versions
 from stage1_autoencoder.autoencoder import Autoencoder
@@ -25,7 +25,7 @@ MOST_NAMES = 20
 CHECKSUMS_ONLY = "or check the checksums alone, which needs neither videos nor autoencoder: `encode --verify 0`"
 
 
-def verify_store(config: RiverConfig, session: Session, count: int) -> None:
+def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> None:
     """Check all checksums of the configuration's store, and encode `count` of its frames again.
 
     Raises:
@@ -34,12 +34,12 @@ def verify_store(config: RiverConfig, session: Session, count: int) -> None:
             with `count` above 0 also when autoencoder or videos are not here.
     """
     path = config.store_path
-    if session.overwrite:
+    if run_context.overwrite:
         raise UserError("--verify writes nothing: leave --overwrite away, or leave --verify away to encode again")
     latent_cache.open_metadata(path)  # says so when there is no store
     if not store_is_complete(path):
         raise UserError(f"{path}: the store is not complete: `make encode` goes on from there; verify it then")
-    autoencoder = _autoencoder(config, session, count)
+    autoencoder = _autoencoder(config, run_context, count)
     splits = _videos(config) if count else {}
     if count:
         with contextlib.suppress(CorruptStoreError):  # damaged names are listed with all else
@@ -52,7 +52,7 @@ def verify_store(config: RiverConfig, session: Session, count: int) -> None:
         found.append("no frame was encoded again, since names or offsets of videos are damaged")
     else:
         assert autoencoder is not None
-        problem = _check_frames(config, session, sums.caches, splits, autoencoder, count)
+        problem = _check_frames(config, run_context, sums.caches, splits, autoencoder, count)
         found += [problem] if problem else []
     if found:
         raise CheckFailed(
@@ -122,7 +122,7 @@ def check_checksums(store: str) -> ChecksumReport:
     return ChecksumReport(caches, True, "")
 
 
-def _autoencoder(config: RiverConfig, session: Session, count: int) -> Autoencoder | None:
+def _autoencoder(config: RiverConfig, run_context: RunContext, count: int) -> Autoencoder | None:
     """The autoencoder of the store; None when it is neither here nor needed."""
     checkpoint = find_autoencoder(config.run_path)
     if checkpoint is None and not count:
@@ -132,7 +132,7 @@ def _autoencoder(config: RiverConfig, session: Session, count: int) -> Autoencod
             f"{config.run_path}/autoencoder holds no checkpoint, so no frame can be encoded again: bring it back, "
             f"{CHECKSUMS_ONLY}"
         )
-    autoencoder = load_trained_autoencoder(checkpoint, session.device)
+    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
     check_store(config, weights_digest(autoencoder))
     return autoencoder
 
@@ -152,7 +152,7 @@ def _videos(config: RiverConfig) -> dict[str, VideoSource]:
 
 def _check_frames(
     config: RiverConfig,
-    session: Session,
+    run_context: RunContext,
     caches: Sequence[LatentCache],
     splits: dict[str, VideoSource],
     autoencoder: Autoencoder,
@@ -162,7 +162,7 @@ def _check_frames(
     drawn = draw_frames(caches, count, config.seed)
     checks: list[FrameCheck] = []
     with progress(total=len(drawn), description="encode again", unit="frame") as bar:
-        for check in FrameVerifier(caches, splits, autoencoder, session.device).check(drawn):
+        for check in FrameVerifier(caches, splits, autoencoder, run_context.device).check(drawn):
             bar.update()
             checks.append(check)
             if check.problem:

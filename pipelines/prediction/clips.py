@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.config import EvaluationConfig, RiverConfig
 from pipelines.errors import UserError
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source
@@ -105,12 +105,12 @@ class ClipReader:
     """
 
     def __init__(
-        self, source: VideoSource, windows: list[Window], evaluation: EvaluationConfig, session: Session
+        self, source: VideoSource, windows: list[Window], evaluation: EvaluationConfig, run_context: RunContext
     ) -> None:
         self.windows = windows
         self._source = source
         self._evaluation = evaluation
-        self._session = session
+        self._session = run_context
 
     def __len__(self) -> int:
         """Clips at most: broken videos are left out when they are read."""
@@ -141,12 +141,12 @@ class ClipReader:
             yield batch
 
 
-def load_clips(config: RiverConfig, session: Session, wanted: int) -> list[Clip]:
+def load_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> list[Clip]:
     """Read the protocol's clips from the raw videos, all at once; errors as of `open_clips` and its reader."""
-    return list(open_clips(config, session, wanted))
+    return list(open_clips(config, run_context, wanted))
 
 
-def open_clips(config: RiverConfig, session: Session, wanted: int) -> ClipReader:
+def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> ClipReader:
     """Choose the protocol's clips among the raw videos.
 
     Raises:
@@ -156,7 +156,7 @@ def open_clips(config: RiverConfig, session: Session, wanted: int) -> ClipReader
     evaluation = config.evaluation
     source = open_source(config.dataset, config.data_root, evaluation.split)
     for video in source.skipped:
-        session.skip(video.id, video.reason)
+        run_context.skip(video.id, video.reason)
     videos = VideoTable.of(source.videos)
     lengths = videos.frames.tolist()
     needed = evaluation.context + evaluation.horizon
@@ -174,11 +174,11 @@ def open_clips(config: RiverConfig, session: Session, wanted: int) -> ClipReader
     if short:
         say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip and left out: "
             f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}")  # fmt: skip
-    return ClipReader(source, windows, evaluation, session)
+    return ClipReader(source, windows, evaluation, run_context)
 
 
 def _read_clip(
-    source: VideoSource, window: Window, frames: int, session: Session, evaluation: EvaluationConfig
+    source: VideoSource, window: Window, frames: int, run_context: RunContext, evaluation: EvaluationConfig
 ) -> Clip | None:
     video = source.videos[window.video]
     try:
@@ -186,7 +186,7 @@ def _read_clip(
             window = Window(window.video, most_moving(source.iterate(window.video), evaluation.context, frames))
         pixels = source.read(window.video, range(window.start, window.start + frames))
     except BrokenVideoError as error:
-        session.skip(error.video_id, error.reason)
+        run_context.skip(error.video_id, error.reason)
         return None
     name = video.id if window.start == 0 else f"{video.id}@{window.start}"
     # The same clip has the same key, hence the same prediction, however many others are asked for.

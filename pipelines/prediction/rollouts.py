@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.runtime.context import computing_in, sampling_precision
-from pipelines.runtime.cuda_graph_step import RecordedStep
+from pipelines.runtime.cuda_graph_step import CudaGraphStep
 from pipelines.runtime.progress import warn
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws
@@ -214,7 +214,7 @@ def _record(step: Callable[[], None]) -> Callable[[], None]:
         step()
         return ()
 
-    recorded = RecordedStep(without_result)
+    recorded = CudaGraphStep(without_result)
 
     def replay() -> None:
         recorded()

@@ -13,7 +13,7 @@ from stage2_flow.config import SamplingConfig
 
 
 @dataclass
-class Session:
+class RunContext:
     """One command of a user.
 
     Attributes:
@@ -44,7 +44,7 @@ class Session:
     asked_device: str = "auto"
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def for_prerequisites(self) -> "Session":
+    def for_prerequisites(self) -> "RunContext":
         """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
         return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False)
 

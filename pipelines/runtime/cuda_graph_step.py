@@ -11,7 +11,7 @@ from pipelines.runtime.progress import warn
 WARM_UP_STEPS = 3
 
 
-class RecordedStep:
+class CudaGraphStep:
     """A function of tensors of fixed shapes that changes what it is made of, such as parameters.
 
     The first calls run it as it is; then it is recorded, and from then on replayed. Numbers of Python's that it uses

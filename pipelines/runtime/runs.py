@@ -17,7 +17,7 @@ import torch
 from pipelines.config import RiverConfig, differences, dump_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 
 # Settings that change how a training is watched or fed, not what it computes.
@@ -147,14 +147,14 @@ def resumable_checkpoint(
     identity: dict[str, Any],
     *,
     keep: int,
-    session: Session,
+    run_context: RunContext,
     what: str,
     settings: dict[str, Any] | None = None,
     way_out: str = "",
 ) -> tuple[CheckpointFolder, Checkpoint | None]:
-    """Find the checkpoint to go on from: the newest, or the one that `session.resume` names.
+    """Find the checkpoint to go on from: the newest, or the one that `run_context.resume` names.
 
-    With `session.restart` what is there is set aside; the checkpoints after one that is named are, too.
+    With `run_context.restart` what is there is set aside; the checkpoints after one that is named are, too.
 
     Args:
         folder: of the training, `runs/<name>/flow`.
@@ -164,19 +164,19 @@ def resumable_checkpoint(
     Raises:
         UserError: the checkpoint was made under another configuration; the named one is missing or damaged.
     """
-    first = session.processes.is_first
+    first = run_context.processes.is_first
     checkpoints = CheckpointFolder(folder / "checkpoints", keep)
-    named = session.resume != "auto"
-    if named and session.restart:
+    named = run_context.resume != "auto"
+    if named and run_context.restart:
         raise UserError(
-            f"--resume {session.resume} goes on with a training, and --restart begins anew: take one of them"
+            f"--resume {run_context.resume} goes on with a training, and --restart begins anew: take one of them"
         )
-    found = checkpoints.named(session.resume) if named else checkpoints.latest()
+    found = checkpoints.named(run_context.resume) if named else checkpoints.latest()
     if found is None:
         return checkpoints, None
-    if session.restart and first:
+    if run_context.restart and first:
         set_aside(folder, what)
-    if session.restart:
+    if run_context.restart:
         return checkpoints, None
     before = found.state.get("identity", {})
     changed = differences(shared_part(identity, before) if is_imported(found) else identity, before)
@@ -197,5 +197,5 @@ def resumable_checkpoint(
     if named and first:
         aside = checkpoints.set_aside_after(found.step)
         if aside is not None:
-            say(f"{what}: --resume {session.resume}; later checkpoints are kept in {aside}")
+            say(f"{what}: --resume {run_context.resume}; later checkpoints are kept in {aside}")
     return checkpoints, found

@@ -111,7 +111,7 @@ class OptimizerSettings(Protocol):
     ema_decay: float | None
 
 
-class Learner:
+class TrainState:
     """Updates a model by its gradients.
 
     Attributes:

@@ -61,7 +61,7 @@ class Trainer(ABC):
         """Measure the model after so many steps. Called in the first process; empty where there is nothing to see."""
         return {}
 
-    def readings(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
+    def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
         """Further numbers for the log's line after so many steps, given its mean loss terms and its rate."""
         return {}
 
@@ -137,7 +137,7 @@ def run_training(
             if logs:
                 terms = _mean_over(processes, result.terms)
                 record = {"step": done, **terms, "learning_rate": trainer.learning_rate, "steps_per_second": rate}
-                record |= trainer.readings(done, terms, rate)
+                record |= trainer.metrics(done, terms, rate)
                 if processes.is_first and validates:
                     measured = trainer.validate(done)
                     timer.rate()  # steps that follow are not slower for it

@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.perceptual_weights import load_lpips, missing_weights_message
 from pipelines.loading import _chosen
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import Session, use_precision
+from pipelines.runtime.context import RunContext, use_precision
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import (
@@ -41,7 +41,7 @@ def autoencoder_identity(config: RiverConfig) -> dict[str, Any]:
     )
 
 
-def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
+def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     """Train the autoencoder to its last step, or recognise that this was done.
 
     Returns:
@@ -50,43 +50,43 @@ def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
         UserError: no videos; a checkpoint that contradicts the configuration; gradients that are not finite.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    processes = session.processes
+    processes = run_context.processes
     folder = config.run_path / "autoencoder"
     with processes.first_before_others():
         config, perceptual = _with_perceptual_network(
-            config, session, CheckpointFolder(folder / "checkpoints").latest()
+            config, run_context, CheckpointFolder(folder / "checkpoints").latest()
         )
         training, identity = config.autoencoder.training, autoencoder_identity(config)
         checkpoints, found = resumable_checkpoint(
             folder,
             identity,
             keep=training.keep_checkpoints,
-            session=session,
+            run_context=run_context,
             what="autoencoder",
         )
         if found is not None and is_finished(found, training.steps):
             say(f"autoencoder: done, {describe_progress(found)}, {found.path}")
             return _chosen(checkpoints)
         processes.check_batch(training.batch_size, training.accumulate, "autoencoder.training.batch_size")
-        splits = open_videos(config, session)
+        splits = open_videos(config, run_context)
     pool = FramePool(
         splits["train"],
         batch_size=training.batch_size,
         steps=training.steps,
         memory=parse_size(training.pool_memory),
         seed=config.seed,
-        on_broken=lambda error: session.skip(error.video_id, error.reason),
+        on_broken=lambda error: run_context.skip(error.video_id, error.reason),
     )
     with closing(pool), ExitStack() as held:
         validation, log = None, None
         if processes.is_first:
-            write_run_files(config, session.device)
+            write_run_files(config, run_context.device)
             held.enter_context(only_training_of(folder))
-            validation = _validation(config, session, splits.get("val"), folder)
+            validation = _validation(config, run_context, splits.get("val"), folder)
         use_precision(training.precision)
         trainer = AutoencoderTrainer(
             config,
-            session.device,
+            run_context.device,
             pool,
             perceptual=perceptual,
             validation=validation,
@@ -99,7 +99,7 @@ def train_autoencoder(config: RiverConfig, session: Session) -> Checkpoint:
             first_step = found.step
         say(
             f"autoencoder: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to "
-            f"{training.steps}, batch {training.batch_size}, {describe_loss(training)}, {session.device}"
+            f"{training.steps}, batch {training.batch_size}, {describe_loss(training)}, {run_context.device}"
             f"{f' x {processes.count}' if processes.count > 1 else ''}, {training.precision} -> {folder}"
         )
         if processes.is_first:
@@ -139,7 +139,7 @@ def _loop_settings(config: RiverConfig, validation: Validation | None) -> LoopSe
 
 
 def _with_perceptual_network(
-    config: RiverConfig, session: Session, found: Checkpoint | None
+    config: RiverConfig, run_context: RunContext, found: Checkpoint | None
 ) -> tuple[RiverConfig, LPIPS | None]:
     """LPIPS where the configuration wants it; where its weights lack, the configuration without it, and a warning.
 
@@ -148,7 +148,7 @@ def _with_perceptual_network(
     """
     training = config.autoencoder.training
     if training.perceptual == "lpips":
-        if found is not None and is_finished(found, training.steps) and not session.restart:
+        if found is not None and is_finished(found, training.steps) and not run_context.restart:
             before = found.state.get("identity", {}).get("autoencoder", {}).get("training", {})
             if before.get("perceptual") == "none":
                 say("autoencoder: it was trained without the perceptual loss, whose weights were not there")
@@ -159,10 +159,10 @@ def _with_perceptual_network(
                 f"autoencoder.training.perceptual: lpips compares images of at least {SMALLEST_SIDE} pixels a side, "
                 f"and dataset.image_size is {config.dataset.image_size}: take none, or larger frames"
             )
-        network = load_lpips(training.vgg_weights, session.device, download=session.download)
+        network = load_lpips(training.vgg_weights, run_context.device, download=run_context.download)
         if network is not None:
             return config, network
-        if session.processes.is_first:
+        if run_context.processes.is_first:
             warn(f"autoencoder: {missing_weights_message()}")
         config = _without_perceptual(config)
     if training.best_by == "lpips":
@@ -178,7 +178,9 @@ def _without_perceptual(config: RiverConfig) -> RiverConfig:
     return config.model_copy(update={"autoencoder": config.autoencoder.model_copy(update={"training": training})})
 
 
-def _validation(config: RiverConfig, session: Session, source: VideoSource | None, folder: Path) -> Validation | None:
+def _validation(
+    config: RiverConfig, run_context: RunContext, source: VideoSource | None, folder: Path
+) -> Validation | None:
     """A fixed draw of validation frames, one a video in turn; without those of videos that break."""
     if source is None or not source.videos:
         say("autoencoder: no validation videos (dataset.splits), so nothing is measured on the way")
@@ -194,7 +196,7 @@ def _validation(config: RiverConfig, session: Session, source: VideoSource | Non
         try:
             frames.append(torch.from_numpy(source.read(video, positions)))
         except BrokenVideoError as error:
-            session.skip(error.video_id, error.reason)
+            run_context.skip(error.video_id, error.reason)
     if not frames:
         return None
     return Validation(image_to_unit(torch.cat(frames)), folder / "reconstructions")

@@ -18,7 +18,7 @@ from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.train_state import TrainState
 from pipelines.runtime.training_loop import StepResult, Trainer
 from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.autoencoder import image_to_unit
@@ -77,10 +77,10 @@ class AutoencoderTrainer(Trainer):
         self.layout = image_memory_format(device)
         torch.manual_seed(config.seed)
         self.model = self._placed(build_autoencoder(config.autoencoder.model))
-        self.learner = Learner(self.model, self.training, self.model.boundary_parameters())
+        self.train_state = TrainState(self.model, self.training, self.model.boundary_parameters())
         self.adversary = self._make_adversary() if self.training.adversarial.weight > 0 else None
         self.watch = DiscriminatorWatch()
-        average = self.learner.average
+        average = self.train_state.average
         self.care = CodebookCare(
             self.model.quantizer,
             start=self.training.codebook_start,
@@ -96,7 +96,7 @@ class AutoencoderTrainer(Trainer):
 
     @property
     def learning_rate(self) -> float:
-        return self.learner.learning_rate
+        return self.train_state.learning_rate
 
     def train_step(self, step: int) -> StepResult:
         """One update of the autoencoder, and one of the discriminator from its start on."""
@@ -129,7 +129,7 @@ class AutoencoderTrainer(Trainer):
                 )
             passes.append((output.codes, output.latents.detach(), output.images.detach().float()))
         factor = learning_rate_factor(step, warmup=training.warmup_steps, total=training.steps)
-        finite = self.learner.apply(factor)
+        finite = self.train_state.apply(factor)
         codes, latents, reconstructed = (torch.cat(tensors) for tensors in zip(*passes, strict=True))
         if judged:
             judgement, told_apart = self.adversary.train_step(images, reconstructed, factor, self._autocast)
@@ -137,7 +137,7 @@ class AutoencoderTrainer(Trainer):
             finite = finite & told_apart
         moved = self.care.after_step(step, codes, latents, self._draws(step, "codes"))
         if moved is not None:
-            for optimizer in self.learner.optimizers:
+            for optimizer in self.train_state.optimizers:
                 forget(optimizer, self.model.quantizer.embedding.weight, moved)
         means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
         return StepResult(means, finite)
@@ -150,7 +150,7 @@ class AutoencoderTrainer(Trainer):
         """PSNR, SSIM and LPIPS of reconstructions, how many codes they use, and a sheet to look at."""
         if self.validation is None:
             return {}
-        model = self.learner.best_model.eval()
+        model = self.train_state.best_model.eval()
         reconstructed, chosen = [], []
         for part in self.validation.images.split(FRAMES_AT_ONCE):
             quantized, codes = model.quantize(model.encode(part.to(self.device)))
@@ -182,7 +182,7 @@ class AutoencoderTrainer(Trainer):
                 values.setdefault("lpips", []).append(lpips.cpu())
         return {f"validation_{name}": torch.cat(each).mean().item() for name, each in values.items()}
 
-    def readings(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
+    def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
         """Use of the codes over an epoch; a warning at the first sign of trouble with the discriminator."""
         usage = self.care.usage()
         if self.adversary is not None:
@@ -195,8 +195,8 @@ class AutoencoderTrainer(Trainer):
 
     def files(self) -> dict[str, Tensors]:
         """Everything that resuming needs, and everything that using the autoencoder needs."""
-        files = self.learner.files() | {"codebook": self.care.state()}
-        return files if self.adversary is None else files | self.adversary.learner.files()
+        files = self.train_state.files() | {"codebook": self.care.state()}
+        return files if self.adversary is None else files | self.adversary.train_state.files()
 
     def state(self) -> dict[str, Any]:
         model = self.config.autoencoder.model.model_dump(mode="json")
@@ -204,10 +204,10 @@ class AutoencoderTrainer(Trainer):
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration."""
-        self.learner.load(checkpoint, self.device)
+        self.train_state.load(checkpoint, self.device)
         self.care.load_state(checkpoint.tensors("codebook", self.device))
         if self.adversary is not None:
-            self.adversary.learner.load(checkpoint, self.device)
+            self.adversary.train_state.load(checkpoint, self.device)
             self.watch.load_state(checkpoint.state["watch"])
 
     def _images(self, step: int) -> Tensor:
@@ -293,7 +293,7 @@ class _Adversary:
                 "ema_decay": None,
             }
         )
-        self.learner = Learner(discriminator, settings, [], name="discriminator")
+        self.train_state = TrainState(discriminator, settings, [], name="discriminator")
         self.step = processes.distribute(DiscriminatorStep(discriminator), device)
 
     def train_step(
@@ -309,7 +309,7 @@ class _Adversary:
                     loss, real, fake = self.step(*part)
                 (loss / len(parts)).backward()
             seen.append(torch.stack([loss.detach(), real, fake]))
-        finite = self.learner.apply(factor)
+        finite = self.train_state.apply(factor)
         names = ("discriminator", "logits_real", "logits_fake")
         return dict(zip(names, torch.stack(seen).mean(0), strict=True)), finite
 

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.loading import weights_digest
 from pipelines.official.parts import NO_SIZES
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import chosen_checkpoint, is_fine_tuned, is_imported, only_training_of, set_aside
 from pipelines.training.flow_trainer import flow_state, standardization_in
@@ -22,29 +22,29 @@ from stage2_flow.config import VectorFieldConfig
 from stage2_flow.vector_field import VectorField
 
 
-def fine_tune(config: RiverConfig, session: Session) -> Session:
+def fine_tune(config: RiverConfig, run_context: RunContext) -> RunContext:
     """Begin a fine-tuning of the flow that is there, unless one was begun already.
 
     Returns:
-        The session of the training that is gone on with from here, from step 0 or from where it was.
+        The run_context of the training that is gone on with from here, from step 0 or from where it was.
     Raises:
         UserError: nothing to start from; a training that is not finished; weights that can't be trained further on
             this store under this configuration; `--resume` beside it. Nothing was changed.
     """
-    processes = session.processes
-    if session.resume != "auto":
+    processes = run_context.processes
+    if run_context.resume != "auto":
         raise UserError(
-            f"--resume {session.resume} goes on with a training, and --fine-tune begins one: take one of them"
+            f"--resume {run_context.resume} goes on with a training, and --fine-tune begins one: take one of them"
         )
-    start = _find_start(config, session)
+    start = _find_start(config, run_context)
     processes.wait()  # all have seen what is there before the first one sets it aside
     if start is not None:
-        cache = latent_cache.open(ensure_store(config, session), "train")
+        cache = latent_cache.open(ensure_store(config, run_context), "train")
         _check_start(start, config, cache)
         with processes.first_before_others():
             if processes.is_first:
                 _begin(config, start, cache)
-    return replace(session, restart=False)
+    return replace(run_context, restart=False)
 
 
 def finish_beginning(folder: Path) -> None:
@@ -67,7 +67,7 @@ def finish_beginning(folder: Path) -> None:
     say(f"flow: a fine-tuning was interrupted while it began; it is in {folder}")
 
 
-def _find_start(config: RiverConfig, session: Session) -> Checkpoint | None:
+def _find_start(config: RiverConfig, run_context: RunContext) -> Checkpoint | None:
     """What to start from: the run's checkpoint that predicts; None where a fine-tuning is to be gone on with."""
     folder = config.run_path / "flow"
     newest = CheckpointFolder(folder / "checkpoints").latest()
@@ -76,7 +76,7 @@ def _find_start(config: RiverConfig, session: Session) -> Checkpoint | None:
             f"--fine-tune starts from weights that are there, and {folder}/checkpoints holds none: bring official ones "
             "with `import-official`, or train from random weights with `train-flow`"
         )
-    if not session.restart and not _has_not_moved(newest):
+    if not run_context.restart and not _has_not_moved(newest):
         if is_fine_tuned(newest):
             return None
         steps = _steps_wanted(newest, config)

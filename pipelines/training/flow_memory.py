@@ -131,7 +131,7 @@ def _train_part(field: VectorField, batch: FlowBatch, draws: FlowDraws, precisio
 
 
 def _update(field: VectorField, optimizers: Optimizers, grad_clip: float | None) -> None:
-    """As `Learner.step`, which needs numbers to know whether they are finite. The average moves in its place."""
+    """As `TrainState.step`, which needs numbers to know whether they are finite. The average moves in its place."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in field.parameters()], foreach=True)
     if grad_clip is not None:
         nn.utils.clip_grads_with_norm_(field.parameters(), grad_clip, norm)

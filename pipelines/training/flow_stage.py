@@ -10,7 +10,7 @@ from pipelines.encoding.encode_store import ensure_store
 from pipelines.encoding.store_checks import store_is_complete
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
-from pipelines.runtime.context import Session, resolve_precision, use_precision
+from pipelines.runtime.context import RunContext, resolve_precision, use_precision
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import (
@@ -44,10 +44,10 @@ LESS_MEMORY = (
 )
 
 
-def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
+def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     """Train the vector field to its last step, or recognise that this was done; makes the store first when it lacks.
 
-    With `session.fine_tune` the first weights are those of the flow that is there, see `fine_tuning`.
+    With `run_context.fine_tune` the first weights are those of the flow that is there, see `fine_tuning`.
 
     Returns:
         The checkpoint to use: the best by validation where one was measured, else the last.
@@ -56,19 +56,19 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
             fit neither store nor device; losses that are not finite; no memory left.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    training, processes = config.flow.training, session.processes
+    training, processes = config.flow.training, run_context.processes
     folder = config.run_path / "flow"
     settings = flow_settings(config)
     with processes.first_before_others():
         finish_beginning(folder)
-    if session.fine_tune:
-        session = fine_tune(config, session)
+    if run_context.fine_tune:
+        run_context = fine_tune(config, run_context)
     with processes.first_before_others():
         checkpoints, found = resumable_checkpoint(
             folder,
             flow_identity(config),
             keep=training.keep_checkpoints,
-            session=session,
+            run_context=run_context,
             what="flow",
             settings=settings,
             way_out="begin a fine-tuning with the weights that are there (`train-flow --fine-tune --restart`), ",
@@ -77,29 +77,29 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
     if found is not None and is_imported(found):  # it was trained elsewhere, on no store of ours
         _warn_of_another_store(found, config.store_path)
     elif not finished or config.store_path.exists():
-        _check_settings(config, session)
-        cache = latent_cache.open(ensure_store(config, session), "train")
+        _check_settings(config, run_context)
+        cache = latent_cache.open(ensure_store(config, run_context), "train")
         if found is not None:
             _check_same_store(found, cache)
     if finished:
         missing = "" if is_imported(found) or config.store_path.exists() else " (its store is not here)"
         say(f"flow: done, {describe_progress(found)}, {found.path}{missing}")
-        if session.fine_tune:
+        if run_context.fine_tune:
             say("flow: to fine-tune it once more: `train-flow --fine-tune --restart`")
         return chosen_checkpoint(folder)
 
-    sampler = _open_sampler(config, session, cache)
+    sampler = _open_sampler(config, run_context, cache)
     with closing(sampler), ExitStack() as held, explain_out_of_memory("flow", LESS_MEMORY):
         _check_data(config, cache, sampler, found)
         validation, log = None, None
         if processes.is_first:
-            write_run_files(config, session.device)
+            write_run_files(config, run_context.device)
             held.enter_context(only_training_of(folder))
-            validation = open_flow_validation(config, cache.url, session.device)
-        use_precision(resolve_precision(training.precision, session.device))
+            validation = open_flow_validation(config, cache.url, run_context.device)
+        use_precision(resolve_precision(training.precision, run_context.device))
         trainer = FlowTrainer(
             config,
-            session.device,
+            run_context.device,
             cache,
             sampler,
             validation=validation,
@@ -116,9 +116,9 @@ def train_flow(config: RiverConfig, session: Session) -> Checkpoint:
                 trainer.checkpoint_state["fine_tuned_from"] = found.state["fine_tuned_from"]
             if found.state.get("settings", settings)["flow"]["training"]["steps"] != training.steps:
                 say(f"flow: the learning rate takes the course of a training of {training.steps} steps from here on")
-        say(_first_line(config, session, trainer, sampler, first_step, folder))
+        say(_first_line(config, run_context, trainer, sampler, first_step, folder))
         if first_step == 0 and found is not None and validation is not None:
-            before = validation.measure(trainer.learner.best_model, trainer.standardization)["validation_loss"]
+            before = validation.measure(trainer.train_state.best_model, trainer.standardization)["validation_loss"]
             say(f"flow: {describe_progress(found)}: validation loss {before:.4f}")
         if processes.is_first:
             log = held.enter_context(closing(TrainingLog(folder, config, "flow", first_step)))
@@ -142,11 +142,11 @@ def _loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
     )
 
 
-def _open_sampler(config: RiverConfig, session: Session, cache: LatentCache) -> Sampler:
+def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCache) -> Sampler:
     training = config.flow.training
     return open_sampler(
         cache,
-        session.device,
+        run_context.device,
         config.seed,
         training.batch_size,
         training.clip_frames,
@@ -158,36 +158,41 @@ def _open_sampler(config: RiverConfig, session: Session, cache: LatentCache) -> 
 
 
 def _first_line(
-    config: RiverConfig, session: Session, trainer: FlowTrainer, sampler: Sampler, first_step: int, folder: Path
+    config: RiverConfig, run_context: RunContext, trainer: FlowTrainer, sampler: Sampler, first_step: int, folder: Path
 ) -> str:
     """What is trained, on what, where and how."""
-    training, processes = config.flow.training, session.processes
+    training, processes = config.flow.training, run_context.processes
     many = f" x {processes.count}" if processes.count > 1 else ""
     switches = [trainer.precision]
-    switches += ["compiled"] if compiles(training, session.device) else []
-    switches += ["CUDA graph"] if records_steps(training, session.device, processes) else []
+    switches += ["compiled"] if compiles(training, run_context.device) else []
+    switches += ["CUDA graph"] if records_steps(training, run_context.device, processes) else []
     return (
         f"flow: {trainer.model.parameter_count / 1e6:.1f} M parameters, steps {first_step} to {training.steps}, "
         f"batch {training.batch_size} of {sampler.legal_targets} targets, {sampler.describe()}, "
-        f"{session.device}{many}, {', '.join(switches)} -> {folder}"
+        f"{run_context.device}{many}, {', '.join(switches)} -> {folder}"
     )
 
 
-def _check_settings(config: RiverConfig, session: Session) -> None:
+def _check_settings(config: RiverConfig, run_context: RunContext) -> None:
     """Refuse settings that don't fit the device or the number of processes.
 
     Raises:
         UserError: says which key to change.
     """
-    training, processes = config.flow.training, session.processes
+    training, processes = config.flow.training, run_context.processes
     parts = training.accumulate
     if training.coupling == "conditional" and processes.count > 1:
         parts = max(parts, BLOCK_ROWS)  # rows exchange their noise within blocks
     processes.check_batch(training.batch_size, parts, "flow.training.batch_size")
-    if processes.count > 1 and session.device.type == "cpu" and config.flow.model.head == "bn" and processes.is_first:
+    if (
+        processes.count > 1
+        and run_context.device.type == "cpu"
+        and config.flow.model.head == "bn"
+        and processes.is_first
+    ):
         warn("flow.model.head: bn: on CPUs each process normalises with the statistics of its own rows")
     try:
-        records_steps(training, session.device, processes)
+        records_steps(training, run_context.device, processes)
     except ValueError as error:
         raise UserError(str(error)) from None
 

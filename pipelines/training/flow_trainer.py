@@ -13,12 +13,12 @@ from latent_cache import FlowBatch, LatentCache, Sampler, step_generator
 from pipelines.config import RiverConfig
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import resolve_precision
-from pipelines.runtime.cuda_graph_step import RecordedStep
+from pipelines.runtime.cuda_graph_step import CudaGraphStep
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import training_identity
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.train_state import TrainState
 from pipelines.runtime.training_loop import StepResult, Trainer
 from pipelines.training.flow_validation import FlowValidation
 from stage2_flow.config import FlowTrainingConfig
@@ -109,20 +109,20 @@ class FlowTrainer(Trainer):
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(device)
         recorded = records_steps(self.training, device, processes)
-        self.learner = Learner(self.model, self.training, self.model.boundary_parameters(), recordable=recorded)
+        self.train_state = TrainState(self.model, self.training, self.model.boundary_parameters(), recordable=recorded)
         self.compiled = compiles(self.training, device)
         network = self.model
         if self.compiled:
             # The distributed BatchNorm's exchange is no part of any graph.
             network = torch.compile(self.model, fullgraph=processes.count == 1, dynamic=False)
         self.network = processes.distribute(network, device)
-        self.update = RecordedStep(self._update) if recorded else self._update
+        self.update = CudaGraphStep(self._update) if recorded else self._update
         self._step_flops = step_flops(config.flow.model, latents.latent_shape, self.training.batch_size)
         self._waited, self._steps = 0.0, 0
 
     @property
     def learning_rate(self) -> float:
-        return self.learner.learning_rate
+        return self.train_state.learning_rate
 
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's batch, without waiting for the device."""
@@ -146,7 +146,7 @@ class FlowTrainer(Trainer):
             warmup=training.warmup_steps,
             total=training.steps,
         )
-        self.learner.set_rate(rate / training.learning_rate)
+        self.train_state.set_rate(rate / training.learning_rate)
         self.model.train()
         loss, finite = self.update(batch.target, batch.reference, batch.condition, batch.distance, draws.noise, draws.t)
         return StepResult({"loss": loss}, finite)
@@ -169,7 +169,7 @@ class FlowTrainer(Trainer):
                     loss = flow_matching_loss(self.network, FlowBatch(*frames), FlowDraws(noise, t))
                 (loss / count).backward()
             losses.append(loss.detach())
-        finite = self.learner.step()
+        finite = self.train_state.step()
         return torch.stack(losses).mean(), finite
 
     def describe_batch(self, step: int) -> str:
@@ -179,7 +179,7 @@ class FlowTrainer(Trainer):
         """The loss on fixed pairs, times and noise of the validation split, and predictions to look at."""
         if self.validation is None:
             return {}
-        field = self.learner.best_model
+        field = self.train_state.best_model
         measured = self.validation.measure(field, self.standardization)
         words = f"validation loss {measured['validation_loss']:.4f}"
         if self.samples is not None:
@@ -189,7 +189,7 @@ class FlowTrainer(Trainer):
         say(f"flow: step {step}: {words}")
         return measured
 
-    def readings(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
+    def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
         """How well the device is used: samples a second, waiting for data, FLOP/s of the model, memory."""
         waited, self._waited, steps, self._steps = self._waited, 0.0, self._steps, 0
         flops = steps_per_second * self._step_flops
@@ -204,14 +204,14 @@ class FlowTrainer(Trainer):
 
     def files(self) -> dict[str, Tensors]:
         """Everything that resuming needs, and everything that sampling needs."""
-        return self.learner.files()
+        return self.train_state.files()
 
     def state(self) -> dict[str, Any]:
         return self.checkpoint_state
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration."""
-        self.learner.load(checkpoint, self.device)
+        self.train_state.load(checkpoint, self.device)
 
 
 @cache

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.video_network import PerceptualVideos
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import Session, use_precision
+from pipelines.runtime.context import RunContext, use_precision
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import (
@@ -44,7 +44,7 @@ def refiner_identity(config: RiverConfig, autoencoder_digest: str) -> dict[str, 
     )
 
 
-def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
+def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     """Train the refiner to its last step, or recognise that this was done; makes the store first when it lacks.
 
     Returns:
@@ -54,13 +54,13 @@ def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
             those of the store, or all too short; gradients that are not finite.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    training, processes = config.refiner.training, session.processes
+    training, processes = config.refiner.training, run_context.processes
     folder = config.run_path / "refiner"
     before = CheckpointFolder(folder / "checkpoints").latest()
-    done = before is not None and is_finished(before, training.steps) and not session.restart
+    done = before is not None and is_finished(before, training.steps) and not run_context.restart
     if not done:
-        ensure_store(config, session)
-    autoencoder = _autoencoder(config, session.device)
+        ensure_store(config, run_context)
+    autoencoder = _autoencoder(config, run_context.device)
     digest = weights_digest(autoencoder)
     identity = refiner_identity(config, digest)
     with processes.first_before_others():
@@ -68,18 +68,18 @@ def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
             folder,
             identity,
             keep=training.keep_checkpoints,
-            session=session,
+            run_context=run_context,
             what="refiner",
         )
         if done:
             say(f"refiner: done, {describe_progress(found)}, {found.path}")
             return _chosen(checkpoints)
         processes.check_batch(training.batch_size, training.accumulate, "refiner.training.batch_size")
-        splits = open_videos(config, session)
+        splits = open_videos(config, run_context)
     check_sources(config, splits)
     perceptual = None
     if training.perceptual_network is not None:
-        perceptual = PerceptualVideos(training.perceptual_network, session.device)
+        perceptual = PerceptualVideos(training.perceptual_network, run_context.device)
     state = {
         "identity": identity,
         "autoencoder": digest,
@@ -88,16 +88,16 @@ def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
     }
     if found is not None:
         _check_same_inputs(found, state)
-    with closing(_clips(config, session, splits["train"], "train")) as clips, ExitStack() as held:
+    with closing(_clips(config, run_context, splits["train"], "train")) as clips, ExitStack() as held:
         validation, log = None, None
         if processes.is_first:
-            write_run_files(config, session.device)
+            write_run_files(config, run_context.device)
             held.enter_context(only_training_of(folder))
-            validation = _validation(config, session, splits.get("val"))
+            validation = _validation(config, run_context, splits.get("val"))
         use_precision(training.precision)
         trainer = RefinerTrainer(
             config,
-            session.device,
+            run_context.device,
             autoencoder,
             clips,
             perceptual=perceptual,
@@ -111,7 +111,7 @@ def train_refiner(config: RiverConfig, session: Session) -> Checkpoint:
             first_step = found.step
         say(
             f"refiner: {trainer.model.parameter_count / 1e6:.2f} M parameters, steps {first_step} to {training.steps}, "
-            f"batch {training.batch_size} of {clips.count} clips of {training.clip_frames} frames, {session.device}"
+            f"batch {training.batch_size} of {clips.count} clips of {training.clip_frames} frames, {run_context.device}"
             f"{f' x {processes.count}' if processes.count > 1 else ''}, {training.precision} -> {folder}"
         )
         if processes.is_first:
@@ -159,7 +159,7 @@ def _check_same_inputs(found: Checkpoint, state: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _clips(config: RiverConfig, session: Session, source: VideoSource, split: str) -> RefinerClips:
+def _clips(config: RiverConfig, run_context: RunContext, source: VideoSource, split: str) -> RefinerClips:
     training, train = config.refiner.training, split == "train"
     return RefinerClips(
         source,
@@ -169,16 +169,16 @@ def _clips(config: RiverConfig, session: Session, source: VideoSource, split: st
         steps=training.steps if train else 1,
         seed=config.seed,
         memory=config.cache.memory_budget_bytes if train else 0,
-        on_broken=lambda error: session.skip(error.video_id, error.reason),
+        on_broken=lambda error: run_context.skip(error.video_id, error.reason),
     )
 
 
-def _validation(config: RiverConfig, session: Session, source: VideoSource | None) -> ClipBatch | None:
+def _validation(config: RiverConfig, run_context: RunContext, source: VideoSource | None) -> ClipBatch | None:
     """The clips that every validation looks at; none where the split has no video that is long enough."""
     if source is None or "val" not in latent_cache.splits(config.store_path):
         return None
     if latent_cache.open(config.store_path, "val").lengths.max() < config.refiner.training.clip_frames:
         say("refiner: no validation: all videos of the val split are shorter than a clip")
         return None
-    with closing(_clips(config, session, source, "val")) as clips:
+    with closing(_clips(config, run_context, source, "val")) as clips:
         return clips.batch(0)

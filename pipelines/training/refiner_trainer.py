@@ -16,7 +16,7 @@ from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.train_state import TrainState
 from pipelines.runtime.training_loop import StepResult, Trainer
 from pipelines.training.refiner_clips import ClipBatch, RefinerClips
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
@@ -76,12 +76,12 @@ class RefinerTrainer(Trainer):
             self.model.start_as_copy()
         self.model.to(device, memory_format=image_memory_format(device))
         settings = self.training.model_copy(update={"learning_rate": self.training.peak_learning_rate})
-        self.learner = Learner(self.model, settings, self.model.boundary_parameters())
+        self.train_state = TrainState(self.model, settings, self.model.boundary_parameters())
         self.network = processes.distribute(self.model, device)
 
     @property
     def learning_rate(self) -> float:
-        return self.learner.learning_rate
+        return self.train_state.learning_rate
 
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's clips."""
@@ -95,7 +95,7 @@ class RefinerTrainer(Trainer):
             with self.processes.without_exchange(self.network, number < count - 1):
                 terms.append(self._backward(example, 1 / count))
         training = self.training
-        finite = self.learner.apply(learning_rate_factor(step, warmup=training.warmup, total=training.steps))
+        finite = self.train_state.apply(learning_rate_factor(step, warmup=training.warmup, total=training.steps))
         return StepResult({name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}, finite)
 
     def _backward(self, example: RefinerExample, scale: float) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class RefinerTrainer(Trainer):
         """PSNR of fixed clips as they are refined in use, each frame given the refined one before, and unrefined."""
         if self.validation is None:
             return {}
-        model = self.learner.best_model.eval()
+        model = self.train_state.best_model.eval()
         refined, unrefined = [], []
         clips = zip(self.validation.pixels.split(CLIPS_AT_ONCE), self.validation.latents.split(CLIPS_AT_ONCE),
                     strict=True)  # fmt: skip
@@ -144,14 +144,14 @@ class RefinerTrainer(Trainer):
 
     def files(self) -> dict[str, Tensors]:
         """Everything that resuming needs, and everything that refining needs."""
-        return self.learner.files()
+        return self.train_state.files()
 
     def state(self) -> dict[str, Any]:
         return self.checkpoint_state | {"model": self.config.refiner.model.model_dump(mode="json")}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration."""
-        self.learner.load(checkpoint, self.device)
+        self.train_state.load(checkpoint, self.device)
 
 
 @torch.no_grad()

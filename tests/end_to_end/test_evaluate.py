@@ -19,7 +19,7 @@ from pipelines.evaluation.perceptual_weights import load_lpips
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import load_clips
 from pipelines.predictor import VideoPredictor
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import RefinerModelConfig
 from stage1_autoencoder.rcan import RCAN
 
@@ -83,7 +83,7 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
 
     config = load_config(copied.folder / "tiny.yaml", LONG)
     predictor = VideoPredictor.from_run(copied.runs, "cpu")
-    clips = load_clips(config, Session(CPU), 4)
+    clips = load_clips(config, RunContext(CPU), 4)
     frames = torch.stack([clip.frames for clip in clips])
     given, truth = frames[:, :2], frames[:, 2:]
     autoencoded = predictor.decode_videos(predictor.encode_videos(frames))

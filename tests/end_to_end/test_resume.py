@@ -181,7 +181,7 @@ FlowTrainer.train_step = slow
 
 KILL_AT_STEP = """
 import os, signal, torch; torch.set_num_threads(1)
-from pipelines.{module} import {trainer} as trainer
+from pipelines.training.{module} import {trainer} as trainer
 step = trainer.train_step
 def killed(self, number, *arguments):
     if number == {step}:

@@ -18,7 +18,7 @@ from latent_cache import StoreMetadata
 from pipelines.config import RiverConfig, parse_config
 from pipelines.encoding.store_encoder import SplitReport, StoreEncoder
 from pipelines.runtime.checkpoints import Checkpoint
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoInfo, VideoSource
@@ -109,7 +109,7 @@ class EncodingKit:
         }
     )
     model: VQGAN = field(default_factory=random_autoencoder)
-    session: Session = field(default_factory=lambda: Session(torch.device("cpu")))
+    run_context: RunContext = field(default_factory=lambda: RunContext(torch.device("cpu")))
     Source = NoiseSource
 
     def config(self, **cache: Any) -> RiverConfig:
@@ -138,7 +138,7 @@ class EncodingKit:
             software={},
         )
         checkpoint = Checkpoint(self.folder / "none", {"step": 0})
-        return StoreEncoder(config, self.session, checkpoint, self.model, self.splits, metadata)
+        return StoreEncoder(config, self.run_context, checkpoint, self.model, self.splits, metadata)
 
     def encode(self, overwrite: bool = False, **cache: Any) -> dict[str, SplitReport]:
         """Encode what is pending; the reports by split."""
@@ -151,7 +151,7 @@ class EncodingKit:
 
     def another(self, name: str) -> "EncodingKit":
         """The same videos and autoencoder, another folder."""
-        return EncodingKit(self.folder / name, self.splits, self.model, self.session)
+        return EncodingKit(self.folder / name, self.splits, self.model, self.run_context)
 
 
 @pytest.fixture

@@ -139,8 +139,8 @@ def test_a_step_updates_field_and_average(precision):
     assert torch.stack(losses[-5:]).mean() < 0.9 * torch.stack(losses[:5]).mean()
     moved = [not torch.equal(before[name], value) for name, value in step.field.named_parameters()]
     assert all(moved)
-    averaged = dict(step.learner.best_model.named_parameters())
-    assert step.learner.best_model is not step.field
+    averaged = dict(step.train_state.best_model.named_parameters())
+    assert step.train_state.best_model is not step.field
     assert all(not torch.equal(averaged[name], before[name]) for name in before)
 
 
@@ -258,8 +258,8 @@ def test_bench_measures_the_flow(monkeypatch, tmp_path: Path):
             f"pipelines.{module}.{name}_measurements", lambda *_, row=row: order.append(row.name) or iter([row])
         )
     values = configuration().model_dump() | {"paths": {"runs": str(tmp_path)}}
-    session = bench.Session(CPU)
-    assert [row.name for row in bench.bench(parse_config(values, "a test"), session)] == order
+    run_context = bench.RunContext(CPU)
+    assert [row.name for row in bench.bench(parse_config(values, "a test"), run_context)] == order
     assert order == ["store", "flow", "sampling", "autoencoder", "decode", "encode"]
 
 

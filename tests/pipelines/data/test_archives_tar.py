@@ -234,7 +234,7 @@ def test_any_damage_ends_in_a_message(tmp_path):
 
 
 def test_a_large_file_goes_by_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives_tar, "_BLOCK", 1000)
+    monkeypatch.setattr(archives_tar, "_TAR_BLOCK", 1000)
     archive = make_tar(tmp_path / "a.tar", [entry("x", bytes(range(250)) * 10 + b"end")])
     blocks = []
     with archives_tar.TarReader(archive) as reader:

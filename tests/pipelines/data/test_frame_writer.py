@@ -21,7 +21,7 @@ from pipelines.commands.convert import convert
 from pipelines.config import RiverConfig, parse_config
 from pipelines.data.frame_writer import RECORD, folder_names
 from pipelines.errors import StoppedBySignal, UserError
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import size_text
 from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.config import DatasetConfig
@@ -32,8 +32,8 @@ def settings(folder: Path, **dataset: object) -> RiverConfig:
     return parse_config({"paths": paths, "dataset": {"name": "tiny", "image_size": 16} | dataset}, "a test")
 
 
-def session(**options: bool) -> Session:
-    return Session(torch.device("cpu"), **options)
+def run_context(**options: bool) -> RunContext:
+    return RunContext(torch.device("cpu"), **options)
 
 
 def write_video(path: Path, seed: int, frames: int = 7, size: tuple[int, int] = (40, 32)) -> None:
@@ -71,26 +71,26 @@ def assert_same(sources: dict, others: dict) -> None:
 @pytest.fixture
 def noise(kit, monkeypatch: pytest.MonkeyPatch):
     """Sources of noise: train a b c d e, val v w."""
-    monkeypatch.setattr("pipelines.commands.convert.open_videos", lambda config, session: kit.splits)
+    monkeypatch.setattr("pipelines.commands.convert.open_videos", lambda config, run_context: kit.splits)
     kit.out = kit.folder / "out"
     return kit
 
 
-def run(kit, session_: Session | None = None, **options: object):
-    return convert(kit.config(), session_ or session(), kit.out, **options)
+def run(kit, session_: RunContext | None = None, **options: object):
+    return convert(kit.config(), session_ or run_context(), kit.out, **options)
 
 
 def whole(kit) -> dict[str, bytes]:
     """What an undisturbed conversion gives."""
     out = kit.folder / "whole"
-    convert(kit.config(), session(), out)
+    convert(kit.config(), run_context(), out)
     kit.splits["train"].passes.clear()
     return files(out)
 
 
 def test_shapes_there_and_back(tmp_path: Path) -> None:
     config = settings(tmp_path, source="shapes", splits={"train": 12, "val": 3, "test": 2}, shapes={"frames": 12})
-    reports = convert(config, session(), tmp_path / "out")
+    reports = convert(config, run_context(), tmp_path / "out")
     assert [(report.split, report.videos, report.frames, report.written) for report in reports] == [
         ("train", 12, 144, 12),
         ("val", 3, 36, 3),
@@ -110,7 +110,7 @@ def test_a_folder_of_videos_there_and_back(tmp_path: Path, capsys: pytest.Captur
     for seed, name in enumerate(names):
         write_video(tmp_path / "data" / "tiny" / name, seed)
     config = settings(tmp_path, source="videos", frame_step=3, splits={"val": 0.0})
-    reports = convert(config, session(), tmp_path / "out")
+    reports = convert(config, run_context(), tmp_path / "out")
     assert [report.frames for report in reports] == [12, 3]
     assert (tmp_path / "out/train/traj_0_to_255/12/00002.png").is_file()
     back = read_back(tmp_path / "out", splits={"val": 0.0})
@@ -128,11 +128,11 @@ def test_frame_folders_there_and_back(tmp_path: Path) -> None:
                 pixels = np.random.default_rng([number, frame]).integers(0, 256, (16, 20, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{frame}.png")
     config = settings(tmp_path, source="videos")
-    convert(config, session(), tmp_path / "out")
+    convert(config, run_context(), tmp_path / "out")
     assert_same(open_splits(config.dataset, config.data_root), read_back(tmp_path / "out"))
     # And again, from there.
     again = settings(tmp_path, source="videos", root=str(tmp_path / "out"))
-    convert(again, session(), tmp_path / "again")
+    convert(again, run_context(), tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "out")
 
 
@@ -272,7 +272,7 @@ def test_a_signal_stops_between_frames(number: int, noise, monkeypatch: pytest.M
 def test_broken_videos_are_skipped(noise, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, write, beside = whole(noise), Path.write_bytes, set()
     noise.splits["train"].ends["b"] = 5
-    asked = session()
+    asked = run_context()
 
     def look_beside(path: Path, content: bytes) -> int:
         beside.add((path.parent.name, *sorted(os.listdir(path.parent.parent))))
@@ -294,7 +294,7 @@ def test_broken_videos_are_skipped(noise, monkeypatch: pytest.MonkeyPatch) -> No
 def test_strict_stops_at_a_broken_video(noise) -> None:
     noise.splits["train"].ends["b"] = 5
     with pytest.raises(UserError, match=r"video b: frame 5 is noise \(--strict"):
-        run(noise, session(strict=True))
+        run(noise, run_context(strict=True))
     assert not any("/b/" in name for name in files(noise.out))
 
 
@@ -304,7 +304,7 @@ def test_frames_that_ffmpeg_cannot_convert_are_broken(noise, monkeypatch: pytest
         yield
 
     monkeypatch.setattr(noise.splits["val"], "iterate", iterate)
-    asked = session()
+    asked = run_context()
     run(noise, asked, splits=["val"])
     assert asked.skipped.keys() == {"v", "w"}
     assert "Operation not supported" in asked.skipped["v"]
@@ -313,7 +313,7 @@ def test_frames_that_ffmpeg_cannot_convert_are_broken(noise, monkeypatch: pytest
 def test_jpg(noise) -> None:
     run(noise, image_format="jpg", splits=["val"])
     small = noise.folder / "small"
-    convert(noise.config(), session(), small, image_format="jpg", splits=["val"], quality=30)
+    convert(noise.config(), run_context(), small, image_format="jpg", splits=["val"], quality=30)
     assert set(files(noise.out)) == {
         f"val/{video}/{number:05d}.jpg" for video, frames in (("v", 9), ("w", 4)) for number in range(frames)
     }
@@ -322,7 +322,7 @@ def test_jpg(noise) -> None:
     assert 0 < abs(difference).mean() < 2
     assert sum(map(len, files(small).values())) < 0.8 * sum(map(len, files(noise.out).values()))
     with pytest.raises(UserError, match=r"made with quality 30 \(now 95\)"):
-        convert(noise.config(), session(), small, image_format="jpg")
+        convert(noise.config(), run_context(), small, image_format="jpg")
     with pytest.raises(UserError, match="--quality 101: allowed are 1 to 100"):
         run(noise, image_format="jpg", quality=101)
 
@@ -343,7 +343,7 @@ def test_other_settings_are_refused_and_replaced(noise) -> None:
     with pytest.raises(UserError, match=r"made with format 'png' \(now 'jpg'\); name another folder, or .*--overwrite"):
         run(noise, image_format="jpg")
     (noise.out / "train" / "mine.txt").touch()
-    run(noise, session(overwrite=True), image_format="jpg", splits=["val"])
+    run(noise, run_context(overwrite=True), image_format="jpg", splits=["val"])
     assert {Path(name).suffix for name in files(noise.out)} == {".jpg", ".txt"}
     assert {name.partition("/")[0] for name in files(noise.out)} == {"val", "train"}  # mine stays
     run(noise, image_format="jpg")
@@ -352,7 +352,7 @@ def test_other_settings_are_refused_and_replaced(noise) -> None:
         update={"dataset": noise.config().dataset.model_copy(update={"image_size": 8, "frame_step": 2})}
     )
     with pytest.raises(UserError, match=r"image_size 16 \(now 8\), frame_step 1 \(now 2\), format 'jpg' \(now 'png'\)"):
-        convert(smaller, session(), noise.out)
+        convert(smaller, run_context(), noise.out)
 
 
 def test_without_pictures_nothing_contradicts(noise) -> None:
@@ -384,7 +384,7 @@ def test_another_source_is_refused_and_replaces(change: str, noise) -> None:
     assert files(noise.out) == before
     passes = noise.splits["train"].passes
     passes.clear()
-    run(noise, session(overwrite=True))
+    run(noise, run_context(overwrite=True))
     assert {video for video, *_ in passes} == ({"b"} if change == "content" else set())
     assert files(noise.out) == whole(noise)
     run(noise)
@@ -398,15 +398,15 @@ def test_places_that_are_refused(noise, tmp_path: Path) -> None:
     noise.out.unlink()
     (noise.out / "photos").mkdir(parents=True)
     with pytest.raises(UserError, match="has photos in it, which was not written by convert"):
-        run(noise, session(overwrite=True))
+        run(noise, run_context(overwrite=True))
     for inside in (".", "frames", "../noise/frames"):
         with pytest.raises(UserError, match=r"lies in .*data/noise, where the videos are read from"):
-            convert(noise.config(), session(), noise.config().data_root / "noise" / inside)
+            convert(noise.config(), run_context(), noise.config().data_root / "noise" / inside)
     (noise.out / "photos").rmdir()
     run(noise, videos=1)
     (noise.out / "train" / "c").mkdir()
     with pytest.raises(UserError, match=r"train/c: is there, and was not written by convert"):
-        run(noise, session(overwrite=True))
+        run(noise, run_context(overwrite=True))
     (noise.out / "train" / "c").rmdir()
     (noise.out / RECORD).write_text('{"convert": 99}\n')
     with pytest.raises(UserError, match=r"cannot be read \(format 99\)"):

@@ -237,7 +237,7 @@ def encode_as_configured(kit, **cache) -> None:
     config = kit.config(**cache)
     metadata = store_metadata(config, kit.model, kit.splits)
     checkpoint = Checkpoint(kit.folder / "none", {"step": 0})
-    StoreEncoder(config, kit.session, checkpoint, kit.model, kit.splits, metadata).run(overwrite=False)
+    StoreEncoder(config, kit.run_context, checkpoint, kit.model, kit.splits, metadata).run(overwrite=False)
 
 
 def test_what_is_by_default_leaves_no_mark(kit):

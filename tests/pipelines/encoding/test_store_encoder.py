@@ -423,7 +423,7 @@ def test_a_video_that_breaks_leaves_the_store_of_the_others(kit, broken: str) ->
     assert latent_cache.open_notes(kit.store) == {"skipped": {"train": {broken: f"of {broken}"}}}
     assert ours.pop("zarr.json") != theirs.pop("zarr.json")
     assert ours == theirs
-    assert list(kit.session.skipped) == [broken]
+    assert list(kit.run_context.skipped) == [broken]
 
 
 def test_a_video_that_breaks_changes_no_sample_of_the_round_trip(kit, monkeypatch) -> None:

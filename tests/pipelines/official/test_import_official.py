@@ -34,7 +34,7 @@ from pipelines.official import official_download as import_download
 from pipelines.official.parts import FoundSizes, OfficialFiles, check_sizes
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.runs import only_training_of
 from pipelines.training.autoencoder_stage import train_autoencoder
 from pipelines.training.flow_stage import train_flow
@@ -108,7 +108,7 @@ class Kit:
     def run(self, config: RiverConfig | None = None, *, restart: bool = False, **files: Path) -> Path:
         """Import; gives the run's folder."""
         config = config or self.config()
-        import_official(config, Session(CPU, restart=restart), OfficialFiles(**files))
+        import_official(config, RunContext(CPU, restart=restart), OfficialFiles(**files))
         return config.run_path
 
 
@@ -199,15 +199,15 @@ def test_the_run_says_where_it_comes_from(given):
 def test_both_trainings_are_done_whatever_a_training_would_be_like(given, monkeypatch, capsys, changes):
     run = given.run(model=given.model())
     before = files_of(run)
-    for place in ("train_autoencoder.open_videos", "train_flow.ensure_store"):
-        monkeypatch.setattr(f"pipelines.{place}", no_training)
+    for place in ("autoencoder_stage.open_videos", "flow_stage.ensure_store"):
+        monkeypatch.setattr(f"pipelines.training.{place}", no_training)
     values = given.config().model_dump(mode="json")
     for key, value in changes.items():
         section, _, part = key.partition("_")
         values[section] = values[section] | {part: values[section][part] | value} if part else value
-    config, session = parse_config(values, "a test"), Session(CPU)
-    assert train_autoencoder(config, session).path == find_autoencoder(run).path
-    assert train_flow(config, session).path == find_flow(run).path
+    config, run_context = parse_config(values, "a test"), RunContext(CPU)
+    assert train_autoencoder(config, run_context).path == find_autoencoder(run).path
+    assert train_flow(config, run_context).path == find_flow(run).path
     out = capsys.readouterr().out
     assert "autoencoder: done, imported from model.pth" in out
     assert "flow: done, imported from model.pth" in out
@@ -231,7 +231,7 @@ def test_a_configuration_of_other_sizes_contradicts(given, section, changes, tra
     else:
         values[section]["model"] |= changes
     with pytest.raises(UserError, match=rf"was imported from model.pth under another .*\n  {message}\n.*--restart"):
-        train(parse_config(values, "a test"), Session(CPU))
+        train(parse_config(values, "a test"), RunContext(CPU))
 
 
 def test_importing_again_changes_nothing(given, capsys):
@@ -371,7 +371,7 @@ def test_a_configuration_of_other_sizes_is_refused_with_the_options_that_fit(giv
     path = tmp_path / "mine" / "wrong.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"model.pth.* does not fit the configuration:\n  autoencoder.model") as error:
-        import_official(load_config(path), Session(CPU), OfficialFiles(**files), [tmp_path / "mine"])
+        import_official(load_config(path), RunContext(CPU), OfficialFiles(**files), [tmp_path / "mine"])
     assert not load_config(path).run_path.exists()
     words = shlex.split(str(error.value).splitlines()[-1])
     assert words[::2] == ["--set"] * (len(words) // 2)
@@ -536,15 +536,15 @@ def hub(given: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_released_files_are_fetched_when_asked_for(given, hub, capsys, inside):
     given.model(inside=inside)
     given.autoencoder_file("vqvae.ckpt")
-    config, session = given.config(), Session(CPU, download=True)
-    import_official(config, session, OfficialFiles())
+    config, run_context = given.config(), RunContext(CPU, download=True)
+    import_official(config, run_context, OfficialFiles())
     wanted = ["model.pth"] if inside else ["model.pth", "vqvae.ckpt"]
     assert hub.asked == [f"/hub/river_kth_64/resolve/main/{name}" for name in wanted]
     folder = given.folder / "data" / "kth" / "official"
     assert sorted(file.name for file in folder.iterdir()) == wanted
     assert VideoPredictor.from_run(config.run_path, device="cpu").fps == 5
     assert re.search(r"fetching http.*model.pth \(\d+\.\d [kM]B\) -> .*official/model.pth", capsys.readouterr().out)
-    import_official(config, session, OfficialFiles())
+    import_official(config, run_context, OfficialFiles())
     assert len(hub.asked) == len(wanted)
     assert "official/model.pth is there already" in capsys.readouterr().out
 
@@ -554,20 +554,20 @@ def test_nothing_is_fetched_unasked(given, hub):
         given.run()
     with pytest.raises(UserError, match="name the one that came with it"):
         given.run(model=given.model(inside=False))
-    import_official(given.config(), Session(CPU, download=True), OfficialFiles(model=given.model()))
+    import_official(given.config(), RunContext(CPU, download=True), OfficialFiles(model=given.model()))
     assert hub.asked == []
 
 
 def test_what_cannot_be_fetched_is_told(given, hub):
-    session = Session(CPU, download=True)
+    run_context = RunContext(CPU, download=True)
     with pytest.raises(FetchError, match=r"model.pth: the server answers 404 .*name it with --model <file>"):
-        import_official(given.config(), session, OfficialFiles())
+        import_official(given.config(), run_context, OfficialFiles())
     values = given.config().model_dump(mode="json")
     values["dataset"]["name"] = "mine"
     with pytest.raises(UserError, match=r"released weights for the data sets kth, .*, not for 'mine'"):
-        import_official(parse_config(values, "a test"), session, OfficialFiles())
+        import_official(parse_config(values, "a test"), run_context, OfficialFiles())
     with pytest.raises(UserError, match=r"name them here, such as --model .*data/kth/official/model.pth"):
-        import_official(parse_config(values, "a test"), session, OfficialFiles())
+        import_official(parse_config(values, "a test"), run_context, OfficialFiles())
 
 
 @pytest.mark.parametrize(
@@ -575,16 +575,16 @@ def test_what_cannot_be_fetched_is_told(given, hub):
     [(b"<!doctype html>sign in", "a web page, such as"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs")],
 )
 def test_a_page_in_place_of_the_file_is_told_and_not_kept(given, hub, content, message):
-    session, folder = Session(CPU, download=True), given.folder / "data" / "kth" / "official"
+    run_context, folder = RunContext(CPU, download=True), given.folder / "data" / "kth" / "official"
     page = given.folder / "model.pth"
     page.write_bytes(content)
     with pytest.raises(FetchError, match=rf"{hub.url}/.*model.pth: what came is .*{message}.*--model <file>"):
-        import_official(given.config(), session, OfficialFiles())
+        import_official(given.config(), run_context, OfficialFiles())
     assert list(folder.iterdir()) == []
     # One that another program left there is fetched anew.
     (folder / "model.pth").write_bytes(content)
     given.model()
-    import_official(given.config(), session, OfficialFiles())
+    import_official(given.config(), run_context, OfficialFiles())
     assert (folder / "model.pth").read_bytes() == page.read_bytes()
 
 
@@ -593,14 +593,14 @@ def test_a_download_that_broke_off_is_gone_on_with(given, hub):
     folder = given.folder / "data" / "kth" / "official"
     folder.mkdir(parents=True)
     (folder / "model.pth.part").write_bytes(whole[:1000])
-    import_official(given.config(), Session(CPU, download=True), OfficialFiles())
+    import_official(given.config(), RunContext(CPU, download=True), OfficialFiles())
     assert hub.ranges == ["bytes=1000-"]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"model.pth": whole}
 
 
 def test_the_file_is_told_by_its_sha256(given, hub, capsys):
     digest = hashlib.sha256(given.model().read_bytes()).hexdigest()
-    import_official(given.config(), Session(CPU, download=True), OfficialFiles())
+    import_official(given.config(), RunContext(CPU, download=True), OfficialFiles())
     out = capsys.readouterr().out
     assert re.search(r"fetched \d\.\d MB", out)
     assert f"official/model.pth: sha256 {digest}" in out

@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.official import OfficialFormatError
 from pipelines.official.parts import OfficialFiles
 from pipelines.predictor import VideoPredictor
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import RefinerModelConfig, VQGANConfig, VQVAEConfig
 from stage1_autoencoder.rcan import RCAN
 from stage1_autoencoder.vqgan import VQGAN
@@ -101,7 +101,7 @@ def official(request: pytest.FixtureRequest, fixtures_folder: Path, tmp_path_fac
         },
         "a test",
     )
-    import_official(config, Session(CPU), OfficialFiles(model=folder / "model.pth"))
+    import_official(config, RunContext(CPU), OfficialFiles(model=folder / "model.pth"))
     return VideoPredictor.from_run(config.run_path, device="cpu")
 
 

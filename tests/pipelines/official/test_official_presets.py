@@ -13,7 +13,7 @@ from pipelines.config import load_config
 from pipelines.errors import UserError
 from pipelines.official import load_autoencoder, load_vector_field, read_official
 from pipelines.official.parts import FoundSizes, OfficialFiles, check_sizes
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 
 # By preset: the lists of the autoencoder's and the field's parameters, and where the autoencoder is in the main model.
 RELEASED = {
@@ -85,7 +85,7 @@ def test_with_another_preset_the_one_that_fits_is_named(
     model = save(tmp_path / "model.pth", main_model(fixtures, preset), "module.")
     config = load_config(configs / f"{other}.yaml", [f"paths.runs={tmp_path}/runs"])
     with pytest.raises(UserError, match=r"model.pth does not fit the configuration:") as error:
-        import_official(config, Session(torch.device("cpu")), OfficialFiles(model=model), [configs])
+        import_official(config, RunContext(torch.device("cpu")), OfficialFiles(model=model), [configs])
     way_out = str(error.value).splitlines()[-1]
     assert re.findall(r"(\w+)\.yaml", way_out) == fitting(preset)
     assert way_out.endswith("name it with --config")

@@ -10,7 +10,7 @@ from pipelines.config import EvaluationConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.prediction import clips as clips_module
 from pipelines.prediction.clips import Window, choose_windows, load_clips, most_moving, open_clips
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.shapes import ShapesSource
 from stage1_autoencoder.videos.source import BrokenVideoError
@@ -81,13 +81,13 @@ def config(tmp_path, **evaluation):
 
 
 @pytest.fixture
-def session() -> Session:
-    return Session(device=torch.device("cpu"))
+def run_context() -> RunContext:
+    return RunContext(device=torch.device("cpu"))
 
 
-def test_clips_are_the_frames_of_the_videos(tmp_path, session):
+def test_clips_are_the_frames_of_the_videos(tmp_path, run_context):
     settings = config(tmp_path)
-    clips = load_clips(settings, session, 2)
+    clips = load_clips(settings, run_context, 2)
     source = open_source(settings.dataset, tmp_path, "test")
     assert [clip.name for clip in clips] == ["test_00000", "test_00003"]
     assert [clip.key for clip in clips] == [0, 3]
@@ -95,11 +95,11 @@ def test_clips_are_the_frames_of_the_videos(tmp_path, session):
         assert clip.frames.shape == (7, 3, 64, 64)
         pixels = ((clip.frames + 1) * 127.5).round().byte().movedim(1, -1).numpy()
         assert (pixels == source.read(number, range(7))).all()
-    assert not session.skipped
+    assert not run_context.skipped
 
 
-def test_random_clips_are_named_by_their_start(tmp_path, session):
-    clips = load_clips(config(tmp_path, window="random", seed=2), session, 4)
+def test_random_clips_are_named_by_their_start(tmp_path, run_context):
+    clips = load_clips(config(tmp_path, window="random", seed=2), run_context, 4)
     starts = [int(clip.name.partition("@")[2] or 0) for clip in clips]
     assert any(starts)
     source = open_source(config(tmp_path).dataset, tmp_path, "test")
@@ -110,19 +110,19 @@ def test_random_clips_are_named_by_their_start(tmp_path, session):
         assert np.abs(clip.frames[0].movedim(0, -1).numpy() - expected).max() < 1e-6
 
 
-def test_too_long_a_protocol_says_which_lengths_there_are(tmp_path, session):
+def test_too_long_a_protocol_says_which_lengths_there_are(tmp_path, run_context):
     with pytest.raises(UserError, match=r"2 \+ 30 frames.*the 4 videos have 12 to 12 frames: lower evaluation.horizon"):
-        load_clips(config(tmp_path, horizon=30), session, 3)
+        load_clips(config(tmp_path, horizon=30), run_context, 3)
 
 
-def test_short_videos_are_left_out_and_said(tmp_path, session, monkeypatch, capsys):
+def test_short_videos_are_left_out_and_said(tmp_path, run_context, monkeypatch, capsys):
     class Ragged(ShapesSource):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             object.__setattr__(self.videos[1], "frames", 3)
 
     monkeypatch.setattr(clips_module, "open_source", lambda dataset, root, split: Ragged(dataset, split))
-    clips = load_clips(config(tmp_path), session, 10)
+    clips = load_clips(config(tmp_path), run_context, 10)
     assert [clip.name for clip in clips] == ["test_00000", "test_00002", "test_00003"]
     assert "1 of 4 videos are shorter than the 7 frames" in capsys.readouterr().out
 
@@ -138,27 +138,27 @@ def break_videos(monkeypatch, broken: set[int]) -> None:
     monkeypatch.setattr(ShapesSource, "read", torn)
 
 
-def test_broken_videos_are_skipped_and_others_keep_their_key(tmp_path, session, monkeypatch):
+def test_broken_videos_are_skipped_and_others_keep_their_key(tmp_path, run_context, monkeypatch):
     break_videos(monkeypatch, {1})
-    clips = load_clips(config(tmp_path), session, 4)
+    clips = load_clips(config(tmp_path), run_context, 4)
     assert [(clip.name, clip.key) for clip in clips] == [("test_00000", 0), ("test_00002", 2), ("test_00003", 3)]
-    assert session.skipped == {"test_00001": "torn"}
+    assert run_context.skipped == {"test_00001": "torn"}
 
 
-def test_only_broken_videos_are_an_error(tmp_path, session, monkeypatch):
+def test_only_broken_videos_are_an_error(tmp_path, run_context, monkeypatch):
     break_videos(monkeypatch, {0, 1, 2, 3})
     with pytest.raises(UserError, match="none of 4 videos can be decoded"):
-        load_clips(config(tmp_path), session, 4)
+        load_clips(config(tmp_path), run_context, 4)
 
 
-def test_moving_clips_are_read_from_where_they_start(tmp_path, session, monkeypatch):
+def test_moving_clips_are_read_from_where_they_start(tmp_path, run_context, monkeypatch):
     still, jump = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 200, np.uint8)
 
     def iterate(self, index, start=0, stop=None):
         return iter(([still] * (3 + index // 3) + [jump] * 9)[:12][start:stop])
 
     monkeypatch.setattr(ShapesSource, "iterate", iterate)
-    clips = load_clips(config(tmp_path, window="moving"), session, 2)
+    clips = load_clips(config(tmp_path, window="moving"), run_context, 2)
     assert [clip.name for clip in clips] == [
         "test_00000@2",
         "test_00003@3",
@@ -166,7 +166,7 @@ def test_moving_clips_are_read_from_where_they_start(tmp_path, session, monkeypa
     assert [clip.key >> 32 for clip in clips] == [2, 3]
 
 
-def test_clips_are_read_when_they_are_asked_for(tmp_path, session, monkeypatch):
+def test_clips_are_read_when_they_are_asked_for(tmp_path, run_context, monkeypatch):
     read, seen = ShapesSource.read, []
 
     def noted(self, index, positions=None):
@@ -174,20 +174,20 @@ def test_clips_are_read_when_they_are_asked_for(tmp_path, session, monkeypatch):
         return read(self, index, positions)
 
     monkeypatch.setattr(ShapesSource, "read", noted)
-    reader = open_clips(config(tmp_path), session, 4)
+    reader = open_clips(config(tmp_path), run_context, 4)
     assert (len(reader), seen) == (4, [])
     sizes = []
     for batch in reader.batches(3):
         sizes.append(len(batch))
         assert len(seen) == sum(sizes)
     assert sizes == [3, 1]
-    whole = load_clips(config(tmp_path), session, 4)
+    whole = load_clips(config(tmp_path), run_context, 4)
     again = [clip for batch in reader.batches(3) for clip in batch]
     assert [(clip.name, clip.key) for clip in again] == [(clip.name, clip.key) for clip in whole]
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(again, whole, strict=True))
 
 
-def test_clips_of_one_video_know_that_they_are(tmp_path, session):
-    clips = load_clips(config(tmp_path, window="random"), session, 10)
+def test_clips_of_one_video_know_that_they_are(tmp_path, run_context):
+    clips = load_clips(config(tmp_path, window="random"), run_context, 10)
     assert [clip.video for clip in clips] == [int(clip.name[5:10]) for clip in clips]
     assert len({clip.video for clip in clips}) == 4

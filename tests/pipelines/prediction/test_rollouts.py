@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.pipelines.runtime.test_cuda_graph_step import played  # noqa: F401  (a fixture)
 
 from pipelines.prediction import rollouts as field_rollouts
 from pipelines.prediction.rollouts import FieldRollouts, clip_bytes
@@ -11,6 +10,7 @@ from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.rollout import Rollout
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
+from tests.pipelines.runtime.test_cuda_graph_step import played  # noqa: F401  (a fixture)
 
 SHAPE, CPU = (2, 4, 4), torch.device("cpu")
 

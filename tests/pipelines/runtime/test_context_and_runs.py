@@ -9,7 +9,7 @@ import torch
 from pipelines.config import load_config, parse_config, parse_size
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import Session, resolve_device
+from pipelines.runtime.context import RunContext, resolve_device
 from pipelines.runtime.distributed import Processes
 from pipelines.runtime.progress import is_quiet, progress, say, set_quiet
 from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
@@ -25,24 +25,24 @@ def test_devices():
 
 
 def test_a_skipped_video_is_noted_and_said_once(capsys):
-    session = Session(device=torch.device("cpu"))
-    session.skip("a", "torn")
-    session.skip("a", "torn again")
-    session.skip("b", "empty")
-    assert session.skipped == {"a": "torn", "b": "empty"}
+    run_context = RunContext(device=torch.device("cpu"))
+    run_context.skip("a", "torn")
+    run_context.skip("a", "torn again")
+    run_context.skip("b", "empty")
+    assert run_context.skipped == {"a": "torn", "b": "empty"}
     assert capsys.readouterr().out.splitlines() == ["skipped video a: torn", "skipped video b: empty"]
 
 
 def test_strict_sessions_skip_nothing():
     with pytest.raises(UserError, match=r"video a: torn .--strict: nothing is skipped"):
-        Session(device=torch.device("cpu"), strict=True).skip("a", "torn")
+        RunContext(device=torch.device("cpu"), strict=True).skip("a", "torn")
 
 
 def test_prerequisites_are_neither_replaced_nor_forgotten():
-    session = Session(device=torch.device("cpu"), overwrite=True, restart=True, strict=True)
-    before = session.for_prerequisites()
+    run_context = RunContext(device=torch.device("cpu"), overwrite=True, restart=True, strict=True)
+    before = run_context.for_prerequisites()
     assert (before.overwrite, before.restart, before.strict) == (False, False, True)
-    assert before.skipped is session.skipped
+    assert before.skipped is run_context.skipped
 
 
 def test_quiet_runs_say_nothing(capsys):
@@ -96,8 +96,8 @@ def trained(tmp_path):
 
 
 def resume(folder, identity, restart=False, **options):
-    session = Session(torch.device("cpu"), restart=restart, **options)
-    return resumable_checkpoint(folder, identity, keep=2, session=session, what="flow")
+    run_context = RunContext(torch.device("cpu"), restart=restart, **options)
+    return resumable_checkpoint(folder, identity, keep=2, run_context=run_context, what="flow")
 
 
 def test_nothing_to_resume(tmp_path):

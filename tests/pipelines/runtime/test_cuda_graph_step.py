@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines.runtime.cuda_graph_step import WARM_UP_STEPS, RecordedStep
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.cuda_graph_step import WARM_UP_STEPS, CudaGraphStep
+from pipelines.runtime.train_state import TrainState
 from stage2_flow.config import FlowTrainingConfig
 
 
@@ -68,31 +68,33 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return state
 
 
-def make_learner() -> Learner:
+def make_learner() -> TrainState:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.GELU(), nn.Linear(8, 2))
     settings = FlowTrainingConfig(learning_rate=0.1, ema_decay=0.8, grad_clip=0.5)
-    return Learner(model, settings, [], recordable=True)
+    return TrainState(model, settings, [], recordable=True)
 
 
-def changing(learner: Learner) -> list[Tensor]:
+def changing(train_state: TrainState) -> list[Tensor]:
     """All that an update changes."""
-    tensors = [*learner.model.parameters(), *learner.average.module.parameters()]
-    for optimizer in learner.optimizers:
+    tensors = [*train_state.model.parameters(), *train_state.average.module.parameters()]
+    for optimizer in train_state.optimizers:
         tensors += [value for values in optimizer.state.values() for value in values.values()]
         tensors += [group["lr"] for group in optimizer.param_groups]
     return tensors
 
 
-def train(recorded: bool, steps: int, played: list[Tensor], bad: int = -1) -> tuple[list[float], list[bool], Learner]:
-    learner = make_learner()
+def train(
+    recorded: bool, steps: int, played: list[Tensor], bad: int = -1
+) -> tuple[list[float], list[bool], TrainState]:
+    train_state = make_learner()
 
     def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = (learner.model(x) - y).square().mean()
+        loss = (train_state.model(x) - y).square().mean()
         loss.backward()
-        return loss.detach(), learner.step()
+        return loss.detach(), train_state.step()
 
-    step_function = RecordedStep(update) if recorded else update
+    step_function = CudaGraphStep(update) if recorded else update
     losses, finite = [], []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -100,14 +102,14 @@ def train(recorded: bool, steps: int, played: list[Tensor], bad: int = -1) -> tu
         if step == bad:
             y[3, 1] = float("nan")
         torch.manual_seed(100 + step)
-        learner.set_rate(1 / (1 + step))
-        learner.model.train()
+        train_state.set_rate(1 / (1 + step))
+        train_state.model.train()
         if step == WARM_UP_STEPS:
-            played[:] = changing(learner)
+            played[:] = changing(train_state)
         loss, fine = step_function(x, y)
         losses.append(loss)
         finite.append(fine)
-    return [loss.item() for loss in losses], [bool(fine) for fine in finite], learner
+    return [loss.item() for loss in losses], [bool(fine) for fine in finite], train_state
 
 
 def test_a_recorded_training_is_the_training(played):
@@ -120,14 +122,14 @@ def test_a_recorded_training_is_the_training(played):
 
 
 def test_a_recorded_step_with_numbers_that_are_not_finite_updates_nothing(played):
-    _, finite, learner = train(True, 7, played, bad=5)
+    _, finite, train_state = train(True, 7, played, bad=5)
     _, _, without = train(True, 5, played)
     assert finite == [True] * 5 + [False, True]
     six = train(True, 6, played, bad=5)[2]
     for one, other in zip(six.model.parameters(), without.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert all(parameter.isfinite().all() for parameter in learner.model.parameters())
-    assert not torch.equal(learner.model[0].weight, without.model[0].weight)
+    assert all(parameter.isfinite().all() for parameter in train_state.model.parameters())
+    assert not torch.equal(train_state.model[0].weight, without.model[0].weight)
 
 
 def test_what_can_not_be_recorded_goes_on_as_it_was(played, monkeypatch, capsys):

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.train_state import TrainState
 from stage2_flow.config import FlowTrainingConfig
 
 
-def learner(**options) -> Learner:
+def train_state(**options) -> TrainState:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    return Learner(model, FlowTrainingConfig(learning_rate=0.1, weight_decay=0.0, **options), list(model.parameters()))
+    return TrainState(
+        model, FlowTrainingConfig(learning_rate=0.1, weight_decay=0.0, **options), list(model.parameters())
+    )
 
 
 def loss_of(model: nn.Module, scale: float = 1.0) -> torch.Tensor:
@@ -20,7 +22,7 @@ def loss_of(model: nn.Module, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("grad_clip", [None, 0.5])
 def test_gradients_are_clipped_to_the_norm_asked_for(grad_clip, monkeypatch):
-    trained = learner(grad_clip=grad_clip)
+    trained = train_state(grad_clip=grad_clip)
     norms = []
 
     def measure() -> None:
@@ -35,7 +37,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(grad_clip, monkeypatch):
 
 
 def test_an_update_lowers_the_loss_and_forgets_its_gradients():
-    trained = learner()
+    trained = train_state()
     before = loss_of(trained.model).item()
     for _ in range(5):
         trained.update(loss_of(trained.model), 0.5)
@@ -45,7 +47,7 @@ def test_an_update_lowers_the_loss_and_forgets_its_gradients():
 
 
 def test_the_averaged_model_is_what_a_training_delivers():
-    plain, averaged = learner(), learner(ema_decay=0.9)
+    plain, averaged = train_state(), train_state(ema_decay=0.9)
     assert plain.best_model is plain.model
     copies = []
     for _ in range(3):

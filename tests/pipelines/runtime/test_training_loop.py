@@ -43,7 +43,7 @@ class Counter(Trainer):
         self.validated.append(step)
         return {"score": self.scores.get(step, 0.0)} if self.scores else {}
 
-    def readings(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
+    def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
         return {"twice": 2 * terms["loss"]}
 
     def files(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -121,7 +121,7 @@ def test_the_autoencoder_goes_on_learning_beside_the_discriminator():
 @pytest.mark.parametrize("failing", ["autoencoder", "discriminator", None])
 def test_both_updates_must_be_finite(failing, monkeypatch):
     trainer = make(adversarial=ADVERSARIAL | {"start": 0})
-    learners = {"autoencoder": trainer.learner, "discriminator": trainer.adversary.learner}
+    learners = {"autoencoder": trainer.train_state, "discriminator": trainer.adversary.train_state}
     if failing is not None:
         monkeypatch.setattr(learners[failing], "apply", lambda factor: torch.tensor(False))
     assert bool(trainer.train_step(0).finite) == (failing is None)
@@ -140,7 +140,7 @@ def test_the_discriminators_parts_are_its_batch(monkeypatch):
             seen.append((factor, network.training, [p.grad.clone() for p in network.parameters()]))
             return torch.tensor(True)
 
-        monkeypatch.setattr(trainer.adversary.learner, "apply", apply)
+        monkeypatch.setattr(trainer.adversary.train_state, "apply", apply)
         trainer.adversary.train_step(images, reconstructed, 0.25, trainer._autocast)
     assert [(factor, training) for factor, training, _ in seen] == [(0.25, True)] * 2
     for whole, parts in zip(seen[0][2], seen[1][2], strict=True):
@@ -150,7 +150,7 @@ def test_the_discriminators_parts_are_its_batch(monkeypatch):
 def test_both_learning_rates_have_one_course():
     trainer = make(adversarial=ADVERSARIAL | {"start": 0, "learning_rate": 1e-4}, warmup_steps=4, weight_decay=0.1)
     trainer.train_step(0)
-    (optimizer,) = trainer.adversary.learner.optimizers
+    (optimizer,) = trainer.adversary.train_state.optimizers
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 / 4)
     assert trainer.learning_rate == pytest.approx(1e-3 / 4)
     assert optimizer.param_groups[0]["weight_decay"] == 0
@@ -214,9 +214,9 @@ def test_networks_run_in_the_precision_asked_for(precision, dtype, monkeypatch):
 
 def test_the_discriminator_has_its_own_learning_rate():
     trainer = make(adversarial=ADVERSARIAL | {"learning_rate": 3e-4, "betas": [0.5, 0.9]}, ema_decay=0.9)
-    (optimizer,) = trainer.adversary.learner.optimizers
+    (optimizer,) = trainer.adversary.train_state.optimizers
     assert (optimizer.param_groups[0]["base_lr"], optimizer.param_groups[0]["betas"]) == (3e-4, (0.5, 0.9))
-    assert trainer.adversary.learner.average is None
+    assert trainer.adversary.train_state.average is None
 
 
 @pytest.mark.parametrize("adversarial", [{}, ADVERSARIAL])
@@ -247,7 +247,7 @@ def test_a_restarted_code_forgets_its_moments():
     for step in range(2):
         trainer.train_step(step)
     weight = trainer.model.quantizer.embedding.weight
-    (optimizer,) = trainer.learner.optimizers
+    (optimizer,) = trainer.train_state.optimizers
     optimizer.state[weight]["exp_avg"].fill_(1.0)
     unused = trainer.care.since_restart == 0
     seen = trainer.train_step(2)
@@ -263,7 +263,7 @@ def test_restarted_codes_move_in_the_average_too():
     for step in range(2):
         trainer.train_step(step)
     ours = trainer.model.quantizer.embedding.weight
-    theirs = trainer.learner.average.module.quantizer.embedding.weight
+    theirs = trainer.train_state.average.module.quantizer.embedding.weight
     moved = ours.abs().amax(1) > 2 / 16  # codes start below 1/16
     assert moved.any()
     torch.testing.assert_close(ours[moved], theirs[moved])
@@ -325,7 +325,7 @@ def test_resuming_is_exact(tmp_path):
         whole.train_step(step)
     for step in range(4):
         before.train_step(step)
-        before.readings(step + 1, {"l1": 0.5}, 1.0)
+        before.metrics(step + 1, {"l1": 0.5}, 1.0)
     folder = CheckpointFolder(tmp_path)
     folder.save(4, before.files(), before.state())
     after.load(folder.latest())
@@ -346,7 +346,7 @@ def test_validation_measures_the_averaged_model(validation):
     for step in range(3):
         trainer.train_step(step)
     measured = trainer.validate(3)
-    model = trainer.learner.average.module
+    model = trainer.train_state.average.module
     with torch.no_grad():
         decoded = model.decode(model.encode(validation.images)).clamp(-1, 1)
         codes = model.quantize(model.encode(validation.images))[1]
@@ -383,24 +383,24 @@ def test_readings_say_how_codes_are_used():
     for step in range(6):  # an epoch is 5 steps of 8 of 40 frames
         trainer.train_step(step)
     assert int(trainer.care.last_window.sum()) == 5 * 8 * 64
-    reading = trainer.readings(6, {"l1": 0.1}, 1.0)
+    reading = trainer.metrics(6, {"l1": 0.1}, 1.0)
     assert 1 <= reading["code_perplexity"] <= reading["codes_used"] <= 16
 
 
 def test_a_discriminator_that_does_harm_is_reported(capsys):
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 5):
-        trainer.readings(step, {"l1": 0.1}, 1.0)
-    trainer.readings(5, {"l1": 0.2}, 1.0)  # the last one without it
+        trainer.metrics(step, {"l1": 0.1}, 1.0)
+    trainer.metrics(5, {"l1": 0.2}, 1.0)  # the last one without it
     assert trainer.watch.level == pytest.approx(0.8 * 0.1 + 0.2 * 0.2)
     trainer.watch.level = 0.1
     for step in range(6, 30):
-        trainer.readings(step, {"l1": 0.3, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
+        trainer.metrics(step, {"l1": 0.3, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
     message = capsys.readouterr().err
     assert message.count("autoencoder: step") == 1
     assert "the reconstruction term" in message
     # LPIPS is what is looked at where there is one.
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 30):
-        trainer.readings(step, {"l1": 0.1 * step, "perceptual": 0.2, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
+        trainer.metrics(step, {"l1": 0.1 * step, "perceptual": 0.2, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
     assert "the reconstruction term" not in capsys.readouterr().err

@@ -15,7 +15,7 @@ from pipelines.dry_run import describe_plan
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import find_flow, load_trained_field, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import Session
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.runs import only_training_of, set_aside
 from pipelines.training.flow_stage import train_flow
 from pipelines.training.flow_trainer import FlowTrainer
@@ -58,8 +58,8 @@ class Kit:
                 writer.write_chunk("train", chunk, latents, None)
             writer.finish()
 
-    def train(self, config: RiverConfig | None = None, **session: Any) -> Checkpoint:
-        return train_flow(config or self.config(), Session(CPU, **session))
+    def train(self, config: RiverConfig | None = None, **run_context: Any) -> Checkpoint:
+        return train_flow(config or self.config(), RunContext(CPU, **run_context))
 
     @property
     def flow(self) -> Path:
@@ -133,12 +133,12 @@ def test_what_was_there_is_set_aside_and_told(kit: Kit, capsys: pytest.CaptureFi
 def test_a_plain_train_flow_knows_it_afterwards(kit: Kit, capsys: pytest.CaptureFixture[str]) -> None:
     kit.train()
     tuned = kit.train(kit.config(learning_rate=1e-3), fine_tune=True)
-    for session in ({}, {"fine_tune": True}):
+    for run_context in ({}, {"fine_tune": True}):
         capsys.readouterr()
-        assert kit.train(kit.config(learning_rate=1e-3), **session).path == tuned.path
+        assert kit.train(kit.config(learning_rate=1e-3), **run_context).path == tuned.path
         out = capsys.readouterr().out
         assert "flow: done, 4 steps of fine-tuning from step 4 of the flow before" in out
-        assert ("--fine-tune --restart" in out) == bool(session)
+        assert ("--fine-tune --restart" in out) == bool(run_context)
     assert len(kit.asides) == 1
     assert "4 of 4 steps done" in describe_plan(kit.config(learning_rate=1e-3), CPU)
     with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.01\n.*`train-flow --fine-tune --restart`"):

@@ -12,7 +12,7 @@ from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import parse_config
 from pipelines.dry_run import describe_plan
 from pipelines.runtime.throughput import forward_flops
-from pipelines.runtime.train_state import Learner
+from pipelines.runtime.train_state import TrainState
 from pipelines.training.flow_memory import FlowMemory, LiveMemory, estimate_memory
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
@@ -26,9 +26,9 @@ FEW_VALUES = {"batch_size": 1}  # of one place each: weights, gradients and the 
 def two_steps(
     model: VectorFieldConfig, training: FlowTrainingConfig, shape: tuple[int, int, int], device: str = "cpu"
 ) -> None:
-    """The real thing: two updates by the learner, on tensors that are there."""
+    """The real thing: two updates by the train_state, on tensors that are there."""
     field = VectorField(model, shape[0]).to(device)
-    learner = Learner(field, training, field.boundary_parameters())
+    train_state = TrainState(field, training, field.boundary_parameters())
     rows, parts = training.batch_size, training.accumulate
     for _ in range(2):
         frames = torch.randn(3, rows, *shape, device=device).unbind()
@@ -40,7 +40,7 @@ def two_steps(
                 batch = FlowBatch(target, reference, condition, part_distance)
                 loss = flow_matching_loss(field, batch, FlowDraws(part_noise, part_times))
             (loss / parts).backward()
-        assert learner.apply(1.0)
+        assert train_state.apply(1.0)
 
 
 def allocated(folder: Path, *arguments: object) -> int:

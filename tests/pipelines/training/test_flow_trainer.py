@@ -14,7 +14,7 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_field
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import Session, resolve_precision
+from pipelines.runtime.context import RunContext, resolve_precision
 from pipelines.runtime.distributed import Processes
 from pipelines.training.flow_stage import _check_data, _check_settings, _loop_settings, flow_identity
 from pipelines.training.flow_trainer import FlowTrainer, compiles, records_steps
@@ -68,7 +68,7 @@ def weights(made: FlowTrainer) -> torch.Tensor:
 def test_a_batch_in_parts_is_the_batch(store):
     whole, parts = trainer(store, config()), trainer(store, config(accumulate=4))
     for made in (whole, parts):
-        made.learner.step = lambda: torch.tensor(True)  # leaves the gradients to look at
+        made.train_state.step = lambda: torch.tensor(True)  # leaves the gradients to look at
     one, other = whole.train_step(0), parts.train_step(0)
     torch.testing.assert_close(other.terms["loss"], one.terms["loss"], rtol=1e-6, atol=0)
     for parameter, same in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
@@ -176,15 +176,15 @@ def test_readings_tell_how_well_the_machine_is_used(store):
     made = trainer(store, config())
     for step in range(4):
         made.train_step(step)
-    readings = made.readings(4, {"loss": 1.0}, 10.0)
+    readings = made.metrics(4, {"loss": 1.0}, 10.0)
     assert readings["samples_per_second"] == 160
     assert 0 < readings["data_wait"] < 1
     assert readings["tflops_per_second"] == pytest.approx(10 * made._step_flops / 1e12)
     assert 0 < readings["mfu"] < 1
     assert readings["peak_memory_mb"] > 50
     made._waited, made._steps = 0.5, 4  # seconds in 4 steps, of which there are 10 in a second
-    assert made.readings(4, {}, 2.0)["data_wait"] == pytest.approx(0.25)
-    assert made.readings(4, {}, 2.0)["data_wait"] == 0
+    assert made.metrics(4, {}, 2.0)["data_wait"] == pytest.approx(0.25)
+    assert made.metrics(4, {}, 2.0)["data_wait"] == 0
 
 
 GPU = torch.device("cuda")
@@ -243,12 +243,12 @@ def test_the_learning_rate_takes_its_course(store):
     for step, rate in ((0, 0), (3, 3e-3), (4, 4e-3), (79, 2.5e-3), (104, 1e-3)):
         made.train_step(step)
         assert made.learning_rate == pytest.approx(rate)
-        assert made.learner.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+        assert made.train_state.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_muon_leaves_inputs_outputs_and_embeddings_to_adamw(store):
     made = trainer(store, config(optimizer="muon"))
-    _, adamw = made.learner.optimizers
+    _, adamw = made.train_state.optimizers
     taken = {id(parameter) for parameter in adamw.param_groups[0]["params"]}
     assert {id(parameter) for parameter in made.model.boundary_parameters()} <= taken
 
@@ -288,7 +288,7 @@ def test_precision_reaches_the_field(store, precision):
 def test_utilisation_is_that_of_all_processes(store, monkeypatch):
     monkeypatch.setattr(flow_module, "_best_rate", lambda device, precision: 1e9)
     made = trainer(store, config(), TwoProcesses(0, 2))
-    assert made.readings(4, {}, 10.0)["mfu"] == pytest.approx(10 * made._step_flops / 2e9)
+    assert made.metrics(4, {}, 10.0)["mfu"] == pytest.approx(10 * made._step_flops / 2e9)
 
 
 def test_what_is_validated_is_what_is_delivered(store):
@@ -303,7 +303,7 @@ def test_what_is_validated_is_what_is_delivered(store):
         made = trainer(store, config(ema_decay=decay))
         made.validation = Validation()
         assert made.validate(5) == {"validation_loss": 0.25}
-        assert made.validation.fields == (made.learner.best_model,)
+        assert made.validation.fields == (made.train_state.best_model,)
 
 
 def test_a_failed_step_names_its_own_batch(store):
@@ -326,12 +326,12 @@ def test_the_best_flow_has_the_least_validation_loss():
 
 
 def test_rows_that_exchange_their_noise_stay_in_one_process():
-    session = Session(CPU, processes=Processes(1, 2))
-    _check_settings(config(batch_size=8), session)
-    _check_settings(config(batch_size=16, coupling="conditional"), session)
-    _check_settings(config(batch_size=8, coupling="conditional"), Session(CPU))
+    run_context = RunContext(CPU, processes=Processes(1, 2))
+    _check_settings(config(batch_size=8), run_context)
+    _check_settings(config(batch_size=16, coupling="conditional"), run_context)
+    _check_settings(config(batch_size=8, coupling="conditional"), RunContext(CPU))
     with pytest.raises(UserError, match=r"flow\.training\.batch_size: a batch of 8 .* take a multiple of 16"):
-        _check_settings(config(batch_size=8, coupling="conditional"), session)
+        _check_settings(config(batch_size=8, coupling="conditional"), run_context)
 
 
 def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
@@ -371,4 +371,4 @@ def test_the_averaged_weights_predict_where_there_are_any(store, tmp_path, decay
     field = load_trained_field(CheckpointFolder(tmp_path / "checkpoints").latest(), CPU)
     assert not field.training
     for name, tensor in field.state_dict().items():
-        assert torch.equal(tensor, made.learner.best_model.state_dict()[name]), name
+        assert torch.equal(tensor, made.train_state.best_model.state_dict()[name]), name

@@ -262,7 +262,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(make_trainer):
         rates.append(trainer.learning_rate)
     assert rates[:2] == pytest.approx([0.5e-3, 1e-3])  # a fifth of the steps
     assert rates[2:] == pytest.approx([0.5e-3 * (1 + np.cos(np.pi * i / 8)) for i in range(8)])
-    groups = trainer.learner.optimizers[0].param_groups
+    groups = trainer.train_state.optimizers[0].param_groups
     assert {group["weight_decay"] for group in groups} == {5e-4}
     scaled = make_trainer(learning_rate=None)
     scaled.train_step(1)
@@ -273,9 +273,9 @@ def test_a_batch_in_parts_is_the_batch(make_trainer):
     whole, parts = make_trainer(), make_trainer(accumulate=2)
     seen = []
     for trainer in (whole, parts):
-        apply = trainer.learner.apply
+        apply = trainer.train_state.apply
         # Adam would hide gradients that are all twice as large.
-        trainer.learner.apply = lambda factor, trainer=trainer, apply=apply: (
+        trainer.train_state.apply = lambda factor, trainer=trainer, apply=apply: (
             seen.append([parameter.grad.clone() for parameter in trainer.model.parameters()]) or apply(factor)
         )
     losses = [trainer.train_step(0).terms["loss"].item() for trainer in (whole, parts)]
@@ -366,7 +366,7 @@ def test_validation_measures_the_averaged_weights(make_trainer, encoded):
     for step in range(1, 6):
         trainer.train_step(step)
     assert trainer.validate(6)["validation_psnr"] == pytest.approx(first, abs=0.01)  # so slow is this average
-    trainer.learner.average = None
+    trainer.train_state.average = None
     assert abs(trainer.validate(6)["validation_psnr"] - first) > 0.1
 
 
@@ -395,7 +395,7 @@ def test_a_checkpoint_is_loaded_with_its_averaged_weights(make_trainer, tmp_path
     refiner = load_trained_refiner(CheckpointFolder(tmp_path).latest(), CPU)
     assert not refiner.training
     assert not any(parameter.requires_grad for parameter in refiner.parameters())
-    average = trainer.learner.best_model.state_dict()
+    average = trainer.train_state.best_model.state_dict()
     assert all(torch.equal(tensor, average[name]) for name, tensor in refiner.state_dict().items())
     assert not torch.equal(average["head.weight"], trainer.model.state_dict()["head.weight"])
     CheckpointFolder(tmp_path).save(5, trainer.files(), trainer.state() | {"model": MODEL | {"features": 5}})
