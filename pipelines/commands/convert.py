@@ -17,7 +17,8 @@ from pipelines.data.datasets import open_videos
 from pipelines.data.frame_writer import Entry, ImageFormat, Job, Record, Writer, check_place, folder_names, open_record
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.progress import progress, say, size_text, warn
+from pipelines.runtime.files import size_text
+from pipelines.runtime.progress import progress, say, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
 from stage1_autoencoder.videos.config import Split

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, Protocol, Self
 
 from tqdm import tqdm
 
-from pipelines.runtime.progress import is_quiet, size_text
+from pipelines.runtime.files import size_text
+from pipelines.runtime.progress import is_quiet
 from stage1_autoencoder.videos import VideoError
 
 _BEGINNINGS = {

@@ -11,7 +11,8 @@ from pipelines.data.downloads import RECIPES, Archive, Delivery, free_bytes, onl
 from pipelines.data.fetch import FetchError, arrived_bytes, fetch
 from pipelines.data.survey import describe, remarks, write_video_list
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.progress import say, size_text
+from pipelines.runtime.files import size_text
+from pipelines.runtime.progress import say
 from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.kth import SEQUENCES_FILE, read_sequences

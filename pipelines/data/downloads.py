@@ -19,7 +19,7 @@ from pipelines.data.archives import (
     unpack,
 )
 from pipelines.data.fetch import announced_size, arrived_bytes, fetch, is_url
-from pipelines.runtime.progress import size_text
+from pipelines.runtime.files import size_text
 from stage1_autoencoder.videos import VideoError
 
 # Beside the unpacked folders, so that it outlives them.

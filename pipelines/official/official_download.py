@@ -6,7 +6,8 @@ from pipelines.config import RiverConfig
 from pipelines.data.fetch import FetchError, announced_size, fetch
 from pipelines.errors import UserError
 from pipelines.official.weight_files import foreign_content
-from pipelines.runtime.progress import say, size_text
+from pipelines.runtime.files import size_text
+from pipelines.runtime.progress import say
 
 HUB = "https://huggingface.co/cvg-unibe"
 MODEL = "model.pth"

@@ -52,11 +52,3 @@ def progress(
         smoothing=0.1,
         disable=True if _quiet else None,
     )
-
-
-def size_text(size: int) -> str:
-    """A number of bytes as people read it: `30.1 GB`, `5.7 MB`, `12 bytes`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.data import fetch as fetch_module
 from pipelines.data.fetch import FetchError, announced_size, arrived_bytes, fetch, is_url
-from pipelines.runtime.progress import size_text
+from pipelines.runtime.files import size_text
 
 CONTENT = bytes(range(256)) * 400
 WAY_OUT = "use MIRROR"

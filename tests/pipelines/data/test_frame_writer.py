@@ -22,7 +22,7 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.data.frame_writer import RECORD, folder_names
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.progress import size_text
+from pipelines.runtime.files import size_text
 from stage1_autoencoder.videos import open_splits
 from stage1_autoencoder.videos.config import DatasetConfig
 

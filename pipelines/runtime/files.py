@@ -1,0 +1,124 @@
+"""Files of a run: atomic writes, locks, digests, typed JSON, and sizes as text."""
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+from pydantic import BaseModel, ValidationError
+
+from latent_cache.writing import disk
+from pipelines.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+flush, flush_tree, is_full = disk.flush, disk.flush_tree, disk.is_full
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash or a full disk either the old or the new content is there.
+
+    Raises:
+        OSError: it cannot be written; an older file of that name is unchanged.
+    """
+    disk.write_file(path, content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a UTF-8 text file as a whole, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: BaseModel) -> None:
+    """Replace a JSON file by a model's values, as `write_bytes` does. Fields that are None are kept."""
+    write_text(path, value.model_dump_json(indent=1) + "\n")
+
+
+def read_json(path: Path, model: type[Model], way_out: str) -> Model:
+    """Read a JSON file through the class that it is written with.
+
+    Args:
+        way_out: ends the error message: what to do about a file that cannot be read.
+    Raises:
+        UserError: missing, no JSON, or not of this shape; names the file and the first field that is wrong.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {way_out}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"{path}: {place}: {first['msg']}; {way_out}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file of the same suffix beside `path`, which replaces it when the block ends without an error.
+
+    For writers that want a path (pictures, videos, safetensors). On an error the temporary is removed and the old file
+    is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{disk.PARTIAL}{path.suffix}")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file. The kernel drops it when the process dies, however it dies.
+
+    Args:
+        path: of the lock file, which stays when the lock is released.
+        busy: message when another process holds the lock; `{pid}` is replaced by that process's number, or `?`.
+    Raises:
+        UserError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = path.with_name(f"{path.name}.pid")
+    lock = filelock.FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        pid = "?"
+        with suppress(OSError, UnicodeDecodeError):
+            pid = owner.read_text(encoding="utf-8").strip() or "?"
+        raise UserError(busy.replace("{pid}", pid)) from None
+    try:
+        owner.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def backup_path(path: Path) -> Path:
+    """A free name beside `path` to move it to: `flow.20261128-201500`, with `-2` and so on where that is taken."""
+    first = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    names = itertools.chain([first], (first.with_name(f"{first.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as people read it: `30.1 GB`, `5.7 MB`, `12 bytes`."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

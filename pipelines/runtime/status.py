@@ -1,0 +1,27 @@
+"""How far a stage is: one value for dry runs, chains of commands, the report and messages."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["missing", "partial", "done", "conflicting"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far one stage is under a configuration.
+
+    Attributes:
+        state: `missing`: nothing is there; `partial`: the stage resumes from what is there; `done`: nothing to do;
+            `conflicting`: what is there was made under other settings, and the stage refuses it.
+        detail: for people, in a few words: `3000 of 5000 steps`; of a conflict, what differs and the way out.
+        path: the file or folder that holds it, or would.
+    """
+
+    state: State
+    detail: str
+    path: Path
+
+    @property
+    def is_done(self) -> bool:
+        return self.state == "done"
