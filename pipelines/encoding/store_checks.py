@@ -1,28 +1,70 @@
-"""Checks of a complete store against its configuration."""
+"""The store of a configuration: what it must say about itself, how far it is, and whether it is the right one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import latent_cache
-from latent_cache import StoreMetadata
+from latent_cache import StoreError, StoreMetadata
+from latent_cache.schema import PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.loading import weights_digest
+from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.runtime.runs import software_versions
+from pipelines.runtime.status import Status
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.frame_encoder import Precision
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.videos.source import VideoSource, VideoTable
 from stage1_autoencoder.views import views_description
 
+MOST_NAMES = 5  # videos named in one line
+
+
+def store_status(config: RiverConfig) -> Status:
+    """How far the store is. Raises nothing: whatever is wrong is told in `detail`, with the path and the way out.
+
+    The store is `conflicting` when other preprocessing or another autoencoder than the one in the run folder made it;
+    when it is incomplete and `encode` did not stop here; and when something that is no store has its path. Without an
+    autoencoder in the run folder nothing is compared: a store alone is enough to train on.
+    """
+    path = config.store_path
+    try:
+        if latent_cache.is_complete(path):
+            _check_run(config)
+            return Status("done", "complete", path)
+        if not path.exists() or not any(path.iterdir()):
+            return Status("missing", "no store", path)
+        if not (path / PROGRESS_FOLDER).exists():
+            raise UserError(
+                f"{path}: the store is not complete, and no interrupted `encode` left it: it was copied "
+                "too early or changed. Copy it again, or run `make encode`, which writes all of it"
+            )
+        if not (path / "zarr.json").exists():
+            return Status("partial", "no chunk is written yet", path)
+        _check_run(config)
+        splits = latent_cache.open_progress(path).values()
+        written, chunks = sum(split.written for split in splits), sum(split.chunks for split in splits)
+        return Status("partial", f"{written} of {chunks} chunks are written", path)
+    except (StoreError, UserError, OSError) as error:
+        return Status("conflicting", str(error), path)
+
+
+def _check_run(config: RiverConfig) -> None:
+    checkpoint = find_autoencoder(config.run_path)
+    if checkpoint is not None:
+        check_origin(config, weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu"))))
+
 
 def store_is_complete(path: Path) -> bool:
-    """Whether there is a whole store at a path; an incomplete or missing one is not."""
+    """Whether a complete store is at a path. Raises StoreError when something else is there."""
     return path.exists() and latent_cache.is_complete(path)
 
 
 def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[str, VideoSource]) -> StoreMetadata:
-    """What the store says about itself."""
+    """Attributes of a store that is about to be written."""
     fps = next(iter(splits.values())).videos[0].fps
     return StoreMetadata(
         dataset=config.dataset.name,
@@ -41,49 +83,83 @@ def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[s
 
 
 def how_computed(config: RiverConfig) -> dict[str, Any]:
-    """What the latents' last digits depend on besides the weights; nothing where all is as by default."""
+    """Settings that change the last digits of latents, without those at their defaults."""
     cache = config.cache
     return ({} if cache.precision == "fp32" else {"precision": cache.precision}) | (
         {"compiled": True} if cache.compile else {}
     )
 
 
+def stored_precision(metadata: StoreMetadata) -> Precision:
+    """Precision that the latents of a store were computed in; the inverse of `how_computed`."""
+    return metadata.autoencoder.get("precision", "fp32")
+
+
 def store_preprocessing(config: RiverConfig) -> dict[str, Any]:
-    """All that is done to the videos' frames before the autoencoder sees them."""
+    """All that happens to the frames of the videos before the autoencoder sees them."""
     views = list(config.cache.views)
     return preprocessing_description(config.dataset) | {"views": views} | views_description(views)
 
 
-def check_layout(config: RiverConfig) -> None:
-    """Refuse a complete store that is laid out otherwise than the configuration wants.
+def check_origin(config: RiverConfig, autoencoder_digest: str) -> None:
+    """Refuse a store, complete or not, of another autoencoder or other preprocessing.
 
     Raises:
-        UserError: another dtype or precision, with or without codes, other chunks (where they are asked for); both
-            sides are shown.
+        UserError: shows both sides.
+    """
+    metadata = latent_cache.open_metadata(config.store_path)
+    stored = metadata.autoencoder["sha256"]
+    if stored != autoencoder_digest:
+        raise UserError(
+            f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "
+            f"{autoencoder_digest[:12]}...: encode again with `encode --overwrite`, or restore the autoencoder"
+        )
+    there = metadata.preprocessing
+    _refuse(
+        f"{config.store_path} has other preprocessing",
+        [
+            f"{key}: {there.get(key)!r} in the store, {value!r} in the configuration"
+            for key, value in store_preprocessing(config).items()
+            if there.get(key) != value
+        ],
+    )
+
+
+def check_layout(config: RiverConfig) -> None:
+    """Refuse a complete store of another dtype, precision or chunk size, or that differs in having codes.
+
+    Raises:
+        UserError: shows both sides.
     """
     cache, store = config.cache, latent_cache.open(config.store_path)
-    changed = [
-        f"cache.{key}: {there} in the store, {wanted} in the configuration"
-        for key, there, wanted in (
-            ("dtype", store.latents.dtype.name, cache.dtype),
-            ("codes", store.codes is not None, cache.codes),
-            ("precision", stored_precision(store.metadata), cache.precision),
-            ("chunk_frames", store.latents.chunks[0], cache.chunk_frames or store.latents.chunks[0]),
-        )
-        if there != wanted
-    ]
+    _refuse(
+        f"{config.store_path} has another layout",
+        [
+            f"cache.{key}: {there} in the store, {wanted} in the configuration"
+            for key, there, wanted in (
+                ("dtype", store.latents.dtype.name, cache.dtype),
+                ("codes", store.codes is not None, cache.codes),
+                ("precision", stored_precision(store.metadata), cache.precision),
+                ("chunk_frames", store.latents.chunks[0], cache.chunk_frames or store.latents.chunks[0]),
+            )
+            if there != wanted
+        ],
+    )
+
+
+def _refuse(what: str, changed: Sequence[str]) -> None:
     if changed:
         raise UserError(
-            f"{config.store_path} is laid out otherwise:\n  " + "\n  ".join(changed)
+            f"{what}:\n  " + "\n  ".join(changed)
             + "\nencode again with `encode --overwrite`, or go back to the old values"
         )  # fmt: skip
 
 
 def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:
-    """Refuse a complete store whose videos are not those that are there now.
+    """Refuse a complete store whose videos have changed since they were encoded.
 
     Raises:
-        UserError: videos were added, removed or replaced since they were encoded; names them.
+        UserError: names videos that were added, removed or replaced.
     """
     path = config.store_path
     changes = []
@@ -92,7 +168,7 @@ def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:
     for split in {**dict.fromkeys(stored_splits), **splits}:
         videos = VideoTable.of(splits[split].videos if split in splits else [])
         now = dict(zip(videos.ids, videos.fingerprints, strict=True))
-        before = dict(skipped.get(split, {}))  # could not be decoded, and were as they are now
+        before = dict(skipped.get(split, {}))  # videos that could not be decoded count as encoded
         if split in stored_splits:
             cache = latent_cache.open(path, split)
             before |= dict(zip(cache.video_ids, cache.fingerprints, strict=True))
@@ -102,41 +178,10 @@ def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:
             ("replaced", {video for video in now.keys() & before.keys() if now[video] != before[video]}),
         ):
             if ids:
-                names = ", ".join(sorted(ids)[:5]) + (", ..." if len(ids) > 5 else "")
+                names = ", ".join(sorted(ids)[:MOST_NAMES]) + (", ..." if len(ids) > MOST_NAMES else "")
                 changes.append(f"{split}: {len(ids)} {what}: {names}")
     if changes:
         raise UserError(
             f"{path} is complete, but its videos have changed since:\n  " + "\n  ".join(changes)
-            + "\nencode them with `encode --overwrite`, or bring the old videos back"
+            + "\nencode them with `encode --overwrite`, or restore the old videos"
         )  # fmt: skip
-
-
-def check_store(config: RiverConfig, autoencoder_digest: str) -> None:
-    """Refuse a store that was made otherwise than this configuration would.
-
-    Raises:
-        UserError: another autoencoder, or other preprocessing; both sides are shown.
-    """
-    metadata = latent_cache.open_metadata(config.store_path)
-    stored = metadata.autoencoder["sha256"]
-    if stored != autoencoder_digest:
-        raise UserError(
-            f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "
-            f"{autoencoder_digest[:12]}...: encode again with `encode --overwrite`, or bring the autoencoder back"
-        )
-    wanted = store_preprocessing(config)
-    changed = [
-        f"{key}: {metadata.preprocessing.get(key)!r} in the store, {value!r} in the configuration"
-        for key, value in wanted.items()
-        if metadata.preprocessing.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{config.store_path} was made with other preprocessing:\n  " + "\n  ".join(changed)
-            + "\nencode again with `encode --overwrite`, or go back to the old values"
-        )  # fmt: skip
-
-
-def stored_precision(metadata: StoreMetadata) -> Precision:
-    """In which precision the latents of a store were computed; fp32 leaves no mark."""
-    return metadata.autoencoder.get("precision", "fp32")

@@ -1,4 +1,4 @@
-"""From videos to a complete store: what goes into which chunk, having it made, and what it came to."""
+"""From videos to a complete store: plans the chunks of all splits, has them encoded, summarizes the result."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMetadata, St
 from latent_cache.schema import PROGRESS_FOLDER
 from latent_cache.writing.disk import write_json
 from pipelines.config import RiverConfig
+from pipelines.data.datasets import open_videos
 from pipelines.encoding.chunk_encoder import (
     BrokenVideosError,
     ChunkEncoder,
@@ -23,15 +24,73 @@ from pipelines.encoding.chunk_encoder import (
     psnr_stride,
 )
 from pipelines.encoding.cluster import StopAsked, connect, run_here, run_on_cluster
+from pipelines.encoding.store_checks import (
+    check_layout,
+    check_sources,
+    store_is_complete,
+    store_metadata,
+    store_status,
+)
 from pipelines.errors import StoppedBySignal, UserError
+from pipelines.loading import load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.progress import progress, say
+from pipelines.runtime.progress import progress, say, warn
+from pipelines.runtime.runs import write_run_files
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.videos import dataset_root
 from stage1_autoencoder.videos.source import VideoSource, VideoTable
 
 IDENTITY = "identity"
+# Warn when storing in `cache.dtype` changes the nearest code of more than this share of the latents.
+MOST_CODES_CHANGED = 1e-3
+
+
+def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint) -> Path:
+    """Encode every split into the store, or resume that; do nothing when the store is complete and the right one.
+
+    Args:
+        checkpoint: of the run's autoencoder.
+    Returns:
+        Path of the complete store.
+    Raises:
+        UserError: the store is complete, but of another autoencoder, other preprocessing or other videos, and
+            `run_context.overwrite` is not set.
+        StoreError: an incomplete store of another origin; a store that another process writes; a full disk.
+        StoppedBySignal: after SIGINT or SIGTERM; finished chunks are kept.
+    """
+    path = config.store_path
+    if not run_context.overwrite and store_is_complete(path):
+        _check_complete(config, run_context)
+        return path
+    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
+    splits = open_videos(config, run_context)
+    write_run_files(config, run_context.device)
+    metadata = store_metadata(config, autoencoder, splits)
+    encoder = StoreEncoder(config, run_context, checkpoint, autoencoder, splits, metadata)
+    for report in encoder.run(overwrite=run_context.overwrite):
+        say(report.line())
+        if report.codes_changed > MOST_CODES_CHANGED:
+            warn(
+                f"store: {report.split}: storing latents as {config.cache.dtype} changed the nearest code of "
+                f"{report.codes_changed:.2%} of them: set cache.dtype to float32 and encode again with --overwrite, "
+                "or train an autoencoder with smaller latents"
+            )
+    say(f"store: complete, {path}")
+    return path
+
+
+def _check_complete(config: RiverConfig, run_context: RunContext) -> None:
+    """Refuse a complete store that is not the one that `encode` would write."""
+    status = store_status(config)
+    if not status.is_done:
+        raise UserError(status.detail)
+    check_layout(config)
+    here = config.dataset.source == "shapes" or dataset_root(config.dataset, config.data_root).exists()
+    if here or run_context.mirror is not None:
+        check_sources(config, open_videos(config, run_context))
+    say(f"store: done, {status.path}" + ("" if here else " (its videos are not here to compare)"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 import latent_cache
 from latent_cache import CorruptStoreError, DamagedFramesError, LatentCache
 from pipelines.config import RiverConfig
-from pipelines.encoding.store_checks import check_sources, check_store, store_is_complete
+from pipelines.encoding.store_checks import check_origin, check_sources, store_is_complete
 from pipelines.encoding.verify_frames import FrameCheck, FrameVerifier, draw_frames
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
@@ -133,7 +133,7 @@ def _autoencoder(config: RiverConfig, run_context: RunContext, count: int) -> Au
             f"{CHECKSUMS_ONLY}"
         )
     autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
-    check_store(config, weights_digest(autoencoder))
+    check_origin(config, weights_digest(autoencoder))
     return autoencoder
 
 
