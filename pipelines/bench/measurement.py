@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic.dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="constants"))
 class Measurement:
     """One line of the table.
 
@@ -25,6 +27,7 @@ class Measurement:
     at_least: float | None = None
     at_most: float | None = None
 
+    @computed_field
     @property
     def reached(self) -> bool | None:
         """Whether the demand is met; None where there is none."""
@@ -33,6 +36,23 @@ class Measurement:
         return (self.at_least is None or self.ratio >= self.at_least) and (
             self.at_most is None or self.ratio <= self.at_most
         )
+
+
+class Benchmark(BaseModel):
+    """`benchmark.json`: all measurements of one call, and the machine they belong to.
+
+    Attributes:
+        date: ISO 8601, UTC.
+        hardware: the machine in words.
+        software: package -> version.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    date: str
+    hardware: str
+    software: dict[str, str]
+    measurements: list[Measurement]
 
 
 def in_turn(*functions: Callable[[], object], repeats: int) -> list[float]:

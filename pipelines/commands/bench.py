@@ -1,19 +1,18 @@
 """`bench`: what store, training and sampling are worth here, as ratios of two things measured in turn, in one run."""
 
-import json
 import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from pipelines.bench.measurement import Measurement
+from pipelines.bench.measurement import Benchmark, Measurement
 from pipelines.config import RiverConfig
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
 
@@ -47,13 +46,13 @@ def bench(config: RiverConfig, run_context: RunContext) -> list[Measurement]:
                 results.append(measurement)
     path = config.run_path / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(run_context.device),
-        "software": software_versions(),
-        "measurements": [asdict(measurement) | {"reached": measurement.reached} for measurement in results],
-    }
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    benchmark = Benchmark(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=hardware(run_context.device),
+        software=software_versions(),
+        measurements=results,
+    )
+    write_json(path, benchmark)
     missed = [measurement.name for measurement in results if measurement.reached is False]
     say(f"bench: written to {path}" + (f"; below what is wanted: {', '.join(missed)}" if missed else ""))
     return results

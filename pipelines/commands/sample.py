@@ -1,6 +1,5 @@
 """`sample`: predicted videos of a split as GIF, MP4, contact sheet and latents."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines.config import RiverConfig
+from pipelines.errors import UserError
 from pipelines.prediction.clips import Clip, load_clips
 from pipelines.prediction.pictures import (
     RED,
@@ -20,8 +20,10 @@ from pipelines.prediction.pictures import (
     save_gif,
     save_mp4,
 )
+from pipelines.prediction.samples import Samples
 from pipelines.predictor import VideoPredictor, decode_clips, describe_sampling, load_predictor, predict_clips, to_video
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import read_json, write_json
 from pipelines.runtime.progress import progress, say
 from pipelines.training.flow_stage import train_flow
 from pipelines.training.refiner_stage import train_refiner
@@ -99,15 +101,15 @@ def write_samples(
         video = animation([(name, strips)])
         save_gif(folder / f"{stem}.gif", video, predictor.fps)
         save_mp4(folder / f"{stem}.mp4", video, predictor.fps)
-    protocol = {
-        "clips": [clip.name for clip in clips],
-        "context": context,
-        "horizon": config.evaluation.horizon,
-        "sampling": config.sampling.model_dump(mode="json"),
-        "samples": len(frames),
-        "refine": refine,
-    }
-    (folder / "samples.json").write_text(json.dumps(protocol, indent=1), encoding="utf-8")
+    listed = Samples(
+        clips=[clip.name for clip in clips],
+        context=context,
+        horizon=config.evaluation.horizon,
+        sampling=config.sampling.model_dump(mode="json"),
+        samples=len(frames),
+        refine=refine,
+    )
+    write_json(folder / "samples.json", listed)
 
 
 def _strips(truth: np.ndarray, predicted: Sequence[np.ndarray], context: int) -> list[Strip]:
@@ -119,8 +121,8 @@ def _strips(truth: np.ndarray, predicted: Sequence[np.ndarray], context: int) ->
 def _remove_former(folder: Path) -> None:
     """Remove the clips of the call before: beside newer ones nobody could tell which model made them."""
     try:
-        names = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["clips"]
-    except (OSError, ValueError, KeyError):
+        names = read_json(folder / "samples.json", Samples, "").clips
+    except UserError:
         return
     for name in names:
         for ending in ("gif", "mp4"):

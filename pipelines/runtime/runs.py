@@ -3,7 +3,6 @@
 import fcntl
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import time
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from pipelines.config import RiverConfig, differences, dump_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import say
 
 # Settings that change how a training is watched or fed, not what it computes.
@@ -25,6 +26,23 @@ COSMETIC = {
     "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_frames", "validation_pairs",
     "compile", "cuda_graphs", "vgg_weights", "best_by", "max_bad_steps", "validation_samples",
 }  # fmt: skip
+
+
+class Environment(BaseModel):
+    """`environment.json`: what a run was trained with.
+
+    Attributes:
+        software: package -> version.
+        device: name of the GPU or processor.
+        threads: of PyTorch on the CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    software: dict[str, str]
+    platform: str
+    device: str
+    threads: int
 
 
 def software_versions() -> dict[str, str]:
@@ -37,13 +55,13 @@ def write_run_files(config: RiverConfig, device: torch.device) -> None:
     """Write `config.yaml` and `environment.json` of the run."""
     config.run_path.mkdir(parents=True, exist_ok=True)
     (config.run_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    environment = {
-        "software": software_versions(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-    }
-    (config.run_path / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    environment = Environment(
+        software=software_versions(),
+        platform=platform.platform(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        threads=torch.get_num_threads(),
+    )
+    write_json(config.run_path / "environment.json", environment)
 
 
 @contextmanager

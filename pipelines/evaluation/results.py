@@ -1,0 +1,235 @@
+"""Results of `evaluate` and `study` as they are in a run's folder: `evaluation.json` and `quality.json`."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+# Lower and upper end of a 95 % interval.
+Interval = tuple[float, float]
+
+
+class Result(BaseModel):
+    """A JSON file or a part of one. Keys that a later version adds are ignored; NaN is written as NaN, not as null."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
+
+
+class OptionalParts(Result):
+    """A part whose fields are left out of the file where they are None."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
+class BestOf(OptionalParts):
+    """Best of several samples, chosen per clip by the metric itself.
+
+    Attributes:
+        samples: per clip.
+        value: mean over clips and frames.
+        per_frame: [horizon] means over clips.
+    """
+
+    samples: int
+    value: float
+    per_frame: list[float]
+    interval: Interval | None = None
+
+
+class Distances(OptionalParts):
+    """Distances between sets of videos, by subject."""
+
+    prediction: float | None = None
+    copy_last: float | None = None
+    reconstruction: float | None = None
+    interval: dict[str, Interval] | None = None
+
+
+class MetricValues(Distances):
+    """One metric: per subject the mean over clips, samples and frames.
+
+    Attributes:
+        per_frame: subject -> [horizon] means over clips and samples; None for a distance between sets (FVD).
+        interval, per_frame_interval: subject -> 95 % interval(s); None where clips of one video cannot be resampled.
+        best_of: None where there is one sample per clip.
+        autoencoded: of FVD, the distances to autoencoded instead of real videos.
+    """
+
+    prediction: float
+    per_frame: dict[str, list[float]] | None = None
+    per_frame_interval: dict[str, list[Interval]] | None = None
+    best_of: BestOf | None = None
+    autoencoded: Distances | None = None
+
+
+class EvaluationProtocol(Result):
+    """Everything that decides the numbers of an evaluation.
+
+    Attributes:
+        protocol: preset of `evaluation.protocol`, with the settings that differ from it.
+        clips, videos: how many were measured.
+        interval: how intervals were made; None where there are none.
+        nfe: evaluations of the vector field per predicted frame.
+        missing: metric that was not measured -> reason.
+    """
+
+    protocol: str | None
+    dataset: str
+    split: str
+    clips: int
+    videos: int
+    window: str
+    window_seed: int
+    context: int
+    horizon: int
+    samples: int
+    aggregation: str
+    best_of: str | None
+    interval: str | None
+    pixels: str
+    image_size: int
+    frame_step: int
+    resize: dict[str, Any]
+    sampling: dict[str, Any]
+    seed: int
+    precision: str
+    nfe: int
+    description: str
+    flow_step: int
+    flow_sha256: str
+    flow_origin: dict[str, Any]
+    refine: bool
+    refiner_step: int | None
+    refiner_sha256: str | None
+    autoencoder_sha256: str
+    store_fingerprint: str
+    vgg_sha256: str | None
+    fvd: dict[str, Any] | None
+    device: str
+    torch: str
+    missing: dict[str, str]
+
+
+class Evaluation(Result):
+    """`evaluation.json`: metric (`psnr`, `ssim`, `lpips`, `fvd`) -> values, and the protocol they belong to."""
+
+    protocol: EvaluationProtocol
+    metrics: dict[str, MetricValues]
+
+
+class StudyPoint(Result):
+    """One sampler setting and its quality.
+
+    Attributes:
+        key: the setting as JSON; a point is kept by a later study that measures the same key.
+        nfe: evaluations of the vector field per predicted frame.
+        *_difference: mean difference to the reference point on the same clips; lpips is None where it is not measured.
+        per_clip: metric -> [clips].
+        frechet_resampled: the distance of each bootstrap resample.
+        milliseconds_per_frame: of predicting all clips at once, without decoding.
+    """
+
+    key: str
+    solver: str
+    grid: str
+    shift: float
+    warm_start: float
+    condition: str
+    condition_draw: str
+    seed: int
+    preset: str
+    steps: int
+    nfe: int = Field(gt=0)
+    psnr: float
+    psnr_interval: Interval
+    psnr_difference: float
+    psnr_difference_interval: Interval
+    ssim: float
+    ssim_interval: Interval
+    ssim_difference: float
+    ssim_difference_interval: Interval
+    lpips: float | None = None
+    lpips_interval: Interval | None = None
+    lpips_difference: float | None = None
+    lpips_difference_interval: Interval | None = None
+    sharpness: float
+    sharpness_interval: Interval
+    sharpness_difference: float
+    sharpness_difference_interval: Interval
+    frechet: float
+    frechet_interval: Interval
+    frechet_difference: float
+    frechet_difference_interval: Interval
+    frechet_resampled: list[float]
+    per_clip: dict[str, list[float]]
+    milliseconds_per_frame: float
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether solver and number of evaluations are the only choices that differ from the defaults."""
+        return (
+            self.grid == "uniform"
+            and self.shift == 1
+            and self.warm_start == 0
+            and self.condition == "per-evaluation"
+            and self.condition_draw == "uniform"
+        )
+
+    def describe(self) -> str:
+        """The sampler setting in a few words, without the number of evaluations and the seed."""
+        words = [self.solver]
+        words += [f"shift {self.shift:g}"] if self.shift != 1 else []
+        words += [f"warm start {self.warm_start:g}"] if self.warm_start else []
+        words += ["one condition per frame"] if self.condition == "per-frame" else []
+        words += ["recent conditions"] if self.condition_draw == "recent" else []
+        words += ["official grid"] if self.preset == "official" else []
+        return ", ".join(words)
+
+
+class StudyProtocol(Result):
+    """Everything but the sampler settings that decides the numbers of a study.
+
+    Attributes:
+        clips: names of the clips.
+        lpips: whether LPIPS was measured.
+    """
+
+    dataset: str
+    split: str
+    window: str
+    clips: list[str]
+    context: int
+    horizon: int
+    image_size: int
+    flow_step: int
+    flow_sha256: str
+    autoencoder_sha256: str
+    past_horizon: int | None
+    precision: str
+    device: str
+    frechet: str
+    sharpness: str
+    lpips: bool
+
+
+class Study(Result):
+    """`quality.json`: quality per sampler setting.
+
+    Attributes:
+        reference: index of the point with the paper's 396 evaluations, or the one that replaces it.
+        cheapest: index of the point with the fewest evaluations that loses nothing measurable.
+    """
+
+    protocol: StudyProtocol
+    points: list[StudyPoint] = Field(min_length=1)
+    reference: int = Field(ge=0)
+    cheapest: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _points_exist(self) -> Self:
+        if max(self.reference, self.cheapest) >= len(self.points):
+            raise ValueError(
+                f"reference {self.reference} or cheapest {self.cheapest} is no index of {len(self.points)} points"
+            )
+        return self
