@@ -13,10 +13,9 @@ from torch import Tensor
 from pipelines.config import RiverConfig
 from pipelines.evaluation.fvd import ShownFrames, VideoDistances
 from pipelines.evaluation.metrics import PSNR, SSIM, Metric, draw_counts, lpips_metric, measure_frames
-from pipelines.evaluation.perceptual_weights import load_lpips
+from pipelines.evaluation.networks import I3D, VideoNetwork, load_lpips
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.table import SUBJECTS, format_table, summarise
-from pipelines.evaluation.video_network import VideoNetwork, find_video_network
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
 from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
@@ -55,7 +54,7 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
         UserError: no clips; a file of weights that is configured and missing, or not what it must be.
     """
     # Asked for first: training may take days.
-    network = find_video_network(config.evaluation.video_network, NETWORK_SETTING, download=run_context.download)
+    network = I3D.find(config.evaluation.video_network, NETWORK_SETTING, download=run_context.download)
     train_flow(config, run_context.for_prerequisites())
     if refine:
         train_refiner(config, run_context.for_prerequisites())
@@ -97,8 +96,7 @@ def load_judges(config: RiverConfig, run_context: RunContext, network: Path | No
     elif network is None:
         missing["fvd"] = f"no I3D network: set {NETWORK_SETTING} to its file, or fetch it with --download"
     else:
-        spoilt = "distances are not comparable with others'"
-        distances = VideoDistances(VideoNetwork(network, run_context.device, NETWORK_SETTING, spoilt), shown)
+        distances = VideoDistances(VideoNetwork(network, run_context.device, NETWORK_SETTING), shown)
     return Judges(metrics, distances, missing)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.evaluation.perceptual_weights import load_lpips, missing_weights_message
+from pipelines.evaluation.networks import load_lpips, missing_weights_message
 from pipelines.evaluation.study_plot import plot_study
 from pipelines.evaluation.study_points import StudyClips
 from pipelines.loading import find_flow, weights_digest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.config import EvaluationConfig
 from pipelines.evaluation.metrics import Gaussian, fit_gaussian, frechet_distance, normal_interval
-from pipelines.evaluation.video_network import VideoNetwork
+from pipelines.evaluation.networks import VideoNetwork
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.progress import progress, warn
 

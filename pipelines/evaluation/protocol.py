@@ -7,11 +7,11 @@ import torch
 
 from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
 from pipelines.evaluation.fvd import MOST_RESAMPLES, ShownFrames
-from pipelines.evaluation.perceptual_weights import download_path as vgg_download_path
-from pipelines.evaluation.video_network import VideoNetwork, file_sha256
+from pipelines.evaluation.networks import VGG16, VideoNetwork
 from pipelines.loading import find_flow, find_refiner, weights_digest
 from pipelines.predictor import VideoPredictor, describe_sampling
 from pipelines.runtime.context import sampling_precision
+from pipelines.runtime.files import file_sha256
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage2_flow.sampling_plan import SamplingPlan
 
@@ -118,4 +118,4 @@ def describe_fvd(config: RiverConfig, network: VideoNetwork, intervals: bool) ->
 def vgg_path(config: RiverConfig) -> Path:
     """The file of VGG16 that LPIPS takes."""
     given = config.autoencoder.training.vgg_weights
-    return vgg_download_path() if given is None else Path(given).expanduser()
+    return VGG16.path if given is None else Path(given).expanduser()

@@ -10,7 +10,7 @@ from latent_cache import step_generator
 from pipelines.config import RiverConfig, parse_size
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
-from pipelines.evaluation.perceptual_weights import load_lpips, missing_weights_message
+from pipelines.evaluation.networks import load_lpips, missing_weights_message
 from pipelines.loading import _chosen
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext, use_precision

@@ -11,7 +11,7 @@ from pipelines.data.datasets import open_videos
 from pipelines.encoding.encode_store import ensure_store
 from pipelines.encoding.store_checks import check_sources
 from pipelines.errors import UserError
-from pipelines.evaluation.video_network import PerceptualVideos
+from pipelines.evaluation.networks import VideoNetwork
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext, use_precision
@@ -79,7 +79,9 @@ def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     check_sources(config, splits)
     perceptual = None
     if training.perceptual_network is not None:
-        perceptual = PerceptualVideos(training.perceptual_network, run_context.device)
+        perceptual = VideoNetwork(
+            training.perceptual_network, run_context.device, "refiner.training.perceptual_network"
+        )
     state = {
         "identity": identity,
         "autoencoder": digest,

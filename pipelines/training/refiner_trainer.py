@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pipelines.config import RiverConfig
 from pipelines.evaluation.metrics import psnr
-from pipelines.evaluation.video_network import PerceptualVideos
+from pipelines.evaluation.networks import VideoNetwork
 from pipelines.prediction.rollouts import refine_frames
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import image_memory_format
@@ -53,7 +53,7 @@ class RefinerTrainer(Trainer):
         autoencoder: Autoencoder,
         clips: RefinerClips,
         *,
-        perceptual: PerceptualVideos | None = None,
+        perceptual: VideoNetwork | None = None,
         validation: ClipBatch | None = None,
         state: dict[str, Any] | None = None,
         processes: Processes = ALONE,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipelines.commands.evaluate import predict_frames
 from pipelines.config import load_config
 from pipelines.evaluation.metrics import fit_gaussian, frechet_distance, psnr, ssim
-from pipelines.evaluation.perceptual_weights import load_lpips
+from pipelines.evaluation.networks import load_lpips
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import load_clips
 from pipelines.predictor import VideoPredictor
@@ -199,7 +199,7 @@ def test_files_that_are_named_must_be_right(copied, tmp_path: Path) -> None:
     )
     (tmp_path / "page.pt").write_text("<html>")
     copied.run("evaluate", sets=[*LONG, f"evaluation.video_network={tmp_path / 'page.pt'}"]).refused(
-        2, "page.pt is no TorchScript file", "i3d_torchscript.pt"
+        2, "page.pt is damaged or not a TorchScript file", "i3d_torchscript.pt"
     )
     copied.run("evaluate", sets=[*LONG, "autoencoder.training.vgg_weights=gone.pth"]).refused(
         2, "autoencoder.training.vgg_weights: gone.pth: no such file"

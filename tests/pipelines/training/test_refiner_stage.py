@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import latent_cache
-import pipelines.evaluation.video_network as network_module
 from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
-from pipelines.evaluation.video_network import PerceptualVideos
+from pipelines.evaluation.networks import VideoNetwork
 from pipelines.loading import load_trained_refiner
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.distributed import Processes
@@ -414,7 +413,7 @@ def test_the_identity_has_what_changes_the_result_and_nothing_else(kit):
     assert refiner_identity(somewhere, "a") == refiner_identity(elsewhere, "a")  # its content is held beside
 
 
-class VideoNetwork(nn.Module):
+class Convolved(nn.Module):
     """Stands for the I3D: one convolution, and outputs that show how it was called."""
 
     def __init__(self) -> None:
@@ -429,22 +428,6 @@ class VideoNetwork(nn.Module):
         return self.convolution(video).mean((2, 3, 4))
 
 
-class Blind(nn.Module):
-    """Called as the I3D is, and deaf to gradients."""
-
-    def forward(
-        self, video: Tensor, rescale: bool = True, resize: bool = False, return_features: bool = False
-    ) -> Tensor:
-        return video.detach().mean((2, 3, 4))
-
-
-class Image(nn.Module):
-    """Called as no video network is."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image
-
-
 @pytest.fixture
 def scripted(tmp_path):
     def save(network: nn.Module) -> Path:
@@ -457,57 +440,10 @@ def scripted(tmp_path):
     return save
 
 
-def test_the_perceptual_distance_is_between_features_of_clips(scripted, capsys):
-    network = VideoNetwork()
-    path = scripted(network)
-    perceptual = PerceptualVideos(path, CPU)
-    warning = capsys.readouterr().err
-    assert perceptual.sha256 in warning
-    assert network_module.I3D_SHA256 in warning
-    videos, truth = torch.rand(2, 2, 6, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    videos.requires_grad_(True)
-    distance = perceptual.distance(videos, truth)
-    with torch.no_grad():
-        features = [network.convolution(x.transpose(1, 2)).mean((2, 3, 4)) for x in (videos, truth)]
-    assert distance.item() == pytest.approx((features[0] - features[1]).square().mean().item(), rel=1e-4)
-    distance.backward()
-    assert videos.grad.abs().amax((2, 3, 4)).min() > 0  # every frame of every clip feels it
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in perceptual.network.parameters())
-    assert not perceptual.network.training
-
-
-def test_the_usual_network_is_no_reason_to_warn(scripted, capsys, monkeypatch):
-    path = scripted(VideoNetwork())
-    monkeypatch.setattr(network_module, "I3D_SHA256", PerceptualVideos(path, CPU).sha256)
-    capsys.readouterr()
-    PerceptualVideos(path, CPU)
-    assert capsys.readouterr().err == ""
-
-
 def test_a_real_network_reaches_the_refiner(make_trainer, scripted):
-    trainer = make_trainer(perceptual=PerceptualVideos(scripted(VideoNetwork()), CPU), perceptual_weight=1.0)
+    network = VideoNetwork(scripted(Convolved()), CPU, "refiner.training.perceptual_network")
+    trainer = make_trainer(perceptual=network, perceptual_weight=1.0)
     plain = make_trainer()
     assert bool(trainer.train_step(0).finite)
     plain.train_step(0)
     assert not torch.equal(trainer.model.tail.weight, plain.model.tail.weight)
-
-
-def test_refuses_files_that_are_no_such_network(tmp_path, scripted):
-    with pytest.raises(
-        UserError, match=r"perceptual_network: .*none\.pt: no such file; get it from http.* or set it to null"
-    ):
-        PerceptualVideos(tmp_path / "none.pt", CPU)
-    torch.save({"weights": torch.ones(2)}, tmp_path / "weights.pt")
-    (tmp_path / "page.pt").write_text("<html>404</html>")
-    (tmp_path / "cut.pt").write_bytes(scripted(VideoNetwork()).read_bytes()[:1000])
-    (tmp_path / "empty.pt").write_bytes(b"")
-    for name in ("weights", "page", "cut", "empty"):
-        with pytest.raises(UserError, match=rf"{name}\.pt is no TorchScript file, or a damaged one .*null"):
-            PerceptualVideos(tmp_path / f"{name}.pt", CPU)
-    videos = torch.zeros(1, 4, 3, 8, 8, requires_grad=True)
-    with pytest.raises(UserError, match="hands no gradients on"):
-        PerceptualVideos(scripted(Blind()), CPU).distance(videos, videos)
-    with pytest.raises(UserError, match="can't be applied to videos of 4 frames of 8x8"):
-        PerceptualVideos(scripted(Image()), CPU).distance(videos, videos)
-    with pytest.raises(UserError, match="can't be applied to videos of 1 frames of 8x8"):
-        PerceptualVideos(scripted(VideoNetwork()), CPU).distance(videos[:, :1], videos[:, :1])
