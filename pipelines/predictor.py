@@ -96,7 +96,7 @@ class VideoPredictor(PredictorParts):
                 f"VideoPredictor.from_run(..., weights={changes['weights']!r})"
             )
         # A preset stands for solver, times and their number, so it drops those of the run.
-        dropped = {"solver", "steps", "nfe", "grid", "shift"} if "preset" in changes else set()
+        dropped = {"solver", "steps", "nfe"} if "preset" in changes else set()
         if "steps" in changes:
             dropped |= {"nfe"}
         kept = self.sampling.model_dump(exclude=dropped)
@@ -239,7 +239,6 @@ class VideoPredictor(PredictorParts):
             options.past_horizon,
             self.device,
             condition=options.condition,
-            condition_draw=options.condition_draw,
         )
 
     @torch.inference_mode()
@@ -310,9 +309,7 @@ def describe_sampling(predictor: VideoPredictor, refine: bool = False) -> str:
     """One phrase on how frames are integrated, for people."""
     options, plan = predictor.sampling, SamplingPlan.from_config(predictor.sampling)
     words = [plan.solver.name, f"{plan.evaluations} evaluations a frame", f"warm start {plan.warm_start:g}"]
-    words += [f"times shifted by {plan.shift:g}"] if plan.shift != 1 else []
     words += ["one condition a frame"] if options.condition == "per-frame" else []
-    words += ["recent conditions"] if options.condition_draw == "recent" else []
     words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
     words += ["raw weights"] if options.weights == "raw" else []
     words += ["refined"] if refine else []

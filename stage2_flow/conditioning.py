@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage2_flow.config import ConditionDraw, ConditionTiming
+from stage2_flow.config import ConditionTiming
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ def make_draws(
     device: torch.device | str,
     *,
     condition: ConditionTiming = "per-evaluation",
-    condition_draw: ConditionDraw = "uniform",
 ) -> SamplingDraws:
     """Draw a rollout's noise and conditions, as a function of (seed, video, sample, frame) alone.
 
@@ -90,7 +89,6 @@ def make_draws(
         past_horizon: see `past_window`.
         device: where the draws shall lie.
         condition: drawn anew at each evaluation (the paper), or once a frame.
-        condition_draw: see `condition_indices`.
     Raises:
         ValueError: no frame or key, a negative seed or key, or what `past_window` refuses.
     """
@@ -109,30 +107,22 @@ def make_draws(
         noise[element] = np.random.default_rng((*key, 0)).standard_normal(noise.shape[1:], dtype=np.float32)
         draws_a_frame = nfe if condition == "per-evaluation" else 1
         uniforms[element] = np.random.default_rng((*key, 1)).random((num_frames, draws_a_frame))
-    indices = condition_indices(torch.from_numpy(uniforms).permute(1, 2, 0), windows, condition_draw)
+    indices = condition_indices(torch.from_numpy(uniforms).permute(1, 2, 0), windows)
     return SamplingDraws(
         noise=torch.from_numpy(noise).transpose(0, 1).contiguous().to(device),
         condition_indices=indices.contiguous().to(device),
     )
 
 
-def condition_indices(uniforms: Tensor, windows: Sequence[PastWindow], draw: ConditionDraw = "uniform") -> Tensor:
-    """Map uniforms u to indices of the window.
-
-    `uniform`, the paper's: first + floor(u count). `recent`: the distance to the reference is
-    floor((count + 1)^u), in 1 .. count, so that P(distance = d) = log(1 + 1/d) / log(count + 1): near frames are more
-    likely about as 1/d, and no frame is left out.
+def condition_indices(uniforms: Tensor, windows: Sequence[PastWindow]) -> Tensor:
+    """Map uniform numbers u to frame indices: first + floor(u count).
 
     Args:
         uniforms: [frames, evaluations, b] float64 in [0, 1). In float64 the product stays below count.
-        windows: one a frame.
-        draw: the distribution.
+        windows: one per frame.
     Returns:
         [frames, evaluations, b] int64.
     """
     first = torch.tensor([window.first for window in windows])[:, None, None]
     count = torch.tensor([window.count for window in windows])[:, None, None]
-    if draw == "uniform":
-        return first + (uniforms * count).floor().long()
-    distance = (count + 1).double().pow(uniforms).floor().long().minimum(count)  # a power may round up to count + 1
-    return first + count - distance
+    return first + (uniforms * count).floor().long()

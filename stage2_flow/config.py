@@ -14,9 +14,7 @@ from pydantic import (
 )
 
 TimeSampling = Literal["uniform", "logit_normal"]
-Coupling = Literal["independent", "conditional"]
 ConditionTiming = Literal["per-evaluation", "per-frame"]
-ConditionDraw = Literal["uniform", "recent"]
 SolverName = Literal["euler", "midpoint", "heun", "rk4", "rk4-38"]
 
 
@@ -58,11 +56,6 @@ class FlowTrainingConfig(BaseModel):
     weight_decay: NonNegativeFloat = 5e-6
     grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     time_sampling: TimeSampling = Field("uniform", description="distribution of t; the paper's is uniform")
-    coupling: Coupling = Field(
-        "independent",
-        description="how noise meets targets: as drawn (the paper), or exchanged between rows of like reference frames "
-        "where that shortens the paths",
-    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto",
@@ -83,11 +76,6 @@ class FlowTrainingConfig(BaseModel):
         ge=2,
         description="conditions are drawn from the last so many frames before a target, the reference among them; "
         "null: from all of its clip",
-    )
-    condition_draw: ConditionDraw = Field(
-        "uniform",
-        description="how a condition is drawn from what may be one: uniformly (the paper), or recent: near frames more "
-        "often, about as 1/distance; sampling.condition_draw should be the same",
     )
     checkpoint_every: PositiveInt = 5000
     keep_checkpoints: PositiveInt = 2
@@ -127,13 +115,6 @@ class SamplingConfig(BaseModel):
         description="evaluations of the field a frame, a multiple of the solver's 1 (euler), 2 (midpoint, heun) or 4 "
         "(rk4, rk4-38) a step; wins over steps",
     )
-    grid: Literal["uniform", "shifted"] = Field(
-        "uniform", description="times of the steps: equidistant, or closer together near the noise, by `shift`"
-    )
-    shift: PositiveFloat = Field(
-        3.0,
-        description="of grid shifted: t = u / (u + shift (1 - u)) for equidistant u; 1: uniform, below 1: to the end",
-    )
     warm_start: float = Field(
         0.0, ge=0, lt=1, description="start this part of the way from the previous frame's latent"
     )
@@ -142,10 +123,6 @@ class SamplingConfig(BaseModel):
     )
     condition: ConditionTiming = Field(
         "per-evaluation", description="when the condition is drawn: at every evaluation (the paper), or once a frame"
-    )
-    condition_draw: ConditionDraw = Field(
-        "uniform",
-        description="uniform over the past (the paper), or recent: near frames more often, about as 1/distance",
     )
     seed: int = Field(0, ge=0)
     weights: Literal["ema", "raw"] = Field(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stage2_flow.config import Coupling, TimeSampling
-from stage2_flow.coupling import couple
+from stage2_flow.config import TimeSampling
 from stage2_flow.path import path_sample
 
 if TYPE_CHECKING:  # a name only: sampling and the loss need no store
@@ -52,19 +51,6 @@ def draw_flow(
         t = torch.randn(batch_shape[0], generator=generator, device=generator.device, dtype=dtype).sigmoid()
     noise = torch.randn(batch_shape, generator=generator, device=generator.device, dtype=dtype)
     return FlowDraws(noise=noise.to(device), t=t.to(device))
-
-
-def couple_draws(batch: FlowBatch, draws: FlowDraws, coupling: Coupling) -> FlowDraws:
-    """The draws with their noise handed out among the rows as the coupling wants it; the times stay.
-
-    Args:
-        batch: target and reference [b, c, h, w] final latents.
-        draws: noise [b, c, h, w] and t [b].
-        coupling: `independent`: the draws as they are, the paper's; `conditional`: see `couple`.
-    """
-    if coupling == "independent":
-        return draws
-    return replace(draws, noise=couple(draws.noise, batch.target, batch.reference))
 
 
 def flow_matching_loss(field: Callable[..., Tensor], batch: FlowBatch, draws: FlowDraws) -> Tensor:

@@ -16,16 +16,11 @@ OFFICIAL_STEPS = 100
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Each frame is integrated with `solver` over `points` times from `warm_start` to 1.
-
-    Attributes:
-        shift: of the grid, see `SamplingConfig`; 1: the times are equidistant.
-    """
+    """Each frame is integrated with `solver` over `points` equidistant times from `warm_start` to 1."""
 
     solver: Solver
     warm_start: float
     points: int
-    shift: float = 1.0
 
     @classmethod
     def from_config(cls, config: SamplingConfig) -> "SamplingPlan":
@@ -35,9 +30,8 @@ class SamplingPlan:
             ValueError: preset official with too few steps for its warm start; evaluations that are no whole steps.
         """
         solver = SOLVERS[config.solver or DEFAULT_SOLVER[config.preset]]
-        shift = config.shift if config.grid == "shifted" else 1.0
         if config.nfe is not None:
-            return cls(solver, config.warm_start, _points(config.nfe, solver), shift)
+            return cls(solver, config.warm_start, _points(config.nfe, solver))
         if config.preset == "default":
             points = _points(DEFAULT_EVALUATIONS, solver) if config.steps is None else config.steps + 1
         else:
@@ -50,7 +44,7 @@ class SamplingPlan:
                     f"int((1 - warm_start) * steps) = {points} time points, and preset official needs at least 2: "
                     "raise steps, lower warm_start, or take preset default, where steps counts intervals"
                 )
-        return cls(solver, config.warm_start, points, shift)
+        return cls(solver, config.warm_start, points)
 
     @property
     def steps(self) -> int:
@@ -64,13 +58,7 @@ class SamplingPlan:
 
     def time_points(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[points] times, made on the CPU: accelerators round a linspace otherwise."""
-        if self.shift == 1:
-            return torch.linspace(self.warm_start, 1, self.points, dtype=dtype)
-        # In u = 1 - t, the share of noise, this is u' = shift u / (1 + (shift - 1) u) (Esser et al. 2024, Eq. 23),
-        # here over the part of the way that a warm start leaves.
-        u = torch.linspace(0, 1, self.points, dtype=torch.float64)
-        times = self.warm_start + (1 - self.warm_start) * u / (u + self.shift * (1 - u))
-        return times.to(dtype)
+        return torch.linspace(self.warm_start, 1, self.points, dtype=dtype)
 
     def evaluation_times(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[evaluations] times at which the field is asked, on the CPU."""

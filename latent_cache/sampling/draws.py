@@ -2,7 +2,6 @@
 
 import zlib
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -67,8 +66,6 @@ class LegalTargets:
         video = np.searchsorted(self._offsets, frames, side="right") - 1
         return self._starts[video] + np.maximum(frames - self._offsets[video] - (MIN_VIDEO_FRAMES - 1), 0)
 
-
-ConditionDraw = Literal["uniform", "recent"]
 
 # Samples that are drawn at once: so many that the cost a call is spread thin, so few that they take half a megabyte.
 BLOCK_SAMPLES = 2**14
@@ -144,7 +141,6 @@ def draw_distance(
     place_in_video: np.ndarray,
     clip_frames: int,
     past_horizon: int | None = None,
-    condition_draw: ConditionDraw = "uniform",
 ) -> np.ndarray:
     """How far the condition lies before the reference, given the target.
 
@@ -159,15 +155,9 @@ def draw_distance(
         clip_frames: >= 3.
         past_horizon: >= 2, frames before the target, the reference among them, that the condition is one of; None: all
             of its clip. The place in the clip is drawn alike for any horizon.
-        condition_draw: `uniform`: as above; `recent`: distance d of 1 .. count with the probability
-            log(1 + 1/d) / log(count + 1), about as 1/d: what `stage2_flow.conditioning.condition_indices` does.
     Returns:
         [n] int64, index of the reference minus that of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
     """
     place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
     known_frames = place_in_clip if past_horizon is None else np.minimum(place_in_clip, past_horizon)
-    count = known_frames - 1
-    if condition_draw == "uniform":
-        return 1 + to_integer(uniform_condition, count)
-    # A power may round up to count + 1.
-    return np.minimum(np.power(count + 1.0, uniform_condition).astype(np.int64), count)
+    return 1 + to_integer(uniform_condition, known_frames - 1)

@@ -9,7 +9,6 @@ import torch
 
 from latent_cache.errors import StoreError
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import ConditionDraw
 from latent_cache.sampling.resident import ResidentSampler
 from latent_cache.sampling.sampler import Sampler, Tier
 from latent_cache.sampling.streaming import StreamingSampler
@@ -37,7 +36,6 @@ def open_sampler(
     memory_budget: int,
     dtype: torch.dtype = torch.float32,
     past_horizon: int | None = None,
-    condition_draw: ConditionDraw = "uniform",
 ) -> Sampler:
     """The sampler of a split in the tier that is wanted, or the fastest that fits. Close it after use.
 
@@ -50,7 +48,7 @@ def open_sampler(
         residency: see `choose_residency`.
         memory_budget: bytes of host memory that the `stream` tier may take for latents.
         dtype: of the batches.
-        past_horizon, condition_draw: see `Sampler`.
+        past_horizon: see `Sampler`.
     Raises:
         ValueError: sizes out of range.
         StoreError: the split doesn't fit where it is wanted; no video has three frames.
@@ -58,9 +56,7 @@ def open_sampler(
     """
     chosen = choose_residency(cache, device, residency)
     if chosen.tier == "stream":
-        sampler = StreamingSampler(
-            cache, device, seed, batch_size, clip_frames, memory_budget, dtype, past_horizon, condition_draw
-        )
+        sampler = StreamingSampler(cache, device, seed, batch_size, clip_frames, memory_budget, dtype, past_horizon)
         free = free_memory(torch.device("cpu"))
         if sampler.plan.nbytes > free:
             sampler.close()
@@ -70,9 +66,7 @@ def open_sampler(
             )
     else:
         storage = device if chosen.tier == "device" else "cpu"
-        sampler = ResidentSampler(
-            cache, device, seed, batch_size, clip_frames, dtype, storage, past_horizon, condition_draw
-        )
+        sampler = ResidentSampler(cache, device, seed, batch_size, clip_frames, dtype, storage, past_horizon)
     sampler.why = chosen.why
     return sampler
 

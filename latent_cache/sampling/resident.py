@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import ConditionDraw, draw_distance, steps_per_block, to_integer, uniform_block
+from latent_cache.sampling.draws import draw_distance, steps_per_block, to_integer, uniform_block
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 
 
@@ -45,9 +45,8 @@ class ResidentSampler(Sampler):
         dtype: torch.dtype = torch.float32,
         storage_device: torch.device | str | None = None,
         past_horizon: int | None = None,
-        condition_draw: ConditionDraw = "uniform",
     ) -> None:
-        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, condition_draw)
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
         self.storage_device = self.device if storage_device is None else torch.device(storage_device)
         if self.storage_device.type not in ("cpu", self.device.type):
             raise ValueError(f"storage_device = {self.storage_device}: the CPU or the device, {self.device}, is wanted")
@@ -106,9 +105,7 @@ class ResidentSampler(Sampler):
         """[steps, 4, batch_size] int64, see `_drawn`."""
         uniform = uniform_block(self.seed, "frames", block, (3, self._block_steps * self.batch_size))
         place_in_video, target = self._legal.locate(to_integer(uniform[0], self._legal.count))
-        distance = draw_distance(
-            uniform[1], uniform[2], place_in_video, self.clip_frames, self.past_horizon, self.condition_draw
-        )
+        distance = draw_distance(uniform[1], uniform[2], place_in_video, self.clip_frames, self.past_horizon)
         drawn = np.empty((self._block_steps, 4, self.batch_size), np.int64)
         for column, values in enumerate((target, target - 1, target - 1 - distance, distance)):
             drawn[:, column] = values.reshape(self._block_steps, self.batch_size)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latent_cache.errors import StoreError
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import MIN_VIDEO_FRAMES, ConditionDraw, LegalTargets
+from latent_cache.sampling.draws import MIN_VIDEO_FRAMES, LegalTargets
 
 NAMED_TARGETS = 8  # of a batch, in messages
 
@@ -53,7 +53,6 @@ class Sampler(ABC):
         dtype: of the batches.
         past_horizon: conditions are drawn from the last so many frames before the target, the reference among them,
             >= 2; None: from all of its clip.
-        condition_draw: from which distribution, see `draw_distance`.
     Raises:
         ValueError: sizes out of range.
         StoreError: no video has three frames.
@@ -71,7 +70,6 @@ class Sampler(ABC):
         clip_frames: int,
         dtype: torch.dtype,
         past_horizon: int | None = None,
-        condition_draw: ConditionDraw = "uniform",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: at least 1 is wanted")
@@ -86,7 +84,6 @@ class Sampler(ABC):
         self.batch_size = batch_size
         self.clip_frames = clip_frames
         self.past_horizon = past_horizon
-        self.condition_draw: ConditionDraw = condition_draw
         self.dtype = dtype
         self._pin = self.device.type == "cuda"
         self._cache = cache

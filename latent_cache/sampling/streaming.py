@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import ConditionDraw, draw_distance, steps_per_block, uniform_block
+from latent_cache.sampling.draws import draw_distance, steps_per_block, uniform_block
 from latent_cache.sampling.sampler import FlowBatch, Sampler, as_tensor
 from latent_cache.sampling.windows import Window, WindowPlan
 
@@ -154,9 +154,8 @@ class StreamingSampler(Sampler):
         memory_budget: int,
         dtype: torch.dtype = torch.float32,
         past_horizon: int | None = None,
-        condition_draw: ConditionDraw = "uniform",
     ) -> None:
-        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, condition_draw)
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
         # A sample's frames are then a clip of past_horizon + 1 at most: less has to be read before a group.
         reach = clip_frames if past_horizon is None else min(clip_frames, past_horizon + 1)
         self.plan = WindowPlan(cache, self._legal, seed, reach, memory_budget)
@@ -243,9 +242,7 @@ class StreamingSampler(Sampler):
                 parts.append(values)
         place_in_video, target = self._legal.locate(np.concatenate(pairs))
         uniform = uniform_block(self.seed, "conditions", number, (2, samples))
-        distance = draw_distance(
-            uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon, self.condition_draw
-        )
+        distance = draw_distance(uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon)
         row = target + np.concatenate(shifts)
         return _Block(number, target, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
 

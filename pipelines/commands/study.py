@@ -86,8 +86,8 @@ def study(
 def ways_to_sample(sampling: SamplingConfig, most_evaluations: int | None = None) -> list[SamplingConfig]:
     """What is measured, the paper's 396 evaluations first, or what stands for them.
 
-    Every solver at all numbers of evaluations; with Euler's steps, a shifted grid, conditions drawn once a frame or
-    from the recent past where evaluations are few, and warm starts where they are many.
+    Every solver at all numbers of evaluations; with Euler's steps, conditions drawn once per frame where evaluations
+    are few, and warm starts where they are many.
     """
     kept = {"past_horizon", "precision", "weights", "batch_size", "compile", "cuda_graphs"}
     common = sampling.model_dump(include=kept)
@@ -100,9 +100,7 @@ def ways_to_sample(sampling: SamplingConfig, most_evaluations: int | None = None
     for solver in SOLVERS.values():
         ways += [way(solver=solver.name, nfe=nfe) for nfe in EVALUATIONS if nfe % solver.evaluations_per_step == 0]
     for nfe in FEW_EVALUATIONS:
-        ways.append(way(solver="euler", nfe=nfe, condition_draw="recent"))
         ways.append(way(solver="euler", nfe=nfe, condition="per-frame"))
-    ways += [way(solver="euler", nfe=nfe, grid="shifted", shift=shift) for shift in (0.5, 2.0) for nfe in (2, 4, 8)]
     ways += [way(solver="euler", nfe=nfe, warm_start=start) for start in WARM_STARTS for nfe in (4, MANY_EVALUATIONS)]
     if most_evaluations is None:
         return ways
@@ -130,10 +128,8 @@ def cheapest(points: list[dict[str, Any]]) -> int:
 def describe_way(point: dict[str, Any]) -> str:
     """A point's options in a few words."""
     words = [point["solver"]]
-    words += [f"shift {point['shift']:g}"] if point["shift"] != 1 else []
     words += [f"warm start {point['warm_start']:g}"] if point["warm_start"] else []
     words += ["one condition a frame"] if point["condition"] == "per-frame" else []
-    words += ["recent conditions"] if point["condition_draw"] == "recent" else []
     words += ["official grid"] if point["preset"] == "official" else []
     return ", ".join(words)
 

@@ -68,6 +68,6 @@ def plot_study(result: dict[str, Any], path: Path) -> None:
 
 def solver_line(points: list[dict[str, Any]], solver: str) -> list[dict[str, Any]]:
     """The points of a solver that differ from the first one in nothing but solver and evaluations, by evaluations."""
-    same = {name: points[0][name] for name in ("shift", "warm_start", "condition", "condition_draw", "seed")}
+    same = {name: points[0][name] for name in ("warm_start", "condition", "seed")}
     line = [point for point in points if point["solver"] == solver and same.items() <= point.items()]
     return sorted(line, key=lambda point: point["nfe"])

@@ -105,11 +105,8 @@ class StudyClips:
         point: dict[str, Any] = {
             "key": key,
             "solver": plan.solver.name,
-            "grid": options.grid,
-            "shift": plan.shift,
             "warm_start": options.warm_start,
             "condition": options.condition,
-            "condition_draw": options.condition_draw,
             "seed": options.seed,
             "preset": options.preset,
             "steps": plan.steps,

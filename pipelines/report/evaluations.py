@@ -46,22 +46,14 @@ def evaluations_section(run: Run) -> Html:
 
 def is_plain(point: Point) -> bool:
     """Whether nothing but solver and evaluations is chosen."""
-    return (
-        point.shift == 1
-        and point.grid == "uniform"
-        and point.warm_start == 0
-        and point.condition == "per-evaluation"
-        and point.condition_draw == "uniform"
-    )
+    return point.warm_start == 0 and point.condition == "per-evaluation"
 
 
 def describe_point(point: Point) -> str:
     """A way to sample in a few words."""
     words = [point.solver]
-    words += [f"shift {point.shift:g}"] if point.shift != 1 else []
     words += [f"warm start {point.warm_start:g}"] if point.warm_start else []
     words += ["one condition a frame"] if point.condition == "per-frame" else []
-    words += ["recent conditions"] if point.condition_draw == "recent" else []
     words += ["official grid"] if point.preset == "official" else []
     words += [f"seed {point.seed}"] if point.seed else []
     return ", ".join(words)

@@ -66,11 +66,8 @@ class Point(Content):
     solver: str
     nfe: int = Field(gt=0)
     steps: int | None = None
-    grid: str = "uniform"
-    shift: float = 1.0
     warm_start: float = 0.0
     condition: str = "per-evaluation"
-    condition_draw: str = "uniform"
     preset: str = "default"
     seed: int = 0
     psnr: Number = None

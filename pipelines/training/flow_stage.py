@@ -35,7 +35,6 @@ from pipelines.training.flow_trainer import (
     standardization_in,
 )
 from pipelines.training.flow_validation import open_flow_validation
-from stage2_flow.coupling import BLOCK_ROWS
 from stage2_flow.vector_field import POSITIONS
 
 LESS_MEMORY = (
@@ -153,7 +152,6 @@ def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCac
         residency=config.cache.residency,
         memory_budget=config.cache.memory_budget_bytes,
         past_horizon=training.past_horizon,
-        condition_draw=training.condition_draw,
     )
 
 
@@ -180,10 +178,7 @@ def _check_settings(config: RiverConfig, run_context: RunContext) -> None:
         UserError: says which key to change.
     """
     training, processes = config.flow.training, run_context.processes
-    parts = training.accumulate
-    if training.coupling == "conditional" and processes.count > 1:
-        parts = max(parts, BLOCK_ROWS)  # rows exchange their noise within blocks
-    processes.check_batch(training.batch_size, parts, "flow.training.batch_size")
+    processes.check_batch(training.batch_size, training.accumulate, "flow.training.batch_size")
     if (
         processes.count > 1
         and run_context.device.type == "cpu"

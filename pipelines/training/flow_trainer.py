@@ -1,7 +1,6 @@
 """What changes while a vector field is trained; one call a step."""
 
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pipelines.runtime.train_state import TrainState
 from pipelines.runtime.training_loop import StepResult, Trainer
 from pipelines.training.flow_validation import FlowValidation
 from stage2_flow.config import FlowTrainingConfig
-from stage2_flow.loss import FlowDraws, couple_draws, draw_flow, flow_matching_loss
+from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
 from stage2_flow.schedule import learning_rate
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
@@ -31,8 +30,6 @@ from stage2_flow.vector_field import VectorField
 def flow_identity(config: RiverConfig) -> dict[str, Any]:
     """What the trained vector field depends on besides the store and its first weights, as plain data."""
     flow = config.flow.model_dump(mode="json", exclude={"training": {"accumulate"}})
-    if flow["training"]["condition_draw"] == "uniform":  # what trainings did before there was a choice
-        del flow["training"]["condition_draw"]
     return training_identity({"seed": config.seed, "flow": flow})
 
 
@@ -157,11 +154,8 @@ class FlowTrainer(Trainer):
         """All that the device does in a step, given raw latents: the loss, and whether there was an update."""
         final = (self.standardization.to_final(frames) for frames in (target, reference, condition))
         batch = FlowBatch(*final, distance)
-        # What the field is conditioned on decides which rows are alike.
-        known = batch if self.model.config.reference else replace(batch, reference=batch.condition)
-        draws = couple_draws(known, FlowDraws(noise, t), self.training.coupling)
         count = self.training.accumulate
-        columns = (batch.target, batch.reference, batch.condition, batch.distance, draws.noise, draws.t)
+        columns = (batch.target, batch.reference, batch.condition, batch.distance, noise, t)
         losses = []
         for number, (*frames, noise, t) in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
             with self.processes.without_exchange(self.network, number < count - 1):

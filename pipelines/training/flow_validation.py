@@ -86,7 +86,6 @@ class ValidationClips:
                 self.sampling.past_horizon,
                 self.device,
                 condition=self.sampling.condition,
-                condition_draw=self.sampling.condition_draw,
             )
             # It puts the field in evaluation mode, and its modes back.
             final = generate_latents(field, given, horizon, plan, draws, past_horizon=self.sampling.past_horizon)
@@ -160,7 +159,6 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
             seed=config.sampling.seed,
             past_horizon=config.sampling.past_horizon,
             condition=config.sampling.condition,
-            condition_draw=config.sampling.condition_draw,
         ),
         autoencoder=autoencoder,
         device=device,
@@ -246,7 +244,7 @@ class FlowValidation:
     clips: ValidationClips | None = None
 
     def measure(self, field: nn.Module, standardization: Standardization) -> dict[str, float]:
-        """The flow matching loss, of noise drawn independently whatever the training's coupling is.
+        """The flow matching loss.
 
         Args:
             field: a `VectorField` on the device; its modes are afterwards what they were.
@@ -303,7 +301,7 @@ class FlowValidation:
 def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: torch.device) -> FlowValidation | None:
     """Draw the validation's pairs, times and noise, and choose its clips; when it is done the split can leave memory.
 
-    Pairs are drawn as the training draws its own (clip_frames, past_horizon, condition_draw).
+    Pairs are drawn as the training draws its own (clip_frames, past_horizon).
 
     Args:
         cache_url: a complete store.
@@ -333,7 +331,6 @@ def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: tor
         residency="auto",
         memory_budget=config.cache.memory_budget_bytes,
         past_horizon=training.past_horizon,
-        condition_draw=training.condition_draw,
     )
     with closing(sampler):
         batch = sampler.batch(0)

@@ -109,7 +109,7 @@ def test_a_process_that_dies_ends_the_job(place) -> None:
 
 FLOW = (
     "flow.training.batch_size=16", "flow.training.accumulate=2", "flow.training.ema_decay=0.9", "logging.every=1",
-    "flow.training.coupling=conditional", "flow.training.time_sampling=logit_normal", "flow.training.grad_clip=1.0",
+    "flow.training.time_sampling=logit_normal", "flow.training.grad_clip=1.0",
 )  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def test_samples_are_refined_with_their_own_context(tiny):
 def test_options_of_conditions_reach_the_draws(tiny):
     context = torch.randn(1, 12, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     usual = tiny.generate_latents(context, 1, sampling={"steps": 8})
-    for options in ({"condition": "per-frame"}, {"condition_draw": "recent"}, {"past_horizon": 2}):
+    for options in ({"condition": "per-frame"}, {"past_horizon": 2}):
         changed = tiny.generate_latents(context, 1, sampling={"steps": 8} | options)
         assert not torch.equal(changed[:, -1], usual[:, -1]), options
 
@@ -271,9 +271,9 @@ def test_a_preset_replaces_solver_and_steps_of_the_run_and_nothing_else():
     assert run.sampling_with({"steps": 9}) == run.sampling.model_copy(update={"steps": 9})
     assert run.sampling_with(None) == run.sampling
     assert run.sampling_with({"nfe": 20}).nfe == 20
-    counted = predictor(nfe=8, grid="shifted")
+    counted = predictor(nfe=8)
     assert counted.sampling_with({"steps": 3}).nfe is None
-    assert counted.sampling_with({"preset": "official"}).grid == "uniform"
+    assert counted.sampling_with({"preset": "official"}).nfe is None
 
 
 def test_the_official_preset_predicts(tiny):

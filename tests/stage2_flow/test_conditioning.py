@@ -1,7 +1,5 @@
 """The condition's window, and draws that are a function of seed, video, sample and frame."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -54,26 +52,6 @@ def test_every_legal_index_is_drawn_equally_often_and_no_other():
         values, counts = draws.condition_indices[frame, :, 0].unique(return_counts=True)
         assert values.tolist() == list(range(first, first + 5))
         assert ((counts - 8000).abs() < 5 * (40_000 * 0.2 * 0.8) ** 0.5).all()
-
-
-def test_recent_frames_are_drawn_more_often_and_none_is_left_out():
-    count, n = 8, 40_000
-    draws = draw([(0, 0)], num_frames=1, nfe=n, context_frames=12, past_horizon=9, condition_draw="recent")
-    distances, counts = (11 - draws.condition_indices[0, :, 0]).unique(return_counts=True)
-    assert distances.tolist() == list(range(1, count + 1))
-    expected = torch.log1p(1 / distances.double()) / math.log(count + 1)
-    assert abs(expected.sum() - 1) < 1e-12
-    assert ((counts / n - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
-
-
-@settings(max_examples=50, deadline=None)
-@given(length=st.integers(2, 300), horizon=st.none() | st.integers(2, 400))
-def test_recent_indices_fill_the_window_and_never_leave_it(length, horizon):
-    window = past_window(length, horizon)
-    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)[None, :, None]
-    highest, _, lowest = condition_indices(uniforms, [window], "recent")[0, :, 0].tolist()
-    assert lowest == window.first
-    assert highest == length - 2
 
 
 def test_one_condition_a_frame():

@@ -114,17 +114,6 @@ def test_evaluations_must_be_whole_steps(solver, nfe, message):
         plan(solver=solver, nfe=nfe)
 
 
-@pytest.mark.parametrize("warm_start", [0.0, 0.4])
-def test_a_shifted_grid(warm_start):
-    times = plan(steps=4, grid="shifted", shift=3.0, warm_start=warm_start).time_points(torch.float64)
-    # t = u / (u + 3 (1 - u)) for u = 0, 1/4, 1/2, 3/4, 1, over the part of the way that is left
-    expected = torch.tensor([0, 1 / 10, 1 / 4, 1 / 2, 1], dtype=torch.float64)
-    torch.testing.assert_close(times, warm_start + (1 - warm_start) * expected)
-    even = plan(steps=4, grid="shifted", shift=1.0, warm_start=warm_start).time_points()
-    assert torch.equal(even, plan(steps=4, warm_start=warm_start).time_points())
-    assert torch.equal(even, plan(steps=4, warm_start=warm_start, shift=5.0).time_points())  # grid: uniform
-
-
 @pytest.mark.parametrize(
     ("solver", "fractions"),
     [("euler", [0]), ("midpoint", [0, 1 / 2]), ("heun", [0, 1]), ("rk4", [0, 1 / 2, 1 / 2, 1]),

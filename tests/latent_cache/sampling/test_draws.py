@@ -7,7 +7,7 @@ import torch
 from latent_cache import step_generator
 from latent_cache.sampling.draws import LegalTargets, draw_distance, to_integer, uniform_block
 from latent_cache.sampling.windows import ROUNDS, permute
-from stage2_flow.conditioning import condition_indices, past_window
+from stage2_flow.conditioning import past_window
 
 
 def test_generators_of_neighbouring_steps_have_nothing_in_common():
@@ -87,20 +87,6 @@ def test_every_legal_distance_is_drawn_alike_given_the_place_in_the_clip(place, 
         wanted = found.sum() / len(legal)
         chi_square = ((found[1:] - wanted) ** 2 / wanted).sum()
         assert chi_square < len(legal) - 1 + 6 * np.sqrt(2 * len(legal))
-
-
-@pytest.mark.parametrize(("place", "horizon"), [(2, None), (30, None), (30, 6)])
-def test_recent_conditions_are_drawn_as_a_rollout_draws_them(place, horizon):
-    n = 60_000
-    u, v = np.random.default_rng(1).random((2, n))
-    v[:3] = 0, 1 - 2**-53, np.nextafter(1, 0)
-    distance = draw_distance(u, v, np.full(n, place), 40, horizon, "recent")
-    place_in_clip = 2 + (u * (place - 1)).astype(int)
-    for p in np.unique(place_in_clip):
-        rows = place_in_clip == p
-        uniforms = torch.from_numpy(v[rows])[None, :, None]
-        indices = condition_indices(uniforms, [past_window(int(p), horizon)], "recent").flatten()
-        assert np.array_equal(p - 1 - indices.numpy(), distance[rows])
 
 
 def test_without_a_horizon_the_draws_are_what_they_were():

@@ -44,8 +44,6 @@ def test_every_solver_is_tried_at_every_number_of_evaluations():
     ways = ways_to_sample(OPTIONS)
     assert {way.warm_start for way in ways} == {0.0, 0.1, 0.3, 0.5}
     assert {way.condition for way in ways} == {"per-evaluation", "per-frame"}
-    assert {way.condition_draw for way in ways} == {"uniform", "recent"}
-    assert {plan.shift for plan in plans} == {0.5, 1.0, 2.0}
     assert {(way.past_horizon, way.precision) for way in ways} == {(6, "bf16")}
     assert {way.seed for way in ways} == {4, 5, 6}
     keys = [module._key(way) for way in ways]
@@ -126,7 +124,7 @@ def test_lpips_counts_where_it_is_measured():
 
 
 def test_a_solvers_line_has_its_plain_points_in_order():
-    usual = {"shift": 1, "warm_start": 0, "condition": "per-evaluation", "condition_draw": "uniform", "seed": 0}
+    usual = {"warm_start": 0, "condition": "per-evaluation", "seed": 0}
     points = [point(396, solver="rk4-38", **usual), point(8, solver="rk4-38", **usual | {"seed": 1})]
     points += [point(nfe, solver="euler", **usual) for nfe in (4, 2)]
     points += [point(2, solver="euler", **usual | {name: 2}) for name in usual]
@@ -137,8 +135,7 @@ def test_a_solvers_line_has_its_plain_points_in_order():
 
 def test_table_and_plot(measured, tmp_path):
     ways = [SamplingConfig(preset="official", steps=3), SamplingConfig(solver="euler", nfe=2),
-            SamplingConfig(solver="euler", nfe=1, warm_start=0.3, condition="per-frame", condition_draw="recent",
-                           grid="shifted", shift=2)]  # fmt: skip
+            SamplingConfig(solver="euler", nfe=1, warm_start=0.3, condition="per-frame")]  # fmt: skip
     points: list[dict] = []
     for way in ways:
         points.append(measured.point(module._key(way), way, points[0] if points else None))
@@ -146,7 +143,7 @@ def test_table_and_plot(measured, tmp_path):
     result = {"protocol": protocol, "points": points, "reference": 0, "cheapest": 1}
     table = format_study(result)
     assert "rk4-38, official grid" in table
-    assert "euler, shift 2, warm start 0.3, one condition a frame, recent conditions" in table
+    assert "euler, warm start 0.3, one condition a frame" in table
     assert "4 times fewer than 8" in table
     assert describe_way(points[1]) == "euler"
     plot_study(result, tmp_path / "quality.png")

@@ -14,12 +14,11 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_field
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import RunContext, resolve_precision
+from pipelines.runtime.context import resolve_precision
 from pipelines.runtime.distributed import Processes
-from pipelines.training.flow_stage import _check_data, _check_settings, _loop_settings, flow_identity
+from pipelines.training.flow_stage import _check_data, _loop_settings, flow_identity
 from pipelines.training.flow_trainer import FlowTrainer, compiles, records_steps
 from stage2_flow.config import FlowTrainingConfig
-from stage2_flow.coupling import couple
 from stage2_flow.vector_field import POSITIONS
 
 CPU = torch.device("cpu")
@@ -85,9 +84,8 @@ class TwoProcesses(Processes):
         return Processes().without_exchange(model, active)
 
 
-@pytest.mark.parametrize("coupling", ["independent", "conditional"])
-def test_processes_share_out_the_rows_of_one_batch(store, coupling, monkeypatch):
-    settings = config(coupling=coupling, time_sampling="logit_normal")
+def test_processes_share_out_the_rows_of_one_batch(store):
+    settings = config(time_sampling="logit_normal")
     seen = {}
     for name, processes in {"all": Processes(), "0": TwoProcesses(0, 2), "1": TwoProcesses(1, 2)}.items():
         made = trainer(store, settings, processes)
@@ -253,30 +251,6 @@ def test_muon_leaves_inputs_outputs_and_embeddings_to_adamw(store):
     assert {id(parameter) for parameter in made.model.boundary_parameters()} <= taken
 
 
-def test_without_a_reference_noise_is_coupled_by_the_condition(store, monkeypatch):
-    loss, seen = flow_module.flow_matching_loss, []
-    monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
-    for coupling in ("independent", "conditional"):
-        trainer(store, config({"reference": False}, coupling=coupling)).train_step(4)
-    (batch, plain), (_, coupled) = seen
-    assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.condition))
-    assert not torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
-
-
-def test_noise_is_coupled_to_the_latents_that_are_learned(store, monkeypatch):
-    """Standardised ones: of the raw ones, which are larger, other rows would exchange their noise."""
-    loss, seen = flow_module.flow_matching_loss, []
-    monkeypatch.setattr(flow_module, "flow_matching_loss", lambda *inputs: seen.append(inputs[1:]) or loss(*inputs))
-    for coupling in ("independent", "conditional"):
-        made = trainer(store, config(coupling=coupling, standardize=True))
-        made.train_step(4)
-    (batch, plain), (_, coupled) = seen
-    assert torch.equal(coupled.noise, couple(plain.noise, batch.target, batch.reference))
-    assert not torch.equal(coupled.noise, plain.noise)
-    raw = [made.standardization.to_raw(frames) for frames in (batch.target, batch.reference)]
-    assert not torch.equal(coupled.noise, couple(plain.noise, *raw))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_reaches_the_field(store, precision):
     made, seen = trainer(store, config(precision=precision)), []
@@ -314,7 +288,12 @@ def test_a_failed_step_names_its_own_batch(store):
 
 def test_what_a_trained_flow_depends_on():
     assert flow_identity(config()) == flow_identity(config(accumulate=2, max_bad_steps=3))
-    for other in (with_seed(1), config(coupling="conditional"), config(past_horizon=4), config({"qk_norm": True})):
+    for other in (
+        with_seed(1),
+        config(time_sampling="logit_normal"),
+        config(past_horizon=4),
+        config({"qk_norm": True}),
+    ):
         assert flow_identity(other) != flow_identity(config())
 
 
@@ -323,15 +302,6 @@ def test_the_best_flow_has_the_least_validation_loss():
     assert (settings.best, settings.lowest) == ("validation_loss", True)
     assert _loop_settings(config(), validated=False).best is None
     assert _loop_settings(config(best_by="last"), validated=True).best is None
-
-
-def test_rows_that_exchange_their_noise_stay_in_one_process():
-    run_context = RunContext(CPU, processes=Processes(1, 2))
-    _check_settings(config(batch_size=8), run_context)
-    _check_settings(config(batch_size=16, coupling="conditional"), run_context)
-    _check_settings(config(batch_size=8, coupling="conditional"), RunContext(CPU))
-    with pytest.raises(UserError, match=r"flow\.training\.batch_size: a batch of 8 .* take a multiple of 16"):
-        _check_settings(config(batch_size=8, coupling="conditional"), run_context)
 
 
 def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):

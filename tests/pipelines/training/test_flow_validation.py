@@ -168,11 +168,6 @@ def test_pairs_are_of_the_val_split_and_of_its_raw_latents(place):
     assert (place.open(past_horizon=2).batch.distance == 1).all()
 
 
-def test_pairs_are_drawn_as_the_training_draws_them(place):
-    usual, recent = (place.open(condition_draw=draw).batch.distance for draw in ("uniform", "recent"))
-    assert recent.float().mean() < usual.float().mean()
-
-
 def test_parts_of_any_size_have_the_same_loss(place):
     validation, field = place.open(), network()
     whole = validation.measure(field, SCALED)
@@ -198,7 +193,7 @@ def test_another_call_measures_the_same_and_another_seed_something_else(place):
     assert place.open().measure(field, RAW) == first
     validation = place.open()
     assert [validation.measure(field, RAW) for _ in range(2)] == [first, first]
-    assert place.open(time_sampling="logit_normal", coupling="conditional").measure(field, RAW) == first
+    assert place.open(time_sampling="logit_normal").measure(field, RAW) == first
     other = place.open(seed=1)
     assert other.measure(field, RAW)["validation_loss"] != first["validation_loss"]
     assert not torch.equal(other.batch.target, validation.batch.target)
