@@ -122,10 +122,8 @@ class WindowPlan:
     memory_budget: int
 
     def __post_init__(self) -> None:
-        chunks = -(-self.cache.frames // self.chunk_frames)
-        least = min(MIN_GROUPS, chunks)
-        if self._window_frames < least * (self.chunk_frames + self.halo_frames):
-            needed = 2 * least * (self.chunk_frames + self.halo_frames) * self._frame_bytes
+        if self.memory_budget < (needed := self._least_bytes):
+            least = self._least_chunks
             raise StoreError(
                 f"{self.cache.url}, split {self.cache.split!r}: cache.memory_budget is {self.memory_budget} bytes, but "
                 f"streaming needs at least {needed} (two windows of {least} chunks of {self.chunk_frames} frames, and "
@@ -237,11 +235,21 @@ class WindowPlan:
     def _frame_bytes(self) -> int:
         return prod(self.cache.latent_shape) * self.cache.latents.dtype.itemsize
 
+    @property
+    def _least_chunks(self) -> int:
+        """Groups of one chunk that a window must have room for."""
+        return min(MIN_GROUPS, -(-self.cache.frames // self.chunk_frames))
+
+    @property
+    def _least_bytes(self) -> int:
+        """The smallest memory budget: two windows of the fewest chunks, and no halo is kept."""
+        return 2 * self._least_chunks * (self.chunk_frames + self.halo_frames) * self._frame_bytes
+
     @cached_property
     def _kept_bytes(self) -> int:
         most = -(-self.cache.frames // self.chunk_frames) * self.halo_frames * self._frame_bytes
         small = self.halo_frames <= self.chunk_frames and most <= self.memory_budget // HALO_SHARE
-        return most if small else 0
+        return most if small and self.memory_budget - most >= self._least_bytes else 0
 
     @property
     def _window_frames(self) -> int:
