@@ -285,14 +285,39 @@ class RiverConfig(_Section):
         return Path(self.paths.runs) / self.dataset.name
 
 
+def preset_folders(path: str | Path | None = None) -> list[Path]:
+    """Folders of presets: that of a configuration file, ./configs, the repository's, the package's."""
+    beside = [] if path is None else [Path(path).parent]
+    shipped = [Path(__file__).resolve().parents[1] / "configs", Path(__file__).resolve().parent / "presets"]
+    return list(dict.fromkeys([*beside, Path("configs"), *(folder for folder in shipped if folder.is_dir())]))
+
+
+def find_preset(name: str | Path) -> Path:
+    """A configuration file by its path, or a preset by its name: `configs/kth.yaml`, `kth.yaml`, `kth`.
+
+    Raises:
+        UserError: there is no such file; names the presets there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.name == str(name) or path.parent == Path("configs"):
+        for folder in preset_folders():
+            found = folder / f"{path.stem if path.suffix == '.yaml' else path.name}.yaml"
+            if found.is_file():
+                return found
+    known = sorted({preset.stem for folder in preset_folders(path) for preset in folder.glob("*.yaml")})
+    raise UserError(f"{path}: no such config file; presets: {', '.join(known)}")
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RiverConfig:
-    """Read a YAML file (and those it names as `base`), apply `key.path=value` overrides, and check everything.
+    """Read a YAML file or preset, with those it names as `base`; apply `key.path=value` overrides; check everything.
 
     Raises:
         UserError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value is of the
             wrong type or out of range.
     """
-    values = _read_yaml(Path(path), seen=())
+    values = _read_yaml(find_preset(path), seen=())
     origin = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -317,9 +342,6 @@ def parse_config(values: dict[str, Any], source: str, origin: dict[str, str] | N
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        presets = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no such config file" + (f"; there are: {presets}" if presets else ""))
     if path.resolve() in seen:
         raise UserError(f"{path}: `base` leads back to itself")
     try:
@@ -335,7 +357,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise UserError(f"{path}: base: {base!r} is not the name of a config file beside this one")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), values)
+    beside = path.parent / base
+    return _merge(_read_yaml(beside if beside.is_file() else find_preset(base), (*seen, path.resolve())), values)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,23 @@
-"""The command line: one file per CLI word."""
+"""The command line: one module per command, with `HELP`, `add_arguments` and `run`.
+
+They import nothing heavy at their top, so that usage errors and `--help` come at once.
+"""
+
+# In the order of the help text.
+COMMANDS = (
+    "demo",
+    "data",
+    "convert",
+    "train-autoencoder",
+    "encode",
+    "train-flow",
+    "train-refiner",
+    "sample",
+    "predict",
+    "evaluate",
+    "study",
+    "report",
+    "inspect",
+    "import-official",
+    "bench",
+)

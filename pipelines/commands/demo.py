@@ -1,46 +1,59 @@
-"""`demo`: the whole story on one data set, from raw videos to a table and pictures."""
+"""`river demo`: the whole story on one data set, from raw videos to a table and pictures."""
 
+from __future__ import annotations
+
+import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pipelines.commands.evaluate import evaluate
-from pipelines.commands.report import report
-from pipelines.commands.sample import sample
-from pipelines.config import RiverConfig
-from pipelines.data.datasets import prepare_data
-from pipelines.encoding.encode_store import encode
-from pipelines.runtime.context import RunContext
-from pipelines.runtime.progress import say
-from pipelines.training.autoencoder_stage import train_autoencoder
-from pipelines.training.flow_stage import train_flow
+from pipelines.runtime.arguments import add_prerequisite_options
+
+if TYPE_CHECKING:
+    from pipelines.config import RiverConfig
+    from pipelines.runtime.context import RunContext
+
+HELP = "the whole story on one data set: videos, autoencoder, store, flow, prediction, metrics"
 
 
-def demo(config: RiverConfig, run_context: RunContext) -> None:
-    """Run every stage in turn; what is done already is recognised."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_prerequisite_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace a store that contradicts the configuration")
+    parser.add_argument(
+        "--restart", action="store_true", help="train and encode again; existing trainings are moved to a backup"
+    )
+
+
+def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
+    from pipelines import stages
+    from pipelines.evaluation.evaluator import evaluate
+    from pipelines.prediction.samples import sample
+    from pipelines.report.assembly import report
+    from pipelines.runtime.progress import say
+
     started = time.perf_counter()
-    # Training the autoencoder anew makes the store out of date with it.
+    # A store of the former autoencoder would contradict the one that is trained again.
     run_context = replace(run_context, overwrite=run_context.overwrite or run_context.restart)
-    for number, (title, stage) in enumerate(
-        (
-            ("raw videos", prepare_data),
-            ("stage 1: train the autoencoder", train_autoencoder),
-            ("stage 1: encode all videos into the store of latents", encode),
-            ("stage 2: train the flow, from the store alone", train_flow),
-            ("predict videos of the test split", sample),
-            ("measure", evaluate),
-            ("all of it on one page", report),
-        ),
-        start=1,
-    ):
+    chapters: list[tuple[str, Callable[[], object]]] = [
+        ("raw videos", lambda: stages.run_to("videos", config, run_context)),
+        ("stage 1: train the autoencoder", lambda: stages.run_to("autoencoder", config, run_context)),
+        ("stage 1: encode all videos into the store", lambda: stages.run_to("store", config, run_context)),
+        ("stage 2: train the flow, from the store alone", lambda: stages.run_to("flow", config, run_context)),
+        ("predict videos of the test split", lambda: sample(config, run_context)),
+        ("measure", lambda: evaluate(config, run_context)),
+        ("write the report", lambda: report(config, run_context)),
+    ]
+    for number, (title, chapter) in enumerate(chapters, start=1):
         begun = time.perf_counter()
-        say(f"\n[{number}/7] {title}")
-        stage(config, run_context)
+        say(f"\n[{number}/{len(chapters)}] {title}")
+        chapter()
         say(f"      {time.perf_counter() - begun:.0f} s")
     folder = config.run_path / "samples"
     say(
         f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Look at\n"
-        f"  {folder}/contact_sheet.png   context green, prediction red, above it what really happened\n"
+        f"  {folder}/contact_sheet.png   given frames green, predicted frames red, the true frames above\n"
         f"  {folder}/overview.gif        the same, moving\n"
-        f"  {config.run_path}/report.html                all of it on one page, opens in any browser\n"
+        f"  {config.run_path}/report.html                everything on one page, opens in any browser\n"
         f"  {config.store_path}          all latents, an ordinary Zarr store"
     )

@@ -1,5 +1,6 @@
 """What one command was asked for besides its configuration, and what it met on the way."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pipelines.errors import UserError
-from pipelines.runtime.distributed import ALONE, Processes
+from pipelines.runtime.distributed import ALONE, Processes, join_processes
 from pipelines.runtime.progress import say
 from stage2_flow.config import SamplingConfig
 
@@ -43,6 +44,18 @@ class RunContext:
     processes: Processes = ALONE
     asked_device: str = "auto"
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> "RunContext":
+        """Of a command line, whose command need not have all options; joins the processes that torchrun started.
+
+        Raises:
+            UserError: no such device on this machine.
+        """
+        processes, device = join_processes(resolve_device(options.device))
+        taken = ("strict", "overwrite", "restart", "resume", "fine_tune", "mirror", "scheduler", "download")
+        given = {name: getattr(options, name) for name in taken if hasattr(options, name)}
+        return cls(device=device, processes=processes, asked_device=options.device, **given)
 
     def for_prerequisites(self) -> "RunContext":
         """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""

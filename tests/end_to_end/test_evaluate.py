@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.commands.evaluate import predict_frames
 from pipelines.config import load_config
+from pipelines.evaluation.evaluator import predict_frames
 from pipelines.evaluation.metrics import fit_gaussian, frechet_distance, psnr, ssim
 from pipelines.evaluation.networks import load_lpips
 from pipelines.loading import weights_digest

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipelines.commands import study as module
+from pipelines.evaluation import sampler_study as module
 from pipelines.evaluation.study_points import StudyClips
 
 

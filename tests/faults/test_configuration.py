@@ -51,7 +51,7 @@ def test_wrong_config_file(command, tmp_path: Path, content: str | None, needed:
     (["trian-flow"], "invalid choice: 'trian-flow'"),
     ([], "required: COMMAND"),
     (["demo", "--fast"], "unrecognized arguments: --fast"),
-    (["sample", "--videos", "0"], "0 is not a positive number"),
+    (["sample", "--videos", "0"], "'0'"),
     (["predict"], "required: video"),
     (["inspect"], "name a store"),
 ])  # fmt: skip

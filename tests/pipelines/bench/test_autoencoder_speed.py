@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pipelines.bench import autoencoder_speed as bench_autoencoder
+from pipelines.bench import benchmark as bench
 from pipelines.bench.autoencoder_speed import autoencoder_measurements, plain_codes, plain_decode, plain_encode
-from pipelines.commands import bench
 from pipelines.config import RiverConfig, parse_config
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import latent_cache
 from latent_cache import FlowBatch, FlowIndices, StreamingSampler
+from pipelines.bench import benchmark as bench
 from pipelines.bench import flow_speed as bench_flow
 from pipelines.bench import flow_speed as bench_flow_steps
 from pipelines.bench.flow_speed import (
@@ -23,7 +24,6 @@ from pipelines.bench.flow_speed import (
     write_latents,
 )
 from pipelines.bench.measurement import Measurement
-from pipelines.commands import bench
 from pipelines.config import RiverConfig, parse_config
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import VQGANConfig

@@ -17,8 +17,8 @@ from PIL import Image
 
 from latent_cache import NoSpaceError
 from pipelines.__main__ import main
-from pipelines.commands.convert import convert
 from pipelines.config import RiverConfig, parse_config
+from pipelines.data.frame_folders import convert
 from pipelines.data.frame_writer import RECORD, folder_names
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
@@ -71,7 +71,7 @@ def assert_same(sources: dict, others: dict) -> None:
 @pytest.fixture
 def noise(kit, monkeypatch: pytest.MonkeyPatch):
     """Sources of noise: train a b c d e, val v w."""
-    monkeypatch.setattr("pipelines.commands.convert.open_videos", lambda config, run_context: kit.splits)
+    monkeypatch.setattr("pipelines.data.frame_folders.open_videos", lambda config, run_context: kit.splits)
     kit.out = kit.folder / "out"
     return kit
 

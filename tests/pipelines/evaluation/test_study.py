@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.commands import study as module
-from pipelines.commands.study import cheapest, describe_way, format_study, ways_to_sample
+from pipelines.evaluation import sampler_study as module
+from pipelines.evaluation.sampler_study import cheapest, describe_way, format_study, ways_to_sample
 from pipelines.evaluation.study_plot import plot_study, solver_line
 from pipelines.evaluation.study_points import StudyClips, latent_features, mean_gradient
 from pipelines.prediction.clips import Clip

@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from pipelines.__main__ import main
-from pipelines.commands.import_official import import_official
 from pipelines.config import RiverConfig, load_config, parse_config
 from pipelines.data.fetch import FetchError
 from pipelines.errors import UserError
@@ -31,6 +30,7 @@ from pipelines.loading import (
 )
 from pipelines.official import load_autoencoder, load_vector_field
 from pipelines.official import official_download as import_download
+from pipelines.official.importing import import_official
 from pipelines.official.parts import FoundSizes, OfficialFiles, check_sizes
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.checkpoints import CheckpointFolder

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.commands.import_official import import_official
 from pipelines.config import parse_config
 from pipelines.errors import UserError
 from pipelines.official import OfficialFormatError
+from pipelines.official.importing import import_official
 from pipelines.official.parts import OfficialFiles
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext

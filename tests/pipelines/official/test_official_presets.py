@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.commands.import_official import import_official
 from pipelines.config import load_config
 from pipelines.errors import UserError
 from pipelines.official import load_autoencoder, load_vector_field, read_official
+from pipelines.official.importing import import_official
 from pipelines.official.parts import FoundSizes, OfficialFiles, check_sizes
 from pipelines.runtime.context import RunContext
 

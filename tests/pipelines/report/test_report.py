@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from pipelines.__main__ import main
-from pipelines.commands import report as command
 from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
+from pipelines.report import assembly as command
 from pipelines.report import predictions
 from pipelines.report.inputs import read_log
 from pipelines.runtime.checkpoints import CheckpointFolder

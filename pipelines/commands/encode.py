@@ -1,0 +1,40 @@
+"""`river encode`: encode all splits into the store of latents, or verify it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from pipelines.runtime.arguments import add_prerequisite_options, count
+
+if TYPE_CHECKING:
+    from pipelines.config import RiverConfig
+    from pipelines.runtime.context import RunContext
+
+HELP = "encode all splits into the store of latents, or --verify it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_prerequisite_options(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a store that contradicts the configuration or the videos"
+    )
+    parser.add_argument(
+        "--verify",
+        type=count,
+        nargs="?",
+        const=64,
+        metavar="N",
+        help="write nothing: check all checksums, encode N frames (default 64) again and compare",
+    )
+
+
+def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
+    if options.verify is None:
+        from pipelines import stages
+
+        stages.run_to("store", config, run_context)
+    else:
+        from pipelines.encoding.verify_store import verify_store
+
+        verify_store(config, run_context, options.verify)

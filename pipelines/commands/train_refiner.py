@@ -1,0 +1,24 @@
+"""`river train-refiner`: train the optional network that refines decoded frames."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from pipelines.runtime.arguments import add_training_options
+
+if TYPE_CHECKING:
+    from pipelines.config import RiverConfig
+    from pipelines.runtime.context import RunContext
+
+HELP = "optional: train the network that refines decoded frames"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_options(parser)
+
+
+def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
+    from pipelines import stages
+
+    stages.run_to("refiner", config, run_context)
