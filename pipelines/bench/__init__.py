@@ -1,1 +1,1 @@
-"""Benchmarks: what decides something, measured in turn with what it is compared to."""
+"""Benchmarks: speeds that a user decides by, each measured in turn with what it is compared to."""

@@ -1,7 +1,6 @@
-"""Benchmarks of the autoencoder: encoding and decoding against the same network run as the public code runs it."""
+"""Benchmarks of the autoencoder: encoding and decoding, compared to the same network run as the public code runs it."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipelines.bench.measurement import Measurement, in_turn
-from pipelines.config import RiverConfig
+from pipelines.bench.measurement import Measurement
+from pipelines.bench.workbench import Workbench
 from pipelines.encoding.chunk_encoder import GPU_ENCODERS
 from pipelines.runtime.context import image_memory_format
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
@@ -21,75 +20,67 @@ from stage1_autoencoder.frame_encoder import FrameEncoder, Precision, exact_kern
 from stage1_autoencoder.views import ViewTransform
 from stage1_autoencoder.vqgan import VQGAN, AttnBlock, ResnetBlock
 
-PLAIN_BATCH = {"cpu": 4, "cuda": 64}  # the fastest of powers of two, where it was measured
-SECONDS = 1.0  # that a measurement takes, about
-REPEATS = 3
+PLAIN_BATCH = {"cpu": 4, "cuda": 64}  # the fastest power of two where it was measured
 
 
-def autoencoder_measurements(config: RiverConfig, device: torch.device) -> Iterator[Measurement]:
-    """Measure the configuration's autoencoder at random weights; nothing for other families than the VQGAN."""
-    torch.manual_seed(0)
-    autoencoder = build_autoencoder(config.autoencoder.model).to(device).eval().requires_grad_(False)
+def autoencoder_measurements(bench: Workbench) -> Iterator[Measurement]:
+    """Measure the configuration's VQGAN; no row for other families."""
+    autoencoder, device = random_autoencoder(bench), bench.device
     if not isinstance(autoencoder, VQGAN):
         return
-    side = config.dataset.image_size
-    # The plain one shares the weights, and so does everything else: `FrameEncoder` changes the layout of its own.
-    plain = build_autoencoder(config.autoencoder.model).to(device).eval().requires_grad_(False)
+    side = bench.config.dataset.image_size
+    plain = random_autoencoder(bench)  # not shared: `FrameEncoder` changes the memory format of its own
     plain.load_state_dict(autoencoder.state_dict())
-    frames = _affordable_frames(plain, device, side, FrameEncoder(autoencoder, device, side).frames)
+    # Whole batches for both, and equally many for each thread.
+    batch, threads = PLAIN_BATCH[device.type], encoder_threads(bench)
+    frames = math.lcm(batch, FrameEncoder(autoencoder, device, side).frames * threads)
     images = np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), np.uint8)
-    for precision, wanted in (("fp32", 1.3), ("bf16", None)):
+    for precision, at_least in (("fp32", 1.3), ("bf16", None)):
         with exact_kernels(precision):
             encoder = FrameEncoder(autoencoder, device, side, precision=precision)
-            ours, reference = in_turn(
-                lambda encoder=encoder: _encode(encoder, images),
+            ours, reference = bench.in_turn(
+                lambda encoder=encoder: encode_frames(encoder, images, threads),
                 lambda precision=precision: _encode_plainly(plain, images, device, precision),
-                repeats=REPEATS,
             )
-        yield _measurement(f"encode, {precision}", frames, ours, reference, wanted)
-    latents = torch.randn(frames, autoencoder.config.latent_channels, *[side // autoencoder.downsampling] * 2)
+        yield _measurement(f"encode, {precision}", frames, ours, reference, at_least)
+    latents = torch.randn(frames, *bench.latent_shape)
     decoder = autoencoder.to(memory_format=image_memory_format(device))
     with exact_kernels():
-        ours, reference = in_turn(
+        ours, reference = bench.in_turn(
             lambda: _decode(decoder.decode, latents, device),
             lambda: _decode(lambda part: plain_decode(plain, part), latents, device),
-            repeats=REPEATS,
         )
     yield _measurement("decode, fp32", frames, ours, reference, None)
 
 
-def _measurement(what: str, frames: int, ours: float, reference: float, wanted: float | None) -> Measurement:
-    words = f"the same network, plainly: {frames / reference:.1f}/s"
-    return Measurement(f"autoencoder: {what}", frames / ours, "frames/s", words, reference / ours, at_least=wanted)
+def random_autoencoder(bench: Workbench) -> Autoencoder:
+    """The configuration's autoencoder at random weights: speed does not depend on them."""
+    torch.manual_seed(0)
+    return build_autoencoder(bench.config.autoencoder.model).to(bench.device).eval().requires_grad_(False)
 
 
-def _affordable_frames(plain: VQGAN, device: torch.device, side: int, encoder_batch: int) -> int:
-    """As many as take about as long as one measurement should, in whole batches, and equally many for each thread."""
-    batch = PLAIN_BATCH[device.type]
-    few = np.zeros((batch, side, side, 3), np.uint8)
-    seconds = min(in_turn(lambda: _encode_plainly(plain, few, device, "fp32"), repeats=2))
-    unit = math.lcm(batch, encoder_batch * _threads(device))
-    return unit * max(1, round(SECONDS / seconds * batch / unit))
+def encoder_threads(bench: Workbench) -> int:
+    """Threads that encode at the same time."""
+    return bench.cores if bench.device.type == "cpu" else GPU_ENCODERS
 
 
-def _threads(device: torch.device) -> int:
-    """That encode at once."""
-    return len(os.sched_getaffinity(0)) if device.type == "cpu" else GPU_ENCODERS
-
-
-def _encode(encoder: FrameEncoder, images: np.ndarray) -> None:
-    """As `encode` does: threads that compute alone, each with the batches that the encoder wants."""
-    before = torch.get_num_threads()
-    size = encoder.frames
+def encode_frames(encoder: FrameEncoder, images: np.ndarray, threads: int) -> None:
+    """Encode images [n, h, w, 3] as the command `encode` does: single-threaded computing in several threads."""
+    before, size = torch.get_num_threads(), encoder.frames
 
     def encode(start: int) -> None:
         part = images[start : start + size]
         encoded = encoder.encode(part, [ViewTransform()] * len(part))
         encoded.latents.cpu(), encoded.codes.cpu()
 
-    with ThreadPoolExecutor(_threads(encoder.device), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(encode, range(0, len(images), size)))
     torch.set_num_threads(before)
+
+
+def _measurement(what: str, frames: int, ours: float, reference: float, at_least: float | None) -> Measurement:
+    words = f"the same network, plain: {frames / reference:.1f} frames/s"
+    return Measurement(f"autoencoder: {what}", frames / ours, "frames/s", words, reference / ours, at_least=at_least)
 
 
 @torch.no_grad()
@@ -108,7 +99,7 @@ def _decode(decode: Callable[[Tensor], Tensor], latents: Tensor, device: torch.d
 
 
 def plain_encode(model: VQGAN, images: Tensor) -> Tensor:
-    """Images [b, 3, h, w] to latents as the public code computes them, with a model's weights."""
+    """Map images [b, 3, h, w] to latents as the public code does, with a model's weights."""
     encoder = model.encoder
     x = encoder.conv_in(images)
     for level in encoder.down:
@@ -119,14 +110,14 @@ def plain_encode(model: VQGAN, images: Tensor) -> Tensor:
 
 
 def plain_codes(model: Autoencoder, latents: Tensor) -> Tensor:
-    """Nearest codes [n] of latents' vectors, from all their distances at once."""
+    """Nearest codes [b * h * w] of latents [b, c, h, w], from the distances to all codes at once."""
     vectors, codebook = rearrange(latents, "b c h w -> (b h w) c"), model.quantizer.codebook
     squares = vectors.square().sum(1, keepdim=True) + codebook.square().sum(1)
     return torch.argmin(squares - 2 * vectors @ codebook.T, 1)
 
 
 def plain_decode(model: VQGAN, latents: Tensor) -> Tensor:
-    """Latents [b, c, h, w] to images, by way of their codes, as the public code computes them."""
+    """Map latents [b, c, h, w] through their codes to images as the public code does."""
     b, _, h, _ = latents.shape
     quantized = rearrange(
         model.quantizer.codebook[plain_codes(model, latents)], "(b h w) c -> b c h w", b=b, h=h

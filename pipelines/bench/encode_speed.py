@@ -1,48 +1,45 @@
-"""Benchmarks of encoding: the whole of it against decoding alone and encoding alone, on videos made for the purpose."""
+"""Benchmark of the command `encode`: the whole of it, compared to decoding alone and encoding alone."""
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import av
 import numpy as np
-import torch
 
-from pipelines.bench.measurement import Measurement, in_turn
-from pipelines.config import RiverConfig
-from pipelines.encoding.chunk_encoder import GPU_ENCODERS
+from pipelines.bench.autoencoder_speed import encode_frames, encoder_threads, random_autoencoder
+from pipelines.bench.decode_speed import dataset_of, decode_source, write_videos
+from pipelines.bench.measurement import Measurement
+from pipelines.bench.workbench import Workbench
 from pipelines.encoding.store_checks import store_metadata
 from pipelines.encoding.store_encoder import StoreEncoder
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import RunContext
-from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
-from stage1_autoencoder.videos import open_source, open_splits
-from stage1_autoencoder.videos.source import VideoSource
-from stage1_autoencoder.views import ViewTransform
+from stage1_autoencoder.videos import open_splits
 
-VIDEO_FRAMES, WIDTH, HEIGHT = 100, 160, 120  # KTH's size
-# So many frames that a measurement takes seconds.
-FRAMES = {"cpu": 6000, "cuda": 40_000}
+# Longer measurements say nothing more.
+MOST_FRAMES = {"cpu": 6000, "cuda": 40_000}
 
 
-def encode_measurements(config: RiverConfig, run_context: RunContext, folder: Path) -> Iterator[Measurement]:
-    """Measure with the configuration's autoencoder, at random weights: speed does not depend on them."""
-    device = run_context.device
-    torch.manual_seed(0)
-    autoencoder = build_autoencoder(config.autoencoder.model).to(device).eval().requires_grad_(False)
-    side = config.dataset.image_size
-    cores = len(os.sched_getaffinity(0))
-    threads = cores if device.type == "cpu" else GPU_ENCODERS
-    frames = _affordable_frames(FrameEncoder(autoencoder, device, side), side, threads)
-    videos = max(2, frames // VIDEO_FRAMES)
-    _write_videos(folder / "videos" / "train", videos)
-    dataset = {"name": "bench", "source": "videos", "root": str(folder / "videos"), "splits": {"val": 0.0, "test": 0.0}}
+def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
+    """Measure with the configuration's autoencoder, on videos of the first kind (the default: KTH's)."""
+    config, device, folder, kind = bench.config, bench.device, bench.folder / "encode", bench.sizes.videos[0]
+    autoencoder, threads, side = random_autoencoder(bench), encoder_threads(bench), config.dataset.image_size
+    frame_encoder = FrameEncoder(autoencoder, device, side, precision=config.cache.precision)
+    images = np.random.default_rng(0).integers(0, 256, (threads * frame_encoder.frames, side, side, 3), np.uint8)
+
+    def encode(passes: int = 1) -> None:
+        with exact_kernels(config.cache.precision):
+            for _ in range(passes):
+                encode_frames(frame_encoder, images, threads)
+
+    (seconds,) = bench.in_turn(encode)
+    affordable = min(bench.sizes.encoded_seconds / seconds * len(images), MOST_FRAMES[device.type])
+    videos = max(2, int(affordable) // kind.frames)
+    frames = videos * kind.frames
+    write_videos(folder / "videos" / "train", kind, videos)
     config = config.model_copy(
         update={
-            "dataset": config.dataset.model_copy(update=dataset),
+            "dataset": dataset_of(folder / "videos", kind).model_copy(update={"image_size": side}),
             "paths": config.paths.model_copy(update={"latents": str(folder), "runs": str(folder / "runs")}),
+            "cache": config.cache.model_copy(update={"views": ("identity",), "compile": False}),
         }
     )
     splits = open_splits(config.dataset, folder)
@@ -50,68 +47,15 @@ def encode_measurements(config: RiverConfig, run_context: RunContext, folder: Pa
     state = {"model": config.autoencoder.model.model_dump(mode="json")}
     checkpoints.save(0, {"model": autoencoder.state_dict()}, state)
     metadata = store_metadata(config, autoencoder, splits)
-    encoder = StoreEncoder(config, run_context, checkpoints.latest(), autoencoder, splits, metadata)
-    source = open_source(config.dataset, folder, "train")
-
-    def whole() -> None:
-        encoder.run(overwrite=True)
-
-    whole_seconds, decoding, encoding = in_turn(
-        whole,
-        lambda: _decode(source, cores),
-        lambda: _encode(FrameEncoder(autoencoder, device, side), videos * VIDEO_FRAMES, side, threads),
-        repeats=4,
+    store_encoder = StoreEncoder(config, bench.run_context, checkpoints.latest(), autoencoder, splits, metadata)
+    whole, decoding, encoding = bench.in_turn(
+        lambda: store_encoder.run(overwrite=True),
+        lambda: decode_source(splits["train"], bench.cores),
+        lambda: encode(-(-frames // len(images))),
     )
-    count = videos * VIDEO_FRAMES
+    # Decoding and encoding share a CPU's cores; a GPU encodes while the CPU decodes.
     alone = max(decoding, encoding) if device.type == "cuda" else decoding + encoding
-    words = f"decode alone {count / decoding:.0f}/s, encode alone {count / encoding:.0f}/s"
     yield Measurement(
-        f"encode {count} frames of {WIDTH}x{HEIGHT} to {side}", count / whole_seconds, "frames/s", words,
-        whole_seconds / alone, at_most=1.15,
+        f"encode {frames} frames of {kind.width}x{kind.height} to {side}", frames / whole, "frames/s",
+        f"decode alone {frames / decoding:.0f}/s, encode alone {frames / encoding:.0f}/s", whole / alone, at_most=1.15,
     )  # fmt: skip
-
-
-def _affordable_frames(encoder: FrameEncoder, side: int, threads: int) -> int:
-    """As many frames as the autoencoder encodes in some ten seconds."""
-    few = 4 * threads * encoder.frames
-    (seconds,) = in_turn(lambda: _encode(encoder, few, side, threads), repeats=2)
-    return int(min(FRAMES[encoder.device.type], 10 * few / seconds))
-
-
-def _write_videos(folder: Path, count: int) -> None:
-    """Videos of a drifting pattern with some noise, MPEG-4 as KTH's are."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    x, y = np.arange(WIDTH)[None, :], np.arange(HEIGHT)[:, None]
-    for number in range(count):
-        with av.open(str(folder / f"{number:05d}.avi"), "w") as container:
-            stream = container.add_stream("mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-            phase = generator.random(2) * 100
-            for frame in range(VIDEO_FRAMES):
-                picture = 120 + 60 * np.sin((x + phase[0] + frame) / 9) + 40 * np.cos((y + phase[1] - frame) / 7)
-                picture = np.repeat(picture[..., None], 3, 2) + generator.integers(0, 8, (HEIGHT, WIDTH, 3))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")))
-            container.mux(stream.encode())
-
-
-def _decode(source: VideoSource, threads: int) -> None:
-    def drain(index: int) -> int:
-        return sum(1 for _ in source.iterate(index))
-
-    with ThreadPoolExecutor(threads) as pool:
-        assert sum(pool.map(drain, range(len(source.videos)))) == sum(video.frames for video in source.videos)
-
-
-def _encode(encoder: FrameEncoder, frames: int, side: int, threads: int) -> None:
-    before = torch.get_num_threads()
-    batch = np.random.default_rng(0).integers(0, 256, (encoder.frames, side, side, 3), np.uint8)
-    views = [ViewTransform()] * encoder.frames
-
-    def encode(_: int) -> None:
-        encoded = encoder.encode(batch, views)
-        encoded.latents.cpu(), encoded.codes.cpu()
-
-    with exact_kernels(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(encode, range(-(-frames // encoder.frames))))
-    torch.set_num_threads(before)

@@ -1,22 +1,19 @@
-"""What one measurement is, and how two are made in turn."""
-
-import time
-from collections.abc import Callable
+"""The results of a benchmark: rows of a table, and the file `benchmark.json` that holds them."""
 
 from pydantic import BaseModel, ConfigDict, computed_field
 from pydantic.dataclasses import dataclass
 
 
-@dataclass(frozen=True, config=ConfigDict(ser_json_inf_nan="constants"))
+@dataclass(frozen=True)
 class Measurement:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         name: what was measured.
-        value, unit: ours.
-        reference: what it is held against, in words and numbers; empty where there is nothing.
-        ratio: ours to the reference, or the value itself; None where nothing is demanded of it.
-        at_least, at_most: what is demanded of the ratio.
+        value, unit: the result.
+        reference: what the value is compared to, in words and numbers.
+        ratio: how the value compares to the reference; above 1 is better, unless `at_most` is set.
+        at_least, at_most: the required range of the ratio.
     """
 
     name: str
@@ -30,16 +27,29 @@ class Measurement:
     @computed_field
     @property
     def reached(self) -> bool | None:
-        """Whether the demand is met; None where there is none."""
+        """Whether the ratio is in the required range; None without a ratio."""
         if self.ratio is None:
             return None
         return (self.at_least is None or self.ratio >= self.at_least) and (
             self.at_most is None or self.ratio <= self.at_most
         )
 
+    def line(self) -> str:
+        """The row as text."""
+        required = ""
+        if self.at_least is not None:
+            required = f"required >= {self.at_least:g}"
+        elif self.at_most is not None:
+            required = f"required <= {self.at_most:g}"
+        if self.reached is False:
+            required += "  NOT REACHED"
+        ratio = "" if self.ratio is None else f"{self.ratio:.3g}"
+        value = f"{self.value:.4g} {self.unit}"
+        return f"  {self.name:<46} {value:<22} {self.reference:<44} {ratio:>8}  {required}".rstrip()
+
 
 class Benchmark(BaseModel):
-    """`benchmark.json`: all measurements of one call, and the machine they belong to.
+    """Content of `benchmark.json`.
 
     Attributes:
         date: ISO 8601, UTC.
@@ -53,14 +63,3 @@ class Benchmark(BaseModel):
     hardware: str
     software: dict[str, str]
     measurements: list[Measurement]
-
-
-def in_turn(*functions: Callable[[], object], repeats: int) -> list[float]:
-    """Least seconds of each function, run in turn so that what disturbs the machine disturbs all of them."""
-    least = [float("inf")] * len(functions)
-    for _ in range(repeats):
-        for number, function in enumerate(functions):
-            started = time.perf_counter()
-            function()
-            least[number] = min(least[number], time.perf_counter() - started)
-    return least

@@ -1,4 +1,4 @@
-"""`river bench`: what the store, training and sampling are worth on this machine."""
+"""`river bench`: measure speed on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "what the store is worth on this machine: a table of ratios, and benchmark.json"
+HELP = "measure reading, training, sampling and encoding on this machine; writes benchmark.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
-    from pipelines.bench.benchmark import bench
+    from pipelines.bench.benchmark import run_benchmark
 
-    bench(config, run_context)
+    run_benchmark(config, run_context)
