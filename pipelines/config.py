@@ -441,6 +441,22 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def result_settings(section: BaseModel) -> dict[str, Any]:
+    """The values of a section that results depend on, as JSON holds them.
+
+    A field whose metadata says `changes_results: False` changes how a training is watched, stored or computed, not what
+    comes out.
+    """
+    dumped = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        metadata = field.json_schema_extra
+        if isinstance(metadata, dict) and metadata.get("changes_results") is False:
+            del dumped[name]
+        elif isinstance(inner := getattr(section, name), BaseModel):
+            dumped[name] = result_settings(inner)
+    return dumped
+
+
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` for every key in which two dumped sections differ; `theirs` is the old side."""
     lines = []

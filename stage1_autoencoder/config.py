@@ -16,6 +16,10 @@ from pydantic import (
     TypeAdapter,
     model_validator,
 )
+from pydantic.config import JsonDict
+
+# Metadata of fields that change how a training is watched, stored or computed, not its result.
+NO_EFFECT: JsonDict = {"changes_results": False}
 
 # The sizes of the public models (taming-transformers, latent-diffusion), by name.
 VQGAN_PRESETS: dict[str, dict[str, Any]] = {
@@ -194,7 +198,7 @@ class AdversarialConfig(_Settings):
 class AutoencoderTrainingConfig(_Settings):
     """How the autoencoder is trained: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
 
-    steps: PositiveInt = 100_000
+    steps: PositiveInt = Field(100_000, json_schema_extra=NO_EFFECT)
     batch_size: PositiveInt = Field(16, description="images of one update, over all processes")
     accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, for less memory")
     learning_rate: PositiveFloat = 1e-4
@@ -211,7 +215,9 @@ class AutoencoderTrainingConfig(_Settings):
     perceptual: Literal["none", "lpips"] = Field("none", description="lpips needs the weights of VGG16")
     perceptual_weight: NonNegativeFloat = 1.0
     vgg_weights: str | None = Field(
-        None, description="vgg16-397923af.pth; null: where torch keeps its downloads, or fetched with --download"
+        None,
+        description="vgg16-397923af.pth; null: where torch keeps its downloads, or fetched with --download",
+        json_schema_extra=NO_EFFECT,
     )
     codebook_weight: NonNegativeFloat = 1.0
     commitment: NonNegativeFloat = Field(0.25, description="beta, on the commitment term")
@@ -227,16 +233,21 @@ class AutoencoderTrainingConfig(_Settings):
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    compile: bool = Field(False, description="torch.compile: a minute or more at the start, faster steps after")
+    compile: bool = Field(
+        False,
+        description="torch.compile: a minute or more at the start, faster steps after",
+        json_schema_extra=NO_EFFECT,
+    )
     pool_memory: str = Field("1 GiB", description="memory for decoded frames to draw batches from, in each process")
-    checkpoint_every: PositiveInt = 2000
-    keep_checkpoints: PositiveInt = 2
-    validate_every: PositiveInt = 2000
-    validation_frames: PositiveInt = 128
+    checkpoint_every: PositiveInt = Field(2000, json_schema_extra=NO_EFFECT)
+    keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)
+    validate_every: PositiveInt = Field(2000, json_schema_extra=NO_EFFECT)
+    validation_frames: PositiveInt = Field(128, json_schema_extra=NO_EFFECT)
     best_by: Literal["auto", "psnr", "ssim", "lpips", "last"] = Field(
         "auto",
         description="which checkpoint `encode` takes; auto: by lpips with a perceptual loss, else by psnr, but the "
         "last one of adversarial training",
+        json_schema_extra=NO_EFFECT,
     )
 
 
@@ -264,9 +275,11 @@ class RefinerModelConfig(_Settings):
 class RefinerTrainingConfig(_Settings):
     """How the refiner is trained: clips of real frames beside their decoded latents."""
 
-    steps: PositiveInt = 20_000
+    steps: PositiveInt = Field(20_000, json_schema_extra=NO_EFFECT)
     batch_size: PositiveInt = Field(24, description="clips of one update, over all processes")
-    accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, for less memory")
+    accumulate: PositiveInt = Field(
+        1, description="parts that a batch is computed in, for less memory", json_schema_extra=NO_EFFECT
+    )
     clip_frames: int = Field(17, ge=2, description="frames of a clip; the first is only a previous frame")
     learning_rate: PositiveFloat | None = Field(
         None, description="null: 3e-4 x batch_size / 256, as the official training has it"
@@ -283,7 +296,9 @@ class RefinerTrainingConfig(_Settings):
     grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     loss: Literal["mse", "l1"] = "mse"
     perceptual_network: str | None = Field(
-        None, description="a TorchScript video network, i3d_torchscript.pt; null: no perceptual term"
+        None,
+        description="a TorchScript video network, i3d_torchscript.pt; null: no perceptual term",
+        json_schema_extra=NO_EFFECT,
     )
     perceptual_weight: NonNegativeFloat = 0.1
     start: Literal["copy", "random"] = Field(
@@ -291,10 +306,12 @@ class RefinerTrainingConfig(_Settings):
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    checkpoint_every: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = 2
-    validate_every: PositiveInt = 1000
-    validation_clips: PositiveInt = Field(16, description="clips of the validation split, the same at each validation")
+    checkpoint_every: PositiveInt = Field(1000, json_schema_extra=NO_EFFECT)
+    keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)
+    validate_every: PositiveInt = Field(1000, json_schema_extra=NO_EFFECT)
+    validation_clips: PositiveInt = Field(
+        16, description="clips of the validation split, the same at each validation", json_schema_extra=NO_EFFECT
+    )
 
     @property
     def peak_learning_rate(self) -> float:

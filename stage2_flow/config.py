@@ -12,6 +12,10 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from pydantic.config import JsonDict
+
+# Metadata of fields that change how a training is watched, stored or computed, not its result.
+NO_EFFECT: JsonDict = {"changes_results": False}
 
 TimeSampling = Literal["uniform", "logit_normal"]
 ConditionTiming = Literal["per-evaluation", "per-frame"]
@@ -44,9 +48,11 @@ class FlowTrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: PositiveInt = 300_000
+    steps: PositiveInt = Field(300_000, json_schema_extra=NO_EFFECT)
     batch_size: PositiveInt = Field(16, description="of all processes together")
-    accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, to save memory")
+    accumulate: PositiveInt = Field(
+        1, description="parts that a batch is computed in, to save memory", json_schema_extra=NO_EFFECT
+    )
     learning_rate: PositiveFloat = 1e-4
     final_learning_rate: PositiveFloat = 1e-7
     warmup_steps: NonNegativeInt = 5000
@@ -62,10 +68,14 @@ class FlowTrainingConfig(BaseModel):
         description="of matrix products; weights and sums are fp32 in any case. auto: bf16 on a GPU, fp32 on a CPU",
     )
     compile: bool | Literal["auto"] = Field(
-        "auto", description="torch.compile the vector field: a minute at the start. auto: on a GPU"
+        "auto",
+        description="torch.compile the vector field: a minute at the start. auto: on a GPU",
+        json_schema_extra=NO_EFFECT,
     )
     cuda_graphs: bool | Literal["auto"] = Field(
-        "auto", description="record a whole step once and replay it. auto: on one GPU with adamw"
+        "auto",
+        description="record a whole step once and replay it. auto: on one GPU with adamw",
+        json_schema_extra=NO_EFFECT,
     )
     standardize: bool = Field(
         False, description="learn on latents standardised with the store's per-channel statistics (paper: raw latents)"
@@ -77,18 +87,26 @@ class FlowTrainingConfig(BaseModel):
         description="conditions are drawn from the last so many frames before a target, the reference among them; "
         "null: from all of its clip",
     )
-    checkpoint_every: PositiveInt = 5000
-    keep_checkpoints: PositiveInt = 2
+    checkpoint_every: PositiveInt = Field(5000, json_schema_extra=NO_EFFECT)
+    keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)
     best_by: Literal["loss", "last"] = Field(
-        "loss", description="which checkpoint predicts: that with the least validation loss, or the last one"
+        "loss",
+        description="which checkpoint predicts: that with the least validation loss, or the last one",
+        json_schema_extra=NO_EFFECT,
     )
     max_bad_steps: PositiveInt = Field(
-        10, description="steps in a row whose loss or gradients are not finite, and so change nothing, until it stops"
+        10,
+        description="steps in a row whose loss or gradients are not finite, and so change nothing, until it stops",
+        json_schema_extra=NO_EFFECT,
     )
-    validate_every: PositiveInt = 5000
-    validation_pairs: PositiveInt = Field(512, description="fixed draws of the validation loss")
+    validate_every: PositiveInt = Field(5000, json_schema_extra=NO_EFFECT)
+    validation_pairs: PositiveInt = Field(
+        512, description="fixed draws of the validation loss", json_schema_extra=NO_EFFECT
+    )
     validation_samples: NonNegativeInt = Field(
-        4, description="clips of the val split that each validation predicts, as GIF and contact sheet"
+        4,
+        description="clips of the val split that each validation predicts, as GIF and contact sheet",
+        json_schema_extra=NO_EFFECT,
     )
 
 

@@ -35,13 +35,19 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names latents/<name>.zarr and runs/<name>")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="names latents/<name>.zarr and runs/<name>",
+        json_schema_extra={"changes_results": False},
+    )
     source: Literal["shapes", "videos", "kth", "bair", "clevrer", "hdf5"] = Field(
         description="shapes: procedural; videos: a folder of video files or of frame folders; kth, bair, clevrer: what "
         "is in the archives of these data sets; hdf5: shards of the official code"
     )
     root: str | None = Field(
-        None, description="folder of the raw videos; '{data}' stands for paths.data; default {data}/<name>"
+        None,
+        description="folder of the raw videos; '{data}' stands for paths.data; default {data}/<name>",
+        json_schema_extra={"changes_results": False},
     )
     image_size: PositiveInt = Field(64, description="frames become image_size x image_size")
     frame_step: PositiveInt = Field(1, description="keep every frame_step-th frame")
