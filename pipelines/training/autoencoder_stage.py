@@ -24,8 +24,8 @@ from pipelines.runtime.runs import (
     training_identity,
     write_run_files,
 )
-from pipelines.runtime.training_loop import LoopSettings, run_training
 from pipelines.training.autoencoder_trainer import AutoencoderTrainer, Validation
+from pipelines.training.training_loop import LoopSettings, run_training
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import AutoencoderTrainingConfig
 from stage1_autoencoder.frames import FramePool

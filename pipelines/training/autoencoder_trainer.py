@@ -19,7 +19,7 @@ from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.train_state import TrainState
-from pipelines.runtime.training_loop import StepResult, Trainer
+from pipelines.training.training_loop import StepResult, Trainer
 from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.codebook import CodebookCare, forget

@@ -23,7 +23,6 @@ from pipelines.runtime.runs import (
     resumable_checkpoint,
     write_run_files,
 )
-from pipelines.runtime.training_loop import LoopSettings, explain_out_of_memory, run_training
 from pipelines.training.fine_tuning import fine_tune, finish_beginning
 from pipelines.training.flow_trainer import (
     FlowTrainer,
@@ -35,6 +34,7 @@ from pipelines.training.flow_trainer import (
     standardization_in,
 )
 from pipelines.training.flow_validation import open_flow_validation
+from pipelines.training.training_loop import LoopSettings, explain_out_of_memory, run_training
 from stage2_flow.vector_field import POSITIONS
 
 LESS_MEMORY = (

@@ -18,8 +18,8 @@ from pipelines.runtime.progress import say
 from pipelines.runtime.runs import training_identity
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.train_state import TrainState
-from pipelines.runtime.training_loop import StepResult, Trainer
 from pipelines.training.flow_validation import FlowValidation
+from pipelines.training.training_loop import StepResult, Trainer
 from stage2_flow.config import FlowTrainingConfig
 from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
 from stage2_flow.schedule import learning_rate

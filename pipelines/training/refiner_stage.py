@@ -25,9 +25,9 @@ from pipelines.runtime.runs import (
     training_identity,
     write_run_files,
 )
-from pipelines.runtime.training_loop import LoopSettings, run_training
 from pipelines.training.refiner_clips import ClipBatch, RefinerClips
 from pipelines.training.refiner_trainer import RefinerTrainer
+from pipelines.training.training_loop import LoopSettings, run_training
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos.source import VideoSource
 

@@ -17,8 +17,8 @@ from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say
 from pipelines.runtime.train_state import TrainState
-from pipelines.runtime.training_loop import StepResult, Trainer
 from pipelines.training.refiner_clips import ClipBatch, RefinerClips
+from pipelines.training.training_loop import StepResult, Trainer
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage1_autoencoder.training import learning_rate_factor

@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_now_and_then(flowless, monkeypatch) -> None
 
 def test_speed_is_told_before_the_first_line_of_the_log(flowless, monkeypatch) -> None:
     """Where a step takes seconds, nobody waits for `logging.every` of them to learn that it will take weeks."""
-    import pipelines.runtime.training_loop as module
+    import pipelines.training.training_loop as module
 
     monkeypatch.setattr(module, "FIRST_WORD_SECONDS", 0.0)
     outcome = flowless.run("train-flow", sets=["logging.every=1000"]).ok()

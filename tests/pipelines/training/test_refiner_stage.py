@@ -19,10 +19,10 @@ from pipelines.evaluation.networks import VideoNetwork
 from pipelines.loading import load_trained_refiner
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.distributed import Processes
-from pipelines.runtime.training_loop import LoopSettings, run_training
 from pipelines.training.refiner_clips import ATTEMPTS, STEPS_AHEAD, RefinerClips
 from pipelines.training.refiner_stage import refiner_identity
 from pipelines.training.refiner_trainer import RefinerTrainer, make_example
+from pipelines.training.training_loop import LoopSettings, run_training
 from stage1_autoencoder.videos.source import BrokenVideoError
 
 CPU = torch.device("cpu")

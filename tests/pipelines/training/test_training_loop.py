@@ -14,7 +14,7 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import Processes
 from pipelines.runtime.logs import TrainingLog
-from pipelines.runtime.training_loop import LoopSettings, StepResult, Trainer, explain_out_of_memory, run_training
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, explain_out_of_memory, run_training
 
 
 class Counter(Trainer):
@@ -126,7 +126,7 @@ def test_what_is_not_finite_ends_it_before_anything_is_saved(train, tmp_path):
 
 def test_on_a_gpu_a_step_is_looked_at_while_the_next_is_under_way(train, monkeypatch):
     """There is no GPU here: a flag that says it is on one."""
-    monkeypatch.setattr("pipelines.runtime.training_loop.start_reading", lambda flag: lambda: bool(flag))
+    monkeypatch.setattr("pipelines.training.training_loop.start_reading", lambda flag: lambda: bool(flag))
 
     class OnGPU(torch.Tensor):
         is_cuda = True
