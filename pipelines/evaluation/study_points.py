@@ -11,16 +11,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.evaluation.metrics import (
-    draw_counts,
-    fit_gaussian,
-    flatten,
-    frechet_distance,
-    mean_interval,
-    normal_interval,
-    psnr,
-    ssim,
-)
+from pipelines.evaluation.frechet import fit_gaussian, frechet_distance
+from pipelines.evaluation.intervals import HALF_WIDTH, draw_counts, mean_interval, normal_interval
+from pipelines.evaluation.metrics import flatten, psnr, ssim
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
 from stage1_autoencoder.lpips import LPIPS
@@ -30,8 +23,6 @@ from stage2_flow.sampling_plan import SamplingPlan
 RESAMPLES = 2000
 # Of the Fréchet distance, whose every resample takes a singular value decomposition.
 DISTANCE_RESAMPLES = 200
-# Standard deviations that 95 % of a normal distribution lie within.
-HALF_WIDTH = 1.959964
 # Side of the maps that latents are averaged to before their statistics are taken.
 POOLED_SIDE = 2
 

@@ -26,7 +26,7 @@ def test_it_measures_says_and_plots(copied, monkeypatch) -> None:
         return point(clips, key, options, reference)
 
     monkeypatch.setattr(StudyClips, "point", counted)
-    copied.run("study", "--videos", "3").refused(130, "the same command goes on")
+    copied.run("study", "--videos", "3").refused(130, "interrupted")
     path = copied.runs / "quality.json"
     first = json.loads(path.read_text())["points"]
     assert len(first) == 4

@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms, scipy's root of a matrix, and what must not change it."""
+"""The Fréchet distance against closed forms and scipy's root of a matrix, and distances of sets of clips."""
 
 import math
 
@@ -8,7 +8,9 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from pipelines.evaluation.metrics import fit_gaussian, frechet_distance
+from pipelines.config import EvaluationConfig
+from pipelines.evaluation.frechet import Segments, VideoDistances, fit_gaussian, frechet_distance
+from pipelines.evaluation.intervals import draw_counts
 
 
 def draw(n: int, d: int, seed: int) -> Tensor:
@@ -114,3 +116,121 @@ def test_too_few_and_broken_features_are_refused():
         fit_gaussian(torch.zeros(4, 5), torch.tensor([0, 1, 0, 0]))
     with pytest.raises(ValueError, match="not finite"):
         fit_gaussian(torch.tensor([[1.0], [math.nan]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"context": 1, "horizon": 15}, Segments(1, 15, 16, 1)),
+        ({"context": 10, "horizon": 30}, Segments(10, 30, 16, 2)),
+        ({"context": 10, "horizon": 30, "fvd_frames": None}, Segments(10, 30, 40, 1)),
+        ({"context": 10, "horizon": 30, "fvd_context": False, "fvd_frames": 10}, Segments(0, 30, 10, 3)),
+        ({"context": 2, "horizon": 10}, Segments(2, 10, 12, 1)),
+    ],
+)
+def test_which_frames_the_network_sees(settings, expected):
+    segments = Segments.choose(EvaluationConfig(**settings))
+    assert segments == expected
+    given = torch.arange(settings["context"]).float().view(1, -1, 1, 1, 1).expand(2, -1, 3, 2, 2)
+    following = 100 + torch.arange(settings["horizon"]).float().view(1, -1, 1, 1, 1).expand(2, -1, 3, 2, 2)
+    cut = segments.cut(given, following)
+    assert cut.shape == (2, segments.count, segments.frames, 3, 2, 2)
+    seen = cut[0, :, :, 0, 0, 0].flatten().tolist()
+    whole = [*range(settings["context"] - segments.context, settings["context"])] if segments.context else []
+    whole += [100 + i for i in range(settings["horizon"])]
+    assert seen == whole[len(whole) - len(seen) :]  # the end of the clip, in order
+
+
+@pytest.mark.parametrize("settings", [{"context": 2, "horizon": 6}, {"context": 5, "horizon": 6, "fvd_context": False}])
+def test_clips_too_short_for_the_i3d_have_a_reason(settings):
+    with pytest.raises(ValueError, match=r"10 frames.*evaluation\.horizon") as raised:
+        Segments.choose(EvaluationConfig(**settings))
+    assert ("fvd_context: false" in str(raised.value)) == ("fvd_context" in settings)
+
+
+class Means:
+    """A video network whose features are the means of the frames, and of their squares, of one channel."""
+
+    def features(self, videos: Tensor) -> Tensor:
+        assert videos.abs().max() <= 1
+        return torch.cat([videos[:, :, 0].mean((2, 3)), videos[:, :, 1].square().mean((2, 3))], 1)
+
+
+def clips(seed: int, n: int = 40, frames: int = 12, noise: float = 0.5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, frames, 3, 2, 2, generator=generator) * noise).clamp(-1, 1)
+
+
+def collect(segments: Segments, subjects: dict[str, Tensor], context: int = 2) -> VideoDistances:
+    distances = VideoDistances(Means(), segments)
+    for name, videos in subjects.items():
+        for part in videos.split(16):
+            distances.add(name, part[:, :context], part[:, context:])
+    return distances
+
+
+def expected_distance(first: Tensor, second: Tensor) -> float:
+    return distance(Means().features(first), Means().features(second))
+
+
+WHOLE = Segments(context=2, horizon=10, frames=12, count=1)
+SUBJECTS = {"real": clips(0), "autoencoded": clips(0) * 0.9, "copy_last": clips(1, noise=0.2),
+            "copy_last_autoencoded": clips(1, noise=0.1), "prediction 0": clips(2), "prediction 1": clips(3),
+            "prediction_autoencoded 0": clips(4), "prediction_autoencoded 1": clips(5)}  # fmt: skip
+
+
+def test_distances_of_all_subjects_from_both_sets():
+    distances = collect(WHOLE, SUBJECTS)
+    found = distances.results(draw_counts(range(40), 50, 0), samples=2)
+    real, autoencoded = SUBJECTS["real"], SUBJECTS["autoencoded"]
+    assert found.copy_last == pytest.approx(expected_distance(SUBJECTS["copy_last"], real))
+    assert found.reconstruction == pytest.approx(expected_distance(autoencoded, real))
+    # One set per sample number, and the mean over these.
+    each = [expected_distance(SUBJECTS[f"prediction {n}"], real) for n in (0, 1)]
+    assert found.prediction == pytest.approx(np.mean(each))
+    each = [expected_distance(SUBJECTS[f"prediction_autoencoded {n}"], autoencoded) for n in (0, 1)]
+    assert found.autoencoded.prediction == pytest.approx(np.mean(each))
+    copied = expected_distance(SUBJECTS["copy_last_autoencoded"], autoencoded)
+    assert found.autoencoded.copy_last == pytest.approx(copied)
+    assert found.autoencoded.reconstruction is None
+    for values in (found, found.autoencoded):
+        assert values.interval
+        for subject, (low, high) in values.interval.items():
+            assert low < getattr(values, subject) < high
+    assert distances.results(None, samples=2).interval is None
+
+
+def test_without_given_frames_a_prediction_is_compared_with_both():
+    subjects = {name: videos for name, videos in SUBJECTS.items() if "prediction_autoencoded" not in name}
+    found = collect(Segments(0, 10, 10, 1), subjects).results(None, samples=2)
+    each = [expected_distance(SUBJECTS[f"prediction {n}"][:, 2:], SUBJECTS["autoencoded"][:, 2:]) for n in (0, 1)]
+    assert found.autoencoded.prediction == pytest.approx(np.mean(each))
+
+
+def test_a_resample_draws_clips_with_all_their_segments():
+    subjects = {name: clips(number, 12, 22) for number, name in enumerate(SUBJECTS)}
+    counts = draw_counts([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], 30, 0)
+    found = collect(Segments(2, 20, 11, 2), subjects).results(counts, samples=1)
+    values = []
+    for row in counts:
+        chosen = torch.arange(12).repeat_interleave(row.long())
+        drawn = [subjects[name][chosen].reshape(-1, 11, 3, 2, 2) for name in ("copy_last", "real")]
+        values.append(expected_distance(*drawn))
+    half = 1.959964 * np.std(values, ddof=1)
+    expected = expected_distance(*(subjects[name].reshape(-1, 11, 3, 2, 2) for name in ("copy_last", "real")))
+    assert found.copy_last == pytest.approx(expected)
+    low, high = found.interval["copy_last"]
+    assert high - expected == pytest.approx(half, rel=1e-6)
+    assert low == pytest.approx(max(0, expected - half), rel=1e-6)
+
+
+def test_few_clips_are_measured_with_a_warning_and_one_is_refused(capsys):
+    few = {name: videos[:20] for name, videos in SUBJECTS.items()}
+    assert collect(WHOLE, few).results(None, samples=1).prediction > 0
+    warning = capsys.readouterr().err
+    assert "20 clips" in warning
+    assert "24 features" in warning
+    collect(WHOLE, SUBJECTS).results(None, samples=1)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="two clips or more"):
+        collect(WHOLE, {name: videos[:1] for name, videos in SUBJECTS.items()}).results(None, samples=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluation.metrics import draw_counts, mean_interval, normal_interval
+from pipelines.evaluation.intervals import draw_counts, mean_interval, normal_interval
 
 VIDEOS = [7, 7, 7, 2, 5, 5]
 

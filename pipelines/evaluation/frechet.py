@@ -1,0 +1,204 @@
+"""Fréchet distances between sets of features, and the Fréchet video distance (FVD) of `evaluate`."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pipelines.config import EvaluationConfig
+from pipelines.evaluation.intervals import normal_interval
+from pipelines.evaluation.networks import VideoNetwork
+from pipelines.evaluation.results import Distances, MetricValues
+from pipelines.runtime.context import computing_in
+from pipelines.runtime.progress import progress, warn
+
+MIN_FRAMES = 10  # the I3D halves time three times, then pools over two frames
+MAX_RESAMPLES = 200
+CLIPS_AT_ONCE = 16
+# Subject -> features that represent it. Compared with autoencoded clips, given frames are autoencoded as well.
+_AGAINST_REAL = {"prediction": "prediction", "copy_last": "copy_last", "reconstruction": "autoencoded"}
+_AGAINST_AUTOENCODED = {"prediction": "prediction_autoencoded", "copy_last": "copy_last_autoencoded"}
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Mean and covariance of a set.
+
+    Attributes:
+        mean: [d] float64.
+        root: [r, d] float64, r <= d; `root.T @ root` is the covariance, which may be singular.
+    """
+
+    mean: Tensor
+    root: Tensor
+
+
+def fit_gaussian(features: Tensor, counts: Tensor | None = None) -> Gaussian:
+    """Mean and covariance (divided by n - 1, as in the original FVD) of a set of features.
+
+    Args:
+        features: [n, d] float, n >= 2; computed in float64.
+        counts: [n] >= 0, how often each row is in the set; None: once.
+    Raises:
+        ValueError: fewer than two rows, repetitions counted, or values that are not finite.
+    """
+    features = features.double()
+    counts = torch.ones(len(features)).to(features) if counts is None else counts.to(features)
+    total = counts.sum()
+    if features.ndim != 2 or total < 2:
+        raise ValueError(f"a covariance needs [n, d] features of two clips or more, not {list(features.shape)}")
+    if not torch.isfinite(features).all():
+        raise ValueError("features that are not finite")
+    present = counts > 0
+    features, counts = features[present], counts[present]
+    mean = counts @ features / total
+    root = (features - mean) * (counts / (total - 1)).sqrt()[:, None]
+    if len(root) > root.shape[1]:
+        root = torch.linalg.qr(root, mode="r")[1]
+    return Gaussian(mean, root)
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): 0 for equal Gaussians, symmetric.
+
+    With S1 = A^T A and S2 = B^T B the eigenvalues of S1 S2 are those of (A B^T)(A B^T)^T and zeros, so the trace of its
+    root is the sum of the singular values of A B^T: no matrix root, and no regularization of singular covariances.
+    """
+    root_trace = torch.linalg.svdvals(first.root @ second.root.T).sum()
+    spread = first.root.square().sum() + second.root.square().sum() - 2 * root_trace
+    return max(0.0, float((first.mean - second.mean).square().sum() + spread))
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which frames of a clip the video network sees: consecutive segments, the last of which ends with the clip.
+
+    Attributes:
+        context: given frames before the predicted ones.
+        horizon: predicted frames.
+        frames: per segment.
+        count: segments per clip.
+    """
+
+    context: int
+    horizon: int
+    frames: int
+    count: int
+
+    @classmethod
+    def choose(cls, evaluation: EvaluationConfig) -> "Segments":
+        """By the settings.
+
+        Raises:
+            ValueError: the clips are too short for the I3D.
+        """
+        context = evaluation.context if evaluation.fvd_context else 0
+        total = context + evaluation.horizon
+        if total < MIN_FRAMES:
+            without = "" if evaluation.fvd_context else " (evaluation.fvd_context: false)"
+            raise ValueError(
+                f"the I3D needs {MIN_FRAMES} frames or more, and the clips have {total}{without}: raise "
+                "evaluation.horizon"
+            )
+        frames = total if evaluation.fvd_frames is None else min(evaluation.fvd_frames, total)
+        return cls(context, evaluation.horizon, frames, total // frames)
+
+    def cut(self, given: Tensor, following: Tensor) -> Tensor:
+        """Clips of [b, context, 3, h, w] and [b, horizon, 3, h, w] to segments [b, count, frames, 3, h, w]."""
+        whole = torch.cat([given[:, given.shape[1] - self.context :], following], dim=1)
+        return rearrange(whole[:, -self.frames * self.count :], "b (s t) c h w -> b s t c h w", s=self.count)
+
+    def describe(self) -> str:
+        """In words, for the protocol."""
+        skipped = self.context + self.horizon - self.frames * self.count
+        return (
+            f"{self.count} segment{'s' if self.count > 1 else ''} of {self.frames} frames out of {self.context} given "
+            f"and {self.horizon} predicted" + (f", without the first {skipped}" if skipped else "")
+        )
+
+
+class VideoDistances:
+    """FVD: collects the features of all clips, then compares the sets."""
+
+    def __init__(self, network: VideoNetwork, segments: Segments) -> None:
+        self.network = network
+        self.segments = segments
+        self._features: dict[str, list[Tensor]] = defaultdict(list)
+
+    @torch.inference_mode()
+    def add(self, name: str, given: Tensor, following: Tensor) -> None:
+        """Compute the features of a batch of clips.
+
+        Args:
+            name: `real`, `autoencoded`, `copy_last`, `copy_last_autoencoded`; or with the number of the sample
+                `prediction 0` and, unless given frames are left out, `prediction_autoencoded 0`.
+            given: [b, context, 3, h, w] in [-1, 1] on the network's device.
+            following: [b, horizon, 3, h, w], likewise.
+        """
+        segments = rearrange(self.segments.cut(given, following), "b s t c h w -> (b s) t c h w")
+        with computing_in("fp32", segments.device):
+            parts = [self.network.features(part.clamp(-1, 1)) for part in segments.split(CLIPS_AT_ONCE)]
+        features = rearrange(torch.cat(parts), "(b s) d -> b s d", s=self.segments.count)
+        self._features[name].append(features.double().cpu())
+
+    def results(self, counts: Tensor | None, samples: int) -> MetricValues:
+        """The distances of all subjects from the real and from the autoencoded clips.
+
+        Args:
+            counts: [resamples, clips] from `draw_counts`, of which at most 200 rows are used; None: no intervals.
+            samples: predictions per clip. The first ones of all clips are one set, as large as the real one (the
+                distance depends on the number of clips), the second ones the next; the mean over the sets' distances
+                is the result.
+        Raises:
+            ValueError: fewer than two clips, or features that are not finite.
+        """
+        features = {name: torch.cat(parts) for name, parts in self._features.items()}
+        clips, segments, dimensions = features["real"].shape
+        if clips < 2:
+            raise ValueError("a distance of sets needs two clips or more, and there is one")
+        if clips * segments <= dimensions:
+            warn(
+                f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
+                "features: such distances are much too high; compare them only with those of as many clips"
+            )
+        measured = _distances(features, None, samples)
+        rows = [] if counts is None else counts[:MAX_RESAMPLES]
+        resampled = [
+            _distances(features, row, samples) for row in progress(rows, description="bootstrap of FVD", unit="set")
+        ]
+        intervals = {"real": None, "autoencoded": None}
+        if len(resampled) > 1:
+            intervals = {
+                against: {
+                    subject: normal_interval(value, [each[against][subject] for each in resampled])
+                    for subject, value in values.items()
+                }
+                for against, values in measured.items()
+            }
+        autoencoded = Distances(**measured["autoencoded"], interval=intervals["autoencoded"])
+        return MetricValues(**measured["real"], interval=intervals["real"], autoencoded=autoencoded)
+
+
+def _distances(features: dict[str, Tensor], counts: Tensor | None, samples: int) -> dict[str, dict[str, float]]:
+    """Of all subjects from `real` and from `autoencoded` clips; real and predicted clips are drawn together."""
+
+    def fit(name: str) -> Gaussian:
+        segments = features[name].shape[1]
+        weights = None if counts is None else counts.repeat_interleave(segments)
+        return fit_gaussian(rearrange(features[name], "b s d -> (b s) d"), weights)
+
+    gaussians = {name: fit(name) for name in features}
+
+    def distance(name: str, against: str) -> float:
+        if "prediction" in name:
+            # Without given frames the same clip is compared with both.
+            name = name if f"{name} 0" in features else "prediction"
+        names = [f"{name} {number}" for number in range(samples)] if "prediction" in name else [name]
+        return sum(frechet_distance(gaussians[name], gaussians[against]) for name in names) / len(names)
+
+    return {
+        "real": {subject: distance(name, "real") for subject, name in _AGAINST_REAL.items()},
+        "autoencoded": {subject: distance(name, "autoencoded") for subject, name in _AGAINST_AUTOENCODED.items()},
+    }

@@ -1,0 +1,73 @@
+"""The table of an evaluation: what it tells, what it leaves out, and its width."""
+
+import pytest
+import torch
+
+from pipelines.evaluation.evaluator import summarize
+from pipelines.evaluation.intervals import draw_counts
+from pipelines.evaluation.metrics import PSNR
+from pipelines.evaluation.results import Distances, Evaluation, EvaluationProtocol, MetricValues
+from pipelines.evaluation.table import format_table
+
+PROTOCOL = EvaluationProtocol(
+    protocol="kth_10_30, with videos=64", dataset="kth", split="test", clips=64, videos=60, window="random",
+    window_seed=3, context=10, horizon=30, samples=2, aggregation="mean over clips, samples and predicted frames",
+    best_of="per clip the best", interval="95 %", pixels="floats", image_size=64, frame_step=5,
+    resize={"filter": "area", "upscale_filter": "bicubic", "crop": "centred square of the short side, offset "
+            "(long - short) // 2", "size": 64},
+    sampling={}, seed=7, precision="fp32", nfe=396, description="rk4-38, 396 evaluations per frame, warm start 0",
+    flow_step=300000, flow_sha256="f" * 64, flow_origin={}, refine=True, refiner_step=5, refiner_sha256="b" * 64,
+    autoencoder_sha256="a" * 64, store_fingerprint="e" * 64, vgg_sha256="c" * 64, device="cpu", torch="2",
+    fvd={"network_sha256": "d" * 64, "clips_of_frames": "1 segment of 40 frames", "resize": "by the network: 224x224",
+         "statistics": "float64", "interval": "-+", "samples": "one set per sample number"}, missing={},
+)  # fmt: skip
+
+
+def values(samples: int, counts: torch.Tensor | None) -> MetricValues:
+    generator = torch.Generator().manual_seed(0)
+    subjects = {"prediction": samples, "copy_last": 1, "reconstruction": 1}
+    numbers = {name: 20 * torch.rand(6, count, 30, generator=generator) for name, count in subjects.items()}
+    return summarize(PSNR, numbers, counts)
+
+
+@pytest.fixture
+def everything() -> Evaluation:
+    interval = {"prediction": (1234.5, 12345.6), "copy_last": (1.0, 2.0), "reconstruction": (0.0, 1.0)}
+    fvd = MetricValues(
+        prediction=2345.6, copy_last=1.5, reconstruction=0.5, interval=interval,
+        autoencoded=Distances(prediction=99.9, copy_last=1.0, interval=interval),
+    )  # fmt: skip
+    metrics = {"psnr": values(2, draw_counts(range(6), 50, 0)), "ssim": values(2, None), "fvd": fvd}
+    return Evaluation(protocol=PROTOCOL, metrics=metrics)
+
+
+def test_the_table_tells_everything_that_is_needed_to_measure_again(everything):
+    text = format_table(everything)
+    assert max(len(line) for line in text.splitlines()) <= 120
+    for part in ("64 clips of 60 videos", "10 frames given, 30 predicted", "kth_10_30, with videos=64", "seed 3",
+                 "one frame in 5", "396 evaluations", "seed 7", "filter area", "fp32", "a" * 12, "f" * 12, "b" * 12,
+                 "c" * 12, "d" * 12, "best of 2", "+15", "+30", "2345.6", "[1234.5, 12345.6]"):  # fmt: skip
+        assert part in text, part
+    assert "not measured" not in text
+    assert "LPIPS" not in text
+
+
+def test_the_table_says_what_is_missing_and_leaves_no_trace_of_it():
+    nothing = {"protocol", "best_of", "interval", "fvd", "vgg_sha256", "refiner_sha256"}
+    protocol = PROTOCOL.model_copy(
+        update=dict.fromkeys(nothing)
+        | {"samples": 1, "frame_step": 1, "refine": False, "missing": {"lpips": "no weights", "fvd": "no network"}}
+    )
+    text = format_table(Evaluation(protocol=protocol, metrics={"psnr": values(1, None)}))
+    assert [line.strip() for line in text.splitlines()[-2:]] == [
+        "lpips was not measured: no weights",
+        "fvd was not measured: no network",
+    ]
+    for part in ("best of", "FVD", "VGG16", "refiner", "LPIPS"):
+        assert part not in text
+
+
+def test_the_prediction_is_compared_with_copying_the_last_frame(everything):
+    for prediction, word in ((25.0, "2.50 dB better"), (20.0, "2.50 dB WORSE")):
+        psnr = everything.metrics["psnr"].model_copy(update={"prediction": prediction, "copy_last": 22.5})
+        assert word in format_table(everything.model_copy(update={"metrics": {"psnr": psnr}}))
