@@ -1,75 +1,331 @@
-"""The README's Python snippets run as they stand there, on a tiny run."""
+"""README and docs stay true: code blocks run on a tiny data set, and links, targets, options, keys and paths exist.
 
+A block that cannot run here (network, GPU, cluster, hours) has the comment `<!-- not run: reason -->` before it. Its
+commands are called with --dry-run, which checks targets, options, keys and values all the same.
+"""
+
+import dataclasses
 import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 import zarr
 
 import latent_cache
+from pipelines.__main__ import COMMANDS
+from pipelines.config import RiverConfig, load_config
+from pipelines.errors import UserError
 
-README = Path(__file__).parents[2] / "README.md"
+REPOSITORY = Path(__file__).parents[2]
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+LANGUAGES = {"bash", "python", "yaml", "text"}
+# Targets that are no call of the command line: they exist, and that is all that is checked.
+OTHER_TARGETS = {"setup", "test", "lint"}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced code block of a page."""
+
+    language: str
+    code: str
+    is_run: bool
+    line: int
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines of a bash block without comments."""
+        return [line for line in (line.split(" #")[0].strip() for line in self.code.splitlines()) if line]
 
 
-def snippet_with(text: str) -> str:
-    found = [snippet for snippet in snippets() if text in snippet]
-    assert len(found) == 1, f"{len(found)} snippets of the README have {text!r}"
-    return found[0]
+def blocks(page: Path) -> list[Block]:
+    found = []
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^(<!-- not run: [^\n]+ -->\n)?```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text[: match.start(2)].count("\n") + 1
+        found.append(Block(match[2], match[3], match[1] is None, line))
+    return found
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def code_spans(page: Path) -> list[str]:
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def targets() -> dict[str, str]:
+    """The targets that the Makefile documents."""
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([a-z-]+):.*## (.+)$", text, re.MULTILINE))
+
+
+class Shell:
+    """What a reader's shell remembers: `make` keeps the last DATASET that was named."""
+
+    def __init__(self) -> None:
+        self.dataset = "shapes"
+
+    def arguments(self, line: str) -> tuple[list[str], dict[str, str]] | None:
+        """Arguments and environment of the `python -m pipelines` that a line calls; None: it calls something else."""
+        words = shlex.split(line)
+        if "pipelines" in words:
+            return words[words.index("pipelines") + 1 :], {}
+        if "make" not in words:
+            return None
+        variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+        (target,) = (word for word in words if word != "make" and "=" not in word)
+        assert target in targets(), f"{line}: the Makefile has no target {target}"
+        if target in OTHER_TARGETS:
+            return None
+        self.dataset = variables.setdefault("DATASET", self.dataset)
+        called = subprocess.run(
+            ["make", "--dry-run", target, *(f"{name}={value}" for name, value in variables.items())],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.replace("\\\n", " ")
+        (call,) = (line for line in called.splitlines() if "-m pipelines" in line)
+        exported = {
+            name: variables[name] for name in ("DEVICE", "MIRROR", "SCHEDULER", "DOWNLOAD") if name in variables
+        }
+        return shlex.split(call.partition("-m pipelines")[2]), exported
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, story: Any) -> Path:
+    """A folder like a reader's after `make demo`, with tiny presets in place of `shapes` and `videos`."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    refiner = {
+        "model": {"groups": 1, "blocks": 1, "features": 4, "reduction": 2},
+        "training": {"steps": 2, "batch_size": 2, "clip_frames": 3, "validation_clips": 2},
+    }
+    shapes = story.TINY | {"refiner": refiner, "dataset": story.TINY["dataset"] | {"name": "shapes", "image_size": 64}}
+    videos = story.TINY | {
+        "dataset": {"name": "videos", "source": "videos", "image_size": 32, "splits": {"val": 0.2, "test": 0.2}}
+    }
+    for name, values in (("shapes", shapes), ("videos", videos)):
+        (folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    story.write_videos(folder / "own", story.OWN_NAMES)
+    story.write_video(folder / "clip.mp4", story.moving_square(12, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        story.run_main(["demo", "--config", "configs/shapes.yaml", "--device", "cpu"]).ok()
+    return folder
 
 
 @pytest.fixture
-def inside(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder in which a reader of the README would be, with a run and a store named `shapes`."""
-    for name, there in (("latents/shapes.zarr", trained.store), ("runs/shapes", trained.runs)):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).symlink_to(there)
+def inside(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("DEVICE", "cpu")
+    return workspace
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder with the real presets, and those that the pages ask to write."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "yaml":
+                name = yaml.safe_load(block.code)["dataset"]["name"]
+                (tmp_path / "configs" / f"{name}.yaml").write_text(block.code)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEVICE", "cpu")
+    return tmp_path
 
 
-def test_plain_zarr(inside: None, capsys) -> None:
-    names: dict = {}
-    exec(snippet_with("zarr.open_group"), names)
-    cache = latent_cache.open("latents/shapes.zarr")
-    np.testing.assert_array_equal(names["first_video"], cache.video(0))
-    assert str(names["names"][0]) == cache.video_ids[0]
-    assert cache.metadata.autoencoder["sha256"] in capsys.readouterr().out
+def run_python(page: Path) -> list[dict[str, Any]]:
+    """Run the Python blocks of a page one after another; gives the names that each leaves."""
+    names: dict[str, Any] = {}
+    left = []
+    for block in blocks(page):
+        if block.language == "python" and block.is_run:
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+            left.append(dict(names))
+    return left
 
 
-def test_xarray(inside: None) -> None:
-    names: dict = {"print": lambda *values: names.update(printed=values)}
-    exec(snippet_with("import xarray"), names)
-    names["split"].close()
-    expected = latent_cache.open("latents/shapes.zarr").video("train_00003")
-    np.testing.assert_array_equal(names["video"].values, expected)
-    dims, shape, std = names["printed"]
-    assert (dims, shape) == (("frame", "channel", "y", "x"), expected.shape)
-    assert std == pytest.approx(expected.astype(np.float64).std(), rel=1e-4)
+@each_page
+def test_commands_run(page: Path, inside: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = Shell()
+    for block in blocks(page):
+        for line in block.commands if block.language == "bash" else ():
+            called = shell.arguments(line.replace("/path/to/my/videos", "own"))
+            if not block.is_run or called is None:
+                continue
+            arguments, environment = called
+            with monkeypatch.context() as patch:
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                outcome = command(arguments)
+            assert outcome.code == 0, f"{page.name}:{block.line}: {line}\n{outcome.err}"
 
 
-def test_dask(inside: None) -> None:
-    names: dict = {"print": lambda *values: names.update(printed=values)}
-    exec(snippet_with("import dask.array"), names)
-    cache = latent_cache.open("latents/shapes.zarr")
-    np.testing.assert_allclose(names["printed"], [cache.mean, cache.std], rtol=1e-5)
+@each_page
+def test_commands_that_are_not_run_are_valid(page: Path, elsewhere: Path, command: Callable[..., Any]) -> None:
+    """Commands of marked blocks and of the text: their targets, options, keys and values."""
+    shell = Shell()
+    lines = [line for block in blocks(page) if block.language == "bash" and not block.is_run for line in block.commands]
+    spans = [
+        span for span in code_spans(page) if re.match(r"(\w+=\S+ )*make \S|(\.venv/bin/)?python -m pipelines ", span)
+    ]
+    for line in [*lines, *(span for span in spans if "TARGET" not in span and "COMMAND" not in span)]:
+        called = shell.arguments(line.replace("/path/or/url", ".").replace("/path/to/zips", ".").replace(" N", " 8"))
+        if called is None:
+            continue
+        arguments = [word for word in called[0] if word != "--dry-run"]
+        if "--config" not in arguments:
+            arguments += ["--config", f"configs/{shell.dataset}.yaml"]
+        outcome = command([*arguments, "--dry-run"])
+        assert outcome.code == 0, f"{page.name}: {line}\n{outcome.err}"
 
 
-def test_checked_reading(inside: None) -> None:
-    names: dict = {"print": lambda *values: names.update(printed=values)}
-    exec(snippet_with('cache.video("test_00003")'), names)
-    cache = latent_cache.open("latents/shapes.zarr", "test")
-    np.testing.assert_array_equal(names["video"], cache.video(3))
-    assert len(names["everything"]) == cache.frames == names["printed"][2]
+@each_page
+def test_python_runs(page: Path, inside: Path) -> None:
+    run_python(page)
 
 
-def test_layout(inside: None) -> None:
-    """The tree that is drawn is the one that is there, with its attributes."""
-    (drawn,) = re.findall(r"```\n(latents/shapes\.zarr .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+@each_page
+def test_blocks_have_a_language(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{page.name}:{block.line}"
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(blocks(page))
+
+
+@each_page
+def test_yaml_is_a_configuration(page: Path, elsewhere: Path) -> None:
+    for block in blocks(page):
+        if block.language == "yaml":
+            load_config(f"configs/{yaml.safe_load(block.code)['dataset']['name']}.yaml")
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file(), f"{page.name}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", prose(target), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, link
+
+
+@each_page
+def test_options_in_the_text_exist(page: Path, command: Callable[..., Any]) -> None:
+    known = set(re.findall(r"--[a-z-]+", "".join(command([name, "--help"]).out for name in COMMANDS)))
+    for span in code_spans(page):
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span):
+            assert option in known, f"{page.name}: `{span}`"
+
+
+def schema_keys(schema: dict[str, Any], node: dict[str, Any], prefix: str = "") -> set[str]:
+    """All dotted keys of a JSON schema."""
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    keys = set()
+    for choice in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+        keys |= schema_keys(schema, choice, prefix)
+    for name, child in node.get("properties", {}).items():
+        keys |= {prefix + name} | schema_keys(schema, child, f"{prefix}{name}.")
+    return keys
+
+
+@each_page
+def test_keys_in_the_text_exist(page: Path) -> None:
+    schema = RiverConfig.model_json_schema()
+    known = schema_keys(schema, schema)
+    sections = "|".join(sorted(schema["properties"]))
+    presets = sorted((REPOSITORY / "configs").glob("*.yaml"))
+    for span in code_spans(page):
+        if not (match := re.fullmatch(rf"(?:--set )?\"?((?:{sections})\.(?!json)[\w.]+)(?:(?:=|: )(.+?))?\"?", span)):
+            continue
+        key, value = match.groups()
+        if key.startswith("dataset.splits."):
+            key = "dataset.splits"
+        assert key in known, f"{page.name}: `{span}`"
+        if value and not value.startswith(("K", "<")):
+            assert any(is_accepted(preset, f"{match[1]}={value}") for preset in presets), f"{page.name}: `{span}`"
+
+
+def is_accepted(preset: Path, override: str) -> bool:
+    try:
+        load_config(preset, [override])
+    except UserError:
+        return False
+    return True
+
+
+@each_page
+def test_paths_in_the_text_exist(page: Path) -> None:
+    written_by_readers = {"configs/mine.yaml"}
+    roots = r"configs|docs|tests|pipelines|latent_cache|stage1_autoencoder|stage2_flow|\.ci"
+    for span in code_spans(page):
+        if re.fullmatch(rf"({roots})/[\w./]+", span) and span not in written_by_readers:
+            assert (REPOSITORY / span).exists(), f"{page.name}: `{span}`"
+
+
+def test_readme_fits_on_a_few_screens() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 260
+
+
+def test_readme_lists_every_page() -> None:
+    listed = re.findall(r"^\| \[[^]]+\]\((docs/[\w.]+)\)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == [f"docs/{page.name}" for page in PAGES[1:]]
+
+
+def test_readme_lists_every_target() -> None:
+    rows = re.findall(r"^\| (`make .*?) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`make ([a-z-]+)", row)}
+    assert listed == targets().keys() - {"help"}
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_a_page_says_who_needs_it(page: Path) -> None:
+    assert re.match(r"# .+\n\nRead this page if ", page.read_text(encoding="utf-8"))
+
+
+def test_every_picture_is_shown() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for picture in (REPOSITORY / "docs").iterdir():
+        assert picture.suffix == ".md" or picture.name in text, picture
+
+
+def test_readers_of_the_store_agree(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """zarr, xarray, dask and latent_cache read the same."""
+    plain, named, chunked, checked = run_python(REPOSITORY / "docs" / "store_format.md")
+    train, test = (latent_cache.open("latents/shapes.zarr", split) for split in ("train", "test"))
+    np.testing.assert_array_equal(plain["first_video"], train.video(0))
+    assert str(plain["names"][0]) == train.video_ids[0]
+    np.testing.assert_array_equal(named["video"].values, train.video("train_00003"))
+    assert named["video"].dims == ("frame", "channel", "y", "x")
+    named["split"].close()
+    np.testing.assert_allclose([chunked["mean"], chunked["std"]], [train.mean, train.std], rtol=1e-5)
+    np.testing.assert_array_equal(checked["video"], test.video(3))
+    assert len(checked["everything"]) == test.frames
+    assert train.metadata.autoencoder["sha256"] in capsys.readouterr().out
+
+
+def test_drawn_layout(inside: Path) -> None:
+    """The tree that the page draws is the store's, with its attributes."""
+    (drawn,) = (b.code for b in blocks(REPOSITORY / "docs" / "store_format.md") if b.code.startswith("latents/"))
     store = zarr.open_group("latents/shapes.zarr", mode="r")
     arrays = dict(re.findall(r"│   [├└]── (\w+) +\[([^]]*)\]", drawn))
     assert arrays.keys() == dict(store["train"].arrays()).keys()
@@ -80,45 +336,13 @@ def test_layout(inside: None) -> None:
         assert attribute in store.attrs
 
 
-def test_inspect_and_verify(inside: None, command, trained) -> None:
-    """The commands of the section, as `make` calls them, on the tiny run."""
-    text = README.read_text(encoding="utf-8")
-    section = text[text.index("## Direct Zarr inspection") : text.index("## Python API")]
-    for words in re.findall(r'make inspect ARGS=("[^"]*"|\S+)', section):
-        outcome = trained.run("inspect", *words.strip('"').split()).ok()
-        assert "latents of tiny" in outcome.out
-    assert Path("video.gif").stat().st_size > 0
-    counts = re.findall(r"make verify N=(\d+)", section)
-    assert counts
-    for count in (*counts, "0"):
-        assert "match their checksums" in trained.run("encode", "--verify", count).ok().out
-
-
-def test_latent_cache(inside: None) -> None:
-    names: dict = {}
-    exec(snippet_with(".latents .codes .video_ids"), names)
-    for attribute in ("latents", "codes", "video_ids", "offsets", "mean", "std", "fingerprint"):
-        assert hasattr(names["cache"], attribute)
-
-
-def test_predictor(inside: None, trained) -> None:
-    cache = latent_cache.open(trained.store, "train")
-    small = (2, *cache.latent_shape)
-    side = small[-1] * cache.metadata.autoencoder["downsampling"]
-    names = {
-        "images": torch.zeros(2, 3, 3, side, side),
-        "context": torch.zeros(2, 3, *small[1:]),
-        "pixels": torch.zeros(2, 3, side, side),
-        "z": torch.zeros(small),
-        **{name: torch.zeros(small) for name in ("x_t", "reference", "condition")},
-        "distance": torch.ones(2, dtype=torch.int64),
-        "t": torch.zeros(2),
-        "noise": torch.zeros(2, *small),
-        "indices": torch.zeros(2, 8, 2, dtype=torch.int64),
-    }
-    exec(snippet_with("VideoPredictor.from_run"), names)
-    assert names["frames"].shape == (2, 19, 3, side, side)
-    assert names["video"].shape == (2, 19, side, side, 3)
-    assert names["several"].shape == (6, 19, 3, side, side)
-    assert names["replayed"].shape == (2, 5, *small[1:])
-    assert names["latents"].shape == (2, 19, *small[1:])
+def test_shapes_in_the_python_api(inside: Path) -> None:
+    frames, latents, networks = run_python(REPOSITORY / "docs" / "sampling.md")
+    assert frames["frames"].shape == (2, 19, 3, 64, 64)
+    assert frames["several"].shape == (6, 19, 3, 64, 64)
+    assert frames["video"].shape == (2, 19, 64, 64, 3)
+    assert latents["latents"].shape == (2, 19, *latents["context"].shape[2:])
+    assert latents["replayed"].shape == (2, 5, *latents["context"].shape[2:])
+    assert networks["pixels"].shape == (2, 3, 64, 64)
+    assert networks["velocity"].shape == networks["z"].shape
+    assert networks["velocity"].dtype == torch.float32
