@@ -277,6 +277,21 @@ def test_keys_in_the_text_exist(page: Path) -> None:
             assert any(is_accepted(preset, f"{match[1]}={value}") for preset in presets), f"{page.name}: `{part}`"
 
 
+@each_page
+def test_keys_in_tables_exist(page: Path) -> None:
+    """In a table of "key of `section`", the first column holds keys of that section, some with a value."""
+    presets = sorted((REPOSITORY / "configs").glob("*.yaml"))
+    schema = RiverConfig.model_json_schema()
+    known = schema_keys(schema, schema)
+    for section, rows in re.findall(r"^\| key of `([\w.]+)` .*\n\|[-|]+\n((?:\|.*\n)+)", prose(page), re.MULTILINE):
+        for span in re.findall(r"`([^`]+)`", "".join(row.split(" | ")[0] for row in rows.splitlines())):
+            key, _, value = span.partition(": ")
+            key = key if key.startswith(section.partition(".")[0]) else f"{section}.{key}"
+            assert key in known, f"{page.name}: `{span}`"
+            if value and not value.startswith("<"):
+                assert any(is_accepted(preset, f"{key}={value}") for preset in presets), f"{page.name}: `{span}`"
+
+
 def is_accepted(preset: Path, override: str) -> bool:
     try:
         load_config(preset, [override])
