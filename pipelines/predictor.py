@@ -1,4 +1,4 @@
-"""The Python API: predict videos from images or latents with a trained run."""
+"""The Python API: predict videos from images or latents with a trained run; and what `sample` and `predict` do."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -19,37 +19,40 @@ from pipelines.loading import PredictorParts, load_run
 from pipelines.official.official_predictor import load_official
 from pipelines.official.parts import OfficialFiles
 from pipelines.official.vector_fields import OFFICIAL_HEADS
-from pipelines.prediction.clips import Clip
+from pipelines.prediction.clips import Clip, GivenVideo, load_clips
+from pipelines.prediction.pictures import to_video
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
+from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
 from pipelines.runtime.context import RunContext, resolve_device
-from pipelines.runtime.progress import progress
+from pipelines.runtime.progress import progress, say
+from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
-# Frames that go through the autoencoder at once.
+# Frames per call of the autoencoder.
 FRAMES_AT_ONCE = 64
 
 
 class VideoPredictor(PredictorParts):
-    """An autoencoder and a vector field that were trained together, ready to predict; attributes: `PredictorParts`."""
+    """An autoencoder and a vector field that were trained together; attributes as `PredictorParts`."""
 
     @classmethod
     def from_run(
         cls, run: str | Path, device: str | torch.device = "auto", *, weights: Literal["ema", "raw"] | None = None
     ) -> "VideoPredictor":
-        """Load the checkpoints of a run folder that are to be used.
+        """Load the checkpoints of a run folder: the best ones by validation, else the newest.
 
-        A refiner that was trained for another autoencoder is left out: who asks for it is told.
+        A refiner that was trained for another autoencoder is not loaded; asking for it is then an error.
 
         Args:
-            run: for example `runs/kth`, with `autoencoder/`, `flow/`, `config.yaml`, and `refiner/` if there is one.
+            run: for example `runs/kth`, with `autoencoder/`, `flow/`, `config.yaml`, and optionally `refiner/`.
             device: `auto`, `cpu`, `cuda`.
-            weights: of the vector field: averaged where the training kept an average, or those of the last step; None:
-                as the run's `sampling.weights` says.
+            weights: of the vector field: the average, if the training kept one, or those of the last step; None: as the
+                run's `sampling.weights` says.
         Raises:
-            UserError: something of it is missing, or its flow was trained on another autoencoder's latents.
+            UserError: a part of the run is missing, or its flow was trained on another autoencoder's latents.
         """
         return cls(**vars(load_run(Path(run), resolve_device(str(device)), weights)))
 
@@ -63,20 +66,20 @@ class VideoPredictor(PredictorParts):
         *,
         heads: int = OFFICIAL_HEADS,
     ) -> "VideoPredictor":
-        """Load a released model as it is, without a configuration: all sizes are read off the shapes.
+        """Load a released model without a configuration: all sizes are read off the shapes.
 
-        It predicts as the official code does: raw latents, preset official. Files don't tell `fps`: it is 25, and 5
-        with the custom VQ-VAE, whose model knows every fifth frame.
+        It predicts as the official code does: raw latents, preset official. The files do not contain `fps`: it is 25,
+        or 5 with the custom VQ-VAE, whose model was trained on every fifth frame.
 
         Args:
             model: the main model, `model.pth`.
-            autoencoder: `vqvae.ckpt` or `vqvae.pth`, where the model holds none; one that is inside wins.
+            autoencoder: `vqvae.ckpt` or `vqvae.pth`; ignored if the model contains one.
             refiner: a refiner's `.pth`.
             device: `auto`, `cpu`, `cuda`.
-            heads: attention heads: the one size that shapes don't tell.
+            heads: attention heads, the one size that shapes do not tell.
         Raises:
-            UserError: no such file; one that is not what the official code writes; a model without its autoencoder;
-                files that don't belong together; heads that don't divide the width.
+            UserError: no such file; another format than the official code writes; a model without its autoencoder;
+                files that do not belong together; heads that do not divide the width.
         """
         files = OfficialFiles(Path(model), *(path and Path(path) for path in (autoencoder, refiner)))
         return cls(**vars(load_official(files, resolve_device(str(device)), heads=heads)))
@@ -95,7 +98,7 @@ class VideoPredictor(PredictorParts):
                 f"sampling {changes}: weights are chosen when they are loaded: "
                 f"VideoPredictor.from_run(..., weights={changes['weights']!r})"
             )
-        # A preset stands for solver, times and their number, so it drops those of the run.
+        # A preset decides solver and steps, so those of the run are dropped.
         dropped = {"solver", "steps", "nfe"} if "preset" in changes else set()
         if "steps" in changes:
             dropped |= {"nfe"}
@@ -120,13 +123,13 @@ class VideoPredictor(PredictorParts):
         """Continue videos.
 
         Args:
-            images: [b, n, 3, h, w] float in [-1, 1], n >= 1 context frames; sides that `autoencoder.downsampling`
-                divides.
+            images: [b, n, 3, h, w] float in [-1, 1], n >= 1 context frames; sides are multiples of
+                `autoencoder.downsampling`.
             num_frames: frames to predict.
             sampling: options that differ from the run's, such as {"steps": 20, "warm_start": 0.3}.
             keys: (video, sample) of each row, which decide its random draws; default (row, 0).
-            samples: predictions of each row, which follow one another: number i has the draws of (video, sample + i).
-            refine: apply the refiner to the predicted frames; what is predicted in latent space stays the same.
+            samples: predictions per row, one after the other: number i has the draws of (video, sample + i).
+            refine: apply the refiner to the predicted frames; predicted latents stay the same.
             verbose: show a progress bar.
         Returns:
             [b samples, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then
@@ -140,11 +143,11 @@ class VideoPredictor(PredictorParts):
             raise UserError(f"images must be [b, n, 3, h, w], not {list(images.shape)}")
         if 0 in images.shape or not images.is_floating_point():
             raise UserError(f"images must be at least one frame of floats, not {list(images.shape)} of {images.dtype}")
-        # Asked this way round so that NaN is refused too.
+        # Written so that NaN is refused as well.
         if not (images.amin() >= -1.001 and images.amax() <= 1.001):
             raise UserError(
-                f"images must lie in [-1, 1], these reach from {images.amin():.3g} to {images.amax():.3g}; for uint8 "
-                "frames take x / 127.5 - 1"
+                f"images must be in [-1, 1], these range from {images.amin():.3g} to {images.amax():.3g}; convert "
+                "uint8 frames by x / 127.5 - 1"
             )
         try:
             context = self.encode_videos(images)
@@ -175,12 +178,12 @@ class VideoPredictor(PredictorParts):
             context: [b, n, c, h, w] raw latents.
             num_frames: frames to predict.
             sampling, keys, samples, verbose: as in `generate_frames`.
-            noise: [num_frames, b samples, c, h, w], in place of drawn noise.
-            condition_indices: [num_frames, nfe, b samples] int64, in place of drawn ones.
+            noise: [num_frames, b samples, c, h, w], instead of drawn noise.
+            condition_indices: [num_frames, nfe, b samples] int64, instead of drawn ones.
         Returns:
-            [b samples, n + num_frames, c, h, w] raw latents, un-quantized; the context as it came in.
+            [b samples, n + num_frames, c, h, w] raw latents, not quantized; the context is unchanged.
         Raises:
-            UserError: sampling options or shapes that don't fit.
+            UserError: sampling options or shapes that do not fit.
         """
         options = self.sampling_with(sampling)
         if context.ndim != 5:
@@ -209,7 +212,7 @@ class VideoPredictor(PredictorParts):
         except ValueError as error:
             raise UserError(str(error)) from None
         raw = self.standardization.to_raw(final)
-        raw[:, : context.shape[1]] = context  # exactly, not within rounding
+        raw[:, : context.shape[1]] = context  # bit for bit, without rounding
         return raw
 
     @cached_property
@@ -224,7 +227,7 @@ class VideoPredictor(PredictorParts):
         keys: Sequence[tuple[int, int]] | None,
         samples: int,
     ) -> SamplingDraws:
-        """For all rows of a context in which each video stands `samples` times."""
+        """Of all rows of a context that holds each video `samples` times."""
         rows = len(context) // samples
         keys = [(row, 0) for row in range(rows)] if keys is None else keys
         if len(keys) != rows:
@@ -254,11 +257,11 @@ class VideoPredictor(PredictorParts):
         return self._decode(latents).clamp(-1, 1)
 
     def decode_refined(self, latents: Tensor, context: Tensor) -> Tensor:
-        """Decode videos as `decode_videos`, and refine what follows the context.
+        """Decode videos as `decode_videos`, and refine the frames after the context.
 
         Args:
             latents: [b, n + k, c, h, w] raw latents of context and prediction.
-            context: [b, n, 3, h f, w f] in [-1, 1], the real frames that were given; n >= 1.
+            context: [b, n, 3, h f, w f] in [-1, 1], the given real frames; n >= 1.
         Returns:
             [b, n + k, 3, h f, w f] in [-1, 1]: reconstructions of the context, then refined frames.
         Raises:
@@ -273,11 +276,21 @@ class VideoPredictor(PredictorParts):
         """The refiner.
 
         Raises:
-            UserError: there is none, and why.
+            UserError: there is none; the message has the reason.
         """
         if self.refiner is None:
             raise UserError(self.no_refiner)
         return self.refiner
+
+    def describe_sampling(self, refine: bool = False) -> str:
+        """How frames are predicted, in a few words."""
+        options, plan = self.sampling, SamplingPlan.from_config(self.sampling)
+        words = [plan.solver.name, f"{plan.evaluations} evaluations per frame", f"warm start {plan.warm_start:g}"]
+        words += ["one condition per frame"] if options.condition == "per-frame" else []
+        words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
+        words += ["raw weights"] if options.weights == "raw" else []
+        words += ["refined"] if refine else []
+        return ", ".join(words)
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor:
@@ -287,58 +300,102 @@ class VideoPredictor(PredictorParts):
         return rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
 
 
-def to_video(frames: Tensor) -> np.ndarray:
-    """Frames in [-1, 1] to 8-bit pixels.
-
-    Args:
-        frames: [b, n, 3, h, w] float; clamped to [-1, 1].
-    Returns:
-        [b, n, h, w, 3] uint8, rounded to the nearest.
-    """
-    pixels = frames.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return rearrange(pixels, "b n c h w -> b n h w c").cpu().numpy()
-
-
 def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:
-    """The predictor of the configuration's run, with the configuration's sampling options."""
+    """The predictor of a configuration's run, with the sampling options of that configuration."""
     predictor = VideoPredictor.from_run(config.run_path, run_context.device, weights=config.sampling.weights)
     return replace(predictor, sampling=config.sampling)
 
 
-def describe_sampling(predictor: VideoPredictor, refine: bool = False) -> str:
-    """One phrase on how frames are integrated, for people."""
-    options, plan = predictor.sampling, SamplingPlan.from_config(predictor.sampling)
-    words = [plan.solver.name, f"{plan.evaluations} evaluations a frame", f"warm start {plan.warm_start:g}"]
-    words += ["one condition a frame"] if options.condition == "per-frame" else []
-    words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
-    words += ["raw weights"] if options.weights == "raw" else []
-    words += ["refined"] if refine else []
-    return ", ".join(words)
+def sample_clips(
+    config: RiverConfig, run_context: RunContext, videos: int = SHEET_CLIPS, refine: bool = False, samples: int = 1
+) -> Path:
+    """Predict clips of the protocol's split with a trained run; write pictures and latents, see `write_samples`.
+
+    Args:
+        videos: number of clips.
+        refine: refine predicted frames.
+        samples: different predictions per clip.
+    Returns:
+        The folder `samples` of the run.
+    Raises:
+        UserError: no clips; `refine` without a refiner.
+    """
+    predictor = load_predictor(config, run_context)
+    clips = load_clips(config, run_context, videos)
+    context, horizon = config.evaluation.context, config.evaluation.horizon
+    how, several = predictor.describe_sampling(refine), f", {samples} samples of each" if samples > 1 else ""
+    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}")
+    latents, pixels = [], []
+    for number in range(samples):
+        latents.append(_predict_clips(predictor, clips, context, horizon, config.evaluation.batch_size, number))
+        if refine:
+            given = torch.stack([clip.frames[:context] for clip in clips])
+            pixels.append(to_video(predictor.decode_refined(latents[-1], given)))
+        else:
+            pixels.append(to_video(predictor.decode_videos(latents[-1])))
+    folder = config.run_path / "samples"
+    listed = Samples(
+        clips=[clip.name for clip in clips],
+        context=context,
+        horizon=horizon,
+        sampling=config.sampling.model_dump(mode="json"),
+        samples=samples,
+        refine=refine,
+    )
+    title = (
+        f"{config.dataset.name}, {config.evaluation.split} split: {context} frames given, {horizon} predicted ({how})"
+    )
+    write_samples(folder, listed, clips, np.stack(pixels), torch.stack(latents), title, predictor.fps)
+    say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
+    return folder
 
 
-def predict_clips(
-    predictor: VideoPredictor, clips: list[Clip], context: int, horizon: int, batch_size: int, sample_number: int
-) -> torch.Tensor:
-    """Raw latents [clips, context + horizon, c, h, w] of context and prediction; `sample_number` keys the draws."""
+def _predict_clips(
+    predictor: VideoPredictor, clips: list[Clip], context: int, horizon: int, batch_size: int, number: int
+) -> Tensor:
+    """Raw latents [clips, context + horizon, c, h, w]; the number of the sample decides the random draws."""
     parts = []
     with progress(total=len(clips), description="predict", unit="clip") as bar:
         for first in range(0, len(clips), batch_size):
             batch = clips[first : first + batch_size]
             given = predictor.encode_videos(torch.stack([clip.frames[:context] for clip in batch]))
-            keys = [(clip.key, sample_number) for clip in batch]
-            parts.append(predictor.generate_latents(given, horizon, keys=keys))
+            parts.append(predictor.generate_latents(given, horizon, keys=[(clip.key, number) for clip in batch]))
             bar.update(len(batch))
     return torch.cat(parts)
 
 
-def decode_clips(
-    predictor: VideoPredictor, clips: list[Clip], latents: torch.Tensor, context: int, refine: bool
-) -> torch.Tensor:
-    """Frames [clips, context + horizon, 3, h, w] of `predict_clips`' latents; with `refine` predicted ones are refined.
+def continue_video(
+    config: RiverConfig,
+    run_context: RunContext,
+    video: GivenVideo,
+    frames: int | None = None,
+    refine: bool = False,
+    marked: bool = False,
+    samples: int = 1,
+) -> Path:
+    """Continue a user's video from its last `evaluation.context` frames; write it to the run's folder `predictions`.
 
+    Args:
+        frames: to predict; None: `evaluation.horizon`.
+        refine: refine predicted frames.
+        marked: give given frames a green border and predicted ones a red one.
+        samples: different continuations; the files of the second one end in `-2`, and so on.
+    Returns:
+        The GIF of the first sample.
     Raises:
         UserError: `refine` without a refiner.
     """
-    if not refine:
-        return predictor.decode_videos(latents)
-    return predictor.decode_refined(latents, torch.stack([clip.frames[:context] for clip in clips]))
+    context, horizon = config.evaluation.context, frames or config.evaluation.horizon
+    predictor = load_predictor(config, run_context)
+    several = f", {samples} samples" if samples > 1 else ""
+    say(
+        f"predict: {video.path}: last {context} of {video.length} frames given, {horizon} predicted{several}, "
+        f"{predictor.describe_sampling(refine)}"
+    )
+    given = image_to_unit(torch.from_numpy(video.frames[-context:]))[None]
+    predicted = to_video(predictor.generate_frames(given, horizon, samples=samples, refine=refine, verbose=True))
+    title = f"{video.path.name}: {context} frames given, {horizon} predicted{', refined' if refine else ''}"
+    gif = write_continuation(config.run_path / "predictions", video, predicted, context, title, marked)
+    h, w = predicted.shape[2:4]
+    say(f"predict: {gif.with_suffix('')}.mp4, .gif and .png: {video.length} + {horizon} frames of {w}x{h}")
+    return gif

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
     from pipelines.evaluation.evaluator import evaluate
-    from pipelines.prediction.samples import sample
+    from pipelines.predictor import sample_clips
     from pipelines.report.assembly import report
     from pipelines.runtime.progress import say
 
@@ -40,7 +40,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
         ("stage 1: train the autoencoder", lambda: stages.run_to("autoencoder", config, run_context)),
         ("stage 1: encode all videos into the store", lambda: stages.run_to("store", config, run_context)),
         ("stage 2: train the flow, from the store alone", lambda: stages.run_to("flow", config, run_context)),
-        ("predict videos of the test split", lambda: sample(config, run_context)),
+        ("predict videos of the test split", lambda: sample_clips(config, run_context)),
         ("measure", lambda: evaluate(config, run_context)),
         ("write the report", lambda: report(config, run_context)),
     ]

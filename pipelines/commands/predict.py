@@ -27,16 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
     from pipelines.loading import find_flow, find_refiner
-    from pipelines.prediction.continuation import predict
+    from pipelines.prediction.clips import read_video
+    from pipelines.predictor import continue_video
 
+    video = read_video(config, options.video)  # a broken one is reported before a training that may take days
     if find_flow(config.run_path) is None:
         stages.run_to("flow", config, run_context)
     if options.refine and find_refiner(config.run_path) is None:
         stages.run_to("refiner", config, run_context)
-    predict(
+    continue_video(
         config,
         run_context,
-        options.video,
+        video,
         frames=options.frames,
         refine=options.refine,
         marked=options.marked,

@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.prediction.samples import sample
+    from pipelines.predictor import sample_clips
 
     stages.run_to("flow", config, run_context)
     if options.refine:
         stages.run_to("refiner", config, run_context)
-    sample(config, run_context, options.videos, options.refine, options.samples)
+    sample_clips(config, run_context, options.videos, options.refine, options.samples)

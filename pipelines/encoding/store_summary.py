@@ -15,8 +15,7 @@ from pipelines.config import RiverConfig
 from pipelines.encoding.verify_store import check_checksums
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
-from pipelines.prediction.pictures import save_gif
-from pipelines.predictor import to_video
+from pipelines.prediction.pictures import save_gif, to_video
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import duration, say
 
@@ -198,7 +197,7 @@ def save_video(
         latents = torch.from_numpy(cache.video(name, view).astype(np.float32)).to(run_context.device)
         frames = torch.cat([autoencoder.decode(part) for part in latents.split(DECODE_FRAMES)])
     gif.parent.mkdir(parents=True, exist_ok=True)
-    save_gif(gif, to_video(frames[None])[0], cache.metadata.fps)
+    save_gif(gif, to_video(frames), cache.metadata.fps)
     of_view = "" if view == IDENTITY_VIEW else f", view {view},"
     say(f"inspect: {name}{of_view} of {cache.split} decoded to {gif}")
 

@@ -9,7 +9,7 @@ from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
 from pipelines.evaluation.frechet import MAX_RESAMPLES, VideoDistances
 from pipelines.evaluation.results import EvaluationProtocol
 from pipelines.loading import find_flow, find_refiner, weights_digest
-from pipelines.predictor import VideoPredictor, describe_sampling
+from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import sampling_precision
 from pipelines.runtime.files import file_sha256
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
@@ -66,7 +66,7 @@ def describe_protocol(
         seed=config.sampling.seed,
         precision=sampling_precision(config.sampling, predictor.device),
         nfe=SamplingPlan.from_config(config.sampling).evaluations,
-        description=describe_sampling(predictor, refine),
+        description=predictor.describe_sampling(refine),
         flow_step=flow.step,
         flow_sha256=weights_digest(predictor.vector_field),
         flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},

@@ -1,9 +1,10 @@
-"""The clips that predictions are made and measured on."""
+"""The clips that are predicted and measured: chosen by the protocol, or the end of a user's video."""
 
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ from pipelines.errors import UserError
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import image_to_unit
-from stage1_autoencoder.videos import open_source
+from stage1_autoencoder.videos import open_source, open_video
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource, VideoTable
+
+# Frames of a user's video that are held in memory and shown before the prediction.
+MAX_FRAMES_SHOWN = 1000
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,21 @@ class Clip:
 
     @property
     def video(self) -> int:
-        """The number of its video in the split: clips of one video are no independent draws."""
+        """The number of its video in the split: clips of one video are not independent."""
         return self.key & 0xFFFFFFFF
 
 
 def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
-    """Clips by the protocol.
+    """Choose clips by the protocol.
 
-    With `window: first` a video gives its first frames, so it is taken once, and fewer clips than videos are spread
-    evenly over the split; with `moving` too, but where a clip starts is seen when its video is read (`most_moving`).
-    With `random` the videos come in a drawn order, each once before any is taken again, and a video's starts are drawn
-    from (seed, video) without repetition, uniformly over all that fit.
+    `window: first` takes the first frames of a video, each video once; fewer clips than videos are spread evenly over
+    the split. `moving` does the same, but the start is decided when the video is read (`most_moving`). `random` draws
+    an order of the videos and takes each once before any is taken again; the starts in a video are drawn from (seed,
+    video) without repetition, uniformly over all that fit.
 
     Args:
         lengths: frames of the split's videos.
-        wanted: how many clips; fewer come back when there are not as many.
+        wanted: number of clips; fewer are returned where there are fewer.
     """
     needed = evaluation.context + evaluation.horizon
     fitting = [i for i, length in enumerate(lengths) if length >= needed]
@@ -64,7 +68,7 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
     def starts(video: int) -> np.ndarray:
         return np.random.default_rng([evaluation.seed, video]).permutation(lengths[video] - needed + 1)
 
-    # Lazily, since there may be far more videos, and long ones hold far more windows, than are wanted.
+    # Lazily: there may be far more windows than are wanted.
     windows = (
         Window(video, int(starts(video)[number]))
         for number in range(rounds)
@@ -75,15 +79,14 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
 
 
 def most_moving(pixels: Iterable[np.ndarray], context: int, needed: int) -> int:
-    """Where a clip starts whose given frames move most; what comes after them is not looked at.
+    """The start of the clip whose given frames move most, whatever its other frames do.
 
     Args:
         pixels: frames [h, w, 3] uint8 of a whole video, one at a time.
-        context: frames that are given.
-        needed: frames of the clip.
+        context: given frames of the clip.
+        needed: all frames of the clip.
     Returns:
-        The start, of several equal ones the first: that with the largest sum, over the given frames, of each one's mean
-        absolute difference to the frame before it.
+        The first start with the largest sum, over the given frames, of the mean absolute difference to the one before.
     """
     changes, before = [0.0], None
     for frame in pixels:
@@ -98,10 +101,10 @@ def most_moving(pixels: Iterable[np.ndarray], context: int, needed: int) -> int:
 
 
 class ClipReader:
-    """The protocol's clips, read from the raw videos one by one as they are asked for: none is kept.
+    """The protocol's clips, read from the raw videos one at a time and not kept.
 
     Attributes:
-        windows: where they lie.
+        windows: the frames of each.
     """
 
     def __init__(
@@ -110,21 +113,21 @@ class ClipReader:
         self.windows = windows
         self._source = source
         self._evaluation = evaluation
-        self._session = run_context
+        self._run_context = run_context
 
     def __len__(self) -> int:
-        """Clips at most: broken videos are left out when they are read."""
+        """Number of clips, including those of broken videos, which are skipped when they are read."""
         return len(self.windows)
 
     def __iter__(self) -> Iterator[Clip]:
         """Read the clips; broken videos are skipped.
 
         Raises:
-            UserError: at the end, where no video could be decoded.
+            UserError: at the end, if no video could be decoded.
         """
         needed, found = self._evaluation.context + self._evaluation.horizon, 0
         for window in self.windows:
-            clip = _read_clip(self._source, window, needed, self._session, self._evaluation)
+            clip = _read_clip(self._source, window, needed, self._run_context, self._evaluation)
             if clip is not None:
                 found += 1
                 yield clip
@@ -135,22 +138,22 @@ class ClipReader:
             )
 
     def batches(self, size: int) -> Iterator[list[Clip]]:
-        """As many at once, the last time fewer; errors as of the iterator."""
+        """Lists of `size` clips, the last one shorter; errors as of the iterator."""
         clips = iter(self)
         while batch := list(itertools.islice(clips, size)):
             yield batch
 
 
 def load_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> list[Clip]:
-    """Read the protocol's clips from the raw videos, all at once; errors as of `open_clips` and its reader."""
+    """Read all clips of the protocol; errors as of `open_clips` and its reader."""
     return list(open_clips(config, run_context, wanted))
 
 
 def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> ClipReader:
-    """Choose the protocol's clips among the raw videos.
+    """Choose the clips of the protocol among the raw videos.
 
     Raises:
-        UserError: no video is long enough; says which lengths there are.
+        UserError: no video is long enough; the message has the lengths of the videos.
         VideoError: no videos.
     """
     evaluation = config.evaluation
@@ -172,8 +175,8 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
             "lower evaluation.horizon"
         )
     if short:
-        say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip and left out: "
-            f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}")  # fmt: skip
+        names = ", ".join(short[:3]) + (", ..." if len(short) > 3 else "")
+        say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip, skipped: {names}")
     return ClipReader(source, windows, evaluation, run_context)
 
 
@@ -189,5 +192,40 @@ def _read_clip(
         run_context.skip(error.video_id, error.reason)
         return None
     name = video.id if window.start == 0 else f"{video.id}@{window.start}"
-    # The same clip has the same key, hence the same prediction, however many others are asked for.
+    # The same clip has the same key and so the same prediction, however many clips are asked for.
     return Clip(name=name, key=window.start << 32 | window.video, frames=image_to_unit(torch.from_numpy(pixels)))
+
+
+@dataclass(frozen=True, eq=False)
+class GivenVideo:
+    """A user's video, to be continued.
+
+    Attributes:
+        path: of the file or folder.
+        frames: [n, h, w, 3] uint8, all frames or the last thousand.
+        length: frames of the whole video.
+        fps: frames per second.
+    """
+
+    path: Path
+    frames: np.ndarray
+    length: int
+    fps: float
+
+
+def read_video(config: RiverConfig, path: Path) -> GivenVideo:
+    """Read a video file or a folder of frames, preprocessed as the data set is.
+
+    Raises:
+        UserError: it is shorter than the context.
+        VideoError: it does not exist, or cannot be decoded.
+    """
+    source, context = open_video(config.dataset, path), config.evaluation.context
+    length = source.videos[0].frames
+    if length < context:
+        raise UserError(
+            f"{path}: {length} frames after dataset.frame_step {config.dataset.frame_step}, but evaluation.context is "
+            f"{context}: take a longer video or --set evaluation.context={length}"
+        )
+    frames = source.read(0, range(max(0, length - MAX_FRAMES_SHOWN), length))
+    return GivenVideo(path, frames, length, source.videos[0].fps)

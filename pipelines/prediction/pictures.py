@@ -1,4 +1,4 @@
-"""What people look at: contact sheets, GIFs and MP4s in which context is framed green and prediction red."""
+"""Pictures: labelled sheets, GIFs and MP4s, in which given frames have a green border and predicted ones a red one."""
 
 import re
 from collections.abc import Sequence
@@ -13,28 +13,30 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pipelines.runtime.files import replacing
+
 GREEN, RED, GREY = (46, 204, 113), (231, 76, 60), (150, 150, 150)
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 BORDER = 3
 LABEL_HEIGHT = 16
-SMALLEST_SIDE = 96
-# How long a GIF rests before it begins again.
+MIN_SIDE = 96
+# How long a GIF rests on its last frame.
 LAST_FRAME_MS = 1000
-# White around a tile of an animation, above and below, left and right.
+# White around a clip of an animation: above and below, left and right.
 TILE_MARGINS = (4, 6)
-# Of a sheet of reconstructions: around it, for the rows' names, between blocks, and above them.
-SHEET_MARGIN, SHEET_LABEL_WIDTH, SHEET_GAP, SHEET_HEAD = 12, 104, 10, LABEL_HEIGHT + 14
+# Of a sheet: around it, for the labels of rows, below each block, between cells, and above the blocks.
+SHEET_MARGIN, SHEET_LABEL_WIDTH, SHEET_GAP, CELL_GAP, SHEET_HEAD = 12, 104, 10, 2, LABEL_HEIGHT + 14
 
 
 @dataclass(frozen=True)
 class Strip:
-    """One row of a picture: a video with a label.
+    """One video of a clip's picture.
 
     Attributes:
         label: such as "truth" or "prediction".
         video: [n, h, w, 3] uint8.
-        context: the first so many frames are framed green.
-        rest: the colour of the other frames' border.
+        context: number of frames at its beginning with a green border.
+        rest: color of the other frames' border.
     """
 
     label: str
@@ -43,109 +45,90 @@ class Strip:
     rest: tuple[int, int, int]
 
 
+def to_video(frames: Tensor) -> np.ndarray:
+    """Frames in [-1, 1] to 8-bit pixels.
+
+    Args:
+        frames: [..., 3, h, w] float; clamped to [-1, 1].
+    Returns:
+        [..., h, w, 3] uint8, rounded to the nearest.
+    """
+    pixels = frames.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return rearrange(pixels, "... c h w -> ... h w c").cpu().numpy()
+
+
 def clip_strips(truth: np.ndarray, prediction: np.ndarray, context: int) -> list[Strip]:
-    """The two rows of a clip: what happened, and what was predicted from the same context."""
+    """The true frames of a clip, and those predicted from the same context."""
     return [Strip("truth", truth, context, GREY), Strip("prediction", prediction, context, RED)]
 
 
 def enlargement(side: int) -> int:
-    """How many times as large frames of this width are shown."""
-    return max(1, round(SMALLEST_SIDE / side))
+    """The factor by which frames of this width are enlarged."""
+    return max(1, round(MIN_SIDE / side))
 
 
 def framed(strip: Strip, scale: int) -> np.ndarray:
-    """Every frame enlarged by `scale` (nearest neighbour) with its border: [n, h', w', 3] uint8."""
+    """Every frame enlarged by `scale` (nearest neighbor), with its border: [n, h', w', 3] uint8."""
     n, h, w, _ = strip.video.shape
-    enlarged = strip.video.repeat(scale, axis=1).repeat(scale, axis=2)
     out = np.empty((n, h * scale + 2 * BORDER, w * scale + 2 * BORDER, 3), np.uint8)
     out[: strip.context] = GREEN
     out[strip.context :] = strip.rest
-    out[:, BORDER:-BORDER, BORDER:-BORDER] = enlarged
+    out[:, BORDER:-BORDER, BORDER:-BORDER] = _enlarged(strip.video, scale)
     return out
 
 
 def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_columns: int = 16) -> Image.Image:
-    """All clips on one page: a row a strip, a column a frame; of longer clips a regular choice of frames.
+    """Clips on one page: one row per strip, one column per frame; long clips by evenly spaced frames.
 
     Args:
-        clips: (name, strips) of each.
+        clips: (name, strips) of each, all of equal length.
         title: what the page shows.
-        max_columns: frames shown at most, first and last always among them.
+        max_columns: frames per clip at most; the first and the last one are always shown.
     """
-    length = len(clips[0][1][0].video)
+    first = clips[0][1][0]
+    length = len(first.video)
     columns = np.unique(np.linspace(0, length - 1, min(max_columns, length)).round().astype(int))
-    context = clips[0][1][0].context
-    scale = 1 if clips[0][1][0].video.shape[1] >= SMALLEST_SIDE else 2 if clips[0][1][0].video.shape[1] >= 48 else 3
-    sample = framed(clips[0][1][0], scale)
-    cell_h, cell_w = sample.shape[1] + 2, sample.shape[2] + 2
-    margin, label_w, gap = 12, 84, 10
-    strips = len(clips[0][1])
-    block = LABEL_HEIGHT + strips * cell_h + gap
-    head = 2 * LABEL_HEIGHT + 20
-    page = Image.new(
-        "RGB", (2 * margin + label_w + len(columns) * cell_w, 2 * margin + head + block * len(clips)), PAPER
-    )
-    draw = ImageDraw.Draw(page)
-    draw.text((margin, margin), title, fill=INK, font=_font(14))
-    _legend(draw, margin, margin + LABEL_HEIGHT + 4)
-    for i, column in enumerate(columns):
-        text = f"t={column + 1}" if column < context else f"+{column + 1 - context}"
-        draw.text((margin + label_w + i * cell_w + 4, margin + head - 12), text, fill=INK, font=_font(10))
-    for number, (name, rows) in enumerate(clips):
-        top = margin + head + number * block
-        draw.text((margin, top + 2), name, fill=GREY, font=_font(10))
-        for row, strip in enumerate(rows):
-            y = top + LABEL_HEIGHT + row * cell_h
-            draw.text((margin, y + cell_h // 2 - 7), strip.label, fill=INK, font=_font(12))
-            cells = framed(Strip(strip.label, strip.video[columns], int((columns < context).sum()), strip.rest), scale)
-            for i, cell in enumerate(cells):
-                page.paste(Image.fromarray(cell), (margin + label_w + i * cell_w, y))
+    given, scale = int((columns < first.context).sum()), enlargement(first.video.shape[2])
+    blocks = [
+        [(strip.label, framed(Strip(strip.label, strip.video[columns], given, strip.rest), scale)) for strip in strips]
+        for _, strips in clips
+    ]
+    legend_top, head = SHEET_MARGIN + LABEL_HEIGHT + 4, 2 * LABEL_HEIGHT + 20
+    page, draw, tops = _sheet(title, blocks, head=head, names=[name for name, _ in clips])
+    x = SHEET_MARGIN
+    for color, text in ((GREEN, "given"), (RED, "predicted"), (GREY, "true")):
+        draw.rectangle((x, legend_top + 1, x + 11, legend_top + 12), outline=color, width=3)
+        draw.text((x + 17, legend_top), text, fill=INK, font=_font(11))
+        x += 32 + int(draw.textlength(text, font=_font(11)))
+    for number, column in enumerate(columns):
+        text = f"t={column + 1}" if column < first.context else f"+{column + 1 - first.context}"
+        left = SHEET_MARGIN + SHEET_LABEL_WIDTH + number * (blocks[0][0][1].shape[2] + CELL_GAP)
+        draw.text((left + 4, tops[0] - LABEL_HEIGHT - 12), text, fill=INK, font=_font(10))
     return page
 
 
 def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, columns: int = 8) -> Image.Image:
-    """Images, what an autoencoder made of them, and four times the difference, below each other.
+    """Images, their reconstruction by an autoencoder, and four times the difference, below each other.
 
     Args:
         truth, reconstructed: [n, 3, h, w] in [-1, 1].
         title: what the page shows.
-        columns: images beside each other; more go below.
+        columns: images per block; further ones are shown below.
     """
-    # In [-1, 1], 0 of a difference is black.
+    # A difference of 0 is -1, which is black.
     difference = 4 * (reconstructed - truth).abs() - 1
     rows = {"image": truth, "reconstruction": reconstructed, "4 x difference": difference}
-    pixels = {
-        name: rearrange(images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8), "n c h w -> n h w c").numpy()
-        for name, images in rows.items()
-    }
-    n, h, w, _ = pixels["image"].shape
-    scale = enlargement(w)
-    cell_h, cell_w, margin, label_w = h * scale + 2, w * scale + 2, SHEET_MARGIN, SHEET_LABEL_WIDTH
-    blocks = -(-n // columns)
-    head = SHEET_HEAD
-    block = len(rows) * cell_h + SHEET_GAP
-    page = Image.new(
-        "RGB", (2 * margin + label_w + min(n, columns) * cell_w, 2 * margin + head + blocks * block), PAPER
-    )
-    draw = ImageDraw.Draw(page)
-    draw.text((margin, margin), title, fill=INK, font=_font(14))
-    for number in range(n):
-        x = margin + label_w + number % columns * cell_w
-        top = margin + head + number // columns * block
-        for row, images in enumerate(pixels.values()):
-            cell = images[number].repeat(scale, axis=0).repeat(scale, axis=1)
-            page.paste(Image.fromarray(cell), (x, top + row * cell_h))
-    for number in range(blocks):
-        for row, name in enumerate(pixels):
-            y = margin + head + number * block + row * cell_h + cell_h // 2 - 7
-            draw.text((margin, y), name, fill=INK, font=_font(12))
-    return page
+    scale = enlargement(truth.shape[3])
+    cells = [(label, _enlarged(to_video(images), scale)) for label, images in rows.items()]
+    blocks = [
+        [(label, images[start : start + columns]) for label, images in cells] for start in range(0, len(truth), columns)
+    ]
+    return _sheet(title, blocks, head=SHEET_HEAD)[0]
 
 
 def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) -> np.ndarray:
-    """Clips playing side by side, each strip labelled: [n, h, w, 3] uint8."""
-    side = clips[0][1][0].video.shape[1]
-    scale = enlargement(side)
+    """Clips that play side by side, each strip with its label: [n, h, w, 3] uint8."""
+    scale = enlargement(clips[0][1][0].video.shape[2])
     tiles = []
     for _, strips in clips:
         parts = []
@@ -153,34 +136,42 @@ def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) ->
             frames = framed(strip, scale)
             label = Image.new("RGB", (frames.shape[2], LABEL_HEIGHT), PAPER)
             ImageDraw.Draw(label).text((2, 2), strip.label, fill=INK, font=_font(11))
-            parts.append(
-                np.concatenate([np.broadcast_to(np.asarray(label), (len(frames), *np.asarray(label).shape)), frames], 1)
-            )
-        tile = np.concatenate(parts, axis=2)
+            labels = np.broadcast_to(np.asarray(label), (len(frames), LABEL_HEIGHT, frames.shape[2], 3))
+            parts.append(np.concatenate([labels, frames], axis=1))
         above, beside = TILE_MARGINS
-        tiles.append(np.pad(tile, ((0, 0), (above, above), (beside, beside), (0, 0)), constant_values=255))
-    while len(tiles) % min(columns, len(tiles)):
-        tiles.append(np.full_like(tiles[0], 255))
+        margins = ((0, 0), (above, above), (beside, beside), (0, 0))
+        tiles.append(np.pad(np.concatenate(parts, axis=2), margins, constant_values=255))
     width = min(columns, len(tiles))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % width)
     return np.concatenate([np.concatenate(tiles[i : i + width], axis=2) for i in range(0, len(tiles), width)], axis=1)
 
 
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture in the format of its suffix, as a whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
 def save_gif(path: Path, video: np.ndarray, fps: float) -> None:
-    """Write [n, h, w, 3] uint8 as a GIF that loops, resting on its last frame."""
-    # GIF counts time in hundredths of a second, and viewers slow down what is shorter than two of them.
+    """Write [n, h, w, 3] uint8 as a GIF that loops and rests on its last frame, as a whole or not at all."""
+    # GIF counts time in hundredths of a second; viewers slow down frames that are shorter than two of them.
     duration = max(20, round(100 / fps) * 10)
     durations = [duration] * (len(video) - 1) + [max(duration, LAST_FRAME_MS)]
-    # One palette for all frames, made of a sample of all of them: frame-wise palettes flicker.
+    # One palette for all frames, from a sample of them: a palette per frame flickers.
     palette = Image.fromarray(np.concatenate(list(video[:: max(1, len(video) // 8)]), axis=0)).quantize(256)
     frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in video]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
+    with replacing(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
 
 
 def save_mp4(path: Path, video: np.ndarray, fps: float) -> None:
-    """Write [n, h, w, 3] uint8 as H.264 (MPEG-4 where that encoder is missing); odd sides get one more line."""
+    """Write [n, h, w, 3] uint8 as H.264 (MPEG-4 without that encoder), as a whole or not at all.
+
+    Odd sides are padded by one line.
+    """
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -192,17 +183,51 @@ def save_mp4(path: Path, video: np.ndarray, fps: float) -> None:
             container.mux(packet)
 
 
-def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    for colour, text in ((GREEN, "context, given"), (RED, "predicted"), (GREY, "what really happened")):
-        draw.rectangle((x, y + 1, x + 11, y + 12), outline=colour, width=3)
-        draw.text((x + 17, y), text, fill=INK, font=_font(11))
-        x += 32 + int(draw.textlength(text, font=_font(11)))
+def file_name(video_id: str) -> str:
+    """A video's id as a file name that every file system accepts."""
+    return re.sub(r"[^\w.@-]+", "_", video_id).strip("._") or "video"
+
+
+def _sheet(
+    title: str,
+    blocks: Sequence[Sequence[tuple[str, np.ndarray]]],
+    *,
+    head: int,
+    names: Sequence[str] | None = None,
+) -> tuple[Image.Image, ImageDraw.ImageDraw, list[int]]:
+    """A page with blocks below each other.
+
+    Args:
+        blocks: of each the rows: label, cells [n, h, w, 3] uint8; the first block has most cells per row.
+        head: height of title and what else is drawn above the blocks.
+        names: of the blocks, written above each; None: no names.
+    Returns:
+        The page, what to draw on it with, and the y of each block's first row.
+    """
+    n, h, w, _ = blocks[0][0][1].shape
+    cell_h, cell_w = h + CELL_GAP, w + CELL_GAP
+    name_height = 0 if names is None else LABEL_HEIGHT
+    block_height = name_height + len(blocks[0]) * cell_h + SHEET_GAP
+    width = 2 * SHEET_MARGIN + SHEET_LABEL_WIDTH + n * cell_w
+    page = Image.new("RGB", (width, 2 * SHEET_MARGIN + head + block_height * len(blocks)), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((SHEET_MARGIN, SHEET_MARGIN), title, fill=INK, font=_font(14))
+    tops = [SHEET_MARGIN + head + number * block_height + name_height for number in range(len(blocks))]
+    for name, top in zip(names or (), tops, strict=False):
+        draw.text((SHEET_MARGIN, top - LABEL_HEIGHT + 2), name, fill=GREY, font=_font(10))
+    for rows, top in zip(blocks, tops, strict=True):
+        for row, (label, cells) in enumerate(rows):
+            y = top + row * cell_h
+            draw.text((SHEET_MARGIN, y + cell_h // 2 - 7), label, fill=INK, font=_font(12))
+            for number, cell in enumerate(cells):
+                page.paste(Image.fromarray(cell), (SHEET_MARGIN + SHEET_LABEL_WIDTH + number * cell_w, y))
+    return page, draw, tops
+
+
+def _enlarged(video: np.ndarray, scale: int) -> np.ndarray:
+    """[n, h, w, 3] to [n, h scale, w scale, 3], nearest neighbor."""
+    return video.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def file_name(video_id: str) -> str:
-    """A video's id as a file name that every file system takes."""
-    return re.sub(r"[^\w.@-]+", "_", video_id).strip("._") or "video"

@@ -1,17 +1,16 @@
-"""`sample`: predicted videos of a split as GIF, MP4, contact sheet and latents."""
+"""Files of predicted clips: `samples/` of a run by `sample`, `predictions/` by `predict`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
+from torch import Tensor
 
-from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.prediction.clips import Clip, load_clips
+from pipelines.prediction.clips import Clip, GivenVideo
 from pipelines.prediction.pictures import (
     RED,
     Strip,
@@ -19,13 +18,14 @@ from pipelines.prediction.pictures import (
     clip_strips,
     contact_sheet,
     file_name,
+    framed,
     save_gif,
     save_mp4,
+    save_picture,
+    to_video,
 )
-from pipelines.predictor import VideoPredictor, decode_clips, describe_sampling, load_predictor, predict_clips, to_video
-from pipelines.runtime.context import RunContext
-from pipelines.runtime.files import read_json, write_json
-from pipelines.runtime.progress import progress, say
+from pipelines.runtime.files import read_json, replacing, write_json
+from pipelines.runtime.progress import progress
 
 SHEET_CLIPS = 8
 
@@ -51,96 +51,79 @@ class Samples(BaseModel):
     refine: bool
 
 
-def sample(
-    config: RiverConfig, run_context: RunContext, videos: int = SHEET_CLIPS, refine: bool = False, samples: int = 1
-) -> Path:
-    """Predict clips of the protocol's split; trains what lacks first, with `refine` also the refiner.
-
-    Writes to `runs/<name>/samples`: `contact_sheet.png`, `overview.gif`, a GIF and an MP4 a clip, and
-    `predictions.safetensors` with raw latents: `latents` [clip, context + horizon, c, h, w] of the first sample, and
-    where there are several `samples` [clip, sample, context + horizon, c, h, w].
-
-    Args:
-        videos: how many clips.
-        samples: different predictions of each.
-    Returns:
-        The folder of the samples.
-    """
-    predictor = load_predictor(config, run_context)
-    clips = load_clips(config, run_context, videos)
-    context, horizon = config.evaluation.context, config.evaluation.horizon
-    how = describe_sampling(predictor, refine)
-    several = f", {samples} samples of each" if samples > 1 else ""
-    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}")
-    size = config.evaluation.batch_size
-    latents = [predict_clips(predictor, clips, context, horizon, size, number) for number in range(samples)]
-    frames = [decode_clips(predictor, clips, predicted, context, refine) for predicted in latents]
-    folder = config.run_path / "samples"
-    write_samples(folder, config, predictor, clips, frames, refine)
-    tensors = {"latents": latents[0].cpu().contiguous()}
-    if samples > 1:
-        tensors["samples"] = torch.stack(latents, dim=1).cpu().contiguous()
-    save_file(tensors, folder / "predictions.safetensors")
-    say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
-    return folder
-
-
 def write_samples(
     folder: Path,
-    config: RiverConfig,
-    predictor: VideoPredictor,
-    clips: list[Clip],
-    frames: Sequence[torch.Tensor],
-    refine: bool = False,
+    samples: Samples,
+    clips: Sequence[Clip],
+    predicted: np.ndarray,
+    latents: Tensor,
+    title: str,
+    fps: float,
 ) -> None:
-    """Write contact sheet, overview and one GIF and MP4 a clip.
+    """Write `contact_sheet.png`, `overview.gif`, a GIF and an MP4 per clip, the latents, and `samples.json`.
+
+    `predictions.safetensors` holds raw latents: `latents` [clip, context + horizon, c, h, w] of the first sample, and
+    with several samples `samples` [clip, sample, context + horizon, c, h, w].
 
     Args:
-        frames: of each sample, [clips, context + horizon, 3, h, w].
+        clips: with the true frames.
+        predicted: [sample, clip, context + horizon, h, w, 3] uint8.
+        latents: [sample, clip, context + horizon, c, h, w] raw.
+        title: of the contact sheet.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_former(folder)
-    context = config.evaluation.context
-    predicted = [to_video(sample) for sample in frames]
-    truth = to_video(torch.stack([clip.frames for clip in clips]))
-    rows = [
-        (clip.name, _strips(truth[i], [sample[i] for sample in predicted], context)) for i, clip in enumerate(clips)
-    ]
-    title = (
-        f"{config.dataset.name}, {config.evaluation.split} split: {context} frames given, {config.evaluation.horizon} "
-        f"predicted ({describe_sampling(predictor, refine)})"
-    )
+    _remove_clips(folder)
+    rows = []
+    for number, clip in enumerate(clips):
+        strips = clip_strips(to_video(clip.frames), predicted[0, number], samples.context)
+        others = enumerate(predicted[1:, number], start=2)
+        rows.append((clip.name, strips + [Strip(f"sample {n}", video, samples.context, RED) for n, video in others]))
     shown = rows[:SHEET_CLIPS]
-    contact_sheet(shown, title).save(folder / "contact_sheet.png")
-    save_gif(folder / "overview.gif", animation(shown), predictor.fps)
-    for name, strips in progress(rows, description="pictures", unit="clip"):
-        stem = file_name(name)
-        video = animation([(name, strips)])
-        save_gif(folder / f"{stem}.gif", video, predictor.fps)
-        save_mp4(folder / f"{stem}.mp4", video, predictor.fps)
-    listed = Samples(
-        clips=[clip.name for clip in clips],
-        context=context,
-        horizon=config.evaluation.horizon,
-        sampling=config.sampling.model_dump(mode="json"),
-        samples=len(frames),
-        refine=refine,
-    )
-    write_json(folder / "samples.json", listed)
+    save_picture(folder / "contact_sheet.png", contact_sheet(shown, title))
+    save_gif(folder / "overview.gif", animation(shown), fps)
+    for row in progress(rows, description="pictures", unit="clip"):
+        video, stem = animation([row]), file_name(row[0])
+        save_gif(folder / f"{stem}.gif", video, fps)
+        save_mp4(folder / f"{stem}.mp4", video, fps)
+    tensors = {"latents": latents[0].cpu().contiguous()}
+    if len(latents) > 1:
+        tensors["samples"] = latents.transpose(0, 1).cpu().contiguous()
+    with replacing(folder / "predictions.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / "samples.json", samples)
 
 
-def _strips(truth: np.ndarray, predicted: Sequence[np.ndarray], context: int) -> list[Strip]:
-    """What happened, and each of the samples below it."""
-    strips = clip_strips(truth, predicted[0], context)
-    return strips + [Strip(f"sample {n}", video, context, RED) for n, video in enumerate(predicted[1:], start=2)]
-
-
-def _remove_former(folder: Path) -> None:
-    """Remove the clips of the call before: beside newer ones nobody could tell which model made them."""
+def _remove_clips(folder: Path) -> None:
+    """Remove the clips of an earlier call: they may be of another model."""
     try:
         names = read_json(folder / "samples.json", Samples, "").clips
     except UserError:
         return
     for name in names:
-        for ending in ("gif", "mp4"):
-            (folder / f"{file_name(name)}.{ending}").unlink(missing_ok=True)
+        for suffix in ("gif", "mp4"):
+            (folder / f"{file_name(name)}.{suffix}").unlink(missing_ok=True)
+
+
+def write_continuation(
+    folder: Path, video: GivenVideo, predicted: np.ndarray, context: int, title: str, marked: bool
+) -> Path:
+    """Write the continued video as GIF and MP4, and a contact sheet of context and prediction.
+
+    Args:
+        video: the written files are named after it, with `-2` and so on for further samples.
+        predicted: [sample, context + horizon, h, w, 3] uint8.
+        title: of the contact sheet.
+        marked: give given frames a green border and predicted ones a red one.
+    Returns:
+        The GIF of the first sample.
+    """
+    stem = file_name(video.path.stem)
+    labels = [f"sample {n}" for n in range(1, len(predicted) + 1)] if len(predicted) > 1 else ["prediction"]
+    strips = [Strip(label, frames, context, RED) for label, frames in zip(labels, predicted, strict=True)]
+    save_picture(folder / f"{stem}.png", contact_sheet([(video.path.name, strips)], title))
+    for number, frames in enumerate(predicted, start=1):
+        whole = np.concatenate([video.frames, frames[context:]])
+        shown = framed(Strip("", whole, len(video.frames), RED), scale=1) if marked else whole
+        name = stem if number == 1 else f"{stem}-{number}"
+        save_gif(folder / f"{name}.gif", shown, video.fps)
+        save_mp4(folder / f"{name}.mp4", shown, video.fps)
+    return folder / f"{stem}.gif"

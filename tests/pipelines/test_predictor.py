@@ -298,8 +298,8 @@ def test_bad_sampling_options_are_refused(tiny, changes, message):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: images(1, 2) * 127.5, r"must lie in \[-1, 1\].*x / 127.5 - 1"),
-        (lambda: images(1, 2) * float("nan"), r"must lie in \[-1, 1\]"),
+        (lambda: images(1, 2) * 127.5, r"\[-1, 1\].*x / 127.5 - 1"),
+        (lambda: images(1, 2) * float("nan"), r"\[-1, 1\]"),
         (lambda: torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), "floats, not .* of torch.uint8"),
         (lambda: images(1, 2)[:, :, :1], r"must be \[b, n, 3, h, w\], not \[1, 2, 1, 16, 16\]"),
         (lambda: images(1, 2)[0], r"not \[2, 3, 16, 16\]"),
