@@ -278,7 +278,7 @@ def test_predict_trains_what_lacks(trained, tmp_path: Path, story: ModuleType) -
     assert (place.runs / "predictions" / "clip.gif").exists()
 
 
-def test_a_broken_video_is_reported_before_anything_is_trained(place) -> None:
-    (place.folder / "text.mp4").write_text("no video")
-    place.run("predict", str(place.folder / "text.mp4")).refused(2, "text.mp4")
+def test_a_broken_video_is_reported_before_anything_is_trained(place, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    place.run("predict", str(tmp_path / "text.mp4")).refused(2, "text.mp4")
     assert not place.runs.exists()
