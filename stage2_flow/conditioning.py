@@ -12,7 +12,7 @@ from stage2_flow.config import ConditionTiming
 
 @dataclass(frozen=True)
 class PastWindow:
-    """The frames that a condition is drawn from: `count` of them, from index `first` on."""
+    """The frames that a condition is drawn from: `count` frames, starting at index `first`."""
 
     first: int
     count: int
@@ -21,11 +21,11 @@ class PastWindow:
 def past_window(length: int, past_horizon: int | None) -> PastWindow:
     """The window U{first .. length - 2}, first = max(0, length - past_horizon).
 
-    (The official code has `min(0, length - past_horizon)`: without effect, or a negative index.)
+    (The official code has `min(0, length - past_horizon)`: either without effect, or a negative index.)
 
     Args:
-        length: frames known so far, at least 2; the last one is the reference and no condition.
-        past_horizon: the window lies in the last so many frames, at least 2; None: in all.
+        length: number of frames known so far, at least 2; the last one is the reference and never a condition.
+        past_horizon: the window lies within the last `past_horizon` frames, at least 2; None: within all frames.
     Raises:
         ValueError: a length or horizon below 2.
     """
@@ -50,12 +50,12 @@ def known_frames(context_frames: int) -> int:
 
 @dataclass(frozen=True)
 class SamplingDraws:
-    """What chance decides in a rollout.
+    """The random draws of a rollout.
 
     Attributes:
         noise: [frames, b, c, h, w] float from N(0, I).
-        condition_indices: [frames, evaluations, b] int64 indices into the frames known at that time, a single context
-            frame counting twice.
+        condition_indices: [frames, evaluations, b] int64 indices into the frames known at that time; a single context
+            frame counts twice.
     """
 
     noise: Tensor
@@ -80,17 +80,17 @@ def make_draws(
     one, and all solvers start from the same noise.
 
     Args:
-        seed: of the whole run, at least 0.
+        seed: seed of the run, at least 0.
         keys: (video, sample) of each batch element, both at least 0.
         num_frames: frames to predict, at least 1.
-        nfe: evaluations of the field a frame.
-        context_frames: frames given, at least 1.
+        nfe: evaluations of the field per frame.
+        context_frames: number of given frames, at least 1.
         latent_shape: (c, h, w).
         past_horizon: see `past_window`.
-        device: where the draws shall lie.
-        condition: drawn anew at each evaluation (the paper), or once a frame.
+        device: where the draws are placed.
+        condition: draw a condition at each evaluation (the paper), or once per frame.
     Raises:
-        ValueError: no frame or key, a negative seed or key, or what `past_window` refuses.
+        ValueError: no frame or key, a negative seed or key, or an invalid length or horizon (see `past_window`).
     """
     if num_frames < 1 or not keys:
         raise ValueError(f"draws need at least 1 frame and 1 key, got {num_frames} frames and {len(keys)} keys")
@@ -101,12 +101,12 @@ def make_draws(
     noise = np.empty((len(keys), num_frames, *latent_shape), dtype=np.float32)
     uniforms = np.empty((len(keys), num_frames, nfe), dtype=np.float64)
     for element, (video, sample) in enumerate(keys):
-        # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed. Each is
-        # read from its beginning, frame by frame, and what the noise takes does not depend on the solver.
+        # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed. Noise and
+        # conditions are separate streams, each drawn frame by frame, so the noise does not depend on the solver.
         key = (seed, video, sample)
         noise[element] = np.random.default_rng((*key, 0)).standard_normal(noise.shape[1:], dtype=np.float32)
-        draws_a_frame = nfe if condition == "per-evaluation" else 1
-        uniforms[element] = np.random.default_rng((*key, 1)).random((num_frames, draws_a_frame))
+        draws_per_frame = nfe if condition == "per-evaluation" else 1
+        uniforms[element] = np.random.default_rng((*key, 1)).random((num_frames, draws_per_frame))
     indices = condition_indices(torch.from_numpy(uniforms).permute(1, 2, 0), windows)
     return SamplingDraws(
         noise=torch.from_numpy(noise).transpose(0, 1).contiguous().to(device),

@@ -1,7 +1,7 @@
-"""Linear layers that take the faster of PyTorch's two libraries on a CPU.
+"""Linear layers that use the faster of PyTorch's two CPU libraries.
 
-PyTorch multiplies float32 matrices on a CPU with MKL, which leaves the AVX-512 units of processors other than Intel's
-idle; oneDNN, which is built in as well, uses them, and is 2.2 times as fast there.
+PyTorch multiplies float32 matrices on a CPU with MKL, which does not use AVX-512 on processors that are not Intel's;
+oneDNN, which is built in as well, does, and is 2.2 times as fast there.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., k] float.
         weight: [n, k]; bias: [n].
     Returns:
-        [..., n]; equal to what `F.linear` gives within the rounding of float32.
+        [..., n]; equal to `F.linear` within the rounding of float32.
     """
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -60,10 +60,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        type(x) is Tensor  # no subclass, such as those that only count what would be computed
+        type(x) is Tensor  # no subclass, such as the fake tensors that count FLOPs
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.is_contiguous()  # for columns of a wider matrix oneDNN has a kernel a hundred times as slow
+        and weight.is_contiguous()  # for columns of a wider matrix oneDNN is a hundred times slower
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _onednn_is_faster()
@@ -72,14 +72,14 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _onednn_is_faster() -> bool:
-    """By the kind of processor and not by a trial: a training that is resumed must compute as it did."""
+    """Decided by the processor and not by a measurement: a resumed training must compute as before."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() not in ("GenuineIntel", "")
 
 
 def _vendor() -> str:
-    """Maker of the processor, as Linux tells it; empty elsewhere."""
+    """Vendor of the processor as Linux reports it; empty on other systems."""
     try:
         rows = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

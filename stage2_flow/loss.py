@@ -1,4 +1,4 @@
-"""The flow matching loss, and the random draws that it needs."""
+"""The flow matching loss and its random draws."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 from stage2_flow.config import TimeSampling
 from stage2_flow.path import path_sample
 
-if TYPE_CHECKING:  # a name only: sampling and the loss need no store
+if TYPE_CHECKING:  # for annotations only: sampling and the loss need no store
     from latent_cache.sampling.sampler import FlowBatch
 
 
 @dataclass(frozen=True)
 class FlowDraws:
-    """What chance decides in a training step: `noise` [b, c, h, w] from N(0, I), and `t` [b] in [0, 1]."""
+    """The random draws of a training step: `noise` [b, c, h, w] from N(0, I), and `t` [b] in [0, 1]."""
 
     noise: Tensor
     t: Tensor
 
     def rows(self, rows: slice) -> FlowDraws:
-        """The draws of some batch elements: what one process takes of the global batch."""
+        """The draws of some batch elements, such as one process's part of the global batch."""
         return FlowDraws(noise=self.noise[rows], t=self.t[rows])
 
 
@@ -39,10 +39,10 @@ def draw_flow(
 
     Args:
         batch_shape: (b, c, h, w).
-        generator: where the numbers come from; they are made on its device, then moved to `device`.
-        device: where the draws shall lie.
+        generator: source of the numbers, which are drawn on its device and then moved to `device`.
+        device: where the draws are placed.
         dtype: a float type.
-        times: `uniform`: U[0, 1), the paper's; `logit_normal`: sigmoid(N(0, 1)), which spends more of the training
+        times: `uniform`: U[0, 1), as in the paper; `logit_normal`: sigmoid(N(0, 1)), which spends more of the training
             where noise and data are about equal (Esser et al. 2024, Eq. 19, with mean 0 and scale 1).
     """
     if times == "uniform":
@@ -61,10 +61,10 @@ def flow_matching_loss(field: Callable[..., Tensor], batch: FlowBatch, draws: Fl
         batch: target, reference, condition [b, c, h, w] final latents, distance [b] int64 >= 1.
         draws: noise [b, c, h, w] and t [b].
     Returns:
-        [] float32 (float64 from float64 latents), whatever precision the field computes in.
+        [] float32 (float64 from float64 latents), whatever precision the field uses.
     Source: RIVER (ICCV 2023), section 3.2, Algorithm 1.
     """
     sample = path_sample(batch.target, draws.noise, draws.t)
     predicted = field(sample.x_t, batch.reference, batch.condition, batch.distance, draws.t)
-    # E || v(x_t, reference, condition, distance, t) - dx_t/dt ||^2, reduced in the wide type also under autocast.
+    # E || v(x_t, reference, condition, distance, t) - dx_t/dt ||^2, reduced in float32 or wider also under autocast.
     return (predicted.to(sample.velocity.dtype) - sample.velocity).square().mean()

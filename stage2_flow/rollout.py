@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_flow.conditioning import SamplingDraws, known_frames, past_window
-from stage2_flow.evaluators import CachedEvaluator, Evaluator, PlainEvaluator, Trunk
+from stage2_flow.linear import linear
 from stage2_flow.path import SIGMA_MIN
 from stage2_flow.sampling_plan import SamplingPlan
-from stage2_flow.vector_field import VectorField
+from stage2_flow.vector_field import VectorField, time_embedding
 
-# Hands back a function that does the same as the given one, which works on tensors that stay where they are.
+# Returns a function that does the same as the given one, which works on tensors that are allocated once.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+Trunk = Callable[[Tensor, Tensor, int, int], Tensor]  # see `VectorField.trunk`
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside (no dropout, BatchNorm statistics fixed), each submodule's own mode again after."""
+    """Evaluation mode (no dropout, BatchNorm statistics fixed); each submodule's own mode is restored afterwards."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:
@@ -42,16 +45,16 @@ def generate_latents(
 
     Args:
         field: a `VectorField`, or a module that is called like one.
-        context: [b, n, c, h, w] final latents, n >= 1. A single frame is taken twice, at distance 1.
+        context: [b, n, c, h, w] final latents, n >= 1. A single frame is used twice, at distance 1.
         num_frames: frames to predict, at least 1.
         plan: solver and times.
         draws: noise and condition indices of exactly these frames, from `make_draws` or recorded ones.
-        past_horizon: the one that draws were made with: they are held to it.
+        past_horizon: the horizon that the draws were made with; they are checked against it.
         on_frame: called after each frame with the number of frames predicted so far.
     Returns:
         [b, n + num_frames, c, h, w] float32 (float64 from float64): the context, then the prediction.
     Raises:
-        ValueError: shapes that don't fit each other, or condition indices outside the past.
+        ValueError: shapes that do not fit together, or condition indices outside the past.
     Source: RIVER (ICCV 2023), section 3.4, Algorithm 2.
     """
     _check_context(context)
@@ -62,10 +65,10 @@ def generate_latents(
 
 
 class Rollout:
-    """Continues batches of one shape, all of it in tensors that are made once.
+    """Continues batches of one shape, in tensors that are allocated once.
 
-    A solver step reads and writes these tensors alone, its number among them, so that it can be recorded and replayed
-    for all steps of all frames; and what it costs does not depend on the number of past frames.
+    A solver step reads and writes only these tensors (its own number is one of them), so it can be recorded and
+    replayed for all steps of all frames, and its cost does not depend on the number of past frames.
     """
 
     def __init__(
@@ -80,15 +83,15 @@ class Rollout:
         trunk: Trunk | None = None,
         record: Recorder | None = None,
     ) -> None:
-        """Make the tensors, and compute what is the same for all frames.
+        """Allocate the tensors, and compute what is the same for all frames.
 
         Args:
-            field: a `VectorField`, or a module that is called like one; its weights must stay what they are.
+            field: a `VectorField`, or a module that is called like one; its weights must not change afterwards.
             context_shape: (b, n, c, h, w) of the batches, n >= 1.
             num_frames: frames to predict, at least 1.
-            dtype: of the contexts; the state is float32, or float64 from float64.
-            trunk: the `VectorField`'s own in another form, such as compiled.
-            record: makes a solver step faster where that is repeated, such as a CUDA graph.
+            dtype: dtype of the contexts; the state is float32, or float64 from float64.
+            trunk: replaces `VectorField.trunk`, for example by its compiled form.
+            record: makes repetitions of a solver step faster, for example as a CUDA graph.
         """
         batch, given, *latent_shape = context_shape
         self.field, self.plan, self.num_frames, self.given = field, plan, num_frames, given
@@ -117,14 +120,14 @@ class Rollout:
         past_horizon: int | None = None,
         on_frame: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """As `generate_latents`."""
+        """Continue one batch; arguments and result as in `generate_latents`."""
         _check_context(context)
         noise_shape = (self.num_frames, *self.y.shape)
         _check_draws(draws, noise_shape, self.plan.evaluations, known_frames(context.shape[1]), past_horizon)
         first = self.first_length
         context = context.detach()
         self.past[:, first - self.given : first] = context
-        self.past[:, 0] = context[:, 0]  # a single frame's copy; else what is there
+        self.past[:, 0] = context[:, 0]  # the copy of a single context frame; otherwise unchanged
         noise, indices = draws.noise.to(self.past), draws.condition_indices.to(self.past.device)
         distances = torch.arange(first, first + self.num_frames, device=indices.device)[:, None, None] - 1 - indices
         with torch.inference_mode(), evaluation_mode(self.field):
@@ -135,7 +138,7 @@ class Rollout:
         return self.past[:, first - self.given :].clone()
 
     def _predict(self, length: int, noise: Tensor, indices: Tensor, distances: Tensor) -> None:
-        """Write frame `length` of the past, from all before it."""
+        """Write frame `length` of the past, from all frames before it."""
         reference = self.past[:, length - 1]
         self.indices.copy_(indices)
         self.distances.copy_(distances)
@@ -149,20 +152,105 @@ class Rollout:
         self.past[:, length] = self.y
 
     def _solver_step(self) -> None:
-        """One step of the solver, with no number of Python's that changes from step to step."""
+        """One step of the solver. No Python number in it changes from step to step, so it can be recorded."""
         solver = self.plan.solver
         first = self.step * solver.evaluations_per_step
 
         def velocity(t: Tensor, y: Tensor, evaluation: int) -> Tensor:
             number = first + evaluation
-            # The condition is drawn anew at every evaluation, for each batch element.
+            # Each evaluation has its own condition, for each batch element.
             condition = self.past[self.rows, self.indices[number][0]]
             distance = self.distances[number][0]
             return self.evaluator.velocity(t, y, number, condition, distance).to(y.dtype)
 
         t, t_next = self.times[self.step][0], self.times[self.step + 1][0]
-        self.y.copy_(solver.step(velocity, t, t_next, self.y, 0))
+        self.y.copy_(solver.step(velocity, t, t_next, self.y))
         self.step += 1
+
+
+class Evaluator(Protocol):
+    """The field as an integration uses it: bound to the reference of one batch of frames."""
+
+    def begin_frame(self, reference: Tensor) -> None:
+        """Set the final latents [b, c, h, w] of the previous frames."""
+
+    def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
+        """Evaluate the field.
+
+        Args:
+            t: [] time.
+            y: [b, c, h, w] point of the path.
+            evaluation: [1] int64, number of the evaluation within the frame; `t` is its time.
+            condition: [b, c, h, w] final latents of a past frame.
+            distance: [b] int64, from the condition to the reference.
+        Returns:
+            [b, c, h, w] in the field's precision.
+        """
+        ...
+
+
+class PlainEvaluator:
+    """Calls any field as it is, with copies of the tensors that a rollout overwrites."""
+
+    def __init__(self, field: nn.Module, reference: Tensor) -> None:
+        self.field, self.reference = field, reference
+
+    def begin_frame(self, reference: Tensor) -> None:
+        self.reference = reference.clone()
+
+    def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
+        return self.field(y.clone(), self.reference, condition, distance, t.expand(len(y)))
+
+
+class CachedEvaluator:
+    """A `VectorField` whose embedding is computed in parts, each only when it changes.
+
+    Once per rollout: the codes of all positions, times and distances. Once per frame: the projection of the reference.
+    At each evaluation: the projection of the point and the condition, in fp32 whatever precision the trunk uses, since
+    it takes a ten-thousandth of the work.
+    """
+
+    def __init__(
+        self, field: VectorField, times: Tensor, longest: int, reference: Tensor, trunk: Trunk | None = None
+    ) -> None:
+        """Compute what does not change in a rollout.
+
+        Args:
+            times: [evaluations] times within a frame, on the device.
+            longest: largest distance between a condition and its reference.
+            reference: [b, c, h, w], of the shape and device of all references.
+            trunk: replaces `field.trunk`, for example by its compiled form.
+        """
+        projection = field.project_in["1"]
+        batch, channels, self.height, self.width = reference.shape
+        self.trunk = trunk or field.trunk
+        with torch.autocast(reference.device.type, enabled=False):
+            # [features, frames c]: the columns of the point, of the reference (if the field has one), of the condition
+            point, *references, condition = projection.weight.split(channels, dim=1)
+            self.varying_weight = torch.cat([point, condition], dim=1)
+            self.reference_weight = references[0].contiguous() if references else None
+            self.static_tokens = projection.bias + field.position_encoding(self.height, self.width)
+            self.time_tokens = time_embedding(times, field.config.width)
+            # A distance is at least 1; entry 0 of the table is not used.
+            self.distances = field.distance_code(torch.arange(longest + 1, device=reference.device).clamp(min=1))
+        self.frame_tokens = self.static_tokens.expand(batch, -1, -1).clone()
+
+    def begin_frame(self, reference: Tensor) -> None:
+        if self.reference_weight is not None:
+            with torch.autocast(reference.device.type, enabled=False):
+                projected = linear(_tokens(reference).to(self.reference_weight.dtype), self.reference_weight)
+            self.frame_tokens.copy_(self.static_tokens + projected)
+
+    def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            varying = _tokens(torch.cat([y, condition], dim=1)).to(self.varying_weight.dtype)
+            tokens = linear(varying, self.varying_weight) + self.frame_tokens + self.distances[distance][:, None]
+        time_token = self.time_tokens[evaluation].expand(len(y), -1)
+        return self.trunk(tokens, time_token, self.height, self.width)
+
+
+def _tokens(frames: Tensor) -> Tensor:
+    return rearrange(frames, "b c h w -> b (h w) c")
 
 
 def _check_context(context: Tensor) -> None:
@@ -173,14 +261,14 @@ def _check_context(context: Tensor) -> None:
 def _check_draws(
     draws: SamplingDraws, noise_shape: tuple[int, ...], evaluations: int, first_length: int, past_horizon: int | None
 ) -> None:
-    """Raise ValueError where draws don't fit the rollout."""
+    """Raise ValueError for draws that do not fit the rollout."""
     num_frames, batch = noise_shape[:2]
     if tuple(draws.noise.shape) != noise_shape:
         raise ValueError(f"noise must be [frames, b, c, h, w] = {list(noise_shape)}, got {list(draws.noise.shape)}")
-    wanted = (num_frames, evaluations, batch)
-    if tuple(draws.condition_indices.shape) != wanted:
+    expected = (num_frames, evaluations, batch)
+    if tuple(draws.condition_indices.shape) != expected:
         raise ValueError(
-            f"condition_indices must be [frames, evaluations, b] = {list(wanted)} for this plan, "
+            f"condition_indices must be [frames, evaluations, b] = {list(expected)} for this plan, "
             f"got {list(draws.condition_indices.shape)}"
         )
     lowest = draws.condition_indices.amin(dim=(1, 2)).tolist()
@@ -189,6 +277,6 @@ def _check_draws(
         window = past_window(first_length + frame, past_horizon)
         if low < window.first or high >= window.first + window.count:
             raise ValueError(
-                f"condition_indices of frame {frame} lie in {low}..{high}; allowed are "
+                f"condition_indices of frame {frame} are in {low}..{high}; allowed are "
                 f"{window.first}..{window.first + window.count - 1} (past_horizon {past_horizon})"
             )

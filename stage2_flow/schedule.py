@@ -5,12 +5,12 @@ def learning_rate(step: int, *, base: float, final: float, warmup: int, total: i
     """Linear warm-up from 0, then a square-root decay: the first update has learning rate 0.
 
     Args:
-        step: updates done before this one, at least 0.
+        step: number of updates before this one, at least 0.
         base: the highest learning rate, reached at step `warmup`.
-        final: the learning rate at step `total` and after.
+        final: the learning rate from step `total` on.
         warmup: steps of the warm-up; 0: none.
         total: steps of the training.
-    Source: the official code's schedule; the paper names only its warm-up.
+    Source: the official code's schedule; the paper mentions only its warm-up.
     """
     if step < warmup:
         return base * step / warmup

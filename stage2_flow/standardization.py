@@ -1,4 +1,4 @@
-"""Between raw latents, as the store holds them, and final latents, as the flow sees them."""
+"""Conversion between raw latents (in the store) and final latents (inputs and outputs of the flow)."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from torch import Tensor
 class Standardization:
     """Per-channel mean and standard deviation [c] of the raw latents.
 
-    Kept apart from the store, so that the same store serves runs with and without it.
+    Not part of the store, so the same store serves runs with and without standardization.
 
     Raises:
-        ValueError: shapes that differ, or a deviation that is not positive and finite.
+        ValueError: different shapes, a mean that is not finite, or a deviation that is not finite and positive.
     """
 
     mean: Tensor
@@ -30,11 +30,11 @@ class Standardization:
 
     @classmethod
     def identity(cls, channels: int) -> "Standardization":
-        """The one that changes nothing: official weights work on raw latents."""
+        """No change: official weights work on raw latents."""
         return cls(mean=torch.zeros(channels), std=torch.ones(channels))
 
     def to(self, device: torch.device | str) -> "Standardization":
-        """The same on a device, which spares each call the copy."""
+        """The same on a device, so that calls do not have to copy."""
         return Standardization(mean=self.mean.to(device), std=self.std.to(device))
 
     def to_final(self, raw: Tensor) -> Tensor:

@@ -16,15 +16,15 @@ from stage2_flow.linear import Linear, linear
 POSITIONS = 512  # rows and columns that the position tables hold, as in the official code
 DISTANCE_FEATURES = 256  # hidden features of the distance code
 FEED_FORWARD = 4  # the feed-forward's width as a multiple of the token's
-TIME_SCALE = 200  # t in [0, 1] is stretched to [0, 200] before its sinusoids
-LONGEST_PERIOD = 10_000  # of the time sinusoids, over 2 pi
+TIME_SCALE = 200  # t in [0, 1] is scaled to [0, 200] before its sinusoids
+LONGEST_PERIOD = 10_000  # of the time sinusoids, divided by 2 pi
 QK_NORM_EPS = 1e-6
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoidal code of the time, cosines first, computed in fp32.
 
-    In fp32 because the phase reaches 200 rad: bf16 resolves 200 to 1, that is, not at all.
+    In fp32 because the angle reaches 200 rad, where the spacing of bf16 numbers is 1 rad.
 
     Args:
         t: [b] float in [0, 1].
@@ -33,7 +33,8 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
         [b, width] float32 in [-1, 1].
     """
     half = width // 2
-    # frequency_i = exp(-ln(10000) i / (width / 2)), in this order of operations: 1e-7 off shows as 2e-5 in the code.
+    # frequency_i = exp(-ln(10000) i / (width / 2)), in this order of operations: a relative error of 1e-7 in a
+    # frequency is an error of 2e-5 in the code.
     exponents = -math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = (TIME_SCALE * t.float())[:, None] * torch.exp(exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -50,8 +51,8 @@ class PositionEncoding(nn.Module):
         nn.init.uniform_(self.col_embed.weight, -1, 1)
 
     def forward(self, height: int, width: int) -> Tensor:
-        """[height * width, features] codes of a map's places, row by row; neither side above 512."""
-        # Slices in place of look-ups: their gradient needs no scatter.
+        """[height * width, features] codes of a map's positions, row by row; height and width at most 512."""
+        # Slices instead of look-ups: their gradient needs no scatter.
         columns = self.col_embed.weight[None, :width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return rearrange([columns, rows], "halves y x d -> (y x) (halves d)")
@@ -65,33 +66,33 @@ def attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tens
         dropout: probability that a weight is dropped.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # For bf16 and some dozens of tokens the fused CPU kernel with its gradient takes seven times as long as this.
+        # With bf16 and some dozens of tokens the fused CPU kernel and its gradient take seven times as long.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
         return F.dropout(weights, dropout) @ value if dropout else weights @ value
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 
-def rms_normalised(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) weight over the last dimension: statistics and product in fp32 (float64 from float64).
+def rms_normalize(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (float64 from float64).
 
     Args:
         x: [..., d] float.
-        norm: over d features.
+        norm: eps and weight, over d features.
     Returns:
         Like x, in its dtype.
     """
-    # Not norm(x): autocast hands over bf16 here, and leaves the weight in fp32, for which there is no fused kernel.
+    # Not norm(x): under autocast x is bf16 and the weight fp32, and that combination has no fused kernel.
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(dtype), norm.normalized_shape, norm.weight.to(dtype), norm.eps).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection, initialised like `nn.MultiheadAttention`.
+    """Multi-head self-attention with one fused projection, initialized like `nn.MultiheadAttention`.
 
-    With `qk_norm` the queries and keys of each head have a root mean square of 1, times a learned scale for each of its
-    features, so that no attention logit can grow with the weights (Dehghani et al., ICML 2023, section 3.1; RMSNorm in
-    place of their LayerNorm). The paper has none.
+    With `qk_norm` the queries and keys of each head have a root mean square of 1, times a learned scale per feature, so
+    attention logits cannot grow with the weights (Dehghani et al., ICML 2023, section 3.1; RMSNorm instead of their
+    LayerNorm). The paper does not do this.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, qk_norm: bool) -> None:
@@ -110,13 +111,13 @@ class SelfAttention(nn.Module):
         qkv = linear(x_bnd, self.in_proj_weight, self.in_proj_bias)
         query, key, value = rearrange(qkv, "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads).unbind()
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = rms_normalised(query, self.q_norm), rms_normalised(key, self.k_norm)
+            query, key = rms_normalize(query, self.q_norm), rms_normalize(key, self.k_norm)
         mixed = attention(query, key, value, dropout=self.dropout if self.training else 0.0)
         return self.out_proj(rearrange(mixed, "b heads n d -> b n (heads d)"))
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer encoder layer with exact GELU: same names, start and dropouts as PyTorch's own."""
+    """A pre-norm transformer encoder layer with exact GELU: names, initialization and dropouts as in PyTorch's own."""
 
     def __init__(self, width: int, heads: int, dropout: float, qk_norm: bool) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class TransformerBlock(nn.Module):
 
 
 class VectorField(nn.Module):
-    """The velocity of the next frame's latent, given the frame before it and one frame of the past.
+    """The velocity of the next frame's latent, given the previous frame and one earlier frame.
 
     Source: RIVER (ICCV 2023), section 3.3 and appendix (the network is a U-ViT, Bao et al., CVPR 2023).
     """
@@ -157,7 +158,7 @@ class VectorField(nn.Module):
         def block() -> TransformerBlock:
             return TransformerBlock(width, config.heads, config.dropout, config.qk_norm)
 
-        # The numbers in names are the places of these layers in the official code's sequences.
+        # The numbers in names are the positions of these layers in the official code's sequences.
         self.position_encoding = PositionEncoding(width)
         self.project_in = nn.ModuleDict({"1": Linear(frames * latent_channels, width)})
         self.time_projection = nn.Sequential(  # of the distance in time, not of t
@@ -177,7 +178,7 @@ class VectorField(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def boundary_parameters(self) -> list[nn.Parameter]:
-        """Position tables and the layers from and to few dimensions: an optimizer for hidden matrices skips them."""
+        """Position tables and the input and output layers, which an optimizer for hidden matrices leaves out."""
         layers = (self.position_encoding, self.project_in, self.time_projection, self.project_out["4"])
         return [parameter for layer in layers for parameter in layer.parameters()]
 
@@ -186,31 +187,38 @@ class VectorField(nn.Module):
 
         Args:
             x_t: [b, c, h, w] point of the path at time t; h and w at most 512.
-            reference: [b, c, h, w] final latents of the previous frame; not looked at with `reference: false`.
+            reference: [b, c, h, w] final latents of the previous frame; ignored with `reference: false`.
             condition: [b, c, h, w] final latents of one earlier frame.
             distance: [b] int64 >= 1, frames between condition and reference.
             t: [b] float in [0, 1].
         Returns:
             [b, c, h, w] velocity.
         """
-        height, width = x_t.shape[-2:]
+        tokens = self.embed(x_t, reference, condition, distance)
+        return self.trunk(tokens, time_embedding(t, self.config.width), *x_t.shape[-2:])
+
+    def embed(self, x_t: Tensor, reference: Tensor | None, condition: Tensor, distance: Tensor) -> Tensor:
+        """Project three frames to tokens, and add the codes of position and distance; arguments as in `forward`.
+
+        Returns:
+            [b, h * w, features].
+        """
         frames = [x_t, reference, condition] if self.config.reference else [x_t, condition]
         tokens = self.project_in["1"](rearrange(torch.cat(frames, dim=1), "b c h w -> b (h w) c"))
-        tokens = tokens + self.position_encoding(height, width) + self.distance_code(distance)[:, None]
-        return self.trunk(tokens, time_embedding(t, self.config.width), height, width)
+        return tokens + self.position_encoding(*x_t.shape[-2:]) + self.distance_code(distance)[:, None]
 
     def distance_code(self, distance: Tensor) -> Tensor:
-        """[n] int64 frames between condition and reference, >= 1, to [n, width] codes, in the weights' precision."""
-        with torch.autocast(distance.device.type, enabled=False):  # bf16 would merge neighbouring distances
+        """[n] int64 frames between condition and reference, >= 1 -> [n, features] codes, in the weights' precision."""
+        with torch.autocast(distance.device.type, enabled=False):  # bf16 would merge neighboring distances
             dtype = self.time_projection[0].weight.dtype
             log_distance = distance.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
             return self.time_projection(log_distance[:, None])
 
     def trunk(self, tokens: Tensor, time_token: Tensor, height: int, width: int) -> Tensor:
-        """All that comes after the embeddings.
+        """The transformer and the output head.
 
         Args:
-            tokens: [b, height * width, features]: projected frames with the codes of place and distance.
+            tokens: [b, height * width, features], see `embed`.
             time_token: [b, features], see `time_embedding`.
         Returns:
             [b, c, height, width] velocity.
@@ -227,7 +235,7 @@ class VectorField(nn.Module):
         return self._head(tokens[:, 1:], height, width)
 
     def _head(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """[b, h * w, features] -> [b, c, h, w]; the two heads differ in the norm and its place."""
+        """[b, h * w, features] -> [b, c, h, w]; the two heads differ in the norm and its position."""
         tokens = F.gelu(self.project_out["0"](tokens))
         if self.config.head == "ln":
             tokens = self.project_out["2"](tokens)
