@@ -65,7 +65,8 @@ class FlowTrainingConfig(BaseModel):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto",
-        description="precision of products; weights and sums are always fp32. auto: bf16 on a GPU, fp32 on a CPU",
+        description="precision of matrix products; weights and sums are always fp32. auto: bf16 on a GPU, fp32 on a "
+        "CPU",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",

@@ -1,4 +1,4 @@
-"""Recorded runs of the official code, and a small field that holds its random weights."""
+"""Recorded runs of the official code, a small field with its random weights, and how far fp32 may differ from them."""
 
 import gzip
 import io
@@ -57,3 +57,28 @@ def official_field(official_state: dict[str, Tensor]) -> VectorField:
     field = VectorField(VectorFieldConfig(width=64, depth=2, mid_depth=1), latent_channels=4)
     field.load_state_dict(official_state, strict=True)
     return field.eval()
+
+
+@pytest.fixture(scope="session")
+def fp32_rounding(regressor: dict[str, Tensor]) -> float:
+    """How far two fp32 evaluations of the official network with the same time code may lie apart.
+
+    Ten times the rounding of the recorded one, which is known: it was recorded in float64, too.
+    """
+    return 10 * float((regressor["output"] - regressor["output_f64"]).abs().max())  # 1.6e-5
+
+
+@pytest.fixture(scope="session")
+def fp32_output(fp32_rounding: float) -> float:
+    """The same where each evaluation computes its own time code.
+
+    Two fp32 angles of 200 rad differ by up to 2 x 200 x 2 eps (`test_time_embedding_has_the_precision_of_fp32_angles`),
+    and the output moves by 0.18 of that (largest row sum of the network's float64 Jacobian).
+    """
+    return fp32_rounding + 0.18 * 2 * 200 * 2 * torch.finfo(torch.float32).eps  # 3.3e-5
+
+
+@pytest.fixture(scope="session")
+def fp32_gradient() -> float:
+    """The same for gradients, relative: ten times what the recorded ones are off those of float64 (at most 4.7e-7)."""
+    return 5e-6

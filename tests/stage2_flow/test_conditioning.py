@@ -32,7 +32,7 @@ def test_past_window(length, horizon, expected):
 
 @pytest.mark.parametrize(("length", "horizon"), [(1, None), (5, 1), (5, 0), (5, -3)])
 def test_past_window_refuses(length, horizon):
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match=str(length if horizon is None else horizon)):
         past_window(length, horizon)
 
 
@@ -64,14 +64,15 @@ def test_one_condition_a_frame():
 
 def test_batch_elements_and_evaluations_are_drawn_independently():
     indices = draw([(0, 0), (1, 0)], num_frames=1, nfe=20_000, context_frames=3).condition_indices[0].double()
-    assert abs(torch.corrcoef(indices.T)[0, 1]) < 0.04
-    assert abs(torch.corrcoef(torch.stack([indices[:-1, 0], indices[1:, 0]]))[0, 1]) < 0.04
+    five_standard_errors = 5 / 20_000**0.5
+    assert abs(torch.corrcoef(indices.T)[0, 1]) < five_standard_errors
+    assert abs(torch.corrcoef(torch.stack([indices[:-1, 0], indices[1:, 0]]))[0, 1]) < five_standard_errors
 
 
 def test_noise_is_standard_normal():
     noise = draw([(video, 0) for video in range(200)], num_frames=10).noise
-    assert abs(noise.mean()) < 0.02
-    assert abs(noise.std() - 1) < 0.02
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
+    assert abs(noise.std() - 1) < 4 / (2 * noise.numel()) ** 0.5
     assert noise.dtype == torch.float32
 
 
@@ -107,11 +108,12 @@ def test_a_single_context_frame_counts_twice():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"keys": []}, "at least 1 frame and 1 key"),
-        ({"num_frames": 0}, "at least 1 frame and 1 key, got 0 frames"),
-        ({"context_frames": 0}, "at least 1 context frame, got 0"),
-        ({"seed": -1}, "at least 0, got seed -1"),
-        ({"past_horizon": 1}, "past_horizon must be at least 2"),
+        ({"keys": []}, "0 keys"),
+        ({"num_frames": 0}, "0 frames"),
+        ({"context_frames": 0}, "got 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"keys": [(0, -2)]}, r"\(0, -2\)"),
+        ({"past_horizon": 1}, "past_horizon .* 1"),
     ],
 )
 def test_refuses(change, message):

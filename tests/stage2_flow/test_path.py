@@ -52,7 +52,7 @@ def test_closed_form_keeps_fp32_digits_at_the_end_where_the_quotient_loses_them(
     sample = path_sample(target, noise, t)
     exact = path_sample(target.double(), noise.double(), t.double()).velocity
     quotient = (target - (1 - SIGMA_MIN) * sample.x_t) / (1 - (1 - SIGMA_MIN) * t[:, None, None, None])
-    assert (sample.velocity - exact).abs().max() < 1e-6
+    assert (sample.velocity - exact).abs().max() < 4 * torch.finfo(torch.float32).eps * noise.abs().max()
     assert (quotient - exact).square().mean().sqrt() > 1e-2
 
 
@@ -67,8 +67,10 @@ def test_agrees_with_the_official_training_forward(train_forward):
     # The record has no targets: each is recovered from one output, and must give the other.
     from_velocity = train_forward["target_vectors"].double() + (1 - SIGMA_MIN) * noise.double()
     x_t = path_sample(from_velocity.float(), noise, t).x_t
-    assert (x_t - train_forward["in_input_latents"]).abs().max() < 1e-6
+    eps, largest = torch.finfo(torch.float32).eps, train_forward["in_input_latents"].abs().max() + noise.abs().max()
+    assert (x_t - train_forward["in_input_latents"]).abs().max() < 4 * eps * largest  # two products and a sum, twice
     t64 = t.double()[:, None, None, None]
     from_x_t = (train_forward["in_input_latents"].double() - (1 - (1 - SIGMA_MIN) * t64) * noise.double()) / t64
     velocity = path_sample(from_x_t.float(), noise, t).velocity
-    assert (velocity - train_forward["target_vectors"]).abs().max() < 1e-5
+    # The rounding of the recorded x_t is divided by t.
+    assert (velocity - train_forward["target_vectors"]).abs().max() < 4 * eps * largest / t.min()

@@ -1,4 +1,4 @@
-"""Rollouts: the official one replayed, sampling plans, and what a rollout must leave alone."""
+"""Rollouts: the official one replayed, sampling plans, cached embeddings, and what a rollout leaves unchanged."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from stage2_flow.conditioning import SamplingDraws, make_draws
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.path import SIGMA_MIN
-from stage2_flow.rollout import generate_latents
+from stage2_flow.rollout import CachedEvaluator, PlainEvaluator, Rollout, generate_latents
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
-SHAPE = (2, 3, 3)
+SHAPE = (2, 3, 4)
 
 
 class Recorder(nn.Module):
-    """Passes calls on to a field (or answers with zeros) and keeps them."""
+    """Passes calls on to a field (or answers with zeros) and keeps them; not a `VectorField`, so nothing is cached."""
 
     def __init__(self, field: nn.Module | None = None) -> None:
         super().__init__()
@@ -42,16 +42,20 @@ def euler(steps: int, **options) -> SamplingPlan:
     return plan(solver="euler", steps=steps, **options)
 
 
-def draws_for(plan: SamplingPlan, keys, num_frames: int, context_frames: int, shape=SHAPE, past_horizon=None):
-    return make_draws(0, keys, num_frames, plan.evaluations, context_frames, shape, past_horizon, "cpu")
+def draws_for(plan: SamplingPlan, keys, num_frames: int, context_frames: int, past_horizon=None, seed=0):
+    return make_draws(seed, keys, num_frames, plan.evaluations, context_frames, SHAPE, past_horizon, "cpu")
 
 
-def small_field(head: str = "ln") -> VectorField:
+def small_field(**sizes) -> VectorField:
     torch.manual_seed(0)
-    return VectorField(VectorFieldConfig(width=32, depth=1, mid_depth=0, heads=4, head=head, dropout=0.5), SHAPE[0])
+    sizes = {"width": 32, "depth": 1, "mid_depth": 1, "heads": 4, "dropout": 0.5} | sizes
+    field = VectorField(VectorFieldConfig(**sizes), SHAPE[0])
+    if sizes.get("head") == "bn":
+        field.project_out["3"].running_mean.normal_()
+    return field
 
 
-def test_replays_the_official_rollout(official_field, official_rollout):
+def test_replays_the_official_rollout(official_field, official_rollout, fp32_output):
     field = Recorder(official_field)
     latents = generate_latents(
         field,
@@ -60,17 +64,20 @@ def test_replays_the_official_rollout(official_field, official_rollout):
         plan(preset="official", steps=10),
         SamplingDraws(official_rollout["noise"], official_rollout["conditioning_indices"]),
     )
-    assert (latents - official_rollout["latents"]).abs().max() < 1e-5
+    # The network's Lipschitz constants (spectral norms of its float64 Jacobians) are 0.45 for x_t, 0.35 for the
+    # reference and 0.46 for the condition, so an integration amplifies errors by e^0.45 = 1.6 at most, and the second
+    # frame also has those of the first: 1.6 (1 + (0.35 + 0.46) 1.6) < 4.
+    assert (latents - official_rollout["latents"]).abs().max() < 4 * fp32_output
     times = torch.stack([call["t"] for call in field.calls]).reshape(2, 36, 2)
-    # The times follow torchdiffeq's operations one by one; a rounding may differ in the last place.
-    assert (times - official_rollout["call_times"][:, :, None]).abs().max() <= 2**-24
+    # Linspace, step, product and sum round by half a last place (2^-25 below 1) each, and so they did when recorded.
+    assert (times - official_rollout["call_times"][:, :, None]).abs().max() <= 8 * 2**-25
     distances = torch.stack([call["distance"] for call in field.calls]).reshape(2, 36, 2)
     assert torch.equal(distances, official_rollout["index_distances"])
     for call, x_t, output in zip(
         field.calls, official_rollout["first_frame_inputs"], official_rollout["first_frame_outputs"], strict=False
     ):
-        assert (call["x_t"] - x_t).abs().max() < 1e-5
-        assert (call["output"] - output).abs().max() < 1e-5
+        assert (call["x_t"] - x_t).abs().max() < 4 * fp32_output
+        assert (call["output"] - output).abs().max() < 4 * fp32_output
 
 
 @pytest.mark.parametrize(
@@ -102,16 +109,19 @@ def test_plans(options, solver, points, evaluations):
 
 
 @pytest.mark.parametrize(
-    ("solver", "nfe", "message"),
+    ("options", "message"),
     [
-        ("heun", 7, "multiple of that: take 6 or 8"),
-        ("rk4-38", 2, "4 times a step.*take 4 or 8"),
-        ("rk4", 397, "396 or 4"),
+        ({"solver": "heun", "nfe": 7}, r"sampling\.nfe 7.* 6 or 8"),
+        ({"solver": "rk4-38", "nfe": 2}, r"sampling\.nfe 2.* 4 or 8"),
+        ({"solver": "rk4", "nfe": 397}, r"sampling\.nfe 397.* 396 or 400"),
+        ({"preset": "official", "steps": 1}, r"sampling\.steps 1 .*= 1 time points.* raise steps"),
+        ({"preset": "official", "steps": 10, "warm_start": 0.9}, r"warm_start 0\.9 .*= 0 time points"),
+        ({"preset": "official", "steps": 3, "warm_start": 0.5}, "= 1 time points"),
     ],
 )
-def test_evaluations_must_be_whole_steps(solver, nfe, message):
+def test_refuses_plans_without_whole_steps(options, message):
     with pytest.raises(ValueError, match=message):
-        plan(solver=solver, nfe=nfe)
+        plan(**options)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +136,6 @@ def test_evaluation_times(solver, fractions):
     field = Recorder()
     generate_latents(field, torch.zeros(1, 2, *SHAPE), 1, resolved, draws_for(resolved, [(0, 0)], 1, 2))
     assert [call["t"].item() for call in field.calls] == pytest.approx(resolved.evaluation_times().tolist())
-
-
-@pytest.mark.parametrize(("steps", "warm_start", "points"), [(1, 0.0, 1), (10, 0.9, 0), (3, 0.5, 1)])
-def test_the_official_preset_refuses_fewer_than_two_points(steps, warm_start, points):
-    with pytest.raises(ValueError, match=rf"= {points} time points, .* at least 2: raise steps"):
-        plan(preset="official", steps=steps, warm_start=warm_start)
 
 
 @pytest.mark.parametrize("warm_start", [0.0, 0.3])
@@ -194,7 +198,7 @@ def test_a_single_context_frame_is_duplicated_and_the_copy_dropped():
 
 @pytest.mark.parametrize("head", ["ln", "bn"])
 def test_runs_in_evaluation_mode_and_leaves_the_field_as_it_was(head):
-    field, resolved, context = small_field(head), plan(steps=2), torch.randn(2, 2, *SHAPE)
+    field, resolved, context = small_field(head=head), plan(steps=2), torch.randn(2, 2, *SHAPE)
     field.train()
     field.mid_blocks.eval()  # a frozen part
     modes = [module.training for module in field.modules()]
@@ -208,25 +212,21 @@ def test_runs_in_evaluation_mode_and_leaves_the_field_as_it_was(head):
     # No dropout: the same again.
     assert torch.equal(generate_latents(field, context, 2, resolved, draws), latents)
 
+    def interrupt(frames: int) -> None:
+        raise RuntimeError(f"{frames} done")
 
-def test_the_mode_comes_back_after_an_error():
-    class Failing(nn.Module):
-        def forward(self, *arguments):
-            raise RuntimeError("out of luck")
-
-    field = Failing().train()
-    with pytest.raises(RuntimeError, match="out of luck"):
-        generate_latents(field, torch.zeros(1, 2, *SHAPE), 1, euler(1), draws_for(euler(1), [(0, 0)], 1, 2))
-    assert field.training
+    with pytest.raises(RuntimeError, match="1 done"):
+        generate_latents(field, context, 2, resolved, draws, on_frame=interrupt)
+    assert [module.training for module in field.modules()] == modes
 
 
 def test_a_video_does_not_depend_on_its_batch_nor_on_the_length():
-    field, resolved, context = small_field(), plan(steps=3), torch.randn(3, 2, *SHAPE)
+    field, resolved, context = small_field().double(), plan(steps=3), torch.randn(3, 2, *SHAPE, dtype=torch.float64)
     keys = [(4, 0), (7, 0), (7, 1)]
     together = generate_latents(field, context, 4, resolved, draws_for(resolved, keys, 4, 2))
     for row, key in enumerate(keys):
         alone = generate_latents(field, context[row : row + 1], 2, resolved, draws_for(resolved, [key], 2, 2))
-        torch.testing.assert_close(together[row : row + 1, :4], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(together[row : row + 1, :4], alone, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -240,16 +240,6 @@ def test_the_state_is_kept_in_fp32_or_wider(given, expected):
     assert latents.dtype == field.calls[0]["x_t"].dtype == field.calls[0]["t"].dtype == expected
 
 
-def test_a_bf16_field_moves_an_fp32_state():
-    field, resolved, context = small_field(), plan(steps=3), torch.randn(2, 2, *SHAPE)
-    draws = draws_for(resolved, [(0, 0), (1, 0)], 2, 2)
-    exact = generate_latents(field, context, 2, resolved, draws)
-    with torch.autocast("cpu", torch.bfloat16):
-        latents = generate_latents(field, context, 2, resolved, draws)
-    assert latents.dtype == torch.float32
-    torch.testing.assert_close(latents, exact, rtol=0.05, atol=0.05)
-
-
 def test_stages_of_a_bf16_field_are_added_in_fp32():
     class Constant(nn.Module):
         def forward(self, x_t, *arguments):
@@ -259,28 +249,20 @@ def test_stages_of_a_bf16_field_are_added_in_fp32():
     draws = draws_for(resolved, [(0, 0)], 1, 2)
     latents = generate_latents(Constant(), context, 1, resolved, draws)
     velocity = torch.tensor(1 / 3, dtype=torch.bfloat16).float()
-    torch.testing.assert_close(latents[:, 2], draws.noise[0] + velocity, rtol=1e-6, atol=1e-6)
-
-
-def test_on_frame_counts_the_frames_done():
-    counted = []
-    resolved = euler(1)
-    draws = draws_for(resolved, [(0, 0)], 3, 2)
-    generate_latents(Recorder(), numbered_context(1, 2), 3, resolved, draws, on_frame=counted.append)
-    assert counted == [1, 2, 3]
+    torch.testing.assert_close(latents[:, 2], draws.noise[0] + velocity)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": torch.zeros(2, *SHAPE)}, r"context must be \[b, n, c, h, w\]"),
+        ({"context": torch.zeros(2, *SHAPE)}, r"context .*\[2, 2, 3, 4\]"),
         ({"context": torch.zeros(2, 0, *SHAPE)}, "at least 1 context frame"),
-        ({"context": torch.zeros(3, 4, *SHAPE)}, r"noise must be .* = \[2, 3, 2, 3, 3\], got \[2, 2, 2, 3, 3\]"),
-        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
-        ({"num_frames": 3}, r"noise must be .* = \[3, "),
-        ({"plan": euler(3)}, r"condition_indices must be .* = \[2, 3, 2\] for this plan, got \[2, 2, 2\]"),
-        ({"past_horizon": 2}, r"frame 0 lie in 0\.\.2; allowed are 2\.\.2 \(past_horizon 2\)"),
-        ({"context": torch.zeros(2, 3, *SHAPE)}, r"frame 0 lie in 0\.\.2; allowed are 0\.\.1"),
+        ({"context": torch.zeros(3, 4, *SHAPE)}, r"noise .*\[2, 3, 2, 3, 4\].*\[2, 2, 2, 3, 4\]"),
+        ({"num_frames": 0}, "num_frames .* 0"),
+        ({"num_frames": 3}, r"noise .*\[3, "),
+        ({"plan": euler(3)}, r"condition_indices .*\[2, 3, 2\].*\[2, 2, 2\]"),
+        ({"past_horizon": 2}, r"condition_indices .*0\.\.2.* 2\.\.2 \(past_horizon 2\)"),
+        ({"context": torch.zeros(2, 3, *SHAPE)}, r"condition_indices of frame 0 .*0\.\.2.* 0\.\.1"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -294,3 +276,67 @@ def test_refuses_what_does_not_fit(change, message):
     }
     with pytest.raises(ValueError, match=message):
         generate_latents(Recorder(), **arguments)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"head": "bn"}, {"reference": False}, {"qk_norm": True}])
+def test_cached_embeddings_are_the_fields_own(sizes):
+    field = small_field(**sizes).eval().requires_grad_(False).double()
+    times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    reference, y, condition = torch.randn(3, 4, *SHAPE, dtype=torch.float64)
+    distance = torch.tensor([1, 2, 7, 3])
+    evaluators = PlainEvaluator(field, y), CachedEvaluator(field, times, 7, y)
+    for number in range(3):
+        values = []
+        for evaluator in evaluators:
+            evaluator.begin_frame(reference + number)
+            values.append(evaluator.velocity(times[number], y, torch.tensor([number]), condition, distance))
+        # The sinusoids of the time are fp32 in both.
+        torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("warm_start", [0.0, 0.1])
+def test_a_rollout_with_cached_embeddings_is_the_plain_one(warm_start):
+    """Conditions as far away as can be, too: the first frame, at distances 5 to 8."""
+    field, resolved = small_field().double().eval(), plan(solver="rk4", nfe=8, warm_start=warm_start)
+    context = torch.randn(2, 6, *SHAPE, dtype=torch.float64)
+    draws = draws_for(resolved, [(0, 0), (1, 0)], 4, 6)
+    farthest = SamplingDraws(draws.noise, torch.zeros_like(draws.condition_indices))
+    for each in (draws, farthest):
+        cached, plain = (generate_latents(f, context, 4, resolved, each) for f in (field, Recorder(field)))
+        torch.testing.assert_close(cached, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_embeddings_are_exact_under_autocast():
+    field, times, seen = small_field().eval().requires_grad_(False), torch.tensor([0.5]), []
+
+    def trunk(tokens, time_token, height, width):
+        seen.append((tokens, time_token))
+        return field.trunk(tokens, time_token, height, width)
+
+    reference, y, condition = torch.randn(3, 2, *SHAPE)
+    for bf16 in (False, True):
+        evaluator = CachedEvaluator(field, times, 9, y, trunk)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            evaluator.begin_frame(reference)
+            output = evaluator.velocity(times[0], y, torch.tensor([0]), condition, torch.tensor([8, 9]))
+    assert output.dtype == torch.bfloat16
+    for ours, exact in zip(*seen, strict=True):
+        assert torch.equal(ours, exact)
+
+
+def test_a_solver_step_can_be_recorded_and_batches_follow_one_another():
+    field, resolved, calls = small_field(), plan(nfe=6), []
+
+    def record(step):
+        return lambda: (calls.append("step"), step())
+
+    rollout = Rollout(field, resolved, (2, 2, *SHAPE), 3, torch.float32, torch.device("cpu"), record=record)
+    results, frames = [], []
+    for seed in (0, 1):
+        context = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(seed))
+        draws = draws_for(resolved, [(0, 0), (1, 0)], 3, 2, seed=seed)
+        results.append(rollout.run(context, draws, on_frame=frames.append))
+        assert torch.equal(results[-1], generate_latents(field, context, 3, resolved, draws))
+    assert not torch.equal(*results)  # what was returned first has not been overwritten
+    assert calls == ["step"] * (2 * 3 * 3)
+    assert frames == [1, 2, 3, 1, 2, 3]

@@ -14,6 +14,7 @@ def test_final_latents_have_mean_0_and_deviation_1():
     raw = noise * scale[:, None, None] + offset[:, None, None]
     standardization = Standardization(mean=raw.mean(dim=(0, 2, 3)), std=raw.std(dim=(0, 2, 3)))
     final = standardization.to_final(raw)
+    # (raw - mean) / std cancels up to mean / std = 2.5 times eps.
     torch.testing.assert_close(final.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(final.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)
 
@@ -42,9 +43,9 @@ def test_identity_changes_no_bit():
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
-        (torch.zeros(2), torch.ones(3), r"must be \[c\] both, got \[2\] and \[3\]"),
-        (torch.zeros(2), torch.tensor([1.0, 0.0]), r"finite and positive, got .*\[1.0, 0.0\]"),
-        (torch.tensor([0.0, float("nan")]), torch.ones(2), "mean must be finite"),
+        (torch.zeros(2), torch.ones(3), r"\[2\].*\[3\]"),
+        (torch.zeros(2), torch.tensor([1.0, 0.0]), r"std .*\[1.0, 0.0\]"),
+        (torch.tensor([0.0, float("nan")]), torch.ones(2), "mean .*nan"),
     ],
 )
 def test_refuses_unusable_statistics(mean, std, message):
