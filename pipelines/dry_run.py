@@ -5,40 +5,14 @@ import torch
 import latent_cache
 from latent_cache import StoreError
 from pipelines.config import RiverConfig
-from pipelines.data import datasets
-from pipelines.data.survey import survey
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import RunContext, resolve_precision
-from pipelines.runtime.progress import say
+from pipelines.runtime.context import resolve_precision
 from pipelines.runtime.runs import describe_progress, is_imported
 from pipelines.runtime.throughput import step_flops
 from pipelines.training.flow_memory import estimate_memory
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
-from stage1_autoencoder.videos import dataset_root, open_splits
-from stage1_autoencoder.videos.source import VideoError
 from stage2_flow.vector_field import VectorField
-
-
-def preview_data(config: RiverConfig, run_context: RunContext) -> None:
-    """Say what `data` would fetch, and what of the videos is there, is used, and is skipped. Nothing is written.
-
-    Raises:
-        VideoError: videos of the user's own that are not there or cannot be used.
-    """
-    dataset = config.dataset
-    say(f"data: {dataset.name}, source {dataset.source}, in {dataset_root(dataset, config.data_root)}")
-    for line in datasets.plan(dataset, config.data_root, run_context.mirror):
-        say(line)
-    try:
-        sources = open_splits(dataset, config.data_root, remember=False)
-    except VideoError as error:
-        if dataset.source in ("videos", "hdf5"):  # which nobody but the user can bring
-            raise
-        say(f"not there yet: {error}")
-        return
-    for line in survey(config, sources):
-        say(line)
 
 
 def describe_plan(config: RiverConfig, device: torch.device) -> str:

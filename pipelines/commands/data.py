@@ -26,6 +26,6 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
 
 def dry_run(config: RiverConfig, run_context: RunContext) -> None:
     """Print what would be fetched, and what the videos that are there contain."""
-    from pipelines.dry_run import preview_data
+    from pipelines.data.datasets import preview_data
 
     preview_data(config, run_context)

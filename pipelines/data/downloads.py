@@ -1,101 +1,46 @@
-"""Bringing the archives of a data set to where they belong: what lacks is found out, fetched or found, and unpacked."""
+"""The published archives of KTH, BAIR and CLEVRER: which are needed, where they are, and how they get unpacked."""
 
-import fcntl
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
 from pipelines.data.archives import (
     MARKER_NAME,
+    ArchiveError,
     NoRoomError,
     check_beginning,
     clear_leftovers,
-    digest_of,
     read_marker,
     unpack,
 )
-from pipelines.data.fetch import announced_size, arrived_bytes, fetch, is_url
-from pipelines.runtime.files import size_text
+from pipelines.data.fetch import FetchError, announced_size, arrived_bytes, fetch, is_url
+from pipelines.errors import UserError
+from pipelines.runtime.files import file_digest, file_sha256, free_bytes, locked, read_json, size_text, write_json
+from pipelines.runtime.progress import say
+from pipelines.runtime.status import Status
 from stage1_autoencoder.videos import VideoError
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.kth import SEQUENCES_FILE, read_sequences
 
-# Beside the unpacked folders, so that it outlives them.
+# Both beside the unpacked folders, so that they outlive them.
 RECORD_NAME = ".archives.json"
-
-
-def recorded_sha256(root: Path, name: str) -> str | None:
-    """The checksum of the archive of this name that was unpacked first below `root`; None if none was.
-
-    Raises:
-        VideoError: the record is damaged.
-    """
-    entry = _read(root).get(name)
-    return entry["sha256"] if entry is not None else None
-
-
-def record_sha256(root: Path, name: str, sha256: str, *, size: int, place: str) -> None:
-    """Remember the checksum of an archive, unless one of its name is remembered already.
-
-    Args:
-        size: of the archive, in bytes.
-        place: URL or path that it came from, for people to read.
-    Raises:
-        VideoError: the record is damaged.
-    """
-    entries = _read(root)
-    if name in entries:
-        return
-    entries[name] = {"sha256": sha256, "bytes": size, "from": place}
-    aside = root / f"{RECORD_NAME}.new"
-    aside.write_text(json.dumps(entries, indent=1))
-    os.replace(aside, root / RECORD_NAME)
-
-
-def _read(root: Path) -> dict[str, dict]:
-    path = root / RECORD_NAME
-    try:
-        entries = json.loads(path.read_text())
-        if not all(isinstance(entry["sha256"], str) for entry in entries.values()):
-            raise ValueError("no checksum")
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise VideoError(
-            f"{path}: not the record of checksums that was written here; remove it, and checksums are recorded anew"
-        ) from None
-    return entries
-
-
-KTH_URL = "http://www.csc.kth.se/cvap/actions"
-BAIR_URL = "http://rail.eecs.berkeley.edu/datasets"
-CLEVRER_URL = "http://data.csail.mit.edu/clevrer/videos"
-
-# As other projects recorded them.
-KTH_SHA1 = {
-    "boxing": "adb36ed9c29c846d44d2ba15f348bd115c951bbd",
-    "handclapping": "d3b81261aa822ef63d0d1523f945bfaff27814d2",
-    "handwaving": "0792f7cd69f7f895a205c08ac212ddaa7177e370",
-    "jogging": "21943bdbcef9dad106db0d74661e49eaeaa15a25",
-    "running": "da83bb313edfd4455fffdda6263696fa10d43c6f",
-    "walking": "a3e81537271a0ab4576591774baa38c2d97b7e3a",
-}
+LOCK_NAME = ".download.lock"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive of a data set.
+    """One published archive.
 
     Attributes:
-        path: below the data set's URL; a mirror has the last part of it, the file's name.
+        path: below the data set's URL. In a mirror all archives are in one folder, under their file names.
         folder: that it is unpacked to, below the data set's folder.
-        extension: of the files in it that count.
-        sha1: as published or recorded by others; None: the sha256 of the first one that is unpacked is remembered.
+        extension: of its videos.
+        sha1: as published or recorded by other projects; None: the sha256 of the first download is recorded.
         top: a folder in the archive that `folder` stands for.
         elsewhere: other folders, below the data set's, where users may have put its files themselves.
-        max_bytes: it is refused if it claims to unpack to more.
+        max_bytes: limit of the unpacked size.
     """
 
     path: str
@@ -116,38 +61,38 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ArchiveSet:
     """The archives of a data set, below one URL."""
 
-    title: str
     url: str
     archives: tuple[Archive, ...]
 
 
+KTH_SHA1 = {  # as other projects recorded them
+    "boxing": "adb36ed9c29c846d44d2ba15f348bd115c951bbd",
+    "handclapping": "d3b81261aa822ef63d0d1523f945bfaff27814d2",
+    "handwaving": "0792f7cd69f7f895a205c08ac212ddaa7177e370",
+    "jogging": "21943bdbcef9dad106db0d74661e49eaeaa15a25",
+    "running": "da83bb313edfd4455fffdda6263696fa10d43c6f",
+    "walking": "a3e81537271a0ab4576591774baa38c2d97b7e3a",
+}
+_BAIR_TAR = Archive(
+    "bair_robot_pushing_dataset_v0.tar",
+    "softmotion30_44k",
+    ".tfrecords",
+    top="softmotion30_44k",
+    elsewhere=("train",),
+    max_bytes=64 << 30,
+)
 # By `dataset.source`.
-RECIPES = {
-    "kth": Recipe(
-        "KTH",
-        KTH_URL,
+PUBLISHED = {
+    "kth": ArchiveSet(
+        "http://www.csc.kth.se/cvap/actions",
         tuple(Archive(f"{action}.zip", action, ".avi", sha1) for action, sha1 in KTH_SHA1.items()),
     ),
-    "bair": Recipe(
-        "BAIR",
-        BAIR_URL,
-        (
-            Archive(
-                "bair_robot_pushing_dataset_v0.tar",
-                "softmotion30_44k",
-                ".tfrecords",
-                top="softmotion30_44k",
-                elsewhere=("train",),
-                max_bytes=64 << 30,
-            ),
-        ),
-    ),
-    "clevrer": Recipe(
-        "CLEVRER",
-        CLEVRER_URL,
+    "bair": ArchiveSet("http://rail.eecs.berkeley.edu/datasets", (_BAIR_TAR,)),
+    "clevrer": ArchiveSet(
+        "http://data.csail.mit.edu/clevrer/videos",
         (
             Archive("train/video_train.zip", "train", ".mp4"),
             Archive("validation/video_validation.zip", "validation", ".mp4", elsewhere=("val",)),
@@ -157,104 +102,196 @@ RECIPES = {
 }
 
 
-Say = Callable[[str], None]
+class FirstArchive(BaseModel):
+    """The archive of a name that was unpacked first: later ones are compared with it."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    sha256: str
+    bytes: int
+    place: str = Field(alias="from", description="URL or path, for people to read")
+
+
+class FirstArchives(RootModel[dict[str, FirstArchive]]):
+    """`.archives.json` of a data set's folder: first archives by file name."""
 
 
 @dataclass(frozen=True)
-class Delivery:
+class Download:
     """The archives of one data set, where they come from, and where they go.
 
     Attributes:
         root: the data set's folder.
-        mirror: folder or http(s) URL that holds the archives; None for the makers' own site.
-        way_out: ends messages about the network.
+        mirror: folder or http(s) URL that holds the archives; None: the publisher's own site.
     """
 
-    recipe: Recipe
+    dataset: DatasetConfig
     root: Path
     mirror: str | None
-    way_out: str
 
     @property
-    def is_local(self) -> bool:
-        """The archives lie in a folder."""
-        return self.mirror is not None and not is_url(self.mirror)
+    def published(self) -> ArchiveSet:
+        return PUBLISHED[self.dataset.source]
 
     @property
-    def mirror_folder(self) -> Path:
-        assert self.is_local
-        return Path(self.mirror or "").expanduser()
+    def mirror_folder(self) -> Path | None:
+        return Path(self.mirror).expanduser() if self.mirror and not is_url(self.mirror) else None
 
-    def url(self, path: str) -> str:
-        """Where a file is fetched from. In a mirror, all lie beside each other."""
-        if self.mirror is None:
-            return f"{self.recipe.url}/{path}"
-        return f"{self.mirror.rstrip('/')}/{path.rpartition('/')[2]}"
+    @property
+    def way_out(self) -> str:
+        """Ends messages about the network."""
+        names = " ".join(archive.name for archive in self.published.archives)
+        return (
+            "get the archives by other means and name their folder: "
+            f"make data DATASET={self.dataset.name} MIRROR=<folder with {names}>"
+        )
 
-    def place(self, archive: Archive) -> str:
-        """Where an archive comes from, as people call it."""
-        return str(self.mirror_folder / archive.name) if self.is_local else self.url(archive.path)
+    def place(self, path: str) -> str:
+        """The path or URL of a published file."""
+        name = path.rpartition("/")[2]
+        if self.mirror_folder is not None:
+            return str(self.mirror_folder / name)
+        return f"{self.mirror.rstrip('/')}/{name}" if self.mirror else f"{self.published.url}/{path}"
 
-    def local(self, archive: Archive) -> Path:
-        """The file of an archive: in the mirror, or where a fetched one lies until it is unpacked."""
-        return self.mirror_folder / archive.name if self.is_local else self.root / f".{archive.name}"
+    def file(self, archive: Archive) -> Path:
+        """The file of an archive: in the mirror's folder, or where a downloaded one is kept until it is unpacked."""
+        return (self.mirror_folder or self.root) / (archive.name if self.mirror_folder else f".{archive.name}")
 
-    def check_mirror(self) -> None:
-        """Raises VideoError if there is no such mirror."""
-        if self.is_local and not self.mirror_folder.is_dir():
-            names = ", ".join(archive.name for archive in self.recipe.archives)
-            raise VideoError(f"MIRROR={self.mirror}: no such folder, and no http(s) URL; it must hold {names}")
-
-    def why_not_needed(self, archive: Archive) -> str | None:
-        """Tell why an archive is not needed any more; None if it is."""
-        folder = self.root / archive.folder
+    def status(self, archive: Archive) -> Status:
+        """Whether an archive still has to be unpacked, and from where."""
+        folder, file = self.root / archive.folder, self.file(archive)
         if marker := read_marker(folder):
             note = ""
-            local = self.mirror_folder / archive.name if self.is_local else None
-            if local is not None and local.is_file() and local.stat().st_size != marker["bytes"]:
-                note = f", from another archive than {local}; to use that one, remove {folder}"
-            return f"{archive.folder}: already unpacked, {len(marker['files'])} files{note}"
-        if self.mirror is not None:
-            return None
-        # Without our mark, a folder is the user's own, or files are missing. An archive tells; if none was named, trust
-        # the folder.
-        for place in (folder, *(self.root / name for name in archive.elsewhere)):
-            if videos := sum(1 for _ in place.glob(f"**/*{archive.extension}")):
-                what = "videos" if archive.kind == "zip" else f"{archive.extension} files"
-                how = "were not unpacked by us"
-                if (place / MARKER_NAME).exists():
-                    how = "are not all that was unpacked, or not the same"
-                return f"{archive.folder}: {videos} {what} that {how}, taken as they are ({place})"
-        return None
+            if self.mirror_folder and file.is_file() and file.stat().st_size != marker.bytes:
+                note = f", from another archive than {file}; to use that one, remove {folder}"
+            return Status("done", f"already unpacked, {len(marker.files)} files{note}", folder)
+        if not self.mirror:
+            # A folder without our marker is the user's own, or incomplete. Without an archive to compare it with, trust
+            # it.
+            for place in (folder, *(self.root / name for name in archive.elsewhere)):
+                if videos := sum(1 for _ in place.glob(f"**/*{archive.extension}")):
+                    how = "changed since they were unpacked" if (place / MARKER_NAME).exists() else "from elsewhere"
+                    detail = f"{videos} {archive.extension} files {how}, used as they are ({place})"
+                    return Status("done", detail, place)
+        if file.is_file():
+            size = size_text(file.stat().st_size)
+            return Status("missing" if self.mirror_folder else "partial", f"to unpack from {file} ({size})", file)
+        if self.mirror_folder:
+            return Status("missing", f"to unpack from {file}, which is missing", file)
+        have, place = arrived_bytes(file), self.place(archive.path)
+        if have:
+            return Status("partial", f"to download from {place}, {size_text(have)} of it are here", file)
+        return Status("missing", f"to download from {place}", file)
 
-    def missing_in_mirror(self, archives: list[Archive]) -> list[str]:
-        """Names of the archives that a mirror folder lacks; a URL tells only when it is asked."""
-        if not self.is_local:
-            return []
-        return [archive.name for archive in archives if not (self.mirror_folder / archive.name).is_file()]
+    def needs_sequences(self) -> bool:
+        """Whether KTH's file of frame ranges is missing. Raises VideoError if it is damaged."""
+        path = self.root / SEQUENCES_FILE
+        if self.dataset.source == "kth" and path.is_file():
+            read_sequences(path)
+        return self.dataset.source == "kth" and not path.is_file()
 
-    def deliver(self, archives: list[Archive], say: Say) -> None:
-        """Fetch what has to be fetched, check and unpack it.
+    def plan(self) -> list[str]:
+        """What `run` would do, a line per file. Asks no network."""
+        lines = [f"{SEQUENCES_FILE}: to copy from {self.place(SEQUENCES_FILE)}"] if self.needs_sequences() else []
+        return lines + [f"{archive.folder}: {self.status(archive).detail}" for archive in self.published.archives]
+
+    def check_mirror(self) -> None:
+        """Raises VideoError if `mirror` is neither a URL nor a folder."""
+        if self.mirror_folder and not self.mirror_folder.is_dir():
+            names = ", ".join(archive.name for archive in self.published.archives)
+            raise VideoError(f"MIRROR={self.mirror}: no such folder, and no http(s) URL; expected one that has {names}")
+
+    def run(self) -> None:
+        """Download, verify and unpack what is missing; where nothing is, nothing is written.
 
         Raises:
-            VideoError: it cannot be fetched, is not what it should be, or does not fit on the disk.
+            VideoError, UserError: an archive is missing, cannot be downloaded, is not the expected one, or does not fit
+                on the disk; another process downloads into the same folder.
         """
-        for archive in archives:
-            clear_leftovers(self.root / archive.folder)
-        self._check_room(archives)
-        for archive in archives:
-            self._deliver_one(archive, say)
-
-    def _deliver_one(self, archive: Archive, say: Say) -> None:
-        local = self.local(archive)
-        if not self.is_local and not local.is_file():  # it is when the last run was stopped while unpacking
-            self._fetch(archive, local, say)
-        size = local.stat().st_size
-        say(f"{archive.folder}: checking and unpacking {self.place(archive)} ({size_text(size)})")
+        self.check_mirror()
         try:
-            checksum = self._verify(archive, local, say)
+            self._run()
+        except OSError as error:
+            raise VideoError(
+                f"{error.filename or self.root}: {error.strerror or error}; check permissions and free space, or set "
+                "dataset.root to another folder. Finished archives are kept, the same command resumes"
+            ) from error
+
+    def _run(self) -> None:
+        needed = []
+        for archive in self.published.archives:
+            status = self.status(archive)
+            if status.is_done:
+                say(f"{archive.folder}: {status.detail}")
+            else:
+                needed.append(archive)
+        if self.mirror_folder and (missing := [a.name for a in needed if not self.file(a).is_file()]):
+            raise VideoError(f"MIRROR={self.mirror}: no {', '.join(missing)}; put them there, or name another folder")
+        needs_sequences = self.needs_sequences()
+        if not needed and not needs_sequences:
+            return
+        busy = f"{self.root}: process {{pid}} downloads or unpacks here; wait for it, or stop it"
+        with locked(self.root / LOCK_NAME, busy):
+            if needs_sequences:
+                self._get_sequences()
+            for archive in needed:
+                clear_leftovers(self.root / archive.folder)
+            self._check_space(needed)
+            for archive in needed:
+                self._get(archive)
+
+    def _get_sequences(self) -> None:
+        """Get KTH's file of frame ranges. With a mirror it may be missing, unless the configuration needs it."""
+        target, temporary = self.root / SEQUENCES_FILE, self.root / f".{SEQUENCES_FILE}"
+        try:
+            if self.mirror_folder:
+                shutil.copyfile(self.place(SEQUENCES_FILE), temporary)
+            else:
+                fetch(self.place(SEQUENCES_FILE), temporary, way_out=self.way_out)
+            read_sequences(temporary)
+        except (FileNotFoundError, FetchError, VideoError) as error:
+            temporary.unlink(missing_ok=True)
+            if not self.mirror or self.dataset.sequences:
+                raise
+            say(f"warning: no {SEQUENCES_FILE} ({error}); it is needed only with dataset.sequences")
+            return
+        temporary.replace(target)
+
+    def _check_space(self, archives: list[Archive]) -> None:
+        """Refuse before any download what the disk cannot hold, as far as servers announce sizes.
+
+        An archive unpacks to about its own size: tar does not compress, and videos hardly shrink in a zip. A downloaded
+        archive is removed once it is unpacked, so only the last one lies beside its files.
+        """
+        used = peak = download = unpacked = 0
+        for archive in archives:
+            file = self.file(archive)
+            size = file.stat().st_size if file.is_file() else announced_size(self.place(archive.path))
+            if size is None:
+                break  # the server will not announce the others either
+            missing = 0 if file.is_file() else size - min(arrived_bytes(file), size)
+            peak = max(peak, used + missing + size)
+            used += size if self.mirror_folder else missing
+            download, unpacked = download + missing, unpacked + size
+        free = free_bytes(self.root)
+        if peak > free:
+            raise NoRoomError(
+                f"{self.root}: {size_text(download)} to download and about {size_text(unpacked)} to unpack need "
+                f"{size_text(peak)}, but only {size_text(free)} are free; free some space, or set dataset.root to "
+                "a folder on another disk"
+            )
+
+    def _get(self, archive: Archive) -> None:
+        file, place = self.file(archive), self.place(archive.path)
+        if not file.is_file():
+            say(f"{archive.folder}: downloading {place}")
+            fetch(place, file, way_out=self.way_out, check_head=lambda head: check_beginning(archive.kind, head))
+        size = file.stat().st_size
+        say(f"{archive.folder}: verifying and unpacking {place} ({size_text(size)})")
+        try:
+            checksum = self._verify(archive, file)
             unpacked = unpack(
-                local,
+                file,
                 self.root / archive.folder,
                 checksum=checksum,
                 kind=archive.kind,
@@ -262,141 +299,53 @@ class Delivery:
                 expected=archive.extension,
                 max_bytes=archive.max_bytes,
             )
-        except (NoRoomError, _Changed):
-            raise  # the archive is good for another try
-        except VideoError:
-            if not self.is_local:
-                local.unlink()  # damaged: to be fetched again
+        except ArchiveError as error:
+            # One that does not fit can be unpacked later. A damaged one has to be downloaded again.
+            if not self.mirror_folder and not isinstance(error, NoRoomError):
+                file.unlink()
             raise
         if "sha256" in checksum:
-            record_sha256(self.root, archive.name, checksum["sha256"], size=size, place=self.place(archive))
-        if not self.is_local:
-            local.unlink()  # of no more use
-        litter = unpacked.passed_over
-        note = f", passed over {len(litter)} that file managers left, such as {litter[0]!r}" if litter else ""
-        say(f"{archive.folder}: unpacked {unpacked.files} files{note}")
+            self._record(archive, checksum["sha256"], size)
+        if not self.mirror_folder:
+            file.unlink()
+        say(f"{archive.folder}: unpacked {len(unpacked.files)} files")
 
-    def _fetch(self, archive: Archive, target: Path, say: Say) -> None:
-        url = self.url(archive.path)
-        said = False
-
-        def check_size(size: int, have: int) -> None:
-            nonlocal said
-            if not said:
-                already = f", {size_text(have)} of them are here already" if have else ""
-                say(f"{archive.folder}: fetching {url} ({size_text(size)}{already})")
-                said = True
-            check_room(self.root, f"{archive.name}: ", size - have, size)
-
-        fetch(
-            url,
-            target,
-            way_out=self.way_out,
-            check_size=check_size,
-            check_head=lambda head: check_beginning(archive.kind, head),
-        )
-
-    def _verify(self, archive: Archive, local: Path, say: Say) -> dict[str, str]:
-        """Hold an archive to the checksum that is known or was recorded; a mirror may differ.
+    def _verify(self, archive: Archive, file: Path) -> dict[str, str]:
+        """Compare an archive with the known or recorded checksum. One from a mirror may differ, with a warning.
 
         Returns:
-            its checksum, by the algorithm's name.
+            its checksum by the algorithm's name.
         Raises:
-            VideoError: another archive than the known one.
-            _Changed: another one than the first.
+            ArchiveError: its sha1 is not the published one.
+            UserError: its sha256 is not that of the archive that was unpacked first; or a damaged record.
         """
-        place = self.place(archive)
+        place = self.place(archive.path)
         if archive.sha1 is not None:
-            sha1 = digest_of(local, "sha1")
-            if sha1 != archive.sha1 and self.mirror is None:
-                raise VideoError(
-                    f"{place}: sha1 {sha1} is not the known {archive.sha1}: the file has changed or was damaged on "
-                    f"its way; run again, or {self.way_out}"
-                )
+            sha1 = file_digest(file, "sha1")
+            differs = f"{place}: its sha1 is {sha1}, the published one {archive.sha1}"
+            if sha1 != archive.sha1 and not self.mirror:
+                raise ArchiveError(f"{differs}: the file has changed or was damaged; run again, or {self.way_out}")
             if sha1 != archive.sha1:
-                say(f"warning: {place}: sha1 {sha1} is not that of the {self.recipe.title} archive, {archive.sha1}")
+                say(f"warning: {differs}")
             return {"sha1": sha1}
-        sha256, record = digest_of(local, "sha256"), self.root / RECORD_NAME
-        first = recorded_sha256(self.root, archive.name)
-        if first is not None and sha256 != first:
-            differs = f"{place}: sha256 {sha256} is not {first}, that of the archive that was unpacked here before"
-            if self.mirror is None:
-                raise _Changed(
-                    f"{differs} ({record}): the file has changed or was damaged on its way; remove {local} to fetch it "
-                    f"again, or {record} to take it as it is"
+        sha256, record = file_sha256(file), self.root / RECORD_NAME
+        first = self._first_archives().get(archive.name)
+        if first is not None and sha256 != first.sha256:
+            differs = f"{place}: its sha256 is {sha256}, that of the first archive {first.sha256} ({record})"
+            if not self.mirror:
+                raise UserError(
+                    f"{differs}: the file has changed or was damaged; remove {file} to download it again, or {record} "
+                    "to accept it"
                 )
-            say(f"warning: {differs} ({record})")
+            say(f"warning: {differs}")
         return {"sha256": sha256}
 
-    def _check_room(self, archives: list[Archive]) -> None:
-        """Refuse what cannot end well before anything is fetched, as far as the server tells the sizes."""
-        taken = most = fetched = unpacked = 0
-        for archive in archives:
-            if self.is_local or self.local(archive).is_file():
-                size = here = self.local(archive).stat().st_size
-            else:
-                announced = announced_size(self.url(archive.path))
-                if announced is None:
-                    break  # a server that tells of one file later tells of the others later, too
-                size, here = announced, min(arrived_bytes(self.local(archive)), announced)
-            fetched, unpacked = fetched + size - here, unpacked + size
-            most = max(most, taken + size - here + size)
-            taken += size - (0 if self.is_local else here)  # an archive that was fetched is removed once it is unpacked
-        check_room(self.root, "", fetched, unpacked, most)
+    def _first_archives(self) -> dict[str, FirstArchive]:
+        path = self.root / RECORD_NAME
+        way_out = "remove it, and checksums are recorded again"
+        return read_json(path, FirstArchives, way_out).root if path.exists() else {}
 
-
-class _Changed(VideoError):
-    """Another archive than the one that was unpacked first."""
-
-
-def check_room(folder: Path, what: str, fetched: int, unpacked: int, most: int | None = None) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Args:
-        folder: on the disk; it need not be there.
-        what: begins the message.
-        fetched: bytes to be fetched.
-        unpacked: bytes that archives unpack to. Of those not opened yet this is about their own size: tar stores files
-            as they are, and videos hardly shrink.
-        most: bytes that are taken at the same time; both together unless given.
-    Raises:
-        NoRoomError: there are fewer free.
-    """
-    free, needed = free_bytes(folder), fetched + unpacked if most is None else most
-    if needed > free:
-        raise NoRoomError(
-            f"{what}{size_text(fetched)} to fetch and about {size_text(unpacked)} to unpack need {size_text(needed)}, "
-            f"but only {size_text(free)} are free in {folder}; make room there, or set dataset.root to a folder on "
-            "another disk"
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that a folder is on, or will be on."""
-    folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-@contextmanager
-def only_one_here(root: Path) -> Iterator[None]:
-    """Hold a data set's folder for one process that fetches: two would write into the same files.
-
-    The kernel lets go of the lock when the process dies, however it dies.
-
-    Raises:
-        VideoError: another process has it.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise VideoError(f"{root}: another process fetches or unpacks here; wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
+    def _record(self, archive: Archive, sha256: str, size: int) -> None:
+        """Record the checksum of the first archive of a name."""
+        first = FirstArchive(sha256=sha256, bytes=size, place=self.place(archive.path))
+        write_json(self.root / RECORD_NAME, FirstArchives({archive.name: first} | self._first_archives()))

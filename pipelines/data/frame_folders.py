@@ -1,23 +1,38 @@
-"""`convert`: the frames of any source as folders of pictures, `<out>/<split>/<video>/<frame>.png`.
+"""Any video source as folders of pictures, `<out>/<split>/<video>/<frame>.png`.
 
-They are the frames that are trained on: cropped, resized, every `frame_step`-th. The official code makes its HDF5
-shards of such folders, and `source: videos` reads them back: from PNG the same pixels, bit for bit.
+The frames are those that the autoencoder is trained on: cropped, resized, every `frame_step`-th. The official code
+makes its HDF5 shards of such folders, and `source: videos` reads them back: from PNG the same pixels, bit for bit.
+
+A video is written into a hidden folder and renamed when it is complete, so a video's folder is complete whenever the
+process was killed. `.river_convert.json` says which folders are ours, and what they were made of.
 """
 
+import hashlib
+import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import re
+import shutil
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import av
+from PIL import Image
+from pydantic import BaseModel
+
+from latent_cache import NoSpaceError
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
-from pipelines.data.frame_writer import Entry, ImageFormat, Job, Record, Writer, check_place, folder_names, open_record
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.files import size_text
+from pipelines.runtime.files import is_full, locked, read_json, size_text, write_json
 from pipelines.runtime.progress import progress, say, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
@@ -25,22 +40,43 @@ from stage1_autoencoder.videos.config import Split
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 from stage1_autoencoder.videos.splits import join_names
 
+ImageFormat = Literal["png", "jpg"]
 
-@dataclass(frozen=True)
-class ConvertedSplit:
-    """What converting one split came to.
+RECORD_NAME = ".river_convert.json"
+LOCK_NAME = ".river_convert.lock"
+UNFINISHED_NAME = ".river_convert.unfinished"
+
+PNG_LEVEL = 1  # of zlib. Measured at 128x128: 1.4 ms and 21 kB per frame; level 6 takes 5.0 ms for 10 % less.
+
+
+class RecordedVideo(BaseModel, frozen=True):
+    """A video as its source has it: its id, the fingerprint of its content, and its number of frames."""
+
+    id: str
+    fingerprint: str
+    frames: int
+
+
+class ConvertRecord(BaseModel):
+    """`.river_convert.json` of an output folder, written before its videos.
 
     Attributes:
-        videos, frames: that are there now, of those that were asked for.
-        written: videos among them that this command wrote.
-        written_bytes: of its pictures.
+        settings: everything but the videos that pictures depend on.
+        videos: by folder (`train/clip`). Those whose folder exists are complete, unless files were removed.
     """
 
+    settings: dict[str, str | int]
+    videos: dict[str, RecordedVideo]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One video to write to `folder` (`train/clip`), and its place in its source."""
+
     split: Split
-    videos: int
-    frames: int
-    written: int
-    written_bytes: int
+    index: int
+    folder: str
+    video: RecordedVideo
 
 
 def convert(
@@ -52,163 +88,320 @@ def convert(
     splits: Sequence[Split] | None = None,
     quality: int = 95,
     videos: int | None = None,
-) -> list[ConvertedSplit]:
-    """Write what is not there yet; a video is there whole or not at all.
+) -> None:
+    """Write the videos that are not there yet. Each is there completely or not at all.
 
     Args:
         out: the folder to write to.
         splits: only these.
         quality: of jpg pictures, 1 to 100.
-        videos: of each split, only the first so many.
+        videos: limit per split.
     Raises:
-        UserError: a folder that is not ours to write to, pictures in it that contradict, ids that make equal names.
+        UserError: `out` has files of others, or pictures that contradict; ids that give equal folder names.
         VideoError: no videos.
         NoSpaceError: the disk is full.
-        StoppedBySignal: what was finished is kept.
+        StoppedBySignal: complete videos are kept.
     """
     if not 1 <= quality <= 100:
         raise UserError(f"--quality {quality}: allowed are 1 to 100")
     out = out.expanduser()
-    _check_apart(config, out)
-    check_place(out)
+    _check_out(config, out)
     sources = open_videos(config, run_context)
     chosen = list(dict.fromkeys(splits or sources))
     if missing := [split for split in chosen if split not in sources]:
         raise UserError(f"--split {missing[0]}: {config.dataset.name} has {', '.join(sources)}")
+    jobs = {split: list(_jobs(split, source)) for split, source in sources.items()}
+    asked = [job for split in chosen for job in jobs[split][:videos]]
     settings = preprocessing_description(config.dataset) | {"format": image_format}
     if image_format == "jpg":
         settings["quality"] = quality
-    jobs = {split: list(_jobs(split, source)) for split, source in sources.items()}
-    with open_record(out, settings, run_context.overwrite) as record:
-        _refuse_others(record, list(itertools.chain(*jobs.values())), run_context.overwrite)
-        asked = [job for split in chosen for job in jobs[split][:videos]]
-        pending = [job for job in asked if not record.is_whole(job.name, f".{image_format}")]
-        _refuse_foreign(record, pending)
-        writer = Writer(record, sources, image_format, quality)
-        _announce(config, out, asked, pending, writer)
-        if pending:
-            _write_all(pending, writer, run_context)
-        lacking = {job.name for job in pending} - writer.written.keys()
-        there = [job for job in asked if job.name not in lacking]
-        reports = [_report(split, [job for job in there if job.split == split], writer) for split in chosen]
-        for report in reports:
-            new = f", {report.written} of them new ({size_text(report.written_bytes)})" if report.written else ""
-            say(f"convert: {report.split}: {report.videos} videos, {report.frames} frames in {out / report.split}{new}")
-        say(_way_back(out, record))
-    return reports
+    busy = f"--out {out}: process {{pid}} converts into it; wait for it, or stop it"
+    unfinished = out / UNFINISHED_NAME
+    with _output_errors(out), locked(out / LOCK_NAME, busy):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+        unfinished.mkdir()
+        try:
+            _record(out, settings, list(itertools.chain(*jobs.values())), asked, run_context.overwrite)
+            pending = [job for job in asked if not _is_complete(out / job.folder, job.video.frames, image_format)]
+            writer = _Writer(out, sources, image_format, quality)
+            _announce(config, asked, pending, writer)
+            written = _write_all(pending, writer, run_context)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    for split in chosen:
+        there = [job for job in asked if job.split == split and (job not in pending or job.folder in written)]
+        new = [written[job.folder] for job in there if job.folder in written]
+        frames = sum(job.video.frames for job in there)
+        note = f", {len(new)} of them new ({size_text(sum(new))})" if new else ""
+        say(f"convert: {split}: {len(there)} videos, {frames} frames in {out / split}{note}")
+    say(_reading_back(out, sorted(split for split in sources if (out / split).is_dir())))
 
 
-def _check_apart(config: RiverConfig, out: Path) -> None:
-    if config.dataset.source == "shapes":
-        return
+def _check_out(config: RiverConfig, out: Path) -> None:
+    """Raises UserError if `out` is no folder to write to. Writes nothing."""
     root = dataset_root(config.dataset, config.data_root)
-    if out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {out}: lies in {root}, where the videos are read from; name a folder elsewhere")
+    if config.dataset.source != "shapes" and out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--out {out}: is inside {root}, from which the videos are read; name a folder elsewhere")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    with _output_errors(out):
+        names = sorted(name for name in os.listdir(out) if not name.startswith("."))
+    if names and not (out / RECORD_NAME).exists():
+        raise UserError(f"--out {out}: contains {names[0]}, which convert did not write; name a new or empty folder")
 
 
-def _jobs(split: Split, source: VideoSource) -> Iterator[Job]:
+def _jobs(split: Split, source: VideoSource) -> Iterator[_Job]:
     videos = list(source.videos)
     try:
         names = folder_names([video.id for video in videos])
     except UserError as error:
         raise UserError(f"{split}: {error}") from None
     for index, (video, name) in enumerate(zip(videos, names, strict=True)):
-        yield Job(split, f"{split}/{name}", index, Entry(video.id, video.fingerprint, video.frames))
+        recorded = RecordedVideo(id=video.id, fingerprint=video.fingerprint, frames=video.frames)
+        yield _Job(split, index, f"{split}/{name}", recorded)
 
 
-def _refuse_others(record: Record, jobs: list[Job], overwrite: bool) -> None:
-    """What was written of other videos than those of the source: remove it, or refuse to add to it."""
-    entries = {job.name: job.entry for job in jobs}
-    others = sorted(name for name, entry in record.entries.items() if entries.get(name) != entry)
-    if not others:
-        return
-    if overwrite:
-        record.remove(others)
-        return
-    kind = "has changed in the source" if others[0] in entries else "is not among its videos now"
-    raise UserError(
-        f"--out {record.out}: {len(others)} of its {len(record.entries)} videos are from another source: {others[0]} "
-        f"{kind}; name another folder, or replace them with --overwrite"
-    )
+def _record(
+    out: Path, settings: dict[str, str | int], jobs: Sequence[_Job], asked: Sequence[_Job], overwrite: bool
+) -> None:
+    """Record what is going to be written. Pictures of other settings or videos are removed with `overwrite`.
+
+    Raises:
+        UserError: such pictures without `overwrite`; a folder that is not ours in the way; a damaged record.
+    """
+    path = out / RECORD_NAME
+    old = ConvertRecord(settings=settings, videos={})
+    if path.exists():
+        old = read_json(path, ConvertRecord, f"remove {out}, or name another folder")
+    ours = {folder: video for folder, video in old.videos.items() if (out / folder).exists()}
+    current = {job.folder: job.video for job in jobs}
+    changed = [f"{key} {old.settings.get(key)!r} (now {settings.get(key)!r})"
+               for key in old.settings | settings if old.settings.get(key) != settings.get(key)]  # fmt: skip
+    stale = sorted(folder for folder, video in ours.items() if changed or current.get(folder) != video)
+    if stale and not overwrite:
+        why = f"made with {', '.join(changed)}"
+        if not changed:
+            why = f"{stale[0]} {'has changed in the source' if stale[0] in current else 'is no longer in the source'}"
+        raise UserError(
+            f"--out {out}: {len(stale)} of its {len(ours)} videos are from other settings or videos: {why}; name "
+            "another folder, or replace them with --overwrite"
+        )
+    for job in asked:
+        if job.folder not in ours and (out / job.folder).exists():
+            raise UserError(f"{out / job.folder}: convert did not write it; remove it, or name another --out")
+    for folder in stale:
+        _remove(out, folder)
+        with suppress(OSError):  # other videos are in them
+            for parent in Path(folder).parents[:-1]:
+                (out / parent).rmdir()
+    kept = {folder: video for folder, video in ours.items() if folder not in stale}
+    write_json(path, ConvertRecord(settings=settings, videos=kept | {job.folder: job.video for job in asked}))
 
 
-def _refuse_foreign(record: Record, pending: list[Job]) -> None:
-    for job in pending:
-        if job.name not in record.entries and (record.out / job.name).exists():
-            raise UserError(
-                f"{record.out / job.name}: is there, and was not written by convert; remove it, or name another --out"
-            )
+def _remove(out: Path, folder: str) -> None:
+    """Remove a video's folder, if there is one. It is renamed first, so that no part of it is ever at its place."""
+    if (out / folder).exists():
+        temporary = Path(tempfile.mkdtemp(dir=out / UNFINISHED_NAME))
+        (out / folder).rename(temporary / "removed")
+        shutil.rmtree(temporary)
 
 
-def _announce(config: RiverConfig, out: Path, asked: list[Job], pending: list[Job], writer: Writer) -> None:
-    """Say what there is to do, and about how much room it takes."""
-    side, frames = config.dataset.image_size, sum(job.entry.frames for job in pending)
+def _is_complete(folder: Path, frames: int, image_format: ImageFormat) -> bool:
+    """Whether a recorded video has all its pictures."""
+    try:
+        return sum(name.endswith(f".{image_format}") for name in os.listdir(folder)) == frames
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Encodes and writes videos; used by many threads."""
+
+    out: Path
+    sources: Mapping[Split, VideoSource]
+    image_format: ImageFormat
+    quality: int
+
+    def write(self, job: _Job, advance: Callable[[], bool]) -> int | None:
+        """Write one video and move it into place.
+
+        Args:
+            advance: called after each frame; whether to continue.
+        Returns:
+            the size of its pictures in bytes; None if not continued.
+        Raises:
+            BrokenVideoError: nothing of it is left.
+        """
+        folder = self.out / UNFINISHED_NAME / f"{job.split}-{job.index}"
+        digits = max(5, len(str(job.video.frames - 1)))
+        size = count = 0
+        try:
+            folder.mkdir()
+            for count, content in enumerate(self.pictures(job), start=1):
+                (folder / f"{count - 1:0{digits}d}.{self.image_format}").write_bytes(content)
+                size += len(content)
+                if not advance():
+                    return None
+            assert count == job.video.frames, f"{count} frames of {job.folder}, which has {job.video.frames}"
+            _remove(self.out, job.folder)  # an incomplete one
+            (self.out / job.folder).parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(self.out / job.folder)
+            return size
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def pictures(self, job: _Job) -> Iterator[bytes]:
+        """The files of a video's frames."""
+        options = {"format": "PNG", "compress_level": PNG_LEVEL}
+        if self.image_format == "jpg":
+            options = {"format": "JPEG", "quality": self.quality, "subsampling": 0}
+        try:
+            for frame in self.sources[job.split].iterate(job.index):
+                content = io.BytesIO()
+                Image.fromarray(frame).save(content, **options)
+                yield content.getvalue()
+        except av.error.FFmpegError as error:  # such as a color space that FFmpeg cannot convert
+            raise BrokenVideoError(job.video.id, f"its frames cannot be converted ({error.strerror})") from error
+
+    def picture_bytes(self, pending: Sequence[_Job]) -> int:
+        """Size of a typical picture: the first one of the first video that can be read."""
+        for job in pending[:5]:
+            with suppress(BrokenVideoError):
+                return len(next(self.pictures(job)))
+        return 3 * next(iter(self.sources.values())).dataset.image_size ** 2
+
+
+def _announce(config: RiverConfig, asked: Sequence[_Job], pending: Sequence[_Job], writer: _Writer) -> None:
+    """Print what there is to do, and warn if the disk is too small for it."""
+    out, side = writer.out, config.dataset.image_size
     done = f", {len(asked) - len(pending)} of them are there" if len(pending) < len(asked) else ""
-    counts = f"{len(asked)} videos, {sum(job.entry.frames for job in asked)} frames"
+    counts = f"{len(asked)} videos, {sum(job.video.frames for job in asked)} frames"
     say(f"convert: {config.dataset.name} -> {out}: {counts} of {side}x{side} as {writer.image_format}{done}")
-    renamed = [job for job in pending if job.name != f"{job.split}/{job.entry.id}"]
+    renamed = [job for job in pending if job.folder != f"{job.split}/{job.video.id}"]
     if renamed:
-        example = f"{renamed[0].entry.id!r} is in {renamed[0].name}"
-        say(f"convert: {len(renamed)} ids are no safe names of folders and were changed: {example}")
+        example = f"{renamed[0].video.id!r} is in {renamed[0].folder}"
+        say(f"convert: {len(renamed)} ids are no safe folder names and were changed: {example}")
     if not pending:
         return
     disk = os.statvfs(out)
     free = disk.f_bavail * disk.f_frsize
-    room = frames * -(-writer.picture_bytes(pending) // disk.f_frsize) * disk.f_frsize
-    say(f"convert: {frames} files, about {size_text(room)} on the disk, which has {size_text(free)} free")
-    if room > free:
-        warn(f"{out}: this is more than the disk has left; where it ends, the same command goes on later")
-    if 0 < disk.f_files and disk.f_favail < frames:
-        warn(f"{out}: its file system takes {disk.f_favail} more files only")
+    files = sum(job.video.frames for job in pending)
+    needed = files * -(-writer.picture_bytes(pending) // disk.f_frsize) * disk.f_frsize  # in whole blocks
+    say(f"convert: {files} files, about {size_text(needed)} on the disk, which has {size_text(free)} free")
+    if needed > free:
+        warn(f"{out}: the disk may be too small; if it fills up, free some space and run the same command to resume")
+    if 0 < disk.f_files and disk.f_favail < files:
+        warn(f"{out}: its file system has room for only {disk.f_favail} more files")
 
 
-def _write_all(pending: list[Job], writer: Writer, run_context: RunContext) -> None:
-    cores = len(os.sched_getaffinity(0))
-    waiting, running = iter(pending), dict[Future, Job]()
-    frames = sum(job.entry.frames for job in pending)
-    finished = 0
+def _write_all(pending: Sequence[_Job], writer: _Writer, run_context: RunContext) -> dict[str, int]:
+    """Write videos in parallel. Returns the size of each that was written, by folder; broken videos are skipped."""
+    cores, frames = len(os.sched_getaffinity(0)), sum(job.video.frames for job in pending)
+    lock, failed, written = threading.Lock(), threading.Event(), dict[str, int]()
     with (
         StopRequest() as stop,
         progress(total=frames, description="convert", unit="frame") as bar,
         ThreadPoolExecutor(cores) as pool,
     ):
+
+        def advance() -> bool:
+            with lock:
+                bar.update()
+            return not (stop or failed.is_set())
+
+        futures = {pool.submit(writer.write, job, advance): job for job in pending}
         try:
-            while not stop:
-                for job in itertools.islice(waiting, 2 * cores - len(running)):
-                    running[pool.submit(writer.write, job)] = job
-                if not running:
-                    return
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(writer.frames - bar.n)
-                for future in done:
-                    job = running.pop(future)
-                    finished += 1
-                    bar.set_postfix_str(f"{finished}/{len(pending)} videos", refresh=False)
-                    try:
-                        future.result()
-                    except BrokenVideoError as error:
-                        run_context.skip(job.entry.id, error.reason)
+            for future in as_completed(futures):
+                if stop:
+                    break
+                job = futures[future]
+                try:
+                    written[job.folder] = future.result()
+                except BrokenVideoError as error:
+                    run_context.skip(job.video.id, error.reason)
+        except BaseException:
+            failed.set()
+            raise
         finally:
-            writer.stopping.set()
-            for future in running:
-                future.cancel()
-    raise StoppedBySignal(
-        stop.signal_number, f"stopped; {writer.record.out} keeps its whole videos, the same command goes on from there"
-    )
+            pool.shutdown(cancel_futures=True)
+    if stop:
+        raise StoppedBySignal(
+            stop.signal_number, f"stopped; {writer.out} keeps complete videos, the same command resumes from there"
+        )
+    return written
 
 
-def _report(split: Split, there: list[Job], writer: Writer) -> ConvertedSplit:
-    written = [writer.written[job.name] for job in there if job.name in writer.written]
-    return ConvertedSplit(split, len(there), sum(job.entry.frames for job in there), len(written), sum(written))
+@contextmanager
+def _output_errors(out: Path) -> Iterator[None]:
+    """Turn errors of the output folder into messages; those of videos are no OSError."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise NoSpaceError(
+                f"{out}: the disk is full; complete videos are kept: free some space, and the same command resumes"
+            ) from error
+        raise UserError(f"--out {out}: cannot be used ({error})") from error
 
 
-def _way_back(out: Path, record: Record) -> str:
-    splits = {name.partition("/")[0] for name in record.entries}
+def _reading_back(out: Path, splits: Sequence[Split]) -> str:
     if "train" not in splits:
-        there = join_names(sorted(splits)) or "nothing"
+        there = join_names(splits) or "nothing"
         return f"convert: there is {there}; to train on {out} (dataset.source=videos), convert the train split too"
     sets: dict[str, Any] = {"source": "videos", "root": out, "frame_step": 1}
     if "val" not in splits:
-        sets["splits"] = "'{val: 0}'"  # or a tenth of the training videos is taken
+        sets["splits"] = "'{val: 0}'"  # or a tenth of the training videos is held out
     words = " ".join(f"--set dataset.{key}={value}" for key, value in sets.items())
     return f"convert: to read them: {words}"
+
+
+_MAX_NAME_BYTES = 200  # file systems allow 255, and readers may want to add something
+
+# Characters that Windows, and so many network drives, refuse in names. A % would make two ids equal.
+_RESERVED = re.compile(r'[<>:"\\|?*\x00-\x1f\x7f]|%(?=[0-9A-Fa-f]{2})')
+_HIDDEN_OR_CUT = re.compile(r"^\.|[. ]$")
+_DEVICES = re.compile(r"(conin\$|conout\$|con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)
+
+
+def folder_names(ids: Sequence[str]) -> list[str]:
+    """The folder of each video of a split.
+
+    A `/` in an id means folders in folders. Characters that some file systems refuse become %3A and the like; names of
+    Windows' devices, and folders that would contain other videos, get a `_`; long names are cut and end in a digest.
+
+    Raises:
+        UserError: two that are equal, or differ by case alone, which many file systems ignore.
+    """
+    names = ["/".join(map(_name, video_id.split("/"))) for video_id in ids]
+    folders = {str(parent) for name in names for parent in Path(_folded(name)).parents}
+    names = [f"{name}_" if _folded(name) in folders else name for name in names]
+    seen: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if (other := seen.setdefault(_folded(name), row)) != row:
+            raise UserError(
+                f"videos {ids[other]!r} and {ids[row]!r} would be the folders {names[other]} and {name}, which not "
+                "every file system tells apart: rename one of them"
+            )
+    return names
+
+
+def _name(part: str) -> str:
+    name = _RESERVED.sub(_encoded, part.encode(errors="backslashreplace").decode())
+    name = _DEVICES.sub(r"\1_", name, count=1) if _DEVICES.match(name) else name
+    name = _HIDDEN_OR_CUT.sub(_encoded, name) or "_"
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        start = name.encode()[: _MAX_NAME_BYTES - 13].decode(errors="ignore")
+        name = f"{start}~{hashlib.sha256(part.encode(errors='backslashreplace')).hexdigest()[:12]}"
+    return name
+
+
+def _encoded(character: re.Match) -> str:
+    return f"%{ord(character[0]):02X}"
+
+
+def _folded(name: str) -> str:
+    """A name as a file system has it that ignores case and the two ways to write an accent."""
+    return unicodedata.normalize("NFC", name.casefold())

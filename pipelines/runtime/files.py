@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -112,8 +113,21 @@ def backup_path(path: Path) -> Path:
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file's content."""
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Hexadecimal digest of a file's content by another algorithm, such as "sha1"."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that holds a path, or will hold it once it exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def size_text(size: int) -> str:

@@ -48,6 +48,7 @@ def progress(
         initial=initial,
         desc=description,
         unit=unit,
+        unit_scale=unit == "B",
         dynamic_ncols=True,
         smoothing=0.1,
         disable=True if _quiet else None,

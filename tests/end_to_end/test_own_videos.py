@@ -139,7 +139,7 @@ def test_what_is_there_before_any_work(own, story: ModuleType) -> None:
     assert not (own.folder / "runs").exists()
     assert not (own.folder / "latents").exists()
     count = len(story.OWN_NAMES)
-    assert f"found: {count + 1} videos, {count} usable, 1 skipped; other files, passed over: 1 .txt" in out
+    assert f"found: {count + 1} videos, {count} usable, 1 skipped; other files, ignored: 1 .txt" in out
     frames = [12 + number % 3 for number in range(count)]
     used = sum((length + 1) // 2 for length in frames)
     assert f"used     {used} of {sum(frames)} frames (dataset.frame_step 2)" in out

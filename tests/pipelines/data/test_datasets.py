@@ -1,10 +1,11 @@
-"""`make data`: KTH from mirrors of every kind, what is recognised, what is refused, and the report."""
+"""The raw videos of a run: KTH from mirrors of every kind, the user's own, what is recognized, reported and planned."""
 
 import dataclasses
 import functools
 import http.server
 import io
 import os
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -12,14 +13,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
-from pipelines.data.archives import digest_of
-from pipelines.data.datasets import describe, plan, prepare
-from pipelines.data.downloads import KTH_SHA1, RECIPES
+from pipelines.config import RiverConfig, parse_config
+from pipelines.data.datasets import open_videos, prepare_data, preview_data, videos_status
+from pipelines.data.downloads import KTH_SHA1, PUBLISHED
+from pipelines.errors import UserError
+from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import file_digest
 from stage1_autoencoder.videos import VideoError
-from stage1_autoencoder.videos.config import DatasetConfig
-
-KTH = DatasetConfig(name="kth", source="kth", image_size=16)
+from tests import small_data_sets
 
 
 @functools.cache
@@ -37,7 +40,7 @@ def tiny_video() -> bytes:
 
 
 @pytest.fixture
-def mirror(tmp_path) -> Path:
+def mirror(tmp_path: Path) -> Path:
     folder = tmp_path / "mirror"
     folder.mkdir()
     for action in KTH_SHA1:
@@ -50,8 +53,8 @@ def mirror(tmp_path) -> Path:
 
 
 @pytest.fixture
-def site(mirror, monkeypatch):
-    """The mirror behind http, which notes what is asked for, beside sizes (HEAD)."""
+def site(mirror: Path, monkeypatch: pytest.MonkeyPatch):
+    """The mirror behind http, and what is asked for, but for sizes (HEAD)."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     asked: list[str] = []
 
@@ -72,153 +75,209 @@ def site(mirror, monkeypatch):
         thread.join()
 
 
-def test_from_a_folder(mirror, tmp_path):
-    planned = plan(KTH, tmp_path / "data", str(mirror))
-    assert planned[1] == f"00sequences.txt: would come from {mirror}/00sequences.txt"
-    assert all("would be unpacked from" in line for line in planned[2:])
-    lines: list[str] = []
-    sources = prepare(KTH, tmp_path / "data", str(mirror), lines.append)
+class Story:
+    """Commands on one data set below `tmp_path`; `lines` has what the last one printed."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+        self.lines: list[str] = []
+
+    def config(self, **dataset: object) -> RiverConfig:
+        paths = {name: str(self.folder / name) for name in ("data", "latents", "runs")}
+        return parse_config(
+            {"paths": paths, "dataset": {"name": "kth", "source": "kth", "image_size": 16} | dataset}, ""
+        )
+
+    def call(self, function, mirror: object = None, **dataset: object):
+        context = RunContext(torch.device("cpu"), mirror=None if mirror is None else str(mirror))
+        self.capsys.readouterr()
+        result = function(self.config(**dataset), context)
+        self.lines = self.capsys.readouterr().out.splitlines()
+        return result
+
+    def counts(self, mirror: object = None, **dataset: object) -> dict[str, int]:
+        """Videos by split, after `prepare_data`."""
+        sources = self.call(prepare_data, mirror, **dataset)
+        return {split: len(source.videos) for split, source in sources.items()}
+
+    def refused(self, mirror: object, *carried: str, **dataset: object) -> None:
+        with pytest.raises((VideoError, UserError), match=re.escape(carried[0])) as caught:
+            self.call(prepare_data, mirror, **dataset)
+        for text in carried:
+            assert text in str(caught.value)
+
+
+@pytest.fixture
+def story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Story:
+    return Story(tmp_path, capsys)
+
+
+def test_kth_from_a_folder(story, mirror, tmp_path):
+    assert videos_status(story.config()).state == "missing"
+    story.call(preview_data, mirror)
+    assert any(f"{mirror}/00sequences.txt" in line for line in story.lines)
+    assert sum(f"{mirror}/{action}.zip" in line for line in story.lines for action in KTH_SHA1) == 6
+    assert not (tmp_path / "data").exists()
+
+    sources = story.call(prepare_data, mirror)
     assert {split: len(source.videos) for split, source in sources.items()} == {"train": 6, "val": 6, "test": 6}
     assert sources["train"].read(0).shape == (6, 16, 16, 3)
-    text = "\n".join(lines)
-    assert text.count("is not that of the KTH archive") == 6, "a mirror's sha1 is a warning"
-    assert "boxing: unpacked 3 files" in lines
-    assert "train: 6 videos, 36 frames (6 to 6, median 6), 25 fps, 32x24 -> 16x16, skipped 0" in lines
+    assert sum(line.startswith("warning: ") and "sha1" in line for line in story.lines) == 6, "of a mirror: a warning"
+    assert "boxing: unpacked 3 files" in story.lines
+    assert "train: 6 videos, 36 frames (6 to 6, median 6), 25 fps, 32x24 -> 16x16, skipped 0" in story.lines
+    assert len((tmp_path / "runs/kth/videos.tsv").read_text().splitlines()) == 19
     assert (mirror / "boxing.zip").is_file()
-    assert not list((tmp_path / "data/kth").glob("**/*.zip")), "unpacked from where they lie, not copied"
+    assert not list((tmp_path / "data/kth").glob("**/*.zip")), "unpacked from where they are, not copied"
+    assert videos_status(story.config()).is_done
 
-    assert plan(KTH, tmp_path / "data", None)[1:] == [f"{action}: already unpacked, 3 files" for action in KTH_SHA1]
-    again: list[str] = []
-    prepare(KTH, tmp_path / "data", str(mirror), again.append)
-    assert [line for line in again if "already unpacked, 3 files" in line] == again[:6]
-    assert len(again) == 9
-    prepare(KTH, tmp_path / "data", None, again.append)  # and asks no network for what is there
-    with_sequences = KTH.model_copy(update={"sequences": True, "splits": {"train": "1"}})
-    assert len(prepare(with_sequences, tmp_path / "data", None, again.append)["train"].videos) == 12
+    story.call(preview_data)
+    assert sum("already unpacked, 3 files" in line for line in story.lines) == 6
+    assert story.counts(mirror) == {"train": 6, "val": 6, "test": 6}
+    assert sum("already unpacked, 3 files" in line for line in story.lines) == 6
+    story.counts()  # and asks no network for what is there
+    assert story.counts(sequences=True, splits={"train": "1"}) == {"train": 12}
 
 
-def test_from_a_site(mirror, site, tmp_path):
+def test_kth_from_a_site(story, mirror, site, tmp_path):
     url, asked = site
-    lines: list[str] = []
-    sources = prepare(KTH, tmp_path / "data", url + "/", lines.append)
-    assert len(sources["test"].videos) == 6
+    assert len(story.call(open_videos, url + "/")["test"].videos) == 6
     assert asked == ["/00sequences.txt", *(f"/{action}.zip" for action in KTH_SHA1)]
     left = {path.name for path in (tmp_path / "data/kth").iterdir()}
-    assert {name for name in left if not name.startswith(".river_index")} == {*KTH_SHA1, "00sequences.txt"}
+    assert {name for name in left if name[0] != "."} == {*KTH_SHA1, "00sequences.txt"}
+    assert not [name for name in left if name.endswith((".zip", ".part"))]
 
 
-def test_the_projects_own_site_must_have_the_known_archives(mirror, site, tmp_path, monkeypatch):
+def test_the_publishers_site_must_have_the_known_archives(story, mirror, site, tmp_path, monkeypatch):
     url, asked = site
-    recipe = dataclasses.replace(RECIPES["kth"], url=url)
-    monkeypatch.setitem(RECIPES, "kth", recipe)
-    with pytest.raises(VideoError, match=r"/boxing\.zip: sha1 [0-9a-f]{40} is not the known adb36.*MIRROR=<folder"):
-        prepare(KTH, tmp_path / "data", None, print)
+    published = dataclasses.replace(PUBLISHED["kth"], url=url)
+    monkeypatch.setitem(PUBLISHED, "kth", published)
+    story.refused(None, f"{url}/boxing.zip", KTH_SHA1["boxing"], "MIRROR=<folder")
     assert not list((tmp_path / "data/kth").glob("*boxing*"))
-    known = [dataclasses.replace(archive, sha1=digest_of(mirror / archive.name, "sha1")) for archive in recipe.archives]
-    monkeypatch.setitem(RECIPES, "kth", dataclasses.replace(recipe, archives=tuple(known)))
-    assert len(prepare(KTH, tmp_path / "data", None, print)["train"].videos) == 6
+    known = [dataclasses.replace(a, sha1=file_digest(mirror / a.name, "sha1")) for a in published.archives]
+    monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(published, archives=tuple(known)))
+    assert story.counts()["train"] == 6
     assert asked.count("/boxing.zip") == 2
     assert asked.count("/00sequences.txt") == 1
 
 
-def test_no_network(tmp_path, monkeypatch):
-    monkeypatch.setitem(RECIPES, "kth", dataclasses.replace(RECIPES["kth"], url="http://127.0.0.1:9"))
+def test_no_network(story, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(PUBLISHED["kth"], url="http://127.0.0.1:9"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("pipelines.data.fetch.time.sleep", lambda _: None)
-    with pytest.raises(
-        VideoError, match=r"http://127\.0\.0\.1:9/00sequences\.txt: .*refused.*make data DATASET=kth MIRROR="
-    ):
-        prepare(KTH, tmp_path / "data", None, print)
+    monkeypatch.setattr("pipelines.data.fetch.RETRIES", 0)
+    story.refused(None, "http://127.0.0.1:9/00sequences.txt", "make data DATASET=kth MIRROR=")
 
 
-def test_mirrors_that_lack(mirror, tmp_path):
-    with pytest.raises(VideoError, match="MIRROR=/no/where: no such folder, and no http"):
-        prepare(KTH, tmp_path / "data", "/no/where", print)
+def test_incomplete_mirrors(story, mirror, tmp_path):
     (mirror / "boxing.zip").unlink()
     (mirror / "walking.zip").unlink()
-    with pytest.raises(VideoError, match=r"MIRROR=.*mirror: lacks boxing\.zip, walking\.zip; put them there"):
-        prepare(KTH, tmp_path / "data", str(mirror), print)
+    story.refused(mirror, f"MIRROR={mirror}", "boxing.zip, walking.zip")
     assert not (tmp_path / "data").exists()
 
 
-def test_sequences_are_needed_only_when_asked_for(mirror, tmp_path):
+def test_sequences_are_needed_only_when_asked_for(story, mirror):
     (mirror / "00sequences.txt").unlink()
-    lines: list[str] = []
-    prepare(KTH, tmp_path / "data", str(mirror), lines.append)
-    assert any("warning: no 00sequences.txt" in line for line in lines)
-    with pytest.raises(VideoError, match=r"00sequences\.txt: No such file"):
-        prepare(KTH.model_copy(update={"sequences": True}), tmp_path / "data", str(mirror), print)
+    story.counts(mirror)
+    assert any(line.startswith("warning") and "00sequences.txt" in line for line in story.lines)
+    assert videos_status(story.config()).is_done
+    assert videos_status(story.config(sequences=True)).state == "partial"
+    story.refused(mirror, str(mirror / "00sequences.txt"), "No such file", sequences=True)
     (mirror / "00sequences.txt").write_text("<html>")
-    with pytest.raises(VideoError, match="has no frame ranges"):
-        prepare(KTH.model_copy(update={"sequences": True}), tmp_path / "data", str(mirror), print)
+    story.refused(mirror, "00sequences.txt", sequences=True)
 
 
-def test_a_page_in_place_of_an_archive(mirror, site, tmp_path):
+def test_a_page_instead_of_an_archive(story, mirror, site, tmp_path):
     url, _ = site
     (mirror / "jogging.zip").write_text("<!DOCTYPE html><title>Gone</title>")
-    for place in (str(mirror), url):
-        with pytest.raises(VideoError, match=r"jogging\.zip: not a whole zip archive .* an HTML or XML page"):
-            prepare(KTH, tmp_path / "data", place, print)
+    for place in (mirror, url):
+        story.refused(place, "jogging.zip", "not a whole zip archive", "HTML or XML page")
         assert not list((tmp_path / "data/kth").glob("*jogging*"))
+    status = videos_status(story.config())
+    assert (status.state, status.path) == ("partial", tmp_path / "data/kth")
+    assert "3 of 6" in status.detail
 
 
-def test_half_a_folder_is_completed(mirror, tmp_path):
+def test_half_a_folder_is_completed(story, mirror, tmp_path):
     half = tmp_path / "data/kth/boxing"
     half.mkdir(parents=True)
     (half / "person01_boxing_d1_uncomp.avi").write_bytes(tiny_video()[:500])
-    sources = prepare(KTH, tmp_path / "data", str(mirror), print)
+    sources = story.call(prepare_data, mirror)
     assert len(sources["train"].videos) == 6
     assert not sources["train"].skipped
 
 
-def test_folders_that_the_user_unpacked_are_taken_as_they_are(mirror, tmp_path):
+def test_folders_that_the_user_unpacked_are_used_as_they_are(story, mirror, tmp_path):
     for action in KTH_SHA1:
         with zipfile.ZipFile(mirror / f"{action}.zip") as archive:
             archive.extractall(tmp_path / "data/kth" / action)
     (tmp_path / "data/kth/00sequences.txt").write_text((mirror / "00sequences.txt").read_text())
-    lines: list[str] = []
-    prepare(KTH, tmp_path / "data", None, lines.append)
-    assert sum("3 videos that were not unpacked by us, taken as they are" in line for line in lines) == 6
+    story.counts()
+    assert sum("3 .avi files" in line for line in story.lines) == 6
+    assert videos_status(story.config()).is_done
 
 
-def test_another_archive_is_noticed(mirror, tmp_path):
-    prepare(KTH, tmp_path / "data", str(mirror), lambda _: None)
+def test_another_archive_is_noticed(story, mirror):
+    story.counts(mirror)
     with zipfile.ZipFile(mirror / "boxing.zip", "a") as archive:
         archive.writestr("more.txt", "more")
-    lines: list[str] = []
-    prepare(KTH, tmp_path / "data", str(mirror), lines.append)
-    assert any(line.startswith("boxing: already unpacked, 3 files, from another archive than") for line in lines)
+    story.counts(mirror)
+    (line,) = [line for line in story.lines if "another archive" in line]
+    assert line.startswith("boxing: already unpacked, 3 files")
 
 
-def test_other_sources_are_indexed_and_reported(tmp_path):
-    (tmp_path / "mine").mkdir()
+def test_bair_and_clevrer_in_their_true_formats(story, tmp_path):
+    mirror = tmp_path / "mirror"
+    small_data_sets.write_bair_archive(mirror, train=4, test=2, a_file=4, frames=3)
+    small_data_sets.write_clevrer_archives(mirror, train=2, validation=1, test=1, frames=4)
+    bair = {"name": "bair_64", "source": "bair", "splits": {"val": 0.25}}
+    assert story.counts(mirror, **bair) == {"train": 3, "val": 1, "test": 2}
+    assert story.counts(mirror, name="clevrer", source="clevrer") == {"train": 2, "val": 1, "test": 1}
+
+
+def test_other_sources_are_indexed_and_reported(story, tmp_path):
+    mine = {"name": "mine", "source": "videos", "image_size": 8}
+    root = tmp_path / "data/mine"
+    assert videos_status(story.config(**mine)).state == "missing"
+    with pytest.raises(VideoError, match=re.escape(str(root))):
+        story.call(preview_data, **mine)
+    root.mkdir(parents=True)
     for number in range(3):
-        (tmp_path / f"mine/v{number}.avi").write_bytes(tiny_video())
-    (tmp_path / "mine/notes.mp4").write_text("text")
-    lines: list[str] = []
-    prepare(DatasetConfig(name="mine", source="videos", image_size=8), tmp_path, "/somewhere", lines.append)
-    assert lines[0] == "MIRROR is not used: source 'videos' has nothing to fetch"
-    assert lines[1].startswith("train: 1 videos, 6 frames (6 to 6, median 6), 25 fps, 32x24 -> 8x8, skipped 1")
-    assert lines[2].startswith("  skipped notes: cannot be opened as a video")
-    assert [line.split(":")[0] for line in lines[3:]] == ["val", "test"]
+        (root / f"v{number}.avi").write_bytes(tiny_video())
+    (root / "notes.mp4").write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    story.call(preview_data, **mine)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert any(line.startswith("train: 1 videos") for line in story.lines)
+    story.counts("/somewhere", **mine)
+    assert "MIRROR" in story.lines[0]
+    text = "\n".join(story.lines)
+    assert "train: 1 videos, 6 frames (6 to 6, median 6), 25 fps, 32x24 -> 8x8, skipped 1\n  skipped notes: " in text
+    assert videos_status(story.config(**mine)).is_done
 
 
-def test_shapes_need_nothing(tmp_path):
-    shapes = DatasetConfig(name="shapes", source="shapes", image_size=16, splits={"train": 3, "val": 1, "test": 1})
-    lines: list[str] = []
-    sources = prepare(shapes, tmp_path, None, lines.append)
-    assert list(sources) == ["train", "val", "test"]
-    assert "drawn -> 16x16" in lines[0]
-    assert lines == describe(sources)
+def test_bair_at_256(story, tmp_path):
+    bair = {"name": "bair_256", "source": "videos"}
+    root = tmp_path / "data/bair_256"
+    story.refused(None, str(root), f"{root}/{{train,val,test}}/<video>/<frame>.png", "dataset.root", **bair)
+    root.mkdir(parents=True)
+    (root / ".hidden").write_bytes(b"")
+    story.refused(None, str(root), "dataset.root", **bair)
+
+
+def test_shapes_need_nothing(story):
+    shapes = {"name": "shapes", "source": "shapes", "splits": {"train": 3, "val": 1, "test": 1}}
+    assert videos_status(story.config(**shapes)).is_done
+    assert story.counts(**shapes) == {"train": 3, "val": 1, "test": 1}
+    assert any("drawn -> 16x16" in line for line in story.lines)
+    story.call(preview_data, **shapes)
+    assert any("drawn -> 16x16" in line for line in story.lines)
 
 
 SHARED = Path(os.environ.get("RIVER_SHARED", Path(__file__).parents[4] / "shared")) / "data" / "kth_mocap"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the KTH stand-in is not here (RIVER_SHARED)")
-def test_the_stand_in(tmp_path):
-    lines: list[str] = []
-    sources = prepare(KTH, tmp_path, str(SHARED), lines.append)
+def test_the_stand_in(story):
+    sources = story.call(prepare_data, SHARED)
     assert {split: len(source.videos) for split, source in sources.items()} == {"train": 228, "val": 12, "test": 60}
     assert sum(video.frames for source in sources.values() for video in source.videos) == 39080
     assert not any(source.skipped for source in sources.values())
