@@ -16,9 +16,8 @@ from torch import Tensor
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import PredictorParts, load_run
-from pipelines.official.official_predictor import load_official
-from pipelines.official.parts import OfficialFiles
-from pipelines.official.vector_fields import OFFICIAL_HEADS
+from pipelines.official.official_networks import OFFICIAL_HEADS
+from pipelines.official.parts import OfficialFiles, load_official
 from pipelines.prediction.clips import Clip, GivenVideo, load_clips
 from pipelines.prediction.pictures import to_video
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames

@@ -45,7 +45,7 @@ class Measurement:
             required += "  NOT REACHED"
         ratio = "" if self.ratio is None else f"{self.ratio:.3g}"
         value = f"{self.value:.4g} {self.unit}"
-        return f"  {self.name:<46} {value:<22} {self.reference:<44} {ratio:>8}  {required}".rstrip()
+        return f"  {self.name:<52} {value:<22} {self.reference:<44} {ratio:>8}  {required}".rstrip()
 
 
 class Benchmark(BaseModel):

@@ -38,7 +38,7 @@ def sampling_measurements(bench: Workbench) -> Iterator[Measurement]:
         )
         count = clips * frames
         yield Measurement(
-            f"sampling: {clips} clips, {nfe} evaluations per frame", count / ours, "frames/s",
+            f"sampling: batch of {clips}, {nfe} NFE per frame", count / ours, "frames/s",
             f"PyTorch's layers, step by step: {count / reference:.4g}/s", reference / ours, at_least=1.0,
         )  # fmt: skip
 

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines.config import preset_folders
-    from pipelines.official.importing import OfficialFiles, import_official
+    from pipelines.official.importing import import_official
+    from pipelines.official.parts import OfficialFiles
 
     files = OfficialFiles(options.model, options.autoencoder, options.refiner)
     import_official(config, run_context, files, preset_folders(options.config), heads=options.heads)

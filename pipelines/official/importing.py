@@ -1,4 +1,4 @@
-"""`import-official`: official weights become a run, as if it had been trained here."""
+"""Official weights become a run, as if it had been trained here."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,20 +8,30 @@ from pathlib import Path
 import torch
 
 from pipelines.config import RiverConfig
+from pipelines.data.fetch import fetch
 from pipelines.errors import UserError
 from pipelines.loading import find_autoencoder, find_flow, load_trained_autoencoder, weights_digest
-from pipelines.official.official_download import RELEASED, download_model
-from pipelines.official.parts import OfficialFiles, Part, read_parts
-from pipelines.official.vector_fields import OFFICIAL_HEADS
+from pipelines.official.official_networks import OFFICIAL_HEADS, load_autoencoder
+from pipelines.official.parts import OfficialFiles, Part, check_channels, check_sizes, parts_of_run, read_networks
+from pipelines.official.weight_files import HEAD_BYTES, foreign_content
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import is_imported, only_training_of, set_aside, write_run_files
 
-LICENCE = (
-    "these weights are their authors' (RIVER, ICCV 2023, arXiv 2211.14575) and come under GPL-3.0, not under this "
-    "program's licence: what you hand on of them stays under it"
+LICENSE = (
+    "these weights are their authors' (RIVER, ICCV 2023, arXiv 2211.14575) and are licensed under GPL-3.0, unlike this "
+    "program: if you pass them on, that license applies"
 )
+HUB = "https://huggingface.co/cvg-unibe"
+# Per data set: the repository, and its autoencoder's file. The main model is `model.pth` in each.
+RELEASED = {
+    "kth": ("river_kth_64", "vqvae.ckpt"),
+    "bair_64": ("river_bair_64", "vqvae.ckpt"),
+    "bair_256": ("river_bair_256", "vqvae.ckpt"),
+    "clevrer": ("river_clevrer_128", "vqvae.pth"),
+}
 
 
 def import_official(
@@ -35,9 +45,9 @@ def import_official(
     """Write official weights as finished trainings into the configuration's run.
 
     Args:
-        files: at least one, unless the run_context allows downloads.
-        presets: folders of configurations: where this one does not fit the files, one that does is looked for there.
-        heads: attention heads of the vector field, the one size that the shapes don't tell.
+        files: at least one, unless downloads are allowed.
+        presets: folders of configurations; if this one does not fit the files, they are searched for one that does.
+        heads: attention heads of the vector field, which the shapes don't tell.
     Returns:
         The checkpoints of the parts, whether they were imported now or before.
     Raises:
@@ -48,20 +58,20 @@ def import_official(
     if files == OfficialFiles():
         if not run_context.download:
             raise UserError(
-                "name the files: --model model.pth, --autoencoder vqvae.ckpt (where the model holds none), --refiner "
-                f"refiner.pth; or fetch the released ones with --download (there are some for {', '.join(RELEASED)})"
+                "name the files: --model model.pth, --autoencoder vqvae.ckpt (if the model holds none), --refiner "
+                f"refiner.pth; or download released ones with --download (available for {', '.join(RELEASED)})"
             )
-        files = replace(files, model=download_model(config))
-    parts = read_parts(config, files, download=run_context.download, presets=presets, heads=heads)
-    new = [part for part in parts if not _is_there(config, part)]
+        files = replace(files, model=download(config, "model"))
+    parts = _read_parts(config, files, run_context.download, presets, heads)
+    new = [part for part in parts if not _is_imported_already(config, part)]
     in_the_way = [part for part in new if _find(config, part) is not None]
     if in_the_way and not run_context.restart:
         raise UserError("\n".join(_refusal(config, part) for part in in_the_way))
     for part in in_the_way:
         set_aside(config.run_path / part.name, part.name)
-    with ExitStack() as held:
+    with ExitStack() as locks:
         for part in new:
-            held.enter_context(only_training_of(config.run_path / part.name))
+            locks.enter_context(only_training_of(config.run_path / part.name))
         if new:
             write_run_files(config, run_context.device)
         for part in parts:
@@ -71,9 +81,88 @@ def import_official(
                 say(f"import-official: {part.name}: done before, {_find(config, part).path}")
     for source, sha256 in {part.source: part.state["imported"]["sha256"] for part in parts}.items():
         say(f"import-official: {source}: sha256 {sha256}")
-    say(f"import-official: {LICENCE}")
-    _say_what_is_next(config)
+    say(f"import-official: {LICENSE}")
+    _say_next_steps(config)
     return [_find(config, part).path for part in parts]
+
+
+def download(config: RiverConfig, what: str) -> Path:
+    """Download a released file of the configuration's data set to `<data>/<dataset>/official/`, unless it is there.
+
+    Args:
+        what: `model` or `autoencoder`.
+    Raises:
+        UserError: no released weights for this data set.
+        FetchError: the download fails (the next call resumes it), or what arrives is no checkpoint.
+    """
+    dataset = config.dataset.name
+    if dataset not in RELEASED:
+        raise UserError(
+            f"--download: there are released weights for the data sets {', '.join(RELEASED)}, not for {dataset!r}: "
+            "download them with one of their configurations, and name them here, such as --model "
+            f"{config.data_root}/{next(iter(RELEASED))}/official/model.pth"
+        )
+    repository, autoencoder = RELEASED[dataset]
+    name = "model.pth" if what == "model" else autoencoder
+    target = config.data_root / dataset / "official" / name
+    if target.is_file():
+        with target.open("rb") as file:
+            if foreign_content(file.read(HEAD_BYTES)) is None:
+                say(f"import-official: {target} exists ({size_text(target.stat().st_size)})")
+                return target
+    url = f"{HUB}/{repository}/resolve/main/{name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    say(f"import-official: downloading {url} -> {target}")
+    fetch(
+        url, target, way_out=f"get the file by other means and name it with --{what} <file>", check_head=foreign_content
+    )
+    say(f"import-official: downloaded {size_text(target.stat().st_size)}")
+    return target
+
+
+def _read_parts(
+    config: RiverConfig, files: OfficialFiles, may_download: bool, presets: Sequence[Path], heads: int
+) -> list[Part]:
+    """The networks of the files as parts of this run, after all checks."""
+    try:
+        networks = read_networks(files, heads)
+    except ValueError as error:
+        raise UserError(f"{error}: name their number with --heads") from None
+    # The latents that flow and refiner work on: of the files' autoencoder, one imported before, or a released one.
+    autoencoder, path = networks.autoencoder, networks.autoencoder_path
+    if autoencoder is None:
+        before = find_autoencoder(config.run_path)
+        if before is not None and is_imported(before):
+            autoencoder, path = load_trained_autoencoder(before, torch.device("cpu")), before.path
+        elif may_download:
+            path = download(config, "autoencoder")
+            autoencoder = load_autoencoder(path)
+            networks = replace(networks, autoencoder=autoencoder, autoencoder_path=path)
+        else:
+            raise UserError(_no_autoencoder(config, files.model or files.refiner, before))
+    if networks.field is not None:
+        check_channels(networks.field, files.model, autoencoder, path)
+    found = {
+        "autoencoder": networks.autoencoder and (networks.autoencoder, path),
+        "flow": networks.field and (networks.field, files.model),
+        "refiner": networks.refiner and (networks.refiner, files.refiner),
+    }
+    found = {section: pair for section, pair in found.items() if pair is not None}
+    names = {section: source.name for section, (_, source) in found.items()}
+    check_sizes(names, {section: network.config for section, (network, _) in found.items()}, config, presets)
+    return list(parts_of_run(config, files, networks, weights_digest(autoencoder)))
+
+
+def _no_autoencoder(config: RiverConfig, file: Path, trained: Checkpoint | None) -> str:
+    if trained is None:
+        return (
+            f"{file} works on latents of an autoencoder, which it does not hold, and {config.run_path} has none: name "
+            "the one that came with it: --autoencoder vqvae.ckpt (CLEVRER's: vqvae.pth)"
+        )
+    return (
+        f"{file} works on latents of another autoencoder than {trained.path}, which was trained here: name the one "
+        "that came with it, --autoencoder vqvae.ckpt, and with it another run (--set dataset.name=...) or --restart"
+    )
 
 
 def _folder(config: RiverConfig, part: Part) -> CheckpointFolder:
@@ -84,8 +173,8 @@ def _find(config: RiverConfig, part: Part) -> Checkpoint | None:
     return _folder(config, part).latest()
 
 
-def _is_there(config: RiverConfig, part: Part) -> bool:
-    """Whether the same weights were imported before, for the same sizes and the same autoencoder."""
+def _is_imported_already(config: RiverConfig, part: Part) -> bool:
+    """Whether the same weights were imported before, with the same sizes and autoencoder."""
     found = _find(config, part)
     if found is None or not is_imported(found):
         return False
@@ -95,10 +184,10 @@ def _is_there(config: RiverConfig, part: Part) -> bool:
 
 def _refusal(config: RiverConfig, part: Part) -> str:
     found = _find(config, part)
-    how = f"was imported from {found.state['imported']['file']}" if is_imported(found) else "was trained here"
+    origin = f"was imported from {found.state['imported']['file']}" if is_imported(found) else "was trained here"
     return (
-        f"{found.path} {how}, and {part.source} would replace it: import with --restart (the old one is set aside), or "
-        "give the run another name with --set dataset.name=..."
+        f"{found.path} {origin}, and {part.source} would replace it: import with --restart (the existing one is moved "
+        "to a backup folder), or give the run another name with --set dataset.name=..."
     )
 
 
@@ -110,7 +199,7 @@ def _write(config: RiverConfig, part: Part) -> None:
     say(f"import-official: {part.name}: {millions:.1f} M parameters, {trained}from {part.source} -> {path}")
 
 
-def _say_what_is_next(config: RiverConfig) -> None:
+def _say_next_steps(config: RiverConfig) -> None:
     flow, autoencoder = find_flow(config.run_path), find_autoencoder(config.run_path)
     if flow is None:
         say("import-official: next: `encode` the videos, then `train-flow` on their latents")
@@ -118,11 +207,11 @@ def _say_what_is_next(config: RiverConfig) -> None:
     digest = weights_digest(load_trained_autoencoder(autoencoder, torch.device("cpu")))
     if flow.state["store"]["autoencoder"] == digest:
         say(
-            "import-official: next: `predict` a video of yours, `sample`, `evaluate`; nothing has to be trained. To "
-            "train it further on your videos: `encode`, then `train-flow --fine-tune`"
+            "import-official: next: `predict` a video of yours, `sample`, `evaluate`; no training is needed. To "
+            "fine-tune it on your videos: `encode`, then `train-flow --fine-tune`"
         )
     else:
         warn(
-            f"{flow.path} knows another autoencoder's latents: import the model that belongs to this one, or "
+            f"{flow.path} was trained on another autoencoder's latents: import the model that belongs to this one, or "
             "`encode --overwrite` and `train-flow --restart`"
         )
