@@ -28,7 +28,7 @@ from pipelines.training.autoencoder_trainer import AutoencoderTrainer, Validatio
 from pipelines.training.training_loop import LoopSettings, run_training
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import AutoencoderTrainingConfig
-from stage1_autoencoder.frames import FramePool
+from stage1_autoencoder.frame_pool import FramePool
 from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 

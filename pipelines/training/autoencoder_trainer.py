@@ -26,7 +26,7 @@ from stage1_autoencoder.codebook import CodebookCare, forget
 from stage1_autoencoder.config import AutoencoderTrainingConfig
 from stage1_autoencoder.discriminator import DiscriminatorWatch, PatchDiscriminator, adversarial_weight
 from stage1_autoencoder.families import build_autoencoder
-from stage1_autoencoder.frames import FramePool
+from stage1_autoencoder.frame_pool import FramePool
 from stage1_autoencoder.training import DiscriminatorStep, backward, learning_rate_factor
 
 # Latent vectors a code that the codebook is started on.

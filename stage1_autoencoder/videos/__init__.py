@@ -1,4 +1,4 @@
-"""Where frames come from: one interface, `VideoSource`, before drawn videos, folders, and the data sets people use."""
+"""Video sources: one interface, `VideoSource`, for procedural videos, folders of videos, and public data sets."""
 
 from pathlib import Path
 
@@ -23,22 +23,22 @@ __all__ = [
 
 
 def dataset_root(dataset: DatasetConfig, data_root: str | Path) -> Path:
-    """Find the folder of the raw videos: `dataset.root` with "{data}" filled in, or <data_root>/<name>."""
+    """The folder of the raw videos: `dataset.root` with "{data}" replaced by `data_root`, or <data_root>/<name>."""
     if dataset.root is None:
         return Path(data_root) / dataset.name
     return Path(dataset.root.replace("{data}", str(data_root))).expanduser()
 
 
 def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = True) -> dict[Split, VideoSource]:
-    """Open all splits of a data set, indexing its folder once. Splits without videos are left out; train never is.
+    """Open all splits of a data set and index its folder. Splits without videos are omitted; train always has some.
 
     Args:
         data_root: `paths.data` of the config.
-        remember: keep what is found out in a hidden file in the folder; without it, nothing is written.
+        remember: store the index in a hidden file in the folder; False writes nothing.
     Raises:
         VideoError: no folder, no videos in it, or nothing to train on.
     """
-    # Imported where they are used, because drawing shapes needs no FFmpeg and no index.
+    # Imports are local because drawing shapes needs neither FFmpeg nor an index.
     root = dataset_root(dataset, data_root)
     match dataset.source:
         case "shapes":
@@ -68,10 +68,10 @@ def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = 
 
 
 def open_video(dataset: DatasetConfig, path: str | Path) -> VideoSource:
-    """Open any one video file or folder of frames as a source of one video, by the preprocessing of `dataset`.
+    """Open a video file or folder of frames anywhere as a source of one video, with the preprocessing of `dataset`.
 
     Raises:
-        VideoError: it is not there, or cannot be used.
+        VideoError: it does not exist, or cannot be used.
     """
     from stage1_autoencoder.videos.folders import open_single
 
@@ -84,7 +84,7 @@ def open_source(dataset: DatasetConfig, data_root: str | Path, split: Split) -> 
     Args:
         data_root: `paths.data` of the config.
     Raises:
-        VideoError: as `open_splits`; or a split that has no videos.
+        VideoError: as `open_splits`, or the split has no videos.
     """
     if dataset.source == "shapes":  # its splits do not depend on each other
         from stage1_autoencoder.videos.shapes import ShapesSource

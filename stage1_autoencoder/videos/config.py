@@ -1,4 +1,4 @@
-"""Settings of the data set: where its videos come from, and how frames are made of them."""
+"""Settings of the data set: the source of its videos, the size of frames, and the splits."""
 
 from typing import Literal
 
@@ -8,18 +8,18 @@ Split = Literal["train", "val", "test"]
 
 
 class ShapesConfig(BaseModel):
-    """The procedural `shapes` videos: coloured shapes that bounce off the walls and each other."""
+    """The procedural `shapes` videos: colored shapes that bounce off the walls and each other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    frames: PositiveInt = Field(20, description="frames a video")
-    min_objects: PositiveInt = Field(2, description="fewest shapes in a video")
-    max_objects: PositiveInt = Field(3, description="most shapes in a video")
+    frames: PositiveInt = Field(20, description="frames per video")
+    min_objects: PositiveInt = Field(2, description="smallest number of shapes in a video")
+    max_objects: PositiveInt = Field(3, description="largest number of shapes in a video")
     radius: PositiveFloat = Field(
-        8.0, description="radius of a disc and of all collisions, pixels at 64x64; other shapes have about its area"
+        8.0, description="radius of a disc and of collisions, in pixels at 64x64; other shapes have about the same area"
     )
-    min_speed: float = Field(2.0, ge=0, description="least initial speed, pixels a frame at 64x64")
-    max_speed: float = Field(3.0, ge=0, description="greatest initial speed, pixels a frame at 64x64")
+    min_speed: float = Field(2.0, ge=0, description="smallest initial speed, in pixels per frame at 64x64")
+    max_speed: float = Field(3.0, ge=0, description="largest initial speed, in pixels per frame at 64x64")
 
     @model_validator(mode="after")
     def _ordered(self) -> "ShapesConfig":
@@ -31,7 +31,7 @@ class ShapesConfig(BaseModel):
 
 
 class DatasetConfig(BaseModel):
-    """Which videos, how large, and which of them are for training, validation and testing."""
+    """The videos, the size of their frames, and the split into training, validation and test videos."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,32 +41,32 @@ class DatasetConfig(BaseModel):
         json_schema_extra={"changes_results": False},
     )
     source: Literal["shapes", "videos", "kth", "bair", "clevrer", "hdf5"] = Field(
-        description="shapes: procedural; videos: a folder of video files or of frame folders; kth, bair, clevrer: what "
-        "is in the archives of these data sets; hdf5: shards of the official code"
+        description="shapes: procedural; videos: a folder of video files or frame folders; kth, bair, clevrer: the "
+        "unpacked archives of these data sets; hdf5: shards of the official code"
     )
     root: str | None = Field(
         None,
-        description="folder of the raw videos; '{data}' stands for paths.data; default {data}/<name>",
+        description="folder of the raw videos; '{data}' is replaced by paths.data; default {data}/<name>",
         json_schema_extra={"changes_results": False},
     )
-    image_size: PositiveInt = Field(64, description="frames become image_size x image_size")
-    frame_step: PositiveInt = Field(1, description="keep every frame_step-th frame")
+    image_size: PositiveInt = Field(64, description="side of the square frames, in pixels")
+    frame_step: PositiveInt = Field(1, description="use every frame_step-th frame")
     splits: dict[Split, int | float | str] = Field(
         default_factory=dict,
-        description="shapes: videos a split; videos, hdf5: fractions for val and test, used when root has no train/val/"
-        "test folders; kth: persons a split, e.g. '1-19'; clevrer: numbers of videos, e.g. '0-9999'; bair: val, the "
-        "fraction of the training videos that is held out",
+        description="shapes: number of videos per split; videos, hdf5: fractions for val and test, where root has no "
+        "train/val/test folders; kth: persons per split, e.g. '1-19'; clevrer: numbers of videos per split, e.g. "
+        "'0-9999'; bair: val, the fraction of training videos that is held out",
     )
     split_seed: int = Field(0, ge=0, description="seed of the split by fractions")
-    sequences: bool = Field(False, description="kth: cut videos at the frame ranges of 00sequences.txt")
-    shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="used by source: shapes")
+    sequences: bool = Field(False, description="kth: cut videos into the frame ranges of 00sequences.txt")
+    shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of source: shapes")
 
     @model_validator(mode="after")
     def _splits_fit_source(self) -> "DatasetConfig":
         for split, value in self.splits.items():
             match self.source:
                 case "shapes" if not isinstance(value, int) or value < 1:
-                    raise ValueError(f"splits.{split}: {value!r} is not a number of videos (source: shapes)")
+                    raise ValueError(f"splits.{split}: {value!r} is not a positive number of videos (source: shapes)")
                 case "videos" | "hdf5" | "bair" if not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: {self.source})")
                 case "bair" if split != "val":

@@ -1,83 +1,50 @@
-"""A folder of video files and frame folders as a source, and how it falls into splits (`source: videos`)."""
+"""Video files and frame folders as a source (`source: videos`, and the base of KTH and CLEVRER)."""
 
 import contextlib
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.index import Indexed, Listing, examine_video, find_videos, index_videos
+from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames
+from stage1_autoencoder.videos.index import Indexed, examine_video, index_videos
+from stage1_autoencoder.videos.listing import Listing, find_videos
+from stage1_autoencoder.videos.names import join_names
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.source import (
     BrokenVideoError,
+    DivisibleSource,
     SkippedVideo,
     VideoError,
     VideoInfo,
-    VideoSource,
     VideoTable,
 )
-from stage1_autoencoder.videos.splits import DEFAULT_FRACTIONS, join_names, rows_by_fractions
-from stage1_autoencoder.videos.video_files import Keyframe, Probe, decode_folder, decode_video, list_frames
+from stage1_autoencoder.videos.splits import SPLITS, choose_fractions, split_folders, split_training
+from stage1_autoencoder.videos.video_files import Keyframe, Probe, decode_video
 
 
-@dataclass(frozen=True)
-class NamedVideos:
-    """Videos that are named as their data set has it.
+class Cut(NamedTuple):
+    """A part of a video with an id of its own: first and one-past-last frame, before `frame_step`."""
 
-    Attributes:
-        names: the path of each id, below the folder, in natural order of the paths.
-        skipped: videos that are named otherwise, and folders that could not be looked into.
-        passed_over: how many other files there are, by extension (by name where they have none).
-    """
-
-    names: dict[str, str]
-    skipped: list[SkippedVideo]
-    passed_over: dict[str, int]
+    id: str
+    first: int
+    stop: int
 
 
-def find_named(root: Path, id_of: Callable[[str], str | None], example: str, way_out: str) -> NamedVideos:
-    """Find the videos below `root` whose names have the right form, whatever folders they lie in.
-
-    Args:
-        id_of: the id that a file's name without extension stands for; None for a name of another form.
-        example: of such a name.
-        way_out: how to get the data set, for messages.
-    Raises:
-        VideoError: no folder, no video with such a name, two for one id.
-    """
-    if not root.is_dir():
-        raise VideoError(f"{root}: there is no such folder; {way_out}")
-    try:
-        found = find_videos(root)
-    except VideoError as error:
-        raise VideoError(f"{error}; {way_out}") from error
-    names: dict[str, str] = {}
-    skipped = list(found.unreadable)
-    for video, name in zip(found.ids, found.names, strict=True):
-        if (video_id := id_of(Path(name).stem)) is None:
-            skipped.append(SkippedVideo(video, f"is not named as {example}"))
-        elif (other := names.setdefault(video_id, name)) != name:
-            raise VideoError(f"{root / other} and {root / name} are both {video_id}: remove one of them")
-    if not names:
-        raise VideoError(f"{root}: none of its {len(found)} videos is named as {example}; {way_out}")
-    return NamedVideos(names, skipped, found.passed_over)
-
-
-Source = TypeVar("Source", bound=VideoSource)  # one that can `select`
-
-_SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+# Maps a video's id and number of frames to its cuts.
+CutVideo = Callable[[str, int], Iterable[Cut | SkippedVideo]]
 
 
 class Clip(NamedTuple):
-    """A video, or a cut of one: its path below the source's folder, first and one-past-last frame before `frame_step`.
+    """A video or a cut of one: its path below the source's folder, first and one-past-last frame before `frame_step`.
 
-    `keyframes` are those of the file, from which decoding may start.
+    `keyframes` are those of the file at which decoding may start.
     """
 
     info: VideoInfo
@@ -88,11 +55,11 @@ class Clip(NamedTuple):
 
 
 def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None) -> Clip:
-    """Make a clip of an indexed video.
+    """Make a clip of a usable video.
 
     Args:
-        name: of its file or folder, below the source's folder.
-        cut: first and one-past-last frame, inside the video and not empty; None for all of it.
+        name: path of the video below the source's folder.
+        cut: first and one-past-last frame, inside the video and not empty; None for the whole video.
     """
     probe, fingerprint = indexed.probe, indexed.digest
     assert probe is not None, f"{name} is not usable: {indexed.reason}"
@@ -109,10 +76,8 @@ def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: 
     return Clip(info, name, first, stop, probe.keyframes)
 
 
-class FolderSource(VideoSource):
-    """Videos that lie in a folder, as files or as folders of frames."""
-
-    videos: VideoTable
+class FolderSource(DivisibleSource):
+    """Videos in a folder, as files or as folders of frames."""
 
     def __init__(
         self,
@@ -122,7 +87,7 @@ class FolderSource(VideoSource):
         skipped: Iterable[SkippedVideo] = (),
         passed_over: Mapping[str, int] | None = None,
     ) -> None:
-        """Take clips from any stream, one at a time; `skipped` is looked at after it."""
+        """Consume a stream of clips, one at a time; `skipped` is read after it."""
         self.dataset = dataset
         self.root = root
         self._names: list[str] = []
@@ -138,7 +103,7 @@ class FolderSource(VideoSource):
 
         self.videos = VideoTable(infos())
         self._ends = np.array(ends, np.int64).reshape(-1, 2)
-        # Those of video i: rows offsets[i] to offsets[i + 1] of all.
+        # Video i has the keyframes of rows offsets[i] to offsets[i + 1].
         self._keyframes = np.array(keyframes, np.int64).reshape(-1, 2)
         self._keyframe_offsets = np.concatenate([[0], np.cumsum(np.array(per_video, np.int64))])
         self.skipped = list(skipped)
@@ -148,10 +113,8 @@ class FolderSource(VideoSource):
     def native_frames(self) -> int:
         return int((self._ends[:, 1] - self._ends[:, 0]).sum())
 
-    def select(self, rows: np.ndarray, skipped: Iterable[SkippedVideo] = ()) -> "FolderSource":
-        """A source of some of the videos, by their positions [m] int64."""
-        source = FolderSource(self.dataset, self.root, (), skipped)
-        source.videos = self.videos.select(rows)
+    def select(self, rows: np.ndarray) -> Self:
+        source = super().select(rows)
         source._names = [self._names[row] for row in rows.tolist()]
         source._ends = self._ends[rows]
         starts, counts = self._keyframe_offsets[rows], np.diff(self._keyframe_offsets)[rows]
@@ -170,14 +133,14 @@ class FolderSource(VideoSource):
         if path.is_dir():
             decode = decode_folder
         else:
-            decode = partial(decode_video, probe=self._probe(index))
+            decode = partial(decode_video, probe=self.probe(index))
         preprocess = FramePreprocessor(self.dataset.image_size)
         with contextlib.closing(decode(path, video.id, first, last + 1, step)) as frames:
             for frame in frames:
                 yield preprocess(frame)
 
-    def _probe(self, index: int) -> Probe:
-        """What decoding wants to know of a file; a cut knows no more than its own end."""
+    def probe(self, index: int) -> Probe:
+        """What decoding needs to know about a file; of a cut, the number of frames is its end."""
         video = self.videos[index]
         keyframes = self._keyframes[self._keyframe_offsets[index] : self._keyframe_offsets[index + 1]].tolist()
         stop = int(self._ends[index, 1])
@@ -185,144 +148,111 @@ class FolderSource(VideoSource):
 
 
 def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
-    """Index a folder of videos and divide it into splits; splits without videos are left out.
+    """Index a folder of videos and divide it into splits; splits without videos are omitted.
 
     If `root` has a folder `train`, then `train`, `val` (or `validation`) and `test` are the splits. Without `val`,
-    the fraction `dataset.splits.val` (0.1 unless given) of the training videos is taken for validation; without `test`,
-    the fraction `dataset.splits.test` if it is given, and otherwise there is no test split. If `root` has no such
-    folders, both fractions (0.1 each unless given) are taken of all videos. See `rows_by_fractions`.
+    the fraction `dataset.splits.val` (0.1 unless set) of the training videos is taken for validation; without `test`,
+    the fraction `dataset.splits.test` if it is set, and otherwise there is no test split. If `root` has no such
+    folders, both fractions (0.1 each unless set) are taken of all videos. See `rows_by_fractions`.
 
     Unusable videos are listed as `skipped` in the split of their folder, or in train.
 
     Args:
-        remember: without it, nothing is written; see `index_videos`.
+        remember: False writes nothing; see `index_videos`.
     Raises:
-        VideoError: no folder, no videos, a split folder with none that can be used, nothing left to train on.
+        VideoError: no folder, no videos, a split folder without usable videos, no video left to train on.
     """
     if not root.is_dir():
-        raise VideoError(
-            f"{root}: there is no such folder; put the videos of {dataset.name!r} there, or set dataset.root"
-        )
+        raise VideoError(f"{root}: no such folder; put the videos of {dataset.name!r} there, or set dataset.root")
     folders = split_folders(root) or {"train": root}
     fractions = choose_fractions(dataset, has_folders=folders["train"] != root)
-    found = {split: find_videos(folder) for split, folder in folders.items()}
-    return split_training(dataset, root, _index_folders(dataset, root, found, remember), fractions)
+    listings = {}
+    for split, folder in folders.items():
+        listing = find_videos(folder)
+        inside = "" if folder == root else f"{folder.relative_to(root)}/"
+        listings[split] = replace(listing, folder=root, names=[inside + name for name in listing.names])
+    sources = index_listings(dataset, root, listings, remember)
+    for split, source in sources.items():
+        if not source.videos:
+            reasons = join_names(f"{video.id} {video.reason}" for video in source.skipped)
+            raise VideoError(f"{folders[split]}: none of its {len(listings[split])} videos can be used: {reasons}")
+    return split_training(dataset, root, sources, fractions)
 
 
-def choose_fractions(dataset: DatasetConfig, has_folders: bool) -> dict[Split, float]:
-    """The fractions that are held out for splits without a folder of their own; see `open_folder`.
-
-    Raises:
-        VideoError: they don't add up.
-    """
-    fractions = DEFAULT_FRACTIONS | ({"test": 0.0} if has_folders else {})
-    fractions |= {split: float(fraction) for split, fraction in dataset.splits.items()}
-    if "train" in fractions and abs(sum(fractions.values()) - 1) > 1e-6:
-        raise VideoError(f"dataset.splits: {fractions} do not add up to 1; leave train out, it gets the rest")
-    return fractions
-
-
-def split_training(
-    dataset: DatasetConfig, root: Path, sources: dict[Split, Source], fractions: Mapping[Split, float]
-) -> dict[Split, Source]:
-    """Take the splits that lack out of the training videos, by fractions.
+def open_divided(
+    dataset: DatasetConfig,
+    listing: Listing,
+    split_of: Callable[[str], Split | None],
+    remember: bool = True,
+    cut: CutVideo | None = None,
+) -> dict[Split, FolderSource]:
+    """Divide the videos of a listing into splits by their ids, and index them; splits without videos are omitted.
 
     Args:
-        sources: of the splits that have folders, train among them.
-    Raises:
-        VideoError: nothing is left to train on.
+        split_of: maps an id to its split; None for a video that is not used.
+        cut: see `index_listings`.
     """
-    train, sources = sources["train"], dict(sources)
-    shares = rows_by_fractions(
-        train.videos.ids,
-        val=0.0 if "val" in sources else fractions["val"],
-        test=0.0 if "test" in sources else fractions["test"],
-        seed=dataset.split_seed,
-    )
-    if not len(shares["train"]):
-        raise VideoError(
-            f"{root}: of {len(train.videos)} videos, dataset.splits {fractions} leave none to train on; "
-            "lower the fractions or add videos"
-        )
-    for split in ("val", "test"):
-        if len(shares[split]):
-            sources[split] = train.select(shares[split])
-    if len(shares["train"]) < len(train.videos):
-        sources["train"] = train.select(shares["train"], train.skipped)
-        sources["train"].passed_over = train.passed_over
-    return {split: sources[split] for split in ("train", "val", "test") if split in sources}
+    rows: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    for row, video_id in enumerate(listing.ids):
+        if (split := split_of(video_id)) is not None:
+            rows[split].append(row)
+    listings = {split: listing.select(rows[split]) for split in SPLITS}
+    for split in ("val", "test"):  # what was skipped is counted once
+        listings[split] = replace(listings[split], skipped=[], passed_over={})
+    sources = index_listings(dataset, listing.folder, listings, remember, cut)
+    return {split: source for split, source in sources.items() if source.videos}
 
 
-def _index_folders(
-    dataset: DatasetConfig, root: Path, found: dict[Split, Listing], remember: bool
+def index_listings(
+    dataset: DatasetConfig,
+    root: Path,
+    listings: Mapping[Split, Listing],
+    remember: bool = True,
+    cut: CutVideo | None = None,
 ) -> dict[Split, FolderSource]:
-    """Index the videos of all split folders as one, since one file below `root` remembers them.
+    """Index the videos of all splits as one, since one file in `root` stores the index.
 
-    Raises:
-        VideoError: a folder with none that can be used.
+    Args:
+        listings: their names are relative to `root`.
+        remember: see `index_videos`.
+        cut: maps a video's id and number of frames to its cuts; without it, videos are used as a whole.
     """
-    inside = {split: _below(root, listing.folder) for split, listing in found.items()}
-    names = [inside[split] + name for split, listing in found.items() for name in listing.names]
-    indexed = index_videos(root, names, remember)
-    sources: dict[Split, FolderSource] = {}
-    with contextlib.closing(indexed):
-        for split, listing in found.items():
-            skipped = list(listing.unreadable)
+    indexed = index_videos(root, [name for listing in listings.values() for name in listing.names], remember)
 
-            def usable(split: Split = split, listing: Listing = listing, skipped: list = skipped) -> Iterator[Clip]:
-                for video_id, name, entry in zip(listing.ids, listing.names, indexed, strict=False):
-                    if entry.probe is None:
-                        skipped.append(SkippedVideo(video_id, entry.reason or ""))
+    def clips(listing: Listing, skipped: list[SkippedVideo]) -> Iterator[Clip]:
+        for video_id, name, entry in zip(listing.ids, listing.names, indexed, strict=False):
+            if entry.probe is None:
+                skipped.append(SkippedVideo(video_id, entry.reason or ""))
+            elif cut is None:
+                yield make_clip(video_id, name, entry, dataset.frame_step)
+            else:
+                for part in cut(video_id, entry.probe.frames):
+                    if isinstance(part, SkippedVideo):
+                        skipped.append(part)
                     else:
-                        yield make_clip(video_id, inside[split] + name, entry, dataset.frame_step)
+                        yield make_clip(part.id, name, entry, dataset.frame_step, (part.first, part.stop))
 
-            source = FolderSource(dataset, root, usable(), skipped, listing.passed_over)
-            if not len(source.videos):
-                reasons = join_names(f"{video.id} {video.reason}" for video in skipped)
-                raise VideoError(f"{listing.folder}: none of its {len(listing)} videos can be used: {reasons}")
-            sources[split] = source
+    sources = {}
+    with contextlib.closing(indexed):
+        for split, listing in listings.items():
+            skipped = list(listing.skipped)
+            sources[split] = FolderSource(dataset, root, clips(listing, skipped), skipped, listing.passed_over)
     return sources
 
 
-def _below(root: Path, folder: Path) -> str:
-    return "" if folder == root else f"{folder.relative_to(root)}/"
-
-
 def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
-    """Open one video file or folder of frames, wherever it lies, as a source of one video; nothing is cached.
+    """Open one video file or folder of frames as a source of one video; nothing is stored.
 
     Raises:
-        VideoError: it is not there.
+        VideoError: no such file or folder.
         BrokenVideoError: it cannot be used.
     """
     if not path.exists():
-        raise VideoError(f"{path}: there is no such video file or folder of frames")
+        raise VideoError(f"{path}: no such video file or folder of frames")
     try:
         if path.is_dir() and not list_frames(path):
-            raise VideoError(f"{path}: a folder without .png or .jpg frames directly in it")
+            raise VideoError(f"{path}: the folder contains no .png or .jpg frames")
     except OSError as error:
-        raise BrokenVideoError(str(path), f"cannot be looked into ({error.strerror})") from error
+        raise BrokenVideoError(str(path), f"cannot be listed ({error.strerror})") from error
     indexed = examine_video(path, str(path))
     return FolderSource(dataset, path.parent, [make_clip(path.stem, path.name, indexed, dataset.frame_step)])
-
-
-def split_folders(root: Path) -> dict[Split, Path]:
-    """Find the split folders in `root`; empty if there are none."""
-    folders: dict[Split, Path] = {}
-    try:
-        paths = sorted(root.iterdir())
-    except OSError as error:
-        raise VideoError(f"{root}: cannot be looked into ({error.strerror})") from error
-    for path in paths:
-        split = _SPLIT_FOLDERS.get(path.name.lower())
-        if split is None or not path.is_dir():
-            continue
-        if split in folders:
-            raise VideoError(f"{root}: both {folders[split].name} and {path.name} are for {split}; remove one of them")
-        folders[split] = path
-    if folders and "train" not in folders:
-        raise VideoError(
-            f"{root}: has {join_names(path.name for path in folders.values())}, but no folder train; "
-            "add one, or rename the others"
-        )
-    return folders

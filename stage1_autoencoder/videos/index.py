@@ -1,6 +1,6 @@
-"""What videos a folder holds: finding them, counting their frames and digesting them once, and remembering it.
+"""The index of a folder's videos: frame counts, keyframes and digests, kept in a small SQLite file in the folder.
 
-All of it streams: of a million videos only their names and some numbers are ever in memory at once.
+All of it streams: of a million videos only names and some numbers are in memory at once.
 """
 
 import contextlib
@@ -8,35 +8,37 @@ import hashlib
 import itertools
 import json
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from tqdm import tqdm
 
-from stage1_autoencoder.videos.index_cache import Entry, IndexCache, Stamp
-from stage1_autoencoder.videos.source import BrokenVideoError, SkippedVideo, VideoError
-from stage1_autoencoder.videos.splits import join_names, natural_order
-from stage1_autoencoder.videos.video_files import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    Probe,
-    is_frame,
-    list_frames,
-    probe_folder,
-    probe_video,
-)
+from stage1_autoencoder.videos.frame_folders import list_frames, probe_folder
+from stage1_autoencoder.videos.source import BrokenVideoError
+from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
 
-_WORKERS = 8  # opening files is mostly waiting, and FFmpeg runs outside Python's lock
-_AHEAD = 16 * _WORKERS  # videos that are looked at before the results of earlier ones are taken
-_MOST_KINDS = 100  # of files that are passed over: so many are told apart
+CACHE_NAME = ".river_index.sqlite"
+CACHE_VERSION = 3
+
+_WORKERS = 8  # opening files is mostly waiting, and FFmpeg releases Python's lock
+_AHEAD = 16 * _WORKERS  # videos examined ahead of the one whose result is taken
+_COMMIT_SECONDS = 5.0  # longest time for which results may be lost by a crash
+_TABLE = """CREATE TABLE video (
+    name BLOB PRIMARY KEY, bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, frames INTEGER NOT NULL,
+    fps REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, keyframes TEXT NOT NULL, digest TEXT NOT NULL
+) WITHOUT ROWID"""
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """One video of the index: what is in it with the digest of its content, or why it cannot be used."""
+    """A video in the index: its probe and the digest of its content, or the reason why it cannot be used."""
 
     probe: Probe | None = None
     digest: str | None = None
@@ -44,130 +46,37 @@ class Indexed:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The videos below a folder, in natural order of their ids.
+class Stamp:
+    """What reveals a change of a file; of a frame folder: the total size and the newest time of its frames."""
 
-    Attributes:
-        ids: the path relative to `folder` without the extension; files of which the ids would be equal keep theirs.
-        names: the path relative to `folder` of each, of a file or of a folder that has frames.
-        unreadable: folders that could not be looked into.
-        passed_over: how many other files there are, by extension (by name where they have none).
-    """
-
-    folder: Path
-    ids: list[str]
-    names: list[str]
-    unreadable: list[SkippedVideo] = field(default_factory=list)
-    passed_over: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    bytes: int
+    mtime_ns: int
 
 
-def find_videos(folder: Path) -> Listing:
-    """Find all video files and frame folders below a folder.
+@dataclass(frozen=True)
+class Entry:
+    """A usable video: its stamp when it was probed, the probe, and the digest of its content."""
 
-    Hidden files and unknown extensions are passed over, and so are pictures beside video files (thumbnails) or in
-    `folder` itself.
-
-    Raises:
-        VideoError: no folder; no videos in it; two videos that cannot be told apart, or only by upper and lower case.
-    """
-    if not folder.is_dir():
-        raise VideoError(f"{folder}: there is no such folder")
-    found: list[str] = []
-    folders_of_frames: set[str] = set()
-    others: Counter[str] = Counter()
-    unreadable: list[SkippedVideo] = []
-
-    def note_unreadable(error: OSError) -> None:
-        name = os.path.relpath(error.filename, folder)
-        unreadable.append(SkippedVideo(_text(name), f"cannot be looked into ({error.strerror})"))
-
-    visited: set[str] = set()
-    for place, folders, names in os.walk(folder, onerror=note_unreadable, followlinks=True):
-        real = os.path.realpath(place)
-        # A link to a folder above would be walked forever.
-        folders[:] = [] if real in visited else [name for name in folders if not name.startswith(".")]
-        if real in visited:
-            continue
-        visited.add(real)
-        here = os.path.relpath(place, folder)
-        inside = "" if here == os.curdir else here + os.sep
-        names = [name for name in names if not name.startswith(".")]
-        videos = [name for name in names if os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS]
-        found += [inside + name for name in videos]
-        if not videos and inside and any(map(is_frame, names)):
-            found.append(here)
-            folders_of_frames.add(here)
-            names = [name for name in names if not is_frame(name)]
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension not in VIDEO_EXTENSIONS:
-                kind = extension or name
-                others[kind if kind in others or len(others) < _MOST_KINDS else "others"] += 1
-    if not found:
-        for video in unreadable:
-            raise VideoError(f"{folder / video.id}: {video.reason}")
-        raise VideoError(_nothing_found(folder, others))
-    ids = _ids(folder, found, folders_of_frames)
-    order = natural_order(ids)
-    return Listing(folder, [ids[row] for row in order], [found[row] for row in order], unreadable, dict(others))
-
-
-def _nothing_found(folder: Path, extensions: Iterable[str]) -> str:
-    expected = f"expected {' '.join(sorted(VIDEO_EXTENSIONS))}, or a folder of .png or .jpg frames a video"
-    if not extensions:
-        return f"{folder}: the folder is empty; {expected}"
-    if not IMAGE_EXTENSIONS.isdisjoint(extensions):
-        return f"{folder}: pictures lie directly in it; move the frames of each video into a folder of its own"
-    return f"{folder}: no videos in it, only {join_names(sorted(extensions))}; {expected}"
-
-
-def _text(name: str) -> str:
-    """Names are bytes to the file system; what is no UTF-8 in them is written as \\xe9, so that ids are text."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _ids(folder: Path, found: list[str], folders_of_frames: set[str]) -> list[str]:
-    ids = [_text(name if name in folders_of_frames else os.path.splitext(name)[0]) for name in found]
-    if repeated := _repeated(ids):
-        ids = [_text(name) if video_id in repeated else video_id for video_id, name in zip(ids, found, strict=True)]
-        if repeated := _repeated(ids):
-            video_id = min(repeated)
-            one, other, *_ = (folder / name for this, name in zip(ids, found, strict=True) if this == video_id)
-            raise VideoError(f"{one} and {other} would both be video {video_id!r}: rename one of them")
-    if repeated := _repeated(map(str.casefold, ids)):
-        folded = min(repeated)
-        one, other, *_ = (folder / name for this, name in zip(ids, found, strict=True) if this.casefold() == folded)
-        raise VideoError(
-            f"{one} and {other} differ only by upper and lower case, which not every file system keeps apart: "
-            "rename one of them"
-        )
-    return ids
-
-
-def _repeated(names: Iterable[str]) -> set[str]:
-    seen: set[str] = set()
-    return {name for name in names if name in seen or seen.add(name)}
+    stamp: Stamp
+    probe: Probe
+    digest: str
 
 
 def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Iterator[Indexed]:
-    """Probe videos below `root`, or recall what an earlier call found out about them.
+    """Probe videos below `root`, except those that an earlier call has probed.
 
-    What is found out is kept in the folder (see `IndexCache`) and holds as long as a file's size and mtime do; a call
-    that was stopped is gone on from. Where the folder cannot be written to, videos are read each time. Unusable videos
-    are looked at again each time.
+    Results are kept in the folder (see `IndexCache`) and hold as long as a file's size and mtime do; so an interrupted
+    call is resumed. If the folder is read-only, videos are probed each time; so are unusable videos.
 
     Args:
         names: paths relative to `root`.
-        remember: without it, nothing is written.
+        remember: False writes nothing.
     Yields:
-        what is known about each, in the order of `names`.
+        one result per name, in order.
     """
 
     def examine(name: str, known: Entry | None) -> tuple[Stamp, Indexed, bool]:
-        """Stamp, result, and whether it is new."""
+        """The stamp, the result, and whether it is new."""
         path, seen = root / name, Stamp(0, 0)
         try:
             seen = stamp(path)
@@ -184,7 +93,7 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
         cache.forget_others(names)
         executor = ThreadPoolExecutor(_WORKERS)
         stack.callback(executor.shutdown, cancel_futures=True)
-        # disable=None: no bar where nobody looks at a terminal
+        # disable=None: no bar unless on a terminal
         bar = stack.enter_context(
             tqdm(total=len(names), desc=f"index {root.name}", leave=False, unit="video", disable=None)
         )
@@ -204,7 +113,7 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
 
 
 def examine_video(path: Path, video_id: str) -> Indexed:
-    """Read a video file or frame folder through.
+    """Probe and digest a video file or frame folder.
 
     Raises:
         BrokenVideoError: it cannot be used.
@@ -217,7 +126,7 @@ def examine_video(path: Path, video_id: str) -> Indexed:
 
 
 def digest(path: Path) -> str:
-    """sha256 (hexadecimal) of what a video holds, wherever it lies and whenever it was written.
+    """sha256 (hexadecimal) of a video's content, independent of its path and time stamps.
 
     Of a file: all its bytes. Of a frame folder: the names and sizes of its frames, and the bytes of the first, middle
     and last one, because opening every picture of a large data set takes hours.
@@ -228,14 +137,138 @@ def digest(path: Path) -> str:
     frames = list_frames(path)
     listed = json.dumps([(frame.name, frame.stat().st_size) for frame in frames])
     opened = [frames[i].read_bytes() for i in (0, len(frames) // 2, -1)]
-    # Digests of digests, so that no byte can pass from one part to the next.
+    # Digests of digests, so that no byte can move from one part to the next.
     parts = [hashlib.sha256(part).digest() for part in (listed.encode(), *opened)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def stamp(path: Path) -> Stamp:
-    """Look at the size and the time of a file, or of the frames of a folder."""
+    """Size and modification time of a file, or of the frames of a folder."""
     if path.is_dir():
         stats = [frame.stat() for frame in list_frames(path)]
         return Stamp(sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats))
     return Stamp(path.stat().st_size, path.stat().st_mtime_ns)
+
+
+class IndexCache:
+    """Entries by name, in `<root>/.river_index.sqlite`.
+
+    A cache that is damaged or of another version is replaced. If the folder is read-only, or another process locks the
+    file for long, entries are not stored, but nothing fails.
+    """
+
+    def __init__(self, root: Path, remember: bool = True) -> None:
+        """Open the cache; read-only if not `remember`."""
+        self._path = root / CACHE_NAME
+        self._database = self._open(remember)
+        self._writes = remember
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._database is not None:
+            self._commit()
+        if self._database is not None:
+            self._database.close()
+
+    def get(self, name: str) -> Entry | None:
+        """The entry of a video, by its path relative to the folder."""
+        if self._database is None:
+            return None
+        try:
+            query = "SELECT bytes, mtime_ns, frames, fps, width, height, keyframes, digest FROM video WHERE name = ?"
+            row = self._database.execute(query, (os.fsencode(name),)).fetchone()
+            if row is None:
+                return None
+            size, mtime_ns, frames, fps, width, height, keyframes, digest = row
+            chosen = tuple(Keyframe(*pair) for pair in json.loads(keyframes))
+            return Entry(Stamp(size, mtime_ns), Probe(frames, fps, width, height, chosen), digest)
+        except (sqlite3.Error, ValueError, TypeError):
+            self._give_up()
+            return None
+
+    def put(self, name: str, entry: Entry) -> None:
+        """Store the entry of a video."""
+        if self._database is None or not self._writes:
+            return
+        probe = entry.probe
+        row = (os.fsencode(name), entry.stamp.bytes, entry.stamp.mtime_ns, probe.frames, probe.fps, probe.width)
+        row += (probe.height, json.dumps(probe.keyframes), entry.digest)
+        try:
+            self._database.execute("INSERT OR REPLACE INTO video VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        except sqlite3.Error:
+            self._give_up()
+            return
+        if time.monotonic() - self._saved > _COMMIT_SECONDS:
+            self._commit()
+
+    def forget_others(self, names: Sequence[str]) -> None:
+        """Delete entries of videos that are not among `names` if they are more than half of all."""
+        if self._database is None or not self._writes:
+            return
+        try:
+            (count,) = self._database.execute("SELECT count(*) FROM video").fetchone()
+            if count <= 2 * len(names):
+                return
+            kept = {os.fsencode(name) for name in names}
+            gone = [row for row in self._database.execute("SELECT name FROM video") if row[0] not in kept]
+            self._database.executemany("DELETE FROM video WHERE name = ?", gone)
+        except sqlite3.Error:
+            self._give_up()
+
+    def _open(self, remember: bool) -> sqlite3.Connection | None:
+        if remember:
+            with contextlib.suppress(sqlite3.Error, OSError):
+                return self._create()
+        if self._path.is_file():  # read-only
+            with contextlib.suppress(sqlite3.Error):
+                database = self._connect("ro")
+                if database.execute("PRAGMA user_version").fetchone() == (CACHE_VERSION,):
+                    return database
+                database.close()
+        return None
+
+    def _create(self) -> sqlite3.Connection:
+        """Open the cache for writing; create it unless it exists in this version.
+
+        Raises:
+            sqlite3.Error, OSError: the folder or the file is read-only.
+        """
+        for _ in range(2):
+            database = self._connect("rwc")
+            try:
+                database.execute("BEGIN IMMEDIATE")  # one of several processes creates the table
+                if database.execute("PRAGMA user_version").fetchone() == (0,):
+                    database.execute(_TABLE)
+                    database.execute(f"PRAGMA user_version = {CACHE_VERSION}")
+                if database.execute("PRAGMA user_version").fetchone() == (CACHE_VERSION,):
+                    database.commit()
+                    return database
+            except sqlite3.OperationalError:  # locked by another process, or read-only
+                database.close()
+                raise
+            except sqlite3.DatabaseError:  # not an SQLite file
+                pass
+            database.close()
+            self._path.unlink()
+        raise sqlite3.DatabaseError(f"{self._path} cannot be replaced")
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(f"{self._path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10.0)
+
+    def _commit(self) -> None:
+        self._saved = time.monotonic()
+        try:
+            self._database.commit()
+        except sqlite3.Error:  # a full disk, for example
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Continue without the cache; videos are probed again."""
+        with contextlib.suppress(sqlite3.Error):
+            self._database.close()
+        self._database = None

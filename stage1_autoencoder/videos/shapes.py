@@ -1,7 +1,7 @@
-"""Procedural videos: anti-aliased coloured shapes that bounce elastically off the walls and each other.
+"""Procedural videos: anti-aliased colored shapes that bounce elastically off the walls and each other.
 
-Nothing is stored: the trajectories of a split are simulated at once from its seed (a few hundred kilobytes), and any
-frame is rendered from them when it is asked for.
+Nothing is stored: the trajectories of a split are simulated at once from its seed (a few hundred kilobytes), and frames
+are rendered from them on request.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.videos.source import VideoError, VideoInfo, VideoSource
 
-# Simulation and radii live in a world of this side; rendering scales it to the image size.
+# Side of the world of simulation and radii; rendering scales it to the image size.
 WORLD = 64.0
 SUBSTEPS = 4
 FRAMES_PER_SECOND = 10.0
@@ -21,13 +21,13 @@ DEFAULT_SPLITS = {"train": 1500, "val": 64, "test": 64}
 BACKGROUND = np.array([22, 24, 34], np.float32)
 PALETTE = np.array([[235, 78, 70], [74, 190, 92], [72, 128, 246], [250, 204, 56]], np.float32)
 KINDS = ("disc", "square", "triangle")
-# Half sides chosen so that the three kinds cover about the same area inside one collision circle.
+# Relative to the radius, chosen so that the three kinds cover about the same area inside one collision circle.
 SQUARE_HALF_SIDE = 0.82
 TRIANGLE_INRADIUS = 0.60
 
 
 class ShapesSource(VideoSource):
-    """One split of the `shapes` videos. A video depends on nothing but (split_seed, split, its number)."""
+    """One split of the `shapes` videos. A video is a function of (split_seed, split, its number)."""
 
     def __init__(self, dataset: DatasetConfig, split: Split) -> None:
         shapes = dataset.shapes
@@ -38,7 +38,7 @@ class ShapesSource(VideoSource):
         scene = _draw_scenes(
             np.random.default_rng([dataset.split_seed, list(DEFAULT_SPLITS).index(split)]), count, dataset
         )
-        self.kind, self.colour, self.present = scene["kind"], scene["colour"], scene["present"]
+        self.kind, self.color, self.present = scene["kind"], scene["color"], scene["present"]
         self.positions = _simulate(scene, shapes.frames, shapes.radius)
         recipe = f"{dataset.model_dump_json(include={'shapes', 'split_seed', 'image_size', 'frame_step'})} {split}"
         self._recipe = hashlib.sha256(f"{recipe} {preprocessing_description(dataset)}".encode()).hexdigest()
@@ -61,7 +61,7 @@ class ShapesSource(VideoSource):
         return self.render(np.full(len(frames), index), frames)
 
     def render(self, videos: np.ndarray, frames: np.ndarray) -> np.ndarray:
-        """Render any frames of any videos at once.
+        """Render frames of videos.
 
         Args:
             videos, frames: [n] int: video numbers, and frame numbers after the frame step.
@@ -70,29 +70,29 @@ class ShapesSource(VideoSource):
         """
         scale = self.dataset.image_size / WORLD
         radius = self.radius * scale
-        # Each shape is drawn in a small patch around it; the canvas has a margin so that patches never leave it.
+        # Each shape is drawn in a small patch around it; the canvas has a margin so that patches stay inside.
         side = 2 * int(np.ceil(radius * 1.3 + 1)) + 1
         canvas = np.broadcast_to(
             BACKGROUND, (len(videos), self.dataset.image_size + 2 * side, self.dataset.image_size + 2 * side, 3)
         ).copy()
         rows = np.arange(len(videos))[:, None, None]
-        centres = self.positions[videos, frames * self.dataset.frame_step] * scale  # [n, objects, xy]
-        for k in range(centres.shape[1]):
-            corner = np.floor(centres[:, k]).astype(np.int64) - side // 2
+        centers = self.positions[videos, frames * self.dataset.frame_step] * scale  # [n, objects, xy]
+        for k in range(centers.shape[1]):
+            corner = np.floor(centers[:, k]).astype(np.int64) - side // 2
             x = corner[:, :1] + np.arange(side)
             y = corner[:, 1:] + np.arange(side)
-            offset_x = ((x + 0.5) - centres[:, k, :1]).astype(np.float32)[:, None, :]
-            offset_y = ((y + 0.5) - centres[:, k, 1:]).astype(np.float32)[:, :, None]
+            offset_x = ((x + 0.5) - centers[:, k, :1]).astype(np.float32)[:, None, :]
+            offset_y = ((y + 0.5) - centers[:, k, 1:]).astype(np.float32)[:, :, None]
             alpha = _coverage(offset_x, offset_y, self.kind[videos, k], radius) * self.present[videos, k, None, None]
             where = rows, y[:, :, None] + side, x[:, None, :] + side
-            colour = PALETTE[self.colour[videos, k]][:, None, None]
-            canvas[where] += alpha[..., None] * (colour - canvas[where])
+            color = PALETTE[self.color[videos, k]][:, None, None]
+            canvas[where] += alpha[..., None] * (color - canvas[where])
         inside = canvas[:, side:-side, side:-side]
         return (inside + 0.5).astype(np.uint8)
 
 
 def _coverage(x: np.ndarray, y: np.ndarray, kind: np.ndarray, radius: float) -> np.ndarray:
-    """Share of each pixel that a shape covers, from the signed distance to its edge: [n, side, side] in [0, 1]."""
+    """Fraction of each pixel that a shape covers, from the signed distance to its edge: [n, side, side] in [0, 1]."""
     kind = kind[:, None, None]
     disc = np.sqrt(x * x + y * y) - radius
     square = np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius
@@ -103,38 +103,42 @@ def _coverage(x: np.ndarray, y: np.ndarray, kind: np.ndarray, radius: float) -> 
 
 
 def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetConfig) -> dict[str, np.ndarray]:
-    """Kinds, colours, first positions and velocities of `count` videos, each drawn from its own number's stream."""
+    """Kinds, colors, first positions and velocities of `count` videos; each video has its own random stream.
+
+    Raises:
+        VideoError: the shapes do not fit into the frame, or are too fast.
+    """
     shapes = dataset.shapes
     most = shapes.max_objects
     room = WORLD - 2 * shapes.radius
     if most > len(PALETTE) or room <= 0 or most * (2 * shapes.radius) ** 2 > 0.6 * WORLD**2:
         raise VideoError(
-            f"dataset.shapes: {most} shapes of radius {shapes.radius} don't fit in the frame; "
+            f"dataset.shapes: {most} shapes of radius {shapes.radius} do not fit in the frame; "
             f"at most {len(PALETTE)} shapes, and radius {np.sqrt(0.15 / most) * WORLD:.1f} for {most}"
         )
-    # Collisions can leave one shape with the energy of all. Faster ones would jump through walls and each other.
+    # Collisions can give one shape the energy of all. Faster shapes would jump through walls and each other.
     fastest = SUBSTEPS * shapes.radius / (2 * np.sqrt(most))
     if shapes.max_speed > fastest:
         raise VideoError(
             f"dataset.shapes.max_speed: {shapes.max_speed} is too fast for {most} shapes of radius {shapes.radius}; "
             f"at most {fastest:.1f}"
         )
-    # One row of numbers a video, so that video i stays the same when more videos are asked for.
+    # One row of numbers per video, so that video i does not depend on the number of videos.
     uniform = generator.random((count, 5 * most + 1))
     objects = shapes.min_objects + (uniform[:, 0] * (most - shapes.min_objects + 1)).astype(np.int64)
     kind = (uniform[:, 1 : most + 1] * len(KINDS)).astype(np.int64)
     angle = uniform[:, most + 1 : 2 * most + 1] * 2 * np.pi
     speed = shapes.min_speed + uniform[:, 2 * most + 1 : 3 * most + 1] * (shapes.max_speed - shapes.min_speed)
     keys = np.floor(uniform[:, 3 * most + 1 : 3 * most + 2] * 2**53).astype(np.uint64)
-    positions, colour = np.empty((count, most, 2)), np.empty((count, most), np.int64)
+    positions, color = np.empty((count, most, 2)), np.empty((count, most), np.int64)
     for i in range(count):
         stream = np.random.default_rng(int(keys[i, 0]))
         positions[i] = _place_apart(stream, most, shapes.radius)
-        colour[i] = stream.permutation(len(PALETTE))[:most]
+        color[i] = stream.permutation(len(PALETTE))[:most]
     velocity = speed[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
     return {
         "kind": kind,
-        "colour": colour,
+        "color": color,
         "present": (np.arange(most) < objects[:, None]).astype(np.float32),
         "positions": positions,
         "velocity": velocity,
@@ -142,7 +146,7 @@ def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetCon
 
 
 def _place_apart(stream: np.random.Generator, count: int, radius: float) -> np.ndarray:
-    """Draw centres [count, 2] at least two radii apart, by trying again."""
+    """Draw centers [count, 2] at least two radii apart, by rejection."""
     apart = np.triu_indices(count, 1)
     while True:
         trial = radius + stream.random((64, count, 2)) * (WORLD - 2 * radius)
@@ -153,7 +157,7 @@ def _place_apart(stream: np.random.Generator, count: int, radius: float) -> np.n
 
 
 def _simulate(scene: dict[str, np.ndarray], frames: int, radius: float) -> np.ndarray:
-    """Centres [videos, frames, objects, 2] under elastic collisions of equal masses, all videos at once."""
+    """Centers [videos, frames, objects, 2] under elastic collisions of equal masses, all videos at once."""
     position, velocity = scene["positions"].copy(), scene["velocity"].copy()
     present = scene["present"] > 0
     track = np.empty((len(position), frames, *position.shape[1:]), np.float32)
@@ -169,7 +173,7 @@ def _simulate(scene: dict[str, np.ndarray], frames: int, radius: float) -> np.nd
                 normal = difference / distance
                 approach = ((velocity[:, a] - velocity[:, b]) * normal).sum(-1, keepdims=True)
                 touching = (distance[:, 0] < 2 * radius) & (approach[:, 0] > 0) & present[:, a] & present[:, b]
-                # Equal masses exchange the velocity components along the line of centres.
+                # Equal masses exchange the velocity components along the line of centers.
                 impulse = np.where(touching[:, None], approach, 0.0) * normal
                 velocity[:, a] -= impulse
                 velocity[:, b] += impulse

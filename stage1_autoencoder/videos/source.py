@@ -1,26 +1,30 @@
-"""The interface behind which every kind of video source stands, its named results and its errors."""
+"""The interface of all video sources, its results and its errors."""
 
 import abc
+import copy
 import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import overload
+from typing import Self, overload
 
 import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 
+# For videos without a frame rate; it only sets the speed at which previews play.
+UNKNOWN_FPS = 10.0
+
 
 class VideoError(Exception):
-    """Something is wrong with the videos that the user gave; the message has what, which, and the way out."""
+    """The user's videos cannot be used; the message says which, why, and the way out."""
 
 
 class BrokenVideoError(VideoError):
-    """One video cannot be decoded as far as its index promised.
+    """One video cannot be decoded up to the number of frames in the index.
 
     Attributes:
         video_id: the id of the video in its split.
@@ -43,10 +47,10 @@ class VideoInfo:
     Attributes:
         id: unique in its split.
         frames: number of frames after `frame_step`, at least 1.
-        fps: frames a second after `frame_step`.
-        fingerprint: changes with the content, not with its place or times: a digest of the file's bytes (of a frame
-            folder see `index.digest`), start and stop where it is cut; of a drawn video, its settings.
-        size: native (width, height) in pixels; None where frames are drawn at the size that is asked for.
+        fps: frames per second after `frame_step`.
+        fingerprint: changes with the content, but not with path or time stamps: a digest of the file's bytes (of a
+            frame folder see `index.digest`), with start and stop if it is cut; of a drawn video, its settings.
+        size: native (width, height) in pixels; None if frames are drawn at the requested size.
     """
 
     id: str
@@ -58,22 +62,22 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class SkippedVideo:
-    """A video that is there but cannot be used, and why."""
+    """A video that exists but cannot be used, and the reason."""
 
     id: str
     reason: str
 
 
 class VideoSource(abc.ABC):
-    """One split of one data set: what videos there are, and their frames.
+    """One split of a data set: its videos and their frames.
 
     Sources hold no open files, so they can be pickled and used by many threads and processes at once.
 
     Attributes:
-        dataset: the settings that frames are made by.
-        videos: the usable videos, in natural order of their ids; `VideoTable` where there may be many.
+        dataset: settings of the frames.
+        videos: the usable videos, in natural order of their ids; a `VideoTable` if there may be many.
         skipped: the unusable ones.
-        passed_over: how many files are no videos, by extension; counted once, in the first split.
+        passed_over: number of files that are not videos, by extension; counted once, in the first split.
     """
 
     dataset: DatasetConfig
@@ -83,7 +87,7 @@ class VideoSource(abc.ABC):
 
     @abc.abstractmethod
     def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Stream frames start..stop-1 of a video, in order; a whole video is never held in memory.
+        """Stream frames start..stop-1 of a video, in order, without holding the whole video in memory.
 
         Args:
             index: which of `videos`.
@@ -92,8 +96,8 @@ class VideoSource(abc.ABC):
         Yields:
             [image_size, image_size, 3] uint8 RGB, each an array of its own.
         Raises:
-            IndexError: a range outside the video, at the first frame asked for.
-            BrokenVideoError: decoding fails, or ends before the last frame that the index promised.
+            IndexError: a range outside the video, when the first frame is requested.
+            BrokenVideoError: decoding fails, or ends before the last frame of the index.
         """
 
     def read(self, index: int, positions: Sequence[int] | None = None) -> np.ndarray:
@@ -101,7 +105,7 @@ class VideoSource(abc.ABC):
 
         Args:
             index: which of `videos`.
-            positions: frame numbers in any order, also repeated; None for all frames.
+            positions: frame numbers in any order, possibly repeated; None for all frames.
         Returns:
             [n, image_size, image_size, 3] uint8 RGB, in the order of `positions`.
         Raises:
@@ -138,13 +142,13 @@ class VideoSource(abc.ABC):
 
     @property
     def native_frames(self) -> int | None:
-        """How many frames the videos have together before `frame_step`; None where that is not known."""
+        """Total number of frames before `frame_step`; None if unknown."""
         return None
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hexadecimal) over all videos and the preprocessing: equal when and only when frames are."""
-        # The digest of one JSON document, {"preprocessing": ..., "videos": [...]}, that is never there as a whole.
+        """sha256 (hexadecimal) over all videos and the preprocessing: equal if and only if the frames are."""
+        # The digest of one JSON document, {"preprocessing": ..., "videos": [...]}, which is never built as a whole.
         described = json.dumps({"preprocessing": preprocessing_description(self.dataset)}, sort_keys=True)
         digest = hashlib.sha256(f'{described[:-1]}, "videos": ['.encode())
         for number, video in enumerate(self.videos):
@@ -154,10 +158,10 @@ class VideoSource(abc.ABC):
 
 
 class VideoTable(Sequence[VideoInfo]):
-    """A sequence of `VideoInfo`, each made when it is asked for.
+    """A sequence of `VideoInfo` stored in columns; items are made on access.
 
     Attributes:
-        ids, fingerprints: a text a video.
+        ids, fingerprints: one string per video.
         frames: [n] int64, after `frame_step`.
     """
 
@@ -166,7 +170,7 @@ class VideoTable(Sequence[VideoInfo]):
     frames: np.ndarray
 
     def __init__(self, videos: Iterable[VideoInfo] = ()) -> None:
-        """Take videos from any stream, one at a time."""
+        """Consume a stream of videos, one at a time."""
         self.ids, self.fingerprints = [], []
         frames, fps, sizes = array("q"), array("d"), array("i")
         for video in videos:
@@ -181,7 +185,7 @@ class VideoTable(Sequence[VideoInfo]):
 
     @classmethod
     def of(cls, videos: Sequence[VideoInfo]) -> "VideoTable":
-        """The same videos as a table; a table is taken as it is."""
+        """The same videos as a table; a table is returned as it is."""
         return videos if isinstance(videos, cls) else cls(videos)
 
     def select(self, rows: np.ndarray) -> "VideoTable":
@@ -204,7 +208,7 @@ class VideoTable(Sequence[VideoInfo]):
     def __getitem__(self, index: int | slice) -> VideoInfo | list[VideoInfo]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        video_id = self.ids[index]  # IndexError comes from here, by which iteration ends
+        video_id = self.ids[index]  # raises the IndexError that ends iteration
         width, height = self._sizes[index].tolist()
         return VideoInfo(
             id=video_id,
@@ -223,3 +227,15 @@ class VideoTable(Sequence[VideoInfo]):
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
     __hash__ = None
+
+
+class DivisibleSource(VideoSource):
+    """A source of stored videos, of which some can be selected."""
+
+    videos: VideoTable
+
+    def select(self, rows: np.ndarray) -> Self:
+        """A source of some of the videos, by their positions [m] int64; it skips and passes over nothing."""
+        source = copy.copy(self)
+        source.videos, source.skipped, source.passed_over = self.videos.select(rows), [], {}
+        return source

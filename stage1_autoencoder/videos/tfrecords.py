@@ -1,4 +1,4 @@
-"""TFRecord files of `tf.train.Example` protocol buffers, without TensorFlow: their framing, and the bytes inside.
+"""TFRecord files of `tf.train.Example` protocol buffers, without TensorFlow: records, and the byte features in them.
 
 A record is its length (uint64), a checksum of the length, the data, and a checksum of the data, all little endian. The
 checksums are crc32c, rotated and shifted (https://www.tensorflow.org/tutorials/load_data/tfrecord).
@@ -11,16 +11,14 @@ from typing import BinaryIO, NamedTuple
 
 import google_crc32c
 
+from stage1_autoencoder.videos.shards import ShardError
+
 _HEAD, _FOOT = struct.Struct("<QI"), struct.Struct("<I")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 
 
-class RecordError(Exception):
-    """A file that is no TFRecord file, is cut off, or is damaged; the message says which, without the file's name."""
-
-
 class Record(NamedTuple):
-    """Where the data of a record lies in its file, in bytes, and its checksum as it is stored."""
+    """Offset and length of a record's data in its file, in bytes, and the stored checksum."""
 
     offset: int
     length: int
@@ -34,10 +32,10 @@ def masked_crc32c(data: bytes | memoryview) -> int:
 
 
 def walk_records(path: Path) -> Iterator[Record]:
-    """Find the records of a file by their lengths; the data are passed over.
+    """Find the records of a file by their lengths, without reading the data.
 
     Raises:
-        RecordError: after the last record that is whole.
+        ShardError: after the last complete record.
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
@@ -52,15 +50,15 @@ def walk_records(path: Path) -> Iterator[Record]:
 
 
 def _read_head(file: BinaryIO, at: int, number: int, size: int) -> int:
-    """The length of the record that begins at byte `at`, where the file is, and which lies in it as a whole."""
+    """Read the length of the record at byte `at`, the current position, and check that the record is complete."""
     head = file.read(_HEAD.size)
     if len(head) < _HEAD.size:
-        raise RecordError(f"is cut off in record {number}")
+        raise ShardError(f"is cut off in record {number}")
     length, checksum = _HEAD.unpack(head)
     if checksum != masked_crc32c(head[:8]):
-        raise RecordError(f"is no TFRecord file, or is damaged: the length of record {number} has a wrong checksum")
+        raise ShardError(f"is not a TFRecord file, or is damaged: the length of record {number} has a wrong checksum")
     if at + _HEAD.size + length + _FOOT.size > size:
-        raise RecordError(f"is cut off in record {number}, which has {length} bytes")
+        raise ShardError(f"is cut off in record {number}, which has {length} bytes")
     return length
 
 
@@ -68,26 +66,26 @@ def read_record(path: Path, record: Record) -> memoryview:
     """Read the data of a record.
 
     Raises:
-        RecordError: they are not there, or do not fit their checksum.
+        ShardError: the data are missing, or contradict their checksum.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         file.seek(record.offset)
         data = file.read(record.length)
     if len(data) < record.length:
-        raise RecordError(f"is cut off at byte {record.offset + len(data)}")
+        raise ShardError(f"is cut off at byte {record.offset + len(data)}")
     if masked_crc32c(data) != record.checksum:
-        raise RecordError(f"is damaged: the data at byte {record.offset} do not fit their checksum")
+        raise ShardError(f"is damaged: the data at byte {record.offset} contradict their checksum")
     return memoryview(data)
 
 
 def example_bytes(data: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """Go through the features of a serialised `tf.train.Example` that are lists of bytes: key, and the first of them.
+    """Iterate over the bytes features of a serialized `tf.train.Example`: the key and the first value of each.
 
-    Features of numbers are passed over, and nothing is copied.
+    Features of numbers are skipped, and nothing is copied.
 
     Raises:
-        RecordError: the data are no such message.
+        ShardError: the data are not such a message.
     """
     try:
         for features in _fields(data, 1):
@@ -97,11 +95,11 @@ def example_bytes(data: memoryview) -> Iterator[tuple[str, memoryview]]:
                     if (value := next(_fields(values, 1), None)) is not None:
                         yield bytes(key).decode(), value
     except (IndexError, StopIteration, UnicodeDecodeError) as error:
-        raise RecordError("has data that are no tf.train.Example") from error
+        raise ShardError("has a record that is not a tf.train.Example") from error
 
 
 def _fields(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    """The fields of a message that have a number and are of bytes (or messages themselves)."""
+    """The fields with number `wanted` of a message, which are bytes or messages themselves."""
     at, size = 0, len(message)
     while at < size:
         tag, at = _varint(message, at)
@@ -122,7 +120,7 @@ def _fields(message: memoryview, wanted: int) -> Iterator[memoryview]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and where it ends."""
+    """Read a number with 7 bits per byte, lowest first; returns it and the position after it."""
     value = shift = 0
     while True:
         byte = message[at]

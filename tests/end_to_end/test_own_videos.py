@@ -155,7 +155,7 @@ def test_what_is_there_before_any_work(own, story: ModuleType) -> None:
 
 def test_a_dry_run_of_what_nobody_has_yet(place) -> None:
     missing = place.with_sets("dataset.source=videos", "dataset.splits={}")
-    missing.run("data", "--dry-run").refused(2, "there is no such folder; put the videos of 'tiny' there")
+    missing.run("data", "--dry-run").refused(2, "no such folder; put the videos of 'tiny' there")
     out = place.with_sets(*KTH).run("data", "--dry-run").ok().out
     assert "not there yet" in out
     assert "boxing" in out

@@ -47,13 +47,13 @@ def break_in_the_middle(place, file: Path) -> None:
 @pytest.mark.parametrize("command", ["data", "demo", "train-autoencoder", "encode", "train-flow", "sample", "evaluate"])
 def test_missing_folder(place, command: str) -> None:
     place = place.with_sets(*OWN)
-    place.run(command).refused(2, f"{place.data}: there is no such folder", "dataset.root")
+    place.run(command).refused(2, f"{place.data}: no such folder", "dataset.root")
     assert not place.store.exists()
 
 
 @pytest.mark.parametrize(("files", "needed"), [
-    ([], "the folder is empty; expected"), (["notes.txt"], "no videos in it, only .txt"),
-    (["frame.png"], "pictures lie directly in it"),
+    ([], "the folder is empty; expected"), (["notes.txt"], "only .txt"),
+    (["frame.png"], "contains pictures"),
 ])  # fmt: skip
 def test_folder_without_videos(place, files: list[str], needed: str) -> None:
     place = place.with_sets(*OWN)
@@ -65,7 +65,7 @@ def test_folder_without_videos(place, files: list[str], needed: str) -> None:
 
 def test_missing_kth(place) -> None:
     place = place.with_sets("dataset.source=kth", "dataset.splits={}")
-    place.run("train-flow").refused(2, f"{place.data}: there is no such folder", "make data DATASET=kth")
+    place.run("train-flow").refused(2, f"{place.data}: no such folder", "make data DATASET=kth")
     place.run("data", "--mirror", str(place.folder / "nowhere")).refused(2, "nowhere: no such folder")
 
 

@@ -1,9 +1,8 @@
-"""BAIR's TFRecords as a source: every frame to the bit, splits, and files that are not what they should be."""
+"""BAIR's TFRecords as a source: every frame to the bit, splits, and damaged files."""
 
 import itertools
 import multiprocessing
 import pickle
-import re
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from stage1_autoencoder.videos import BrokenVideoError, VideoError, bair, open_source, open_splits
+from stage1_autoencoder.videos import BrokenVideoError, VideoError, open_source, open_splits
 from stage1_autoencoder.videos.bair import BairSource
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.tfrecords import Record
 from tests import small_data_sets
 
 TRAIN, TEST, FRAMES, IN_A_FILE = 22, 3, 5, 2
@@ -66,7 +64,7 @@ def test_every_frame_of_every_video(written):
 
 
 def test_frames_are_in_order_whatever_the_order_of_the_features(tmp_path):
-    """A map of protobuf has none: TensorFlow's writer and others leave its entries as they come."""
+    """The entries of a protobuf map have none, and writers differ."""
     video = noise(1, 6, frames=12)[0]
     names = [f"{number}/image_aux1/encoded" for number in range(12)]
     entries = {name: frame.tobytes() for name, frame in zip(names, video, strict=True)}
@@ -92,9 +90,9 @@ def test_validation_videos_are_held_out_of_train(written):
 
 
 def test_splits_that_cannot_be_chosen():
-    with pytest.raises(ValueError, match=r"splits\.test: BAIR has train and test folders; only val can be set"):
+    with pytest.raises(ValueError, match=r"splits\.test.*only val"):
         config(splits={"test": 0.1})
-    with pytest.raises(ValueError, match=r"splits\.val: '3-4' is not a fraction in \[0, 1\) \(source: bair\)"):
+    with pytest.raises(ValueError, match=r"splits\.val: '3-4' .*source: bair"):
         config(splits={"val": "3-4"})
 
 
@@ -107,8 +105,6 @@ def test_ranges_steps_and_sizes(written):
     np.testing.assert_array_equal(list(source.iterate(0, 1, 3)), video[2::2])
     np.testing.assert_array_equal(source.read(0, [2, 0, 2]), video[[4, 0, 4]])
     assert list(source.iterate(0, 2, 2)) == []
-    with pytest.raises(IndexError, match=r"frames 0\.\.4 of traj_0_to_1/0, which has 3"):
-        next(source.iterate(0, 0, 4))
     small = open_source(config(splits={"val": 0}, image_size=32), written, "train").read(0, [1])
     area = video[1].reshape(32, 2, 32, 2, 3).mean((1, 3))
     assert np.abs(small[0] - area).max() <= 1
@@ -119,18 +115,14 @@ def test_files_directly_in_the_root(written):
     assert open_splits(config(), inside)["test"].videos == open_splits(config(), written)["test"].videos
 
 
-def test_many_readers(written):
+def test_many_threads_and_processes(written):
     source = pickle.loads(pickle.dumps(open_source(config(splits={"val": 0}), written, "train")))
     videos = noise(TRAIN, 1)
     with ThreadPoolExecutor(4) as pool:
         for index, frames in zip(itertools.cycle(range(TRAIN)), pool.map(source.read, list(range(TRAIN)) * 3)):
             np.testing.assert_array_equal(frames, videos[index])
-
-
-def test_many_processes(written):
-    source = open_source(config(splits={"val": 0}), written, "train")
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        for frames, video in zip(pool.map(source.read, range(TRAIN)), noise(TRAIN, 1), strict=True):
+        for frames, video in zip(pool.map(source.read, range(TRAIN)), videos, strict=True):
             np.testing.assert_array_equal(frames, video)
 
 
@@ -154,53 +146,41 @@ def test_damaged_examples_break_when_they_are_read(data):
     file.write_bytes(content)
     source = open_source(config(), data, "test")
     assert len(source.read(0)) == FRAMES
-    with pytest.raises(BrokenVideoError, match=r"traj_0_to_1/1: .*traj_0_to_1\.tfrecords is damaged: .* fetch it"):
+    with pytest.raises(BrokenVideoError, match=r"traj_0_to_1/1: .*damaged.*traj_0_to_1\.tfrecords.*download it again"):
         source.read(1)
     file.unlink()
-    with pytest.raises(BrokenVideoError, match="cannot be read"):
+    with pytest.raises(BrokenVideoError, match=r"traj_0_to_1/0: .*No such file.*traj_0_to_1\.tfrecords"):
         source.read(0)
+
+
+KEY = "{}/image_aux1/encoded"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "is empty; fetch it again"),
-        (b"<html>Not found</html>", "is no TFRecord file, or is damaged"),
-        (
-            small_data_sets.record(small_data_sets.example({"0/image_main/encoded": b"x"})),
-            "an example without '0/im",
-        ),
-        (small_data_sets.record(small_data_sets.example({"1/image_aux1/encoded": bytes(12)})), "without frame 0"),
-        (
-            small_data_sets.record(
-                small_data_sets.example(dict.fromkeys(("0/image_aux1/encoded", f"{10**15}/image_aux1/encoded"), b"rgb"))
-            ),
-            "without frame 1",
-        ),
-        (
-            small_data_sets.record(small_data_sets.example({"0/image_aux1/encoded": bytes(13)})),
-            "13 bytes, which are",
-        ),
-        (small_data_sets.record(b"no example"), r"has data that are no tf\.train\.Example"),
+        (b"", "empty"),
+        (b"<html>Not found</html>", "TFRecord"),
+        ({"0/image_main/encoded": b"x"}, KEY.format(0)),
+        ({KEY.format(1): bytes(12)}, "frame 0"),
+        (dict.fromkeys((KEY.format(0), KEY.format(10**15)), b"rgb"), "frame 1"),
+        ({KEY.format(0): bytes(13)}, "13 bytes"),
+        (small_data_sets.record(b"no example"), "tf.train.Example"),
+        (None, "No such file"),
     ],
 )
-def test_files_that_cannot_be_used_are_skipped(data, content, reason):
-    (data / "softmotion30_44k/test/traj_9_to_9.tfrecords").write_bytes(content)
+def test_unusable_files_are_skipped(data, content, reason):
+    path = data / "softmotion30_44k/test/traj_9_to_9.tfrecords"
+    if content is None:
+        path.symlink_to(data / "a disk that is not there")
+    else:
+        given = isinstance(content, dict)
+        path.write_bytes(small_data_sets.record(small_data_sets.example(content)) if given else content)
     source = open_source(config(), data, "test")
     assert len(source.videos) == TEST
     (skipped,) = source.skipped
     assert skipped.id == "traj_9_to_9"
-    assert skipped.reason.startswith("traj_9_to_9.tfrecords ")
-    assert re.search(reason, skipped.reason)
-
-
-def test_files_that_cannot_be_read_are_skipped(data):
-    (data / "softmotion30_44k/test/traj_9_to_9.tfrecords").symlink_to(data / "a disk that is not there")
-    source = open_source(config(), data, "test")
-    assert len(source.videos) == TEST
-    assert [(video.id, video.reason) for video in source.skipped] == [
-        ("traj_9_to_9", "traj_9_to_9.tfrecords cannot be read (No such file or directory)")
-    ]
+    assert all(part in skipped.reason for part in (reason, path.name, "download it again"))
 
 
 def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):
@@ -208,10 +188,10 @@ def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):
     file.write_bytes(file.read_bytes()[:-10])
     source = open_source(config(), data, "test")
     assert [video.id for video in source.videos] == ["traj_0_to_1/0", "traj_2_to_2/0"]
-    assert "is cut off in record 1" in source.skipped[0].reason
+    assert "record 1" in source.skipped[0].reason
     (data / "softmotion30_44k/test/traj_2_to_2.tfrecords").unlink()
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(VideoError, match=r"test: none of its 1 files can be used: .* cut off in record 0.*make data"):
+    with pytest.raises(VideoError, match=r"test: .*1 files.*traj_0_to_1: .*record 0.*make data"):
         open_splits(config(), data)
 
 
@@ -225,18 +205,11 @@ def test_what_other_programs_leave_is_passed_over(data):
     assert len(open_source(config(), data, "test").videos) == TEST
 
 
-def test_two_files_of_one_name(data):
-    folder = data / "softmotion30_44k/test"
-    shutil.copyfile(folder / "traj_2_to_2.tfrecords", folder / "traj_2_to_2.tfrecord")
-    with pytest.raises(VideoError, match=r"2\.tfrecord and .*2\.tfrecords would both be 'traj_2_to_2': rename one of"):
-        open_splits(config(), data)
-
-
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        (noise(1, 5, frames=4)[0], "has 4 frames, but the first example of traj_0_to_1.tfrecords 5"),
-        (noise(1, 5, side=32)[0], "frame 0 has 3072 bytes instead of 64x64x3"),
+        (noise(1, 5, frames=4)[0], r"4 frames.* 5 .*traj_0_to_1\.tfrecords"),
+        (noise(1, 5, side=32)[0], "frame 0 .*3072 bytes.*64x64x3"),
     ],
 )
 def test_examples_unlike_the_first_of_their_file(data, video, message):
@@ -249,26 +222,25 @@ def test_examples_unlike_the_first_of_their_file(data, video, message):
         source.read(2)
 
 
-def test_folders_that_lack(data):
-    with pytest.raises(VideoError, match="nowhere: there is no such folder; fetch the data by `make data"):
+def test_missing_folders_and_files(data):
+    with pytest.raises(VideoError, match=r"nowhere: .*make data DATASET=bair_64"):
         open_splits(config(root="{data}/nowhere"), data)
     for file in (data / "softmotion30_44k/test").iterdir():
         file.rename(file.with_suffix(".txt"))
-    with pytest.raises(VideoError, match=r"test: no \.tfrecords in it, only \.txt; fetch"):
+    with pytest.raises(VideoError, match=r"test: .*\.tfrecords.* \.txt.*make data"):
         open_splits(config(), data)
     shutil.rmtree(data / "softmotion30_44k/test")
-    with pytest.raises(VideoError, match="test: there is no such folder, which BAIR's test split lies in; fetch"):
+    with pytest.raises(VideoError, match=r"softmotion30_44k/test: .*make data"):
         open_splits(config(), data)
 
 
-def test_the_index_of_the_whole_set_takes_little(tmp_path, monkeypatch):
-    """43 264 videos, simulated: 169 files of 256 examples."""
-    monkeypatch.setattr(bair, "walk_records", lambda path: (Record(i * 740_000, 737_000, i) for i in range(256)))
-    monkeypatch.setattr(bair, "_look_at", lambda path, record: (30, 64))
-    files = [f"traj_{256 * i}_to_{256 * i + 255}.tfrecords" for i in range(169)]
+def test_the_index_of_many_videos_takes_little_memory(tmp_path):
+    videos = noise(1, 1, frames=2, side=2) * 3000
+    record = small_data_sets.record(small_data_sets.bair_example(videos[0]))
+    (tmp_path / "traj_0_to_2999.tfrecords").write_bytes(record * len(videos))
     tracemalloc.start()
-    source = BairSource(config(), tmp_path, files)
+    source = BairSource(config(), tmp_path, ["traj_0_to_2999.tfrecords"])
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(source.videos) == 43_264
-    assert held / len(source.videos) < 400
+    assert len(source.videos) == len(videos)
+    assert held / len(videos) < 400  # bytes; BAIR has 43 264 videos

@@ -1,7 +1,4 @@
-"""CLEVRER: splits by the numbers in the names, and the messages of a folder that is not what it should be."""
-
-import os
-from pathlib import Path
+"""CLEVRER: splits by the numbers in the names, and folders that contain something else."""
 
 import pytest
 
@@ -26,19 +23,14 @@ def data(tmp_path, make_video):
     return tmp_path
 
 
-def test_the_official_splits(data):
-    sources = open_splits(config(), data)
+def test_official_splits_and_frame_step(data, read_numbers):
+    sources = open_splits(config(frame_step=5), data)
     assert ids(sources) == {
         "train": ["video_00003", "video_00012", "video_09999"],
         "val": ["video_10000", "video_14999"],
         "test": ["video_15000", "video_19999"],
     }
     assert not any(source.skipped for source in sources.values())
-
-
-def test_every_fifth_frame(data, read_numbers):
-    sources = open_splits(config(frame_step=5), data)
-    assert sources["test"].videos[0].frames == 3
     assert read_numbers(sources["test"].read(0)) == [0, 5, 10]
     assert sources["train"].native_frames == 33
 
@@ -48,38 +40,26 @@ def test_other_splits(data):
         "train": ["video_00003", "video_00012"],
         "test": ["video_10000"],
     }
-    with pytest.raises(VideoError, match="video 3 is both in train and in test"):
+    with pytest.raises(VideoError, match=r"video 3 .*train.*test"):
         open_splits(config(splits={"train": "0-3", "test": "3-9"}), data)
-    with pytest.raises(VideoError, match=r"no usable video of the numbers to train on \(500-600\); fetch the data by"):
+    with pytest.raises(VideoError, match=r"splits\.train.*500-600.*make data"):
         open_splits(config(splits={"train": "500-600", "test": "3-9"}), data)
-    with pytest.raises(ValueError, match=r"splits\.val: 0\.1 is not a range of videos such as '0-9999'"):
+    with pytest.raises(VideoError, match=r"splits\.test.*'x'.*0-9999"):
+        open_splits(config(splits={"test": "x"}), data)
+    with pytest.raises(ValueError, match=r"splits\.val.*0\.1.*0-9999"):
         config(splits={"val": 0.1})
 
 
-def test_other_names_and_broken_files_are_skipped(data, make_video):
+def test_other_names_and_broken_files_are_skipped_once(data, make_video):
     make_video("mine.mp4", 3)
     (data / "somewhere/video_00004.mp4").write_text("text")
     (data / "notes.txt").touch()
-    train = open_splits(config(), data)["train"]
-    assert {video.id: video.reason.split(" (")[0] for video in train.skipped} == {
-        "mine": "is not named as video_00000.mp4",
-        "video_00004": "cannot be opened as a video",
-    }
-    assert train.passed_over == {".txt": 1}
-
-
-def test_folders_that_cannot_be_looked_into(data, monkeypatch):
-    (data / "closed").mkdir()
-    scandir = os.scandir
-
-    def guarded(path):
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
-    (skipped,) = open_splits(config(), data)["train"].skipped
-    assert (skipped.id, skipped.reason) == ("closed", "cannot be looked into (Permission denied)")
+    sources = open_splits(config(), data)
+    reasons = {video.id: video.reason for video in sources["train"].skipped}
+    assert reasons.keys() == {"mine", "video_00004"}
+    assert "video_00000.mp4" in reasons["mine"]
+    assert [len(source.skipped) for source in sources.values()] == [2, 0, 0]
+    assert [dict(source.passed_over) for source in sources.values()] == [{".txt": 1}, {}, {}]
 
 
 def test_videos_are_in_the_order_of_their_numbers(tmp_path, make_video):
@@ -90,15 +70,14 @@ def test_videos_are_in_the_order_of_their_numbers(tmp_path, make_video):
 
 def test_two_files_of_one_number(data, make_video):
     make_video("elsewhere/video_3.mp4", 3)
-    with pytest.raises(VideoError, match=r"video_3\.mp4 and .*video_00003\.mp4 are both video_00003: remove one"):
+    with pytest.raises(VideoError, match=r"video_3\.mp4 .*video_00003\.mp4 .*remove one"):
         open_splits(config(), data)
 
 
-def test_folders_that_are_something_else(tmp_path, make_video):
-    with pytest.raises(VideoError, match="nowhere: there is no such folder; fetch the data by `make data"):
-        open_splits(config(root="{data}/nowhere"), tmp_path)
-    with pytest.raises(VideoError, match=r"the folder is empty; .*MIRROR=<folder with video_train"):
-        open_splits(config(), tmp_path)
+def test_folders_that_contain_something_else(tmp_path, make_video):
+    for root in ("{data}/nowhere", "{data}"):
+        with pytest.raises(VideoError, match=r"make data DATASET=clevrer .*MIRROR=<folder with video_train"):
+            open_splits(config(root=root), tmp_path)
     make_video("a.mp4", 3)
-    with pytest.raises(VideoError, match=r"none of its 1 videos is named as video_00000\.mp4; fetch"):
+    with pytest.raises(VideoError, match=r"1 videos .*video_00000\.mp4.*make data"):
         open_splits(config(), tmp_path)

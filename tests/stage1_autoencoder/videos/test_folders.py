@@ -1,4 +1,4 @@
-"""Folders of videos as sources: splits, the interface's promises, what is skipped, and messages."""
+"""Folders of videos as sources: splits, reading, unusable videos, and fingerprints."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def test_a_missing_val_folder_is_taken_from_train_and_a_missing_test_only_on_req
     shutil.rmtree(three_splits / "test")
     sources = open_splits(config(), three_splits)
     assert {split: len(names) for split, names in ids(sources).items()} == {"train": 2, "val": 1}
-    with pytest.raises(VideoError, match=r"the test split of 'mine' has no videos \(it has train, val\); add some"):
+    with pytest.raises(VideoError, match=r"test split of 'mine'.*train, val.*dataset\.splits\.test"):
         open_source(config(), three_splits, "test")
     sources = open_splits(config(splits={"test": 0.3, "val": 0.0}), three_splits)
     assert {split: len(names) for split, names in ids(sources).items()} == {"train": 2, "test": 1}
@@ -55,46 +55,40 @@ def test_fractions_where_there_are_no_split_folders(tmp_path, make_video, make_f
     make_frames("nested/frames", 3)
     sources = open_splits(config(), tmp_path)
     assert {split: len(names) for split, names in ids(sources).items()} == {"train": 4, "val": 1, "test": 1}
-    assert sorted(name for names in ids(sources).values() for name in names) == [
-        "nested/frames",
-        "v0",
-        "v1",
-        "v2",
-        "v3",
-        "v4",
-    ]
+    everything = sorted(name for names in ids(sources).values() for name in names)
+    assert everything == ["nested/frames", "v0", "v1", "v2", "v3", "v4"]
     assert ids(open_splits(config(splits={"val": 0.0, "test": 0.0}), tmp_path)).keys() == {"train"}
-    with pytest.raises(VideoError, match="do not add up to 1; leave train out"):
+    with pytest.raises(VideoError, match=r"dataset\.splits: .*0\.5"):
         open_splits(config(splits={"train": 0.5, "val": 0.1, "test": 0.1}), tmp_path)
 
 
 def test_fractions_that_leave_nothing(tmp_path, make_video):
     for number in range(4):
         make_video(f"v{number}.avi", 2)
-    with pytest.raises(VideoError, match="leave none to train on; lower the fractions or add videos"):
+    with pytest.raises(VideoError, match=r"4 videos.*0\.49.*lower the fractions or add videos"):
         open_splits(config(splits={"val": 0.49, "test": 0.5}), tmp_path)
 
 
-def test_folders_that_lack(tmp_path, make_video):
-    with pytest.raises(VideoError, match="nowhere: there is no such folder; put the videos of 'mine' there"):
+def test_missing_folders_and_videos(tmp_path, make_video):
+    with pytest.raises(VideoError, match=r"nowhere: .*'mine'.*dataset.root"):
         open_splits(config(root="{data}/nowhere"), tmp_path)
-    with pytest.raises(VideoError, match="mine: there is no such folder"):  # the default: <data_root>/<name>
+    with pytest.raises(VideoError, match=f"{tmp_path}/mine: "):  # the default: <data_root>/<name>
         open_splits(config(root=None), tmp_path)
-    with pytest.raises(VideoError, match="the folder is empty"):
+    with pytest.raises(VideoError, match="empty"):
         open_splits(config(), tmp_path)
     make_video("test/a.avi")
-    with pytest.raises(VideoError, match="has test, but no folder train; add one"):
+    with pytest.raises(VideoError, match=r"test.* no folder train"):
         open_splits(config(), tmp_path)
     (tmp_path / "train").mkdir()
-    with pytest.raises(VideoError, match="train: the folder is empty"):
+    with pytest.raises(VideoError, match=r"train: .*empty"):
         open_splits(config(), tmp_path)
     (tmp_path / "train/b.mp4").write_text("text")
-    with pytest.raises(VideoError, match="train: none of its 1 videos can be used: b cannot be opened"):
+    with pytest.raises(VideoError, match=r"train: .*1 videos.* b cannot be opened"):
         open_splits(config(), tmp_path)
     make_video("train/a.avi")
     make_video("val/a.avi")
     make_video("validation/a.avi")
-    with pytest.raises(VideoError, match="both val and validation are for val; remove one"):
+    with pytest.raises(VideoError, match=r"both val and validation .*remove one"):
         open_splits(config(), tmp_path)
 
 
@@ -134,10 +128,10 @@ def test_positions_outside_a_video(tmp_path, make_video):
     make_video("a.avi", 4)
     source = open_source(config(), tmp_path, "train")
     for positions in ([4], [-1], [0, 9]):
-        with pytest.raises(IndexError, match="of a, which has 4"):
+        with pytest.raises(IndexError, match=r"of a, .* 4"):
             source.read(0, positions)
     for start, stop in ((0, 5), (3, 2), (-1, 2)):
-        with pytest.raises(IndexError, match="of a, which has 4"):
+        with pytest.raises(IndexError, match=r"of a, .* 4"):
             next(source.iterate(0, start, stop))
 
 
@@ -146,7 +140,7 @@ def test_reads_no_further_than_needed(tmp_path, make_frames):
     source = open_source(config(), tmp_path, "train")
     (folder / "4.png").write_bytes(b"damaged")
     assert source.read(0, [3, 1]).shape == (2, 16, 16, 3)
-    with pytest.raises(BrokenVideoError, match=r"a: 4\.png cannot be decoded"):
+    with pytest.raises(BrokenVideoError, match=r"a: 4\.png"):
         source.read(0)
 
 
@@ -154,7 +148,7 @@ def test_a_video_that_shrinks_after_indexing_is_broken(tmp_path, make_video):
     make_video("a.avi", 7)
     source = open_source(config(), tmp_path, "train")
     make_video("a.avi", 5)
-    with pytest.raises(BrokenVideoError, match="a: ends after 5 frames") as caught:
+    with pytest.raises(BrokenVideoError, match=r"a: .*5 frames.* 6") as caught:
         list(source.iterate(0))
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.video_id, copy.reason, str(copy)) == ("a", caught.value.reason, str(caught.value))
@@ -182,7 +176,6 @@ def test_the_fingerprint_is_that_of_the_content(three_splits, tmp_path):
     first = open_source(config(), three_splits, "train")
     copy = tmp_path / "elsewhere"
     shutil.copytree(three_splits / "train", copy / "train", copy_function=shutil.copyfile)
-    (copy / "train/.river_index.json").unlink(missing_ok=True)
     os.utime(copy / "train/a.avi", ns=(1, 1))
     second = open_source(config(splits={"val": 0.0}), copy, "train")
     assert second.videos == first.videos
@@ -199,22 +192,22 @@ def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path
     assert source.videos[0].fingerprint == digest(tmp_path / "somewhere/clip.mp4")
     assert read_numbers(source.read(0)) == [0, 2, 4, 6]
     assert read_numbers(open_video(config(), make_frames("frames", 3)).read(0)) == [0, 1, 2]
-    with pytest.raises(VideoError, match=r"nothing\.mp4: there is no such video file"):
+    with pytest.raises(VideoError, match=r"nothing\.mp4: "):
         open_video(config(), tmp_path / "nothing.mp4")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(VideoError, match=r"empty: a folder without \.png or \.jpg frames"):
+    with pytest.raises(VideoError, match=r"empty: .*\.png or \.jpg"):
         open_video(config(), tmp_path / "empty")
     (make_frames("odd", 3) / "1.png").unlink()
     (tmp_path / "odd/1.png").mkdir()
-    with pytest.raises(BrokenVideoError, match=r"odd: cannot be read \(Is a directory"):
+    with pytest.raises(BrokenVideoError, match=r"odd: .*Is a directory"):
         open_video(config(), tmp_path / "odd")
     (tmp_path / "text.mp4").write_text("text")
-    with pytest.raises(BrokenVideoError, match=r"text\.mp4: cannot be opened as a video"):
+    with pytest.raises(BrokenVideoError, match=r"text\.mp4: "):
         open_video(config(), tmp_path / "text.mp4")
 
 
 def test_fingerprints_of_sources_are_of_one_document(three_splits):
-    """Stores and runs of earlier versions hold them."""
+    """Existing stores contain them."""
     source = open_splits(config(), three_splits)["train"]
     content = {
         "videos": [asdict(video) for video in source.videos],
@@ -224,7 +217,7 @@ def test_fingerprints_of_sources_are_of_one_document(three_splits):
 
 
 def test_a_selection_reads_the_same_frames(tmp_path, encode_frames):
-    """Keyframes of the files go with them."""
+    """With the keyframes of its own files."""
     for number in range(5):
         frames = [np.full((48, 64, 3), (40 * number + 3 * i) % 250, np.uint8) for i in range(90)]
         options = {"x264-params": f"keyint={64 if number % 2 else 200}:scenecut=0:threads=1"}
@@ -234,6 +227,6 @@ def test_a_selection_reads_the_same_frames(tmp_path, encode_frames):
     selected = source.select(rows)
     assert list(selected.videos) == [source.videos[row] for row in rows]
     for new, old in enumerate(rows):
-        assert selected._probe(new) == source._probe(old)
-        assert bool(selected._probe(new).keyframes) == (old % 2 == 1)
+        assert selected.probe(new) == source.probe(old)
+        assert bool(selected.probe(new).keyframes) == (old % 2 == 1)
         assert (selected.read(new, [70, 3]) == source.read(old, [70, 3])).all()

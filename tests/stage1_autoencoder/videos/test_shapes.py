@@ -1,11 +1,11 @@
-"""The procedural videos: the laws of their motion, and what their pixels show."""
+"""The procedural videos: the laws of motion, and their pixels."""
 
 import numpy as np
 import pytest
 
 from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.shapes import BACKGROUND, SUBSTEPS, WORLD, ShapesSource, _coverage
+from stage1_autoencoder.videos.shapes import BACKGROUND, KINDS, PALETTE, SUBSTEPS, WORLD, ShapesSource
 
 
 def source(split: str = "train", count: int = 40, shapes: dict | None = None, **options) -> ShapesSource:
@@ -55,11 +55,11 @@ def test_splits_share_no_video():
     assert len(pictures) == 120
 
 
-def test_two_or_three_shapes_of_all_kinds_in_different_colours(videos):
+def test_two_or_three_shapes_of_all_kinds_in_different_colors(videos):
     assert set(present(videos).sum(1)) == {2, 3}
     assert 0.4 < (present(videos).sum(1) == 2).mean() < 0.6
     assert set(videos.kind.ravel()) == {0, 1, 2}
-    assert all(len(set(colours)) == 3 for colours in videos.colour)
+    assert all(len(set(colors)) == 3 for colors in videos.color)
 
 
 def test_shapes_stay_inside_the_walls(videos):
@@ -128,26 +128,24 @@ def test_initial_speeds_are_in_the_asked_range():
 
 def test_edges_are_anti_aliased(videos):
     frame = videos.render(np.array([0]), np.array([0]))[0].astype(int)
-    shape_colours = [BACKGROUND.astype(int), *(np.unique(frame.reshape(-1, 3), axis=0))]
-    pure = {tuple(colour) for colour in ([22, 24, 34], [235, 78, 70], [74, 190, 92], [72, 128, 246], [250, 204, 56])}
-    mixed = [colour for colour in shape_colours if tuple(colour) not in pure]
+    shape_colors = [BACKGROUND.astype(int), *(np.unique(frame.reshape(-1, 3), axis=0))]
+    pure = {tuple(color) for color in ([22, 24, 34], [235, 78, 70], [74, 190, 92], [72, 128, 246], [250, 204, 56])}
+    mixed = [color for color in shape_colors if tuple(color) not in pure]
     assert len(mixed) > 10
 
 
-@pytest.mark.parametrize(("kind", "area"), [(0, np.pi), (1, (2 * 0.82) ** 2), (2, 3 * np.sqrt(3) * 0.6**2)])
-def test_a_shape_covers_its_area_wherever_it_lies_between_pixels(kind, area):
-    radius = 8.0
-    pixels = np.arange(-15, 16, dtype=np.float32)
-    shifts = np.linspace(0, 1, 5, endpoint=False, dtype=np.float32)
-    covered = []
-    for x in shifts:
-        for y in shifts:
-            alpha = _coverage((pixels - x)[None, None, :], (pixels - y)[None, :, None], np.array([kind]), radius)
-            assert alpha.min() == 0
-            assert alpha.max() == 1
-            covered.append(alpha.sum())
-    assert covered == pytest.approx([area * radius**2] * 25, rel=0.02)
-    assert np.ptp(covered) < 1.5  # square pixels; hard edges would give about 10
+def test_a_shape_covers_its_area_wherever_it_lies_between_pixels():
+    radius, count = 8.0, 300
+    single = source(count=count, shapes={"min_objects": 1, "max_objects": 1, "frames": 1})
+    frames = single.render(np.arange(count), np.zeros(count, int)).astype(np.float64) - BACKGROUND
+    contrast = (PALETTE[single.color[:, 0]] - BACKGROUND)[:, None, None]
+    covered = ((frames * contrast).sum(-1) / (contrast**2).sum(-1)).sum((1, 2))  # [videos], in pixels
+    areas = dict(zip(KINDS, (np.pi, (2 * 0.82) ** 2, 3 * np.sqrt(3) * 0.6**2), strict=True))
+    for kind, area in enumerate(areas.values()):
+        found = covered[single.kind[:, 0] == kind]
+        assert len(found) > 50
+        assert found == pytest.approx(area * radius**2, rel=0.02)
+        assert np.ptp(found) < 2.5  # square pixels; hard edges would give about 10
 
 
 def test_moving_by_less_than_a_pixel_changes_the_picture(videos):
@@ -182,19 +180,19 @@ def test_any_pairs_of_videos_and_frames_are_rendered_as_they_are_read():
 
 @pytest.mark.parametrize("positions", [[-1], [0, 20]])
 def test_frames_outside_a_video_are_refused(positions):
-    with pytest.raises(IndexError, match="train_00002, which has 20"):
+    with pytest.raises(IndexError, match=r"train_00002, .* 20"):
         source().read(2, positions)
-    with pytest.raises(IndexError, match="train_00002, which has 20"):
+    with pytest.raises(IndexError, match=r"train_00002, .* 20"):
         list(source().iterate(2, 18, 21))
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"max_objects": 5, "radius": 4.0}, "5 shapes of radius 4.0 don't fit.*at most 4 shapes"),
-        ({"radius": 30.0, "min_objects": 1, "max_objects": 1}, "1 shapes of radius 30.0 don't fit.*radius 24.8 for 1"),
-        ({"radius": 15.0}, "3 shapes of radius 15.0 don't fit.*radius 14.3 for 3"),
-        ({"max_speed": 50.0}, "max_speed: 50.0 is too fast for 3 shapes of radius 8.0; at most 9.2"),
+        ({"max_objects": 5, "radius": 4.0}, "5 shapes .*4.0.*at most 4 shapes"),
+        ({"radius": 30.0, "min_objects": 1, "max_objects": 1}, "30.0.*radius 24.8 for 1"),
+        ({"radius": 15.0}, "15.0.*radius 14.3 for 3"),
+        ({"max_speed": 50.0}, "max_speed: 50.0.*at most 9.2"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes, message):
@@ -203,7 +201,7 @@ def test_shapes_that_do_not_fit_are_refused(shapes, message):
 
 
 @pytest.mark.parametrize("objects", [1, 2, 3, 4])
-def test_what_the_refusal_calls_possible_is_possible(objects):
+def test_the_largest_radius_of_the_message_is_possible(objects):
     radius = np.floor(np.sqrt(0.15 / objects) * WORLD * 10) / 10
     shapes = {"radius": radius, "min_objects": objects, "max_objects": objects, "frames": 3}
     assert source(count=5, shapes=shapes).read(0).shape == (3, 64, 64, 3)

@@ -15,14 +15,14 @@ def test_files_in_natural_order(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["a.hdf5", "A.h5"])
-def test_files_of_one_name(tmp_path, other):
+def test_two_files_of_one_name(tmp_path, other):
     (tmp_path / "a.h5").touch()
     (tmp_path / other).touch()
-    with pytest.raises(VideoError, match=r"would both be '[aA]': rename one of them, or remove it"):
+    with pytest.raises(VideoError, match=r"[aA]\.h.*and .*[aA]\.h.*rename one"):
         list_shards(tmp_path, {".h5", ".hdf5"})
 
 
-def test_a_folder_that_cannot_be_looked_into(tmp_path):
+def test_a_folder_that_cannot_be_listed(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(VideoError, match=r"file: cannot be looked into \(Not a directory\)"):
+    with pytest.raises(VideoError, match=r"file: .*Not a directory"):
         list_shards(tmp_path / "file", {".h5"})

@@ -1,4 +1,4 @@
-"""Videos in columns are the same sequence as the objects they were made of."""
+"""A table of videos is the same sequence as the objects it was made of."""
 
 import pickle
 
@@ -9,7 +9,7 @@ from stage1_autoencoder.videos.source import VideoInfo, VideoTable
 
 VIDEOS = [
     VideoInfo("a/1", 12, 25.0, "f" * 64, (160, 120)),
-    VideoInfo("b", 1, 29.97, "e" * 64 + " 3:9"),  # of no size
+    VideoInfo("b", 1, 29.97, "e" * 64 + " 3:9"),  # without a size
     VideoInfo("ü", 2**40, 0.5, "", (1, 70000)),
 ]
 

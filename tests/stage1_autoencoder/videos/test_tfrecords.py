@@ -5,14 +5,8 @@ import struct
 import google_crc32c
 import pytest
 
-from stage1_autoencoder.videos.tfrecords import (
-    Record,
-    RecordError,
-    example_bytes,
-    masked_crc32c,
-    read_record,
-    walk_records,
-)
+from stage1_autoencoder.videos.shards import ShardError
+from stage1_autoencoder.videos.tfrecords import Record, example_bytes, masked_crc32c, read_record, walk_records
 from tests import small_data_sets
 
 SHORT = small_data_sets.example({"k": b"value"})[:-1]
@@ -29,28 +23,23 @@ def test_the_checksum_is_the_published_one():
     assert masked_crc32c(b"") == 0xA282EAD8
 
 
-def test_records_are_found_and_read(tmp_path):
-    contents = [b"first", b"", bytes(range(256)) * 40]
+@pytest.mark.parametrize("contents", [[], [b"first", b"", bytes(range(256)) * 40]])
+def test_records_are_found_and_read(tmp_path, contents):
     path = tmp_path / "a.tfrecords"
     path.write_bytes(b"".join(map(small_data_sets.record, contents)))
     records = list(walk_records(path))
-    assert [record.length for record in records] == [5, 0, 10240]
+    assert [record.length for record in records] == list(map(len, contents))
     assert [bytes(read_record(path, record)) for record in records] == contents
-
-
-def test_no_records(tmp_path):
-    (tmp_path / "a").touch()
-    assert list(walk_records(tmp_path / "a")) == []
 
 
 @pytest.mark.parametrize(
     ("keep", "whole", "message"),
     [
-        (5, 0, "is cut off in record 0"),
-        (14, 0, r"is cut off in record 0, which has 100 bytes"),
-        (115, 0, r"is cut off in record 0, which has 100 bytes"),  # of the last checksum 3 of 4 bytes
-        (120, 1, "is cut off in record 1"),
-        (200, 1, "is cut off in record 1, which has 100 bytes"),
+        (5, 0, "record 0"),
+        (14, 0, "record 0.*100 bytes"),
+        (115, 0, "record 0.*100 bytes"),  # of the last checksum 3 of 4 bytes
+        (120, 1, "record 1"),
+        (200, 1, "record 1.*100 bytes"),
     ],
 )
 def test_files_that_are_cut_off(tmp_path, keep, whole, message):
@@ -58,14 +47,14 @@ def test_files_that_are_cut_off(tmp_path, keep, whole, message):
     path.write_bytes((small_data_sets.record(bytes(100)) * 2)[:keep])
     records = walk_records(path)
     assert [next(records).length for _ in range(whole)] == [100] * whole
-    with pytest.raises(RecordError, match=message):
+    with pytest.raises(ShardError, match=message):
         next(records)
 
 
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", bytes(40), b"x" * 12])
 def test_other_files(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(RecordError, match="is no TFRecord file, or is damaged: the length of record 0"):
+    with pytest.raises(ShardError, match=r"TFRecord.*record 0"):
         list(walk_records(tmp_path / "a"))
 
 
@@ -74,7 +63,7 @@ def test_a_damaged_length_is_noticed(tmp_path, at):
     content = bytearray(small_data_sets.record(b"data"))
     content[at] ^= 1
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(RecordError, match="length of record 0 has a wrong checksum"):
+    with pytest.raises(ShardError, match=r"record 0 .*checksum"):
         list(walk_records(tmp_path / "a"))
 
 
@@ -84,13 +73,13 @@ def test_damaged_data_are_noticed_when_they_are_read(tmp_path, at):
     content[at] ^= 1
     (tmp_path / "a").write_bytes(content)
     (record,) = walk_records(tmp_path / "a")
-    with pytest.raises(RecordError, match="is damaged: the data at byte 12"):
+    with pytest.raises(ShardError, match=r"damaged.*byte 12"):
         read_record(tmp_path / "a", record)
 
 
 def test_data_that_are_gone(tmp_path):
     (tmp_path / "a").write_bytes(b"short")
-    with pytest.raises(RecordError, match="is cut off at byte 5"):
+    with pytest.raises(ShardError, match="byte 5"):
         read_record(tmp_path / "a", Record(2, 100, 0))
 
 
@@ -149,12 +138,12 @@ def test_examples_of_the_protobuf_package():
 @pytest.mark.parametrize(
     "data", [b"\x0a\x05\x0a", b"\x0a" + b"\xff" * 10 + b"\x01", b"\x0b", b"\x0a", b"\x0a\x02\x0a\x00", SHORT]
 )
-def test_data_that_are_no_example(data):
-    with pytest.raises(RecordError, match=r"no tf\.train\.Example"):
+def test_data_that_are_not_an_example(data):
+    with pytest.raises(ShardError, match=r"tf\.train\.Example"):
         features(data)
 
 
-def test_fields_of_all_kinds_are_passed_over():
+def test_fields_of_all_kinds_are_skipped():
     written = small_data_sets.example({"k": b"v"})
     others = b"\x10\xac\x02" + b"\x19" + bytes(range(8)) + b"\x25" + bytes(range(4)) + b"\x2a\x02hi"
     assert features(others + written + others) == {"k": b"v"}

@@ -1,4 +1,4 @@
-"""Video files: counting frames without trusting headers, decoding in presentation order, and damage."""
+"""Video files: counting frames without relying on headers, decoding in presentation order, and damage."""
 
 import io
 import struct
@@ -46,19 +46,18 @@ def test_counts_and_decodes_every_frame_in_order(make_video, read_numbers, name,
 
 def test_ranges_and_steps(make_video, read_numbers):
     path = make_video("v.mp4", 14, "libx264")
-    assert read_numbers(decoded(path, 3, 12, 4)) == [3, 7, 11]
-    assert read_numbers(decoded(path, 3, 14, 4)) == [3, 7, 11]
+    assert read_numbers(decoded(path, 3, 12, 4)) == read_numbers(decoded(path, 3, 14, 4)) == [3, 7, 11]
     assert read_numbers(decoded(path, 13, 14)) == [13]
 
 
-@pytest.mark.parametrize("lie", [3, 1000])
-def test_a_header_that_lies_about_the_count_is_not_believed(make_video, lie):
+@pytest.mark.parametrize("wrong", [3, 1000])
+def test_a_wrong_count_in_the_header_is_ignored(make_video, wrong):
     path = make_video("v.avi", 9)
     content = bytearray(path.read_bytes())
     header = content.index(b"strh") + 8
     assert struct.unpack_from("<I", content, header + 32) == (9,)
-    struct.pack_into("<I", content, header + 32, lie)
-    struct.pack_into("<I", content, content.index(b"avih") + 8 + 16, lie)
+    struct.pack_into("<I", content, header + 32, wrong)
+    struct.pack_into("<I", content, content.index(b"avih") + 8 + 16, wrong)
     path.write_bytes(content)
     assert probe_video(path, "v").frames == 9
 
@@ -76,21 +75,21 @@ def test_cut_off_files_are_noticed_when_counting(encode_frames, tmp_path, name, 
     with pytest.raises(BrokenVideoError, match=r"cut off|damaged|cannot be opened|no video stream") as caught:
         probe_video(path, "v")
     if name == "v.mp4" and share < 0.9:  # what tells where frames are lies at the end
-        assert caught.value.reason.endswith("its index is missing, so it was cut off")
+        assert "index is missing" in caught.value.reason
 
 
-def test_text_is_no_video(tmp_path):
+@pytest.mark.parametrize("content", [b"not a video at all" * 50, b"", None])
+def test_files_that_are_not_videos(tmp_path, content):
     path = tmp_path / "notes.mp4"
-    path.write_text("not a video at all\n" * 50)
-    with pytest.raises(BrokenVideoError, match="notes: cannot be opened as a video") as caught:
-        probe_video(path, "notes")
-    assert (caught.value.video_id, caught.value.reason.split()[0]) == ("notes", "cannot")
-    path.write_bytes(b"")
-    with pytest.raises(BrokenVideoError, match="cannot be opened as a video"):
-        probe_video(path, "notes")
+    if content is not None:
+        path.write_bytes(content)
+    for read in (lambda: probe_video(path, "notes"), lambda: next(decode_video(path, "notes", 0, 1, 1))):
+        with pytest.raises(BrokenVideoError, match="notes: cannot be opened") as caught:
+            read()
+        assert caught.value.video_id == "notes"
 
 
-def test_sound_alone_is_no_video(tmp_path):
+def test_a_file_with_sound_alone(tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)
@@ -98,7 +97,7 @@ def test_sound_alone_is_no_video(tmp_path):
         frame.rate, frame.pts = 8000, 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(BrokenVideoError, match="has no video stream"):
+    with pytest.raises(BrokenVideoError, match=r"sound: .*no video stream"):
         probe_video(path, "sound")
 
 
@@ -110,19 +109,14 @@ def test_damage_inside_is_noticed_when_decoding(encode_frames, tmp_path):
     content[third : 2 * third] = bytes(third)
     path.write_bytes(content)
     assert probe_video(path, "v").frames == 12
-    with pytest.raises(BrokenVideoError, match=r"v: (frame [0-9]+ is damaged|cannot be decoded after frame [0-9]+)"):
+    with pytest.raises(BrokenVideoError, match=r"v: .*frame [0-9]+"):
         decoded(path, 0, 12)
 
 
 def test_fewer_frames_than_promised(make_video):
     path = make_video("v.avi", 6)
-    with pytest.raises(BrokenVideoError, match="v: ends after 6 frames, but frame 8 was expected"):
+    with pytest.raises(BrokenVideoError, match=r"v: .*6 frames.*frame 8"):
         decoded(path, 0, 9)
-
-
-def test_a_file_that_is_gone(tmp_path):
-    with pytest.raises(BrokenVideoError, match="gone: cannot be opened"):
-        next(decode_video(tmp_path / "gone.avi", "gone", 0, 1, 1))
 
 
 def test_size_that_changes_is_an_error(tmp_path):
@@ -139,7 +133,7 @@ def test_size_that_changes_is_an_error(tmp_path):
             container.mux(packet)
     assert probe_video(path, "v").frames == 6
     assert len(decoded(path, 0, 4)) == 4
-    with pytest.raises(BrokenVideoError, match="v: changes from 64x48 to 32x48 at frame 4; cut it"):
+    with pytest.raises(BrokenVideoError, match=r"v: .*64x48.*32x48.*frame 4.*one file per size"):
         decoded(path, 0, 6)
 
 
@@ -175,19 +169,19 @@ def test_videos_of_no_frame_and_of_one(tmp_path, make_video, encode_frames):
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         container.start_encoding()
-    with pytest.raises(BrokenVideoError, match=r"none: (has no|cannot be opened as a) video"):
+    with pytest.raises(BrokenVideoError, match="none: "):
         probe_video(tmp_path / "none.mp4", "none")
     path = make_video("one.gif", 1, "gif")
     assert probe_video(path, "one").frames == 1
     assert len(decoded(path, 0, 1)) == 1
 
 
-def test_a_file_that_may_not_be_read(tmp_path, make_video, monkeypatch):
+def test_a_file_without_read_permission(tmp_path, make_video, monkeypatch):
     path = make_video("v.avi", 3)
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(av, "open", refuse)
-    with pytest.raises(BrokenVideoError, match=r"v: cannot be opened as a video \(Permission denied\)"):
+    with pytest.raises(BrokenVideoError, match=r"v: .*Permission denied"):
         probe_video(path, "v")

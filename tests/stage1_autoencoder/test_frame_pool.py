@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from stage1_autoencoder.frames import REPEATS, FramePool
+from stage1_autoencoder.frame_pool import REPEATS, FramePool
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource
 
