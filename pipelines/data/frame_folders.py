@@ -37,8 +37,8 @@ from pipelines.runtime.progress import progress, say, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
 from stage1_autoencoder.videos.config import Split
+from stage1_autoencoder.videos.names import join_names
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
-from stage1_autoencoder.videos.splits import join_names
 
 ImageFormat = Literal["png", "jpg"]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames
+from stage1_autoencoder.videos.image_folders import decode_folder, list_frames
 from stage1_autoencoder.videos.index import Indexed, examine_video, index_videos
 from stage1_autoencoder.videos.listing import Listing, find_videos
 from stage1_autoencoder.videos.names import join_names

@@ -20,7 +20,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from stage1_autoencoder.videos.frame_folders import list_frames, probe_folder
+from stage1_autoencoder.videos.image_folders import list_frames, probe_folder
 from stage1_autoencoder.videos.source import BrokenVideoError
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stage1_autoencoder.videos.frame_folders import IMAGE_EXTENSIONS, is_frame
+from stage1_autoencoder.videos.image_folders import IMAGE_EXTENSIONS, is_frame
 from stage1_autoencoder.videos.names import join_names, natural_order
 from stage1_autoencoder.videos.source import SkippedVideo, VideoError
 from stage1_autoencoder.videos.video_files import VIDEO_EXTENSIONS

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage1_autoencoder.videos.frame_folders import decode_folder, list_frames, probe_folder
+from stage1_autoencoder.videos.image_folders import decode_folder, list_frames, probe_folder
 from stage1_autoencoder.videos.source import BrokenVideoError
 
 
