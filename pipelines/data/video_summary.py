@@ -12,8 +12,8 @@ from pipelines.config import RiverConfig
 from pipelines.runtime.files import replacing
 from pipelines.runtime.progress import duration
 from stage1_autoencoder.videos.config import Split
+from stage1_autoencoder.videos.names import join_names
 from stage1_autoencoder.videos.source import SkippedVideo, VideoInfo, VideoSource, VideoTable
-from stage1_autoencoder.videos.splits import join_names
 
 COLUMNS = ("split", "id", "frames", "fps", "width", "height", "fingerprint")
 _MAX_SKIPPED = 50  # listed per split
