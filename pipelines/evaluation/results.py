@@ -103,7 +103,7 @@ class EvaluationProtocol(Result):
     refiner_step: int | None
     refiner_sha256: str | None
     autoencoder_sha256: str
-    store_fingerprint: str
+    store_fingerprint: str | None
     vgg_sha256: str | None
     fvd: dict[str, Any] | None
     device: str
