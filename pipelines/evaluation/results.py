@@ -132,11 +132,8 @@ class StudyPoint(Result):
 
     key: str
     solver: str
-    grid: str
-    shift: float
     warm_start: float
     condition: str
-    condition_draw: str
     seed: int
     preset: str
     steps: int
@@ -168,21 +165,13 @@ class StudyPoint(Result):
     @property
     def is_plain(self) -> bool:
         """Whether solver and number of evaluations are the only choices that differ from the defaults."""
-        return (
-            self.grid == "uniform"
-            and self.shift == 1
-            and self.warm_start == 0
-            and self.condition == "per-evaluation"
-            and self.condition_draw == "uniform"
-        )
+        return self.warm_start == 0 and self.condition == "per-evaluation"
 
     def describe(self) -> str:
         """The sampler setting in a few words, without the number of evaluations and the seed."""
         words = [self.solver]
-        words += [f"shift {self.shift:g}"] if self.shift != 1 else []
         words += [f"warm start {self.warm_start:g}"] if self.warm_start else []
         words += ["one condition per frame"] if self.condition == "per-frame" else []
-        words += ["recent conditions"] if self.condition_draw == "recent" else []
         words += ["official grid"] if self.preset == "official" else []
         return ", ".join(words)
 

@@ -1,0 +1,68 @@
+"""One sampler setting of a study: its metrics against their definitions."""
+
+import pytest
+import torch
+
+from pipelines.evaluation.study_points import StudyClips, latent_features, mean_gradient
+from pipelines.prediction.clips import Clip
+from stage2_flow.config import SamplingConfig
+from tests.pipelines.test_predictor import predictor
+
+
+def clips(count: int) -> list[Clip]:
+    generator = torch.Generator().manual_seed(0)
+    return [Clip(f"clip {n}", n, torch.rand(5, 3, 16, 16, generator=generator) * 2 - 1) for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def measured() -> StudyClips:
+    return StudyClips(predictor(), clips(4), 2, 0, None)
+
+
+def test_a_point_has_the_metrics_of_its_predictions(measured):
+    options = SamplingConfig(solver="heun", nfe=4, warm_start=0.25)
+    found = measured.measure("k", options, None)
+    latents = measured.predictor.generate_latents(measured.given, 3, sampling=options, keys=measured.keys)
+    frames = measured.predictor.decode_videos(latents)[:, 2:].double()
+    truth = torch.stack([clip.frames for clip in clips(4)])[:, 2:].double()
+    errors = (frames - truth).square().mean((2, 3, 4))
+    assert found.psnr == pytest.approx((10 * torch.log10(4 / errors)).mean().item(), rel=1e-5)
+    assert (found.key, found.solver, found.nfe, found.steps, found.warm_start) == ("k", "heun", 4, 2, 0.25)
+    assert found.psnr_interval[0] < found.psnr < found.psnr_interval[1]
+    reconstructed = measured.predictor.decode_videos(measured.predictor.encode_videos(truth.float()))
+    assert found.sharpness == pytest.approx((mean_gradient(frames) / mean_gradient(reconstructed)).mean().item())
+    assert found.frechet > 0
+    assert found.lpips is None
+    assert found.milliseconds_per_frame > 0
+    assert found.psnr_difference == found.frechet_difference == 0
+    assert found.psnr_difference_interval == found.frechet_difference_interval == (0, 0)
+
+
+def test_differences_to_the_reference_are_taken_clip_by_clip(measured):
+    reference = measured.measure("k", SamplingConfig(solver="heun", nfe=4), None)
+    other = measured.measure("l", SamplingConfig(nfe=2, seed=3), reference)
+    pairs = zip(other.per_clip["psnr"], reference.per_clip["psnr"], strict=True)
+    per_clip = [ours - theirs for ours, theirs in pairs]
+    assert other.psnr_difference == pytest.approx(sum(per_clip) / 4, abs=1e-9)
+    assert min(per_clip) - 1e-9 <= other.psnr_difference_interval[0] <= other.psnr_difference
+    assert other.frechet_difference == pytest.approx(other.frechet - reference.frechet)
+    low, high = other.frechet_difference_interval
+    assert low < other.frechet_difference < high
+
+
+def test_features_are_means_of_places_and_of_changes():
+    latents = torch.zeros(1, 4, 1, 4, 4)
+    latents[0, 2, 0, :2, 2:] = 3.0  # the upper right of the first predicted frame
+    features = latent_features(latents, 2)
+    assert features.shape == (1, 2, 8)
+    assert features[0, 0].tolist() == [0, 3, 0, 0, 0, 3, 0, 0]
+    assert features[0, 1].tolist() == [0, 0, 0, 0, 0, 3, 0, 0]
+
+
+def test_blur_lowers_the_gradient():
+    video = torch.rand(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(video[0], 3, 1, 1, count_include_pad=False)[None]
+    assert mean_gradient(blurred) < 0.5 * mean_gradient(video)
+    step = torch.zeros(1, 1, 3, 2, 2)
+    step[..., 1] = 1.0
+    assert mean_gradient(step).item() == 1.0
