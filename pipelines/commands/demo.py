@@ -29,7 +29,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines import stages
     from pipelines.evaluation.evaluator import evaluate
     from pipelines.predictor import sample_clips
-    from pipelines.report.assembly import report
+    from pipelines.report.page import write_report
     from pipelines.runtime.progress import say
 
     started = time.perf_counter()
@@ -42,7 +42,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
         ("stage 2: train the flow, from the store alone", lambda: stages.run_to("flow", config, run_context)),
         ("predict videos of the test split", lambda: sample_clips(config, run_context)),
         ("measure", lambda: evaluate(config, run_context)),
-        ("write the report", lambda: report(config, run_context)),
+        ("write the report", lambda: write_report(config)),
     ]
     for number, (title, chapter) in enumerate(chapters, start=1):
         begun = time.perf_counter()

@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
-    from pipelines.report.assembly import report
+    from pipelines.report.page import write_report
 
-    report(config, run_context)
+    write_report(config)

@@ -1,40 +1,164 @@
-"""Line charts as inline SVG: text that stays text, colours of the page, values under the pointer."""
+"""Line charts, which `templates/macros.html` draws as SVG, and numbers as text."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipelines.report.markup import Html, details, el, join, table
-from pipelines.report.scales import Scale, number_text, spread, tick_text
+import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator
+from numpy.typing import ArrayLike
 
 # Units of the drawing; it is shown at about this size, on a phone a little smaller.
 WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 22, 40
-MOST_POINTS = 240
-MARK_UP_TO = 40
+MAX_POINTS = 240
+# Longer lines have no dots, and their table shows every n-th point.
+MAX_MARKS = 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """One line of a chart.
 
     Attributes:
         name: in the legend.
-        x, y: its points; None is a gap.
-        style: a class of the style sheet, which decides the colour: `prediction`, `s1`...
-        band: low and high ends at each point.
+        x: [n] positions, ascending.
+        y: [n] values; None and NaN are gaps.
+        style: a class of the style sheet, which decides the color: `prediction`, `s1`...
+        band: [n, 2] lower and upper ends around the line.
         marks: show the points themselves.
-        faint: in the background, such as raw values behind their mean.
+        faint: in the background, such as raw values behind their mean; without band, hover values and table column.
     """
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
+    x: np.ndarray
+    y: np.ndarray
     style: str
-    band: Sequence[Sequence[float | None]] | None = None
+    band: np.ndarray | None = None
     marks: bool = False
     faint: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("x", "y", "band"):
+            if getattr(self, name) is not None:
+                values = np.asarray(getattr(self, name), np.float64)
+                object.__setattr__(self, name, np.where(np.isfinite(values), values, np.nan))
+
+    def pieces(self) -> list[np.ndarray]:
+        """Indices of the points between gaps."""
+        present = np.flatnonzero(np.isfinite(self.y))
+        return np.split(present, np.flatnonzero(np.diff(present) > 1) + 1)
+
+    def thinned(self, limit: int = MAX_POINTS) -> "Line":
+        """A line of at most `limit` points: means of neighbors, with their extremes as the band."""
+        n = len(self.x)
+        if n <= limit:
+            return self
+        size = -(-n // limit)
+        count = -(-n // size)
+
+        def groups(values: np.ndarray) -> np.ma.MaskedArray:
+            padded = np.pad(values, (0, count * size - n), constant_values=np.nan)
+            return np.ma.masked_invalid(padded.reshape(count, size))
+
+        low, high = (self.y, self.y) if self.band is None else self.band.T
+        band = np.stack([groups(low).min(1).filled(np.nan), groups(high).max(1).filled(np.nan)], axis=1)
+        middle = np.minimum(np.arange(count) * size + size // 2, n - 1)
+        return replace(self, x=self.x[middle], y=groups(self.y).mean(1).filled(np.nan), band=band)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values to positions in the drawing.
+
+    Attributes:
+        low, high: values at its ends.
+        start, stop: positions of its ends.
+        logarithmic: equal ratios are equally long; values below `low` are at its start.
+    """
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    logarithmic: bool = False
+
+    def __call__(self, values: ArrayLike) -> np.ndarray:
+        """Positions, rounded to a tenth."""
+        values, low, high = np.asarray(values, np.float64), self.low, self.high
+        if self.logarithmic:
+            values, low, high = np.log(np.maximum(values, low)), math.log(low), math.log(high)
+        return np.round(self.start + (self.stop - self.start) * (values - low) / (high - low), 1)
+
+    def ticks(self) -> list[float]:
+        """Round values within it; of a logarithmic one powers of ten, with multiples where there are few."""
+        locators = [LogLocator(subs=subs) for subs in ((1,), (1, 3), (1, 2, 5))] if self.logarithmic else []
+        for locator in (*locators, MaxNLocator(6, steps=[1, 2, 5, 10])):
+            ticks = [tick for tick in locator.tick_values(self.low, self.high) if self.low <= tick <= self.high]
+            if len(ticks) >= 3:
+                break
+        return [round(tick, 12) for tick in ticks]
+
+
+@dataclass(frozen=True, eq=False)
+class Chart:
+    """A chart as the template draws it.
+
+    Attributes:
+        lines: of at most `MAX_POINTS` points.
+        across, up: scales of x and y.
+        x_ticks, y_ticks: values.
+        better: `higher`, `lower` or None.
+        note: a sentence below the chart.
+    """
+
+    title: str
+    lines: list[Line]
+    x_label: str
+    y_label: str
+    across: Scale
+    up: Scale
+    x_ticks: list[float]
+    y_ticks: list[float]
+    better: str | None
+    note: str
+
+    def points(self, x: np.ndarray, y: np.ndarray) -> str:
+        """Positions as SVG writes them."""
+        return " ".join(f"{a},{b}" for a, b in zip(self.across(x), self.up(y), strict=True))
+
+    def band(self, line: Line) -> list[str]:
+        """The points of a line's band, one polygon per piece without gaps."""
+        if line.band is None or line.faint:
+            return []
+        low, high = line.band.T
+        return [
+            self.points(np.append(line.x[p], line.x[p][::-1]), np.append(high[p], low[p][::-1])) for p in line.pieces()
+        ]
+
+    @property
+    def shown(self) -> list[Line]:
+        """The lines with values to read."""
+        return [line for line in self.lines if not line.faint]
+
+    def hover_json(self) -> str:
+        """Per line [position, x, y] of its points, for the script that shows values under the pointer."""
+        lines = []
+        for line in self.shown:
+            points = zip(self.across(line.x).tolist(), line.x, line.y, strict=True)
+            texts = [[at, number_text(x), number_text(y)] for at, x, y in points if math.isfinite(y)]
+            lines.append({"name": line.name, "style": line.style, "points": texts})
+        return json.dumps({"x": self.x_label, "lines": lines})
+
+    def rows(self) -> list[list[str]]:
+        """The numbers as a table, for readers who cannot see the chart."""
+        steps = np.unique(np.concatenate([line.x for line in self.shown]))
+        values = [dict(zip(line.x, line.y, strict=True)) for line in self.shown]
+        return [
+            [tick_text(x), *(number_text(by_x[x]) if x in by_x else "" for by_x in values)]
+            for x in steps[:: -(-len(steps) // MAX_MARKS)]
+        ]
 
 
 def chart(
@@ -46,185 +170,75 @@ def chart(
     better: str | None = None,
     log_x: bool = False,
     log_y: bool = False,
-    x_ticks: Sequence[float] | None = None,
-    note: str | None = None,
-) -> Html:
-    """A figure with legend, chart and the numbers as a table that is folded away.
+    x_ticks: Sequence[float] = (),
+    note: str = "",
+) -> Chart | None:
+    """Lay out a chart; None where no line has a value.
 
     Args:
-        better: `higher` or `lower`.
-        x_ticks: where ticks stand, if not at round values.
-        note: below the chart.
+        log_y: ignored where values are not positive.
+        x_ticks: values of the ticks where there are two or more, instead of round ones.
     """
-    lines = [thinned(line) for line in lines if any(value is not None for value in line.y)]
+    lines = [line.thinned() for line in lines if np.isfinite(line.y).any()]
     if not lines:
-        return Html("")
-    direction = {"higher": "higher is better", "lower": "lower is better", None: None}[better]
-    legend = el("ul", [el("li", _swatch(line), line.name) for line in lines], class_="legend")
-    return el(
-        "figure",
-        el("figcaption", el("strong", title), direction and el("span", direction, class_="direction")),
-        legend if len(lines) > 1 else None,
-        _drawing(title, lines, x_label, y_label, log_x, log_y, x_ticks),
-        el("p", note, class_="remark") if note else None,
-        _numbers(title, lines, x_label),
-        class_="chart",
-    )
-
-
-def thinned(line: Line, most: int = MOST_POINTS) -> Line:
-    """A line of no more points than can be told apart: means of neighbours, their extremes as the band."""
-    if len(line.x) <= most:
-        return line
-    size = -(-len(line.x) // most)
-    x, y, band = [], [], []
-    for start in range(0, len(line.x), size):
-        values = [value for value in line.y[start : start + size] if value is not None]
-        x.append(line.x[start : start + size][len(line.x[start : start + size]) // 2])
-        y.append(sum(values) / len(values) if values else None)
-        ends = values if line.band is None else [end for pair in line.band[start : start + size] for end in pair]
-        ends = [end for end in ends if end is not None]
-        band.append((min(ends), max(ends)) if ends else (None, None))
-    return Line(line.name, x, y, line.style, band, line.marks, line.faint)
-
-
-def smoothed(x: Sequence[float], y: Sequence[float | None], share: float = 0.05) -> list[float | None]:
-    """The mean over a window of so large a share of the points, centred at each; gaps are passed over."""
-    reach = max(1, round(share * len(x) / 2))
-    found = []
-    for place in range(len(x)):
-        near = [value for value in y[max(0, place - reach) : place + reach + 1] if value is not None]
-        found.append(sum(near) / len(near) if near else None)
-    return found
-
-
-def _drawing(
-    title: str,
-    lines: Sequence[Line],
-    x_label: str,
-    y_label: str,
-    log_x: bool,
-    log_y: bool,
-    x_ticks: Sequence[float] | None,
-) -> Html:
-    xs = [value for line in lines for value in line.x]
-    ys = [value for line in lines for value in line.y if value is not None]
-    ys += [end for line in lines if not line.faint for pair in line.band or () for end in pair if end is not None]
-    log_y = log_y and min(ys) > 0
-    ends = (min(xs), max(xs)) if min(xs) < max(xs) else spread(xs, log_x)
-    across = Scale(*ends, LEFT + 6, WIDTH - RIGHT, log_x)
-    up = Scale(*spread(ys, log_y), HEIGHT - BOTTOM, TOP, log_y)
-    label = f"{title}: {y_label} over {x_label}. Lines: {', '.join(line.name for line in lines)}."
-    return el(
-        "svg",
-        _axes(across, up, x_label, y_label, x_ticks),
-        [_band(line, across, up) for line in lines],
-        [_line(line, across, up) for line in lines],
-        el("line", class_="rule", x1=0, x2=0, y1=TOP, y2=HEIGHT - BOTTOM, visibility="hidden"),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=label,
-        data_chart=json.dumps(
-            {
-                "x": x_label,
-                "lines": [
-                    {
-                        "name": line.name,
-                        "style": line.style,
-                        "points": [
-                            [round(across(x), 1), number_text(x), number_text(y)]
-                            for x, y in zip(line.x, line.y, strict=True)
-                            if y is not None
-                        ],
-                    }
-                    for line in lines
-                    if not line.faint
-                ],
-            },
-            ensure_ascii=True,
-        ),
-    )
-
-
-def _axes(across: Scale, up: Scale, x_label: str, y_label: str, x_ticks: Sequence[float] | None) -> Html:
-    parts, ground = [], HEIGHT - BOTTOM
-    for tick in up.ticks():
-        y = _places(up(tick))
-        parts.append(el("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
-        parts.append(el("text", tick_text(tick), class_="tick", x=LEFT - 6, y=f"{up(tick) + 4:.1f}", text_anchor="end"))
-    last = -math.inf
-    for tick in across.ticks() if x_ticks is None else x_ticks:
-        x, text = across(tick), tick_text(tick)
-        if x - last < 8 + 7 * len(text):  # it would touch its neighbour
-            continue
-        last = x
-        parts.append(el("line", class_="mark", x1=_places(x), x2=_places(x), y1=ground, y2=ground + 4))
-        sticks_out = x + 4.2 * len(text) > WIDTH - 2
-        place = {"x": WIDTH - 2, "text_anchor": "end"} if sticks_out else {"x": _places(x), "text_anchor": "middle"}
-        parts.append(el("text", text, class_="tick", y=ground + 17, **place))
-    parts.append(el("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=ground, y2=ground))
-    parts.append(el("text", y_label, class_="label", x=4, y=12))
-    parts.append(el("text", x_label, class_="label", x=WIDTH - RIGHT, y=HEIGHT - 5, text_anchor="end"))
-    return join(parts)
-
-
-def _runs(line: Line) -> list[list[int]]:
-    """Indices of the points between gaps."""
-    runs: list[list[int]] = [[]]
-    for place, value in enumerate(line.y):
-        if value is None:
-            runs.append([])
-        else:
-            runs[-1].append(place)
-    return [run for run in runs if run]
-
-
-def _band(line: Line, across: Scale, up: Scale) -> Html | None:
-    if line.band is None or line.faint:
         return None
-    parts = []
-    for run in _runs(line):
-        ends = [(line.x[place], *line.band[place]) for place in run if None not in line.band[place]]
-        corners = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
-        parts.append(el("polygon", class_=f"band {line.style}", points=_points(corners, across, up)))
-    return join(parts)
+    xs = np.concatenate([line.x for line in lines])
+    bands = [line.band.ravel() for line in lines if line.band is not None and not line.faint]
+    ys = np.concatenate([line.y for line in lines] + bands)
+    log_y = log_y and np.nanmin(ys) > 0
+    across = Scale(*padded_range(xs, log_x, 0.0), LEFT + 6, WIDTH - RIGHT, log_x)
+    up = Scale(*padded_range(ys, log_y, 0.05), HEIGHT - BOTTOM, TOP, log_y)
+    spread, end = [], -math.inf
+    for tick in x_ticks if len(x_ticks) > 1 else across.ticks():
+        if across(tick) - end >= 8 + 7 * len(tick_text(tick)):  # texts must not touch each other
+            spread.append(tick)
+            end = across(tick)
+    return Chart(title, lines, x_label, y_label, across, up, spread, up.ticks(), better, note)
 
 
-def _line(line: Line, across: Scale, up: Scale) -> Html:
-    faint = " faint" if line.faint else ""
-    parts = []
-    for run in _runs(line):
-        points = [(line.x[place], line.y[place]) for place in run]
-        if len(points) > 1:
-            parts.append(el("polyline", class_=f"line {line.style}{faint}", points=_points(points, across, up)))
-        if (line.marks and len(line.x) <= MARK_UP_TO) or len(points) == 1:
-            parts += [
-                el("circle", class_=f"dot {line.style}", cx=_places(across(x)), cy=_places(up(y)), r=2.6)
-                for x, y in points
-            ]
-    return join(parts)
+def padded_range(values: ArrayLike, logarithmic: bool, padding: float) -> tuple[float, float]:
+    """The ends of a scale that holds all finite values, with a share of their range as space around them."""
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    low, high = float(values.min()), float(values.max())
+    if logarithmic:
+        factor = (high / low) ** padding if high > low else 1.5
+        return low / factor, high * factor
+    space = padding * (high - low) if high > low else 0.05 * abs(high) or 0.5
+    return low - space, high + space
 
 
-def _points(points: Sequence[tuple[float, float]], across: Scale, up: Scale) -> str:
-    return " ".join(f"{_places(across(x))},{_places(up(y))}" for x, y in points)
+def smoothed(values: ArrayLike, share: float = 0.05) -> np.ndarray:
+    """[n] centered means over a window of this share of the points; gaps are left out of the means."""
+    values = np.asarray(values, np.float64)
+    reach = max(1, round(share * len(values) / 2))
+    finite, window = np.isfinite(values), np.ones(2 * reach + 1)
+    counts, sums = (
+        np.convolve(parts, window)[reach : reach + len(values)] for parts in (finite, np.where(finite, values, 0.0))
+    )
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
 
 
-def _places(pixels: float) -> str:
-    return f"{pixels:.1f}"
+def tick_text(value: float) -> str:
+    """A tick: 0.25, 12, 1k, 2.5M, 2e-5."""
+    size = abs(value)
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if size >= 10 * factor or (size >= factor and value % (factor / 10) == 0):
+            return f"{value / factor:g}{unit}"
+    return f"{value:.4g}".replace("e-0", "e-")
 
 
-def _swatch(line: Line) -> Html:
-    stroke = el("line", class_=f"line {line.style}{' faint' if line.faint else ''}", x1=1, x2=17, y1=5, y2=5)
-    return el("svg", stroke, viewBox="0 0 18 10", width=18, height=10, aria_hidden="true", class_="swatch")
+def number_text(value: float | None, digits: int | None = None) -> str:
+    """A number with this many digits after the point, or with four significant ones; `-` where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    if digits is not None:
+        return f"{value:.{digits}f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _numbers(title: str, lines: Sequence[Line], x_label: str) -> Html | None:
-    """The same as a table, for who does not see the lines; long series every so many points."""
-    shown = [line for line in lines if not line.faint]
-    steps = sorted({x for line in shown for x in line.x})
-    chosen = steps[:: -(-len(steps) // MARK_UP_TO)]
-    values = [dict(zip(line.x, line.y, strict=True)) for line in shown]
-    rows = [
-        [tick_text(x), *(number_text(of_line.get(x)) if x in of_line else "" for of_line in values)] for x in chosen
-    ]
-    return details("numbers", table([x_label, *(line.name for line in shown)], rows, f"{title}, as numbers"))
+def interval_text(interval: Sequence[float] | None, digits: int | None = None) -> str:
+    """`21.20 to 21.80`, or nothing."""
+    if interval is None or not all(map(math.isfinite, interval)):
+        return ""
+    return " to ".join(number_text(end, digits) for end in interval)

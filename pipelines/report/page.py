@@ -1,78 +1,126 @@
-"""The page around the sections: one file, which may load nothing and run nothing but its own script."""
+"""The page: sections rendered one by one, in one file that loads nothing and runs no script but its own."""
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from pipelines.report.markup import Html, el, join
+import jinja2
+from markupsafe import Markup, escape
+
+from latent_cache import StoreError
+from pipelines.config import RiverConfig
+from pipelines.errors import UserError
+from pipelines.report import charts
+from pipelines.report.contents import autoencoder_section, contents_section
+from pipelines.report.predictions import predictions_section
+from pipelines.report.quality import quality_section, study_section
+from pipelines.report.run_files import Missing, Run
+from pipelines.report.summary import summary
+from pipelines.report.trainings import speed_section, training_section
+from pipelines.runtime.files import size_text, write_text
+from pipelines.runtime.progress import say, warn
+
+# Bytes of the whole file; pictures have budgets of their own, which leave room for everything else.
+MAX_PAGE = 15_000_000
+
+# Key, which is its address in the page and its template -> title and the function that makes the template's values.
+SECTIONS: dict[str, tuple[str, Callable[[Run], dict[str, Any]]]] = {
+    "predictions": ("Predictions", predictions_section),
+    "quality": ("Quality", quality_section),
+    "study": ("Quality against NFE", study_section),
+    "training": ("Training", training_section),
+    "autoencoder": ("Autoencoder", autoencoder_section),
+    "speed": ("Speed", speed_section),
+    "contents": ("What was run", contents_section),
+}
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page.
+def write_report(config: RiverConfig) -> Path:
+    """Write `runs/<name>/report.html`; nothing is trained, predicted or measured for it.
 
-    Attributes:
-        key: its address within the page.
-        title: of the part, and of its link.
-        content: its markup.
+    Missing parts are reported in their section with the command that makes them, damaged ones with their file.
+
+    Returns:
+        The page.
+    Raises:
+        UserError: there is no run.
     """
-
-    key: str
-    title: str
-    content: Html
-
-
-def compose(name: str, summary: Html, sections: Sequence[Section], written: str) -> str:
-    """The whole document.
-
-    Args:
-        name: of the run.
-        summary: what stands at its top.
-        written: date and version, for the foot; nothing else on the page depends on the time.
-    """
-    style, script = _resource("page.css"), _resource("page.js")
-    # The browser itself is told: no network, no other script, whatever a file of the run may have brought in.
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+    run = Run(config)
+    if run.is_empty():
+        raise UserError(
+            f"{run.path}: there is no run to report on; `{run.command('train-autoencoder')}` starts one, `make demo` "
+            "makes one in minutes, and --set paths.runs=<folder> reads another place"
+        )
+    environment = template_environment()
+    style, script = _read("page.css"), _read("page.js")
+    text = environment.get_template("page.html").render(
+        name=run.name,
+        summary=_render(environment, run, "summary", summary),
+        sections=[(key, title, _render(environment, run, key, build)) for key, (title, build) in SECTIONS.items()],
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {run.path}",
+        style=Markup(style),
+        script=Markup(script),
+        style_digest=_digest(style),
+        script_digest=_digest(script),
     )
-    head = [
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{name} - RIVER run report"),
-        el("link", rel="icon", href="data:,"),
-        # What we wrote ourselves, and no part of any run.
-        Html(f"<style>{style}</style>"),
-    ]
-    links = [el("a", section.title, href=f"#{section.key}") for section in sections]
-    body = [
-        el("a", "to the content", href="#summary", class_="skip"),
-        el(
-            "header",
-            el("p", "RIVER, two-stage · run report", class_="eyebrow"),
-            el("h1", name),
-            el("div", summary, id="summary"),
-        ),
-        el("nav", links, aria_label="sections"),
-        el(
-            "main",
-            [el("section", el("h2", part.title), part.content, id=part.key) for part in sections],
-        ),
-        el("footer", el("p", written)),
-        Html(f"<script>{script}</script>"),
-    ]
-    return "<!DOCTYPE html>\n" + el("html", el("head", head), "\n", el("body", join(body)), lang="en") + "\n"
+    size = len(text.encode())
+    assert size < MAX_PAGE, f"{size} bytes: a section has no budget"
+    path = run.path / "report.html"
+    write_text(path, text)
+    say(f"report: {path}, {size_text(size)}, opens in any browser")
+    return path
 
 
-def _resource(name: str) -> str:
-    text = files("pipelines.report").joinpath(name).read_text(encoding="utf-8")
-    assert "</" not in text, f"{name} would end its own element"
-    return text
+@cache
+def template_environment() -> jinja2.Environment:
+    """Templates of this package. Every value is escaped, and a name that is not defined is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"with_code": _with_code, "number": charts.number_text, "tick": charts.tick_text}
+    environment.globals |= {name: value for name, value in vars(charts).items() if name.isupper()}
+    return environment
+
+
+def _render(environment: jinja2.Environment, run: Run, key: str, build: Callable[[Run], dict[str, Any]]) -> Markup:
+    """A section, or why there is none: a damaged file must not hide the others."""
+    try:
+        return Markup(environment.get_template(f"{key}.html").render(run=run, **build(run)))
+    except Missing as missing:
+        return _note(environment, "missing", str(missing))
+    except (UserError, StoreError) as error:
+        message = str(error)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        message = f"{run.path}: a file of this section has unexpected content: {type(error).__name__}: {error}"
+    warn(f"report: {key}: {message}")
+    return _note(environment, "problem", message)
+
+
+def _note(environment: jinja2.Environment, kind: str, text: str) -> Markup:
+    return environment.get_template("macros.html").module.note(kind, text)
+
+
+def _with_code(text: str) -> Markup:
+    """Text in which parts between backticks are code; a backtick without a partner is a character like others."""
+    parts = [escape(part) for part in text.split("`")]
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return Markup("").join(Markup(f"<code>{part}</code>") if i % 2 else part for i, part in enumerate(parts))
+
+
+def _read(name: str) -> str:
+    return files("pipelines.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
+    """For the content security policy, which lets the browser run and apply this text only."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

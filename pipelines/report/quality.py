@@ -1,141 +1,152 @@
-"""How good the predictions are: curves over the predicted frames, and one table of all metrics."""
+"""How good predictions are: the evaluation's metrics, and the study of quality against evaluations of the field."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pipelines.report.charts import Line, chart
-from pipelines.report.forms import Evaluation, MetricValues
-from pipelines.report.inputs import Run
-from pipelines.report.markup import Content, Html, code, details, el, facts, join, note, table
-from pipelines.report.scales import interval_text, number_text
+from pipelines.evaluation.results import Evaluation, Interval, MetricValues, Study, StudyPoint
+from pipelines.report.charts import Chart, Line, chart, interval_text, number_text
+from pipelines.report.run_files import Missing, Run
 
 SUBJECTS = {
     "prediction": "prediction",
     "copy_last": "copying the last frame",
     "reconstruction": "autoencoder's reconstruction",
 }
+# Solver -> class of the style sheet.
+SOLVERS = {"euler": "s1", "midpoint": "s2", "heun": "s3", "rk4": "s4", "rk4-38": "s5"}
+NFE_TICKS = (1, 2, 4, 8, 16, 32, 64, 128, 396)
 
 
-class MetricName:
-    """A metric's name, unit and direction."""
+@dataclass(frozen=True)
+class Quantity:
+    """How a measured quantity is named and written.
 
-    def __init__(self, key: str, title: str, unit: str, better: str, digits: int) -> None:
-        self.key, self.title, self.unit, self.better, self.digits = key, title, unit, better, digits
+    Attributes:
+        key: in the results.
+        label: title and unit.
+        better: `higher`, `lower`, or None where neither is.
+        digits: after the point; None: four significant ones.
+    """
 
-    @property
-    def heading(self) -> str:
-        """For a table."""
-        unit = f" [{self.unit}]" if self.unit else ""
-        return f"{self.title}{unit} {'↑' if self.better == 'higher' else '↓'}"
+    key: str
+    title: str
+    label: str
+    better: str | None
+    digits: int | None
 
     def is_better(self, one: float, other: float) -> bool:
-        """Whether the first number is the better one."""
         return one > other if self.better == "higher" else one < other
 
+    def cell(self, value: float | None, interval: Interval | None) -> tuple[str, str]:
+        """A number and its interval for a table; below 1 with three digits at least."""
+        if value is None:
+            return "", ""
+        digits = self.digits if self.digits is None or abs(value) >= 1 else max(self.digits, 3)
+        return number_text(value, digits), interval_text(interval, digits)
 
-METRICS = [
-    MetricName("psnr", "PSNR", "dB", "higher", 2),
-    MetricName("ssim", "SSIM", "", "higher", 3),
-    MetricName("lpips", "LPIPS", "", "lower", 3),
-    MetricName("fvd", "FVD", "", "lower", 1),
+
+IMAGE_METRICS = [
+    Quantity("psnr", "PSNR", "PSNR [dB]", "higher", 2),
+    Quantity("ssim", "SSIM", "SSIM", "higher", 3),
+    Quantity("lpips", "LPIPS", "LPIPS", "lower", 3),
+]
+METRICS = [*IMAGE_METRICS, Quantity("fvd", "FVD", "FVD", "lower", 1)]
+TIME = Quantity("milliseconds_per_frame", "Time", "ms per predicted frame", "lower", None)
+STUDIED = [
+    *IMAGE_METRICS,
+    Quantity("frechet", "Fréchet distance of latents", "Fréchet distance", "lower", 3),
+    Quantity("sharpness", "Sharpness", "share of the decoded real latents'", None, 3),
+    TIME,
 ]
 
 
-def quality_section(run: Run) -> Html:
-    """Charts, table and protocol; raises `Problem` where `evaluation.json` is damaged."""
-    evaluation = run.evaluation
+def quality_section(run: Run) -> dict[str, Any]:
+    """Curves over predicted frames, a table of all metrics, and the protocol."""
+    evaluation = run.read(Evaluation)
     if evaluation is None:
-        return note("missing", "Nothing has been measured yet: ", code(run.command("evaluate")), " does it.")
-    measured = [metric for metric in METRICS if metric.key in evaluation.metrics]
-    charts = [_curves(metric, evaluation.metrics[metric.key]) for metric in measured]
-    missing = evaluation.protocol.get("missing")
-    missing = missing if isinstance(missing, Mapping) else {}
-    return join(
-        [
-            el("p", _explanation(evaluation), class_="lead"),
-            el("div", charts, class_="charts"),
-            _table(evaluation, measured),
-            [note("missing", f"{str(name).upper()} was not measured: {why}") for name, why in missing.items()],
-            details("protocol", facts(flattened(evaluation.protocol))),
-        ]
-    )
-
-
-def _explanation(evaluation: Evaluation) -> str:
-    """What the lines are, and how sure."""
-    text = (
-        "Copying the last given frame is what a prediction must beat; the autoencoder's reconstruction of the real "
-        "frames is what it can't. "
-    )
-    interval = evaluation.protocol.get("interval")
-    return text + (f"Bands and intervals: {interval}." if interval else "There are no intervals.")
-
-
-def describe_clips(evaluation: Evaluation) -> str:
-    """A sentence on what was measured."""
-    protocol = evaluation.protocol
-
-    def known(name: str) -> str:
-        return str(protocol.get(name, "?"))
-
-    clips = f"{known('clips')} clips" + (f" of {known('videos')} videos" if "videos" in protocol else "")
-    text = f"{clips} of the {known('split')} split, {known('context')} frames given, {known('horizon')} predicted"
-    return text + (f"; {known('description')}." if protocol.get("description") else ".")
-
-
-def _curves(metric: MetricName, values: MetricValues) -> Html | None:
-    lines = []
-    for subject, title in SUBJECTS.items():
-        y = values.per_frame.get(subject)
-        if y:
-            band = values.per_frame_interval.get(subject)
-            band = band if band and len(band) == len(y) else None
-            lines.append(Line(title, range(1, len(y) + 1), y, subject.replace("_", "-"), band, marks=True))
-    best = values.best_of
-    if best is not None and best.per_frame:
-        x = range(1, len(best.per_frame) + 1)
-        lines.insert(1, Line(f"best of {best.samples} samples", x, best.per_frame, "best"))
-    unit = f"{metric.title} [{metric.unit}]" if metric.unit else metric.title
-    title = f"{metric.title} of each predicted frame"
-    return chart(title, lines, "predicted frame", unit, better=metric.better) if lines else None
-
-
-def _table(evaluation: Evaluation, measured: list[MetricName]) -> Html:
-    columns = [(metric, metric.heading, evaluation.metrics[metric.key], metric.digits) for metric in measured]
-    fvd = evaluation.metrics.get("fvd")
-    if fvd is not None and fvd.autoencoded is not None:
-        columns.append((METRICS[-1], "FVD to autoencoded ↓", fvd.autoencoded, METRICS[-1].digits))
-    rows: list[list[Content]] = []
-    for subject, title in SUBJECTS.items():
-        rows.append([title])
-        for _, _, values, digits in columns:
-            rows[-1].append(_cell(getattr(values, subject), values.interval.get(subject), digits))
-    best = [getattr(values, "best_of", None) for _, _, values, _ in columns]
-    if any(best):
-        samples = next(each.samples for each in best if each)
-        cells = [
-            each and _cell(each.value, each.interval, column[3]) for each, column in zip(best, columns, strict=True)
-        ]
+        raise Missing(f"Nothing is measured yet: `{run.command('evaluate')}` measures it.")
+    measured = [(metric, evaluation.metrics[metric.key]) for metric in METRICS if metric.key in evaluation.metrics]
+    columns = [(f"{metric.label} {'↑' if metric.better == 'higher' else '↓'}", metric, v) for metric, v in measured]
+    columns += [("FVD to autoencoded ↓", metric, v.autoencoded) for metric, v in measured if v.autoencoded is not None]
+    rows: list[list[Any]] = [
+        [title, *(metric.cell(getattr(v, subject), (v.interval or {}).get(subject)) for _, metric, v in columns)]
+        for subject, title in SUBJECTS.items()
+    ]
+    best = [(metric, getattr(values, "best_of", None)) for _, metric, values in columns]
+    if any(found for _, found in best):
+        samples = evaluation.protocol.samples
+        cells = [metric.cell(found.value, found.interval) if found else "" for metric, found in best]
         rows.insert(1, [f"best of {samples} samples", *cells])
-    return table(["mean over frames", *(heading for _, heading, _, _ in columns)], rows, "all metrics")
+    return {
+        "protocol": evaluation.protocol,
+        "protocol_facts": flattened(evaluation.protocol.model_dump()),
+        "charts": [_curves(metric, values) for metric, values in measured],
+        "head": ["mean over frames", *(heading for heading, _, _ in columns)],
+        "rows": rows,
+    }
 
 
-def _cell(value: float | None, interval: tuple[float | None, float | None] | None, digits: int) -> Content:
-    if value is None:
-        return ""
-    if abs(value) < 1:
-        digits = max(digits, 3)
-    return [number_text(value, digits), el("small", interval_text(interval, digits))]
+def _curves(metric: Quantity, values: MetricValues) -> Chart | None:
+    lines = []
+    for subject, y in (values.per_frame or {}).items():
+        band = (values.per_frame_interval or {}).get(subject)
+        lines.append(Line(SUBJECTS[subject], range(1, len(y) + 1), y, subject.replace("_", "-"), band, marks=True))
+    if values.best_of is not None:
+        y = values.best_of.per_frame
+        lines.insert(1, Line(f"best of {values.best_of.samples} samples", range(1, len(y) + 1), y, "best"))
+    title = f"{metric.title} of each predicted frame"
+    return chart(title, lines, "predicted frame", metric.label, better=metric.better)
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Content]]:
-    """Nested mappings as pairs of a dotted name and a text; what is None is left out."""
-    pairs: list[tuple[str, Content]] = []
+def study_section(run: Run) -> dict[str, Any]:
+    """A chart per quantity with a line per solver, and a table of all sampler settings."""
+    study = run.read(Study)
+    if study is None:
+        raise Missing(f"Numbers of evaluations are not compared yet: `{run.command('study')}` compares them.")
+    measured = [quantity for quantity in STUDIED if getattr(study.points[0], quantity.key) is not None]
+    rows = []
+    for point in study.points:
+        cells = [q.cell(getattr(point, q.key), getattr(point, f"{q.key}_interval", None)) for q in measured]
+        rows.append([point.describe() + (f", seed {point.seed}" if point.seed else ""), point.nfe, *cells])
+    return {
+        "clips": study.protocol.clips,
+        "cheapest": study.points[study.cheapest],
+        "reference": study.points[study.reference],
+        "charts": [_study_chart(study, quantity) for quantity in measured],
+        "head": ["sampler", "NFE", *(quantity.label for quantity in measured)],
+        "rows": rows,
+    }
+
+
+def _study_chart(study: Study, quantity: Quantity) -> Chart | None:
+    def value(point: StudyPoint) -> float:
+        return getattr(point, quantity.key)
+
+    reference = study.points[study.reference]
+    # Points of other seeds show the scatter, in the table.
+    plain = [point for point in study.points if point.is_plain and point.seed == reference.seed]
+    lines = []
+    for solver, style in SOLVERS.items():
+        points = sorted((point for point in plain if point.solver == solver), key=lambda point: point.nfe)
+        band = [getattr(point, f"{quantity.key}_interval", (None, None)) for point in points]
+        lines.append(Line(solver, [p.nfe for p in points], [*map(value, points)], style, band, marks=True))
+    ends = [min(point.nfe for point in plain), max(point.nfe for point in plain)] if plain else []
+    if quantity is not TIME:
+        lines.append(Line(f"level of {reference.nfe} evaluations", ends, [value(reference) for _ in ends], "reference"))
+    return chart(
+        f"{quantity.title} against NFE", lines, "NFE (evaluations per frame)", quantity.label, better=quantity.better,
+        log_x=True, log_y=quantity is TIME, x_ticks=[tick for tick in NFE_TICKS if ends and ends[0] <= tick <= ends[1]],
+    )  # fmt: skip
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as pairs of a dotted name and a text; None is left out."""
+    pairs: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
             pairs += flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple):
-            pairs.append((f"{prefix}{name}", ", ".join(map(str, value))))
         elif value is not None:
-            pairs.append((f"{prefix}{name}", str(value)))
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            pairs.append((f"{prefix}{name}", text))
     return pairs

@@ -1,0 +1,113 @@
+"""Warnings about a run: results that are worse than they look, out of date, or unfinished."""
+
+import math
+from collections.abc import Iterator
+
+import latent_cache
+from pipelines.bench.measurement import Benchmark
+from pipelines.evaluation.results import Evaluation
+from pipelines.report.charts import number_text
+from pipelines.report.quality import METRICS
+from pipelines.report.run_files import Log, Run
+
+# Relative rise of the validation loss above its minimum that is no scatter.
+LOSS_RISE = 0.05
+# dB that the validation PSNR may be below its maximum.
+PSNR_FALL = 0.5
+MIN_CLIPS = 20
+# Below these shares of the codes, the codebook has collapsed.
+MIN_USED, MIN_PERPLEXITY = 0.5, 0.1
+
+
+def run_warnings(run: Run) -> Iterator[str]:
+    """All warnings, the most serious first; none about files that cannot be read, which their sections report."""
+    evaluation, benchmark = run.read_if_sound(Evaluation), run.read_if_sound(Benchmark)
+    if evaluation is not None:
+        yield from _no_better_than_copying(evaluation)
+        yield from _out_of_date(run, evaluation)
+        if evaluation.protocol.clips < MIN_CLIPS:
+            yield f"The metrics are measured on {evaluation.protocol.clips} clips only: expect large scatter."
+    for training, log in run.logs.items():
+        if log is not None:
+            yield from _unfinished(run, training, log)
+            yield from _getting_worse(training, log)
+    yield from _codebook(run)
+    missed = [] if benchmark is None else [line.name for line in benchmark.measurements if line.reached is False]
+    if missed:
+        yield f"The benchmark is below its targets in: {'; '.join(missed)}."
+
+
+def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:
+    for metric in METRICS:
+        values = evaluation.metrics.get(metric.key)
+        if values is None or values.copy_last is None or math.isnan(values.prediction):
+            continue
+        ours, copied = (number_text(value, metric.digits) for value in (values.prediction, values.copy_last))
+        if not metric.is_better(values.prediction, values.copy_last):
+            yield f"By {metric.title} the prediction ({ours}) is no better than copying the last frame ({copied})."
+            continue
+        intervals = values.interval or {}
+        if {"prediction", "copy_last"} <= intervals.keys():
+            (low, high), (copied_low, copied_high) = intervals["prediction"], intervals["copy_last"]
+            if low <= copied_high and copied_low <= high:
+                yield (
+                    f"By {metric.title} the prediction ({ours}) is hardly better than copying the last frame "
+                    f"({copied}): their 95 % intervals overlap."
+                )
+
+
+def _out_of_date(run: Run, evaluation: Evaluation) -> Iterator[str]:
+    flow, protocol = run.checkpoints["flow"], evaluation.protocol
+    if flow is None:
+        return
+    if protocol.flow_step != flow.step:
+        yield (
+            f"The metrics belong to the flow at step {protocol.flow_step}, but the run is now at step {flow.step}: "
+            f"`{run.command('evaluate')}` measures it."
+        )
+    autoencoder = flow.state.get("store", {}).get("autoencoder", protocol.autoencoder_sha256)
+    if autoencoder != protocol.autoencoder_sha256:
+        yield (
+            f"The metrics belong to another autoencoder ({protocol.autoencoder_sha256[:12]}) than the flow's "
+            f"({autoencoder[:12]}): `{run.command('evaluate')}` measures again."
+        )
+
+
+def _unfinished(run: Run, training: str, log: Log) -> Iterator[str]:
+    steps, checkpoint = getattr(run.config, training).training.steps, run.checkpoints[training]
+    if log.step < steps and not (checkpoint is not None and "imported" in checkpoint.state):
+        yield (
+            f"The training of the {training} is at step {log.step:g} of {steps}: "
+            f"`{run.command(f'train-{training}')}` resumes it."
+        )
+
+
+def _getting_worse(training: str, log: Log) -> Iterator[str]:
+    losses, psnrs = log.finite("validation_loss"), log.finite("validation_psnr")
+    if losses and losses[-1][0] > min(losses)[0] * (1 + LOSS_RISE):
+        (least, best), (last, step) = min(losses), losses[-1]
+        yield (
+            f"The {training}'s validation loss rises: {number_text(last)} at step {step:g}, "
+            f"{100 * (last / least - 1):.0f} % above its minimum, {number_text(least)} at step {best:g}."
+        )
+    if psnrs and psnrs[-1][0] < max(psnrs)[0] - PSNR_FALL:
+        (best, step), (last, _) = max(psnrs), psnrs[-1]
+        yield f"The {training}'s validation PSNR has fallen to {last:.2f} dB, from {best:.2f} dB at step {step:g}."
+
+
+def _codebook(run: Run) -> Iterator[str]:
+    """Codes in use by the store's training split, or else by the training's log."""
+    codes, used, perplexity = run.config.autoencoder.model.codes, None, None
+    if run.store.is_done:
+        cache = latent_cache.open(run.store.path)
+        codes = cache.metadata.autoencoder.get("codes", codes)
+        used, perplexity = cache.notes.get("codes_used"), cache.notes.get("code_perplexity")
+    log = run.logs["autoencoder"]
+    if used is None and log is not None and log.finite("codes_used"):
+        used = log.finite("codes_used")[-1][0]
+        perplexity = (log.finite("code_perplexity") or [(used, 0)])[-1][0]
+    if used is not None and (used < MIN_USED * codes or perplexity < MIN_PERPLEXITY * codes):
+        yield (
+            f"The codebook has collapsed: {used:g} of {codes} codes are in use, with a perplexity of {perplexity:.0f}. "
+            "Lower autoencoder.training.restart_every or autoencoder.model.codes, or set codebook_start: kmeans."
+        )

@@ -1,0 +1,149 @@
+"""How trainings went: losses, validation, and speed beside the benchmark."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.bench.measurement import Benchmark
+from pipelines.report.charts import Chart, Line, chart, number_text, smoothed
+from pipelines.report.run_files import Log, Run
+from pipelines.runtime.runs import describe_progress
+
+TITLES = {
+    "flow": "Stage 2: the flow",
+    "autoencoder": "Stage 1: the autoencoder",
+    "refiner": "The refiner (optional)",
+}
+# Logged at every line: shown as a mean, with the raw values behind it where there are enough of them.
+NOISY = ("loss", "l1", "l2", "perceptual", "codebook", "adversarial")
+MIN_SMOOTHED = 30
+MAX_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of logged quantities.
+
+    Attributes:
+        quantities: key in the log -> name in the legend.
+    """
+
+    title: str
+    y_label: str
+    quantities: dict[str, str]
+    better: str | None = None
+    log_y: bool = False
+
+
+LOSS = Panel("Loss", "loss", {"loss": "training", "validation_loss": "validation"}, "lower", log_y=True)
+RATE = Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"})
+IMAGE_METRICS = [
+    Panel("Validation PSNR", "PSNR [dB]", {"validation_psnr": "PSNR"}, "higher"),
+    Panel("Validation SSIM", "SSIM", {"validation_ssim": "SSIM"}, "higher"),
+    Panel("Validation LPIPS", "LPIPS", {"validation_lpips": "LPIPS"}, "lower"),
+]
+PATH_TIMES = ("t from 0 to 0.25 (noise)", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1 (data)")
+TERMS = {"l1": "L1", "l2": "L2", "perceptual": "LPIPS", "codebook": "codebook", "adversarial": "adversarial"}
+CODES = {
+    "codes_used": "in use, training",
+    "code_perplexity": "perplexity, training",
+    "validation_codes": "in use, validation",
+    "validation_perplexity": "perplexity, validation",
+}
+LOGITS = {"logits_real": "real images", "logits_fake": "reconstructions"}
+PANELS = {
+    "flow": [
+        LOSS,
+        Panel(
+            "Validation loss by time on the path", "loss",
+            {f"validation_loss_t{number}": name for number, name in enumerate(PATH_TIMES)}, "lower", log_y=True,
+        ),
+        Panel("PSNR of clips predicted during training", "PSNR [dB]", {"validation_sample_psnr": "PSNR"}, "higher"),
+        RATE,
+    ],
+    "autoencoder": [
+        LOSS,
+        Panel("Terms of the loss", "term", TERMS, "lower", log_y=True),
+        *IMAGE_METRICS,
+        Panel("Codes in use", "codes", CODES, "higher"),
+        Panel("Discriminator", "logit", LOGITS),
+        RATE,
+    ],
+    "refiner": [LOSS, *IMAGE_METRICS, RATE],
+}  # fmt: skip
+
+# Key in the log -> name, factor and unit of its median.
+SPEEDS = {
+    "steps_per_second": ("steps per second", 1, ""),
+    "samples_per_second": ("samples per second", 1, ""),
+    "tflops_per_second": ("arithmetic of the model", 1, " TFLOP/s"),
+    "mfu": ("share of the device's matrix product rate", 100, " %"),
+    "data_wait": ("share of a step waiting for data", 100, " %"),
+    "peak_memory_mb": ("peak memory", 1, " MB"),
+}
+
+
+def training_section(run: Run) -> dict[str, Any]:
+    """Progress and charts per training; the refiner's only where there is one."""
+    shown = [name for name in TITLES if name != "refiner" or run.logs[name] or run.checkpoints[name]]
+    return {"trainings": [_training(run, name) for name in shown]}
+
+
+def _training(run: Run, training: str) -> dict[str, Any]:
+    log, problems = run.logs[training], run.damaged_checkpoints(training)
+    if log is not None:
+        problems += log.problems[:MAX_PROBLEMS]
+        if len(log.problems) > MAX_PROBLEMS:
+            problems.append(f"... and {len(log.problems) - MAX_PROBLEMS} more lines")
+    return {
+        "title": TITLES[training],
+        "target": f"train-{training}",
+        "problems": problems,
+        "progress": _progress(run, training),
+        "log": log,
+        "charts": [] if log is None else [_chart(log, panel) for panel in PANELS[training]],
+    }
+
+
+def _progress(run: Run, training: str) -> str | None:
+    """How far a training is, in words; None without a checkpoint."""
+    log, checkpoint = run.logs[training], run.checkpoints[training]
+    if checkpoint is None:
+        return None
+    if "imported" in checkpoint.state:
+        words = [describe_progress(checkpoint)]
+    else:
+        reached = max(checkpoint.step, 0 if log is None else int(log.step))
+        steps = getattr(run.config, training).training.steps
+        words = [f"{reached} of {steps} steps; the checkpoint of step {checkpoint.step} is used"]
+    best = checkpoint.state.get("best", {})
+    words += [f"best by {key.replace('_', ' ')}, {number_text(value)}" for key, value in best.items()]
+    rate = None if log is None else log.median("steps_per_second")
+    return ", ".join(words + ([] if rate is None else [f"{number_text(rate)} steps/s"])) + "."
+
+
+def _chart(log: Log, panel: Panel) -> Chart | None:
+    lines = []
+    for number, (key, name) in enumerate(panel.quantities.items(), start=1):
+        style = "prediction" if key == "validation_loss" else f"s{number}"
+        x, y = log.series(key)
+        if key in NOISY and len(x) >= MIN_SMOOTHED:
+            # Behind several lines the raw values would hide them.
+            lines += [Line(f"{name}, as logged", x, y, style, faint=True)] if panel is LOSS else []
+            lines.append(Line(name, x, smoothed(y), style))
+        else:
+            lines.append(Line(name, x, y, style, marks=True))
+    return chart(panel.title, lines, "step", panel.y_label, better=panel.better, log_y=panel.log_y)
+
+
+def speed_section(run: Run) -> dict[str, Any]:
+    """Medians of the flow's training, and the benchmark."""
+    log = run.logs["flow"]
+    medians = {} if log is None else {key: log.median(key) for key in SPEEDS}
+    return {
+        "training": [
+            (name, f"{number_text(factor * medians[key])}{unit}")
+            for key, (name, factor, unit) in SPEEDS.items()
+            if medians.get(key) is not None
+        ],
+        "benchmark": run.read(Benchmark),
+    }

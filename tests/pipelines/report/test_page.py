@@ -1,0 +1,382 @@
+"""The page of the report: each section from whatever there is of a run, and what is missing or damaged."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config import parse_config
+from pipelines.errors import UserError
+from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
+from pipelines.report import contents, page, predictions
+from pipelines.runtime.checkpoints import CheckpointFolder
+
+SIDE, CONTEXT, HORIZON = 32, 2, 4
+EVIL = "<script>alert(1)</script>"
+
+
+def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
+    """As `evaluate` writes it; `prediction` is its PSNR."""
+    subjects = {"prediction": prediction, "copy_last": 15.0, "reconstruction": 30.0}
+    curves = {subject: [value + 1, value, value - 0.5, value - 0.5] for subject, value in subjects.items()}
+    psnr = {
+        **subjects,
+        "per_frame": curves,
+        "interval": {subject: [value - 1, value + 1] for subject, value in subjects.items()},
+        "per_frame_interval": {subject: [[y - 1, y + 1] for y in curve] for subject, curve in curves.items()},
+        "best_of": {"samples": 3, "value": 21.5, "per_frame": [22.0, 21.5, 21.0, 21.5], "interval": [20.5, 22.5]},
+    }
+    fvd = {"prediction": 120.5, "copy_last": 300.25, "reconstruction": 40.0, "interval": {"prediction": [110.0, 131.0]}}
+    fvd["autoencoded"] = {"prediction": 77.25, "copy_last": 250.0, "interval": {"prediction": [70.0, 85.0]}}
+    whole = {
+        "protocol": None, "dataset": "toys", "split": "test", "clips": 64, "videos": 60, "window": "first",
+        "window_seed": 0, "context": CONTEXT, "horizon": HORIZON, "samples": 3, "aggregation": "mean", "best_of": None,
+        "interval": "95 %, bootstrap over videos", "pixels": "floats", "image_size": SIDE, "frame_step": 1,
+        "resize": {"filter": "area"}, "sampling": {"solver": "euler", "steps": 5}, "seed": 0, "precision": "fp32",
+        "nfe": 5, "description": "euler", "flow_step": 400, "flow_sha256": "ef" * 32, "flow_origin": {},
+        "refine": False, "refiner_step": None, "refiner_sha256": None, "autoencoder_sha256": "cd" * 32,
+        "store_fingerprint": "ab" * 32, "vgg_sha256": None, "fvd": None, "device": "cpu", "torch": "2.13",
+        "missing": {"lpips": "the weights of VGG16 are not here"},
+    }  # fmt: skip
+    return {"protocol": whole | protocol, "metrics": {"psnr": psnr, "fvd": fvd}}
+
+
+def study() -> dict[str, Any]:
+    """As `study` writes it: three solvers, one other option, another seed of the reference."""
+
+    def point(solver: str, nfe: int, psnr: float, **options: Any) -> dict[str, Any]:
+        values = {"psnr": psnr, "ssim": 0.8, "sharpness": 1.0, "frechet": 0.1}
+        values |= {
+            f"{name}_{kind}": [value - 1, value + 1] if "interval" in kind else 0.0
+            for name, value in values.items()
+            for kind in ("interval", "difference", "difference_interval")
+        }
+        common = {
+            "key": f"{solver} {nfe} {options}",
+            "warm_start": 0.0,
+            "condition": "per-evaluation",
+            "seed": 0,
+            "preset": "default",
+            "per_clip": {"psnr": [psnr]},
+            "frechet_resampled": [0.1],
+        }
+        return (
+            values
+            | common
+            | {"solver": solver, "nfe": nfe, "steps": nfe, "milliseconds_per_frame": 2.5 * nfe}
+            | options
+        )
+
+    points = [point("rk4-38", 396, 21.0, preset="official"), point("rk4-38", 32, 9.75, seed=1)]
+    points += [point("euler", nfe, 20 + nfe / 8) for nfe in (1, 4, 8)]
+    points += [point("midpoint", nfe, 20 + nfe / 4) for nfe in (2, 4)] + [point("euler", 2, 3.25, warm_start=0.5)]
+    protocol = {
+        "dataset": "toys",
+        "split": "test",
+        "window": "first",
+        "clips": ["a", "b"],
+        "context": CONTEXT,
+        "horizon": HORIZON,
+        "image_size": SIDE,
+        "flow_step": 400,
+        "flow_sha256": "ef" * 32,
+        "autoencoder_sha256": "cd" * 32,
+        "past_horizon": None,
+        "precision": "fp32",
+        "device": "cpu",
+        "frechet": "",
+        "sharpness": "",
+        "lpips": False,
+    }
+    return {"protocol": protocol, "points": points, "reference": 0, "cheapest": 3}
+
+
+BENCHMARK = {
+    "date": "2026-01-02T03:04:05+00:00", "hardware": "2 cores", "software": {"torch": "2.13"},
+    "measurements": [
+        {"name": "load", "value": 5.0, "unit": "ms", "ratio": 0.4, "at_least": 0.5},
+        {"name": "sampling: frames of it", "value": 123.0, "unit": "frames/s"},
+    ],
+}  # fmt: skip
+ENVIRONMENT = {"software": {"torch": "2.13.0"}, "platform": "Linux", "device": "a device", "threads": 2}
+
+
+class Toys:
+    """A run that is written part by part."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run = folder, folder / "runs" / "toys"
+        content = {
+            "paths": {name: str(folder / name) for name in ("data", "latents", "runs")},
+            "dataset": {"name": "toys", "source": "shapes", "image_size": SIDE},
+            "flow": {"training": {"steps": 400}},
+            "autoencoder": {"training": {"steps": 400}, "model": {"codes": 100}},
+        }
+        self.config = parse_config(content, "a test")
+
+    def write(self, name: str, content: Any) -> Path:
+        path = self.run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    def write_log(self, training: str, *records: dict[str, Any]) -> Path:
+        return self.write(f"{training}/log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    def write_samples(self, *names: str, frames: int = CONTEXT + HORIZON) -> None:
+        listed = {"clips": names, "context": CONTEXT, "horizon": frames - CONTEXT, "sampling": {}, "samples": 1}
+        self.write("samples/samples.json", listed | {"refine": False})
+        for seed, name in enumerate(names):
+            videos = np.random.default_rng(seed).integers(0, 256, (2, frames, SIDE, SIDE, 3), dtype=np.uint8)
+            strips = clip_strips(videos[0], videos[1], CONTEXT)
+            save_gif(self.run / "samples" / f"{file_name(name)}.gif", animation([(name, strips)]), 10)
+
+    def save_flow(self, step: int, **state: Any) -> None:
+        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, {"model": {"a": torch.zeros(1)}}, state)
+
+    def page(self) -> str:
+        return page.write_report(self.config).read_text(encoding="utf-8")
+
+    def notes(self, kind: str) -> list[str]:
+        """The page's notes of a kind, as text."""
+        return [text_of(part) for part in re.findall(rf'<p class="note {kind}">(.*?)</p>', self.page())]
+
+
+def text_of(markup: str) -> str:
+    return html.unescape(re.sub(r"<[^>]*>", "", markup))
+
+
+def section(text: str, key: str) -> str:
+    return re.search(rf'<section id="{key}">(.*?)</section>', text, re.DOTALL)[1]
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toys:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    return Toys(tmp_path)
+
+
+@pytest.fixture
+def whole(toys: Toys) -> Toys:
+    """A run that has everything but a store."""
+    toys.write("evaluation.json", evaluation())
+    toys.write("quality.json", study())
+    toys.write("benchmark.json", BENCHMARK)
+    toys.write("config.yaml", "dataset: {name: toys, image_size: 32}\n")
+    toys.write("environment.json", ENVIRONMENT)
+    toys.write_samples("walk", "jump")
+    for training in ("autoencoder", "flow"):
+        losses = [{"step": step, "loss": 1 / step, "validation_loss": 2 / step} for step in range(10, 401, 10)]
+        toys.write_log(training, *losses)
+    toys.save_flow(400, fps=12.0, store={"fingerprint": "ab" * 32, "autoencoder": "cd" * 32})
+    return toys
+
+
+def test_a_missing_run_is_refused(toys: Toys):
+    with pytest.raises(UserError, match=re.escape(str(toys.run))) as refused:
+        toys.page()
+    assert "make train-autoencoder DATASET=toys" in str(refused.value)
+    assert not toys.run.exists()
+
+
+def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[str]):
+    text = whole.page()
+    assert capsys.readouterr().err == ""
+    for key, words in {
+        "summary": ["20.00", "95 %: 19.00 to 21.00", "copying 15.00", "reconstruction 30.00", "120.5"],
+        "predictions": ["walk", "jump", "truth", "prediction", "2 x difference", "2 frames given", "4 predicted"],
+        "quality": ["PSNR of each predicted frame", "best of 3 samples", "77.2", "the weights of VGG16 are not here"],
+        "study": ["PSNR against NFE", "euler", "midpoint", "level of 396 evaluations", "warm start 0.5", "seed 1"],
+        "training": ["Stage 2: the flow", "400 of 400 steps", "validation"],
+        "speed": ["load", "≥ 0.5", "not reached", "2 cores"],
+        "contents": ["a device", "ab" * 32, "cd" * 32, "dataset: {name: toys, image_size: 32}"],
+    }.items():
+        part = text if key == "summary" else section(text, key)
+        for word in words:
+            assert word in text_of(part), f"{word!r} is not in {key}"
+    assert section(text, "predictions").count("<canvas") == 6
+    assert section(text, "quality").count("<polygon") == 3  # a band per subject
+    assert section(text, "quality").count("<circle") == 3 * HORIZON
+    assert 'data-fps="12"' in text
+    assert "undefined" not in text_of(re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)).lower()
+
+
+def test_other_seeds_and_settings_are_no_part_of_a_solvers_line(whole: Toys):
+    of_psnr = html.unescape(re.search(r'data-chart="([^"]*)"', section(whole.page(), "study"))[1])
+    lines = {line["name"]: [point[1:] for point in line["points"]] for line in json.loads(of_psnr)["lines"]}
+    assert lines["rk4-38"] == [["396", "21"]]
+    assert lines["euler"] == [["1", "20.12"], ["4", "20.5"], ["8", "21"]]
+
+
+def test_the_page_needs_nothing_and_may_load_nothing(whole: Toys):
+    text = whole.page()
+    assert not re.search(r"(?:src|href|action|data)\s*=\s*[\"']?(?!data:|#)[a-z/.]", re.sub(r"data-\w+=", "", text))
+    assert not re.search(r"@import|url\(|//cdn|https?://", text)
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1])
+    for tag in ("style", "script"):
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert 'name="viewport"' in text
+    assert not re.search(r"<[^>]*\s(style|on\w+)=", text), "what the policy forbids"
+
+
+def test_the_same_run_gives_the_same_page(whole: Toys):
+    first, second = (re.sub(r"Written [^<]*", "", whole.page()) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "part", ["benchmark.json", "quality.json", "evaluation.json", "samples", "flow", "autoencoder"]
+)
+def test_a_part_of_a_run_is_enough(whole: Toys, part: str):
+    for path in list(whole.run.iterdir()):
+        if path.name != part:
+            path.rename(whole.folder / path.name)
+    assert not whole.notes("problem")
+    commands = {
+        "benchmark.json": "bench", "quality.json": "study", "evaluation.json": "evaluate", "samples": "sample",
+        "flow": "train-flow", "autoencoder": "train-autoencoder",
+    }  # fmt: skip
+    text = " ".join(whole.notes("missing"))
+    for name, target in commands.items():
+        if name != part:
+            assert f"make {target} DATASET=toys" in text
+
+
+def test_imported_weights_are_no_unfinished_training(toys: Toys):
+    toys.save_flow(7, imported={"file": "model.pth", "sha256": "ef" * 32, "iterations": None, "weights": "0" * 64})
+    toys.write_log("flow", {"step": 7, "loss": 1.0})
+    text = toys.page()
+    assert "imported from model.pth" in text
+    assert "ef" * 32 in text
+    assert toys.notes("warning") == []
+
+
+def test_an_evaluation_without_intervals(whole: Toys):
+    content = evaluation(interval=None, samples=1)
+    for name in ("interval", "per_frame_interval", "best_of"):
+        del content["metrics"]["psnr"][name]
+    del content["metrics"]["fvd"]["interval"]
+    whole.write("evaluation.json", content)
+    text = whole.page()
+    assert whole.notes("problem") == []
+    assert "no interval" in text
+    assert "<polygon" not in section(text, "quality")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("evaluation.json", '{\n"protocol": {},\n"metrics": {', "line 3"),
+        ("evaluation.json", [], "content"),
+        ("evaluation.json", {"protocol": {}, "metrics": {}}, "protocol.protocol"),
+        ("evaluation.json", evaluation() | {"metrics": {"psnr": {"prediction": "high"}}}, "metrics.psnr.prediction"),
+        ("quality.json", study() | {"points": []}, "points"),
+        ("quality.json", study() | {"reference": 99}, "99"),
+        ("benchmark.json", BENCHMARK | {"measurements": [{"name": "load"}]}, "measurements.0."),
+        ("samples/samples.json", {"clips": 3}, "clips"),
+        ("environment.json", "\x00", "line 1"),
+        ("samples/walk.gif", "no GIF", "walk.gif"),
+        ("flow/checkpoints/step_00000500/state.json", '{"step": 500', "line 1"),
+        ("flow/log.jsonl", '{"step": 10, "loss": 1}\n{"step": 20, "lo', "line 2"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_hides_nothing_else(whole: Toys, name: str, content: Any, place: str):
+    path = whole.write(name, content)
+    (problem,) = whole.notes("problem")
+    assert str(path) in problem
+    assert place in problem
+    text = whole.page()
+    for key in page.SECTIONS:
+        assert f'<section id="{key}">' in text
+    assert "the checkpoint of step 400 is used" in text_of(text)
+
+
+def test_text_of_files_is_escaped(whole: Toys):
+    whole.write_samples(EVIL, "jump")
+    whole.write("evaluation.json", evaluation(description=EVIL, sampling={EVIL: EVIL}, missing={EVIL: EVIL}))
+    whole.write("config.yaml", f"x: {EVIL}")
+    whole.write("benchmark.json", BENCHMARK | {"measurements": [{"name": EVIL, "value": 1.0, "unit": EVIL}]})
+    whole.write("environment.json", ENVIRONMENT | {"device": EVIL, "software": {EVIL: EVIL}})
+    whole.write("flow/log.jsonl", f'{{"step": "{EVIL}"}}')
+    whole.save_flow(500, best={EVIL: 1.0}, store={"fingerprint": EVIL})
+    text = whole.page()
+    assert text.count("<script") == 1  # ours
+    assert text.count("alert(1)") >= 12
+    assert not re.search(r'="[^"<>]*<', text), "markup within an attribute"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda toys: toys.write("evaluation.json", evaluation(14.0)), ["PSNR", "14.00", "15.00"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(15.5)), ["PSNR", "intervals overlap"]),
+        (lambda toys: toys.write_log("flow", *rising(1.2)), ["validation loss rises", "20 %", "step 200"]),
+        (lambda toys: toys.write_log("flow", {"step": 100, "loss": 1.0}), ["100 of 400", "make train-flow"]),
+        (lambda toys: toys.write_log("flow", *falling(20.0, 19.0)), ["19.00 dB", "20.00 dB"]),
+        (lambda toys: toys.write_log("autoencoder", {"step": 400, "codes_used": 30, "code_perplexity": 20.0}),
+         ["codebook", "30 of 100 codes"]),
+        (lambda toys: toys.write_log("autoencoder", {"step": 400, "codes_used": 99, "code_perplexity": 3.0}),
+         ["codebook", "perplexity of 3"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(flow_step=300)), ["step 300", "step 400"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(autoencoder_sha256="0" * 64)), ["0" * 12, "cd" * 6]),
+        (lambda toys: toys.write("evaluation.json", evaluation(clips=4)), ["4 clips"]),
+        (lambda toys: toys.write("benchmark.json", BENCHMARK), ["load"]),
+    ],
+)  # fmt: skip
+def test_warnings(whole: Toys, change: Callable[[Toys], Path], words: list[str]):
+    (whole.run / "benchmark.json").unlink()
+    assert whole.notes("warning") == []
+    change(whole)
+    (warning,) = whole.notes("warning")
+    for word in words:
+        assert word in warning
+
+
+def rising(factor: float) -> list[dict[str, Any]]:
+    losses = {100: 2.0, 200: 1.0, 400: factor}
+    return [{"step": step, "loss": 1.0, "validation_loss": loss} for step, loss in losses.items()]
+
+
+def falling(*psnrs: float) -> list[dict[str, Any]]:
+    return [{"step": 400 - len(psnrs) + number, "validation_psnr": psnr} for number, psnr in enumerate(psnrs, start=1)]
+
+
+def test_scatter_is_no_rise(whole: Toys):
+    whole.write_log("flow", *rising(1.03))
+    assert not [text for text in whole.notes("warning") if "rises" in text]
+
+
+def test_pictures_keep_to_their_budget(whole: Toys, monkeypatch: pytest.MonkeyPatch):
+    """Noise is the worst case; clips that don't fit in any quality are left out, which a note says."""
+    whole.write_samples(*"abcdef", frames=12)
+
+    def bytes_of_clips() -> tuple[int, int]:
+        pictures = re.findall(r'base64,([^"]*)"', section(whole.page(), "predictions"))
+        return len(pictures), sum(len(base64.b64decode(picture)) for picture in pictures)
+
+    count, lossless = bytes_of_clips()
+    assert count == 6
+    monkeypatch.setattr(predictions, "BUDGET", lossless // 3)
+    count, size = bytes_of_clips()
+    assert count == 6
+    assert size <= lossless // 3
+    monkeypatch.setattr(predictions, "BUDGET", 20_000)
+    count, size = bytes_of_clips()
+    assert 1 <= count < 6
+    assert size <= 20_000
+    assert f"{6 - count} clip(s)" in whole.notes("problem")[0]
+
+
+def test_the_budgets_leave_room_for_the_rest():
+    assert (predictions.BUDGET + contents.SHEET_BUDGET) * 4 / 3 < page.MAX_PAGE - 3_000_000
