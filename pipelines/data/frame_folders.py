@@ -122,14 +122,15 @@ def convert(
         unfinished.mkdir()
         try:
             _record(out, settings, list(itertools.chain(*jobs.values())), asked, run_context.overwrite)
-            pending = [job for job in asked if not _is_complete(out / job.folder, job.video.frames, image_format)]
+            pending = [job for job in asked if _pictures(out / job.folder, image_format) != job.video.frames]
             writer = _Writer(out, sources, image_format, quality)
             _announce(config, asked, pending, writer)
             written = _write_all(pending, writer, run_context)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+    failed = {job.folder for job in pending} - written.keys()
     for split in chosen:
-        there = [job for job in asked if job.split == split and (job not in pending or job.folder in written)]
+        there = [job for job in asked if job.split == split and job.folder not in failed]
         new = [written[job.folder] for job in there if job.folder in written]
         frames = sum(job.video.frames for job in there)
         note = f", {len(new)} of them new ({size_text(sum(new))})" if new else ""
@@ -177,13 +178,17 @@ def _record(
         old = read_json(path, ConvertRecord, f"remove {out}, or name another folder")
     ours = {folder: video for folder, video in old.videos.items() if (out / folder).exists()}
     current = {job.folder: job.video for job in jobs}
-    changed = [f"{key} {old.settings.get(key)!r} (now {settings.get(key)!r})"
-               for key in old.settings | settings if old.settings.get(key) != settings.get(key)]  # fmt: skip
-    stale = sorted(folder for folder, video in ours.items() if changed or current.get(folder) != video)
+    changed = [
+        f"{key} {old.settings.get(key)!r} (now {settings.get(key)!r})"
+        for key in old.settings | settings
+        if old.settings.get(key) != settings.get(key)
+    ]
+    stale = {folder: video for folder, video in ours.items() if changed or current.get(folder) != video}
     if stale and not overwrite:
         why = f"made with {', '.join(changed)}"
         if not changed:
-            why = f"{stale[0]} {'has changed in the source' if stale[0] in current else 'is no longer in the source'}"
+            example = min(stale)
+            why = f"{example} {'has changed in the source' if example in current else 'is no longer in the source'}"
         raise UserError(
             f"--out {out}: {len(stale)} of its {len(ours)} videos are from other settings or videos: {why}; name "
             "another folder, or replace them with --overwrite"
@@ -196,8 +201,9 @@ def _record(
         with suppress(OSError):  # other videos are in them
             for parent in Path(folder).parents[:-1]:
                 (out / parent).rmdir()
-    kept = {folder: video for folder, video in ours.items() if folder not in stale}
-    write_json(path, ConvertRecord(settings=settings, videos=kept | {job.folder: job.video for job in asked}))
+    videos = {folder: video for folder, video in ours.items() if folder not in stale}
+    videos |= {job.folder: job.video for job in asked}
+    write_json(path, ConvertRecord(settings=settings, videos=videos))
 
 
 def _remove(out: Path, folder: str) -> None:
@@ -208,12 +214,9 @@ def _remove(out: Path, folder: str) -> None:
         shutil.rmtree(temporary)
 
 
-def _is_complete(folder: Path, frames: int, image_format: ImageFormat) -> bool:
-    """Whether a recorded video has all its pictures."""
-    try:
-        return sum(name.endswith(f".{image_format}") for name in os.listdir(folder)) == frames
-    except OSError:
-        return False
+def _pictures(folder: Path, image_format: ImageFormat) -> int:
+    """The number of pictures in a video's folder; 0 if there is none."""
+    return sum(1 for _ in folder.glob(f"*.{image_format}"))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """From an archive on a server that breaks off to predicted videos, in the layouts that BAIR and CLEVRER have."""
 
-import http.server
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,66 +10,19 @@ import pytest
 import latent_cache
 from pipelines.data import fetch
 from tests import small_data_sets
+from tests.file_server import FileServer, serving
 
 BAIR = ("dataset.source=bair", "dataset.splits={val: 0.25}")
 CLEVRER = ("dataset.source=clevrer", "dataset.splits={}", "dataset.frame_step=5")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """A folder behind http: the first answer for each file breaks off in the middle."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.asked: list[tuple[str, str | None]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_HEAD(self) -> None:
-        self._answer(head=True)
-
-    def do_GET(self) -> None:
-        self._answer(head=False)
-
-    def _answer(self, head: bool) -> None:
-        file = self.server.folder / self.path.rpartition("/")[2]
-        if not file.is_file():
-            self.send_error(404)
-            return
-        content, wanted = file.read_bytes(), self.headers.get("Range")
-        first = not head and not any(name == file.name for name, _ in self.server.asked)
-        if not head:
-            self.server.asked.append((file.name, wanted))
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        if not head:
-            self.wfile.write(content[start : len(content) // 2 if first else None])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """Breaks off its first answer."""
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
-    (tmp_path / "site").mkdir()
-    with Server(tmp_path / "site") as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(tmp_path / "site") as running:
+        running.break_offs = 1
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def ids(place) -> dict[str, list[str]]:
@@ -79,11 +30,11 @@ def ids(place) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_bair_from_a_site_to_predictions(place, site: Server, story: ModuleType) -> None:
+def test_bair_from_a_site_to_predictions(place, site: FileServer, story: ModuleType) -> None:
     small_data_sets.write_bair_archive(site.folder, train=8, test=4, a_file=4, frames=12)
     place = place.with_sets(*BAIR)
     outcome = place.run("data", "--mirror", site.url).ok()
-    assert [wanted is None for name, wanted in site.asked] == [True, False]  # broken off, and gone on from
+    assert ["bytes=" in asked for asked in site.asked] == [False, True]  # interrupted and resumed
     assert "train: 6 videos, 72 frames" in outcome.out
     assert "test: 4 videos, 48 frames" in outcome.out
     asked = len(site.asked)
@@ -100,7 +51,7 @@ def test_bair_from_a_site_to_predictions(place, site: Server, story: ModuleType)
 
 
 @pytest.mark.slow
-def test_clevrer_from_a_site_to_predictions(place, site: Server, story: ModuleType) -> None:
+def test_clevrer_from_a_site_to_predictions(place, site: FileServer, story: ModuleType) -> None:
     small_data_sets.write_clevrer_archives(site.folder, train=4, validation=2, test=2, frames=60)
     place = place.with_sets(*CLEVRER)
     outcome = place.run("data", "--mirror", site.url).ok()

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import http.server
 import io
 import os
 import re
-import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -23,6 +22,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import file_digest
 from stage1_autoencoder.videos import VideoError
 from tests import small_data_sets
+from tests.file_server import FileServer, serving
 
 
 @functools.cache
@@ -53,26 +53,10 @@ def mirror(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def site(mirror: Path, monkeypatch: pytest.MonkeyPatch):
-    """The mirror behind http, and what is asked for, but for sizes (HEAD)."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    asked: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_request(self, *_: object) -> None:
-            if self.command == "GET":
-                asked.append(self.path)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=mirror)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
-        server.shutdown()
-        thread.join()
+def site(mirror: Path) -> Iterator[FileServer]:
+    """The mirror behind http."""
+    with serving(mirror) as running:
+        yield running
 
 
 class Story:
@@ -139,25 +123,23 @@ def test_kth_from_a_folder(story, mirror, tmp_path):
 
 
 def test_kth_from_a_site(story, mirror, site, tmp_path):
-    url, asked = site
-    assert len(story.call(open_videos, url + "/")["test"].videos) == 6
-    assert asked == ["/00sequences.txt", *(f"/{action}.zip" for action in KTH_SHA1)]
+    assert len(story.call(open_videos, site.url + "/")["test"].videos) == 6
+    assert site.asked == ["/00sequences.txt", *(f"/{action}.zip" for action in KTH_SHA1)]
     left = {path.name for path in (tmp_path / "data/kth").iterdir()}
     assert {name for name in left if name[0] != "."} == {*KTH_SHA1, "00sequences.txt"}
     assert not [name for name in left if name.endswith((".zip", ".part"))]
 
 
 def test_the_publishers_site_must_have_the_known_archives(story, mirror, site, tmp_path, monkeypatch):
-    url, asked = site
-    published = dataclasses.replace(PUBLISHED["kth"], url=url)
+    published = dataclasses.replace(PUBLISHED["kth"], url=site.url)
     monkeypatch.setitem(PUBLISHED, "kth", published)
-    story.refused(None, f"{url}/boxing.zip", KTH_SHA1["boxing"], "MIRROR=<folder")
+    story.refused(None, f"{site.url}/boxing.zip", KTH_SHA1["boxing"], "MIRROR=<folder")
     assert not list((tmp_path / "data/kth").glob("*boxing*"))
     known = [dataclasses.replace(a, sha1=file_digest(mirror / a.name, "sha1")) for a in published.archives]
     monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(published, archives=tuple(known)))
     assert story.counts()["train"] == 6
-    assert asked.count("/boxing.zip") == 2
-    assert asked.count("/00sequences.txt") == 1
+    assert site.asked.count("/boxing.zip") == 2
+    assert site.asked.count("/00sequences.txt") == 1
 
 
 def test_no_network(story, monkeypatch):
@@ -186,9 +168,8 @@ def test_sequences_are_needed_only_when_asked_for(story, mirror):
 
 
 def test_a_page_instead_of_an_archive(story, mirror, site, tmp_path):
-    url, _ = site
     (mirror / "jogging.zip").write_text("<!DOCTYPE html><title>Gone</title>")
-    for place in (mirror, url):
+    for place in (mirror, site.url):
         story.refused(place, "jogging.zip", "not a whole zip archive", "HTML or XML page")
         assert not list((tmp_path / "data/kth").glob("*jogging*"))
     status = videos_status(story.config())

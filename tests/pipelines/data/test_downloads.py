@@ -1,8 +1,6 @@
 """The archives of BAIR and CLEVRER, from folders and sites: what is downloaded, recorded, refused and planned."""
 
 import dataclasses
-import functools
-import http.server
 import io
 import json
 import os
@@ -10,7 +8,6 @@ import re
 import resource
 import shutil
 import tarfile
-import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.runtime.files import locked
 from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.config import DatasetConfig
+from tests.file_server import FileServer, serving
 
 BAIR = DatasetConfig(name="bair_64", source="bair", image_size=16)
 CLEVRER = DatasetConfig(name="clevrer", source="clevrer", image_size=16)
@@ -44,66 +42,18 @@ def write_zips(folder: Path) -> None:
             archive.writestr(f"video_0-1/video_0000{number}.mp4", bytes(2000))
 
 
-class Site(http.server.ThreadingHTTPServer):
-    """A folder behind http; the attributes say how badly."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-        self.heads = True
-        self.page = False
-        self.asked: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    server: Site
-
-    def do_HEAD(self) -> None:
-        if self.server.heads:
-            super().do_HEAD()
-        else:
-            self.send_error(405)
-
-    def do_GET(self) -> None:
-        self.server.asked.append(f"{self.path} {self.headers.get('Range', '')}".strip())
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        content = b"<!DOCTYPE html><title>Gone</title>" if self.server.page else path.read_bytes()
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start:])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """The publishers' site of both data sets."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "site").mkdir()
-    write_tar(tmp_path / "site" / TAR)
-    write_zips(tmp_path / "site")
-    for folder, name in ZIPS.items():
-        (tmp_path / "site" / folder).mkdir()
-        (tmp_path / "site" / name).rename(tmp_path / "site" / folder / name)
-    with Site(tmp_path / "site") as running:
+    with serving(tmp_path / "site") as running:
+        write_tar(running.folder / TAR)
+        write_zips(running.folder)
+        for folder, name in ZIPS.items():
+            (running.folder / folder).mkdir()
+            (running.folder / name).rename(running.folder / folder / name)
         for source, published in list(PUBLISHED.items()):
             monkeypatch.setitem(PUBLISHED, source, dataclasses.replace(published, url=running.url))
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -222,7 +172,7 @@ def test_what_was_stopped_while_unpacking_is_not_downloaded_again(site, run, tmp
 
 @pytest.mark.parametrize("heads", [True, False])
 def test_a_page_instead_of_the_archive(site, run, tmp_path, heads):
-    site.page, site.heads = True, heads
+    site.page, site.heads = b"<!DOCTYPE html><title>Gone</title>", heads
     refused(run, BAIR, f"{site.url}/{TAR}", "HTML or XML page", f"make data DATASET=bair_64 MIRROR=<folder with {TAR}>")
     assert tree(tmp_path / "data/bair_64") == []
 

@@ -3,189 +3,125 @@
 import re
 import resource
 import shutil
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from pipelines.data import fetch as fetch_module
 from pipelines.data.fetch import FetchError, announced_size, arrived_bytes, fetch, is_url
+from tests.file_server import FileServer, serving
 
 CONTENT = bytes(range(256)) * 400
 WAY_OUT = "use MIRROR"
 
 
-class Server(ThreadingHTTPServer):
-    """Serves its content under every path; the attributes say how badly."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content = CONTENT
-        self.break_offs = 0  # so many answers
-        self.keep: int | None = None  # how much comes of an answer that breaks off; None: half of it
-        self.promised = 0  # more than there is
-        self.etag = ""
-        self.heads = True
-        self.slowly = False
-        self.sent = 0
-        self.ranges = True
-        self.status = 200
-        self.asked: list[str | None] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/file.bin"
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FileServer]:
+    """Serves CONTENT as `/file`; `put` replaces it."""
+    with serving(tmp_path / "site") as running:
+        put(running, CONTENT)
+        yield running
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_HEAD(self) -> None:
-        if not self.server.heads:
-            self.send_error(405)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.content)))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        server, wanted = self.server, self.headers.get("Range")
-        content = server.content
-        server.asked.append(wanted)
-        if server.status != 200:
-            self.send_error(server.status)
-            return
-        if self.headers.get("If-Range", server.etag) != server.etag:
-            wanted = None
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
-        if start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(206 if wanted and server.ranges else 200)
-        if wanted and server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start + server.promised))
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        self.end_headers()
-        body = content[start:]
-        if server.break_offs:
-            server.break_offs -= 1
-            body = body[: len(body) // 2 if server.keep is None else server.keep]
-        if not server.slowly:
-            self.wfile.write(body)
-            return
-        try:
-            for first in range(0, len(body), 100_000):
-                server.sent += self.wfile.write(body[first : first + 100_000])
-                time.sleep(0.05)
-        except ConnectionError:
-            pass
-
-    def log_message(self, *_: object) -> None:
-        pass
+def put(server: FileServer, content: bytes) -> None:
+    (server.folder / "file").write_bytes(content)
 
 
 @pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+def target(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here" / "file"
 
 
-def get(url, target, **options):
-    fetch(url, target, way_out=WAY_OUT, retry_seconds=0.01, **options)
+def get(server: FileServer, target: Path, **options: object) -> None:
+    fetch(f"{server.url}/file", target, way_out=WAY_OUT, retry_seconds=0.01, **options)
 
 
-def refused(url, target, *carried, **options):
+def refused(server: FileServer, target: Path, *carried: str, **options: object) -> None:
     """Not downloaded, by a message that carries the URL and more."""
-    with pytest.raises(FetchError, match=re.escape(url)) as caught:
-        get(url, target, **options)
+    with pytest.raises(FetchError, match=re.escape(f"{server.url}/file")) as caught:
+        get(server, target, **options)
     for text in carried:
         assert text in str(caught.value)
     assert not target.exists()
 
 
-def test_a_complete_file(server, tmp_path, capfd):
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def left(target: Path) -> list[str]:
+    return sorted(path.name for path in target.parent.iterdir())
+
+
+def test_a_complete_file(server, target, capfd):
+    get(server, target)
+    assert target.read_bytes() == CONTENT
+    assert left(target) == ["file"]
     assert capfd.readouterr() == ("", "")
 
 
-def test_resumes_where_it_broke_off(server, tmp_path):
+def test_resumes_where_it_broke_off(server, target):
     server.break_offs = 2
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
+    get(server, target)
+    assert target.read_bytes() == CONTENT
     half = len(CONTENT) // 2
-    assert server.asked == [None, f"bytes={half}-", f"bytes={half + half // 2}-"]
+    assert server.asked == ["/file", f"/file bytes={half}-", f"/file bytes={half + half // 2}-"]
 
 
-def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
+def test_a_server_without_ranges_sends_it_all_again(server, target):
     server.break_offs, server.ranges = 1, False
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
+    get(server, target)
+    assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_resumes_from_the_part_of_an_earlier_run(server, tmp_path, share):
+def test_resumes_from_the_part_of_an_earlier_run(server, target, share):
     have = int(len(CONTENT) * share)
-    (tmp_path / "file.part").write_bytes(CONTENT[:have])
-    assert arrived_bytes(tmp_path / "file") == have
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert arrived_bytes(tmp_path / "file") == len(CONTENT)
-    assert server.asked == [f"bytes={have}-"]
+    target.with_name("file.part").write_bytes(CONTENT[:have])
+    assert arrived_bytes(target) == have
+    get(server, target)
+    assert target.read_bytes() == CONTENT
+    assert arrived_bytes(target) == len(CONTENT)
+    assert server.asked == [f"/file bytes={have}-"]
 
 
-def test_a_part_longer_than_the_file_is_thrown_away(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(b"x" * (len(CONTENT) + 9))
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
+def test_a_part_longer_than_the_file_is_thrown_away(server, target):
+    target.with_name("file.part").write_bytes(b"x" * (len(CONTENT) + 9))
+    get(server, target)
+    assert target.read_bytes() == CONTENT
 
 
-def test_parts_of_two_versions_do_not_mix(server, tmp_path):
+def test_parts_of_two_versions_do_not_mix(server, target):
     server.etag, server.break_offs = '"first"', 100
-    refused(server.url, tmp_path / "file", f"of {len(CONTENT)} bytes")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.part", "file.part.tag"]
-    server.etag, server.break_offs, server.content = '"second"', 0, bytes(reversed(CONTENT))
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == server.content
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    refused(server, target, f"of {len(CONTENT)} bytes")
+    assert left(target) == ["file.part", "file.part.tag"]
+    server.etag, server.break_offs = '"second"', 0
+    put(server, bytes(reversed(CONTENT)))
+    get(server, target)
+    assert target.read_bytes() == bytes(reversed(CONTENT))
+    assert left(target) == ["file"]
 
 
 @pytest.mark.parametrize(("status", "requests"), [(404, 1), (503, 1 + fetch_module.RETRIES)])
-def test_answers_that_end_a_download(server, tmp_path, status, requests):
+def test_answers_that_end_a_download(server, target, status, requests):
     server.status = status
-    refused(server.url, tmp_path / "file", str(status), WAY_OUT)
+    refused(server, target, str(status), WAY_OUT)
     assert len(server.asked) == requests
-    assert list(tmp_path.iterdir()) == []
+    assert left(target) == []
 
 
-def test_nobody_answers(server, tmp_path):
-    url = server.url
+def test_nobody_answers(server, target):
     server.server_close()
-    refused(url, tmp_path / "file", "refused", WAY_OUT)
+    refused(server, target, "refused", WAY_OUT)
 
 
-def test_a_server_that_falls_silent(monkeypatch, tmp_path):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_a_server_that_falls_silent(monkeypatch, target):
     monkeypatch.setattr(fetch_module, "TIMEOUT_SECONDS", 0.05)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as deaf:  # takes connections and never answers
-        refused(f"http://127.0.0.1:{deaf.server_address[1]}/file", tmp_path / "file", "timed out", WAY_OUT)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FileServer(target.parent) as deaf:  # takes connections and never answers
+        refused(deaf, target, "timed out", WAY_OUT)
 
 
-def test_a_folder_that_cannot_be_written(server, tmp_path):
-    refused(server.url, tmp_path / "nowhere" / "file", str(tmp_path / "nowhere/file.part"))
+def test_a_folder_that_cannot_be_written(server, target):
+    refused(server, target.parent / "nowhere" / "file", "nowhere/file.part")
 
 
 def test_is_url():
@@ -198,83 +134,82 @@ def test_is_url():
 PAGE = b"<!DOCTYPE html><title>Gone</title>"
 
 
-def no_page(head):
+def no_page(head: bytes) -> str | None:
     return "it is a page" if head.startswith(b"<") else None
 
 
-def test_a_page_is_noticed_by_its_first_bytes(server, tmp_path):
-    server.content = PAGE + bytes(10**6)
-    server.slowly = True
-    refused(server.url, tmp_path / "file", "it is a page", WAY_OUT, check_head=no_page)
+def test_a_page_is_noticed_by_its_first_bytes(server, target):
+    server.page, server.slowly = PAGE + bytes(10**6), True
+    refused(server, target, "it is a page", WAY_OUT, check_head=no_page)
     assert server.sent < 10**6, "before the rest has come"
-    server.content = PAGE  # smaller than what is looked at
-    refused(server.url, tmp_path / "file", "it is a page", WAY_OUT, check_head=no_page)
-    assert list(tmp_path.iterdir()) == []
+    server.page = PAGE  # smaller than what is looked at
+    refused(server, target, "it is a page", WAY_OUT, check_head=no_page)
+    assert left(target) == []
 
 
-def test_a_page_does_not_cost_what_has_arrived(server, tmp_path):
-    (tmp_path / "file.part").write_bytes(CONTENT[:1000])
-    server.content, server.ranges = PAGE, False
-    refused(server.url, tmp_path / "file", "it is a page", check_head=no_page)
-    server.content, server.ranges = CONTENT, True
-    get(server.url, tmp_path / "file", check_head=no_page)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert server.asked == ["bytes=1000-", "bytes=1000-"]
+def test_a_page_does_not_cost_what_has_arrived(server, target):
+    target.with_name("file.part").write_bytes(CONTENT[:1000])
+    server.page, server.ranges = PAGE, False
+    refused(server, target, "it is a page", check_head=no_page)
+    server.page, server.ranges = None, True
+    get(server, target, check_head=no_page)
+    assert target.read_bytes() == CONTENT
+    assert server.asked == ["/file bytes=1000-", "/file bytes=1000-"]
 
 
-def test_breaking_off_before_the_first_block(server, tmp_path):
+def test_breaking_off_before_the_first_block(server, target):
     server.break_offs, server.keep = 1, 100
     heads = []
-    get(server.url, tmp_path / "file", check_head=heads.append)
+    get(server, target, check_head=heads.append)
     assert heads == [CONTENT[: fetch_module.HEAD_BYTES]]
-    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert target.read_bytes() == CONTENT
 
 
-def test_too_little_space_is_noticed_before_anything_is_written(server, tmp_path, monkeypatch):
-    def disk(free):
+def test_too_little_space_is_noticed_before_anything_is_written(server, target, monkeypatch):
+    def disk(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
 
     disk(len(CONTENT) - 1)
-    refused(server.url, tmp_path / "file", "102.4 kB", str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file.part").write_bytes(CONTENT[:1000])  # what is here needs no space
+    refused(server, target, "102.4 kB", str(target.parent))
+    assert left(target) == []
+    target.with_name("file.part").write_bytes(CONTENT[:1000])  # what is here needs no space
     disk(len(CONTENT) - 1001)
-    refused(server.url, tmp_path / "file", "101.4 kB")
+    refused(server, target, "101.4 kB")
     disk(len(CONTENT) - 1000)
-    get(server.url, tmp_path / "file")
+    get(server, target)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_server_that_promises_too_much(server, tmp_path, ranges):
+def test_a_server_that_promises_too_much(server, target, ranges):
     server.ranges, server.promised = ranges, 50
     if ranges:  # asked for the rest, it knows better
-        get(server.url, tmp_path / "file")
-        assert (tmp_path / "file").read_bytes() == CONTENT
+        get(server, target)
+        assert target.read_bytes() == CONTENT
         return
-    size = len(CONTENT)
-    refused(server.url, tmp_path / "file", f"{size} of {size + 50} bytes")
-    assert [path.name for path in tmp_path.iterdir()] == ["file.part"]
+    refused(server, target, f"{len(CONTENT)} of {len(CONTENT) + 50} bytes")
+    assert left(target) == ["file.part"]
 
 
-def test_a_write_that_fails_keeps_what_has_arrived(server, tmp_path):
+def test_a_write_that_fails_keeps_what_has_arrived(server, target):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        refused(server.url, tmp_path / "file", str(tmp_path / "file.part"), "File too large")
+        refused(server, target, f"{target}.part", "File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(server.asked) == 1, "a retry is of no use"
-    get(server.url, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert server.asked[1] == "bytes=50000-"
+    get(server, target)
+    assert target.read_bytes() == CONTENT
+    assert server.asked[1] == "/file bytes=50000-"
 
 
 def test_the_announced_size(server):
-    assert announced_size(server.url) == len(CONTENT)
+    url = f"{server.url}/file"
+    assert announced_size(url) == len(CONTENT)
     assert server.asked == []
     server.heads = False
-    assert announced_size(server.url) == len(CONTENT)
+    assert announced_size(url) == len(CONTENT)
     server.status = 404
-    assert announced_size(server.url) is None
+    assert announced_size(url) is None
     server.server_close()
-    assert announced_size(server.url) is None
+    assert announced_size(url) is None

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from latent_cache import NoSpaceError
-from pipelines.__main__ import main
 from pipelines.config import RiverConfig, parse_config
 from pipelines.data.frame_folders import LOCK_NAME, RECORD_NAME, convert, folder_names
 from pipelines.errors import StoppedBySignal, UserError
@@ -259,6 +258,7 @@ def test_a_signal_stops_between_frames(number: int, noise, monkeypatch: pytest.M
     assert files(noise.out).items() < expected.items()
     assert not (noise.out / "train/d").exists()
     assert [path.name for path in noise.out.glob(".*") if path.is_dir()] == []
+    noise.splits["train"].seconds.clear()
     run(noise)
     assert files(noise.out) == expected
 
@@ -460,24 +460,3 @@ def test_odd_ids_are_written_and_said(noise, capsys: pytest.CaptureFixture[str])
     assert line.startswith(f"convert: {changed} ids")
     assert {video.id for video in read_back(noise.out)["train"].videos} == set(ODD.values())
     assert run(noise) == set()
-
-
-def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number in range(4):
-        write_video(tmp_path / "videos" / "train" / f"{number}.avi", number)
-    write_video(tmp_path / "videos" / "val" / "0.avi", 9)
-    (tmp_path / "videos" / "train" / "bad.avi").write_bytes(b"no video")
-    config = tmp_path / "tiny.yaml"
-    config.write_text(
-        f"dataset: {{name: tiny, source: videos, image_size: 16, root: {tmp_path / 'videos'}}}\n"
-        f"paths: {{data: {tmp_path}, latents: {tmp_path}, runs: {tmp_path}}}\n"
-    )
-    command = ["convert", "--config", str(config), "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert main([*command, "--videos", "2", "--split", "train", "--format", "jpg"]) == 3
-    assert {name.rpartition("/")[0] for name in files(tmp_path / "out")} == {"train/0", "train/1"}
-    assert "bad: cannot be opened" in capsys.readouterr().err
-    assert main(command) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert main([*command, "--overwrite", "--quiet"]) == 3
-    assert len(files(tmp_path / "out")) == 35
-    assert capsys.readouterr().out == ""
