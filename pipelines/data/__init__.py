@@ -1,1 +1,1 @@
-"""Bytes from outside: data sets, downloads, archives, surveys, frame folders."""
+"""Bytes from outside: data sets, downloads, archives, summaries, frame folders."""
