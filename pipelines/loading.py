@@ -10,11 +10,9 @@ import yaml
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import image_memory_format
-from pipelines.runtime.runs import (
-    chosen_checkpoint,
-)
+from pipelines.runtime.runs import chosen_checkpoint
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder
@@ -76,7 +74,6 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
             f"{autoencoder_checkpoint.path} is {here[:12]}...: encode and train the flow again "
             "(`encode --overwrite`, `train-flow --restart`), or bring the old autoencoder back"
         )
-    statistics = flow.state["standardization"]
     sampling = parse_config(values, f"{run}/config.yaml").sampling
     if weights is not None:
         sampling = sampling.model_copy(update={"weights": weights})
@@ -84,9 +81,7 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
     return PredictorParts(
         autoencoder=autoencoder,
         vector_field=load_trained_field(flow, device, sampling.weights),
-        standardization=Standardization(
-            torch.tensor(statistics["mean"], device=device), torch.tensor(statistics["std"], device=device)
-        ),
+        standardization=standardization_in(flow).to(device),
         sampling=sampling,
         fps=flow.state["fps"],
         device=device,
@@ -131,12 +126,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def find_autoencoder(run_path: Path) -> Checkpoint | None:
-    """The autoencoder's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
-    return _chosen(CheckpointFolder(run_path / "autoencoder" / "checkpoints"))
-
-
-def _chosen(checkpoints: CheckpointFolder) -> Checkpoint | None:
-    return checkpoints.best() or checkpoints.latest()
+    """The autoencoder's checkpoint to use: the best if one was measured, else the newest."""
+    return chosen_checkpoint(run_path / "autoencoder")
 
 
 def find_flow(run_path: Path) -> Checkpoint | None:
@@ -157,9 +148,15 @@ def load_trained_field(
     return field.to(device).eval().requires_grad_(False)
 
 
+def standardization_in(checkpoint: Checkpoint) -> Standardization:
+    """The standardization that a flow was trained with, on the CPU."""
+    statistics = checkpoint.state["standardization"]
+    return Standardization(torch.tensor(statistics["mean"]), torch.tensor(statistics["std"]))
+
+
 def find_refiner(run_path: Path) -> Checkpoint | None:
     """The refiner's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
-    return _chosen(CheckpointFolder(run_path / "refiner" / "checkpoints"))
+    return chosen_checkpoint(run_path / "refiner")
 
 
 def load_trained_refiner(checkpoint: Checkpoint, device: torch.device) -> RCAN:

@@ -2,39 +2,106 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from pipelines.config import RiverConfig
-from pipelines.data.datasets import prepare_data
-from pipelines.dry_run import describe_plan as describe
-from pipelines.encoding.encode_store import encode
+from pipelines.data.datasets import prepare_data, videos_status
+from pipelines.encoding.store_checks import store_status
+from pipelines.encoding.store_encoder import encode
+from pipelines.errors import UserError
+from pipelines.loading import find_autoencoder
 from pipelines.runtime.context import RunContext
-from pipelines.training.autoencoder_stage import train_autoencoder
-from pipelines.training.flow_stage import train_flow
-from pipelines.training.refiner_stage import train_refiner
-
-__all__ = ["STAGES", "Stage", "describe", "run_to"]
+from pipelines.runtime.status import Status
+from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
+from pipelines.training.flow_memory import describe_costs
+from pipelines.training.flow_trainer import check_flow, flow_status, train_flow
+from pipelines.training.refiner_trainer import refiner_status, train_refiner
+from stage1_autoencoder.families import build_autoencoder
+from stage1_autoencoder.rcan import RCAN
+from stage2_flow.vector_field import VectorField
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the story."""
+    """One step of the story.
+
+    Attributes:
+        name: as `run_to` takes it.
+        needs: stages that must be done before this one can run.
+        status: how far it is; raises nothing, writes nothing.
+        run: does what is left to do, and says so when nothing is.
+        check: refuses what `run` would refuse anyway, before what it needs is built.
+    """
 
     name: str
+    needs: tuple[str, ...]
+    status: Callable[[RiverConfig], Status]
     run: Callable[[RiverConfig, RunContext], object]
+    check: Callable[[RiverConfig, RunContext], object] | None = None
 
 
+def _encode(config: RiverConfig, run_context: RunContext) -> Path:
+    if run_context.processes.count > 1:
+        raise UserError(f"{config.store_path}: no complete store; run `encode` first, in one process")
+    return encode(config, run_context, find_autoencoder(config.run_path))
+
+
+# Raw videos are fetched only when somebody asks for it (`data`, or --mirror): no stage needs theirs.
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("videos", prepare_data),
-        Stage("autoencoder", train_autoencoder),
-        Stage("store", encode),
-        Stage("flow", train_flow),
-        Stage("refiner", train_refiner),
+        Stage("videos", (), videos_status, prepare_data),
+        Stage("autoencoder", (), autoencoder_status, train_autoencoder),
+        Stage("store", ("autoencoder",), store_status, _encode),
+        Stage("flow", ("store",), flow_status, train_flow, check_flow),
+        Stage("refiner", ("store",), refiner_status, train_refiner),
     )
 }
 
 
 def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
-    """Run a stage, after everything that it needs and that is not done."""
-    STAGES[name].run(config, run_context)
+    """Run a stage, after everything that it needs and that is not done.
+
+    What is done is recognised, what is partial is resumed. `run_context` asks for more (restart, overwrite, resume,
+    fine-tune) of this stage alone, not of what it needs.
+
+    Raises:
+        UserError: the stage, or one that it needs, conflicts with the configuration; says both sides and the way out.
+    """
+    stage, status = STAGES[name], STAGES[name].status(config)
+    if status.state == "conflicting" and not run_context.asks_for_more:
+        raise UserError(status.detail)
+    if not status.is_done or run_context.asks_for_more:
+        if stage.check is not None:
+            stage.check(config, run_context)
+        for need in stage.needs:
+            if not STAGES[need].status(config).is_done:
+                run_to(need, config, run_context.for_prerequisites())
+    stage.run(config, run_context)
+
+
+def describe(config: RiverConfig, device: torch.device) -> str:
+    """The text of a dry run: sizes of the networks, how far each stage is, what a training step of the flow takes."""
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(config.autoencoder.model)
+        field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
+        refiner = RCAN(config.refiner.model)
+    frame = config.dataset.image_size
+    side = frame // autoencoder.downsampling
+    latents = f"{field.latent_channels}x{side}x{side}"
+    sizes = {
+        "videos": f"source {config.dataset.source}",
+        "autoencoder": f"{autoencoder.parameter_count / 1e6:.1f} M parameters, frames {frame}x{frame} -> {latents}",
+        "store": str(config.store_path),
+        "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens",
+        "refiner": f"{refiner.parameter_count / 1e6:.2f} M parameters, optional",
+    }
+    costs = {"flow": describe_costs(config, (field.latent_channels, side, side), device)}
+    lines = []
+    for stage in STAGES.values():
+        status = stage.status(config)
+        lines.append(f"{stage.name:12} {status.state:12} {sizes[stage.name]}; {status.detail}")
+        lines += [f"{'':25} {line}" for line in costs.get(stage.name, [])]
+    return "\n".join(lines)

@@ -57,6 +57,11 @@ class RunContext:
         given = {name: getattr(options, name) for name in taken if hasattr(options, name)}
         return cls(device=device, processes=processes, asked_device=options.device, **given)
 
+    @property
+    def asks_for_more(self) -> bool:
+        """Whether a stage shall do more than what is left to do of it."""
+        return self.overwrite or self.restart or self.fine_tune or self.resume != "auto"
+
     def for_prerequisites(self) -> "RunContext":
         """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
         return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False)

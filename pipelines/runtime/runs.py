@@ -9,23 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.config import RiverConfig, differences, dump_config
+from pipelines.config import RiverConfig, dump_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import say
-
-# Settings that change how a training is watched or fed, not what it computes.
-COSMETIC = {
-    "steps", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_frames", "validation_pairs",
-    "compile", "cuda_graphs", "vgg_weights", "best_by", "max_bad_steps", "validation_samples",
-}  # fmt: skip
 
 
 class Environment(BaseModel):
@@ -89,15 +81,6 @@ def only_training_of(folder: Path) -> Iterator[None]:
         yield
 
 
-def training_identity(sections: dict[str, Any]) -> dict[str, Any]:
-    """The part of dumped config sections that a training's result depends on."""
-    return {
-        name: training_identity(value) if isinstance(value, dict) else value
-        for name, value in sections.items()
-        if name not in COSMETIC
-    }
-
-
 def is_imported(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's weights came out of a file. Its identity is then what these depend on, and no more."""
     return "imported" in checkpoint.state
@@ -114,11 +97,6 @@ def chosen_checkpoint(folder: Path) -> Checkpoint | None:
     return checkpoints.best() or checkpoints.latest()
 
 
-def is_finished(checkpoint: Checkpoint, steps: int) -> bool:
-    """Whether nothing is left to train; what was imported is not trained on, however many steps are wanted."""
-    return is_imported(checkpoint) or checkpoint.step >= steps
-
-
 def describe_progress(checkpoint: Checkpoint) -> str:
     """How far a checkpoint is, for people: `3000 steps`, and where it was imported or fine-tuned from."""
     if is_imported(checkpoint):
@@ -128,15 +106,6 @@ def describe_progress(checkpoint: Checkpoint) -> str:
         origin = start["imported"]["file"] if "imported" in start else f"step {start['step']} of the flow before"
         return f"{checkpoint.step} steps of fine-tuning from {origin}"
     return f"{checkpoint.step} steps"
-
-
-def shared_part(identity: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """The part of an identity that another one speaks of as well."""
-    return {
-        name: shared_part(identity[name], value) if isinstance(value, dict) else identity[name]
-        for name, value in like.items()
-        if name in identity
-    }
 
 
 def set_aside(folder: Path, what: str, why: str = "--restart; the training before") -> Path:
@@ -158,62 +127,3 @@ def set_aside(folder: Path, what: str, why: str = "--restart; the training befor
         folder.rename(aside)
     say(f"{what}: {why} is kept in {aside}")
     return aside
-
-
-def resumable_checkpoint(
-    folder: Path,
-    identity: dict[str, Any],
-    *,
-    keep: int,
-    run_context: RunContext,
-    what: str,
-    settings: dict[str, Any] | None = None,
-    way_out: str = "",
-) -> tuple[CheckpointFolder, Checkpoint | None]:
-    """Find the checkpoint to go on from: the newest, or the one that `run_context.resume` names.
-
-    With `run_context.restart` what is there is set aside; the checkpoints after one that is named are, too.
-
-    Args:
-        folder: of the training, `runs/<name>/flow`.
-        identity: what the training depends on, compared with the `identity` in the checkpoint.
-        settings: all settings, for which the checkpoint's `settings` tell what has changed that it doesn't depend on.
-        way_out: one more way out where the configuration is another.
-    Raises:
-        UserError: the checkpoint was made under another configuration; the named one is missing or damaged.
-    """
-    first = run_context.processes.is_first
-    checkpoints = CheckpointFolder(folder / "checkpoints", keep)
-    named = run_context.resume != "auto"
-    if named and run_context.restart:
-        raise UserError(
-            f"--resume {run_context.resume} goes on with a training, and --restart begins anew: take one of them"
-        )
-    found = checkpoints.named(run_context.resume) if named else checkpoints.latest()
-    if found is None:
-        return checkpoints, None
-    if run_context.restart and first:
-        set_aside(folder, what)
-    if run_context.restart:
-        return checkpoints, None
-    before = found.state.get("identity", {})
-    changed = differences(shared_part(identity, before) if is_imported(found) else identity, before)
-    other = []
-    if settings is not None and "settings" in found.state:
-        other = [line for line in differences(settings, found.state["settings"]) if line not in changed]
-    if changed:
-        how = f"imported from {found.state['imported']['file']}" if is_imported(found) else "trained"
-        raise UserError(
-            f"{found.path} was {how} under another configuration:\n  "
-            + "\n  ".join(changed)
-            + ("\nchanged as well, which does not matter:\n  " + "\n  ".join(other) if other else "")
-            + f"\ngo back to the old values, train anew with `train-{what} --restart` (the old run is set aside), "
-            f"{way_out}or give the run another name with --set dataset.name=..."
-        )
-    if other:
-        say(f"{what}: settings changed since {found.path.name}, which is gone on with: {'; '.join(other)}")
-    if named and first:
-        aside = checkpoints.set_aside_after(found.step)
-        if aside is not None:
-            say(f"{what}: --resume {run_context.resume}; later checkpoints are kept in {aside}")
-    return checkpoints, found

@@ -1,8 +1,8 @@
-"""What changes while an autoencoder is trained: the model, its codebook, its discriminator; one call a step."""
+"""Stage 1's training: from videos to a trained autoencoder."""
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from latent_cache import step_generator
-from pipelines.config import RiverConfig
+from pipelines.config import RiverConfig, parse_size, result_settings
+from pipelines.data.datasets import open_videos
+from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
+from pipelines.evaluation.networks import load_lpips, missing_weights_message
 from pipelines.prediction.pictures import reconstruction_sheet
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
-from pipelines.runtime.context import image_memory_format
+from pipelines.runtime.context import RunContext, image_memory_format, use_precision
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
+from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
-from pipelines.training.training_loop import StepResult, Trainer
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
+from pipelines.training.training_run import TrainingPlan, train, training_status
 from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.codebook import CodebookCare, forget
@@ -27,13 +32,111 @@ from stage1_autoencoder.config import AutoencoderTrainingConfig
 from stage1_autoencoder.discriminator import DiscriminatorWatch, PatchDiscriminator, adversarial_weight
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frame_pool import FramePool
+from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE
 from stage1_autoencoder.training import DiscriminatorStep, backward, learning_rate_factor
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 
 # Latent vectors a code that the codebook is started on.
 VECTORS_A_CODE = 4
 # Frames that are shown on a sheet, and that go through the network at once in validation.
 SHEET_FRAMES = 16
 FRAMES_AT_ONCE = 32
+
+
+def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoint:
+    """Train the autoencoder to its last step, or recognise that this was done.
+
+    Returns:
+        The checkpoint to use: the best by validation if one was measured, else the last.
+    Raises:
+        UserError: no videos; a checkpoint that conflicts with the configuration; gradients that are not finite.
+        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
+    processes, plan = run_context.processes, autoencoder_plan(config)
+
+    def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
+        training = config.autoencoder.training
+        processes.check_batch(training.batch_size, training.accumulate, "autoencoder.training.batch_size")
+        with processes.first_before_others():
+            perceptual = _perceptual_network(config, run_context, found)
+            splits = open_videos(config, run_context)
+        pool = FramePool(
+            splits["train"],
+            batch_size=training.batch_size,
+            steps=training.steps,
+            memory=parse_size(training.pool_memory),
+            seed=config.seed,
+            on_broken=lambda error: run_context.skip(error.video_id, error.reason),
+        )
+        held.enter_context(closing(pool))
+        validation = (
+            _open_validation(config, run_context, splits.get("val"), plan.folder) if processes.is_first else None
+        )
+        use_precision(training.precision)
+        trainer = AutoencoderTrainer(
+            config,
+            run_context.device,
+            pool,
+            perceptual=perceptual,
+            validation=validation,
+            state=plan.state | {"perceptual": "none" if perceptual is None else training.perceptual},
+            processes=processes,
+        )
+        sentence = (
+            f"{trainer.model.parameter_count / 1e6:.1f} M parameters, batch {training.batch_size}, "
+            f"{_describe_loss(training, perceptual)}, {training.precision}"
+        )
+        return trainer, loop_settings(config, perceptual is not None, validation is not None), sentence
+
+    return train(plan, config, run_context, open_trainer)
+
+
+def autoencoder_status(config: RiverConfig) -> Status:
+    """How far the autoencoder is: its newest checkpoint against the configuration."""
+    return training_status(autoencoder_plan(config))
+
+
+def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
+    """The training of this configuration."""
+    return TrainingPlan(
+        name="autoencoder",
+        folder=config.run_path / "autoencoder",
+        steps=config.autoencoder.training.steps,
+        keep=config.autoencoder.training.keep_checkpoints,
+        identity={
+            "seed": config.seed,
+            "autoencoder": result_settings(config.autoencoder),
+            "dataset": result_settings(config.dataset),
+        },
+        settings={"seed": config.seed, "autoencoder": config.autoencoder.model_dump(mode="json")},
+        less_memory="Compute each batch in parts (autoencoder.training.accumulate=2), lower "
+        "autoencoder.training.batch_size, or take autoencoder.training.precision=bf16",
+    )
+
+
+def loop_settings(config: RiverConfig, perceptual: bool, validated: bool) -> LoopSettings:
+    """How the autoencoder's loop runs.
+
+    Args:
+        perceptual: whether LPIPS is at hand.
+        validated: whether there is a validation split.
+    """
+    training = config.autoencoder.training
+    best = training.best_by
+    if best == "auto":
+        # Adversarial training costs PSNR and is worth it: PSNR alone would choose a checkpoint from before its start.
+        by_psnr = "last" if training.adversarial.weight else "psnr"
+        best = "lpips" if perceptual else by_psnr
+    return LoopSettings(
+        name="autoencoder",
+        steps=training.steps,
+        checkpoint_every=training.checkpoint_every,
+        validate_every=training.validate_every,
+        log_every=config.logging.every,
+        best=None if best == "last" or not validated else f"validation_{best}",
+        lowest=best == "lpips",
+        advice="Lower autoencoder.training.learning_rate, set autoencoder.training.grad_clip, or take precision fp32",
+    )
 
 
 @dataclass(frozen=True)
@@ -60,20 +163,20 @@ class AutoencoderTrainer(Trainer):
         *,
         perceptual: nn.Module | None = None,
         validation: Validation | None = None,
-        identity: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        """Make everything anew, from the configuration's seed.
+        """Initialize everything from the configuration's seed.
 
         Args:
             pool: where frames come from.
             perceptual: LPIPS on the device, or None.
             validation: of the first process.
-            identity: what the training depends on, for its checkpoints.
+            state: what else goes into the checkpoints' JSON.
         """
         self.config, self.training, self.device = config, config.autoencoder.training, device
         self.pool, self.perceptual, self.validation = pool, perceptual, validation
-        self.identity, self.processes = identity or {}, processes
+        self.checkpoint_state, self.processes = state or {}, processes
         self.layout = image_memory_format(device)
         torch.manual_seed(config.seed)
         self.model = self._placed(build_autoencoder(config.autoencoder.model))
@@ -200,7 +303,7 @@ class AutoencoderTrainer(Trainer):
 
     def state(self) -> dict[str, Any]:
         model = self.config.autoencoder.model.model_dump(mode="json")
-        return {"identity": self.identity, "model": model, "watch": self.watch.state()}
+        return self.checkpoint_state | {"model": model, "watch": self.watch.state()}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration."""
@@ -319,3 +422,67 @@ def _in_words(measured: dict[str, float]) -> str:
     if "validation_lpips" in measured:
         words.append(f"LPIPS {measured['validation_lpips']:.3f}")
     return ", ".join([*words, f"{measured['validation_codes']} codes in use"])
+
+
+def _describe_loss(training: AutoencoderTrainingConfig, perceptual: LPIPS | None) -> str:
+    """The terms of the loss in a few words."""
+    words = [name for name, weight in (("L1", training.l1_weight), ("L2", training.l2_weight)) if weight]
+    if perceptual is not None and training.perceptual_weight:
+        words.append("LPIPS")
+    words.append("codebook")
+    if training.adversarial.weight:
+        words.append(f"adversarial from step {training.adversarial.start}")
+    return " + ".join(words)
+
+
+def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Checkpoint | None) -> LPIPS | None:
+    """LPIPS if the configuration wants it and its weights are on this machine, else None and a warning.
+
+    A training that began without it goes on without it.
+
+    Raises:
+        UserError: `best_by: lpips` without LPIPS; frames too small for it; a named file of weights that can't be used.
+    """
+    training, network = config.autoencoder.training, None
+    if training.perceptual == "lpips":
+        if config.dataset.image_size < SMALLEST_SIDE:
+            raise UserError(
+                f"autoencoder.training.perceptual: lpips compares images of at least {SMALLEST_SIDE} pixels a side, "
+                f"and dataset.image_size is {config.dataset.image_size}: set it to none, or use larger frames"
+            )
+        if found is not None and found.state["perceptual"] == "none":
+            say("autoencoder: this training began without the perceptual loss, because its weights were missing")
+        else:
+            network = load_lpips(training.vgg_weights, run_context.device, download=run_context.download)
+            if network is None and run_context.processes.is_first:
+                warn(f"autoencoder: {missing_weights_message()}")
+    if network is None and training.best_by == "lpips":
+        raise UserError(
+            "autoencoder.training.best_by: lpips needs the perceptual network: set autoencoder.training.perceptual to "
+            "lpips and provide its weights, or use best_by: psnr"
+        )
+    return network
+
+
+def _open_validation(
+    config: RiverConfig, run_context: RunContext, source: VideoSource | None, folder: Path
+) -> Validation | None:
+    """A fixed draw of validation frames, one a video in turn; without those of videos that break."""
+    if source is None or not source.videos:
+        say("autoencoder: no validation videos (dataset.splits), so nothing is measured during the training")
+        return None
+    wanted = config.autoencoder.training.validation_frames
+    generator = step_generator(config.seed, 0, stream="validation frames")
+    picks: dict[int, list[int]] = {}
+    for i in range(wanted):
+        video = i % len(source.videos)
+        picks.setdefault(video, []).append(int(torch.randint(source.videos[video].frames, (), generator=generator)))
+    frames = []
+    for video, positions in picks.items():
+        try:
+            frames.append(torch.from_numpy(source.read(video, positions)))
+        except BrokenVideoError as error:
+            run_context.skip(error.video_id, error.reason)
+    if not frames:
+        return None
+    return Validation(image_to_unit(torch.cat(frames)), folder / "reconstructions")

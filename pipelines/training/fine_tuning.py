@@ -1,50 +1,51 @@
 """`train-flow --fine-tune`: a flow's training from step 0 whose first weights are those of a flow that is there."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import latent_cache
 from latent_cache import LatentCache
 from pipelines.config import RiverConfig, differences
-from pipelines.encoding.encode_store import ensure_store
 from pipelines.errors import UserError
-from pipelines.loading import weights_digest
+from pipelines.loading import standardization_in, weights_digest
 from pipelines.official.parts import NO_SIZES
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import chosen_checkpoint, is_fine_tuned, is_imported, only_training_of, set_aside
-from pipelines.training.flow_trainer import flow_state, standardization_in
 from stage2_flow.config import VectorFieldConfig
+from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
+# (configuration, store, standardization) -> what a checkpoint of a training on it records.
+FlowState = Callable[[RiverConfig, LatentCache, Standardization], dict[str, Any]]
 
-def fine_tune(config: RiverConfig, run_context: RunContext) -> RunContext:
-    """Begin a fine-tuning of the flow that is there, unless one was begun already.
+
+def fine_tune(config: RiverConfig, run_context: RunContext, flow_state: FlowState) -> RunContext:
+    """Begin to fine-tune the existing flow, unless that was begun already.
 
     Returns:
-        The run_context of the training that is gone on with from here, from step 0 or from where it was.
+        The run context to train with from here: from step 0, or from where an earlier fine-tuning stopped.
     Raises:
         UserError: nothing to start from; a training that is not finished; weights that can't be trained further on
-            this store under this configuration; `--resume` beside it. Nothing was changed.
+            this store with this configuration; `--resume` beside it. Nothing was changed.
+        StoreError: no complete store.
     """
     processes = run_context.processes
-    if run_context.resume != "auto":
-        raise UserError(
-            f"--resume {run_context.resume} goes on with a training, and --fine-tune begins one: take one of them"
-        )
-    start = _find_start(config, run_context)
-    processes.wait()  # all have seen what is there before the first one sets it aside
+    start = check_fine_tuning(config, run_context)
+    processes.wait()  # all have seen the existing flow before the first one moves it
     if start is not None:
-        cache = latent_cache.open(ensure_store(config, run_context), "train")
+        cache = latent_cache.open(config.store_path, "train")
         _check_start(start, config, cache)
         with processes.first_before_others():
             if processes.is_first:
-                _begin(config, start, cache)
-    return replace(run_context, restart=False)
+                _begin(config, start, cache, flow_state)
+    return replace(run_context, restart=False, fine_tune=False)
 
 
 def finish_beginning(folder: Path) -> None:
@@ -67,8 +68,16 @@ def finish_beginning(folder: Path) -> None:
     say(f"flow: a fine-tuning was interrupted while it began; it is in {folder}")
 
 
-def _find_start(config: RiverConfig, run_context: RunContext) -> Checkpoint | None:
-    """What to start from: the run's checkpoint that predicts; None where a fine-tuning is to be gone on with."""
+def check_fine_tuning(config: RiverConfig, run_context: RunContext) -> Checkpoint | None:
+    """Find the checkpoint to start from: the run's best one; None to resume an earlier fine-tuning.
+
+    Raises:
+        UserError: there is none; it belongs to a training that is not finished; `--resume` beside it.
+    """
+    if run_context.resume != "auto":
+        raise UserError(
+            f"--resume {run_context.resume} continues a training and --fine-tune begins one: use one of them"
+        )
     folder = config.run_path / "flow"
     newest = CheckpointFolder(folder / "checkpoints").latest()
     if newest is None:
@@ -127,7 +136,7 @@ def _check_start(start: Checkpoint, config: RiverConfig, cache: LatentCache) -> 
         )
 
 
-def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache) -> None:
+def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache, flow_state: FlowState) -> None:
     """Put a checkpoint of step 0 with the start's weights in the place of the flow that is there, which is set aside.
 
     From then on it is a training like every other one, which a plain `train-flow` goes on with. Killed at any moment,

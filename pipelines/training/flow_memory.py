@@ -11,8 +11,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latent_cache import FlowBatch
+import latent_cache
+from latent_cache import FlowBatch, StoreError
+from pipelines.config import RiverConfig
 from pipelines.runtime.context import resolve_precision
+from pipelines.runtime.throughput import step_flops
 from pipelines.runtime.train_state import Optimizers, build_optimizers
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
@@ -195,3 +198,35 @@ class LiveMemory(TorchDispatchMode):
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def describe_costs(config: RiverConfig, latent_shape: tuple[int, int, int], device: torch.device) -> list[str]:
+    """What a training step of the flow computes, and the memory that it takes."""
+    training, residency = config.flow.training, config.cache.residency
+    beside = device.type == "cuda" and residency in ("host", "stream")
+    latents = 0 if beside else _latents_in_memory(config)
+    memory = estimate_memory(config.flow.model, training, latent_shape, device=device.type, latents_bytes=latents)
+    lines = [
+        f"{step_flops(config.flow.model, latent_shape, training.batch_size) / 1e9:.0f} GFLOP a training step of "
+        f"{training.batch_size} samples",
+        f"memory of a step on {device}, {resolve_precision(training.precision, device)}, not compiled, at its peak "
+        f"{memory.describe()}",
+    ]
+    if beside:
+        lines.append(f"latents in the host's memory (cache.residency {residency})")
+    elif not latents:
+        lines.append("latents come to it; there is no store yet that tells how much they take")
+    if residency == "auto":
+        lines.append("cache.residency auto: latents lie on the device where they fit into half of what it has free")
+    return lines
+
+
+def _latents_in_memory(config: RiverConfig) -> int:
+    """Bytes that training holds of its split's latents; 0 where there are none yet."""
+    try:
+        if not config.store_path.exists() or not latent_cache.is_complete(config.store_path):
+            return 0
+        size = latent_cache.open(config.store_path, "train").nbytes
+    except StoreError:
+        return 0
+    return min(size, config.cache.memory_budget_bytes) if config.cache.residency == "stream" else size

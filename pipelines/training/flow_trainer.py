@@ -1,6 +1,7 @@
-"""What changes while a vector field is trained; one call a step."""
+"""Stage 2's training: from the store alone to a trained vector field."""
 
 import time
+from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,57 +9,143 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_cache import FlowBatch, LatentCache, Sampler, step_generator
-from pipelines.config import RiverConfig
-from pipelines.runtime.checkpoints import Checkpoint, Tensors
-from pipelines.runtime.context import resolve_precision
+import latent_cache
+from latent_cache import FlowBatch, LatentCache, Sampler, StoreError, open_sampler, step_generator
+from pipelines.config import RiverConfig, result_settings
+from pipelines.encoding.store_checks import store_is_complete
+from pipelines.errors import UserError
+from pipelines.loading import standardization_in
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
+from pipelines.runtime.context import RunContext, resolve_precision, use_precision
 from pipelines.runtime.cuda_graph_step import CudaGraphStep
 from pipelines.runtime.distributed import ALONE, Processes
-from pipelines.runtime.progress import say
-from pipelines.runtime.runs import training_identity
+from pipelines.runtime.progress import say, warn
+from pipelines.runtime.runs import is_fine_tuned, is_imported
+from pipelines.runtime.status import Status
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.train_state import TrainState
-from pipelines.training.flow_validation import FlowValidation
-from pipelines.training.training_loop import StepResult, Trainer
+from pipelines.training.fine_tuning import check_fine_tuning, fine_tune, finish_beginning
+from pipelines.training.flow_validation import FlowValidation, open_flow_validation
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
+from pipelines.training.training_run import TrainingPlan, train, training_status
 from stage2_flow.config import FlowTrainingConfig
 from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
 from stage2_flow.schedule import learning_rate
 from stage2_flow.standardization import Standardization
-from stage2_flow.vector_field import VectorField
+from stage2_flow.vector_field import POSITIONS, VectorField
+
+LESS_MEMORY = (
+    "Compute each batch in parts (flow.training.accumulate=2), lower flow.training.batch_size, take "
+    "flow.training.precision=bf16, or keep the latents elsewhere (cache.residency=host)"
+)
 
 
-def flow_identity(config: RiverConfig) -> dict[str, Any]:
-    """What the trained vector field depends on besides the store and its first weights, as plain data."""
-    flow = config.flow.model_dump(mode="json", exclude={"training": {"accumulate"}})
-    return training_identity({"seed": config.seed, "flow": flow})
+def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
+    """Train the vector field to its last step, or recognise that this was done.
+
+    With `run_context.fine_tune` the first weights are those of the existing flow, see `fine_tuning`.
+
+    Returns:
+        The checkpoint to use: the best by validation if one was measured, else the last.
+    Raises:
+        UserError: a checkpoint that conflicts with the configuration or the store; nothing to fine-tune; settings that
+            fit neither store nor device; losses that are not finite; out of memory.
+        StoreError: no complete store.
+        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
+    folder, processes = config.run_path / "flow", run_context.processes
+    with processes.first_before_others():
+        finish_beginning(folder)
+    asked = run_context.fine_tune
+    if asked:
+        run_context = fine_tune(config, run_context, flow_state)
+    newest = CheckpointFolder(folder / "checkpoints").latest()
+    if newest is not None and is_imported(newest):
+        _warn_of_another_store(newest, config.store_path)
+
+    def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
+        check_flow(config, run_context)
+        cache = latent_cache.open(config.store_path, "train")
+        sampler = held.enter_context(closing(_open_sampler(config, run_context, cache)))
+        _check_data(config, cache, sampler, found)
+        validation = open_flow_validation(config, cache.url, run_context.device) if processes.is_first else None
+        use_precision(resolve_precision(config.flow.training.precision, run_context.device))
+        wanted = config.flow.training.standardize
+        standardization = standardization_of(cache, wanted) if found is None else standardization_in(found)
+        state = {"order": sampler.order, **flow_state(config, cache, standardization)}
+        if found is not None and is_fine_tuned(found):
+            state["fine_tuned_from"] = found.state["fine_tuned_from"]
+        trainer = FlowTrainer(
+            config,
+            run_context.device,
+            cache,
+            sampler,
+            validation=validation,
+            samples=folder / "samples",
+            state=state,
+            standardization=standardization,
+            processes=processes,
+        )
+        return trainer, loop_settings(config, validation is not None), _describe(config, trainer, sampler)
+
+    plan = flow_plan(config)
+    if asked and training_status(plan).is_done:
+        say("flow: to fine-tune it again: `train-flow --fine-tune --restart`")
+    return train(plan, config, run_context, open_trainer)
 
 
-def flow_settings(config: RiverConfig) -> dict[str, Any]:
-    """All settings of the training, also those that its result does not depend on."""
-    return {"seed": config.seed, "flow": config.flow.model_dump(mode="json")}
+def flow_status(config: RiverConfig) -> Status:
+    """How far the flow is: its newest checkpoint against the configuration and, if it is complete, the store."""
+    return training_status(flow_plan(config))
+
+
+def flow_plan(config: RiverConfig) -> TrainingPlan:
+    """The training of this configuration on this store."""
+    try:
+        cache = latent_cache.open(config.store_path, "train") if store_is_complete(config.store_path) else None
+    except StoreError:  # which the store's own status tells
+        cache = None
+    return TrainingPlan(
+        name="flow",
+        folder=config.run_path / "flow",
+        steps=config.flow.training.steps,
+        keep=config.flow.training.keep_checkpoints,
+        identity={"seed": config.seed, "flow": result_settings(config.flow)},
+        settings={"seed": config.seed, "flow": config.flow.model_dump(mode="json")},
+        inputs={} if cache is None else {"store": _origin(cache)},
+        less_memory=LESS_MEMORY,
+        way_out="fine-tune the existing weights (`train-flow --fine-tune --restart`), ",
+    )
 
 
 def flow_state(config: RiverConfig, cache: LatentCache, standardization: Standardization) -> dict[str, Any]:
-    """The JSON of a training of this configuration on this store."""
-    return {
-        "identity": flow_identity(config),
-        "settings": flow_settings(config),
+    """What each checkpoint records: what the training depends on, and what sampling needs."""
+    return flow_plan(config).state | {
         "model": config.flow.model.model_dump(mode="json"),
         "latent_shape": list(cache.latent_shape),
         "standardization": {"mean": standardization.mean.tolist(), "std": standardization.std.tolist()},
         "fps": cache.metadata.fps,
-        "store": {
-            "path": str(cache.url),
-            "fingerprint": cache.fingerprint,
-            "autoencoder": cache.metadata.autoencoder["sha256"],
-        },
+        "store": {"path": str(cache.url), **_origin(cache)},
     }
 
 
-def standardization_in(checkpoint: Checkpoint) -> Standardization:
-    """That which a flow was trained with."""
-    statistics = checkpoint.state["standardization"]
-    return Standardization(torch.tensor(statistics["mean"]), torch.tensor(statistics["std"]))
+def check_flow(config: RiverConfig, run_context: RunContext) -> None:
+    """Refuse, before anything is built, settings that don't fit the device or the number of processes.
+
+    Raises:
+        UserError: names the key to change; `--fine-tune` without a flow to start from.
+    """
+    training, processes = config.flow.training, run_context.processes
+    processes.check_batch(training.batch_size, training.accumulate, "flow.training.batch_size")
+    on_cpus = processes.count > 1 and run_context.device.type == "cpu"
+    if on_cpus and config.flow.model.head == "bn" and processes.is_first:
+        warn("flow.model.head: bn: on CPUs each process normalizes with the statistics of its own rows")
+    try:
+        records_steps(training, run_context.device, processes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if run_context.fine_tune:
+        check_fine_tuning(config, run_context)
 
 
 class FlowTrainer(Trainer):
@@ -241,3 +328,103 @@ def records_steps(training: FlowTrainingConfig, device: torch.device, processes:
             f"{processes.count} process(es), {training.optimizer}: set it to auto or false"
         )
     return possible and training.cuda_graphs is not False
+
+
+def loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
+    """How the flow's loop runs; `validated`: whether there is a validation split."""
+    training = config.flow.training
+    return LoopSettings(
+        name="flow",
+        steps=training.steps,
+        checkpoint_every=training.checkpoint_every,
+        validate_every=training.validate_every,
+        log_every=config.logging.every,
+        best="validation_loss" if validated and training.best_by == "loss" else None,
+        lowest=True,
+        advice="Lower flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32",
+        max_bad_steps=training.max_bad_steps,
+        less_memory=LESS_MEMORY,
+    )
+
+
+def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCache) -> Sampler:
+    training = config.flow.training
+    return open_sampler(
+        cache,
+        run_context.device,
+        config.seed,
+        training.batch_size,
+        training.clip_frames,
+        residency=config.cache.residency,
+        memory_budget=config.cache.memory_budget_bytes,
+        past_horizon=training.past_horizon,
+    )
+
+
+def _describe(config: RiverConfig, trainer: FlowTrainer, sampler: Sampler) -> str:
+    """What is trained, on what, and how."""
+    switches = [trainer.precision]
+    switches += ["compiled"] if trainer.compiled else []
+    switches += ["CUDA graph"] if isinstance(trainer.update, CudaGraphStep) else []
+    return (
+        f"{trainer.model.parameter_count / 1e6:.1f} M parameters, batch {config.flow.training.batch_size} of "
+        f"{sampler.legal_targets} targets, {sampler.describe()}, {', '.join(switches)}"
+    )
+
+
+def _origin(cache: LatentCache) -> dict[str, Any]:
+    """What tells a store from another one."""
+    return {"autoencoder": cache.metadata.autoencoder["sha256"], "fingerprint": cache.fingerprint}
+
+
+def _check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found: Checkpoint | None) -> None:
+    """Refuse a store that the settings don't fit; say what is out of the ordinary.
+
+    Raises:
+        UserError: fewer targets than a batch has rows; latents of more places than the field has codes for.
+    """
+    training = config.flow.training
+    if sampler.legal_targets < training.batch_size:
+        raise UserError(
+            f"{cache.url}, split 'train': {sampler.legal_targets} frames have two frames of their video before them "
+            f"and can be a target, fewer than flow.training.batch_size {training.batch_size}: lower it, or encode more "
+            "videos"
+        )
+    if max(cache.latent_shape[1:]) > POSITIONS:
+        raise UserError(
+            f"{cache.url}: latents of {cache.latent_shape[1]}x{cache.latent_shape[2]}, and the vector field has codes "
+            f"for {POSITIONS} places a side: encode smaller frames (dataset.image_size)"
+        )
+    short, longest = int((cache.lengths < 3).sum()), int(cache.lengths.max())
+    if short:
+        say(f"flow: {short} of {len(cache.lengths)} videos have fewer than 3 frames and are not learned from")
+    if longest < training.clip_frames:
+        say(
+            f"flow: clip_frames is {training.clip_frames}, and the longest video has {longest} frames: conditions lie "
+            f"at most {longest - 2} frames before the reference"
+        )
+    horizon, sampled = training.past_horizon, config.sampling.past_horizon
+    if horizon is not None and (sampled is None or sampled > horizon):
+        warn(
+            f"flow.training.past_horizon is {horizon}, and sampling.past_horizon {sampled}: predictions would take "
+            f"conditions that the field never saw; set sampling.past_horizon={horizon}"
+        )
+    order = sampler.order if found is None else found.state.get("order", sampler.order)
+    if order != sampler.order:
+        warn(
+            f"flow: from here on batches come in another order: {sampler.order}, and before {order}. That is as good, "
+            "but not what an uninterrupted training would have seen; cache.residency and cache.memory_budget decide it"
+        )
+
+
+def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
+    """An imported flow predicts without a store; one that is there should have been encoded by its autoencoder."""
+    if not store_is_complete(store):
+        return
+    theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], imported.state["store"]["autoencoder"]
+    if theirs != ours:
+        warn(
+            f"flow: {store} was encoded by autoencoder {theirs[:12]}..., and {imported.path} knows latents of "
+            f"{ours[:12]}...: encode again with the imported one (`encode --overwrite`), or train a flow on this store "
+            "(`train-flow --restart`; the imported one is set aside)"
+        )

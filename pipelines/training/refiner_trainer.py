@@ -1,6 +1,8 @@
-"""What changes while a refiner is trained; one call a step. The autoencoder that it belongs to stays as it is."""
+"""The refiner's training: from the store and the raw videos to a network that refines decoded frames."""
 
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,24 +10,127 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.config import RiverConfig
+import latent_cache
+from latent_cache import StoreError
+from pipelines.config import RiverConfig, result_settings
+from pipelines.data.datasets import open_videos
+from pipelines.encoding.store_checks import check_sources, store_is_complete
+from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.evaluation.networks import VideoNetwork
+from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.rollouts import refine_frames
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
-from pipelines.runtime.context import image_memory_format
+from pipelines.runtime.context import RunContext, image_memory_format, use_precision
 from pipelines.runtime.distributed import ALONE, Processes
+from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say
+from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
 from pipelines.training.refiner_clips import ClipBatch, RefinerClips
-from pipelines.training.training_loop import StepResult, Trainer
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
+from pipelines.training.training_run import TrainingPlan, train, training_status
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage1_autoencoder.training import learning_rate_factor
+from stage1_autoencoder.videos.source import VideoSource
 
 # Frames that go through the autoencoder, and clips that are validated, at once.
 FRAMES_AT_ONCE = 64
 CLIPS_AT_ONCE = 4
+
+
+def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
+    """Train the refiner to its last step, or recognise that this was done.
+
+    Returns:
+        The checkpoint to use: the best by validation if one was measured, else the last.
+    Raises:
+        UserError: no autoencoder; a checkpoint that conflicts with the configuration, the autoencoder or the store;
+            videos that are not those of the store, or all too short; gradients that are not finite.
+        StoreError: no complete store.
+        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
+    processes, plan = run_context.processes, refiner_plan(config)
+
+    def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
+        training = config.refiner.training
+        processes.check_batch(training.batch_size, training.accumulate, "refiner.training.batch_size")
+        autoencoder = _load_autoencoder(config, run_context.device)
+        with processes.first_before_others():
+            splits = open_videos(config, run_context)
+        check_sources(config, splits)
+        perceptual = None
+        if training.perceptual_network is not None:
+            perceptual = VideoNetwork(
+                training.perceptual_network, run_context.device, "refiner.training.perceptual_network"
+            )
+        clips = held.enter_context(closing(_open_clips(config, run_context, splits["train"], "train")))
+        validation = _open_validation(config, run_context, splits.get("val")) if processes.is_first else None
+        use_precision(training.precision)
+        trainer = RefinerTrainer(
+            config,
+            run_context.device,
+            autoencoder,
+            clips,
+            perceptual=perceptual,
+            validation=validation,
+            state=plan.state,
+            processes=processes,
+        )
+        sentence = (
+            f"{trainer.model.parameter_count / 1e6:.2f} M parameters, batch {training.batch_size} of {clips.count} "
+            f"clips of {training.clip_frames} frames, {training.precision}"
+        )
+        return trainer, loop_settings(config, validation is not None), sentence
+
+    return train(plan, config, run_context, open_trainer)
+
+
+def refiner_status(config: RiverConfig) -> Status:
+    """How far the refiner is: its newest checkpoint against the configuration, the autoencoder and the store."""
+    return training_status(refiner_plan(config))
+
+
+def refiner_plan(config: RiverConfig) -> TrainingPlan:
+    """The training of this configuration on this store. What is missing of the inputs is not compared."""
+    training, inputs = config.refiner.training, {}
+    autoencoder = find_autoencoder(config.run_path)
+    if autoencoder is not None:
+        inputs["autoencoder"] = weights_digest(load_trained_autoencoder(autoencoder, torch.device("cpu")))
+    try:
+        if store_is_complete(config.store_path):
+            inputs["store"] = {"fingerprint": latent_cache.open(config.store_path, "train").fingerprint}
+    except StoreError:  # which the store's own status tells
+        pass
+    if training.perceptual_network is None:
+        inputs["perceptual"] = None
+    elif (file := Path(training.perceptual_network).expanduser()).is_file():
+        inputs["perceptual"] = {"sha256": file_sha256(file)}
+    return TrainingPlan(
+        name="refiner",
+        folder=config.run_path / "refiner",
+        steps=training.steps,
+        keep=training.keep_checkpoints,
+        identity={"seed": config.seed, "refiner": result_settings(config.refiner)},
+        settings={"seed": config.seed, "refiner": config.refiner.model_dump(mode="json")},
+        inputs=inputs,
+        less_memory="Compute each batch in parts (refiner.training.accumulate=2), or lower refiner.training.batch_size",
+    )
+
+
+def loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
+    """How the refiner's loop runs; `validated`: whether there are validation clips."""
+    training = config.refiner.training
+    return LoopSettings(
+        name="refiner",
+        steps=training.steps,
+        checkpoint_every=training.checkpoint_every,
+        validate_every=training.validate_every,
+        log_every=config.logging.every,
+        best="validation_psnr" if validated else None,
+        advice="Lower refiner.training.learning_rate, set refiner.training.grad_clip=1, or take precision fp32",
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +163,7 @@ class RefinerTrainer(Trainer):
         state: dict[str, Any] | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        """Make everything anew, from the configuration's seed.
+        """Initialize everything from the configuration's seed.
 
         Args:
             autoencoder: in eval mode, on the device; decodes the clips' latents.
@@ -169,3 +274,39 @@ def make_example(autoencoder: Autoencoder, pixels: Tensor, latents: Tensor) -> R
         decoded=rearrange(decoded, "(b n) c h w -> b n c h w", b=len(frames)),
         truth=frames[:, 1:],
     )
+
+
+def _load_autoencoder(config: RiverConfig, device: torch.device) -> Autoencoder:
+    checkpoint = find_autoencoder(config.run_path)
+    if checkpoint is None:
+        raise UserError(
+            f"{config.run_path}/autoencoder/checkpoints holds no checkpoint, and a refiner is trained on what the "
+            f"autoencoder decodes: bring the one back that encoded {config.store_path}, or train one and encode again "
+            "(`train-autoencoder`, `encode --overwrite`)"
+        )
+    return load_trained_autoencoder(checkpoint, device)
+
+
+def _open_clips(config: RiverConfig, run_context: RunContext, source: VideoSource, split: str) -> RefinerClips:
+    training, train = config.refiner.training, split == "train"
+    return RefinerClips(
+        source,
+        latent_cache.open(config.store_path, split),
+        clip_frames=training.clip_frames,
+        batch_size=training.batch_size if train else training.validation_clips,
+        steps=training.steps if train else 1,
+        seed=config.seed,
+        memory=config.cache.memory_budget_bytes if train else 0,
+        on_broken=lambda error: run_context.skip(error.video_id, error.reason),
+    )
+
+
+def _open_validation(config: RiverConfig, run_context: RunContext, source: VideoSource | None) -> ClipBatch | None:
+    """The clips that every validation looks at; none where the split has no video that is long enough."""
+    if source is None or "val" not in latent_cache.splits(config.store_path):
+        return None
+    if latent_cache.open(config.store_path, "val").lengths.max() < config.refiner.training.clip_frames:
+        say("refiner: no validation: all videos of the val split are shorter than a clip")
+        return None
+    with closing(_open_clips(config, run_context, source, "val")) as clips:
+        return clips.batch(0)

@@ -1,0 +1,173 @@
+"""One training from what its folder holds to its last step: how far it is, resuming, lock, log, loop."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import RiverConfig, differences
+from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.context import RunContext
+from pipelines.runtime.logs import TrainingLog
+from pipelines.runtime.progress import say
+from pipelines.runtime.runs import (
+    chosen_checkpoint,
+    describe_progress,
+    is_imported,
+    only_training_of,
+    set_aside,
+    write_run_files,
+)
+from pipelines.runtime.status import Status
+from pipelines.training.training_loop import LoopSettings, Trainer, explain_out_of_memory, run_training
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training is, before anything of it is built.
+
+    Attributes:
+        name: `autoencoder`, `flow`, `refiner`: its folder in the run, and its word in messages.
+        folder: `runs/<name>/flow`.
+        steps: of the whole training.
+        keep: number of checkpoints to keep.
+        identity: the settings that its result depends on, as a checkpoint's `identity` has them.
+        settings: all its settings, as a checkpoint's `settings` has them.
+        inputs: what else it depends on, by the names that the checkpoint's state has for it, such as the store's
+            fingerprint; empty where that is not at hand.
+        less_memory: what to do when memory runs out.
+        way_out: one more way out of a conflict, a phrase that ends in a comma.
+    """
+
+    name: str
+    folder: Path
+    steps: int
+    keep: int
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    less_memory: str = "Lower the batch size"
+    way_out: str = ""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What each checkpoint records of the plan."""
+        return {"identity": self.identity, "settings": self.settings, **self.inputs}
+
+
+# Builds the trainer from the checkpoint to resume from, with the loop's settings and what is said about it.
+OpenTrainer = Callable[[Checkpoint | None, ExitStack], tuple[Trainer, LoopSettings, str]]
+
+
+def training_status(plan: TrainingPlan) -> Status:
+    """How far a training is, by its newest whole checkpoint."""
+    return _status_of(plan, CheckpointFolder(plan.folder / "checkpoints").latest())
+
+
+def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open_trainer: OpenTrainer) -> Checkpoint:
+    """Run a training from where it is to its last step; do nothing when it is done.
+
+    Returns:
+        The checkpoint to use: the best by validation if one was measured, else the last.
+    Raises:
+        UserError: the checkpoint conflicts with the configuration or the inputs; another process trains in the folder;
+            losses that are not finite; out of memory.
+        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+    """
+    processes = run_context.processes
+    with processes.first_before_others():
+        checkpoints, found = resume(plan, run_context)
+    if found is not None and _status_of(plan, found).is_done:
+        say(f"{plan.name}: done, {describe_progress(found)}, {found.path}")
+        return chosen_checkpoint(plan.folder)
+    with ExitStack() as held, explain_out_of_memory(plan.name, plan.less_memory):
+        if processes.is_first:
+            write_run_files(config, run_context.device)
+            held.enter_context(only_training_of(plan.folder))
+        trainer, loop, sentence = open_trainer(found, held)
+        first_step = 0
+        if found is not None:
+            trainer.load(found)
+            first_step = found.step
+        many = f" x {processes.count}" if processes.count > 1 else ""
+        say(f"{plan.name}: {sentence}, steps {first_step} to {plan.steps}, {run_context.device}{many} -> {plan.folder}")
+        log = None
+        if processes.is_first:
+            if found is not None and first_step == 0:
+                trainer.validate(0)  # weights that were trained before are worth a look before they change
+            log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step)))
+        run_training(trainer, loop, log, checkpoints, first_step, processes)
+    return chosen_checkpoint(plan.folder)
+
+
+def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolder, Checkpoint | None]:
+    """Find the checkpoint to resume from: the newest, or the one that `run_context.resume` names.
+
+    With `run_context.restart` the existing training is moved to a backup; so are checkpoints after a named one.
+
+    Raises:
+        UserError: the checkpoint conflicts with the plan; the named one is missing or damaged.
+    """
+    first, name = run_context.processes.is_first, run_context.resume
+    checkpoints = CheckpointFolder(plan.folder / "checkpoints", plan.keep)
+    if name != "auto" and run_context.restart:
+        raise UserError(f"--resume {name} continues a training and --restart begins a new one: use one of them")
+    found = checkpoints.latest() if name == "auto" else checkpoints.named(name)
+    if found is None:
+        return checkpoints, None
+    if run_context.restart:
+        if first:
+            set_aside(plan.folder, plan.name)
+        return checkpoints, None
+    status = _status_of(plan, found)
+    if status.state == "conflicting":
+        raise UserError(status.detail)
+    if harmless := _changed_settings(plan, found):
+        say(f"{plan.name}: resuming from {found.path.name} with changed settings: {'; '.join(harmless)}")
+    if name != "auto" and first and (backup := checkpoints.set_aside_after(found.step)) is not None:
+        say(f"{plan.name}: --resume {name}; later checkpoints are kept in {backup}")
+    return checkpoints, found
+
+
+def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
+    if found is None:
+        return Status("missing", f"0 of {plan.steps} steps", plan.folder)
+    before = found.state.get("identity", {})
+    changed = differences(_shared_part(plan.identity, before) if is_imported(found) else plan.identity, before)
+    if changed:
+        return Status("conflicting", _refusal(plan, found, changed), plan.folder)
+    if is_imported(found):
+        return Status("done", describe_progress(found), plan.folder)
+    if changed := differences(plan.inputs, _shared_part(found.state, plan.inputs)):
+        return Status("conflicting", _refusal(plan, found, changed), plan.folder)
+    if found.step >= plan.steps:
+        return Status("done", describe_progress(found), plan.folder)
+    return Status("partial", f"{found.step} of {plan.steps} steps", plan.folder)
+
+
+def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:
+    how = f"imported from {found.state['imported']['file']}" if is_imported(found) else "trained"
+    harmless = [line for line in _changed_settings(plan, found) if line not in changed]
+    return (
+        f"{found.path} was {how} with other settings or inputs:\n  "
+        + "\n  ".join(changed)
+        + ("\nalso changed, without effect on the result:\n  " + "\n  ".join(harmless) if harmless else "")
+        + f"\nrestore the old values, train again with `train-{plan.name} --restart` (the existing training is moved "
+        f"to a backup), {plan.way_out}or give the run another name with --set dataset.name=..."
+    )
+
+
+def _changed_settings(plan: TrainingPlan, found: Checkpoint) -> list[str]:
+    before = found.state.get("settings")
+    return [] if before is None else differences(plan.settings, before)
+
+
+def _shared_part(identity: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """The values of `identity` under the keys that `like` has as well."""
+    return {
+        name: _shared_part(identity[name], value) if isinstance(value, dict) else identity[name]
+        for name, value in like.items()
+        if name in identity
+    }
