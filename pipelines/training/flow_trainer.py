@@ -67,7 +67,7 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
         check_flow(config, run_context)
         cache = latent_cache.open(config.store_path, "train")
         sampler = held.enter_context(closing(_open_sampler(config, run_context, cache)))
-        _check_data(config, cache, sampler, found)
+        check_data(config, cache, sampler, found)
         validation = open_flow_validation(config, cache.url, run_context.device) if processes.is_first else None
         use_precision(resolve_precision(config.flow.training.precision, run_context.device))
         wanted = config.flow.training.standardize
@@ -377,7 +377,7 @@ def _origin(cache: LatentCache) -> dict[str, Any]:
     return {"autoencoder": cache.metadata.autoencoder["sha256"], "fingerprint": cache.fingerprint}
 
 
-def _check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found: Checkpoint | None) -> None:
+def check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found: Checkpoint | None) -> None:
     """Refuse a store that the settings don't fit; say what is out of the ordinary.
 
     Raises:

@@ -25,7 +25,7 @@ KILLS = 24
 PARENT = """
 import json, os, sys, threading
 import torch
-import pipelines.__main__, pipelines.encoding.encode_store, pipelines.dry_run, latent_cache, dask.threaded
+import pipelines.__main__, pipelines.stages, latent_cache, dask.threaded
 os.fsync = lambda descriptor: None  # what was written survives a killed process, flushed or not
 assert threading.active_count() == 1
 for line in sys.stdin:

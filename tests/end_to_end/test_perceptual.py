@@ -62,7 +62,7 @@ def test_without_weights_there_is_one_warning_and_a_way_out(place, vgg: Path) ->
 
 
 def test_half_a_training_does_not_change_its_loss(place, vgg: Path, story, monkeypatch) -> None:
-    from pipelines.training.autoencoder_stage import AutoencoderTrainer
+    from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 
     with monkeypatch.context() as patch:
         story.send_at(patch, AutoencoderTrainer, "train_step", call=3)

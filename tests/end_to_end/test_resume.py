@@ -18,7 +18,7 @@ from latent_cache import ChunkWriter, StoreWriter
 from latent_cache.writing.markers import ChunkMarker
 from pipelines.encoding.chunk_encoder import ChunkTask
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.training.autoencoder_stage import AutoencoderTrainer
+from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 from pipelines.training.flow_trainer import FlowTrainer
 
 PLAIN = ()

@@ -1,18 +1,15 @@
 """Devices, skipped videos, run folders, and resuming without contradiction."""
 
 import json
-import os
 
 import pytest
 import torch
 
-from pipelines.config import load_config, parse_config, parse_size
+from pipelines.config import load_config, parse_config, parse_size, result_settings
 from pipelines.errors import UserError
-from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import RunContext, resolve_device
-from pipelines.runtime.distributed import Processes
 from pipelines.runtime.progress import is_quiet, progress, say, set_quiet
-from pipelines.runtime.runs import only_training_of, resumable_checkpoint, training_identity, write_run_files
+from pipelines.runtime.runs import write_run_files
 
 
 def test_devices():
@@ -77,91 +74,13 @@ def test_a_run_keeps_its_resolved_configuration_and_environment(tmp_path):
 
 def test_what_a_training_does_not_depend_on_is_left_out(tmp_path):
     def identity(**training):
-        return training_identity(config(tmp_path, flow={"training": training}).flow.model_dump(mode="json"))
+        return result_settings(config(tmp_path, flow={"training": training}).flow)
 
     assert identity() == identity(steps=5, checkpoint_every=3, keep_checkpoints=9, validate_every=4, compile=True)
     assert identity() == identity(cuda_graphs=False, best_by="last", max_bad_steps=3, validation_pairs=7)
     assert identity() == identity(validation_samples=0)
     assert identity() != identity(learning_rate=0.5)
     assert identity() != identity(batch_size=3)
-
-
-@pytest.fixture
-def trained(tmp_path):
-    folder = tmp_path / "flow"
-    CheckpointFolder(folder / "checkpoints").save(
-        7, {"model": {"a": torch.zeros(1)}}, {"identity": {"seed": 0, "b": {"c": 1}}}
-    )
-    return folder
-
-
-def resume(folder, identity, restart=False, **options):
-    run_context = RunContext(torch.device("cpu"), restart=restart, **options)
-    return resumable_checkpoint(folder, identity, keep=2, run_context=run_context, what="flow")
-
-
-def test_nothing_to_resume(tmp_path):
-    for restart in (False, True):
-        checkpoints, found = resume(tmp_path / "flow", {"seed": 0}, restart)
-        assert found is None
-        assert checkpoints.keep == 2
-
-
-def test_the_same_configuration_resumes(trained):
-    assert resume(trained, {"seed": 0, "b": {"c": 1}})[1].step == 7
-
-
-def test_another_configuration_is_refused_with_the_way_out(trained):
-    with pytest.raises(UserError, match=r"another configuration:\n  b\.c: 1 -> 2\n") as error:
-        resume(trained, {"seed": 0, "b": {"c": 2}})
-    assert "--restart" in str(error.value)
-    assert "--set dataset.name=" in str(error.value)
-
-
-def test_restart_sets_the_old_training_aside(trained, capsys):
-    checkpoints, found = resume(trained, {"seed": 1}, restart=True)
-    assert found is None
-    assert checkpoints.latest() is None
-    (aside,) = trained.parent.glob("flow.*")
-    assert CheckpointFolder(aside / "checkpoints").latest().step == 7
-    assert str(aside) in capsys.readouterr().out
-
-
-def test_a_second_process_moves_nothing(trained):
-    second = Processes(1, 2)
-    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
-    assert resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7", processes=second)[1].step == 7
-    assert resume(trained, {"seed": 1}, restart=True, processes=second)[1] is None
-    assert [path.name for path in trained.parent.glob("flow*")] == ["flow"]
-    assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
-    assert CheckpointFolder(trained / "checkpoints").latest().step == 9
-
-
-def test_going_on_from_a_name_moves_nothing_where_it_is_refused(trained, capsys):
-    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
-    with pytest.raises(UserError, match="another configuration"):
-        resume(trained, {"seed": 0, "b": {"c": 2}}, resume="7")
-    assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
-    checkpoints, found = resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7")
-    assert found.step == checkpoints.latest().step == 7
-    (aside,) = trained.glob("checkpoints.*")
-    assert f"flow: --resume 7; later checkpoints are kept in {aside}" in capsys.readouterr().out
-    assert CheckpointFolder(aside).latest().step == 9
-
-
-@pytest.mark.parametrize("state", ["[", "[]", "{}"])
-def test_going_on_from_a_name_that_is_damaged(trained, state):
-    (trained / "checkpoints" / "step_00000007" / "state.json").write_text(state)
-    with pytest.raises(UserError, match=r"--resume 7: .*step_00000007 is not a whole checkpoint .*--resume auto"):
-        resume(trained, {}, resume="7")
-
-
-def test_a_training_under_way_is_not_set_aside(trained):
-    for _ in range(2):  # the second time there is a number in the file already
-        with only_training_of(trained):
-            with pytest.raises(UserError, match=rf"flow: process {os.getpid()} is training here"):
-                resume(trained, {"seed": 1}, restart=True)
-            assert CheckpointFolder(trained / "checkpoints").latest().step == 7
 
 
 @pytest.mark.parametrize(

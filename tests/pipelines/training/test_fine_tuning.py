@@ -11,14 +11,13 @@ from torch import Tensor
 
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import RiverConfig, parse_config
-from pipelines.dry_run import describe_plan
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import find_flow, load_trained_field, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.runs import only_training_of, set_aside
-from pipelines.training.flow_stage import train_flow
-from pipelines.training.flow_trainer import FlowTrainer
+from pipelines.stages import describe
+from pipelines.training.flow_trainer import FlowTrainer, train_flow
 
 CPU = torch.device("cpu")
 AUTOENCODER = "a" * 64
@@ -140,7 +139,7 @@ def test_a_plain_train_flow_knows_it_afterwards(kit: Kit, capsys: pytest.Capture
         assert "flow: done, 4 steps of fine-tuning from step 4 of the flow before" in out
         assert ("--fine-tune --restart" in out) == bool(run_context)
     assert len(kit.asides) == 1
-    assert "4 of 4 steps done" in describe_plan(kit.config(learning_rate=1e-3), CPU)
+    assert "4 of 4 steps done" in describe(kit.config(learning_rate=1e-3), CPU)
     with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.01\n.*`train-flow --fine-tune --restart`"):
         kit.train(fine_tune=True)
     again = kit.train(fine_tune=True, restart=True)

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import parse_config
-from pipelines.dry_run import describe_plan
 from pipelines.runtime.throughput import forward_flops
 from pipelines.runtime.train_state import TrainState
+from pipelines.stages import describe
 from pipelines.training.flow_memory import FlowMemory, LiveMemory, estimate_memory
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
@@ -193,7 +193,7 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
             "flow": {"model": SMALL, "training": {"batch_size": 8, "precision": "bf16"}},
             "cache": cache,
         }
-        return describe_plan(parse_config(values, "a test"), torch.device("cpu")).splitlines()
+        return describe(parse_config(values, "a test"), torch.device("cpu")).splitlines()
 
     found = lines()
     flow = next(number for number, line in enumerate(found) if line.startswith("flow "))

@@ -16,8 +16,7 @@ from pipelines.loading import load_trained_field
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import resolve_precision
 from pipelines.runtime.distributed import Processes
-from pipelines.training.flow_stage import _check_data, _loop_settings, flow_identity
-from pipelines.training.flow_trainer import FlowTrainer, compiles, records_steps
+from pipelines.training.flow_trainer import FlowTrainer, check_data, compiles, flow_plan, loop_settings, records_steps
 from stage2_flow.config import FlowTrainingConfig
 from stage2_flow.vector_field import POSITIONS
 
@@ -287,21 +286,21 @@ def test_a_failed_step_names_its_own_batch(store):
 
 
 def test_what_a_trained_flow_depends_on():
-    assert flow_identity(config()) == flow_identity(config(accumulate=2, max_bad_steps=3))
+    assert flow_plan(config()).identity == flow_plan(config(accumulate=2, max_bad_steps=3)).identity
     for other in (
         with_seed(1),
         config(time_sampling="logit_normal"),
         config(past_horizon=4),
         config({"qk_norm": True}),
     ):
-        assert flow_identity(other) != flow_identity(config())
+        assert flow_plan(other).identity != flow_plan(config()).identity
 
 
 def test_the_best_flow_has_the_least_validation_loss():
-    settings = _loop_settings(config(), validated=True)
+    settings = loop_settings(config(), validated=True)
     assert (settings.best, settings.lowest) == ("validation_loss", True)
-    assert _loop_settings(config(), validated=False).best is None
-    assert _loop_settings(config(best_by="last"), validated=True).best is None
+    assert loop_settings(config(), validated=False).best is None
+    assert loop_settings(config(best_by="last"), validated=True).best is None
 
 
 def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
@@ -309,7 +308,7 @@ def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
 
     def said(**training) -> str:
         settings = config(**training)
-        _check_data(settings, store, trainer(store, settings).sampler, None)
+        check_data(settings, store, trainer(store, settings).sampler, None)
         return capsys.readouterr().out
 
     assert said(batch_size=18, clip_frames=12) == (
@@ -325,10 +324,10 @@ def test_latents_of_more_places_than_there_are_codes_for(store, shape):
     cache = SimpleNamespace(url="toy.zarr", latent_shape=shape, lengths=store.lengths)
     sampler = trainer(store, config()).sampler
     if max(shape) == POSITIONS:
-        _check_data(config(), cache, sampler, None)
+        check_data(config(), cache, sampler, None)
     else:
         with pytest.raises(UserError, match=rf"latents of {shape[1]}x{shape[2]}, .* {POSITIONS} places a side"):
-            _check_data(config(), cache, sampler, None)
+            check_data(config(), cache, sampler, None)
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])

@@ -10,8 +10,7 @@ from latent_cache import FlowBatch
 from pipelines.config import RiverConfig, parse_config
 from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.training.autoencoder_stage import _loop_settings, autoencoder_identity
-from pipelines.training.autoencoder_trainer import AutoencoderTrainer, Validation
+from pipelines.training.autoencoder_trainer import AutoencoderTrainer, autoencoder_plan, loop_settings
 from pipelines.training.flow_trainer import FlowTrainer
 from stage1_autoencoder.families import build_autoencoder
 
@@ -112,20 +111,21 @@ def test_augmentation_reaches_the_images(options, monkeypatch):
         ({"adversarial": ADVERSARIAL, "perceptual": "lpips"}, "validation_lpips", True),
     ],
 )
-def test_what_tells_the_best_autoencoder(training, best, lowest, tmp_path):
+def test_what_tells_the_best_autoencoder(training, best, lowest):
     wanted = config(**{f"autoencoder__{key}": value for key, value in training.items()})
-    settings = _loop_settings(wanted, Validation(torch.zeros(1, 3, 16, 16), tmp_path))
+    perceptual = wanted.autoencoder.training.perceptual == "lpips"
+    settings = loop_settings(wanted, perceptual, validated=True)
     assert (settings.best, settings.lowest) == (best, lowest)
-    assert _loop_settings(wanted, None).best is None
+    assert loop_settings(wanted, perceptual, validated=False).best is None
 
 
 def test_an_autoencoder_depends_on_its_seed_and_not_on_where_its_videos_lie():
     plain = config()
     moved = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"root": "elsewhere", "name": "b"})})
-    assert autoencoder_identity(moved) == autoencoder_identity(plain)
-    assert autoencoder_identity(plain.model_copy(update={"seed": 1})) != autoencoder_identity(plain)
+    assert autoencoder_plan(moved).identity == autoencoder_plan(plain).identity
+    assert autoencoder_plan(plain.model_copy(update={"seed": 1})).identity != autoencoder_plan(plain).identity
     larger = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"image_size": 32})})
-    assert autoencoder_identity(larger) != autoencoder_identity(plain)
+    assert autoencoder_plan(larger).identity != autoencoder_plan(plain).identity
 
 
 def test_the_averaged_weights_of_the_best_checkpoint_are_used(tmp_path):

@@ -20,8 +20,7 @@ from pipelines.loading import load_trained_refiner
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.distributed import Processes
 from pipelines.training.refiner_clips import ATTEMPTS, STEPS_AHEAD, RefinerClips
-from pipelines.training.refiner_stage import refiner_identity
-from pipelines.training.refiner_trainer import RefinerTrainer, make_example
+from pipelines.training.refiner_trainer import RefinerTrainer, make_example, refiner_plan
 from pipelines.training.training_loop import LoopSettings, run_training
 from stage1_autoencoder.videos.source import BrokenVideoError
 
@@ -403,14 +402,23 @@ def test_a_checkpoint_is_loaded_with_its_averaged_weights(make_trainer, tmp_path
 
 
 def test_the_identity_has_what_changes_the_result_and_nothing_else(kit):
-    plain = refiner_identity(config_of(kit), "a")
-    assert refiner_identity(config_of(kit), "b") != plain
-    for changes in ({"learning_rate": 2e-3}, {"clip_frames": 6}, {"loss": "l1"}, {"perceptual_network": "i3d.pt"}):
-        assert refiner_identity(config_of(kit, **changes), "a") != plain
+    plain = refiner_plan(config_of(kit))
+    for changes in ({"learning_rate": 2e-3}, {"clip_frames": 6}, {"loss": "l1"}):
+        assert refiner_plan(config_of(kit, **changes)).identity != plain.identity
     for harmless in ({"steps": 20}, {"validation_clips": 3}, {"checkpoint_every": 5}, {"accumulate": 2}):
-        assert refiner_identity(config_of(kit, **harmless), "a") == plain
-    somewhere, elsewhere = (config_of(kit, perceptual_network=path) for path in ("a.pt", "b.pt"))
-    assert refiner_identity(somewhere, "a") == refiner_identity(elsewhere, "a")  # its content is held beside
+        assert refiner_plan(config_of(kit, **harmless)).identity == plain.identity
+
+
+def test_a_perceptual_network_is_an_input_by_its_content(kit, tmp_path):
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).write_bytes(b"network")
+    (tmp_path / "c.pt").write_bytes(b"another")
+    a, b, c = (
+        refiner_plan(config_of(kit, perceptual_network=str(tmp_path / name))) for name in ("a.pt", "b.pt", "c.pt")
+    )
+    assert a.identity == b.identity == c.identity == refiner_plan(config_of(kit)).identity
+    assert a.inputs == b.inputs
+    assert len({str(plan.inputs["perceptual"]) for plan in (a, c, refiner_plan(config_of(kit)))}) == 3
 
 
 class Convolved(nn.Module):

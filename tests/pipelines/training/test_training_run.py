@@ -1,0 +1,118 @@
+"""How far a training is, and resuming it without contradiction."""
+
+import os
+
+import pytest
+import torch
+
+from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.context import RunContext
+from pipelines.runtime.distributed import Processes
+from pipelines.runtime.runs import only_training_of
+from pipelines.training import training_run
+from pipelines.training.training_run import TrainingPlan, training_status
+
+
+@pytest.fixture
+def trained(tmp_path):
+    folder = tmp_path / "flow"
+    CheckpointFolder(folder / "checkpoints").save(
+        7, {"model": {"a": torch.zeros(1)}}, {"identity": {"seed": 0, "b": {"c": 1}}}
+    )
+    return folder
+
+
+def plan(folder, identity, **options):
+    return TrainingPlan(name="flow", folder=folder, steps=10, keep=2, identity=identity, settings={}, **options)
+
+
+def resume(folder, identity, restart=False, **options):
+    run_context = RunContext(torch.device("cpu"), restart=restart, **options)
+    return training_run.resume(plan(folder, identity), run_context)
+
+
+def test_nothing_to_resume(tmp_path):
+    for restart in (False, True):
+        checkpoints, found = resume(tmp_path / "flow", {"seed": 0}, restart)
+        assert found is None
+        assert checkpoints.keep == 2
+
+
+def test_the_same_configuration_resumes(trained):
+    assert resume(trained, {"seed": 0, "b": {"c": 1}})[1].step == 7
+
+
+def test_another_configuration_is_refused_with_the_way_out(trained):
+    with pytest.raises(UserError, match=r"b\.c: 1 -> 2\n") as error:
+        resume(trained, {"seed": 0, "b": {"c": 2}})
+    assert "--restart" in str(error.value)
+    assert "--set dataset.name=" in str(error.value)
+
+
+def test_restart_sets_the_old_training_aside(trained, capsys):
+    checkpoints, found = resume(trained, {"seed": 1}, restart=True)
+    assert found is None
+    assert checkpoints.latest() is None
+    (aside,) = trained.parent.glob("flow.*")
+    assert CheckpointFolder(aside / "checkpoints").latest().step == 7
+    assert str(aside) in capsys.readouterr().out
+
+
+def test_a_second_process_moves_nothing(trained):
+    second = Processes(1, 2)
+    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
+    assert resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7", processes=second)[1].step == 7
+    assert resume(trained, {"seed": 1}, restart=True, processes=second)[1] is None
+    assert [path.name for path in trained.parent.glob("flow*")] == ["flow"]
+    assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
+    assert CheckpointFolder(trained / "checkpoints").latest().step == 9
+
+
+def test_going_on_from_a_name_moves_nothing_where_it_is_refused(trained, capsys):
+    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
+    with pytest.raises(UserError, match=r"b\.c: 1 -> 2"):
+        resume(trained, {"seed": 0, "b": {"c": 2}}, resume="7")
+    assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
+    checkpoints, found = resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7")
+    assert found.step == checkpoints.latest().step == 7
+    (aside,) = trained.glob("checkpoints.*")
+    assert f"flow: --resume 7; later checkpoints are kept in {aside}" in capsys.readouterr().out
+    assert CheckpointFolder(aside).latest().step == 9
+
+
+@pytest.mark.parametrize("state", ["[", "[]", "{}"])
+def test_going_on_from_a_name_that_is_damaged(trained, state):
+    (trained / "checkpoints" / "step_00000007" / "state.json").write_text(state)
+    with pytest.raises(UserError, match=r"--resume 7: .*step_00000007 is not a whole checkpoint .*--resume auto"):
+        resume(trained, {}, resume="7")
+
+
+def test_a_training_under_way_is_not_set_aside(trained):
+    for _ in range(2):  # the second time there is a number in the file already
+        with only_training_of(trained):
+            with pytest.raises(UserError, match=rf"flow: process {os.getpid()} is training here"):
+                resume(trained, {"seed": 1}, restart=True)
+            assert CheckpointFolder(trained / "checkpoints").latest().step == 7
+
+
+@pytest.mark.parametrize(
+    ("identity", "inputs", "steps", "state", "needed"),
+    [
+        ({"seed": 0, "b": {"c": 1}}, {}, 10, "partial", "7 of 10 steps"),
+        ({"seed": 0, "b": {"c": 1}}, {}, 7, "done", "7 steps"),
+        ({"seed": 0, "b": {"c": 2}}, {}, 7, "conflicting", "b.c: 1 -> 2"),
+        ({"seed": 0, "b": {"c": 1}}, {"store": {"fingerprint": "x"}}, 7, "done", "7 steps"),
+        ({"seed": 0, "b": {"c": 1}}, {"store": {"fingerprint": "y"}}, 7, "conflicting", "store.fingerprint: x -> y"),
+    ],
+)
+def test_how_far_a_training_is(tmp_path, identity, inputs, steps, state, needed):
+    def status():
+        wanted = TrainingPlan("flow", tmp_path, steps, 2, identity, {}, inputs)
+        return training_status(wanted)
+
+    assert (status().state, status().path) == ("missing", tmp_path)
+    recorded = {"identity": {"seed": 0, "b": {"c": 1}}, "store": {"path": "somewhere", "fingerprint": "x"}}
+    CheckpointFolder(tmp_path / "checkpoints").save(7, {"model": {"a": torch.zeros(1)}}, recorded)
+    assert status().state == state
+    assert needed in status().detail
