@@ -71,6 +71,10 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
         UserError: the stage, or one that it needs, conflicts with the configuration; says both sides and the way out.
     """
     stage, status = STAGES[name], STAGES[name].status(config)
+    for need in stage.needs:
+        needed = STAGES[need].status(config)
+        if needed.state == "conflicting" and not status.standalone:
+            raise UserError(needed.detail)
     if status.state == "conflicting" and not run_context.asks_for_more:
         raise UserError(status.detail)
     if not status.is_done or run_context.asks_for_more:

@@ -40,7 +40,7 @@ def store_status(config: RiverConfig) -> Status:
         if not (path / PROGRESS_FOLDER).exists():
             raise UserError(
                 f"{path}: the store is not complete, and no interrupted `encode` left it: it was copied "
-                "too early or changed. Copy it again, or run `make encode`, which writes all of it"
+                "too early or changed. Copy it again, or write all of it with `encode --overwrite`"
             )
         if not (path / "zarr.json").exists():
             return Status("partial", "no chunk is written yet", path)

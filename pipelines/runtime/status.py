@@ -16,11 +16,13 @@ class Status:
             `conflicting`: what is there was made under other settings, and the stage refuses it.
         detail: for people, in a few words: `3000 of 5000 steps`; of a conflict, what differs and the way out.
         path: the file or folder that holds it, or would.
+        standalone: done elsewhere with other inputs (imported weights): what the stage needs here does not matter.
     """
 
     state: State
     detail: str
     path: Path
+    standalone: bool = False
 
     @property
     def is_done(self) -> bool:

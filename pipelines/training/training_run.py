@@ -139,7 +139,7 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
     if changed:
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
     if is_imported(found):
-        return Status("done", describe_progress(found), plan.folder)
+        return Status("done", describe_progress(found), plan.folder, standalone=True)
     if changed := differences(plan.inputs, _shared_part(found.state, plan.inputs)):
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
     if found.step >= plan.steps:

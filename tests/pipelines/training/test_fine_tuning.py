@@ -139,7 +139,7 @@ def test_a_plain_train_flow_knows_it_afterwards(kit: Kit, capsys: pytest.Capture
         assert "flow: done, 4 steps of fine-tuning from step 4 of the flow before" in out
         assert ("--fine-tune --restart" in out) == bool(run_context)
     assert len(kit.asides) == 1
-    assert "4 of 4 steps done" in describe(kit.config(learning_rate=1e-3), CPU)
+    assert "4 steps of fine-tuning" in describe(kit.config(learning_rate=1e-3), CPU)
     with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.01\n.*`train-flow --fine-tune --restart`"):
         kit.train(fine_tune=True)
     again = kit.train(fine_tune=True, restart=True)
@@ -285,7 +285,7 @@ def test_there_has_to_be_something_to_start_from(kit: Kit) -> None:
     with pytest.raises(UserError, match=r"flow/checkpoints holds none: .*`import-official`, or .*`train-flow`"):
         kit.train(fine_tune=True)
     kit.train()
-    with pytest.raises(UserError, match=r"--resume 2 goes on .*, and --fine-tune begins one"):
+    with pytest.raises(UserError, match=r"--resume 2 .*--fine-tune"):
         kit.train(fine_tune=True, resume="2")
 
 
