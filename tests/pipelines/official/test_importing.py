@@ -25,8 +25,8 @@ from pipelines.predictor import VideoPredictor
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.runs import only_training_of
-from pipelines.training.autoencoder_stage import train_autoencoder
-from pipelines.training.flow_stage import train_flow
+from pipelines.training.autoencoder_trainer import train_autoencoder
+from pipelines.training.flow_trainer import train_flow
 
 CPU = torch.device("cpu")
 
