@@ -1,14 +1,14 @@
 """Benchmarks of the autoencoder: encoding and decoding, compared to the same network run as the public code runs it."""
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from pipelines.bench.measurement import Measurement
 from pipelines.bench.workbench import Workbench
@@ -29,8 +29,7 @@ def autoencoder_measurements(bench: Workbench) -> Iterator[Measurement]:
     if not isinstance(autoencoder, VQGAN):
         return
     side = bench.config.dataset.image_size
-    plain = random_autoencoder(bench)  # not shared: `FrameEncoder` changes the memory format of its own
-    plain.load_state_dict(autoencoder.state_dict())
+    plain = plain_twin(autoencoder)
     # Whole batches for both, and equally many for each thread.
     batch, threads = PLAIN_BATCH[device.type], encoder_threads(bench)
     frames = math.lcm(batch, FrameEncoder(autoencoder, device, side).frames * threads)
@@ -40,15 +39,15 @@ def autoencoder_measurements(bench: Workbench) -> Iterator[Measurement]:
             encoder = FrameEncoder(autoencoder, device, side, precision=precision)
             ours, reference = bench.in_turn(
                 lambda encoder=encoder: encode_frames(encoder, images, threads),
-                lambda precision=precision: _encode_plainly(plain, images, device, precision),
+                lambda precision=precision: _encode_plainly(plain, images, precision),
             )
         yield _measurement(f"encode, {precision}", frames, ours, reference, at_least)
     latents = torch.randn(frames, *bench.latent_shape)
     decoder = autoencoder.to(memory_format=image_memory_format(device))
     with exact_kernels():
         ours, reference = bench.in_turn(
-            lambda: _decode(decoder.decode, latents, device),
-            lambda: _decode(lambda part: plain_decode(plain, part), latents, device),
+            lambda: _decode(decoder, latents, device),
+            lambda: _decode(plain, latents, device),
         )
     yield _measurement("decode, fp32", frames, ours, reference, None)
 
@@ -84,79 +83,50 @@ def _measurement(what: str, frames: int, ours: float, reference: float, at_least
 
 
 @torch.no_grad()
-def _encode_plainly(plain: VQGAN, images: np.ndarray, device: torch.device, precision: Precision) -> None:
+def _encode_plainly(plain: VQGAN, images: np.ndarray, precision: Precision) -> None:
+    device = plain.quantizer.codebook.device
     for part in torch.from_numpy(images).split(PLAIN_BATCH[device.type]):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            latents = plain_encode(plain, image_to_unit(part.to(device)))
+            latents = plain.encode(image_to_unit(part.to(device)))
         latents = latents.float()
-        latents.cpu(), plain_codes(plain, latents).cpu()
+        latents.cpu(), plain.quantizer.nearest(latents).cpu()
 
 
 @torch.no_grad()
-def _decode(decode: Callable[[Tensor], Tensor], latents: Tensor, device: torch.device) -> None:
+def _decode(autoencoder: VQGAN, latents: Tensor, device: torch.device) -> None:
     for part in latents.split(PLAIN_BATCH[device.type]):
-        decode(part.to(device)).cpu()
+        autoencoder.decode(part.to(device)).cpu()
 
 
-def plain_encode(model: VQGAN, images: Tensor) -> Tensor:
-    """Map images [b, 3, h, w] to latents as the public code does, with a model's weights."""
-    encoder = model.encoder
-    x = encoder.conv_in(images)
-    for level in encoder.down:
-        x = _level(level, x)
-        if hasattr(level, "downsample"):
-            x = level.downsample.conv(F.pad(x, (0, 1, 0, 1)))
-    return model.quant_conv(encoder.conv_out(_swish(encoder.norm_out(_middle(encoder.mid, x)))))
+def plain_twin(model: VQGAN) -> VQGAN:
+    """A copy whose blocks compute as the public code's: swish and attention of basic operations, nothing in place."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, ResnetBlock):
+            module.__class__ = PlainBlock
+        elif isinstance(module, AttnBlock):
+            module.__class__ = PlainAttention
+    return twin
 
 
-def plain_codes(model: Autoencoder, latents: Tensor) -> Tensor:
-    """Nearest codes [b * h * w] of latents [b, c, h, w], from the distances to all codes at once."""
-    vectors, codebook = rearrange(latents, "b c h w -> (b h w) c"), model.quantizer.codebook
-    squares = vectors.square().sum(1, keepdim=True) + codebook.square().sum(1)
-    return torch.argmin(squares - 2 * vectors @ codebook.T, 1)
+class PlainBlock(ResnetBlock):
+    """The same block in the public code's operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        h = self.conv1(h * torch.sigmoid(h))
+        h = self.norm2(h)
+        h = self.conv2(self.dropout(h * torch.sigmoid(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
-def plain_decode(model: VQGAN, latents: Tensor) -> Tensor:
-    """Map latents [b, c, h, w] through their codes to images as the public code does."""
-    b, _, h, _ = latents.shape
-    quantized = rearrange(
-        model.quantizer.codebook[plain_codes(model, latents)], "(b h w) c -> b c h w", b=b, h=h
-    ).contiguous()
-    decoder = model.decoder
-    x = _middle(decoder.mid, decoder.conv_in(model.post_quant_conv(quantized)))
-    for level in reversed(decoder.up):
-        x = _level(level, x)
-        if hasattr(level, "upsample"):
-            x = level.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    return decoder.conv_out(_swish(decoder.norm_out(x)))
+class PlainAttention(AttnBlock):
+    """The same attention as two matrix products and a softmax."""
 
-
-def _level(level: nn.Module, x: Tensor) -> Tensor:
-    for i, block in enumerate(level.block):
-        x = _block(block, x)
-        if level.attn:
-            x = _attention(level.attn[i], x)
-    return x
-
-
-def _middle(middle: nn.Module, x: Tensor) -> Tensor:
-    return _block(middle.block_2, _attention(middle.attn_1, _block(middle.block_1, x)))
-
-
-def _swish(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-def _block(block: ResnetBlock, x: Tensor) -> Tensor:
-    h = block.conv1(_swish(block.norm1(x)))
-    h = block.conv2(block.dropout(_swish(block.norm2(h))))
-    return (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x) + h
-
-
-def _attention(block: AttnBlock, x: Tensor) -> Tensor:
-    normed = block.norm(x)
-    q = rearrange(block.q(normed), "b c h w -> b (h w) c")
-    k, v = (rearrange(layer(normed), "b c h w -> b c (h w)") for layer in (block.k, block.v))
-    weights = torch.softmax(torch.bmm(q, k) * q.shape[2] ** -0.5, 2)
-    attended = torch.bmm(v, rearrange(weights, "b query key -> b key query"))
-    return x + block.proj_out(rearrange(attended, "b c (h w) -> b c h w", h=x.shape[2]))
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q = rearrange(self.q(normed), "b c h w -> b (h w) c")
+        k, v = (rearrange(layer(normed), "b c h w -> b c (h w)") for layer in (self.k, self.v))
+        weights = torch.softmax(torch.bmm(q, k) * q.shape[2] ** -0.5, 2)
+        attended = torch.bmm(v, rearrange(weights, "b query key -> b key query"))
+        return x + self.proj_out(rearrange(attended, "b c (h w) -> b c h w", h=x.shape[2]))

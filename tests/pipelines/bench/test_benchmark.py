@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from latent_cache import FlowBatch
-from pipelines.bench import autoencoder_speed
-from pipelines.bench.autoencoder_speed import autoencoder_measurements, plain_codes, plain_decode, plain_encode
+from pipelines.bench.autoencoder_speed import PLAIN_BATCH, autoencoder_measurements, encoder_threads, plain_twin
 from pipelines.bench.benchmark import run_benchmark
 from pipelines.bench.decode_speed import dataset_of, decode_bare, decode_measurements, decode_source, write_videos
 from pipelines.bench.flow_speed import of_pytorch_layers
@@ -103,26 +102,34 @@ def test_the_plain_autoencoder_computes_the_same():
     model = VQGAN(VQGANConfig(**AUTOENCODER)).double().eval().requires_grad_(False)
     images = torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents = model.encode(images)
-    torch.testing.assert_close(plain_encode(model, images), latents, rtol=0, atol=1e-10)
-    assert torch.equal(plain_codes(model, latents), model.quantizer.nearest(latents).flatten())
-    torch.testing.assert_close(plain_decode(model, latents), model.decode(latents), rtol=0, atol=1e-10)
+    plain = plain_twin(model)
+    torch.testing.assert_close(plain.encode(images), latents, rtol=0, atol=1e-10)
+    torch.testing.assert_close(plain.decode(latents), model.decode(latents), rtol=0, atol=1e-10)
+    blocks = {type(module).__name__ for module in plain.modules()}
+    assert {"PlainBlock", "PlainAttention"} < blocks
+    assert not {"ResnetBlock", "AttnBlock"} & blocks
 
 
 def test_both_autoencoders_encode_and_decode_equally_many_frames(bench, monkeypatch):
-    ours, plain = [], []
+    frames = {"encode": {}, "decode": {}}  # by network
 
-    def count(owner: object, name: str, counts: list[int], argument: int) -> None:
-        function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: counts.append(len(given[argument])) or function(*given))
+    def count(name: str) -> None:
+        function, counts = getattr(VQGAN, name), frames[name]
 
-    count(FrameEncoder, "encode", ours, 1)
-    count(VQGAN, "decode", ours, 1)
-    count(autoencoder_speed, "plain_encode", plain, 1)
-    count(autoencoder_speed, "plain_decode", plain, 1)
+        def counted(network: VQGAN, batch: torch.Tensor) -> torch.Tensor:
+            counts[network] = counts.get(network, 0) + len(batch)
+            return function(network, batch)
+
+        monkeypatch.setattr(VQGAN, name, counted)
+
+    count("encode"), count("decode")
     assert len(list(autoencoder_measurements(bench))) == 3
-    assert sum(ours) == sum(plain) > 0
-    size = FrameEncoder(VQGAN(VQGANConfig(**AUTOENCODER)), CPU, SIDE).frames
-    assert set(ours) == {size, autoencoder_speed.PLAIN_BATCH["cpu"]}  # whole: a half batch takes as long
+    # In whole batches, because half a batch takes as long, and equally many per thread.
+    size = FrameEncoder(VQGAN(VQGANConfig(**AUTOENCODER)), CPU, SIDE).frames * encoder_threads(bench)
+    both = 2 * math.lcm(size, PLAIN_BATCH["cpu"])  # two turns
+    # Ours has one network per precision, the plain one encodes in both.
+    assert sorted(frames["encode"].values()) == [both, both, 2 * both]
+    assert sorted(frames["decode"].values()) == [both, both]
 
 
 def test_no_plain_twin_of_another_family(tmp_path):
