@@ -162,16 +162,32 @@ def _describe_split(cache: LatentCache) -> None:
 
 
 def code_usage(cache: LatentCache) -> Mapping[str, Any]:
-    """How many codes a split uses, and exp of the entropy of their use; empty for a store without codes."""
+    """How many codes a split uses, and their perplexity; empty for a store without codes."""
     if cache.code_reader is None:
         return {}
+    counts = count_codes(cache)
+    return {"codes_used": int((counts > 0).sum()), "code_perplexity": perplexity(counts)}
+
+
+def count_codes(cache: LatentCache) -> np.ndarray:
+    """[2^16] int64: how often each code is in a split that has codes.
+
+    Raises:
+        StoreError: a chunk is damaged.
+    """
+    reader = cache.code_reader
+    assert reader is not None
     counts = np.zeros(2**16, np.int64)
-    size = cache.code_reader.chunk_frames
-    for start in range(0, cache.frames, size):
-        codes = cache.code_reader.read(start, min(start + size, cache.frames))
+    for start in range(0, cache.frames, reader.chunk_frames):
+        codes = reader.read(start, min(start + reader.chunk_frames, cache.frames))
         counts += np.bincount(codes.ravel(), minlength=len(counts))
+    return counts
+
+
+def perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of the codes' frequencies."""
     share = counts[counts > 0] / counts.sum()
-    return {"codes_used": len(share), "code_perplexity": float(np.exp(-(share * np.log(share)).sum()))}
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def save_video(

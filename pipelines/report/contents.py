@@ -7,6 +7,7 @@ from PIL import Image
 
 import latent_cache
 from latent_cache import LatentCache
+from pipelines.encoding.store_summary import count_codes, perplexity
 from pipelines.errors import UserError
 from pipelines.report.charts import Line, chart
 from pipelines.report.page_pictures import encode_all
@@ -63,27 +64,6 @@ def _code_usage(usage: dict[str, np.ndarray], codes: int) -> dict[str, Any]:
             note="Perplexity: this many codes, used equally often, would carry as much information.",
         ),
     }  # fmt: skip
-
-
-def count_codes(cache: LatentCache) -> np.ndarray:
-    """[2^16] int64: how often each code is in a split.
-
-    Raises:
-        StoreError: a chunk is damaged.
-    """
-    reader = cache.code_reader
-    assert reader is not None
-    counts = np.zeros(2**16, np.int64)
-    for start in range(0, cache.frames, reader.chunk_frames):
-        codes = reader.read(start, min(start + reader.chunk_frames, cache.frames))
-        counts += np.bincount(codes.ravel(), minlength=len(counts))
-    return counts
-
-
-def perplexity(counts: np.ndarray) -> float:
-    """exp of the entropy of the codes' frequencies."""
-    share = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def contents_section(run: Run) -> dict[str, Any]:

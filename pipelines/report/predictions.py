@@ -32,12 +32,12 @@ def predictions_section(run: Run) -> dict[str, Any]:
     if samples is None:
         raise Missing(f"No clip is predicted yet: `{run.command('sample')}` predicts some.")
     chosen = np.unique(np.linspace(0, len(samples.clips) - 1, min(MAX_CLIPS, len(samples.clips))).round().astype(int))
-    length = samples.context + samples.horizon
-    kept = fitting_frames(length, run.image_size)
+    length, side = samples.context + samples.horizon, run.config.dataset.image_size
+    kept = fitting_frames(length, side)
     clips, problems = [], []
     for name in (samples.clips[place] for place in chosen):
         try:
-            strips = read_clip(run.path / "samples" / f"{file_name(name)}.gif", run.image_size, length)
+            strips = read_clip(run.path / "samples" / f"{file_name(name)}.gif", side, length)
         except ValueError as error:
             problems.append(str(error))
         else:
@@ -54,8 +54,8 @@ def predictions_section(run: Run) -> dict[str, Any]:
         "frames": kept.tolist(),
         "all_frames": len(kept) == length,
         "given": int((kept < samples.context).sum()),
-        "divisor": fitting_divisor(run.image_size),
-        "side": run.image_size // fitting_divisor(run.image_size),
+        "divisor": fitting_divisor(side),
+        "side": side // fitting_divisor(side),
         "fps": 10.0 if flow is None else flow.state.get("fps", 10.0),
     }
 

@@ -8,7 +8,8 @@ from pipelines.bench.measurement import Benchmark
 from pipelines.evaluation.results import Evaluation
 from pipelines.report.charts import number_text
 from pipelines.report.quality import METRICS
-from pipelines.report.run_files import Log, Run
+from pipelines.report.run_files import Run
+from pipelines.runtime.logs import Log
 
 # Relative rise of the validation loss above its minimum that is no scatter.
 LOSS_RISE = 0.05

@@ -5,7 +5,8 @@ from typing import Any
 
 from pipelines.bench.measurement import Benchmark
 from pipelines.report.charts import Chart, Line, chart, number_text, smoothed
-from pipelines.report.run_files import Log, Run
+from pipelines.report.run_files import Run
+from pipelines.runtime.logs import Log
 from pipelines.runtime.runs import describe_progress
 
 TITLES = {

@@ -3,11 +3,77 @@
 import json
 import math
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from pipelines.config import LoggingConfig, RiverConfig
+from pipelines.runtime.files import write_text
 from pipelines.runtime.progress import say
+
+
+class LogLine(BaseModel):
+    """One line of `log.jsonl`: a step, and the quantities that were logged at it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    step: float = Field(allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Log:
+    """A training's log.
+
+    Attributes:
+        records: step -> quantities, ascending.
+        problems: a message per line that cannot be read.
+    """
+
+    records: dict[float, dict[str, Any]]
+    problems: list[str]
+
+    @property
+    def step(self) -> float:
+        """The last step; 0 where there is none."""
+        return max(self.records, default=0)
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one quantity, where it was logged; what is no finite number is NaN."""
+        found = {step: values[name] for step, values in self.records.items() if name in values}
+        # Numbers that are not finite are logged as text.
+        return list(found), [value if isinstance(value, int | float) else math.nan for value in found.values()]
+
+    def finite(self, name: str) -> list[tuple[float, float]]:
+        """(value, step) of one quantity, where it is finite."""
+        return [(value, step) for step, value in zip(*self.series(name), strict=True) if math.isfinite(value)]
+
+    def median(self, name: str) -> float | None:
+        """The median of one quantity's finite values."""
+        values = [value for value, _ in self.finite(name)]
+        return float(np.median(values)) if values else None
+
+
+def read_log(path: Path) -> Log | None:
+    """Read a log; None where there is none. What cannot be read is named in its `problems`."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return Log({}, [f"{path}: cannot be read: {error}"])
+    records: dict[float, dict[str, Any]] = {}
+    problems = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            read = LogLine.model_validate_json(line)
+            records.setdefault(read.step, {}).update(read.model_extra or {})
+        except ValidationError as error:
+            problems.append(f"{path}, line {number}: ignored: {error.errors()[0]['msg']}")
+    return Log(dict(sorted(records.items())), problems)
 
 
 class TrainingLog:
@@ -38,14 +104,10 @@ class TrainingLog:
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # a line that a crash cut short
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+            with suppress(ValidationError):  # a line that a crash cut short
+                if LogLine.model_validate_json(line).step <= step:
+                    kept.append(line + "\n")
+        write_text(self.path, "".join(kept))
 
 
 def _start_wandb(logging: LoggingConfig, folder: Path, config: RiverConfig, name: str) -> Any:

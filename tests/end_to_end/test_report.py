@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import latent_cache
-from pipelines.report.contents import count_codes, perplexity
+from pipelines.encoding.store_summary import count_codes, perplexity
 from pipelines.report.page_pictures import read_clip
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,5 +1,5 @@
 "use strict";
-// The page is readable without this: clips then lie there as sheets of all their frames.
+// Without this script the page shows clips as sheets of all their frames.
 document.documentElement.classList.add("scripted");
 
 function clips() {
@@ -35,7 +35,7 @@ function clips() {
       const last = labels.length - 1, frame = Number(slider.value);
       slider.value = frame === last ? 0 : frame + 1;
       draw();
-      // It rests at the end, as the GIFs do.
+      // Pause for a second on the last frame, as the GIFs do.
       const frames = Number(slider.value) === last ? Math.max(1, player.dataset.fps * speed.value) : 1;
       due = now + (1000 * frames) / (player.dataset.fps * speed.value);
     }
@@ -56,7 +56,7 @@ function clips() {
   });
 }
 
-function readings() {
+function hoverValues() {
   document.querySelectorAll("svg[data-chart]").forEach((drawing) => {
     const chart = JSON.parse(drawing.dataset.chart), figure = drawing.parentElement;
     const rule = drawing.querySelector(".rule"), width = drawing.viewBox.baseVal.width;
@@ -97,4 +97,4 @@ function readings() {
 }
 
 clips();
-readings();
+hoverValues();

@@ -1,14 +1,16 @@
 """log.jsonl: one object a line, whatever happened before."""
 
 import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipelines.config import parse_config
 from pipelines.runtime import logs
-from pipelines.runtime.logs import StepTimer, TrainingLog
+from pipelines.runtime.logs import StepTimer, TrainingLog, read_log
 
 
 def config(**logging):
@@ -109,3 +111,30 @@ def test_the_timer_counts_steps_since_its_last_reading(monkeypatch):
     timer.step()
     clock[0] += 0.5
     assert timer.rate() == 2.0
+
+
+def test_lines_that_cannot_be_read_are_named(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        '{"step": 30, "loss": "nan"}\n{"step": 10, "loss": 1}\n{"step": 20, "lo\n[]\n{"loss": 3}\n'
+        '{"step": "x"}\n{"step": NaN}\n{"step": 10, "validation_loss": 2.5}\n'
+    )
+    log = read_log(path)
+    steps, losses = log.series("loss")
+    assert steps == [10, 30]
+    assert losses[0] == 1
+    assert math.isnan(losses[1])
+    assert log.finite("loss") == [(1, 10)]
+    assert log.finite("validation_loss") == [(2.5, 10)]
+    assert log.step == 30
+    assert len(log.problems) == 5
+    for number, problem in enumerate(log.problems, start=3):
+        assert f"{path}, line {number}" in problem
+
+
+def test_no_log_and_one_that_is_a_folder(tmp_path: Path):
+    assert read_log(tmp_path / "none") is None
+    log = read_log(tmp_path)
+    assert log.records == {}
+    assert str(tmp_path) in log.problems[0]
+    assert log.median("loss") is None
