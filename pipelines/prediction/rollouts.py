@@ -1,4 +1,4 @@
-"""A trained vector field at work: rollouts in batches that fit, in the precision and by the means of the device."""
+"""Trained networks at work: rollouts of a vector field in batches that fit into memory, and the refiner after them."""
 
 import copy
 from collections.abc import Callable
@@ -18,47 +18,27 @@ from stage2_flow.rollout import Rollout
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
-
-@torch.inference_mode()
-def refine_frames(refiner: RCAN, last_context: Tensor, decoded: Tensor) -> Tensor:
-    """Refine the predicted frames of a batch of clips.
-
-    The first frame's previous one is the real frame before the prediction, as it was given and not its
-    reconstruction; from there on it is the refined frame before. Nothing is clamped on the way.
-
-    Args:
-        refiner: in eval mode, on the device of the frames.
-        last_context: [b, 3, h, w] float in [-1, 1], the last real frame.
-        decoded: [b, n, 3, h, w] float, the frames after it as the decoder gave them, not clamped.
-    Returns:
-        [b, n, 3, h, w] float32 in [-1, 1].
-    """
-    dtype = refiner.head.weight.dtype
-    previous, refined = last_context.to(decoded.device, dtype), []
-    for frame in decoded.to(dtype).unbind(1):
-        previous = refiner(previous, frame)
-        refined.append(previous.float().clamp(-1, 1))
-    return torch.stack(refined, 1) if refined else decoded.float()
-
-
-# Clips at once with batch_size: auto. More make a CPU slower (caches), and a GPU is busy with these.
-MOST_CLIPS = {"cpu": 32, "cuda": 512}
-# Of a GPU's free memory that a rollout may take.
+# Clips per batch with batch_size: auto. More are slower on a CPU (caches), and not faster on a GPU.
+MAX_CLIPS = {"cpu": 32, "cuda": 512}
+# Share of a GPU's free memory that a rollout may take.
 MEMORY_SHARE = 0.6
 # Activations of a block that are alive together, as multiples of its tokens: qkv, attention, feed-forward, skips.
 LIVE_ACTIVATIONS = 24
-# Evaluations of one call from which on compiling pays; it takes a minute.
-EVALUATIONS_WORTH_COMPILING = 10_000
+# Evaluations per call from which compilation, which takes a minute, pays.
+MIN_EVALUATIONS_TO_COMPILE = 10_000
 
 
 class FieldRollouts:
-    """Rollouts of one field, whose weights stay what they are. What is made for one batch serves the next like it."""
+    """Rollouts of one vector field, whose weights must not change.
+
+    Tensors, compiled trunk and CUDA graph of a batch are used again for later batches of the same shape.
+    """
 
     def __init__(self, field: nn.Module, device: torch.device) -> None:
         self.field, self.device = field, device
         self._fields: dict[str, nn.Module] = {}
         self._trunks: dict[str, Callable[..., Tensor]] = {}
-        self._made: tuple[Any, Rollout] | None = None
+        self._prepared: tuple[Any, Rollout] | None = None
 
     def generate(
         self,
@@ -68,70 +48,64 @@ class FieldRollouts:
         draws: SamplingDraws,
         on_frames: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Continue videos, a batch at a time.
+        """Continue videos, one batch at a time.
 
         Args:
             context: [b, n, c, h, w] final latents on the device.
             num_frames: frames to predict.
-            options: with all that `stage2_flow.rollout.generate_latents` is told, and how it is computed.
+            options: how to sample, and how to compute it.
             draws: of all rows.
-            on_frames: called with the number of frames predicted since the last call, over all rows.
+            on_frames: called with the number of frames that were predicted since the last call, over all rows.
         Returns:
             [b, n + num_frames, c, h, w] final latents.
         Raises:
-            ValueError: shapes or draws that don't fit.
+            ValueError: shapes or draws that do not fit.
             UserError: not enough memory for `sampling.batch_size`, or for a single clip.
         """
-        size = self._batch_size(context, num_frames, options)
+        size = options.batch_size
+        if size == "auto":
+            size = clips_that_fit(self.field, context, num_frames, self.device)
         parts: list[Tensor] = []
         first = 0
         while first < len(context):
             rows = slice(first, min(first + size, len(context)))
             part = SamplingDraws(draws.noise[:, rows], draws.condition_indices[:, :, rows])
             try:
-                parts.append(self._run(context[rows], num_frames, options, part, on_frames, len(context)))
+                parts.append(self._generate_batch(context[rows], num_frames, options, part, on_frames))
             except torch.OutOfMemoryError:
                 size = self._smaller(size, options)
                 continue
             first = rows.stop
         return torch.cat(parts)
 
-    def _run(
+    def _generate_batch(
         self,
         context: Tensor,
         num_frames: int,
         options: SamplingConfig,
         draws: SamplingDraws,
         on_frames: Callable[[int], None] | None,
-        clips: int,
     ) -> Tensor:
-        plan = SamplingPlan.from_config(options)
         precision = sampling_precision(options, self.device)
+        on_frame = None if on_frames is None else lambda _: on_frames(len(context))
         with computing_in(precision, self.device):
-            rollout = self._rollout(plan, context, num_frames, precision, options)
-            return rollout.run(
-                context,
-                draws,
-                past_horizon=options.past_horizon,
-                on_frame=None if on_frames is None else lambda _: on_frames(len(context)),
-            )
+            rollout = self._prepare(context, num_frames, options, precision)
+            return rollout.run(context, draws, past_horizon=options.past_horizon, on_frame=on_frame)
 
-    def _rollout(
-        self, plan: SamplingPlan, context: Tensor, num_frames: int, precision: str, options: SamplingConfig
-    ) -> Rollout:
-        """Tensors, compiled trunk and recorded step for batches of this kind, made anew where the last were others."""
-        recorded = self._records(options)
-        compiled = self._compiles(options, plan.evaluations * num_frames)
-        key = (plan, tuple(context.shape), num_frames, context.dtype, precision, recorded, compiled)
-        if self._made is None or self._made[0] != key:
-            self._made = None  # the former's memory is free before the next one's is taken
+    def _prepare(self, context: Tensor, num_frames: int, options: SamplingConfig, precision: str) -> Rollout:
+        """The rollout of the last batch, if it was like this one, else a new one."""
+        plan, shape = SamplingPlan.from_config(options), tuple(context.shape)
+        records = uses_cuda_graphs(self.field, options, self.device)
+        compiles = uses_compilation(self.field, options, self.device, plan.evaluations * num_frames)
+        key = (plan, shape, num_frames, context.dtype, precision, records, compiles)
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = None  # frees its memory before the new one is allocated
             field = self._field_in(precision)
-            trunk = self._compiled_trunk(field, precision) if compiled else None
-            shape = tuple(context.shape)
-            record = _record if recorded else None
-            made = Rollout(field, plan, shape, num_frames, context.dtype, self.device, trunk=trunk, record=record)
-            self._made = (key, made)
-        return self._made[1]
+            trunk = self._compiled_trunk(field, precision) if compiles else None
+            record = _record if records else None
+            rollout = Rollout(field, plan, shape, num_frames, context.dtype, self.device, trunk=trunk, record=record)
+            self._prepared = (key, rollout)
+        return self._prepared[1]
 
     def _field_in(self, precision: str) -> nn.Module:
         if precision != "bf16" or not isinstance(self.field, VectorField):
@@ -145,52 +119,68 @@ class FieldRollouts:
             self._trunks[precision] = torch.compile(field.trunk, fullgraph=True, dynamic=False)
         return self._trunks[precision]
 
-    def _compiles(self, options: SamplingConfig, evaluations: int) -> bool:
-        if options.compile == "auto":
-            wanted = self.device.type == "cuda" and evaluations >= EVALUATIONS_WORTH_COMPILING
-        else:
-            wanted = options.compile
-        return wanted and isinstance(self.field, VectorField)
-
-    def _records(self, options: SamplingConfig) -> bool:
-        if not isinstance(self.field, VectorField):
-            return False
-        if options.cuda_graphs == "auto":
-            return self.device.type == "cuda"
-        if options.cuda_graphs and self.device.type != "cuda":
-            raise UserError(f"sampling.cuda_graphs: true: the device is {self.device}; leave it at auto")
-        return options.cuda_graphs
-
-    def _batch_size(self, context: Tensor, num_frames: int, options: SamplingConfig) -> int:
-        if options.batch_size != "auto":
-            return options.batch_size
-        most = MOST_CLIPS.get(self.device.type, MOST_CLIPS["cpu"])
-        if self.device.type != "cuda" or not isinstance(self.field, VectorField):
-            return most
-        free, _ = torch.cuda.mem_get_info(self.device)
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return max(1, min(most, int(MEMORY_SHARE * free / clip_bytes(self.field, context, num_frames))))
-
     def _smaller(self, size: int, options: SamplingConfig) -> int:
-        """Half the clips at once; called where memory ran out.
+        """Half the batch size, after an out-of-memory error.
 
         Raises:
-            UserError: the user chose the number, or it is one already.
+            UserError: the user chose the size, or it is one already.
         """
-        self._made = None
+        self._prepared = None
         torch.cuda.empty_cache()
         if options.batch_size != "auto":
-            raise UserError(f"out of memory with sampling.batch_size {size}: lower it, or leave it at auto") from None
+            raise UserError(f"out of memory with sampling.batch_size {size}: lower it, or use auto") from None
         if size == 1:
-            raise UserError("out of memory predicting a single clip: take sampling.precision=bf16, or fewer frames")
-        warn(f"sampling: {size} clips at once don't fit into memory; going on with {size // 2}")
+            raise UserError("out of memory predicting a single clip: use sampling.precision=bf16, or fewer frames")
+        warn(f"sampling: {size} clips at once do not fit into memory; continuing with {size // 2}")
         return size // 2
 
 
-def with_matrices_in(field: VectorField, dtype: torch.dtype) -> VectorField:
-    """A copy whose blocks and head hold their matrices in `dtype`, as autocast would make them anew at each call.
+def uses_compilation(field: nn.Module, options: SamplingConfig, device: torch.device, evaluations: int) -> bool:
+    """Whether the trunk is compiled: as `sampling.compile` says; auto: on a GPU, for many evaluations."""
+    if not isinstance(field, VectorField):
+        return False
+    if options.compile == "auto":
+        return device.type == "cuda" and evaluations >= MIN_EVALUATIONS_TO_COMPILE
+    return options.compile
 
-    Embeddings and norms keep their precision: so does what autocast computes with them.
+
+def uses_cuda_graphs(field: nn.Module, options: SamplingConfig, device: torch.device) -> bool:
+    """Whether a solver step is recorded as a CUDA graph: as `sampling.cuda_graphs` says; auto: on a GPU.
+
+    Raises:
+        UserError: it is set, and the device is no GPU.
+    """
+    if not isinstance(field, VectorField):
+        return False
+    if options.cuda_graphs == "auto":
+        return device.type == "cuda"
+    if options.cuda_graphs and device.type != "cuda":
+        raise UserError(f"sampling.cuda_graphs: true: the device is {device}; use auto")
+    return options.cuda_graphs
+
+
+def clips_that_fit(field: nn.Module, context: Tensor, num_frames: int, device: torch.device) -> int:
+    """Clips per batch by the free memory of a GPU, at most `MAX_CLIPS`; arguments as of `FieldRollouts.generate`."""
+    most = MAX_CLIPS.get(device.type, MAX_CLIPS["cpu"])
+    if device.type != "cuda" or not isinstance(field, VectorField):
+        return most
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(most, int(MEMORY_SHARE * free / clip_bytes(field, context, num_frames))))
+
+
+def clip_bytes(field: VectorField, context: Tensor, num_frames: int) -> int:
+    """Upper bound of the memory of one clip in a batch, in fp32: its frames, and the activations of an evaluation."""
+    _, given, channels, height, width = context.shape
+    frames = 3 * (given + 1 + num_frames) * channels * height * width
+    tokens = (height * width + 1) * field.config.width * (LIVE_ACTIVATIONS + field.config.depth)
+    return 4 * (frames + tokens)
+
+
+def with_matrices_in(field: VectorField, dtype: torch.dtype) -> VectorField:
+    """A copy whose blocks and head have their matrices in `dtype`, which autocast would cast again in each call.
+
+    Embeddings and norms keep their precision, as under autocast.
     """
     copied = copy.deepcopy(field)
     for part in (copied.in_blocks, copied.mid_blocks, copied.out_blocks, copied.project_out):
@@ -201,22 +191,31 @@ def with_matrices_in(field: VectorField, dtype: torch.dtype) -> VectorField:
     return copied
 
 
-def clip_bytes(field: VectorField, context: Tensor, num_frames: int) -> int:
-    """What one clip of a batch takes at most, in fp32: its frames, and the activations of an evaluation."""
-    _, given, channels, height, width = context.shape
-    frames = 3 * (given + 1 + num_frames) * channels * height * width
-    tokens = (height * width + 1) * field.config.width * (LIVE_ACTIVATIONS + field.config.depth)
-    return 4 * (frames + tokens)
-
-
-def _record(step: Callable[[], None]) -> Callable[[], None]:
+def _record(step: Callable[[], None]) -> Callable[[], object]:
     def without_result() -> tuple[Tensor, ...]:
         step()
         return ()
 
-    recorded = CudaGraphStep(without_result)
+    return CudaGraphStep(without_result)
 
-    def replay() -> None:
-        recorded()
 
-    return replay
+@torch.inference_mode()
+def refine_frames(refiner: RCAN, last_context: Tensor, decoded: Tensor) -> Tensor:
+    """Refine the predicted frames of a batch of clips.
+
+    The previous frame of the first one is the real frame before the prediction, not its reconstruction; later it is the
+    refined frame before. Nothing is clamped in between.
+
+    Args:
+        refiner: in eval mode, on the device of the frames.
+        last_context: [b, 3, h, w] float in [-1, 1], the last real frame.
+        decoded: [b, n, 3, h, w] float, the frames after it as the decoder returned them, not clamped.
+    Returns:
+        [b, n, 3, h, w] float32 in [-1, 1].
+    """
+    dtype = refiner.head.weight.dtype
+    previous, refined = last_context.to(decoded.device, dtype), []
+    for frame in decoded.to(dtype).unbind(1):
+        previous = refiner(previous, frame)
+        refined.append(previous.float().clamp(-1, 1))
+    return torch.stack(refined, 1) if refined else decoded.float()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from torch import nn
 from pipelines.config import dump_config, parse_config
 from pipelines.errors import UserError
 from pipelines.loading import weights_digest
-from pipelines.prediction.rollouts import with_matrices_in
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import sampling_precision
@@ -157,9 +156,9 @@ def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch, capsys):
     monkeypatch.setattr(Rollout, "run", run)
     torch.testing.assert_close(fresh.generate_latents(context, 2), expected, atol=1e-5, rtol=1e-5)
     said = capsys.readouterr().err
-    assert "32 clips at once don't fit into memory; going on with 16" in said
-    assert said.count("don't fit") == 4  # 32, 16, 8, 4
-    with pytest.raises(UserError, match=r"out of memory with sampling\.batch_size 4: lower it"):
+    assert said.count("warning") == 4  # 32, 16, 8 and 4 clips are too many
+    assert "32 clips" in said
+    with pytest.raises(UserError, match=r"sampling\.batch_size 4"):
         fresh.generate_latents(context, 2, sampling={"batch_size": 4})
 
 
@@ -177,19 +176,6 @@ def test_precision_of_a_rollout_is_its_own(tiny):
     assert {parameter.dtype for parameter in tiny.vector_field.parameters()} == {torch.float32}
 
 
-def test_bf16_matrices_are_those_of_autocast(tiny):
-    field = tiny.vector_field
-    copied = with_matrices_in(field, torch.bfloat16)
-    inputs = (*torch.randn(3, 2, 4, 4, 4), torch.tensor([1, 5]), torch.rand(2))
-    with torch.autocast("cpu", torch.bfloat16):
-        tokens, time = torch.randn(2, 16, 16), torch.randn(2, 16)
-        assert torch.equal(copied.trunk(tokens, time, 4, 4), field.trunk(tokens, time, 4, 4))
-        assert field(*inputs).isfinite().all()
-    assert copied.in_blocks[0].linear1.weight.dtype == torch.bfloat16
-    assert copied.in_blocks[0].norm1.weight.dtype == torch.float32
-    assert copied.project_in["1"].weight.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("options", "device", "expected"),
     [({}, "cpu", "fp32"), ({}, "cuda", "bf16"), ({"preset": "official"}, "cuda", "fp32"),
@@ -201,32 +187,6 @@ def test_sampling_precision(monkeypatch, options, device, expected):
     assert sampling_precision(SamplingConfig(**options), torch.device(device)) == expected
 
 
-def test_frames_are_counted_over_all_batches(tiny, monkeypatch):
-    counted = []
-    monkeypatch.setattr(
-        "pipelines.predictor.progress", lambda **how: SimpleNamespace(update=counted.append, close=lambda: None)
-    )
-    tiny.generate_latents(torch.randn(5, 2, 4, 4, 4), 3, sampling={"batch_size": 2}, verbose=True)
-    assert counted == [2, 2, 2, 2, 2, 2, 1, 1, 1]
-
-
-def test_samples_are_refined_with_their_own_context(tiny):
-    """The refiner sees the real frame before the prediction: that of each sample's video."""
-
-    class Seen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head, self.previous = nn.Conv2d(6, 3, 1), []
-
-        def forward(self, previous, frame):
-            self.previous.append(previous)
-            return frame
-
-    refiner, clips = Seen(), images(2, 2)
-    dataclasses.replace(tiny, refiner=refiner).generate_frames(clips, 1, samples=2, refine=True)
-    torch.testing.assert_close(refiner.previous[0], clips[[0, 0, 1, 1], -1])
-
-
 def test_options_of_conditions_reach_the_draws(tiny):
     context = torch.randn(1, 12, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     usual = tiny.generate_latents(context, 1, sampling={"steps": 8})
@@ -235,13 +195,53 @@ def test_options_of_conditions_reach_the_draws(tiny):
         assert not torch.equal(changed[:, -1], usual[:, -1]), options
 
 
+class Brighter(nn.Module):
+    """A refiner that adds a step to the decoded frame, beyond [-1, 1], and keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(1, 1, 1)  # its dtype is that of the network
+        self.given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, previous: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+        self.given.append((previous, decoded))
+        return decoded + 0.5
+
+
+@pytest.mark.parametrize("context", [1, 3])
+def test_predicted_frames_are_refined_only_when_asked(context):
+    predicting = dataclasses.replace(predictor(), refiner=Brighter())
+    # Decoded frames leave [-1, 1].
+    nn.init.normal_(predicting.autoencoder.decoder.conv_out.bias, std=1.0, generator=torch.Generator().manual_seed(0))
+    clips = images(2, context)
+    plain = predicting.generate_frames(clips, 2)
+    assert not predicting.refiner.given
+    refined = predicting.generate_frames(clips, 2, refine=True)
+    assert torch.equal(refined[:, :context], plain[:, :context])  # the reconstructed context
+    assert (refined[:, context:] - plain[:, context:]).abs().amax() > 0.1
+    (first, decoded), (second, _) = predicting.refiner.given
+    assert torch.equal(first, clips[:, -1])  # the real frame, not its reconstruction
+    assert torch.equal(second, decoded + 0.5)
+    assert decoded.abs().amax() > 1.001  # not clamped
+    torch.testing.assert_close(decoded.clamp(-1, 1), plain[:, context])
+    latents = predicting.generate_latents(predicting.encode_videos(clips), 2)
+    assert torch.equal(predicting.decode_refined(latents, clips), refined)
+
+
+def test_samples_are_refined_with_the_context_of_their_video(tiny):
+    refiner, clips = Brighter(), images(2, 2)
+    dataclasses.replace(tiny, refiner=refiner).generate_frames(clips, 1, samples=2, refine=True)
+    torch.testing.assert_close(refiner.given[0][0], clips[[0, 0, 1, 1], -1])
+
+
+def test_refining_without_a_refiner_is_refused_before_anything_is_predicted(tiny):
+    uncallable = dataclasses.replace(tiny, refiner=None, autoencoder=None)
+    with pytest.raises(UserError, match="refiner"):
+        uncallable.generate_frames(images(1, 2), 1, refine=True)
+
+
 def test_more_frames_than_it_was_trained_on(tiny):
     assert tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 60).shape == (1, 62, 4, 4, 4)
-
-
-def test_cuda_graphs_need_a_gpu(tiny):
-    with pytest.raises(UserError, match="cuda_graphs: true: the device is cpu; leave it at auto"):
-        tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"cuda_graphs": True})
 
 
 def test_recorded_draws_can_be_replayed(tiny):
@@ -282,17 +282,18 @@ def test_the_official_preset_predicts(tiny):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"step": 3}, "step: Extra inputs are not permitted"),
-        ({"steps": 0}, "steps: Input should be greater than 0"),
-        ({"solver": "eular"}, "solver: Input should be 'euler'"),
-        ({"preset": "official", "steps": 1}, "needs at least 2"),
+        ({"step": 3}, ["step", "not permitted"]),
+        ({"steps": 0}, ["steps", "0"]),
+        ({"solver": "eular"}, ["solver", "'euler'"]),
+        ({"preset": "official", "steps": 1}, ["official", "at least 2"]),
     ],
 )
-def test_bad_sampling_options_are_refused(tiny, changes, message):
-    with pytest.raises(UserError, match=message):
+def test_bad_sampling_options_are_refused(tiny, changes, parts):
+    with pytest.raises(UserError) as raised:
         tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling=changes)
+    assert all(part in str(raised.value) for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +301,11 @@ def test_bad_sampling_options_are_refused(tiny, changes, message):
     [
         (lambda: images(1, 2) * 127.5, r"\[-1, 1\].*x / 127.5 - 1"),
         (lambda: images(1, 2) * float("nan"), r"\[-1, 1\]"),
-        (lambda: torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), "floats, not .* of torch.uint8"),
-        (lambda: images(1, 2)[:, :, :1], r"must be \[b, n, 3, h, w\], not \[1, 2, 1, 16, 16\]"),
-        (lambda: images(1, 2)[0], r"not \[2, 3, 16, 16\]"),
+        (lambda: torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), "torch.uint8"),
+        (lambda: images(1, 2)[:, :, :1], r"\[b, n, 3, h, w\].* \[1, 2, 1, 16, 16\]"),
+        (lambda: images(1, 2)[0], r" \[2, 3, 16, 16\]"),
         (lambda: images(1, 0), "at least one frame"),
-        (lambda: images(1, 2)[..., :15], "16x15 can't be encoded.*factor 4"),
+        (lambda: images(1, 2)[..., :15], "16x15 .*factor 4"),
     ],
 )
 def test_bad_images_are_refused(tiny, made, message):
@@ -313,11 +314,11 @@ def test_bad_images_are_refused(tiny, made, message):
 
 
 def test_no_frames_to_predict_and_wrong_keys_are_refused(tiny):
-    with pytest.raises(UserError, match="at least 1 frame"):
+    with pytest.raises(UserError, match="at least 1"):
         tiny.generate_frames(images(1, 2), 0)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="1 keys for 2 videos"):
         tiny.generate_frames(images(2, 2), 1, keys=[(0, 0)])
-    with pytest.raises(UserError, match=r"context must be \[b, n, c, h, w\]"):
+    with pytest.raises(UserError, match=r"\[b, n, c, h, w\]"):
         tiny.generate_latents(torch.zeros(2, 4, 4, 4), 1)
 
 
@@ -404,27 +405,28 @@ def test_raw_weights_are_taken_where_they_are_asked_for(tmp_path):
     raw = VideoPredictor.from_run(tmp_path / "run", device="cpu", weights="raw")
     loaded = raw.vector_field.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in field.state_dict().items())
-    with pytest.raises(UserError, match=r"chosen when they are loaded: .*from_run\(\.\.\., weights='ema'\)"):
+    with pytest.raises(UserError, match=r"from_run\(\.\.\., weights='ema'\)"):
         raw.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"weights": "ema"})
 
 
 def test_another_autoencoder_is_refused(tmp_path):
     save_run(tmp_path / "run", digest="0" * 64)
-    with pytest.raises(
-        UserError, match=r"trained on latents of autoencoder 000000000000\.\.\., but .*train the flow again"
-    ):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "run"))) as raised:
         VideoPredictor.from_run(tmp_path / "run", device="cpu")
+    for part in ("000000000000", "encode --overwrite", "train-flow --restart"):
+        assert part in str(raised.value)
 
 
 def test_incomplete_runs_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nothing/flow/checkpoints holds no checkpoint; `make train-flow` makes one"):
+    with pytest.raises(UserError, match=r"nothing/flow/checkpoints.*train-flow"):
         VideoPredictor.from_run(tmp_path / "nothing", device="cpu")
     save_run(tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"config.yaml: missing or unreadable"):
+    config = tmp_path / "run" / "config.yaml"
+    config.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=re.escape(str(config))):
         VideoPredictor.from_run(tmp_path / "run", device="cpu")
-    (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"config.yaml: missing or unreadable"):
+    config.unlink()
+    with pytest.raises(UserError, match=re.escape(str(config))):
         VideoPredictor.from_run(tmp_path / "run", device="cpu")
     with pytest.raises(UserError, match="--device toaster"):
         VideoPredictor.from_run(tmp_path / "run", device="toaster")
@@ -432,7 +434,7 @@ def test_incomplete_runs_are_refused(tmp_path):
 
 def test_weights_of_other_sizes_are_refused(tmp_path):
     save_run(tmp_path / "run", fields={"model": FIELD.model_dump(mode="json") | {"width": 32}})
-    with pytest.raises(UserError, match=r"step_00000007: weights don't fit the sizes in state.json"):
+    with pytest.raises(UserError, match=r"step_00000007.*state\.json"):
         VideoPredictor.from_run(tmp_path / "run", device="cpu")
 
 
