@@ -1,6 +1,7 @@
 """Benchmark of the command `encode`: the whole of it, compared to decoding alone and encoding alone."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -8,7 +9,6 @@ from pipelines.bench.autoencoder_speed import encode_frames, encoder_threads, ra
 from pipelines.bench.decode_speed import dataset_of, decode_source, write_videos
 from pipelines.bench.measurement import Measurement
 from pipelines.bench.workbench import Workbench
-from pipelines.encoding.store_checks import store_metadata
 from pipelines.encoding.store_encoder import StoreEncoder
 from pipelines.runtime.checkpoints import CheckpointFolder
 from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
@@ -46,10 +46,10 @@ def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
     checkpoints = CheckpointFolder(folder / "autoencoder")
     state = {"model": config.autoencoder.model.model_dump(mode="json")}
     checkpoints.save(0, {"model": autoencoder.state_dict()}, state)
-    metadata = store_metadata(config, autoencoder, splits)
-    store_encoder = StoreEncoder(config, bench.run_context, checkpoints.latest(), autoencoder, splits, metadata)
+    run_context = replace(bench.run_context, overwrite=True)
+    store_encoder = StoreEncoder(config, run_context, checkpoints.latest(), autoencoder, splits)
     whole, decoding, encoding = bench.in_turn(
-        lambda: store_encoder.run(overwrite=True),
+        store_encoder.run,
         lambda: decode_source(splits["train"], bench.cores),
         lambda: encode(-(-frames // len(images))),
     )

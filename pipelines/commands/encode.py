@@ -35,6 +35,6 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
 
         stages.run_to("store", config, run_context)
     else:
-        from pipelines.encoding.verify_store import verify_store
+        from pipelines.encoding.verification import verify_store
 
         verify_store(config, run_context, options.verify)

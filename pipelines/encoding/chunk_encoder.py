@@ -1,4 +1,4 @@
-"""What a process needs to make chunks of a store: the autoencoder, threads to decode and to encode, room for both."""
+"""Encoding chunks in one process: one autoencoder, threads that decode, threads that encode, a memory budget."""
 
 import contextlib
 import math
@@ -6,11 +6,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,22 +26,24 @@ from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource, VideoTable
 from stage1_autoencoder.views import ViewTransform, view_transform
 
-# Encoding threads: on a CPU one a core; on a GPU a second one fetches and copies while the first computes.
+# Encoding threads on a GPU: one copies and fetches while the other computes. On a CPU there is one per core.
 GPU_ENCODERS = 2
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """All that a task needs to make any chunk of a store; sent to each worker once.
+    """All that a process needs to make any chunk of a store. It is sent to each worker once.
 
     Args:
-        splits: where frames come from.
+        splits: videos of each split.
         cache: settings of the store.
-        checkpoint: of the autoencoder, by its absolute path; `digest`: what its weights must be.
-        device: auto, cpu, cuda, cuda:1; found out by each worker.
+        checkpoint: of the autoencoder, with an absolute path.
+        digest: of the autoencoder's weights.
+        device: auto, cpu, cuda or cuda:1; each worker resolves it.
         writer: of the store.
-        psnr_stride: by split; every so many frames one is decoded again.
-        chunk_frames: most frames in a chunk.
+        psnr_stride: by split, stride of the frames that are decoded again to measure round-trip PSNR.
+        chunk_frames: frames of the largest chunk.
+        network_batch: frames per batch of the network; None: chosen by `FrameEncoder`.
     """
 
     splits: dict[str, VideoSource]
@@ -53,11 +54,12 @@ class EncodeJob:
     writer: ChunkWriter
     psnr_stride: dict[str, int]
     chunk_frames: int
+    network_batch: int | None = None
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """A chunk that was written, and when (seconds of the wall clock)."""
+    """A chunk that was written, and when it was started and ended (seconds of the wall clock)."""
 
     split: str
     chunk: ChunkPlan
@@ -66,8 +68,24 @@ class EncodedChunk:
     ended: float
 
 
+class BrokenVideosError(Exception):
+    """Videos of a chunk cannot be decoded to the length in their index. Nothing of the chunk was written.
+
+    Attributes:
+        reasons: by id of the video.
+    """
+
+    def __init__(self, split: str, reasons: dict[str, str]) -> None:
+        super().__init__(split, reasons)  # both arguments, so that the error can be pickled
+        self.split, self.reasons = split, reasons
+
+
+class EncodingStopped(Exception):
+    """Encoding was asked to stop. Unfinished chunks were not written, finished ones stay."""
+
+
 class ChunkEncoder:
-    """An autoencoder, decoding threads and encoding threads: one a process, whatever the number of tasks in it."""
+    """Encodes chunks. One per process, shared by all tasks in it."""
 
     def __init__(
         self,
@@ -78,12 +96,12 @@ class ChunkEncoder:
         on_frames: Callable[[int], object] = lambda frames: None,
         stop_asked: object = False,
     ) -> None:
-        """Start no thread yet.
+        """Prepare the network and the thread pools; threads start with the first chunk.
 
         Args:
-            on_done: called with each chunk once it is written, from any thread.
-            on_frames: called with the number of frames that were encoded, by one thread at a time.
-            stop_asked: once it is true all tasks stop.
+            on_done: called with each chunk after it was written, from any thread.
+            on_frames: called with the number of frames just encoded, from one thread at a time.
+            stop_asked: all tasks stop when it becomes true.
         Raises:
             UserError: `cache.memory_budget` is too small for one chunk.
         """
@@ -91,28 +109,36 @@ class ChunkEncoder:
         self.autoencoder = autoencoder
         self.stop_asked, self.closing = stop_asked, False
         side = next(iter(job.splits.values())).dataset.image_size
+        latent_side = side // autoencoder.downsampling
+        self.latent_shape = (autoencoder.config.latent_channels, latent_side, latent_side)
         self.frame_encoder = FrameEncoder(
-            autoencoder, device, side, precision=job.cache.precision, compile=job.cache.compile
+            autoencoder,
+            device,
+            side,
+            precision=job.cache.precision,
+            compile=job.cache.compile,
+            frames=job.network_batch,
         )
-        passes = -(-job.cache.batch_frames // self.frame_encoder.frames)
-        self.frames_a_batch = passes * self.frame_encoder.frames
-        crew = self._crew_in_budget(3 * side**2 * self.frames_a_batch)
-        self.tasks = crew.tasks
-        self.slots = threading.Semaphore(crew.tasks)
-        self.decoders = ThreadPoolExecutor(crew.decoders, "decode")
-        self.encoders = ThreadPoolExecutor(crew.encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
-        self.waiting = threading.Semaphore(2 * crew.encoders)  # batches that are decoded and not yet encoded
+        # Frames that one encoding thread takes at once: whole batches of the network.
+        self.block_frames = -(-job.cache.batch_frames // self.frame_encoder.frames) * self.frame_encoder.frames
+        threads = self._threads_in_budget(3 * side**2 * self.block_frames)
+        self.tasks = threads.tasks
+        self.slots = threading.Semaphore(threads.tasks)
+        self.decoders = ThreadPoolExecutor(threads.decoders, "decode")
+        self.encoders = ThreadPoolExecutor(threads.encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
+        self.waiting = threading.Semaphore(2 * threads.encoders)  # blocks that are decoded and not yet encoded
         self.progress = threading.Lock()
-        self._threads = torch.get_num_threads()
+        self._threads_before = torch.get_num_threads()
         self._kernels = contextlib.ExitStack()
         self._kernels.enter_context(exact_kernels(job.cache.precision))
 
     def encode(self, split: str, chunk: ChunkPlan) -> EncodedChunk:
-        """Make a chunk and write it.
+        """Encode a chunk and write it.
 
         Raises:
             BrokenVideosError: names all videos of the chunk that cannot be decoded.
-            EncodingStopped: `stop_asked` or `close` on the way.
+            EncodingStopped: `stop_asked` became true, or `close` was called.
+            UserError: out of GPU memory.
             StoreError: latents that cannot be stored.
             NoSpaceError: the disk is full.
         """
@@ -123,40 +149,34 @@ class ChunkEncoder:
             return encoded
 
     def close(self) -> None:
-        """End the threads; tasks that still run stop."""
+        """Stop running tasks and end the threads."""
         self.closing = True
         self.decoders.shutdown(cancel_futures=True)
         self.encoders.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads_before)
         self._kernels.close()
 
     @cached_property
     def rows(self) -> dict[str, dict[str, int]]:
-        """Where a video is in its source, by split and id."""
+        """Index of a video in its source, by split and id."""
         tables = {split: VideoTable.of(source.videos) for split, source in self.job.splits.items()}
         return {split: {video_id: row for row, video_id in enumerate(table.ids)} for split, table in tables.items()}
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of a frame's latent."""
-        model = self.autoencoder
-        side = next(iter(self.job.splits.values())).dataset.image_size // model.downsampling
-        return (model.config.latent_channels, side, side)
+    def _threads_in_budget(self, block: int) -> "_Threads":
+        """One decoder and one encoder per core and two chunks at once, or as few of them as the budget allows.
 
-    def _crew_in_budget(self, batch: int) -> "_Crew":
-        """As many threads as there are cores, and two chunks at once so that one is written while the next is encoded,
-        or as few as the budget allows.
+        Two chunks, so that one is written while the next one is encoded.
 
         Args:
-            batch: bytes of a batch of frames.
+            block: bytes of `block_frames` frames.
         """
         cores = len(os.sched_getaffinity(0))
         budget, views = self.job.cache.memory_budget_bytes, len(self.job.cache.views)
-        # Half of the memory is for computing: each encoder has a batch in the network, one in hand and two that wait.
-        encoder = self.frame_encoder.memory + 3 * batch
+        # Half of the budget is for encoders: each has one block in the network, one in hand and two waiting.
+        encoder = self.frame_encoder.memory + 3 * block
         encoders = min(cores if self.device.type == "cpu" else GPU_ENCODERS, max(1, budget // 2 // encoder))
-        decoder = 2 * views * batch  # each fills at most so many batches at once
-        # In float32 as they come, in the store's type, and twice as bytes of the file.
+        decoder = 2 * views * block  # a decoder fills at most two blocks per view at once
+        # Bytes per value of a chunk: float32 from the network, the store's type, and two copies as bytes of the file.
         value = 4 + 3 * np.dtype(self.job.cache.dtype).itemsize
         chunk = value * math.prod(self.latent_shape) * self.job.chunk_frames
         left = budget - encoders * encoder - chunk
@@ -164,67 +184,54 @@ class ChunkEncoder:
         if decoders < 1:
             needed, computing, frames, latents = (
                 f"{math.ceil(size / 2**20)} MiB"
-                for size in (encoder + chunk + decoder, self.frame_encoder.memory, 3 * batch + decoder, chunk)
+                for size in (encoder + chunk + decoder, self.frame_encoder.memory, 3 * block + decoder, chunk)
             )
             raise UserError(
-                f"cache.memory_budget: {self.job.cache.memory_budget} is too little to make a chunk of the store: "
-                f"{needed} are needed ({computing} to compute, {frames} of frames, {latents} of latents): raise it, or "
-                "lower cache.batch_frames or cache.chunk_frames"
+                f"cache.memory_budget: {self.job.cache.memory_budget} is too little for one chunk, which needs "
+                f"{needed} ({computing} to compute, {frames} of frames, {latents} of latents): raise it, or lower "
+                "cache.batch_frames or cache.chunk_frames"
             )
-        return _Crew(decoders=decoders, encoders=encoders, tasks=2 if left - decoders * decoder >= chunk else 1)
+        return _Threads(decoders=decoders, encoders=encoders, tasks=2 if left - decoders * decoder >= chunk else 1)
 
 
 @dataclass(frozen=True)
-class _Crew:
-    """Threads that decode and encode, and chunks that are in the making at once."""
+class _Threads:
+    """Numbers of decoding threads, encoding threads, and chunks that are encoded at the same time."""
 
     decoders: int
     encoders: int
     tasks: int
 
 
-_encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding that they belong to
+_encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding they belong to
 _running: Counter[ChunkWriter] = Counter()
-_encoders_lock = threading.Lock()
+_encoders_lock = threading.RLock()
 
 
 def encode_chunk(job: EncodeJob, split: str, chunk: ChunkPlan) -> EncodedChunk:
-    """The task of the graph: make one chunk, in whatever process it was sent to. Safe to run twice.
+    """Encode one chunk in a worker, with the worker's own `ChunkEncoder`. Safe to run twice.
 
     Raises:
-        As `ChunkEncoder.encode`, and UserError where the autoencoder is not the one that the job wants.
+        As `ChunkEncoder.encode`, and UserError when the worker sees another autoencoder than the job's.
     """
-    with _encoder_for(job) as encoder:
-        return encoder.encode(split, chunk)
-
-
-def install_encoder(encoder: ChunkEncoder) -> None:
-    """Let the tasks of this process use an encoder that is there already."""
     with _encoders_lock:
-        _encoders[encoder.job.writer] = encoder
-
-
-def remove_encoder(encoder: ChunkEncoder) -> None:
-    """Undo `install_encoder`."""
-    with _encoders_lock:
-        _encoders.pop(encoder.job.writer, None)
-
-
-@contextlib.contextmanager
-def _encoder_for(job: EncodeJob) -> Iterator[ChunkEncoder]:
-    """This process's encoder for a job. Those of other encodings are closed, unless tasks of theirs are running."""
-    with _encoders_lock:
-        for other in [writer for writer in _encoders if writer != job.writer and not _running[writer]]:
-            _encoders.pop(other).close()
+        close_idle_encoders(keep=job.writer)
         if job.writer not in _encoders:
             _encoders[job.writer] = _make_encoder(job)
         encoder = _encoders[job.writer]
         _running[job.writer] += 1
     try:
-        yield encoder
+        return encoder.encode(split, chunk)
     finally:
         with _encoders_lock:
             _running[job.writer] -= 1
+
+
+def close_idle_encoders(keep: ChunkWriter | None = None) -> None:
+    """Close the encoders that `encode_chunk` made in this process, except that of `keep` and those in use."""
+    with _encoders_lock:
+        for writer in [writer for writer in _encoders if writer != keep and not _running[writer]]:
+            _encoders.pop(writer).close()
 
 
 def _make_encoder(job: EncodeJob) -> ChunkEncoder:
@@ -233,34 +240,15 @@ def _make_encoder(job: EncodeJob) -> ChunkEncoder:
     digest = weights_digest(autoencoder)
     if digest != job.digest:
         raise UserError(
-            f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, and {job.digest[:12]}... is "
-            "wanted: workers must see the same run as the command"
+            f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, expected {job.digest[:12]}...: "
+            "workers must see the same run folder as the command"
         )
     return ChunkEncoder(job, autoencoder, device)
 
 
-if TYPE_CHECKING:  # the encoder makes the tasks
-    pass
-
-# Most frames of a split that are decoded again for the round-trip PSNR; and of a small split one in so many.
-PSNR_FRAMES, PSNR_EVERY = 32, 64
-
-
-class BrokenVideosError(Exception):
-    """Videos of a chunk cannot be decoded as far as their index promised. Nothing of the chunk was written."""
-
-    def __init__(self, split: str, reasons: dict[str, str]) -> None:
-        super().__init__(split, reasons)  # both arguments, so that the error can be sent between processes
-        self.split, self.reasons = split, reasons
-
-
-class EncodingStopped(Exception):
-    """The task was asked to stop. Nothing of its chunk was written."""
-
-
 @dataclass(frozen=True)
-class _Visit:
-    """One pass over a video, and where its frames go: (view, first frame, one past the last, place in the chunk)."""
+class _VideoPass:
+    """One pass over a video, and where its frames go: (view, first frame, last frame + 1, place in the chunk)."""
 
     video_id: str
     targets: list[tuple[str, int, int, int]]
@@ -275,8 +263,8 @@ class _Visit:
 
 
 @dataclass
-class _Batch:
-    """Frames of a chunk that are encoded together, while they are being decoded."""
+class _Block:
+    """Consecutive frames of a chunk that one thread will encode, while they are being decoded."""
 
     start: int
     frames: np.ndarray  # [n, h, w, 3] uint8
@@ -285,15 +273,15 @@ class _Batch:
 
 
 class ChunkTask:
-    """One chunk in the making.
+    """One chunk while it is being encoded.
 
     Args:
-        encoder: whose threads make it.
+        encoder: its threads do the work.
         split: of the chunk.
         chunk: from `StoreWriter.pending`.
     """
 
-    def __init__(self, encoder: "ChunkEncoder", split: str, chunk: ChunkPlan) -> None:
+    def __init__(self, encoder: ChunkEncoder, split: str, chunk: ChunkPlan) -> None:
         self.encoder, self.split, self.chunk = encoder, split, chunk
         self.latents = np.empty((chunk.frames, *encoder.latent_shape), np.float32)
         self.codes = np.empty((chunk.frames, *encoder.latent_shape[1:]), np.int32)
@@ -301,14 +289,14 @@ class ChunkTask:
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
         self.cancelled = False
-        self.started = math.inf  # once the threads have come to its first video
+        self.started = math.inf  # until a thread decodes its first video
         self.lock = threading.Lock()
-        self.batches: dict[int, _Batch] = {}
+        self.blocks: dict[int, _Block] = {}
         self.encoding: list[Future[None]] = []
 
     def run(self) -> ChunkMarker:
-        """Decode, encode and write it. Errors as in `ChunkEncoder.encode`."""
-        decoding = [self.encoder.decoders.submit(self.decode, visit) for visit in self.visits()]
+        """Decode, encode and write the chunk. Errors as in `ChunkEncoder.encode`."""
+        decoding = [self.encoder.decoders.submit(self.decode, video) for video in self.video_passes()]
         try:
             for future in decoding:
                 future.result()
@@ -320,10 +308,10 @@ class ChunkTask:
             self.cancelled = True
             for future in decoding:
                 future.cancel()
-            settle(decoding)  # nothing of this task runs on when it has ended
-            settle(self.encoding)
+            _wait_for(decoding)  # no thread works on this task after it has ended
+            _wait_for(self.encoding)
             cause = self.cause_of(error)
-            if cause is error:  # not `from` itself: whoever follows the chain of causes would never end
+            if cause is error:  # an error that is its own cause makes an endless chain
                 raise
             raise cause from error
         measured = {
@@ -336,41 +324,36 @@ class ChunkTask:
         return self.encoder.job.writer.write(self.split, self.chunk, self.latents, codes, measured)
 
     def cause_of(self, error: BaseException) -> BaseException:
-        """What made the task fail: an encoding thread that fails makes the decoding ones stop."""
+        """The error that made the task fail: when encoding fails, decoding threads end with `EncodingStopped`."""
         found = [future.exception() for future in self.encoding]
         return next((cause for cause in found if cause and not isinstance(cause, EncodingStopped)), error)
 
-    def visits(self) -> Iterator[_Visit]:
-        """The pieces of the chunk; views of one video, which lie side by side, in one visit."""
-        place, visit = 0, None
-        named = zip(self.chunk.pieces, self.chunk.video_ids, self.chunk.video_views, strict=True)
-        for piece, video_id, view in named:
-            target = (view, piece.start, piece.stop, place)
-            if visit is not None and visit.video_id == video_id:
-                visit.targets.append(target)
-            else:
-                if visit is not None:
-                    yield visit
-                visit = _Visit(video_id, [target])
+    def video_passes(self) -> list[_VideoPass]:
+        """The pieces of the chunk, those of one video (its views, which are adjacent) in one pass."""
+        place = 0
+        passes: list[_VideoPass] = []
+        for piece, video_id, view in zip(self.chunk.pieces, self.chunk.video_ids, self.chunk.video_views, strict=True):
+            if not passes or passes[-1].video_id != video_id:
+                passes.append(_VideoPass(video_id, []))
+            passes[-1].targets.append((view, piece.start, piece.stop, place))
             place += piece.stop - piece.start
-        assert visit is not None
-        yield visit
+        return passes
 
     def check(self) -> None:
         if self.cancelled or self.encoder.closing or self.encoder.stop_asked:
             raise EncodingStopped
 
-    def decode(self, visit: _Visit) -> None:
-        """Decode a video once, and put its frames to their places."""
+    def decode(self, video: _VideoPass) -> None:
+        """Decode a video once, and put its frames into their places."""
         self.check()
         self.started = min(self.started, time.time())
         source = self.encoder.job.splits[self.split]
-        index = self.encoder.rows[self.split][visit.video_id]
-        transforms = [view_transform(view, visit.video_id) for view, *_ in visit.targets]
+        index = self.encoder.rows[self.split][video.video_id]
+        transforms = [view_transform(view, video.video_id) for view, *_ in video.targets]
         try:
-            for number, frame in enumerate(source.iterate(index, visit.start, visit.stop), visit.start):
+            for number, frame in enumerate(source.iterate(index, video.start, video.stop), video.start):
                 self.check()
-                for (_, start, stop, place), transform in zip(visit.targets, transforms, strict=True):
+                for (_, start, stop, place), transform in zip(video.targets, transforms, strict=True):
                     if start <= number < stop:
                         self.put(place + number - start, frame, transform)
         except BrokenVideoError as error:
@@ -378,52 +361,53 @@ class ChunkTask:
                 self.broken[error.video_id] = error.reason
 
     def put(self, place: int, frame: np.ndarray, transform: ViewTransform) -> None:
-        """Put a frame into its batch; the last one of a batch sends it to be encoded."""
-        size = self.encoder.frames_a_batch
+        """Put a frame into its block, and send the block to an encoding thread when it is full."""
+        size = self.encoder.block_frames
         number = place // size
         with self.lock:
-            batch = self.batches.get(number)
-            if batch is None:
+            block = self.blocks.get(number)
+            if block is None:
                 count = min(size, self.chunk.frames - number * size)
-                batch = _Batch(number * size, np.empty((count, *frame.shape), np.uint8), missing=count)
-                batch.views = [transform] * count
-                self.batches[number] = batch
-        batch.frames[place - batch.start] = frame
-        batch.views[place - batch.start] = transform
+                block = _Block(number * size, np.empty((count, *frame.shape), np.uint8), missing=count)
+                block.views = [transform] * count
+                self.blocks[number] = block
+        block.frames[place - block.start] = frame
+        block.views[place - block.start] = transform
         with self.lock:
-            batch.missing -= 1
-            if batch.missing:
+            block.missing -= 1
+            if block.missing:
                 return
-            del self.batches[number]
+            del self.blocks[number]
         if self.broken:
-            return  # the chunk will be planned anew
+            return  # the chunk will be planned again, without the broken videos
         self.encoder.waiting.acquire()
-        self.encoding.append(self.encoder.encoders.submit(self.encode, batch))
+        self.encoding.append(self.encoder.encoders.submit(self.encode, block))
 
     @torch.inference_mode()
-    def encode(self, batch: _Batch) -> None:
-        """Encode the frames of a batch, and measure what storing them costs."""
+    def encode(self, block: _Block) -> None:
+        """Encode the frames of a block in batches of the network."""
         try:
             self.check()
             size = self.encoder.frame_encoder.frames
-            for start in range(0, len(batch.frames), size):
-                self.encode_pass(batch.start + start, batch.frames[start : start + size], batch.views[start:][:size])
+            for start in range(0, len(block.frames), size):
+                self.encode_batch(block.start + start, block.frames[start : start + size], block.views[start:][:size])
             with self.encoder.progress:
-                self.encoder.on_frames(len(batch.frames))
+                self.encoder.on_frames(len(block.frames))
         except torch.OutOfMemoryError as error:
             self.cancelled = True
-            raise UserError(f"{self.encoder.device}: no memory left to encode: free some of it ({error})") from error
+            raise UserError(f"{self.encoder.device}: out of memory while encoding ({error})") from error
         except BaseException:
             self.cancelled = True
             raise
         finally:
             self.encoder.waiting.release()
 
-    def encode_pass(self, place: int, frames: np.ndarray, views: Sequence[ViewTransform]) -> None:
+    def encode_batch(self, place: int, frames: np.ndarray, views: Sequence[ViewTransform]) -> None:
+        """Encode one batch, and measure what rounding to the store's type costs."""
         frame_encoder, count, job = self.encoder.frame_encoder, len(frames), self.encoder.job
         encoded = frame_encoder.encode(frames, views)
         rounded = frame_encoder.rounded(encoded, getattr(torch, job.cache.dtype))
-        # What the type cannot hold goes on as it is, and is refused by the writer, which names its value and its video.
+        # A value beyond the type's range stays as it is: the writer refuses it and names the value and its video.
         stored = torch.where(rounded.latents.isfinite(), rounded.latents.float(), encoded.latents)[:count]
         pulled, changed = (int(where[:count].sum()) for where in (rounded.pulled, rounded.changed))
         self.latents[place : place + count] = stored.cpu().numpy()
@@ -439,13 +423,8 @@ class ChunkTask:
             self.psnr |= psnr
 
 
-def psnr_stride(frames: int) -> int:
-    """Of a split of so many frames, every how many one is decoded again."""
-    return max(PSNR_EVERY, -(-frames // PSNR_FRAMES))
-
-
-def settle(futures: Sequence[Future[None]]) -> None:
-    """Wait until none of some futures runs, whatever became of it."""
+def _wait_for(futures: Sequence[Future[None]]) -> None:
+    """Wait until all futures have ended, with or without an error."""
     for future in futures:
         with contextlib.suppress(CancelledError):
             future.exception()

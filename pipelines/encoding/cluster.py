@@ -1,4 +1,4 @@
-"""The graph of encoding tasks, one a chunk: run by threads of this process, or by a dask cluster."""
+"""The dask graph of encoding, one task per chunk: run by threads of this process, or by a dask.distributed cluster."""
 
 import contextlib
 import time
@@ -11,14 +11,7 @@ import dask.threaded
 
 from latent_cache import ChunkPlan
 from latent_cache.writing.chunk_writer import session_path
-from pipelines.encoding.chunk_encoder import (
-    ChunkEncoder,
-    EncodedChunk,
-    EncodeJob,
-    encode_chunk,
-    install_encoder,
-    remove_encoder,
-)
+from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodedChunk, EncodeJob, EncodingStopped, encode_chunk
 from pipelines.errors import UserError
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
@@ -27,49 +20,42 @@ Task = tuple[str, ChunkPlan]
 CONNECT_SECONDS = 15
 
 
-class StopAsked(Exception):
-    """The user asked to stop while the graph ran. Chunks that are done are done."""
+def _build_graph(job: EncodeJob, call: tuple[Any, ...], tasks: list[Task]) -> tuple[dict[Any, Any], list[Any]]:
+    """A dask graph and the keys of its results. No task needs the result of another one.
 
-
-def build_graph(job: EncodeJob, tasks: list[Task]) -> tuple[dict[Any, Any], list[Any]]:
-    """A dask graph and the keys of its results: each chunk is made by one task, and no task needs another's result."""
-    # dask takes tasks that don't depend on each other by their keys, the last first: so they count down, and chunks
-    # are made in their order, as people expect who look into a store that grows.
+    Args:
+        call: function of each task and its first arguments; split and chunk follow.
+    """
+    # dask starts independent tasks in descending order of their keys. So keys count down, and chunks are written in
+    # their order, as people expect who look into a store that grows.
     keys = [
         f"encode-{job.writer.session}-{len(tasks) - number:08d}-{split}-{chunk.index}"
         for number, (split, chunk) in enumerate(tasks)
     ]
-    job_key = f"encode-job-{job.writer.session}"
-    graph: dict[Any, Any] = {job_key: job}
-    graph |= {key: (encode_chunk, job_key, split, chunk) for key, (split, chunk) in zip(keys, tasks, strict=True)}
-    return graph, keys
+    return {key: (*call, split, chunk) for key, (split, chunk) in zip(keys, tasks, strict=True)}, keys
 
 
 def run_here(encoder: ChunkEncoder, tasks: list[Task]) -> list[EncodedChunk]:
-    """Run the graph by threads of this process.
+    """Run the graph with threads of this process.
 
     Raises:
-        As `ChunkEncoder.encode`; EncodingStopped once the user has asked to stop.
+        As `ChunkEncoder.encode`.
     """
-    graph, keys = build_graph(encoder.job, tasks)
-    install_encoder(encoder)
-    try:
-        with ThreadPoolExecutor(encoder.tasks, thread_name_prefix="chunk") as pool:
-            try:
-                return list(dask.threaded.get(graph, keys, pool=pool))
-            except BaseException:
-                encoder.closing = True  # the pool waits for the other tasks
-                raise
-    finally:
-        remove_encoder(encoder)
+    graph, keys = _build_graph(encoder.job, (encoder.encode,), tasks)
+    with ThreadPoolExecutor(encoder.tasks, thread_name_prefix="chunk") as pool:
+        try:
+            return list(dask.threaded.get(graph, keys, pool=pool))
+        except BaseException:
+            encoder.closing = True  # stops the other tasks, which the pool waits for
+            raise
 
 
 @contextlib.contextmanager
 def connect(address: str) -> Iterator[Any]:
-    """A client of the dask scheduler at an address, tcp://host:8786.
+    """A client of the dask scheduler at an address such as tcp://host:8786.
 
     Raises:
-        UserError: no scheduler there.
+        UserError: no scheduler answers.
     """
     from distributed import Client
 
@@ -84,43 +70,44 @@ def connect(address: str) -> Iterator[Any]:
 def run_on_cluster(
     client: Any, job: EncodeJob, tasks: list[Task], on_done: Callable[[EncodedChunk], object], stop_asked: object
 ) -> list[EncodedChunk]:
-    """Run the graph on a dask.distributed cluster, whose workers see this machine's paths.
+    """Run the graph on a dask.distributed cluster whose workers see the same paths as this machine.
 
     Args:
         client: from `connect`.
-        on_done: called with each chunk as it is done.
-        stop_asked: looked at several times a second.
+        on_done: called with each chunk when it is done.
+        stop_asked: checked several times a second.
     Raises:
-        UserError: workers that see other files or have other libraries; workers that die; a lost connection.
-        StopAsked: `stop_asked` became true.
+        UserError: workers see other files or have other libraries; workers die; the connection is lost.
+        EncodingStopped: `stop_asked` became true.
         As `encode_chunk`.
     """
-    from distributed.client import CancelledError  # that of a task; nobody but a lost scheduler cancels ours
+    from distributed.client import CancelledError  # nobody cancels our tasks: they end so when the scheduler is lost
     from distributed.scheduler import KilledWorker
 
     address = client.scheduler.address
     _wait_for_workers(client, address, stop_asked)
-    _check_workers(client, job.writer.path)
-    graph, keys = build_graph(job, tasks)
-    waiting = client.get(graph, keys, sync=False)
+    check_workers(client, job.writer.path)
+    job_key = f"encode-job-{job.writer.session}"  # in the graph as a node of its own, so that it is sent only once
+    graph, keys = _build_graph(job, (encode_chunk, job_key), tasks)
+    pending = client.get({job_key: job} | graph, keys, sync=False)
     done: list[EncodedChunk] = []
     try:
-        while waiting:
-            for future in [future for future in waiting if future.done()]:
-                waiting.remove(future)
+        while pending:
+            for future in [future for future in pending if future.done()]:
+                pending.remove(future)
                 done.append(future.result())
                 on_done(done[-1])
             if stop_asked:
-                raise StopAsked
+                raise EncodingStopped
             time.sleep(0.1)
     except KilledWorker as error:
-        raise UserError(f"--scheduler {address}: workers died again and again over one chunk: {error}") from error
+        raise UserError(f"--scheduler {address}: one chunk killed several workers: {error}") from error
     except (CancelledError, OSError) as error:
         if isinstance(error, CancelledError) or client.status != "running":
-            raise UserError(f"--scheduler {address}: the connection was lost ({error})") from error
+            raise UserError(f"--scheduler {address}: lost the connection ({error})") from error
         raise
     finally:
-        client.cancel(waiting)
+        client.cancel(pending)
     return done
 
 
@@ -128,24 +115,28 @@ def _wait_for_workers(client: Any, address: str, stop_asked: object) -> None:
     said = False
     while not client.scheduler_info(n_workers=-1)["workers"]:
         if not said:
-            say(f"store: waiting for workers: start them by `dask worker {address}`")
+            say(f"store: waiting for workers: start them with `dask worker {address}`")
             said = True
         if stop_asked:
-            raise StopAsked
+            raise EncodingStopped
         time.sleep(0.2)
 
 
-def _check_workers(client: Any, store: Path) -> None:
-    """Refuse workers whose chunks would not be those that this process writes."""
+def check_workers(client: Any, store: Path) -> None:
+    """Refuse workers that would not write the chunks that this process writes.
+
+    Raises:
+        UserError: a worker cannot import this program, has other library versions, or does not see the store.
+    """
     ours = software_versions()
     try:
         answers = client.run(_introduce, store)
     except ImportError as error:
-        raise UserError(f"the dask workers cannot import this program ({error}): install it where they run") from error
+        raise UserError(f"dask workers cannot import this program ({error}): install it where they run") from error
     for worker, (versions, sees_store) in answers.items():
         other = [f"{name} {ours[name]} here, {versions[name]} there" for name in ours if ours[name] != versions[name]]
         if other:
-            raise UserError(f"dask worker {worker} has other libraries: {', '.join(other)}: make them the same")
+            raise UserError(f"dask worker {worker} has other libraries: {', '.join(other)}: install the same versions")
         if not sees_store:
             raise UserError(f"dask worker {worker} does not see {store}: workers need the same paths as this machine")
 

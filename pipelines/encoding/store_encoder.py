@@ -1,29 +1,21 @@
 """From videos to a complete store: plans the chunks of all splits, has them encoded, summarizes the result."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import RootModel
 
 import latent_cache
-from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreMetadata, StoreWriter
-from latent_cache.schema import PROGRESS_FOLDER
-from latent_cache.writing.disk import write_json
+from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreWriter
+from latent_cache.schema import IDENTITY_VIEW, PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
-from pipelines.encoding.chunk_encoder import (
-    BrokenVideosError,
-    ChunkEncoder,
-    EncodedChunk,
-    EncodeJob,
-    EncodingStopped,
-    psnr_stride,
-)
-from pipelines.encoding.cluster import StopAsked, connect, run_here, run_on_cluster
+from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkEncoder, EncodedChunk, EncodeJob, EncodingStopped
+from pipelines.encoding.cluster import connect, run_here, run_on_cluster
 from pipelines.encoding.store_checks import (
     check_layout,
     check_sources,
@@ -35,6 +27,7 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import read_json, size_text, write_json
 from pipelines.runtime.progress import progress, say, warn
 from pipelines.runtime.runs import write_run_files
 from pipelines.runtime.signals import StopRequest
@@ -42,7 +35,6 @@ from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import dataset_root
 from stage1_autoencoder.videos.source import VideoSource, VideoTable
 
-IDENTITY = "identity"
 # Warn when storing in `cache.dtype` changes the nearest code of more than this share of the latents.
 MOST_CODES_CHANGED = 1e-3
 
@@ -67,14 +59,12 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
     autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
     splits = open_videos(config, run_context)
     write_run_files(config, run_context.device)
-    metadata = store_metadata(config, autoencoder, splits)
-    encoder = StoreEncoder(config, run_context, checkpoint, autoencoder, splits, metadata)
-    for report in encoder.run(overwrite=run_context.overwrite):
-        say(report.line())
-        if report.codes_changed > MOST_CODES_CHANGED:
+    for summary in StoreEncoder(config, run_context, checkpoint, autoencoder, splits).run():
+        say(summary.line())
+        if summary.codes_changed > MOST_CODES_CHANGED:
             warn(
-                f"store: {report.split}: storing latents as {config.cache.dtype} changed the nearest code of "
-                f"{report.codes_changed:.2%} of them: set cache.dtype to float32 and encode again with --overwrite, "
+                f"store: {summary.split}: storing latents as {config.cache.dtype} changed the nearest code of "
+                f"{summary.codes_changed:.2%} of them: set cache.dtype to float32 and encode again with --overwrite, "
                 "or train an autoencoder with smaller latents"
             )
     say(f"store: complete, {path}")
@@ -90,19 +80,19 @@ def _check_complete(config: RiverConfig, run_context: RunContext) -> None:
     here = config.dataset.source == "shapes" or dataset_root(config.dataset, config.data_root).exists()
     if here or run_context.mirror is not None:
         check_sources(config, open_videos(config, run_context))
-    say(f"store: done, {status.path}" + ("" if here else " (its videos are not here to compare)"))
+    say(f"store: done, {status.path}" + ("" if here else " (not compared with its videos, which are not here)"))
 
 
 @dataclass(frozen=True)
-class SplitReport:
-    """What encoding one split came to.
+class SplitSummary:
+    """Summary of encoding one split.
 
     Attributes:
-        frames_per_second: of the frames that this command encoded; None where all were there already.
-        code_perplexity: exp of the entropy of the codes' frequencies; `codes` at most.
+        frames_per_second: of the frames that this command encoded; None when all were encoded before.
+        code_perplexity: exp of the entropy of the code frequencies; at most `codes`.
         round_trip_psnr: dB, mean over a sample of frames, of the decoded stored latent against the frame.
-        codes_changed: share of the latents whose nearest code is another one after rounding to the store's type.
-        codes_held: share of those that were pulled towards their code by some last places, so that it stayed.
+        codes_changed: share of latents whose nearest code changes when they are rounded to the store's type.
+        codes_held: share of latents that were moved by a few last places towards their code, so that it stays.
     """
 
     split: str
@@ -127,13 +117,24 @@ class SplitReport:
         )
 
     def notes(self) -> dict[str, Any]:
-        """What goes to the store: all that does not depend on the day."""
+        """The part that is written to the store: all that does not depend on when and where it was encoded."""
         kept = ("codes_used", "code_perplexity", "round_trip_psnr", "codes_changed", "codes_held")
         return {name: value for name, value in asdict(self).items() if name in kept}
 
 
+class BrokenVideos(RootModel[dict[str, dict[str, tuple[str, str]]]]):
+    """`broken.json` beside the finished chunks of an incomplete store: split -> id -> (fingerprint, reason)."""
+
+
 class StoreEncoder:
-    """Plans the chunks of all splits and has them made, here or on a cluster, until the store is complete."""
+    """Plans the chunks of all splits and has them encoded, here or on a cluster, until the store is complete.
+
+    Args:
+        splits: videos of each split.
+        network_batch: frames per batch of the network; None: chosen by `FrameEncoder`.
+        psnr_every: smallest stride of the frames that are decoded again to measure round-trip PSNR.
+        psnr_frames: most frames per split that are measured.
+    """
 
     def __init__(
         self,
@@ -142,38 +143,43 @@ class StoreEncoder:
         checkpoint: Checkpoint,
         autoencoder: Autoencoder,
         splits: dict[str, VideoSource],
-        metadata: StoreMetadata,
+        *,
+        network_batch: int | None = None,
+        psnr_every: int = 64,
+        psnr_frames: int = 32,
     ) -> None:
         self.config, self.run_context, self.checkpoint, self.autoencoder = config, run_context, checkpoint, autoencoder
-        self.splits, self.metadata = splits, metadata
-        self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # by split and id, and why
+        self.splits, self.metadata = splits, store_metadata(config, autoencoder, splits)
+        self.network_batch, self.psnr_every, self.psnr_frames = network_batch, psnr_every, psnr_frames
+        self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # split -> id -> reason
         side = config.dataset.image_size // autoencoder.downsampling
         self.latent_shape = (autoencoder.config.latent_channels, side, side)
 
-    def run(self, overwrite: bool) -> list[SplitReport]:
-        """Encode what is pending until the store is complete."""
+    def run(self) -> list[SplitSummary]:
+        """Encode all pending chunks; with `run_context.overwrite` all chunks."""
+        overwrite = self.run_context.overwrite
         if not overwrite:
             self._recall_broken()
         while True:
             try:
                 return self._attempt(overwrite)
             except BrokenVideosError as error:
-                # Their frames were planned for; the chunks before them stay, the others are laid out anew.
+                # The plan had frames of these videos. Chunks before them stay, the others are planned again.
                 for video_id, reason in error.reasons.items():
                     self.broken[error.split][video_id] = reason
                     self.run_context.skip(video_id, reason)
                 self._note_broken()
-                # A store can lose videos, but no split: without its last video the whole store is laid out anew.
+                # A store can lose videos, but no split: when a split lost its last video, start again.
                 overwrite = not self._videos(error.split)
 
-    def _attempt(self, overwrite: bool) -> list[SplitReport]:
+    def _attempt(self, overwrite: bool) -> list[SplitSummary]:
         plans = {split: self._plan(split) for split in self.splits if self._videos(split)}
         if "train" not in plans:
             raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
         options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
         path = self.config.store_path.absolute()
         job = self._job(ChunkWriter(path, session="none yet"), plans)
-        # What refuses to encode does so before an old store is thrown away.
+        # Whatever refuses to encode must do so before an old store is deleted.
         with contextlib.ExitStack() as stack:
             if self.run_context.scheduler is None:
                 ChunkEncoder(job, self.autoencoder, self.run_context.device).close()
@@ -185,42 +191,39 @@ class StoreEncoder:
             writer.check_space()
             try:
                 done = self._encode(writer, replace(job, writer=writer.chunk_writer), cluster, stop)
-                reports = [self._report(writer, split, plan, done) for split, plan in plans.items()]
-                notes = {report.split: report.notes() for report in reports}
+                summaries = [self._summary(writer, split, plan, done) for split, plan in plans.items()]
+                notes = {summary.split: summary.notes() for summary in summaries}
                 writer.finish(notes, {"skipped": self._skipped()})
-            except (StopAsked, EncodingStopped):
+            except EncodingStopped:
                 raise StoppedBySignal(
-                    stop.signal_number,
-                    f"stopped; {self.config.store_path} keeps its finished chunks, `encode` goes on from there",
+                    stop.signal_number, f"stopped; {self.config.store_path} keeps its finished chunks, `encode` resumes"
                 ) from None
             except NoSpaceError as error:
                 raise NoSpaceError(
-                    f"{error}; {writer.bytes_needed() / 1e6:.1f} MB of latents are still to be written: free as much, "
-                    "and `encode` goes on from the chunks that are finished"
+                    f"{error}; {size_text(writer.bytes_needed())} of latents are not written yet: free that much, then "
+                    "`encode` resumes after the finished chunks"
                 ) from error
             if stop:
                 raise StoppedBySignal(stop.signal_number, f"stopped; {self.config.store_path} is complete")
-        return reports
+        return summaries
 
     @property
     def _broken_file(self) -> Path:
         return self.config.store_path / PROGRESS_FOLDER / "broken.json"
 
     def _note_broken(self) -> None:
-        """Remember broken videos beside the finished chunks, which were laid out without them."""
-        fingerprints = self._skipped()
+        """Remember broken videos beside the finished chunks, whose plan leaves them out."""
         noted = {
-            split: {video_id: [prints[video_id], self.broken[split][video_id]] for video_id in prints}
-            for split, prints in fingerprints.items()
+            split: {video_id: (print_, self.broken[split][video_id]) for video_id, print_ in prints.items()}
+            for split, prints in self._skipped().items()
         }
-        write_json(self._broken_file, noted)
+        write_json(self._broken_file, BrokenVideos(noted))
 
     def _recall_broken(self) -> None:
-        """Leave out what an earlier command found broken, unless it has changed since."""
-        try:
-            noted = json.loads(self._broken_file.read_text())
-        except (OSError, ValueError):
-            return
+        """Leave out videos that an earlier command found broken, unless their files have changed."""
+        noted: dict[str, dict[str, tuple[str, str]]] = {}
+        with contextlib.suppress(UserError):  # without the file they are found broken again
+            noted = read_json(self._broken_file, BrokenVideos, "").root
         for split in noted.keys() & self.splits.keys():
             for video in self.splits[split].videos:
                 fingerprint, reason = noted[split].get(video.id, (None, ""))
@@ -235,7 +238,7 @@ class StoreEncoder:
         return videos.select(np.flatnonzero([video_id not in self.broken[split] for video_id in videos.ids]))
 
     def _skipped(self) -> dict[str, dict[str, str]]:
-        """Fingerprints of the videos that could not be decoded, by split and id."""
+        """Fingerprints of the videos that cannot be decoded, by split and id."""
         return {
             split: {video.id: video.fingerprint for video in self.splits[split].videos if video.id in ids}
             for split, ids in self.broken.items()
@@ -243,19 +246,19 @@ class StoreEncoder:
         }
 
     def _views(self, split: str) -> Sequence[str]:
-        return self.config.cache.views if split == "train" else [IDENTITY]
+        return self.config.cache.views if split == "train" else [IDENTITY_VIEW]
 
     def _index_frames(self, split: str) -> int:
-        """Frames of a split, with the videos that turn out to be broken: what is kept must not depend on these.
+        """Frames of a split, broken videos included: so the number does not change when a video turns out broken.
 
-        This number decides the chunks' size, and which frames are measured.
+        It decides the chunk size and which frames are measured, and finished chunks are kept.
         """
         return int(VideoTable.of(self.splits[split].videos).frames.sum()) * len(self._views(split))
 
     def _plan(self, split: str) -> SplitPlan:
         cache = self.config.cache
         views = self._views(split)
-        # Views of a video lie side by side, so that one pass over the video serves them all.
+        # Views of a video are adjacent, so that one pass over the video serves them all.
         videos = self._videos(split)
         each = np.repeat(np.arange(len(videos)), len(views)).tolist()
         frames = self._index_frames(split)
@@ -271,18 +274,20 @@ class StoreEncoder:
         )
 
     def _job(self, writer: ChunkWriter, plans: dict[str, SplitPlan]) -> EncodeJob:
-        """What tasks need to know; without a cluster, `device` is this process's own."""
         run_context = self.run_context
         return EncodeJob(
             splits=self.splits,
             cache=self.config.cache,
             checkpoint=replace(self.checkpoint, path=self.checkpoint.path.absolute()),
             digest=self.metadata.autoencoder["sha256"],
-            # Each worker finds its own device; only a device that the user named is asked of all of them.
+            # Each worker finds its own device, unless the user named one.
             device=str(run_context.device) if run_context.scheduler is None else run_context.asked_device,
             writer=writer,
-            psnr_stride={split: psnr_stride(self._index_frames(split)) for split in plans},
+            psnr_stride={
+                split: max(self.psnr_every, -(-self._index_frames(split) // self.psnr_frames)) for split in plans
+            },
             chunk_frames=max(plan.file_frames for plan in plans.values()),
+            network_batch=self.network_batch,
         )
 
     def _encode(self, writer: StoreWriter, job: EncodeJob, cluster: Any, stop: StopRequest) -> list[EncodedChunk]:
@@ -290,14 +295,14 @@ class StoreEncoder:
         pending = {split: writer.pending(split) for split in plans}
         for split, plan in plans.items():
             if len(pending[split]) < len(plan.chunks):
-                there = len(plan.chunks) - len(pending[split])
-                say(f"store: {split}: {there} of {len(plan.chunks)} chunks are there already")
+                finished = len(plan.chunks) - len(pending[split])
+                say(f"store: {split}: {finished} of {len(plan.chunks)} chunks are already encoded")
         tasks = [(split, chunk) for split in plans for chunk in pending[split]]
         if not tasks:
             return []
         frames = sum(plan.frames for plan in plans.values())
-        there = frames - sum(chunk.frames for _, chunk in tasks)
-        with progress(total=frames, initial=there, description="encode", unit="frame") as bar:
+        finished = frames - sum(chunk.frames for _, chunk in tasks)
+        with progress(total=frames, initial=finished, description="encode", unit="frame") as bar:
 
             def accept(encoded: EncodedChunk) -> None:
                 writer.accept(encoded.split, encoded.chunk, encoded.marker)
@@ -312,7 +317,8 @@ class StoreEncoder:
             finally:
                 encoder.close()
 
-    def _report(self, writer: StoreWriter, split: str, plan: SplitPlan, done: list[EncodedChunk]) -> SplitReport:
+    def _summary(self, writer: StoreWriter, split: str, plan: SplitPlan, done: list[EncodedChunk]) -> SplitSummary:
+        """Summary from the markers of all chunks, and the rate of those that this command encoded (`done`)."""
         markers = [marker.measured for marker in writer.markers(split)]
         counts = np.zeros(self.autoencoder.config.codes, np.int64)
         for measured in markers:
@@ -320,7 +326,7 @@ class StoreEncoder:
         share = counts[counts > 0] / counts.sum()
         mine = [encoded for encoded in done if encoded.split == split]
         seconds = max(encoded.ended for encoded in mine) - min(encoded.started for encoded in mine) if mine else None
-        return SplitReport(
+        return SplitSummary(
             split=split,
             videos=len(set(plan.video_ids)),
             frames=plan.frames,

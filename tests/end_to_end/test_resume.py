@@ -18,6 +18,7 @@ from latent_cache import ChunkWriter, StoreWriter
 from latent_cache.writing.markers import ChunkMarker
 from pipelines.encoding.chunk_encoder import ChunkTask
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.files import size_text
 from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 from pipelines.training.flow_trainer import FlowTrainer
 
@@ -317,7 +318,7 @@ def test_encode_stopped_at_each_batch(encoder_place, uninterrupted, story: Modul
         place = encoder_place(f"stopped_{call}")
         with monkeypatch.context() as patch:
             story.send_at(patch, ChunkTask, "encode", call)
-            place.run("encode").refused(143, "stopped", "goes on from there")
+            place.run("encode").refused(143, "stopped", str(place.store))
         assert not latent_cache.is_complete(place.store)
         done = len(list((place.store / ".encoding").rglob("*.json")))
         with monkeypatch.context() as patch:
@@ -372,12 +373,12 @@ def test_encode_onto_a_full_disk(encoder_place, uninterrupted, story, monkeypatc
         patch.setattr("os.fsync", full)
         patch.setattr("latent_cache.writing.disk.flush_tree", lambda root: None)
         patch.setattr("latent_cache.writing.writer.flush_tree", lambda root: None)
-        outcome = place.run("encode").refused(1, "no space left for chunk", "MB of latents are still to be written")
+        outcome = place.run("encode").refused(1, "no space left for chunk", "free")
     done = len(list((place.store / ".encoding").rglob("*.json")))
     pending = 8 - done
     assert 0 < pending <= 8
     shape = json.loads((place.store / "train/latents/zarr.json").read_text())["shape"][1:]
-    assert f"; {pending * 50 * 2 * math.prod(shape) / 1e6:.1f} MB of latents" in outcome.err
+    assert f"; {size_text(pending * 50 * 2 * math.prod(shape))} of latents" in outcome.err
     assert not list(place.store.rglob("*.partial"))
     place.run("encode").ok()
     assert story.tree(place.store) == uninterrupted
@@ -414,7 +415,7 @@ def test_encode_killed(encoder_place, uninterrupted, story: ModuleType) -> None:
     assert re.search(r"not complete: `make encode` goes on(.|\n)*[23] of 6 chunks", place.run("inspect").ok().out)
     outcome = place.run("encode").ok()
     # Two chunks are in the making at once: the one beside the fourth may have been done or not.
-    assert re.search("[23] of 6 chunks are there already", outcome.out)
+    assert re.search("[23] of 6 chunks", outcome.out)
     assert story.tree(place.store) == uninterrupted
 
 

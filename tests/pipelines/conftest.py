@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from latent_cache import StoreMetadata
 from pipelines.config import RiverConfig, parse_config
-from pipelines.encoding.store_encoder import SplitReport, StoreEncoder
+from pipelines.encoding.store_encoder import SplitSummary, StoreEncoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import VQGANConfig
@@ -110,6 +109,8 @@ class EncodingKit:
     )
     model: VQGAN = field(default_factory=random_autoencoder)
     run_context: RunContext = field(default_factory=lambda: RunContext(torch.device("cpu")))
+    # The network sees 8 frames at once, and round-trip PSNR is measured on every 8th frame.
+    sizes: dict[str, int] = field(default_factory=lambda: {"network_batch": 8, "psnr_every": 8})
     Source = NoiseSource
 
     def config(self, **cache: Any) -> RiverConfig:
@@ -128,21 +129,15 @@ class EncodingKit:
     def store(self) -> Path:
         return self.config().store_path
 
-    def encoder(self, **cache: Any) -> StoreEncoder:
-        config = self.config(**cache)
-        metadata = StoreMetadata(
-            dataset="noise",
-            fps=10.0,
-            preprocessing={"views": list(config.cache.views)},
-            autoencoder={"sha256": "0" * 64},
-            software={},
-        )
+    def encoder(self, overwrite: bool = False, **cache: Any) -> StoreEncoder:
+        """The encoder of the store; `cache` has its settings."""
         checkpoint = Checkpoint(self.folder / "none", {"step": 0})
-        return StoreEncoder(config, self.run_context, checkpoint, self.model, self.splits, metadata)
+        context = replace(self.run_context, overwrite=overwrite)
+        return StoreEncoder(self.config(**cache), context, checkpoint, self.model, self.splits, **self.sizes)
 
-    def encode(self, overwrite: bool = False, **cache: Any) -> dict[str, SplitReport]:
-        """Encode what is pending; the reports by split."""
-        return {report.split: report for report in self.encoder(**cache).run(overwrite)}
+    def encode(self, overwrite: bool = False, **cache: Any) -> dict[str, SplitSummary]:
+        """Encode what is pending; the summaries by split."""
+        return {summary.split: summary for summary in self.encoder(overwrite, **cache).run()}
 
     def files(self) -> dict[str, bytes]:
         """All files of the store."""
@@ -151,21 +146,13 @@ class EncodingKit:
 
     def another(self, name: str) -> "EncodingKit":
         """The same videos and autoencoder, another folder."""
-        return EncodingKit(self.folder / name, self.splits, self.model, self.run_context)
+        return EncodingKit(self.folder / name, self.splits, self.model, self.run_context, self.sizes)
 
 
 @pytest.fixture
-def kit(tmp_path: Path) -> EncodingKit:
+def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncodingKit:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # nothing waits for the disk
     return EncodingKit(tmp_path / "kit")
-
-
-@pytest.fixture(autouse=True)
-def _small_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network sees 8 frames at once, a few are sampled of these few, and nothing waits for the disk."""
-    if "kit" in request.fixturenames:
-        monkeypatch.setattr("os.fsync", lambda descriptor: None)
-        monkeypatch.setattr("stage1_autoencoder.frame_encoder.PASS_PIXELS", {"cpu": 8 * SIDE**2})
-        monkeypatch.setattr("pipelines.encoding.chunk_encoder.PSNR_EVERY", 8)
 
 
 @pytest.fixture(scope="session")

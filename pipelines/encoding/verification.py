@@ -1,4 +1,4 @@
-"""`encode --verify`: every checksum of a store, and some of its frames encoded again. Writes nothing."""
+"""`encode --verify`: all checksums of a store, and some of its frames encoded again. Writes nothing."""
 
 import contextlib
 import sys
@@ -9,20 +9,23 @@ from tqdm import tqdm
 
 import latent_cache
 from latent_cache import CorruptStoreError, DamagedFramesError, LatentCache
+from latent_cache.schema import IDENTITY_VIEW
 from pipelines.config import RiverConfig
+from pipelines.encoding.frame_verifier import FrameCheck, FrameVerifier, draw_frames
 from pipelines.encoding.store_checks import check_origin, check_sources, store_is_complete
-from pipelines.encoding.verify_frames import FrameCheck, FrameVerifier, draw_frames
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.runs import software_versions
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
 
-# Of more videos than this, which lie side by side in the split, the first and the last are named, and their rows.
+# Up to this many videos of a damaged chunk are named; of more, the first, the last, and their rows.
 MOST_NAMES = 20
-CHECKSUMS_ONLY = "or check the checksums alone, which needs neither videos nor autoencoder: `encode --verify 0`"
+CHECKSUMS_ONLY = "or check only the checksums, which needs neither videos nor autoencoder: `encode --verify 0`"
+WAY_OUT = "restore the files from a copy, or encode again with `encode --overwrite`"
 
 
 def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> None:
@@ -30,24 +33,24 @@ def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> No
 
     Raises:
         CheckFailed: something is damaged or wrong; each finding was printed on stderr.
-        UserError: no complete store, or one of another autoencoder, preprocessing or videos than those that are here;
-            with `count` above 0 also when autoencoder or videos are not here.
+        UserError: the store is missing, incomplete, or of another autoencoder, other preprocessing or other videos
+            than those that are here; `count` is above 0 and autoencoder or videos are not here.
     """
     path = config.store_path
     if run_context.overwrite:
-        raise UserError("--verify writes nothing: leave --overwrite away, or leave --verify away to encode again")
-    latent_cache.open_metadata(path)  # says so when there is no store
+        raise UserError("--verify writes nothing: remove --overwrite, or remove --verify to encode again")
+    latent_cache.open_metadata(path)  # raises when there is no store
     if not store_is_complete(path):
-        raise UserError(f"{path}: the store is not complete: `make encode` goes on from there; verify it then")
+        raise UserError(f"{path}: the store is not complete: finish it with `make encode`, then verify it")
     autoencoder = _autoencoder(config, run_context, count)
     splits = _videos(config) if count else {}
     if count:
-        with contextlib.suppress(CorruptStoreError):  # damaged names are listed with all else
+        with contextlib.suppress(CorruptStoreError):  # damaged names are listed below, with all other damage
             check_sources(config, splits)
     sums = check_checksums(str(path))
     found = [sums.problem] if sums.problem else []
     if not count:
-        say("verify: 0 frames were asked for: nothing was encoded again")
+        say("verify: 0 frames encoded again")
     elif not sums.names_are_sound:
         found.append("no frame was encoded again, since names or offsets of videos are damaged")
     else:
@@ -55,19 +58,17 @@ def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> No
         problem = _check_frames(config, run_context, sums.caches, splits, autoencoder, count)
         found += [problem] if problem else []
     if found:
-        raise CheckFailed(
-            f"{path}: {'; '.join(found)}: restore the files from a copy, or encode again with `encode --overwrite`"
-        )
+        raise CheckFailed(f"{path}: {'; '.join(found)}: {WAY_OUT}")
 
 
 @dataclass(frozen=True)
 class ChecksumReport:
-    """What reading a whole store came to.
+    """Result of reading a whole store.
 
     Attributes:
         caches: the splits that can be opened.
-        names_are_sound: whether these are all, and their names and offsets are sound, whatever their chunks are.
-        problem: what is wrong, in a few words; empty when nothing is.
+        names_are_sound: whether every split can be opened and its names and offsets are sound.
+        problem: what is wrong; empty when nothing is.
     """
 
     caches: list[LatentCache]
@@ -76,7 +77,7 @@ class ChecksumReport:
 
 
 def check_checksums(store: str) -> ChecksumReport:
-    """Read all chunks, names and offsets of a complete store. Each damage is printed on stderr, by file and videos.
+    """Read all chunks, names and offsets of a complete store. Each damage is printed on stderr, with file and videos.
 
     Raises:
         StoreError: no complete store, or one that cannot be reached.
@@ -96,11 +97,11 @@ def check_checksums(store: str) -> ChecksumReport:
     size = sum(reader.array.nbytes for group in readers.values() for reader in group)
     with progress(total=chunks, description="checksums", unit="chunk") as bar:
         for cache in caches:
-            of_index = list(cache.index_damages())
-            for error in of_index:
+            index_damages = list(cache.index_damages())
+            for error in index_damages:
                 _print_finding(str(error))
-            damages += len(of_index)
-            names_are_sound &= not of_index
+            damages += len(index_damages)
+            names_are_sound &= not index_damages
             for reader in readers[cache.split]:
                 found = []
                 for damage in reader.damages():
@@ -108,16 +109,16 @@ def check_checksums(store: str) -> ChecksumReport:
                     found += [damage] if damage is not None else []
                 for damage in _joined(found):
                     damages += 1
-                    videos = _name_videos(cache, damage.start, damage.stop) if not of_index else "videos without names"
+                    videos = "videos of unknown names" if index_damages else _name_videos(cache, damage)
                     _print_finding(
                         f"{damage.file} {damage.what}. It carries frames {damage.start} to {damage.stop - 1} of "
                         f"{cache.split}, of {videos}"
                     )
     if damages:
-        return ChecksumReport(caches, names_are_sound, f"{damages} file(s) or chunk(s) are damaged, as listed")
+        return ChecksumReport(caches, names_are_sound, f"{damages} damaged file(s) or chunk(s), listed above")
     say(
-        f"verify: {store}: all {chunks} chunks of latents and codes, {size / 1e6:.1f} MB, and the names and offsets of "
-        f"all videos match their checksums"
+        f"verify: {store}: all {chunks} chunks of latents and codes, {size_text(size)}, and the names and offsets of "
+        "all videos match their checksums"
     )
     return ChecksumReport(caches, True, "")
 
@@ -129,7 +130,7 @@ def _autoencoder(config: RiverConfig, run_context: RunContext, count: int) -> Au
         return None
     if checkpoint is None:
         raise UserError(
-            f"{config.run_path}/autoencoder holds no checkpoint, so no frame can be encoded again: bring it back, "
+            f"{config.run_path}/autoencoder has no checkpoint, which is needed to encode frames again: restore it, "
             f"{CHECKSUMS_ONLY}"
         )
     autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
@@ -138,11 +139,11 @@ def _autoencoder(config: RiverConfig, run_context: RunContext, count: int) -> Au
 
 
 def _videos(config: RiverConfig) -> dict[str, VideoSource]:
-    """The raw videos; from no mirror, since nothing is to be written."""
+    """The raw videos that are here; nothing is fetched, since verifying writes nothing."""
     root = dataset_root(config.dataset, config.data_root)
     if config.dataset.source != "shapes" and not root.exists():
         raise UserError(
-            f"{root}: the raw videos are not there, so no frame can be encoded again: bring them back, {CHECKSUMS_ONLY}"
+            f"{root} does not exist: the raw videos are needed to encode frames again: restore them, {CHECKSUMS_ONLY}"
         )
     try:
         return dict(open_splits(config.dataset, config.data_root))
@@ -158,7 +159,7 @@ def _check_frames(
     autoencoder: Autoencoder,
     count: int,
 ) -> str:
-    """Encode drawn frames again; what is wrong with them in a few words, empty when nothing is."""
+    """Encode drawn frames again. Returns what is wrong with them, empty when nothing is."""
     drawn = draw_frames(caches, count, config.seed)
     checks: list[FrameCheck] = []
     with progress(total=len(drawn), description="encode again", unit="frame") as bar:
@@ -171,17 +172,17 @@ def _check_frames(
     wrong = [check for check in compared if check.problem]
     equal = sum(check.bit_equal for check in compared)
     total = sum(cache.frames for cache in caches)
-    which = f"all {total} frames" if len(drawn) == total else f"{len(drawn)} frames, drawn from {total},"
+    frames = f"all {total} frames" if len(drawn) == total else f"{len(drawn)} of {total} frames"
     videos, number = len({check.video for check in checks}), "all" if equal == len(drawn) else equal
     say(
-        f"verify: {which} of {videos} video(s) encoded again: {number} equal to the bit"
+        f"verify: {frames}, of {videos} video(s), encoded again: {number} equal bit for bit"
         + _explain_rounding(compared, caches[0])
     )
     problems = []
     if wrong:
-        problems.append(f"{len(wrong)} of {len(compared)} frames are not what their videos encode to, as listed")
+        problems.append(f"{len(wrong)} of {len(compared)} frames differ from what their videos encode to, listed above")
     if len(compared) < len(drawn):
-        problems.append(f"{len(drawn) - len(compared)} frame(s) could not be compared, as listed")
+        problems.append(f"{len(drawn) - len(compared)} frame(s) could not be compared, listed above")
     return "; ".join(problems)
 
 
@@ -191,8 +192,8 @@ def _explain_rounding(compared: Sequence[FrameCheck], cache: LatentCache) -> str
         return ""
     largest = max(check.deviation for check in close)
     text = (
-        f", {len(close)} sound but not equal: they deviate by at most {largest:.1%} of what is tolerated, as another "
-        "device, processor or library version explains"
+        f", {len(close)} within the tolerance: they deviate by at most {largest:.1%} of it, which another device, "
+        "processor or library version explains"
     )
     here, there = software_versions(), cache.metadata.software
     others = [f"{name} {there[name]}, here {here.get(name)}" for name in there if there[name] != here.get(name)]
@@ -200,7 +201,7 @@ def _explain_rounding(compared: Sequence[FrameCheck], cache: LatentCache) -> str
 
 
 def _joined(damages: Sequence[DamagedFramesError]) -> list[DamagedFramesError]:
-    """One for neighbouring chunks of one file that have one cause, such as a shard that is missing."""
+    """Join the damages of adjacent chunks in one file that have one cause, such as a missing shard."""
     joined: list[DamagedFramesError] = []
     for damage in damages:
         last = joined[-1] if joined else None
@@ -211,14 +212,14 @@ def _joined(damages: Sequence[DamagedFramesError]) -> list[DamagedFramesError]:
     return joined
 
 
-def _name_videos(cache: LatentCache, start: int, stop: int) -> str:
-    """The videos of some frames of a split, as words."""
-    first, last = (int(row) for row in cache.offsets.searchsorted([start, stop - 1], side="right") - 1)
+def _name_videos(cache: LatentCache, damage: DamagedFramesError) -> str:
+    """Names of the videos whose frames a damaged chunk carries."""
+    first, last = (int(row) for row in cache.offsets.searchsorted([damage.start, damage.stop - 1], side="right") - 1)
     rows = range(first, last + 1)
 
     def name(row: int) -> str:
         view = cache.video_views[row]
-        return repr(cache.video_ids[row]) + ("" if view == "identity" else f" ({view})")
+        return repr(cache.video_ids[row]) + ("" if view == IDENTITY_VIEW else f" ({view})")
 
     if len(rows) <= MOST_NAMES:
         return f"{len(rows)} video(s): " + ", ".join(map(name, rows))
@@ -226,5 +227,5 @@ def _name_videos(cache: LatentCache, start: int, stop: int) -> str:
 
 
 def _print_finding(text: str) -> None:
-    """Print on stderr, also when the run is quiet, without tearing a progress bar apart."""
+    """Print on stderr, also with --quiet, without tearing a progress bar apart."""
     tqdm.write(f"verify: {text}", file=sys.stderr)
