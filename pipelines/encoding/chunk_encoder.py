@@ -174,11 +174,12 @@ class ChunkEncoder:
         budget, views = self.job.cache.memory_budget_bytes, len(self.job.cache.views)
         # Half of the budget is for encoders: each has one block in the network, one in hand and two waiting.
         encoder = self.frame_encoder.memory + 3 * block
-        encoders = min(cores if self.device.type == "cpu" else GPU_ENCODERS, max(1, budget // 2 // encoder))
         decoder = 2 * views * block  # a decoder fills at most two blocks per view at once
         # Bytes per value of a chunk: float32 from the network, the store's type, and two copies as bytes of the file.
         value = 4 + 3 * np.dtype(self.job.cache.dtype).itemsize
         chunk = value * math.prod(self.latent_shape) * self.job.chunk_frames
+        most = cores if self.device.type == "cpu" else GPU_ENCODERS
+        encoders = min(most, max(1, min(budget // 2, budget - chunk - decoder) // encoder))
         left = budget - encoders * encoder - chunk
         decoders = min(cores, left // decoder)
         if decoders < 1:
@@ -263,7 +264,7 @@ class _VideoPass:
 
 
 @dataclass
-class _Block:
+class Block:
     """Consecutive frames of a chunk that one thread will encode, while they are being decoded."""
 
     start: int
@@ -291,7 +292,7 @@ class ChunkTask:
         self.cancelled = False
         self.started = math.inf  # until a thread decodes its first video
         self.lock = threading.Lock()
-        self.blocks: dict[int, _Block] = {}
+        self.blocks: dict[int, Block] = {}
         self.encoding: list[Future[None]] = []
 
     def run(self) -> ChunkMarker:
@@ -368,7 +369,7 @@ class ChunkTask:
             block = self.blocks.get(number)
             if block is None:
                 count = min(size, self.chunk.frames - number * size)
-                block = _Block(number * size, np.empty((count, *frame.shape), np.uint8), missing=count)
+                block = Block(number * size, np.empty((count, *frame.shape), np.uint8), missing=count)
                 block.views = [transform] * count
                 self.blocks[number] = block
         block.frames[place - block.start] = frame
@@ -384,7 +385,7 @@ class ChunkTask:
         self.encoding.append(self.encoder.encoders.submit(self.encode, block))
 
     @torch.inference_mode()
-    def encode(self, block: _Block) -> None:
+    def encode(self, block: Block) -> None:
         """Encode the frames of a block in batches of the network."""
         try:
             self.check()

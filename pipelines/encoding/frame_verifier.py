@@ -119,6 +119,7 @@ class FrameVerifier:
     Args:
         splits: videos of each split.
         device: where the autoencoder is.
+        network_batch: frames per batch of the network; bits are equal only in the batch size of the store's encoder.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class FrameVerifier:
         splits: Mapping[str, VideoSource],
         autoencoder: Autoencoder,
         device: torch.device,
+        network_batch: int | None = None,
     ) -> None:
         self.splits = splits
         self.codebook = autoencoder.quantizer.codebook.detach().cpu().numpy()
@@ -134,7 +136,7 @@ class FrameVerifier:
         self.rows = {split: {name: row for row, name in enumerate(table.ids)} for split, table in tables.items()}
         self.precision = stored_precision(caches[0].metadata)
         side = next(iter(splits.values())).dataset.image_size
-        self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision)
+        self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision, frames=network_batch)
         self.dtype = getattr(torch, caches[0].latents.dtype.name)
         self.encoders = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         # Frames come in the order of the store: each chunk of latents and of codes is read and checked once.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from latent_cache import ChunkWriter
 from pipelines.config import RiverConfig, parse_config
 from pipelines.encoding.store_encoder import SplitSummary, StoreEncoder
 from pipelines.runtime.checkpoints import Checkpoint
@@ -138,6 +139,22 @@ class EncodingKit:
     def encode(self, overwrite: bool = False, **cache: Any) -> dict[str, SplitSummary]:
         """Encode what is pending; the summaries by split."""
         return {summary.split: summary for summary in self.encoder(overwrite, **cache).run()}
+
+    def interrupt(self, after: int, **cache: Any) -> None:
+        """Encode until `after` chunks are written, then fail."""
+        write, calls, lock = ChunkWriter.write, [], threading.Lock()
+
+        def fails(*arguments: Any) -> Any:
+            with lock:
+                calls.append(arguments)
+                if len(calls) > after:
+                    raise OSError(5, "Input/output error")
+            return write(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ChunkWriter, "write", fails)
+            with pytest.raises(OSError, match="Input/output error"):
+                self.encode(**cache)
 
     def files(self) -> dict[str, bytes]:
         """All files of the store."""

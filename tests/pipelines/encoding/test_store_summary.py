@@ -1,4 +1,4 @@
-"""`inspect`: what is said about whole, half done, remote and damaged stores."""
+"""`inspect`: summaries of complete, incomplete, remote and damaged stores; videos decoded from latents."""
 
 import os
 import re
@@ -89,7 +89,7 @@ def test_a_complete_store(write, inspect) -> None:
         "software       zarr 3.1.6",
         "train  4 videos of 5 to 10 frames (views: identity, hflip); latents 30x2x3x4 float16, 8 chunks of 4 ",
         "7 of 64 codes used, perplexity 5; round trip 31.25 dB; 0.125% of codes changed by rounding",
-        "7 video(s) could not be decoded and are left out: torn0, torn1, torn2, torn3, torn4, ...",
+        "7 video(s) that could not be decoded: torn0, torn1, torn2, torn3, torn4, ...",
         "test   1 videos of 3 to 3 frames; latents 3x2x3x4 float16, 1 chunks of 3 frames",
         "3 of 64 codes used, perplexity 3",  # of test, which has no notes: computed
         "per channel    mean [14.5 14.5], std [8.655 8.655]",
@@ -97,31 +97,28 @@ def test_a_complete_store(write, inspect) -> None:
         assert text in outcome.out, f"{text!r} is not in\n{outcome.out}"
 
 
-def test_a_store_without_notes(write, inspect) -> None:
-    outcome = inspect(write(notes=False))
+def test_a_store_without_notes_and_with_shards(write, inspect) -> None:
+    outcome = inspect(write(notes=False, shard_chunks=2))
     assert "4 of 64 codes used, perplexity 4" in outcome.out
-    assert "left out" not in outcome.out
+    assert "torn" not in outcome.out
+    assert "8 chunks of 4 frames in shards of 2" in outcome.out
 
 
-def test_shards(write, inspect) -> None:
-    assert "8 chunks of 4 frames in shards of 2" in inspect(write(shard_chunks=2)).out
-
-
-@pytest.mark.parametrize(("stop_after", "shard_chunks"), [(0, 1), (3, 1), (8, 1), (9, 1), (2, 2)])
+@pytest.mark.parametrize(("stop_after", "shard_chunks"), [(0, 1), (3, 1), (9, 1), (2, 2)])
 def test_an_incomplete_store_tells_how_far_it_is(write, inspect, stop_after: int, shard_chunks: int) -> None:
     path = write(stop_after=stop_after, shard_chunks=shard_chunks)
     outcome = inspect(path)
     assert (outcome.code, outcome.err) == (0, "")
     chunks = 8 // shard_chunks
-    assert f"{path}: latents of toys, 12.5 frames/s; not complete: `make encode` goes on" in outcome.out
+    assert re.search(rf"{path}: latents of toys, 12.5 frames/s; not complete.*make encode", outcome.out)
     last = ", the last one [0-9]+ s ago" if stop_after else ""
     assert re.search(
         rf"train  {min(stop_after, chunks)} of {chunks} chunks are written{last}; 30 frames, "
-        rf"{4 * shard_chunks} a chunk",
+        rf"{4 * shard_chunks} per chunk",
         outcome.out,
     )
     assert f"test   {max(0, stop_after - chunks)} of 1 chunks are written" in outcome.out
-    assert f"in all {stop_after} of {chunks + 1} chunks" in outcome.out
+    assert f"in total {stop_after} of {chunks + 1} chunks" in outcome.out
     assert "sha256 3f9a" in outcome.out
 
 
@@ -130,23 +127,23 @@ def test_what_an_incomplete_store_cannot_do(write, inspect, tmp_path: Path) -> N
     for words in (["--verify"], ["--gif", tmp_path / "a.gif"]):
         outcome = inspect(path, *words)
         assert outcome.code == 2
-        assert "in all 3 of 9 chunks" in outcome.out
-        assert f"inspect: {path}: the store is not complete: `make encode` goes on" in outcome.err
+        assert "in total 3 of 9 chunks" in outcome.out
+        assert re.search(f"inspect: {path}: .*not complete.*make encode", outcome.err)
 
 
 def test_a_store_that_is_only_begun(tmp_path: Path, inspect) -> None:
     (tmp_path / "toys.zarr" / ".encoding").mkdir(parents=True)
     outcome = inspect(tmp_path / "toys.zarr")
     assert outcome.code == 0
-    assert "only begun, no chunk is written; `make encode` goes on" in outcome.out
+    assert re.search(rf"{tmp_path}/toys.zarr: .*make encode", outcome.out)
 
 
 def test_no_store(tmp_path: Path, inspect) -> None:
     (tmp_path / "empty").mkdir()
-    for name, message in (("none.zarr", "there is no such path"), ("empty", "not a Zarr v3 group")):
+    for name in ("none.zarr", "empty"):
         outcome = inspect(tmp_path / name)
         assert outcome.code == 2
-        assert f"inspect: {tmp_path / name}: {message}" in outcome.err
+        assert re.search(rf"inspect: {tmp_path / name}: .*paths\.latents", outcome.err)
 
 
 def test_verify(write, inspect) -> None:
@@ -163,15 +160,12 @@ def test_verify(write, inspect) -> None:
     outcome = inspect(path, "--verify")
     assert outcome.code == 1
     assert "latents of toys" in outcome.out
-    assert f"{first} is damaged: its checksum does not match. It carries frames 4 to 7 of train, of 2 video(s): " in (
-        outcome.err
-    )
-    assert "'walk', 'walk' (hflip)" in outcome.err
-    assert f"{second} is missing. It carries frames 0 to 2 of test, of 1 video(s): 'wave'" in outcome.err
-    assert f"inspect: {path}: 2 file(s) or chunk(s) are damaged, as listed" in outcome.err
+    assert re.search(rf"{first} is damaged.* frames 4 to 7 of train, .*'walk', 'walk' \(hflip\)", outcome.err)
+    assert re.search(rf"{second} is missing.* frames 0 to 2 of test, .*'wave'", outcome.err)
+    assert f"inspect: {path}: 2 damaged" in outcome.err
     outcome = inspect(path)
     assert outcome.code == 0  # nobody asked
-    assert f"codes cannot be counted: {second} is missing" in outcome.out
+    assert f"{second} is missing" in outcome.out  # instead of the usage of its codes
 
     (path / "train/video_id/c/0").unlink()
     assert inspect(path).code == 2
@@ -211,32 +205,33 @@ def test_an_incomplete_store_behind_a_url(write, inspect, remote) -> None:
     outcome = inspect(remote(write(stop_after=2)))
     assert outcome.code == 0, outcome.err
     assert "not complete" in outcome.out
-    assert "how far it is can be seen only where it is written" in outcome.out
+    assert "of 8 chunks" not in outcome.out  # known only where it is written
 
 
 def test_a_url_where_nothing_is(inspect) -> None:
     outcome = inspect("memory://inspected/none.zarr")
     assert outcome.code == 2
-    assert "inspect: memory://inspected/none.zarr: not a Zarr v3 group" in outcome.err
+    assert "inspect: memory://inspected/none.zarr: " in outcome.err
     outcome = inspect("http://127.0.0.1:9/toys.zarr")
     assert outcome.code == 2
-    assert "http://127.0.0.1:9/toys.zarr/zarr.json cannot be read" in outcome.err
+    assert "http://127.0.0.1:9/toys.zarr/zarr.json" in outcome.err
     close_connections()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "needed"),
     [
-        (["--video", "walk"], "--video walk: say also where to write it, for example --gif walk.gif"),
-        (["--view", "hflip"], "--view hflip: say also where to write it"),
-        (["--gif", "walk.mp4"], "must end in .gif"),
-        (["--gif", "walk.gif"], "decoding needs the autoencoder: name the run's configuration with --config"),
+        (["--video", "walk"], ["--video walk", "--gif walk.gif"]),
+        (["--view", "hflip"], ["--view hflip", "--gif"]),
+        (["--gif", "walk.mp4"], ["--gif walk.mp4", ".gif"]),
+        (["--gif", "walk.gif"], ["--gif", "--config"]),
     ],
 )
-def test_wishes_that_lack_something(write, inspect, words: list[str], message: str) -> None:
+def test_options_that_need_another_one(write, inspect, words: list[str], needed: list[str]) -> None:
     outcome = inspect(write(), *words)
     assert outcome.code == 2
-    assert message in outcome.err
+    for text in needed:
+        assert text in outcome.err
 
 
 # With an autoencoder
@@ -249,11 +244,11 @@ def test_any_view_is_decoded(story: ModuleType, tmp_path: Path) -> None:
     for view in ("identity", "hflip"):
         gif = tmp_path / f"{view}.gif"
         outcome = place.run("inspect", "--video", "train_00002", "--view", view, "--gif", str(gif)).ok()
-        assert f"train_00002{', view hflip,' if view == 'hflip' else ''} of train decoded to {gif}" in outcome.out
+        assert re.search(rf"train_00002.* of train decoded to {gif}", outcome.out)
         with Image.open(gif) as animation:
             assert animation.n_frames == 12
             frames[view] = np.asarray(animation.convert("RGB"))
     assert not np.array_equal(frames["identity"], frames["hflip"])
     place.run("inspect", "--video", "train_00002", "--view", "jitter-3", "--gif", str(tmp_path / "x.gif")).refused(
-        2, "no view 'jitter-3': it has ['hflip', 'identity']"
+        2, "'jitter-3'", "['hflip', 'identity']"
     )

@@ -1,4 +1,4 @@
-"""Frames to latents: faster kernels, other precisions and compiled networks give what the plain network gives."""
+"""Frames to latents: packed kernels, other precisions and compiled networks give what the plain network gives."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,32 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import latent_cache
-from latent_cache import StoreError, StoreMetadata
-from pipelines.config import parse_config
-from pipelines.encoding.store_checks import check_layout, how_computed, store_metadata, stored_precision
-from pipelines.encoding.store_encoder import StoreEncoder
-from pipelines.encoding.verify_frames import (
-    BF16_TOLERANCE,
-    LATENT_TOLERANCE,
-    FrameVerifier,
-    draw_frames,
-    latent_deviation,
-)
-from pipelines.errors import UserError
-from pipelines.runtime.checkpoints import Checkpoint
-from stage1_autoencoder import frame_encoder as frame_encoder_module
-from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
+from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit, unit_to_image
 from stage1_autoencoder.config import VQGANConfig, VQVAEConfig
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frame_encoder import (
     FrameEncoder,
     PackedConv2d,
+    Precision,
     can_pack,
     exact_kernels,
     with_packed_convolutions,
 )
-from stage1_autoencoder.views import ViewTransform
+from stage1_autoencoder.views import ViewTransform, view_transform
 from stage1_autoencoder.vqgan import AttnBlock, ResnetBlock
 
 CPU, SIDE, FRAMES = torch.device("cpu"), 32, 4
@@ -46,12 +32,6 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _few_frames(request, monkeypatch) -> None:
-    if "kit" not in request.fixturenames:
-        monkeypatch.setattr(frame_encoder_module, "PASS_PIXELS", {"cpu": FRAMES * SIDE**2})
-
-
 @pytest.fixture(params=CONFIGS)
 def model(request) -> Autoencoder:
     torch.manual_seed(0)
@@ -61,6 +41,10 @@ def model(request) -> Autoencoder:
 @pytest.fixture
 def frames() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (FRAMES, SIDE, SIDE, 3), np.uint8)
+
+
+def encoder_of(model: Autoencoder, precision: Precision = "fp32", compile: bool = False) -> FrameEncoder:
+    return FrameEncoder(model, CPU, SIDE, precision=precision, compile=compile, frames=FRAMES)
 
 
 def identity(frames: np.ndarray) -> Sequence[ViewTransform]:
@@ -81,14 +65,14 @@ def deviation(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_faster_kernels_change_the_last_digits_alone(model, frames, precision):
     expected = plainly(model, frames)
-    encoded = FrameEncoder(model, CPU, SIDE, precision=precision).encode(frames, identity(frames))
+    encoded = encoder_of(model, precision).encode(frames, identity(frames))
     assert deviation(encoded.latents, expected) < 1e-5
     assert torch.equal(encoded.codes, model.quantizer.nearest(encoded.latents))
 
 
 def test_convolutions_are_packed_where_they_can_be(model):
     assert can_pack(torch.float32)
-    encoder = FrameEncoder(model, CPU, SIDE)
+    encoder = encoder_of(model)
     left = [module for module in encoder.network.encoder.modules() if isinstance(module, nn.Conv2d)]
     assert not left
     assert any(isinstance(module, PackedConv2d) for module in encoder.network.encoder.modules())
@@ -96,7 +80,7 @@ def test_convolutions_are_packed_where_they_can_be(model):
 
 def test_the_autoencoder_itself_stays_what_it_is(model, frames):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    encoder = FrameEncoder(model, CPU, SIDE, precision="bf16")
+    encoder = encoder_of(model, "bf16")
     encoder.encode(frames, identity(frames))
     assert encoder.autoencoder is model
     assert not any(isinstance(module, PackedConv2d) for module in model.modules())
@@ -109,19 +93,21 @@ def test_the_autoencoder_itself_stays_what_it_is(model, frames):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_frame_has_the_same_bits_in_any_company(model, frames, precision):
-    encoder = FrameEncoder(model, CPU, SIDE, precision=precision)
-    together = encoder.encode(frames, identity(frames)).latents
-    backwards = encoder.encode(frames[::-1].copy(), identity(frames)).latents.flip(0)
-    alone = torch.cat([encoder.encode(frame[None], [ViewTransform()]).latents[:1] for frame in frames])
-    again = FrameEncoder(model, CPU, SIDE, precision=precision).encode(frames, identity(frames)).latents
-    for other in (backwards, alone, again):
-        assert torch.equal(other, together)
+def test_a_frame_has_the_same_bits_in_any_batch(model, frames, precision):
+    encoder = encoder_of(model, precision)
+    views = [view_transform(view, "a video") for view in ("identity", "hflip", "jitter-1", "jitter-2")]
+    together = encoder.encode(frames, views)
+    again = encoder_of(model, precision).encode(frames, views)
+    for order in ([0], [1], [2], [3], [3, 2, 1, 0], [2, 2, 1], [0, 3]):
+        other = encoder.encode(frames[order], [views[row] for row in order])
+        for name in ("images", "latents", "codes"):
+            assert torch.equal(getattr(other, name)[: len(order)], getattr(together, name)[order])
+            assert torch.equal(getattr(again, name), getattr(together, name))
 
 
 def test_threads_that_come_first_together_get_the_same(model, frames):
-    expected = FrameEncoder(model, CPU, SIDE).encode(frames, identity(frames)).latents
-    encoder = FrameEncoder(model, CPU, SIDE)
+    expected = encoder_of(model).encode(frames, identity(frames)).latents
+    encoder = encoder_of(model)
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(encoder.encode, frames, identity(frames)) for _ in range(8)]
         assert all(torch.equal(future.result().latents, expected) for future in futures)
@@ -129,15 +115,15 @@ def test_threads_that_come_first_together_get_the_same(model, frames):
 
 def test_bf16_is_rough_and_comes_out_in_float32(model, frames):
     expected = plainly(model, frames)
-    encoded = FrameEncoder(model, CPU, SIDE, precision="bf16").encode(frames, identity(frames))
+    encoded = encoder_of(model, "bf16").encode(frames, identity(frames))
     assert encoded.latents.dtype == torch.float32
-    assert 1e-4 < deviation(encoded.latents, expected) < BF16_TOLERANCE
+    assert 1e-4 < deviation(encoded.latents, expected) < 0.05
     assert torch.equal(encoded.codes, model.quantizer.nearest(encoded.latents))
 
 
 def test_without_onednn_the_autoencoder_computes_as_it_is(model, frames, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    encoder = FrameEncoder(model, CPU, SIDE)
+    encoder = encoder_of(model)
     assert encoder.network is model
     assert deviation(encoder.encode(frames, identity(frames)).latents, plainly(model, frames)) < 1e-5
 
@@ -187,7 +173,7 @@ def test_a_compiled_encoder_changes_the_last_digits_alone(frames):
     torch.manual_seed(0)
     model = build_autoencoder(CONFIGS["vqgan"]).eval().requires_grad_(False)
     expected = plainly(model, frames)
-    encoder = FrameEncoder(model, CPU, SIDE, compile=True)
+    encoder = encoder_of(model, compile=True)
     first = encoder.encode(frames, identity(frames)).latents
     assert encoder.network.encoder._compiled_call_impl is not None
     assert model.encoder._compiled_call_impl is None
@@ -195,16 +181,15 @@ def test_a_compiled_encoder_changes_the_last_digits_alone(frames):
     assert torch.equal(encoder.encode(frames[::-1].copy(), identity(frames)).latents.flip(0), first)
 
 
-def test_wide_networks_see_fewer_frames_at_once(model, monkeypatch):
-    feature_map = 4 * model.config.full_resolution_channels * SIDE**2
-    many = FrameEncoder(model, CPU, SIDE)
-    assert many.frames == FRAMES
-    monkeypatch.setattr(frame_encoder_module, "PASS_BYTES", 3 * feature_map - 1)
-    few = FrameEncoder(model, CPU, SIDE)
-    assert few.frames == 2
-    assert few.memory * FRAMES == many.memory * 2
-    monkeypatch.setattr(frame_encoder_module, "PASS_BYTES", 1)
-    assert FrameEncoder(model, CPU, SIDE).frames == 1
+def test_wide_networks_and_large_frames_make_small_batches():
+    def batch(channels: int, side: int) -> FrameEncoder:
+        config = CONFIGS["vqgan"].model_copy(update={"channels": channels})
+        with torch.device("meta"):
+            model = build_autoencoder(config).eval()
+        return FrameEncoder(model, CPU, side)
+
+    assert [batch(*size).frames for size in ((16, 32), (64, 32), (64, 64), (64, 256))] == [64, 32, 8, 1]
+    assert batch(64, 32).memory == batch(64, 64).memory == 6 * 2**23  # six feature maps of 8 MiB
 
 
 def multiplication() -> tuple[str, bool, bool]:
@@ -233,64 +218,7 @@ def test_tf32_is_allowed_where_it_is_asked_for(precision, around):
         torch.set_float32_matmul_precision(default)
 
 
-def encode_as_configured(kit, **cache) -> None:
-    config = kit.config(**cache)
-    metadata = store_metadata(config, kit.model, kit.splits)
-    checkpoint = Checkpoint(kit.folder / "none", {"step": 0})
-    StoreEncoder(config, kit.run_context, checkpoint, kit.model, kit.splits, metadata).run(overwrite=False)
-
-
-def test_what_is_by_default_leaves_no_mark(kit):
-    assert how_computed(kit.config()) == {}
-    assert how_computed(kit.config(precision="bf16", compile=True)) == {"precision": "bf16", "compiled": True}
-    plain = store_metadata(kit.config(), kit.model, kit.splits)
-    assert plain.autoencoder.keys() == {"architecture", "sha256", "downsampling", "latent_channels", "codes"}
-    assert stored_precision(plain) == "fp32"
-    rough = store_metadata(kit.config(precision="tf32"), kit.model, kit.splits)
-    assert stored_precision(rough) == "tf32"
-    assert StoreMetadata.differences(plain, rough) == ["autoencoder.precision: None here, 'tf32' there"]
-
-
-def test_an_unknown_precision_is_refused(kit):
-    with pytest.raises(UserError, match=r"cache.precision: 'fp16' is not allowed"):
-        parse_config(kit.config().model_dump(mode="json") | {"cache": {"precision": "fp16"}}, "a test")
-
-
-@pytest.mark.parametrize(("there", "here"), [("bf16", "fp32"), ("fp32", "bf16"), ("tf32", "fp32")])
-def test_a_complete_store_of_another_precision_is_refused(kit, there, here):
-    encode_as_configured(kit, precision=there)
-    check_layout(kit.config(precision=there))
-    with pytest.raises(UserError, match=f"cache.precision: {there} in the store, {here} in the configuration"):
-        check_layout(kit.config(precision=here))
-
-
-def test_a_half_done_store_of_another_precision_is_refused(kit, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("latent_cache.StoreWriter.finish", lambda *_: (_ for _ in ()).throw(OSError(5, "no more")))
-        with pytest.raises(OSError, match="no more"):
-            encode_as_configured(kit)
-    with pytest.raises(StoreError, match=r"autoencoder.precision"):
-        encode_as_configured(kit, precision="bf16")
-    encode_as_configured(kit)
-    assert latent_cache.is_complete(kit.store)
-
-
-def test_bits_depend_on_the_precision_and_are_verified_in_it(kit):
-    exact, rough = kit.another("exact"), kit.another("rough")
-    encode_as_configured(exact)
-    encode_as_configured(rough, precision="bf16")
-    caches = [latent_cache.open(rough.store, split) for split in ("train", "val")]
-    stored = caches[0].load().float()
-    apart = deviation(stored, latent_cache.open(exact.store, "train").load().float())
-    assert LATENT_TOLERANCE / 10 < apart < BF16_TOLERANCE
-    verifier = FrameVerifier(caches, rough.splits, rough.model, CPU)
-    checks = list(verifier.check(draw_frames(caches, 20, 0)))
-    assert len(checks) == 20
-    assert all(check.bit_equal and not check.problem for check in checks)
-
-
-def test_the_tolerance_is_a_share_of_the_deviation():
-    stored, std = np.ones((2, 3, 3), np.float32), np.full(2, 0.5)
-    moved = stored + 0.5 * 0.04
-    assert latent_deviation(moved, stored, std, BF16_TOLERANCE) == pytest.approx(0.8, rel=1e-3)
-    assert latent_deviation(moved, stored, std) == pytest.approx(4, rel=1e-3)
+def test_pixels_survive_the_way_to_the_network_and_back():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16, 1).expand(2, 8, 16, 3)
+    assert torch.equal(unit_to_image(image_to_unit(pixels)), pixels)
+    assert unit_to_image(torch.tensor([-2.0, 0.003, 1.5])[:, None, None]).tolist() == [[[0, 128, 255]]]
