@@ -97,7 +97,7 @@ def a_file(kit) -> dict[str, object]:
     [
         (other_autoencoder, ["autoencoder", "encode --overwrite"]),
         (other_preprocessing, ["views", "['identity']", "['identity', 'hflip']", "encode --overwrite"]),
-        (copied_too_early, ["not complete", "make encode"]),
+        (copied_too_early, ["not complete", "encode --overwrite"]),
         (damaged, ["zarr.json", "make encode"]),
         (of_another_program, ["pictures"]),
         (a_folder_of_files, ["paths.latents"]),
