@@ -23,6 +23,7 @@ from pipelines.encoding.store_checks import (
     store_metadata,
     store_status,
 )
+from pipelines.encoding.store_summary import perplexity
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
@@ -323,7 +324,6 @@ class StoreEncoder:
         counts = np.zeros(self.autoencoder.config.codes, np.int64)
         for measured in markers:
             counts[: len(measured["code_counts"])] += measured["code_counts"]
-        share = counts[counts > 0] / counts.sum()
         mine = [encoded for encoded in done if encoded.split == split]
         seconds = max(encoded.ended for encoded in mine) - min(encoded.started for encoded in mine) if mine else None
         return SplitSummary(
@@ -334,7 +334,7 @@ class StoreEncoder:
             frames_per_second=sum(encoded.chunk.frames for encoded in mine) / max(seconds, 1e-9) if mine else None,
             codes_used=int((counts > 0).sum()),
             codes=len(counts),
-            code_perplexity=float(np.exp(-(share * np.log(share)).sum())),
+            code_perplexity=perplexity(counts),
             round_trip_psnr=float(np.mean([value for measured in markers for value in measured["psnr"]])),
             codes_changed=sum(measured["codes_changed"] for measured in markers) / int(counts.sum()),
             codes_held=sum(measured["codes_held"] for measured in markers) / int(counts.sum()),
