@@ -179,7 +179,8 @@ def _is_imported_already(config: RiverConfig, part: Part) -> bool:
     if found is None or not is_imported(found):
         return False
     same_weights = found.state["imported"]["weights"] == part.state["imported"]["weights"]
-    return same_weights and all(found.state.get(key) == part.state.get(key) for key in ("identity", "model", "store"))
+    keys = ("identity", "model", "store", "autoencoder")
+    return same_weights and all(found.state.get(key) == part.state.get(key) for key in keys)
 
 
 def _refusal(config: RiverConfig, part: Part) -> str:

@@ -225,7 +225,7 @@ def parts_of_run(
             networks.refiner,
             None,
             config.refiner.training.steps,
-            identity={"refiner": {"model": model}, "autoencoder": autoencoder_digest},
+            identity={"refiner": {"model": model}},
             model=model,
             autoencoder=autoencoder_digest,
             store={"fingerprint": None},

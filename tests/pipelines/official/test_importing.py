@@ -3,9 +3,7 @@
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.runs import only_training_of
 from pipelines.training.autoencoder_trainer import train_autoencoder
 from pipelines.training.flow_trainer import train_flow
+from tests.file_server import FileServer, serving
 
 CPU = torch.device("cpu")
 
@@ -160,8 +159,8 @@ def test_other_weights_replace_imported_ones_only_with_restart(official):
 
 
 def test_the_same_weights_for_other_frames_or_another_autoencoder_are_not_the_same(official):
-    model, apart = official.model(inside=False), official.autoencoder_file()
-    run = run_import(official, model=model, autoencoder=apart)
+    model, apart, refiner = official.model(inside=False), official.autoencoder_file(), official.refiner_file()
+    run = run_import(official, model=model, autoencoder=apart, refiner=refiner)
     values = official.config().model_dump(mode="json")
     values["dataset"]["image_size"] = 32
     with pytest.raises(UserError, match=r"autoencoder/.*vqvae.pth.*--restart"):
@@ -170,8 +169,10 @@ def test_the_same_weights_for_other_frames_or_another_autoencoder_are_not_the_sa
     run_import(official, autoencoder=official.autoencoder_file(), restart=True)
     with pytest.raises(UserError, match=r"flow/.*model.pth.*--restart"):
         run_import(official, model=model)
-    run_import(official, model=model, restart=True)
-    assert VideoPredictor.from_run(run, device="cpu").fps == 5
+    with pytest.raises(UserError, match=r"refiner/.*refiner.pth.*--restart"):
+        run_import(official, refiner=refiner)
+    run_import(official, model=model, refiner=refiner, restart=True)
+    VideoPredictor.from_run(run, device="cpu").check_refiner()
 
 
 def test_what_was_trained_here_is_replaced_only_with_restart(official):
@@ -301,51 +302,15 @@ def test_after_the_import_the_other_commands_need_no_training(official, capsys, 
     assert main(["encode", *common, "--overwrite"]) == 0
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves the files of a folder under any repository's `resolve/main/`."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked, self.ranges = folder, [], []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/hub"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        file = self.server.folder / self.path.rpartition("/")[2]
-        if not file.is_file():
-            self.send_error(404)
-            return
-        content, asked = file.read_bytes(), self.headers.get("Range")
-        if asked is None:
-            self.send_response(200)
-        else:
-            self.server.ranges.append(asked)
-            first, whole = int(asked.removeprefix("bytes=").removesuffix("-")), len(content)
-            content = content[first:]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(official, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Hub(official.path) as running:
-        monkeypatch.setattr(importing, "HUB", running.url)
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+def hub(official, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """Serves the files beside the run as those of KTH's repository."""
+    repository = official.path / "river_kth_64" / "resolve"
+    repository.mkdir(parents=True)
+    (repository / "main").symlink_to(official.path)
+    with serving(official.path) as server:
+        monkeypatch.setattr(importing, "HUB", server.url)
+        yield server
 
 
 DOWNLOAD = RunContext(CPU, download=True)
@@ -358,7 +323,7 @@ def test_released_files_are_downloaded_when_allowed(official, hub, capsys, insid
     config = official.config()
     import_official(config, DOWNLOAD, OfficialFiles())
     expected = ["model.pth"] if inside else ["model.pth", "vqvae.ckpt"]
-    assert hub.asked == [f"/hub/river_kth_64/resolve/main/{name}" for name in expected]
+    assert hub.asked == [f"/river_kth_64/resolve/main/{name}" for name in expected]
     folder = official.path / "data" / "kth" / "official"
     assert sorted(file.name for file in folder.iterdir()) == expected
     assert VideoPredictor.from_run(config.run_path, device="cpu").fps == 5
@@ -406,5 +371,5 @@ def test_an_interrupted_download_is_resumed(official, hub):
     folder.mkdir(parents=True)
     (folder / "model.pth.part").write_bytes(whole[:1000])
     import_official(official.config(), DOWNLOAD, OfficialFiles())
-    assert hub.ranges == ["bytes=1000-"]
+    assert hub.asked == ["/river_kth_64/resolve/main/model.pth bytes=1000-"]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {"model.pth": whole}
