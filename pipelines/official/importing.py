@@ -18,7 +18,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.runs import is_imported, only_training_of, set_aside, write_run_files
+from pipelines.runtime.runs import is_imported, move_to_backup, only_training_of, write_run_files
 
 LICENSE = (
     "these weights are their authors' (RIVER, ICCV 2023, arXiv 2211.14575) and are licensed under GPL-3.0, unlike this "
@@ -68,7 +68,7 @@ def import_official(
     if in_the_way and not run_context.restart:
         raise UserError("\n".join(_refusal(config, part) for part in in_the_way))
     for part in in_the_way:
-        set_aside(config.run_path / part.name, part.name)
+        move_to_backup(config.run_path / part.name, part.name)
     with ExitStack() as locks:
         for part in new:
             locks.enter_context(only_training_of(config.run_path / part.name))

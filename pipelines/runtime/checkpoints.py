@@ -1,10 +1,8 @@
-"""Checkpoints: a folder of safetensors and one JSON file, written whole or not at all. No pickle is ever written."""
+"""Checkpoints: folders of safetensors and one JSON file, written atomically. No pickle is ever written."""
 
 import json
 import math
-import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
+from pipelines.runtime.files import backup_path, flush, write_text
 from pipelines.runtime.progress import warn
 
 Tensors = dict[str, Tensor]
@@ -47,7 +46,7 @@ class Checkpoint:
             return load_file(file, device=str(device))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{file}: missing or damaged ({error}); remove {self.path} to go on from the one before"
+                f"{file}: missing or damaged ({error}); remove {self.path} to resume from the previous one"
             ) from None
 
     def has(self, name: str) -> bool:
@@ -67,10 +66,10 @@ class CheckpointFolder:
         state: dict[str, Any],
         best: dict[str, float] | None = None,
     ) -> Path:
-        """Write to a temporary folder, flush, rename, then move the pointers; a crash leaves those before in force.
+        """Write to a temporary folder, flush, rename, then move the pointers; after a crash the previous ones hold.
 
         Args:
-            best: what was measured, where this is the best checkpoint so far; it is kept until a better one comes.
+            best: the measured value if this is the best checkpoint so far, which is kept until a better one comes.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_crash in self.folder.glob(".step_*.tmp"):
@@ -79,7 +78,7 @@ class CheckpointFolder:
         temporary = self.folder / f".{final.name}.tmp"
         temporary.mkdir()
         for name, tensors in files.items():
-            # safetensors refuses tensors that share memory or lie strided; copies cost little beside the disk.
+            # safetensors refuses shared and strided tensors; copies cost little compared to the disk.
             save_file(
                 {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
                 temporary / f"{name}.safetensors",
@@ -89,16 +88,16 @@ class CheckpointFolder:
             content["best"] = best
         (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _flush(self.folder)
+        flush(self.folder)
         self._point("latest", final)
         if best is not None:
             self._point("best", final)
-        # Later steps were passed over as damaged, or training would have gone on from them.
+        # Later steps are damaged, or training would have resumed from them.
         up_to_here = [path for path in self._all() if path.name <= final.name]
         kept = {*up_to_here[-self.keep :], *(path for path in up_to_here if path == self._pointed_at("best"))}
         for old in [path for path in self._all() if path not in kept]:
@@ -106,7 +105,7 @@ class CheckpointFolder:
         return final
 
     def is_best(self, name: str, value: float, *, lowest: bool) -> bool:
-        """Whether a measured number is better than that of the best checkpoint so far; NaN never is."""
+        """Whether a measured value is better than that of the best checkpoint so far; NaN never is."""
         if math.isnan(value):
             return False
         best = self.best()
@@ -114,49 +113,48 @@ class CheckpointFolder:
         return before is None or (value < before if lowest else value > before)
 
     def best(self) -> Checkpoint | None:
-        """The best checkpoint; None where none was measured, or where it is damaged (which is said)."""
+        """The best checkpoint; None if none was measured, or if it is damaged, with a warning."""
         path = self._pointed_at("best")
-        return None if path is None else self._read(path, "the newest one is taken")
+        return None if path is None else self._read(path, "using the newest one")
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; None when there is none. A damaged newest one is named and passed over."""
+        """The newest whole checkpoint; None if there is none. Damaged ones are skipped with a warning."""
         for path in reversed(self._all()):
-            checkpoint = self._read(path, "using the one before")
+            checkpoint = self._read(path, "using the previous one")
             if checkpoint is not None:
                 return checkpoint
         return None
 
     def named(self, name: str) -> Checkpoint:
-        """The checkpoint that a user names: by its step, or by its folder.
+        """The checkpoint that a user names by its step or its folder.
 
         Raises:
-            UserError: there is none; it is damaged.
+            UserError: it does not exist, or is damaged.
         """
         path = self.folder / f"step_{int(name):08d}" if name.isdecimal() else Path(name)
         if not path.is_dir():
             there = ", ".join(str(int(p.name.removeprefix("step_"))) for p in self._all()) or "none"
-            raise UserError(f"--resume {name}: {path} is not there; checkpoints in {self.folder}: {there}")
+            raise UserError(f"--resume {name}: {path} does not exist; checkpoints in {self.folder}: {there}")
         try:
             return _read_whole(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--resume {name}: {path} is not a whole checkpoint ({error}); --resume auto goes on from the newest "
-                "that is"
+                f"--resume {name}: {path} is not a whole checkpoint ({error}); --resume auto uses the newest whole one"
             ) from None
 
-    def set_aside_after(self, step: int) -> Path | None:
-        """Move checkpoints of later steps out of the way; gives where to, or None where there are none."""
+    def move_later_to_backup(self, step: int) -> Path | None:
+        """Move checkpoints of later steps to a backup folder; returns it, or None if there are no later ones."""
         later = [path for path in self._all() if int(path.name.removeprefix("step_")) > step]
         if not later:
             return None
-        aside = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        aside.mkdir()
+        backup = backup_path(self.folder)
+        backup.mkdir()
         for path in later:
-            path.rename(aside / path.name)
-        return aside
+            path.rename(backup / path.name)
+        return backup
 
     def _read(self, path: Path, otherwise: str) -> Checkpoint | None:
-        """A whole checkpoint; of another one it is said what is done instead."""
+        """A whole checkpoint; else None and a warning that says what is used instead."""
         try:
             return _read_whole(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -164,13 +162,10 @@ class CheckpointFolder:
             return None
 
     def _point(self, name: str, target: Path) -> None:
-        pointer = self.folder / f".{name}.tmp"
-        pointer.write_text(target.name, encoding="utf-8")
-        _flush(pointer)
-        pointer.replace(self.folder / name)
+        write_text(self.folder / name, target.name)
 
     def _pointed_at(self, name: str) -> Path | None:
-        """Where a pointer leads; None where it leads nowhere."""
+        """The target of a pointer; None if there is none."""
         try:
             path = self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
@@ -182,7 +177,7 @@ class CheckpointFolder:
 
 
 class _State(dict):
-    """The content of `state.json`; asking for what it lacks is the user's to know, since only an edit removes keys."""
+    """Content of `state.json`; a missing key is a user's error, since only an edit removes keys."""
 
     def __init__(self, content: dict[str, Any], path: Path) -> None:
         super().__init__(content)
@@ -190,52 +185,44 @@ class _State(dict):
 
     def __missing__(self, key: str) -> Any:
         raise UserError(
-            f"{self.path}/state.json lacks {key!r}: it was edited or written by another version; remove {self.path} to "
-            "go on from the checkpoint before, or train anew with --restart"
+            f"{self.path}/state.json has no {key!r}: it was edited or written by another version; remove {self.path} "
+            "to resume from the previous checkpoint, or train again with --restart"
         )
 
 
 def _read_whole(path: Path) -> Checkpoint:
-    """Read a checkpoint's state and look at its files.
+    """Read a checkpoint's state and check the sizes of its files.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: it is not whole.
     """
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     int(state["step"])
-    for name in state.get("files", ["model"]):  # the first checkpoints did not list theirs
+    for name in state["files"]:
         _check_whole(path / f"{name}.safetensors")
     return Checkpoint(path, _State(state, path))
 
 
 def _check_whole(file: Path) -> None:
-    """Hold a safetensors file's size to its header, without reading the tensors.
+    """Compare a safetensors file's size with its header, without reading the tensors.
 
     Raises:
         OSError, ValueError: it is missing or truncated.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        # 8 bytes little-endian: the length of a JSON header, which says where in the rest each tensor lies.
+        # 8 bytes, little-endian: the length of a JSON header, which has the offsets of all tensors in the rest.
         length = int.from_bytes(stream.read(8), "little")
         if length > size - 8:
             raise ValueError(f"{file.name} is truncated: {size} bytes")
         header = json.loads(stream.read(length))
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if size != 8 + length + end:
-        raise ValueError(f"{file.name} has {size} bytes in place of {8 + length + end}")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise ValueError(f"{file.name} has {size} bytes instead of {8 + length + end}")
 
 
 def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> Tensors:
-    """The tensors of all optimizers' states, flat: `<optimizer>.<parameter>.<name>`."""
+    """The tensors of all optimizers' states under flat names: `<optimizer>.<parameter>.<name>`."""
     return {
         f"{i}.{parameter}.{name}": torch.as_tensor(value)
         for i, optimizer in enumerate(optimizers)
@@ -245,9 +232,9 @@ def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> Tensors:
 
 
 def unpack_optimizers(optimizers: list[torch.optim.Optimizer], tensors: Tensors) -> None:
-    """Put `pack_optimizers`' tensors back; the groups' options come from the present configuration.
+    """Restore the tensors of `pack_optimizers`; the groups' options come from the current configuration.
 
-    Each takes the memory layout of its parameter, which files don't keep: fused kernels walk through both alike.
+    Each takes the memory layout of its parameter, which files don't keep and fused kernels rely on.
     """
     for i, optimizer in enumerate(optimizers):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""What one command was asked for besides its configuration, and what it met on the way."""
+"""What a command was asked for besides its configuration, its device and precision, and what it skipped."""
 
 import argparse
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ class RunContext:
     Attributes:
         device: where networks run.
         strict: a broken video stops the command (exit code 2) instead of being skipped (exit code 3).
-        overwrite: replace a store that contradicts the configuration.
-        restart: train anew what contradicts the configuration; the old run is set aside, not deleted.
-        resume: what a training goes on from: `auto` (the newest whole checkpoint), or a checkpoint's step or folder.
-        fine_tune: `train-flow` starts a training from the weights of the flow that is there.
+        overwrite: replace a store that conflicts with the configuration.
+        restart: train again from step 0; the existing training is moved to a backup folder.
+        resume: checkpoint to resume from: `auto` (the newest whole one), or its step or folder.
+        fine_tune: `train-flow` starts from the weights of the existing flow.
         mirror: a folder or URL that holds the data set's archives.
         scheduler: address of the dask scheduler whose workers encode; None: this process does.
-        download: fetch public weights that lack; without it nothing but `data` uses the network.
-        processes: that train together with this one.
-        asked_device: what the user asked for; `auto` lets each worker find its own.
+        download: download missing public weights; without it nothing but `data` uses the network.
+        processes: all processes of this training.
+        asked_device: what the user asked for; with `auto` each cluster worker finds its own.
         skipped: broken videos, id -> reason.
     """
 
@@ -47,7 +47,7 @@ class RunContext:
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> "RunContext":
-        """Of a command line, whose command need not have all options; joins the processes that torchrun started.
+        """From a parsed command line, whose command need not have all options; joins torchrun's processes.
 
         Raises:
             UserError: no such device on this machine.
@@ -59,11 +59,11 @@ class RunContext:
 
     @property
     def asks_for_more(self) -> bool:
-        """Whether a stage shall do more than what is left to do of it."""
+        """Whether a stage is asked to replace or redo something instead of finishing what is left."""
         return self.overwrite or self.restart or self.fine_tune or self.resume != "auto"
 
     def for_prerequisites(self) -> "RunContext":
-        """The same command on the way to its own stage: what it lacks is made, nothing else is replaced."""
+        """The same command while it builds prerequisites: missing ones are built, nothing is replaced."""
         return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False)
 
     def skip(self, video_id: str, reason: str) -> None:
@@ -94,7 +94,7 @@ def use_precision(precision: str) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` to a device that is there.
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:1` to a device of this machine.
 
     Raises:
         UserError: no such device on this machine.

@@ -1,4 +1,4 @@
-"""A training step as one recorded CUDA graph: for networks so small that launching kernels takes longer than they."""
+"""A training step as one CUDA graph, for networks whose kernels take less time than launching them."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from pipelines.runtime.progress import warn
 
-# Steps that are made as usual first: in them kernels are compiled and tuned, and the optimizer makes its state.
+# Eager steps before the capture: they compile and tune kernels and create the optimizer's state.
 WARM_UP_STEPS = 3
 
 
 class CudaGraphStep:
     """A function of tensors of fixed shapes that changes what it is made of, such as parameters.
 
-    The first calls run it as it is; then it is recorded, and from then on replayed. Numbers of Python's that it uses
-    stay as they were when it was recorded: whatever changes from step to step must be a tensor on the device. Random
-    numbers of the global generator are drawn anew, from the seed and the offset that it has when a replay begins.
+    The first calls run it eagerly; then it is captured, and replayed from then on. Python numbers that it uses keep the
+    values they had at the capture: whatever changes from step to step must be a tensor on the device. Random numbers of
+    the global generator are drawn again in each replay, from the seed and offset that it has when the replay begins.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -28,7 +28,7 @@ class CudaGraphStep:
         self._refused = False
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The function's outputs, which the next call leaves alone."""
+        """The function's outputs; the next call does not overwrite them."""
         self.calls += 1
         if self._refused:
             return self.function(*inputs)
@@ -42,7 +42,7 @@ class CudaGraphStep:
         return tuple(output.clone() for output in self._outputs)
 
     def _on_another_stream(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Autograd remembers the stream of what it has seen; the default one can't be recorded.
+        # Autograd runs on the streams of the forward pass, and the default stream can't be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -51,7 +51,7 @@ class CudaGraphStep:
         return outputs
 
     def _record(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Record the function, which doesn't run it; False, and a warning, where CUDA refuses."""
+        """Capture the function without running it; False and a warning if CUDA refuses."""
         self._inputs = tuple(given.clone() for given in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -60,7 +60,7 @@ class CudaGraphStep:
         except RuntimeError as error:
             self._refused = True
             self._inputs = ()
-            warn(f"CUDA graphs: the step can't be recorded ({error}); it goes on launch by launch")
+            warn(f"CUDA graphs: the step can't be captured ({error}); running it eagerly")
             return False
         self._graph = graph
         return True

@@ -1,4 +1,4 @@
-"""Processes that train together, as torchrun starts them; one alone is the case in which nothing is exchanged."""
+"""The processes of one training, as torchrun starts them; a single one exchanges nothing."""
 
 import datetime
 import os
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 
-# Others wait so long for the first process, which indexes videos and validates.
+# Timeout while rank 0 indexes videos and validates.
 PATIENCE = datetime.timedelta(hours=2)
 
 
@@ -21,8 +21,8 @@ class Processes:
     """The processes of one training.
 
     Attributes:
-        rank: this one's number, from 0.
-        count: of all.
+        rank: of this process, from 0.
+        count: world size.
     """
 
     rank: int = 0
@@ -30,32 +30,32 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def rows(self, batch: int) -> slice:
-        """This process's rows of a batch of so many."""
+        """This process's rows of a global batch of `batch` rows."""
         each = batch // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def check_batch(self, batch: int, parts: int, key: str) -> None:
-        """Refuse a batch that can't be shared out evenly.
+        """Refuse a batch that can't be split evenly.
 
         Args:
-            parts: that each process computes its rows in.
-            key: what the user sets the batch's size with.
+            parts: number of parts that each process computes its rows in.
+            key: configuration key of the batch size.
         Raises:
-            UserError: says which sizes would do.
+            UserError: names a size that works.
         """
         if batch % (self.count * parts):
             unit = self.count * parts
             raise UserError(
-                f"{key}: a batch of {batch} can't be shared out to {self.count} process(es) in {parts} part(s) each: "
-                f"take a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
+                f"{key}: a batch of {batch} can't be split over {self.count} process(es) in {parts} part(s) each: "
+                f"use a multiple of {unit}, such as {max(1, round(batch / unit)) * unit}"
             )
 
     def sum_(self, tensor: Tensor) -> None:
-        """Add up a tensor over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(tensor)
 
@@ -66,16 +66,16 @@ class Processes:
             tensor /= self.count
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows [n, ...] of all processes, in their order: [count n, ...]."""
+        """The rows [n, ...] of all processes in order of rank: [count n, ...]."""
         if self.count == 1:
             return rows
-        rows = rows.contiguous()  # NCCL fills what it is given as if it were
+        rows = rows.contiguous()  # NCCL writes to its outputs as if they were contiguous
         parts = [torch.empty_like(rows) for _ in range(self.count)]
         dist.all_gather(parts, rows)
         return torch.cat(parts)
 
     def any_asks(self, number: int) -> int:
-        """The largest of all processes' numbers, exchanged on the CPU: no process waits for a device."""
+        """The maximum over all processes, exchanged on the CPU, so that no process waits for a device."""
         if self.count == 1:
             return number
         shared = torch.tensor(number)
@@ -83,13 +83,13 @@ class Processes:
         return int(shared)
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Barrier."""
         if self.count > 1:
             dist.barrier(group=_control_group())
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """What is inside happens in the first process, then in the others: they find what it left on the disk."""
+        """Run the block in rank 0 first, then in the others, which find on disk what it wrote."""
         if not self.is_first:
             self.wait()
         yield
@@ -97,13 +97,13 @@ class Processes:
             self.wait()
 
     def distribute(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model to call in training: its gradients are averaged over all processes."""
+        """The model to call in training: DDP, which averages gradients over all processes."""
         if self.count == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def without_exchange(self, model: nn.Module, active: bool) -> AbstractContextManager[None]:
-        """While a part of a batch is computed whose gradients are not the last: they are exchanged with those."""
+        """Skip the gradient exchange in the block if `active`: for all parts of a batch but the last."""
         return model.no_sync() if active and self.count > 1 else nullcontext()
 
 
@@ -111,12 +111,12 @@ ALONE = Processes()
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Meet the other processes that torchrun started, if it started any.
+    """Join the process group if torchrun started this process.
 
     Args:
-        device: that the user asked for.
+        device: as the user asked for.
     Returns:
-        The processes, and this one's device: its own GPU.
+        The processes, and the device of this one: its own GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE, device
@@ -129,7 +129,7 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
 
 
 def leave_processes() -> None:
-    """Let go of the others, at the end."""
+    """Destroy the process group."""
     if dist.is_available() and dist.is_initialized():
         _groups.clear()
         dist.destroy_process_group()
@@ -139,7 +139,7 @@ _groups: dict[str, object] = {}
 
 
 def _control_group() -> object:
-    """A group of all processes that talks over the CPU."""
+    """A gloo group of all processes."""
     if "control" not in _groups:
         _groups["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _groups["control"]

@@ -1,4 +1,4 @@
-"""The log of a training: one JSON object a line, and wandb when the user wants it."""
+"""The log of a training: one JSON object per line, and wandb if configured."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def read_log(path: Path) -> Log | None:
 
 
 class TrainingLog:
-    """Appends to `log.jsonl`. After a resume, lines of steps that are trained again are dropped first."""
+    """Appends to `log.jsonl`. On resume, lines of steps that will be trained again are dropped first."""
 
     def __init__(self, folder: Path, config: RiverConfig, name: str, resumed_step: int) -> None:
         self.path = folder / "log.jsonl"
@@ -87,7 +87,7 @@ class TrainingLog:
         self._wandb = _start_wandb(config.logging, folder, config, name)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one line; numbers that are not finite become strings, so that every line stays JSON."""
+        """Write one line; non-finite numbers become strings, so that every line is valid JSON."""
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
@@ -128,7 +128,7 @@ def _start_wandb(logging: LoggingConfig, folder: Path, config: RiverConfig, name
 
 
 class StepTimer:
-    """Steps a second since the last reading."""
+    """Steps per second since the last reading."""
 
     def __init__(self) -> None:
         self._time, self._steps = time.perf_counter(), 0
@@ -143,6 +143,6 @@ class StepTimer:
         return rate
 
     def rate_after(self, seconds: float) -> float | None:
-        """As `rate`, without beginning anew; None before so many seconds have gone."""
+        """As `rate`, without resetting; None until `seconds` have passed."""
         elapsed = time.perf_counter() - self._time
         return self._steps / elapsed if elapsed >= seconds and self._steps else None

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: one clear line a phase, and a bar on a terminal."""
+"""What a person sees while a run works: one line per phase, and a progress bar on a terminal."""
 
 import sys
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def say(message: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    """A duration for people: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
     for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{digits}f} {unit}"
@@ -41,7 +41,7 @@ def warn(message: str) -> None:
 def progress(
     iterable: Iterable | None = None, *, total: int | None = None, initial: int = 0, description: str, unit: str
 ) -> tqdm:
-    """A bar with rate and time left; nothing when stderr is no terminal or the run is quiet."""
+    """A bar with rate and ETA; nothing if stderr is not a terminal or the run is quiet."""
     return tqdm(
         iterable,
         total=total,

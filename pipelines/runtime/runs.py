@@ -1,11 +1,7 @@
-"""The folder of a run: its resolved configuration, the environment it ran in, and resuming without contradiction."""
+"""The folder of a run: its configuration, its environment, its lock, and where its checkpoints come from."""
 
-import fcntl
 import importlib.metadata
-import itertools
-import os
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.config import RiverConfig, dump_config
-from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.files import write_json
+from pipelines.runtime.files import backup_path, locked, write_json, write_text
 from pipelines.runtime.progress import say
 
 
@@ -46,7 +41,7 @@ def software_versions() -> dict[str, str]:
 def write_run_files(config: RiverConfig, device: torch.device) -> None:
     """Write `config.yaml` and `environment.json` of the run."""
     config.run_path.mkdir(parents=True, exist_ok=True)
-    (config.run_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_text(config.run_path / "config.yaml", dump_config(config))
     environment = Environment(
         software=software_versions(),
         platform=platform.platform(),
@@ -58,72 +53,55 @@ def write_run_files(config: RiverConfig, device: torch.device) -> None:
 
 @contextmanager
 def only_training_of(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for one training: a second one would mix its checkpoints and log with ours.
-
-    The kernel lets go of the lock when the process dies, however it dies.
+    """Lock a training's folder: a second training would mix its checkpoints and log with ours.
 
     Raises:
-        UserError: another process trains there.
+        UserError: another process trains in this folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{folder}: process {file.read().strip() or '?'} is training here; wait for it, stop it, or give "
-                "this run another name with --set dataset.name=..."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    busy = f"{folder}: process {{pid}} is training here; wait for it, stop it, or give this run another name with "
+    with locked(folder / ".lock", busy + "--set dataset.name=..."):
         yield
 
 
 def is_imported(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint's weights came out of a file. Its identity is then what these depend on, and no more."""
+    """Whether a checkpoint's weights were imported from a file. Its identity then holds only what these depend on."""
     return "imported" in checkpoint.state
 
 
 def is_fine_tuned(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint's training began with the weights of another one."""
+    """Whether a checkpoint's training started from the weights of another checkpoint."""
     return "fine_tuned_from" in checkpoint.state
 
 
 def chosen_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint of a training's folder that is to be used: the best where one was measured, else the newest."""
+    """The checkpoint of a training's folder to use: the best if one was measured, else the newest."""
     checkpoints = CheckpointFolder(folder / "checkpoints")
     return checkpoints.best() or checkpoints.latest()
 
 
 def describe_progress(checkpoint: Checkpoint) -> str:
-    """How far a checkpoint is, for people: `3000 steps`, and where it was imported or fine-tuned from."""
+    """Progress of a checkpoint for people: `3000 steps`, or where it was imported or fine-tuned from."""
     if is_imported(checkpoint):
         return f"imported from {checkpoint.state['imported']['file']}"
     if is_fine_tuned(checkpoint):
         start = checkpoint.state["fine_tuned_from"]
-        origin = start["imported"]["file"] if "imported" in start else f"step {start['step']} of the flow before"
+        origin = start["imported"]["file"] if "imported" in start else f"step {start['step']} of the previous flow"
         return f"{checkpoint.step} steps of fine-tuning from {origin}"
     return f"{checkpoint.step} steps"
 
 
-def set_aside(folder: Path, what: str, why: str = "--restart; the training before") -> Path:
-    """Move a training's folder out of the way; nothing of it is lost.
+def move_to_backup(folder: Path, what: str, why: str = "--restart; the previous training") -> Path:
+    """Rename a training's folder to a backup beside it.
 
     Args:
-        why: begins the sentence that tells where it is kept.
+        why: begins the printed sentence that names the backup.
     Returns:
-        Where it is kept.
+        The backup folder.
     Raises:
-        UserError: another process trains there.
+        UserError: another process trains in this folder.
     """
-    aside = first = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-    for number in itertools.count(2):
-        if not aside.exists():
-            break
-        aside = first.with_name(f"{first.name}-{number}")  # a second one in this second
+    backup = backup_path(folder)
     with only_training_of(folder):
-        folder.rename(aside)
-    say(f"{what}: {why} is kept in {aside}")
-    return aside
+        folder.rename(backup)
+    say(f"{what}: {why} is kept in {backup}")
+    return backup

@@ -1,4 +1,4 @@
-"""Stopping a long run: the first SIGINT or SIGTERM asks it to finish its step and save, a second one leaves at once."""
+"""Stopping a long run: the first SIGINT or SIGTERM asks it to save after its step, a second one quits immediately."""
 
 import os
 import signal
@@ -32,4 +32,5 @@ class StopRequest:
             os._exit(128 + number)
         self.signal_number = number
         # Written past Python's buffers: the signal may have come in the middle of a print.
-        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; once more leaves at once\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving after this step; press Ctrl-C again to quit immediately\n".encode())

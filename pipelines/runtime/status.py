@@ -12,8 +12,8 @@ class Status:
     """How far one stage is under a configuration.
 
     Attributes:
-        state: `missing`: nothing is there; `partial`: the stage resumes from what is there; `done`: nothing to do;
-            `conflicting`: what is there was made under other settings, and the stage refuses it.
+        state: `missing`: nothing exists yet; `partial`: the stage resumes from what exists; `done`: nothing to do;
+            `conflicting`: what exists was made with other settings or inputs, and the stage refuses it.
         detail: for people, in a few words: `3000 of 5000 steps`; of a conflict, what differs and the way out.
         path: the file or folder that holds it, or would.
         standalone: done elsewhere with other inputs (imported weights): what the stage needs here does not matter.

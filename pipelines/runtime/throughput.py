@@ -1,4 +1,4 @@
-"""What a training step computes, how fast this machine could compute at best, and how much memory was taken."""
+"""FLOP of a training step, the rate of large matrix products on this machine, and peak memory."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from stage2_flow.config import VectorFieldConfig
 from stage2_flow.linear import linear
 from stage2_flow.vector_field import VectorField
 
-# The backward pass has two products for each of the forward pass: the 6ND of Kaplan et al. 2020 (2ND of it forward).
+# The backward pass has two products per product of the forward pass: 6ND in all, 2ND forward (Kaplan et al. 2020).
 STEP_FORWARDS = 3
 # Sides of the matrices: large enough for full speed; 2 GFLOP on a CPU, 1.1 TFLOP on a GPU.
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
@@ -22,14 +22,13 @@ MATMUL_REPEATS = 5
 def forward_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int]) -> int:
     """Floating-point operations of the vector field's matrix products and convolutions for one sample.
 
-    A multiplication with its addition counts as two; what is done value by value (norms, GELU, softmax) is not counted.
-    Nothing is computed and no memory taken.
+    A multiply-add counts as two; elementwise operations (norms, GELU, softmax) are not counted.
 
     Args:
         config: sizes of the field.
         latent_shape: (c, h, w).
     """
-    # Only the plain attention consists of products that the counter knows on every device; the others compute the same.
+    # The counter knows plain attention on every device; the other kernels compute the same products.
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         field = VectorField(config, latent_shape[0]).eval()
         latents = torch.empty(1, *latent_shape)
@@ -40,20 +39,20 @@ def forward_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int])
 def step_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int], batch_size: int) -> int:
     """Floating-point operations of the model in a training step: three times the forward pass (the 6ND convention).
 
-    What is computed twice to save memory, and the optimizer's work, are not the model's.
+    Recomputation to save memory and the optimizer are not counted.
     """
     return STEP_FORWARDS * batch_size * forward_flops(config, latent_shape)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of products of large square matrices, measured here and now: the best of a few.
+    """FLOP/s of products of large square matrices, measured now: the best of a few.
 
-    Model FLOP utilisation (MFU) is told as a share of this, not of the data sheet's figure: it is what this machine
-    gives, also while others work on it. On a CPU it takes about 0.2 s, some 30 ms a product.
+    Model FLOP utilization (MFU) is relative to this rate, not to the data sheet: it is what the machine gives now, with
+    other load included. Takes about 0.2 s on a CPU, 30 ms per product.
 
     Args:
-        device: where; on a CPU with the threads that torch uses.
-        dtype: of the matrices. For float32 on a GPU the process's precision of products holds (TF32 or not).
+        device: a CPU uses torch's threads.
+        dtype: of the matrices. float32 on a GPU follows the process's setting (TF32 or not).
     """
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -78,10 +77,9 @@ def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has had at a time: of tensors on a GPU, or of all memory that is resident.
+    """Peak memory of this process in bytes: of tensors on a GPU, or resident memory on a CPU.
 
-    On a CPU what is loaded (Python, PyTorch: some 400 MB) counts, too. On a GPU `torch.cuda.reset_peak_memory_stats`
-    begins anew.
+    On a CPU loaded libraries (some 400 MB) count. On a GPU `torch.cuda.reset_peak_memory_stats` resets it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

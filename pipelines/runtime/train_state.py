@@ -1,4 +1,4 @@
-"""A model while it is trained: its optimizers, its averaged copy, one update, and what resuming needs of them."""
+"""A model in training: its optimizers, its averaged copy, one update, and what resuming needs of them."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -13,7 +13,7 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 class ConvolutionMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, which takes matrices only, on convolution kernels as well.
+    """`torch.optim.Muon` extended to convolution kernels.
 
     A kernel [out, in, h, w] is updated as the matrix [out, in h w] that shares its memory (Jordan et al. 2024).
     """
@@ -36,7 +36,7 @@ class ConvolutionMuon(torch.optim.Muon):
 
 
 def _as_matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """[out, ...] as [out, rest] without a copy where the memory layout allows; columns in the layout's order."""
+    """[out, ...] as [out, rest], without a copy if the memory layout allows; columns in the layout's order."""
     layout = tensor if like is None else like
     if tensor.ndim == 4 and layout.is_contiguous(memory_format=torch.channels_last) and not layout.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
@@ -54,15 +54,15 @@ def build_optimizers(
     never_matrices: Iterable[nn.Parameter] = (),
     recordable: bool = False,
 ) -> Optimizers:
-    """Make the optimizers of a model; each remembers its full learning rate as `base_lr`.
+    """Build the optimizers of a model; each group keeps its full learning rate as `base_lr`.
 
-    AdamW is the fused one: one pass over memory on a CPU too, where it takes a fourth of the default one's time.
+    AdamW is fused: one pass over memory, on a CPU too, where it takes a fourth of the default's time.
 
     Args:
         name: `adamw`, or `muon`: Muon for the weights of linear layers and convolutions.
-        never_matrices: parameters that Muon must not take, such as embeddings and input and output layers.
-        recordable: learning rates are tensors beside the parameters, so that an update recorded as a CUDA graph follows
-            them; `adamw` only.
+        never_matrices: parameters that Muon must not update, such as embeddings and input and output layers.
+        recordable: learning rates are tensors on the device, so that an update captured as a CUDA graph follows them;
+            `adamw` only.
     """
 
     def adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
@@ -100,7 +100,7 @@ def set_learning_rate(optimizers: Optimizers, factor: float) -> None:
 
 
 class OptimizerSettings(Protocol):
-    """What a training's settings say about updates."""
+    """A training's settings for updates."""
 
     optimizer: str
     learning_rate: float
@@ -115,8 +115,8 @@ class TrainState:
     """Updates a model by its gradients.
 
     Attributes:
-        model: what is trained.
-        learning_rate: of the last update (of AdamW; Muon's has the same course).
+        model: the trained model.
+        learning_rate: of the last update (of AdamW; Muon's follows the same schedule).
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class TrainState:
         name: str = "model",
         recordable: bool = False,
     ) -> None:
-        """Make optimizers and average.
+        """Build optimizers and average.
 
         Args:
-            model: on its device already.
+            model: already on its device.
             never_matrices: parameters that Muon leaves to AdamW.
-            name: of the file with the weights; others than `model` are in the names of the other files, too.
-            recordable: updates may be recorded as a CUDA graph; with AdamW only.
+            name: of the file with the weights; prefixes the other files unless it is `model`.
+            recordable: updates may be captured as a CUDA graph; AdamW only.
         """
         self.model, self.settings, self.name, self.recordable = model, settings, name, recordable
         self.optimizers = build_optimizers(
@@ -153,7 +153,7 @@ class TrainState:
 
     @property
     def best_model(self) -> nn.Module:
-        """What the training delivers: the averaged model where there is one."""
+        """The model that the training delivers: the averaged one if there is one."""
         return self.model if self.average is None else self.average.module
 
     def update(self, loss: Tensor, factor: float) -> Tensor:
@@ -162,23 +162,23 @@ class TrainState:
         return self.apply(factor)
 
     def apply(self, factor: float) -> Tensor:
-        """One update by the gradients that are there, with `factor` of the full learning rates; see `step`."""
+        """One update by the accumulated gradients, with `factor` of the full learning rates; see `step`."""
         self.set_rate(factor)
         return self.step()
 
     def set_rate(self, factor: float) -> None:
-        """Take `factor` of the full learning rates from here on."""
+        """Set the learning rates to `factor` of their full values."""
         set_learning_rate(self.optimizers, factor)
         self.learning_rate = self.settings.learning_rate * factor
 
     def step(self) -> Tensor:
-        """One update by the gradients that are there.
+        """One update by the accumulated gradients.
 
-        With gradients that are not finite nothing is updated (on a GPU the average still moves towards the weights).
-        Only Muon on a GPU makes the host wait to know.
+        Non-finite gradients update nothing (on a GPU the average still moves towards the weights). Only Muon on a GPU
+        makes the host wait for the device.
 
         Returns:
-            Scalar bool on the device: whether the gradients were finite.
+            Scalar bool on the device: whether all gradients were finite.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
@@ -186,7 +186,7 @@ class TrainState:
         on_device = finite.is_cuda and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers)
         skipping = self.recordable or on_device
         if skipping:
-            # Fused AdamW looks at this flag on the device, as it does for gradient scaling.
+            # Fused AdamW reads this flag on the device, as it does for gradient scaling.
             for optimizer in self.optimizers:
                 optimizer.found_inf = (~finite).float()
                 optimizer.grad_scale = torch.ones((), device=finite.device)
@@ -211,7 +211,7 @@ class TrainState:
         return files
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        """Go on from a checkpoint of the same configuration."""
+        """Resume from a checkpoint of the same configuration."""
         prefix = "" if self.name == "model" else f"{self.name}_"
         self.model.load_state_dict(checkpoint.tensors(self.name, device))
         unpack_optimizers(self.optimizers, checkpoint.tensors(f"{prefix}optimizer", device))

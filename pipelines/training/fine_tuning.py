@@ -17,7 +17,7 @@ from pipelines.official.parts import NO_SIZES
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.runs import chosen_checkpoint, is_fine_tuned, is_imported, only_training_of, set_aside
+from pipelines.runtime.runs import chosen_checkpoint, is_fine_tuned, is_imported, move_to_backup, only_training_of
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
@@ -159,7 +159,7 @@ def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache, flow_stat
     beginning = _beginning(folder)
     with only_training_of(beginning):
         CheckpointFolder(beginning / "checkpoints").save(0, files, state)
-        aside = set_aside(folder, "flow", "--fine-tune; the flow before")
+        aside = move_to_backup(folder, "flow", "--fine-tune; the previous flow")
         beginning.rename(folder)
     if _has_not_moved(start):
         shutil.rmtree(aside)  # a copy of what is kept elsewhere

@@ -16,8 +16,8 @@ from pipelines.runtime.runs import (
     chosen_checkpoint,
     describe_progress,
     is_imported,
+    move_to_backup,
     only_training_of,
-    set_aside,
     write_run_files,
 )
 from pipelines.runtime.status import Status
@@ -119,14 +119,14 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
         return checkpoints, None
     if run_context.restart:
         if first:
-            set_aside(plan.folder, plan.name)
+            move_to_backup(plan.folder, plan.name)
         return checkpoints, None
     status = _status_of(plan, found)
     if status.state == "conflicting":
         raise UserError(status.detail)
     if harmless := _changed_settings(plan, found):
         say(f"{plan.name}: resuming from {found.path.name} with changed settings: {'; '.join(harmless)}")
-    if name != "auto" and first and (backup := checkpoints.set_aside_after(found.step)) is not None:
+    if name != "auto" and first and (backup := checkpoints.move_later_to_backup(found.step)) is not None:
         say(f"{plan.name}: --resume {name}; later checkpoints are kept in {backup}")
     return checkpoints, found
 
