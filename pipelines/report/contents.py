@@ -102,8 +102,8 @@ def _hashes(state: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _open_splits(run: Run) -> list[LatentCache]:
     """The splits of the store; none where it is not done."""
-    path = run.store.path
-    return [latent_cache.open(path, split) for split in latent_cache.splits(path)] if run.store.is_done else []
+    store = run.stages["store"]
+    return [latent_cache.open(store.path, split) for split in latent_cache.splits(store.path)] if store.is_done else []
 
 
 def _store(run: Run) -> dict[str, Any] | None:
@@ -112,7 +112,7 @@ def _store(run: Run) -> dict[str, Any] | None:
     if not caches:
         return None
     metadata = caches[0].metadata
-    facts = {"path": run.store.path, "data set": metadata.dataset, "frames per second": f"{metadata.fps:g}"}
+    facts = {"path": caches[0].url, "data set": metadata.dataset, "frames per second": f"{metadata.fps:g}"}
     facts |= {"fingerprint": caches[0].fingerprint}
     for name in ("preprocessing", "autoencoder", "software"):
         facts |= dict(flattened(getattr(metadata, name), f"{name}."))

@@ -17,8 +17,12 @@ from pipelines.runtime.files import read_json
 from pipelines.runtime.logs import Log, read_log
 from pipelines.runtime.runs import Environment, chosen_checkpoint
 from pipelines.runtime.status import Status
+from pipelines.training.autoencoder_trainer import autoencoder_status
+from pipelines.training.flow_trainer import flow_status
+from pipelines.training.refiner_trainer import refiner_status
 
 TRAININGS = ("autoencoder", "flow", "refiner")
+STATUS = {"autoencoder": autoencoder_status, "store": store_status, "flow": flow_status, "refiner": refiner_status}
 # Class -> file and the target that writes it.
 FILES: dict[type[BaseModel], tuple[str, str]] = {
     Evaluation: ("evaluation.json", "evaluate"),
@@ -55,9 +59,9 @@ class Run:
             return None
 
     @cached_property
-    def store(self) -> Status:
-        """How far the store is."""
-        return store_status(self.config)
+    def stages(self) -> dict[str, Status]:
+        """How far the store and each training are under the configuration."""
+        return {name: status(self.config) for name, status in STATUS.items()}
 
     @cached_property
     def logs(self) -> dict[str, Log | None]:

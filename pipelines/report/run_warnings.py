@@ -28,9 +28,14 @@ def run_warnings(run: Run) -> Iterator[str]:
         yield from _out_of_date(run, evaluation)
         if evaluation.protocol.clips < MIN_CLIPS:
             yield f"The metrics are measured on {evaluation.protocol.clips} clips only: expect large scatter."
+    for name, status in run.stages.items():
+        if status.state == "conflicting":
+            yield f"Stage {name}: {status.detail}"
+        elif status.state == "partial":
+            target = "encode" if name == "store" else f"train-{name}"
+            yield f"Stage {name} is not finished ({status.detail}): `{run.command(target)}` resumes it."
     for training, log in run.logs.items():
         if log is not None:
-            yield from _unfinished(run, training, log)
             yield from _getting_worse(training, log)
     yield from _codebook(run)
     missed = [] if benchmark is None else [line.name for line in benchmark.measurements if line.reached is False]
@@ -74,15 +79,6 @@ def _out_of_date(run: Run, evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def _unfinished(run: Run, training: str, log: Log) -> Iterator[str]:
-    steps, checkpoint = getattr(run.config, training).training.steps, run.checkpoints[training]
-    if log.step < steps and not (checkpoint is not None and "imported" in checkpoint.state):
-        yield (
-            f"The training of the {training} is at step {log.step:g} of {steps}: "
-            f"`{run.command(f'train-{training}')}` resumes it."
-        )
-
-
 def _getting_worse(training: str, log: Log) -> Iterator[str]:
     losses, psnrs = log.finite("validation_loss"), log.finite("validation_psnr")
     if losses and losses[-1][0] > min(losses)[0] * (1 + LOSS_RISE):
@@ -99,8 +95,8 @@ def _getting_worse(training: str, log: Log) -> Iterator[str]:
 def _codebook(run: Run) -> Iterator[str]:
     """Codes in use by the store's training split, or else by the training's log."""
     codes, used, perplexity = run.config.autoencoder.model.codes, None, None
-    if run.store.is_done:
-        cache = latent_cache.open(run.store.path)
+    if run.stages["store"].is_done:
+        cache = latent_cache.open(run.config.store_path)
         codes = cache.metadata.autoencoder.get("codes", codes)
         used, perplexity = cache.notes.get("codes_used"), cache.notes.get("code_perplexity")
     log = run.logs["autoencoder"]

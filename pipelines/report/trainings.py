@@ -85,7 +85,7 @@ SPEEDS = {
 
 def training_section(run: Run) -> dict[str, Any]:
     """Progress and charts per training; the refiner's only where there is one."""
-    shown = [name for name in TITLES if name != "refiner" or run.logs[name] or run.checkpoints[name]]
+    shown = [name for name in TITLES if name != "refiner" or run.logs[name] or run.stages[name].state != "missing"]
     return {"trainings": [_training(run, name) for name in shown]}
 
 
@@ -110,12 +110,10 @@ def _progress(run: Run, training: str) -> str | None:
     log, checkpoint = run.logs[training], run.checkpoints[training]
     if checkpoint is None:
         return None
-    if "imported" in checkpoint.state:
-        words = [describe_progress(checkpoint)]
-    else:
-        reached = max(checkpoint.step, 0 if log is None else int(log.step))
-        steps = getattr(run.config, training).training.steps
-        words = [f"{reached} of {steps} steps; the checkpoint of step {checkpoint.step} is used"]
+    status = run.stages[training]
+    # What conflicts is told by a warning, at length.
+    detail = describe_progress(checkpoint) if status.state == "conflicting" else status.detail
+    words = [f"{status.state}: {detail}", f"the checkpoint of step {checkpoint.step} is used"]
     best = checkpoint.state.get("best", {})
     words += [f"best by {key.replace('_', ' ')}, {number_text(value)}" for key, value in best.items()]
     rate = None if log is None else log.median("steps_per_second")

@@ -18,6 +18,7 @@ from pipelines.errors import UserError
 from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
 from pipelines.report import contents, page, predictions
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.training.flow_trainer import flow_plan
 
 SIDE, CONTEXT, HORIZON = 32, 2, 4
 EVIL = "<script>alert(1)</script>"
@@ -140,14 +141,15 @@ class Toys:
             save_gif(self.run / "samples" / f"{file_name(name)}.gif", animation([(name, strips)]), 10)
 
     def save_flow(self, step: int, **state: Any) -> None:
-        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, {"model": {"a": torch.zeros(1)}}, state)
+        whole = flow_plan(self.config).state | state
+        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, {"model": {"a": torch.zeros(1)}}, whole)
 
     def page(self) -> str:
         return page.write_report(self.config).read_text(encoding="utf-8")
 
     def notes(self, kind: str) -> list[str]:
         """The page's notes of a kind, as text."""
-        return [text_of(part) for part in re.findall(rf'<p class="note {kind}">(.*?)</p>', self.page())]
+        return [text_of(part) for part in re.findall(rf'<p class="note {kind}">(.*?)</p>', self.page(), re.DOTALL)]
 
 
 def text_of(markup: str) -> str:
@@ -195,7 +197,7 @@ def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[
         "predictions": ["walk", "jump", "truth", "prediction", "2 x difference", "2 frames given", "4 predicted"],
         "quality": ["PSNR of each predicted frame", "best of 3 samples", "77.2", "the weights of VGG16 are not here"],
         "study": ["PSNR against NFE", "euler", "midpoint", "level of 396 evaluations", "warm start 0.5", "seed 1"],
-        "training": ["Stage 2: the flow", "400 of 400 steps", "validation"],
+        "training": ["Stage 2: the flow", "done: 400 steps", "validation"],
         "speed": ["load", "≥ 0.5", "not reached", "2 cores"],
         "contents": ["a device", "ab" * 32, "cd" * 32, "dataset: {name: toys, image_size: 32}"],
     }.items():
@@ -251,6 +253,20 @@ def test_a_part_of_a_run_is_enough(whole: Toys, part: str):
     for name, target in commands.items():
         if name != part:
             assert f"make {target} DATASET=toys" in text
+
+
+def test_stages_that_are_not_done(toys: Toys):
+    toys.save_flow(100)
+    (warning,) = toys.notes("warning")
+    assert "100 of 400" in warning
+    assert "make train-flow DATASET=toys" in warning
+    toys.save_flow(200, identity={"seed": 7})
+    (warning,) = toys.notes("warning")
+    assert str(toys.run / "flow" / "checkpoints" / "step_00000200") in warning
+    assert "seed" in warning
+    toys.config.store_path.mkdir(parents=True)
+    (toys.config.store_path / "a file").touch()
+    assert any(str(toys.config.store_path) in warning for warning in toys.notes("warning"))
 
 
 def test_imported_weights_are_no_unfinished_training(toys: Toys):
@@ -322,7 +338,6 @@ def test_text_of_files_is_escaped(whole: Toys):
         (lambda toys: toys.write("evaluation.json", evaluation(14.0)), ["PSNR", "14.00", "15.00"]),
         (lambda toys: toys.write("evaluation.json", evaluation(15.5)), ["PSNR", "intervals overlap"]),
         (lambda toys: toys.write_log("flow", *rising(1.2)), ["validation loss rises", "20 %", "step 200"]),
-        (lambda toys: toys.write_log("flow", {"step": 100, "loss": 1.0}), ["100 of 400", "make train-flow"]),
         (lambda toys: toys.write_log("flow", *falling(20.0, 19.0)), ["19.00 dB", "20.00 dB"]),
         (lambda toys: toys.write_log("autoencoder", {"step": 400, "codes_used": 30, "code_perplexity": 20.0}),
          ["codebook", "30 of 100 codes"]),
