@@ -1,1 +1,1 @@
-"""Stage 1: pixels to latents. Architectures, losses and the sources of frames."""
+"""Stage 1: pixels to latents. Architectures, losses, video sources."""

@@ -1,4 +1,4 @@
-"""Random changes of training images, so that an autoencoder of few videos does not learn their light by heart."""
+"""Image augmentation: adjusting colors, and random flips and color jitter of training images."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from stage1_autoencoder.config import ColorJitterConfig
 
 # ITU-R BT.601 luma of red, green and blue.
-GREY_WEIGHTS = (0.299, 0.587, 0.114)
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
-class ColourFactors:
-    """How far colours are changed, frame by frame.
+class ColorFactors:
+    """Color adjustments, per frame.
 
     Attributes:
         brightness, contrast, saturation: [b, 1, 1, 1] factors, at least 0; 1 changes nothing.
-        hue: [b, 1, 1, 1] turns of the colour circle; 0 changes nothing, 1/3 makes green of red.
+        hue: [b, 1, 1, 1] turns of the color circle; 0 changes nothing, 1/3 turns red into green.
     """
 
     brightness: Tensor
@@ -26,42 +26,42 @@ class ColourFactors:
     hue: Tensor
 
 
-def change_colours(images: Tensor, factors: ColourFactors) -> Tensor:
-    """Change brightness, contrast, saturation and hue of frames, in this order.
+def adjust_colors(images: Tensor, factors: ColorFactors) -> Tensor:
+    """Adjust brightness, contrast, saturation and hue of frames, in this order.
 
-    Factors f blend the picture x in [0, 1] with another one y, to f x + (1 - f) y: brightness with black, contrast with
-    the frame's mean grey, saturation with the grey picture. Hue turns the colour circle of HSV. The result of each step
-    is clamped to [0, 1]. This is torchvision's `ColorJitter` with its order fixed, up to its grey weights' rounding.
+    A factor f blends the picture x in [0, 1] with another one y, f x + (1 - f) y: brightness with black, contrast with
+    the frame's mean gray, saturation with the gray picture. Hue turns the color circle of HSV. The result of each step
+    is clamped to [0, 1]. This is torchvision's `ColorJitter` with a fixed order, up to rounded gray weights.
 
     Args:
         images: [b, 3, h, w] float in [-1, 1].
         factors: of the b frames, in fp32 or wider.
     Returns:
-        [b, 3, h, w] in [-1, 1], of the images' dtype; in between, pixels are fp32 or wider. Factors that change nothing
-        leave pixels what they are only up to rounding.
+        [b, 3, h, w] in [-1, 1], in the images' dtype; computed in fp32 or wider. Factors that change nothing preserve
+        pixels up to rounding.
     """
     pixels = (images.to(torch.promote_types(images.dtype, torch.float32)) + 1) / 2
     pixels = (factors.brightness * pixels).clamp(0, 1)
-    pixels = (factors.contrast * pixels + (1 - factors.contrast) * _frame_mean(_grey(pixels))).clamp(0, 1)
-    pixels = (factors.saturation * pixels + (1 - factors.saturation) * _grey(pixels)).clamp(0, 1)
+    pixels = (factors.contrast * pixels + (1 - factors.contrast) * _frame_mean(_gray(pixels))).clamp(0, 1)
+    pixels = (factors.saturation * pixels + (1 - factors.saturation) * _gray(pixels)).clamp(0, 1)
     pixels = _turn_hue(pixels, factors.hue).clamp(0, 1)
     return (pixels * 2 - 1).to(images.dtype)
 
 
-def _grey(pixels: Tensor) -> Tensor:
+def _gray(pixels: Tensor) -> Tensor:
     """[b, 3, h, w] to [b, 1, h, w]."""
     red, green, blue = pixels.split(1, dim=1)
-    return GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue
+    return GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
 
 
-def _frame_mean(grey: Tensor) -> Tensor:
+def _frame_mean(gray: Tensor) -> Tensor:
     """Mean of each frame [b, 1, h, w] in [0, 1], as [b, 1, 1, 1].
 
-    The order in which floats are added changes with the batch, the threads and the device. Integers don't care.
+    Summed in integers: the order of a sum depends on the batch, the threads and the device, and changes floats.
     """
-    fixed_point = (grey.double() * 2**32).round().long()
+    fixed_point = (gray.double() * 2**32).round().long()
     total = fixed_point.sum((1, 2, 3), keepdim=True).double()
-    return (total / (grey[0].numel() * 2**32)).to(grey.dtype)
+    return (total / (gray[0].numel() * 2**32)).to(gray.dtype)
 
 
 def _turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
@@ -93,34 +93,32 @@ def augment(
     batch: int | None = None,
     rows: slice | None = None,
 ) -> Tensor:
-    """Mirror images or clips and change their colours, each by draws of its own that hold for all frames of a clip.
+    """Flip images or clips at random and jitter their colors; each row has its own draws, for all frames of a clip.
 
-    Brightness, contrast and saturation are multiplied by U[1 - j, 1 + j], the hue is turned by U[-j, j], as
-    `change_colours` does it (contrast: towards each frame's own mean). The draws are made for the whole batch, so what
-    becomes of a row does not depend on how rows are spread over processes, nor on which changes are asked for.
+    Factors of brightness, contrast and saturation are U[1 - j, 1 + j], turns of the hue U[-j, j], see `adjust_colors`
+    (contrast: relative to each frame's own mean). Draws are made for the whole batch, so the result of a row depends
+    neither on how rows are distributed over processes, nor on which augmentations are enabled.
 
     Args:
         images: [b, 3, h, w], or clips [b, n, 3, h, w], float in [-1, 1].
-        jitter: how far each of the four varies.
+        jitter: the range of each of the four.
         flip: mirror half of the images left to right.
-        generator: where the draws come from, on the images' device, in the same state in all processes.
-        batch: rows of the whole batch; None: b.
-        rows: those of the whole batch that `images` are; None: all.
+        generator: on the images' device, in the same state in all processes.
+        batch: number of rows of the whole batch; None: b.
+        rows: the rows of the whole batch in `images`; None: all.
     Returns:
-        The images' shape and dtype, in [-1, 1]. Without jitter, pixels are the same to the bit.
+        the images' shape and dtype, in [-1, 1]. Without jitter, pixels are preserved exactly.
     Raises:
-        ValueError: another shape, or another number of images than of rows.
+        ValueError: a wrong shape, or a wrong number of images.
     """
     if images.ndim not in (4, 5) or images.shape[-3] != 3:
         raise ValueError(
-            f"images of shape {list(images.shape)} can't be augmented: not [b, 3, h, w] or [b, n, 3, h, w]"
+            f"cannot augment images of shape {list(images.shape)}: expected [b, 3, h, w] or [b, n, 3, h, w]"
         )
     batch, rows = len(images) if batch is None else batch, slice(None) if rows is None else rows
     draws = torch.rand((5, batch), generator=generator, device=images.device)[:, rows]
     if draws.shape[1] != len(images):
-        raise ValueError(
-            f"{len(images)} images are not the rows {rows} of a batch of {batch}, which are {draws.shape[1]}"
-        )
+        raise ValueError(f"{len(images)} images given, but rows {rows} of a batch of {batch} are {draws.shape[1]}")
 
     if flip:
         mirror = (draws[0] < 0.5).view(-1, *[1] * (images.ndim - 1))
@@ -128,14 +126,14 @@ def augment(
     if jitter.changes_nothing:
         return images
     frames = images.flatten(0, -4)
-    # One draw a clip, for each of its frames.
+    # One draw per clip, repeated for its frames.
     brightness, contrast, saturation, hue = (
         (2 * draws[1:] - 1).repeat_interleave(len(frames) // max(1, len(images)), dim=1).view(4, -1, 1, 1, 1)
     )
-    factors = ColourFactors(
+    factors = ColorFactors(
         brightness=1 + jitter.brightness * brightness,
         contrast=1 + jitter.contrast * contrast,
         saturation=1 + jitter.saturation * saturation,
         hue=jitter.hue * hue,
     )
-    return change_colours(frames, factors).view_as(images)
+    return adjust_colors(frames, factors).view_as(images)

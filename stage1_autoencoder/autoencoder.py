@@ -1,4 +1,4 @@
-"""What both families of autoencoders are to the rest of the program."""
+"""The interface of both families of autoencoders, and the images they take."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from stage1_autoencoder.config import VQGANConfig, VQVAEConfig
 from stage1_autoencoder.quantizer import VectorQuantizer
 
-# Images that went through another resize or type may leave [-1, 1] by a rounding.
+# Images that were resized or converted may leave [-1, 1] by a rounding error.
 RANGE_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What one pass through the autoencoder gives.
+    """The result of one pass through the autoencoder.
 
     Attributes:
         images: [b, 3, h, w], about [-1, 1], not clamped.
@@ -36,9 +36,11 @@ class Reconstruction:
 class Autoencoder(nn.Module, ABC):
     """Autoencoder with a quantized bottleneck. RIVER's flow lives on the latents *before* quantization.
 
-    A family has its own `encoder` and `decoder`, and says how they are put together.
+    A family defines `encoder` and `decoder`, and how they are put together.
     """
 
+    encoder: nn.Module
+    decoder: nn.Module
     quantizer: VectorQuantizer
 
     def __init__(self, config: VQGANConfig | VQVAEConfig) -> None:
@@ -47,37 +49,38 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def to_latents(self, images: Tensor) -> Tensor:
-        """As `encode`, on images that were looked at already, and before any normalisation of the latents."""
+        """Like `encode`, without checks of the images, and before any normalization of the latents."""
 
     @abstractmethod
     def to_features(self, quantized: Tensor) -> Tensor:
-        """Latents [b, c, h, w] to what `to_images` takes: all of the decoder but its last convolution."""
+        """Map latents [b, c, h, w] to the input of `to_images`: the decoder without its last convolution."""
 
     @abstractmethod
     def to_images(self, features: Tensor) -> Tensor:
-        """Features to images [b, 3, h f, w f] by `last_layer`."""
+        """Map features to images [b, 3, h f, w f] by `last_layer`."""
 
     @property
     @abstractmethod
     def last_layer(self) -> nn.Conv2d:
-        """The convolution that makes the image: adversarial training compares gradients there."""
+        """The convolution whose output is the image: adversarial training compares gradients there."""
 
     @abstractmethod
     def boundary_parameters(self) -> list[nn.Parameter]:
-        """The codebook and the layers between spaces of few dimensions: an optimizer for hidden matrices skips them."""
+        """The codebook and the layers from or to few channels, which an optimizer for hidden matrices skips."""
 
-    @abstractmethod
     def compile_networks(self) -> None:
-        """Have encoder and decoder compiled at their next call, all but `last_layer`."""
+        """Compile encoder and decoder, without `last_layer`, at their next call."""
+        self.encoder.compile()
+        self.decoder.compile()
 
     @property
     def downsampling(self) -> int:
-        """Pixels of the image to one of the latent, along each side."""
+        """Pixels per latent position, along each side."""
         return self.config.downsampling
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained values."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def encode(self, images: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class Autoencoder(nn.Module, ABC):
         return self.embed(codes), codes
 
     def embed(self, codes: Tensor) -> Tensor:
-        """The latents [b, c, h, w] that codes [b, h, w] int64 stand for."""
+        """The vectors [b, c, h, w] of codes [b, h, w] int64."""
         return self.quantizer.embed(codes)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ class Autoencoder(nn.Module, ABC):
         return self.decode_quantized(self.quantize(latents)[0])
 
     def decode_quantized(self, quantized: Tensor) -> Tensor:
-        """Map latents [b, c, h, w] to images as they are, without the nearest-code lookup."""
+        """Map latents [b, c, h, w] to images without the nearest-code lookup."""
         return self.to_images(self.to_features(quantized))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class Autoencoder(nn.Module, ABC):
         return self.decode_quantized(self.embed(codes))
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Encode, quantize, decode; what training needs. Looks at the images' shape, not at their values."""
+        """Encode, quantize and decode, for training. Checks the shape of the images, but not their values."""
         check_image_shape(images, self.downsampling)
         latents = self._latents(images)
         quantized = self.quantizer(latents)
@@ -134,7 +137,7 @@ class Autoencoder(nn.Module, ABC):
 
 
 def check_image_shape(images: Tensor, downsampling: int) -> None:
-    """Refuse what is no batch of images that an autoencoder takes.
+    """Check that an autoencoder can take a batch of images.
 
     Raises:
         ValueError: not [b, 3, h, w], integers, or sides that `downsampling` does not divide.
@@ -142,31 +145,31 @@ def check_image_shape(images: Tensor, downsampling: int) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [b, 3, h, w], not {list(images.shape)}")
     if not images.is_floating_point():
-        raise ValueError(f"images must be floats in [-1, 1], not {images.dtype}: for uint8 take x / 127.5 - 1")
+        raise ValueError(f"images must be floats in [-1, 1], not {images.dtype}: convert uint8 with x / 127.5 - 1")
     if images.shape[2] % downsampling or images.shape[3] % downsampling:
         raise ValueError(
-            f"images of {images.shape[2]}x{images.shape[3]} can't be encoded: both sides must be multiples of the "
+            f"cannot encode images of {images.shape[2]}x{images.shape[3]}: both sides must be multiples of the "
             f"autoencoder's down-sampling factor {downsampling}"
         )
 
 
 def check_image_range(images: Tensor) -> None:
-    """Refuse images that leave [-1, 1]; waits for the device.
+    """Check that images lie in [-1, 1]; synchronizes with the device.
 
     Raises:
-        ValueError: says how far they reach.
+        ValueError: they do not.
     """
     if not images.numel():
         return
     low, high = torch.aminmax(images.detach())
-    # Asked this way round so that NaN is refused too.
+    # Negated, so that NaN fails too.
     if not (low >= -1 - RANGE_SLACK and high <= 1 + RANGE_SLACK):
         raise ValueError(
-            f"images must lie in [-1, 1], these reach from {low.item():.3g} to {high.item():.3g}; for uint8 frames "
-            "take x / 127.5 - 1"
+            f"images must lie in [-1, 1], these reach from {low.item():.3g} to {high.item():.3g}; convert uint8 frames "
+            "with x / 127.5 - 1"
         )
 
 
 def image_to_unit(images: Tensor) -> Tensor:
-    """uint8 [..., h, w, 3] to float [..., 3, h, w] in [-1, 1] (x / 127.5 - 1)."""
+    """Convert uint8 [..., h, w, 3] to float [..., 3, h, w] in [-1, 1] (x / 127.5 - 1)."""
     return rearrange(images, "... h w c -> ... c h w").to(torch.float32).div(127.5).sub(1.0)

@@ -1,4 +1,4 @@
-"""The care of a codebook in training: where codes start, which are in use, and what becomes of those that are not."""
+"""Codebook initialization, usage and restarts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from torch.nn import functional as F
 
 from stage1_autoencoder.quantizer import VectorQuantizer
 
-# k-means looks at so many vectors a code at most, so many times: 3e10 distances for 16384 codes.
+# Largest number of vectors per code, and iterations, of k-means: 3e10 distances for 16384 codes.
 VECTORS_PER_CODE = 16
 ITERATIONS = 8
-# Of the latents' standard deviation, how far from its vector a code is put: two codes of one vector must differ.
+# Distance of a code from its vector, in standard deviations of the latents: two codes at one vector must differ.
 NOISE = 0.01
-# Sums of floats change with their order, and on GPUs the order changes from run to run; integers don't care.
+# Sums are made in integers: sums of floats depend on their order, which on GPUs changes from run to run.
 FIXED_POINT = 2.0**32
 
 
 @dataclass(frozen=True)
 class CodeUsage:
-    """How evenly codes were chosen.
+    """How evenly the codes of a codebook are used.
 
     Attributes:
-        used: codes that were chosen at all.
-        perplexity: exp(entropy of the frequencies): so many equally frequent codes would be as hard to guess; or 0.
-        dead: codes that were never chosen.
+        used: number of codes that were chosen.
+        perplexity: exp(entropy of the frequencies), the effective number of codes; 0 if none was chosen.
+        dead: number of codes that were never chosen.
     """
 
     used: int
@@ -36,7 +36,7 @@ class CodeUsage:
 
 
 def code_usage(counts: Tensor) -> CodeUsage:
-    """Usage from counts [codes], how often each code was chosen; waits for the device."""
+    """Usage from counts [codes] of each code; synchronizes with the device."""
     counts = counts.cpu().double()
     used = int((counts > 0).sum())
     frequencies = counts / counts.sum().clamp(min=1)
@@ -44,19 +44,10 @@ def code_usage(counts: Tensor) -> CodeUsage:
     return CodeUsage(used=used, perplexity=entropy.exp().item() if used else 0.0, dead=len(counts) - used)
 
 
-def nothing(counts: Tensor) -> None:
-    """Sum counts over a single process."""
-
-
-def identity(vectors: Tensor) -> Tensor:
-    """Gather the vectors of a single process."""
-    return vectors
-
-
 class CodebookCare:
-    """Keeps codes in use: starts them among the latents, counts them, and moves those that nobody chose.
+    """Keeps codes in use: initializes them at latents, counts their use, and moves unused codes.
 
-    Processes that train together hold the same counts and, given equal generators, move the same codes to equal places.
+    Processes that train together have the same counts and, with equal generators, make the same moves.
     """
 
     def __init__(
@@ -67,20 +58,21 @@ class CodebookCare:
         restart_every: int,
         window: int,
         average: VectorQuantizer | None = None,
-        reduce: Callable[[Tensor], None] = nothing,
-        gather: Callable[[Tensor], Tensor] = identity,
+        reduce: Callable[[Tensor], None] = lambda counts: None,
+        gather: Callable[[Tensor], Tensor] = lambda vectors: vectors,
     ) -> None:
-        """Begin to count.
+        """Set all counts to zero.
 
         Args:
-            quantizer: whose codes are cared for.
-            start: codes begin at centres of clusters of latents, at latents, or stay as they are.
-            restart_every: steps after which codes that nobody chose in them are moved; 0: never.
-            window: steps that `usage` speaks of, an epoch.
-            average: the quantizer of the averaged weights. Codes move in it too: it would take the average long to
-                follow, with codes on the way where no latents are.
+            quantizer: owner of the codes.
+            start: initialize codes at cluster centers of latents, at latents, or not at all.
+            restart_every: number of steps after which codes that were not used in them are moved; 0: never.
+            window: number of steps that `usage` covers, an epoch.
+            average: the quantizer of the averaged weights. Codes move in it too, since the average would take long to
+                follow, through places without latents.
             reduce: sums a [codes] int64 tensor over all processes, in place; called in each step.
-            gather: vectors [n, c] of all processes, in one order everywhere; called when codes start or move.
+            gather: concatenates the vectors [n, c] of all processes, in the same order everywhere; called when codes
+                are initialized or moved.
         """
         assert restart_every >= 0, restart_every
         assert window > 0, window
@@ -94,13 +86,13 @@ class CodebookCare:
 
     @torch.no_grad()
     def start(self, latents: Tensor, generator: torch.Generator) -> Literal["kmeans", "sample", "uniform"]:
-        """Put the codes where the latents are, before the first step.
+        """Initialize the codes at the latents, before the first step.
 
         Args:
-            latents: [n, c, h, w] float, this process's; the more of them, the better k-means.
+            latents: [n, c, h, w] float, of this process; more latents improve k-means.
             generator: on the latents' device.
         Returns:
-            How the codes did start: sample instead of kmeans where there are fewer latent vectors than codes.
+            the method in use: sample instead of kmeans if there are fewer latent vectors than codes.
         Raises:
             ValueError: latents that are not finite.
         """
@@ -108,7 +100,9 @@ class CodebookCare:
             return "uniform"
         vectors = self._vectors(latents)
         if not vectors.isfinite().all():
-            raise ValueError("the codebook can't start on latents that are not finite: look at the autoencoder's input")
+            raise ValueError(
+                "cannot initialize the codebook: the latents are not finite; check the autoencoder's input"
+            )
         if self.how_to_start == "kmeans" and len(vectors) >= len(self.since_restart):
             self._place(kmeans(self.quantizer, vectors, generator))
             return "kmeans"
@@ -117,17 +111,17 @@ class CodebookCare:
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Count the step's codes; every `restart_every` steps move those that nobody chose to latents of the batch.
+        """Count the step's codes; every `restart_every` steps move unused ones to latents of the batch.
 
-        Does not wait for the device.
+        Does not synchronize with the device.
 
         Args:
             step: counted from 0.
-            codes: [b, h, w] int64, this process's.
-            latents: [b, c, h, w], before quantization, this process's.
+            codes: [b, h, w] int64, of this process.
+            latents: [b, c, h, w], before quantization, of this process.
             generator: on the latents' device.
         Returns:
-            [codes] bool, which were moved and are to be `forget`-ed by optimizers; None in steps that move none.
+            [codes] bool, the moved ones, whose optimizer state is to be reset by `forget`; None in other steps.
         """
         counts = _count(codes.flatten(), len(self.since_restart))
         self.reduce(counts)
@@ -144,36 +138,36 @@ class CodebookCare:
         return unused
 
     def usage(self) -> CodeUsage:
-        """Usage over the last full window, or since the start where none is full yet; waits for the device."""
+        """Usage over the last full window, or since the start if there is none; synchronizes with the device."""
         last = self.last_window.cpu()
         return code_usage(last if last.any() else self.this_window)
 
     def state(self) -> dict[str, Tensor]:
-        """All that an exact resume needs beside the weights: three times counts [codes] int64."""
+        """What an exact resume needs beside the weights: three tensors of counts [codes] int64."""
         return {name: getattr(self, name) for name in ("since_restart", "this_window", "last_window")}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on counting from what `state` gave.
+        """Continue from the result of `state`.
 
         Raises:
-            ValueError: other tensors, or of another number of codes.
+            ValueError: other tensors, or another number of codes.
         """
         own = self.state()
         shapes, expected = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (state, own))
         if shapes != expected:
-            raise ValueError(f"counts of codes are {shapes}, expected {expected}: written for another codebook")
+            raise ValueError(f"counts of codes are {shapes}, expected {expected}: they belong to another codebook")
         for name, counts in own.items():
             counts.copy_(state[name])
 
     def _vectors(self, latents: Tensor) -> Tensor:
-        """Latents [b, c, h, w] of this process to vectors [n, c] of all, fp32, of length 1 where codes are."""
+        """Gather latents [b, c, h, w] as fp32 vectors [n, c] of all processes, of length 1 if the codes are."""
         vectors = self.gather(rearrange(latents.detach().float(), "b c h w -> (b h w) c"))
         return F.normalize(vectors, dim=1) if self.quantizer.normalize else vectors
 
     def _place(self, places: Tensor, moved: Tensor | None = None) -> None:
-        """Put the codes, or those where `moved` [codes] is true, to places [codes, c]."""
+        """Set all codes, or those where `moved` [codes] is true, to places [codes, c]."""
         if self.quantizer.normalize:
-            # The longer a vector, the less a step of the optimizer turns it: all have length 1.
+            # Equal lengths, because an optimizer step turns a longer vector less.
             places = F.normalize(places, dim=1)
         for quantizer in self.copies:
             weight = quantizer.embedding.weight
@@ -182,7 +176,7 @@ class CodebookCare:
 
 @torch.no_grad()
 def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, moved: Tensor) -> None:
-    """Zero an optimizer's moments of codes [codes, c] where `moved` [codes]: they would push on from the old places."""
+    """Zero an optimizer's moments of codes [codes, c] where `moved` [codes] is true: they belong to the old places."""
     for value in optimizer.state.get(weight, {}).values():
         if isinstance(value, Tensor) and value.shape == weight.shape:
             value.masked_fill_(moved[:, None], 0)
@@ -190,16 +184,16 @@ def forget(optimizer: torch.optim.Optimizer, weight: nn.Parameter, moved: Tensor
 
 @torch.no_grad()
 def kmeans(quantizer: VectorQuantizer, vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """Centres of clusters of vectors, by Lloyd's algorithm from random ones of them.
+    """Cluster centers of vectors, by Lloyd's algorithm from random vectors.
 
-    A centre without vectors goes on from one that is far from its own, drawn as k-means++ draws. To draw all first
-    centres so lowers the error of Gaussian vectors by a few per cent, but spends codes on outliers: with heavy tails it
-    halves the perplexity. With normalized codes, vectors have length 1 and centres are directions (spherical k-means).
+    A center without vectors moves to a vector far from its own center, drawn as in k-means++. Drawing all first centers
+    like this lowers the error of Gaussian vectors by a few percent, but spends codes on outliers: with heavy tails it
+    halves the perplexity. With normalized codes, vectors have length 1 and centers are directions (spherical k-means).
 
     Args:
-        quantizer: finds the nearest centres; its codes are overwritten.
-        vectors: [n, c] fp32, n at least the number of codes; more than `VECTORS_PER_CODE` a code are thinned out.
-        generator: on the vectors' device. The same draws and vectors give the same centres, to the bit.
+        quantizer: finds the nearest centers; its codes are overwritten.
+        vectors: [n, c] fp32, n at least the number of codes; at most `VECTORS_PER_CODE` per code are used, at random.
+        generator: on the vectors' device. Equal draws and vectors give bitwise equal centers.
     Returns:
         [codes, c] fp32.
     """
@@ -208,9 +202,9 @@ def kmeans(quantizer: VectorQuantizer, vectors: Tensor, generator: torch.Generat
     vectors = vectors[_order(vectors, generator)[: VECTORS_PER_CODE * codes]]
     scale = FIXED_POINT / vectors.abs().max().double().clamp(min=torch.finfo(torch.float32).tiny)
     fixed = (vectors.double() * scale).round().long()
-    centres = vectors[:codes]
+    centers = vectors[:codes]
     for _ in range(ITERATIONS):
-        weight.copy_(centres)
+        weight.copy_(centers)
         nearest = quantizer.nearest(vectors[:, :, None, None]).flatten()
         size = _count(nearest, codes)
         total = torch.zeros_like(fixed[:codes]).index_add_(0, nearest, fixed)
@@ -219,17 +213,17 @@ def kmeans(quantizer: VectorQuantizer, vectors: Tensor, generator: torch.Generat
         squared = (vectors - quantizer.codebook[nearest]).square().sum(1)
         keys = squared / torch.empty_like(squared).exponential_(generator=generator)
         far = vectors[keys.argsort(descending=True, stable=True)[_ranks(size == 0)]]
-        centres = torch.where((size == 0)[:, None], _noisy(far, vectors, generator), means)
-    return centres
+        centers = torch.where((size == 0)[:, None], _noisy(far, vectors, generator), means)
+    return centers
 
 
 def _count(chosen: Tensor, codes: int) -> Tensor:
-    """Counts [codes] int64 of codes [n] int64, without waiting for the device as `bincount` does."""
+    """Counts [codes] int64 of codes [n] int64; unlike `bincount` it does not synchronize with the device."""
     return chosen.new_zeros(codes).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def _spread(wanted: Tensor, vectors: Tensor, generator: torch.Generator) -> Tensor:
-    """Places [codes, c] near random vectors [n, c], no two near the same while there are enough for those wanted."""
+    """Places [codes, c] near random vectors [n, c], near different ones for the wanted codes if there are enough."""
     return _noisy(vectors[_order(vectors, generator)[_ranks(wanted) % len(vectors)]], vectors, generator)
 
 
@@ -239,7 +233,7 @@ def _order(vectors: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _ranks(wanted: Tensor) -> Tensor:
-    """How many wanted ones are before each; anything in range for those not wanted. [codes] int64."""
+    """Rank [codes] int64 of each wanted code among the wanted ones; a valid rank for others."""
     return (wanted.cumsum(0) - 1).clamp(min=0)
 
 

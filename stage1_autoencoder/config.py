@@ -1,4 +1,4 @@
-"""Settings of the autoencoder: its sizes and its training."""
+"""Settings of the autoencoder and the refiner: sizes and training."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-# Metadata of fields that change how a training is watched, stored or computed, not its result.
+# Metadata of fields that change how a training is monitored, stored or computed, not its result.
 NO_EFFECT: JsonDict = {"changes_results": False}
 
 # The sizes of the public models (taming-transformers, latent-diffusion), by name.
@@ -37,18 +37,18 @@ class _Settings(BaseModel):
 
 
 class _Sizes(_Settings, ABC):
-    """What both families of autoencoders have."""
+    """Sizes that both families of autoencoders have."""
 
-    latent_channels: PositiveInt = Field(4, description="channels of a latent, and dimensions of a code")
+    latent_channels: PositiveInt = Field(4, description="channels of a latent, dimensions of a code")
     norm_groups: PositiveInt = Field(32, description="groups of every GroupNorm")
     normalize_codes: bool = Field(
-        False, description="latents and codes have length 1, so that the nearest code is the one of the nearest angle"
+        False, description="latents and codes have length 1: the nearest code is the one at the smallest angle"
     )
 
     @property
     @abstractmethod
     def widths(self) -> tuple[int, ...]:
-        """The numbers of channels that there are inside; each is normalised in groups."""
+        """All numbers of channels inside, each normalized in groups."""
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "_Sizes":
@@ -63,7 +63,7 @@ class VQGANConfig(_Sizes):
 
     architecture: Literal["vqgan"] = "vqgan"
     preset: Literal["f8_small", "f8", "f16"] | None = Field(
-        None, exclude=True, description="the sizes of a public model; keys beside it win"
+        None, exclude=True, description="the sizes of a public model; other keys take precedence"
     )
     channels: PositiveInt = Field(128, description="channels at full resolution (taming: ch)")
     channel_multipliers: tuple[PositiveInt, ...] = Field(
@@ -72,13 +72,13 @@ class VQGANConfig(_Sizes):
         description="channels of a level as multiples of `channels`; each level after the "
         "first halves the side (taming: ch_mult)",
     )
-    blocks: PositiveInt = Field(2, description="residual blocks a level of the encoder (taming: num_res_blocks)")
+    blocks: PositiveInt = Field(2, description="residual blocks per level of the encoder (taming: num_res_blocks)")
     decoder_blocks: PositiveInt | None = Field(
-        None, description="residual blocks a level of the decoder; default blocks+1"
+        None, description="residual blocks per level of the decoder; default blocks+1"
     )
-    attention_resolutions: tuple[PositiveInt, ...] = Field((16,), description="sides at which levels have attention")
+    attention_resolutions: tuple[PositiveInt, ...] = Field((16,), description="sides of the levels with attention")
     resolution: PositiveInt = Field(
-        64, description="the side that attention_resolutions refer to: architecture, not input size"
+        64, description="side of the input for attention_resolutions: architecture, not image size"
     )
     codes: int = Field(16384, ge=1, le=65536, description="entries of the codebook")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -97,12 +97,12 @@ class VQGANConfig(_Sizes):
 
     @property
     def downsampling(self) -> int:
-        """Pixels of the image to one of the latent, along each side."""
+        """Pixels per latent position, along each side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def what_downsamples(self) -> str:
-        """The setting that decides `downsampling`, for messages."""
+        """The setting that determines `downsampling`, for messages."""
         return f"channel_multipliers {list(self.channel_multipliers)}"
 
     @property
@@ -112,11 +112,11 @@ class VQGANConfig(_Sizes):
 
 
 class VQVAEConfig(_Sizes):
-    """Sizes of RIVER's custom VQ-VAE. The defaults are the ones of CLEVRER's."""
+    """Sizes of RIVER's custom VQ-VAE. The defaults are those of CLEVRER."""
 
     architecture: Literal["vqvae"] = "vqvae"
     channels: PositiveInt = Field(32, description="channels at full resolution; each level doubles them")
-    levels: PositiveInt = Field(3, description="how often the side is halved")
+    levels: PositiveInt = Field(3, description="number of times that the side is halved")
     codes: int = Field(8192, ge=1, le=65536, description="entries of the codebook")
 
     @property
@@ -125,12 +125,12 @@ class VQVAEConfig(_Sizes):
 
     @property
     def downsampling(self) -> int:
-        """Pixels of the image to one of the latent, along each side."""
+        """Pixels per latent position, along each side."""
         return 2**self.levels
 
     @property
     def what_downsamples(self) -> str:
-        """The setting that decides `downsampling`, for messages."""
+        """The setting that determines `downsampling`, for messages."""
         return f"levels {self.levels}"
 
     @property
@@ -155,7 +155,7 @@ AutoencoderModelConfig = Annotated[
 
 
 def parse_model_config(values: dict[str, Any]) -> VQGANConfig | VQVAEConfig:
-    """Sizes from plain data, as `model_dump` wrote them.
+    """Sizes from the plain data of `model_dump`.
 
     Raises:
         ValueError: unknown keys or values out of range.
@@ -164,12 +164,12 @@ def parse_model_config(values: dict[str, Any]) -> VQGANConfig | VQVAEConfig:
 
 
 class ColorJitterConfig(_Settings):
-    """How far the colours of a training clip vary; one draw holds for all frames of a clip."""
+    """Ranges of the random color changes of training images; one draw per clip."""
 
     brightness: float = Field(0.0, ge=0, lt=1, description="factor 1 +- this")
     contrast: float = Field(0.0, ge=0, lt=1, description="factor 1 +- this")
     saturation: float = Field(0.0, ge=0, lt=1, description="factor 1 +- this")
-    hue: float = Field(0.0, ge=0, le=0.5, description="+- this part of the colour circle")
+    hue: float = Field(0.0, ge=0, le=0.5, description="+- this fraction of the color circle")
 
     @property
     def changes_nothing(self) -> bool:
@@ -177,30 +177,30 @@ class ColorJitterConfig(_Settings):
 
 
 class AdversarialConfig(_Settings):
-    """The PatchGAN discriminator, and when and how strongly the autoencoder feels it."""
+    """The PatchGAN discriminator, and the weight of its term in the autoencoder's loss."""
 
-    weight: NonNegativeFloat = Field(0.0, description="of the adversarial term, times the adaptive ratio; 0: none")
-    start: NonNegativeInt = Field(0, description="step from which the discriminator is trained; late is safer")
-    warm_in: NonNegativeInt = Field(
-        0, description="steps over which the weight rises to its full value after the start"
+    weight: NonNegativeFloat = Field(
+        0.0, description="weight of the adversarial term, times the adaptive ratio; 0: none"
     )
-    learning_rate: PositiveFloat = Field(1e-4, description="of the discriminator's AdamW; same course as the other")
+    start: NonNegativeInt = Field(0, description="first step of the discriminator's training; late is safer")
+    warm_in: NonNegativeInt = Field(0, description="number of steps over which the weight rises to its full value")
+    learning_rate: PositiveFloat = Field(1e-4, description="learning rate of the discriminator's AdamW; same schedule")
     betas: tuple[float, float] = (0.5, 0.9)
     filters: PositiveInt = 64
-    layers: PositiveInt = Field(3, description="how often the discriminator halves the side")
+    layers: PositiveInt = Field(3, description="number of times that the discriminator halves the side")
 
     @property
     def smallest_side(self) -> int:
-        """Pixels that an image must have along each side: the map halves `layers` times and then loses 1 twice."""
+        """Smallest side of an image in pixels: the map is halved `layers` times and then loses 1 twice."""
         return 3 * 2**self.layers
 
 
 class AutoencoderTrainingConfig(_Settings):
-    """How the autoencoder is trained: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
+    """Training of the autoencoder: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
 
     steps: PositiveInt = Field(100_000, json_schema_extra=NO_EFFECT)
-    batch_size: PositiveInt = Field(16, description="images of one update, over all processes")
-    accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, for less memory")
+    batch_size: PositiveInt = Field(16, description="images per update, over all processes")
+    accumulate: PositiveInt = Field(1, description="number of parts in which a batch is computed, to save memory")
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 500
     optimizer: Literal["adamw", "muon"] = Field(
@@ -216,20 +216,20 @@ class AutoencoderTrainingConfig(_Settings):
     perceptual_weight: NonNegativeFloat = 1.0
     vgg_weights: str | None = Field(
         None,
-        description="vgg16-397923af.pth; null: where torch keeps its downloads, or fetched with --download",
+        description="path of vgg16-397923af.pth; null: torch's download folder, or downloaded with --download",
         json_schema_extra=NO_EFFECT,
     )
     codebook_weight: NonNegativeFloat = 1.0
-    commitment: NonNegativeFloat = Field(0.25, description="beta, on the commitment term")
+    commitment: NonNegativeFloat = Field(0.25, description="weight beta of the commitment term")
     adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
     color_jitter: ColorJitterConfig = Field(default_factory=ColorJitterConfig)
     flip: bool = Field(False, description="mirror half of the training images left to right")
     codebook_start: Literal["kmeans", "sample", "uniform"] = Field(
         "kmeans",
-        description="codes begin at centres of clusters of the first latents, at some of these, or as in taming",
+        description="initialize codes at cluster centers of the first latents, at some of them, or as in taming",
     )
     restart_every: NonNegativeInt = Field(
-        100, description="every so many steps unused codes move to encoder outputs of the batch; 0: never"
+        100, description="number of steps after which unused codes move to latents of the batch; 0: never"
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -238,20 +238,20 @@ class AutoencoderTrainingConfig(_Settings):
         description="torch.compile: a minute or more at the start, faster steps after",
         json_schema_extra=NO_EFFECT,
     )
-    pool_memory: str = Field("1 GiB", description="memory for decoded frames to draw batches from, in each process")
+    pool_memory: str = Field("1 GiB", description="memory for decoded frames per process")
     checkpoint_every: PositiveInt = Field(2000, json_schema_extra=NO_EFFECT)
     keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)
     validate_every: PositiveInt = Field(2000, json_schema_extra=NO_EFFECT)
     validation_frames: PositiveInt = Field(128, json_schema_extra=NO_EFFECT)
     best_by: Literal["auto", "psnr", "ssim", "lpips", "last"] = Field(
         "auto",
-        description="which checkpoint `encode` takes; auto: by lpips with a perceptual loss, else by psnr, but the "
-        "last one of adversarial training",
+        description="metric of the checkpoint that `encode` uses; auto: the last one with adversarial training, else "
+        "lpips with a perceptual loss, else psnr",
         json_schema_extra=NO_EFFECT,
     )
 
 
-# The official training's rate is for a batch of 256 and scales with the batch.
+# The official learning rate is for a batch of 256 and scales with the batch.
 OFFICIAL_LEARNING_RATE = 3e-4
 OFFICIAL_LEARNING_RATE_BATCH = 256
 
@@ -259,33 +259,36 @@ OFFICIAL_LEARNING_RATE_BATCH = 256
 class RefinerModelConfig(_Settings):
     """Sizes of the RCAN; by default the official ones, 0.8 M parameters."""
 
-    groups: PositiveInt = Field(3, description="residual groups, each closed by a convolution and a skip")
-    blocks: PositiveInt = Field(3, description="channel-attention blocks a group")
+    groups: PositiveInt = Field(3, description="residual groups, each with a convolution and a skip at its end")
+    blocks: PositiveInt = Field(3, description="channel-attention blocks per group")
     features: int = Field(64, ge=3, description="channels of all feature maps")
-    reduction: PositiveInt = Field(8, description="channels divided by this inside the channel attention")
+    reduction: PositiveInt = Field(8, description="divisor of the channels inside the channel attention")
     tanh: bool = Field(False, description="end with a tanh")
 
     @model_validator(mode="after")
     def _attention_has_channels(self) -> "RefinerModelConfig":
         if self.reduction > self.features:
-            raise ValueError(f"reduction: {self.reduction} leaves none of the {self.features} of features: lower it")
+            raise ValueError(
+                f"reduction: {self.reduction} leaves none of the {self.features} channels of features: lower it"
+            )
         return self
 
 
 class RefinerTrainingConfig(_Settings):
-    """How the refiner is trained: clips of real frames beside their decoded latents."""
+    """Training of the refiner, on clips of real frames and their decoded latents."""
 
     steps: PositiveInt = Field(20_000, json_schema_extra=NO_EFFECT)
-    batch_size: PositiveInt = Field(24, description="clips of one update, over all processes")
+    batch_size: PositiveInt = Field(24, description="clips per update, over all processes")
     accumulate: PositiveInt = Field(
-        1, description="parts that a batch is computed in, for less memory", json_schema_extra=NO_EFFECT
+        1, description="number of parts in which a batch is computed, to save memory", json_schema_extra=NO_EFFECT
     )
-    clip_frames: int = Field(17, ge=2, description="frames of a clip; the first is only a previous frame")
+    clip_frames: int = Field(17, ge=2, description="frames per clip; the first is only a previous frame")
     learning_rate: PositiveFloat | None = Field(
-        None, description="null: 3e-4 x batch_size / 256, as the official training has it"
+        None, description="null: 3e-4 x batch_size / 256, as in the official training"
     )
     warmup_steps: NonNegativeInt | None = Field(
-        None, description="of linear warm-up before the cosine to 0; null: a fifth of steps (officially 2 of 10 epochs)"
+        None,
+        description="steps of linear warm-up before the cosine to 0; null: steps / 5 (officially 2 of 10 epochs)",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon on the convolutions between first and last, AdamW on the rest"
@@ -297,12 +300,12 @@ class RefinerTrainingConfig(_Settings):
     loss: Literal["mse", "l1"] = "mse"
     perceptual_network: str | None = Field(
         None,
-        description="a TorchScript video network, i3d_torchscript.pt; null: no perceptual term",
+        description="path of a TorchScript video network, i3d_torchscript.pt; null: no perceptual term",
         json_schema_extra=NO_EFFECT,
     )
     perceptual_weight: NonNegativeFloat = 0.1
     start: Literal["copy", "random"] = Field(
-        "copy", description="copy: before its first update the network hands the decoded frame on; random: officially"
+        "copy", description="copy: the untrained network returns the decoded frame; random: as in the official training"
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -310,12 +313,12 @@ class RefinerTrainingConfig(_Settings):
     keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)
     validate_every: PositiveInt = Field(1000, json_schema_extra=NO_EFFECT)
     validation_clips: PositiveInt = Field(
-        16, description="clips of the validation split, the same at each validation", json_schema_extra=NO_EFFECT
+        16, description="clips of the validation split, the same in each validation", json_schema_extra=NO_EFFECT
     )
 
     @property
     def peak_learning_rate(self) -> float:
-        """The rate after the warm-up."""
+        """The learning rate after the warm-up."""
         if self.learning_rate is not None:
             return self.learning_rate
         return OFFICIAL_LEARNING_RATE * self.batch_size / OFFICIAL_LEARNING_RATE_BATCH

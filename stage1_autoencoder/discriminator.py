@@ -1,4 +1,4 @@
-"""The adversary of the autoencoder (taming-transformers' PatchGAN): its network, its losses, and a watch over it."""
+"""The discriminator (taming-transformers' PatchGAN): its network, its losses, and warnings about its training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,18 +15,17 @@ LARGEST_RATIO = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges patches of an image: convolutions with BatchNorm, and one logit a patch (Isola et al. 2017).
+    """Convolutions with BatchNorm, and one logit per patch of an image (Isola et al. 2017).
 
-    Modules have the official names (`main.0`, ...). The standard one has 2 765 633 parameters and judges patches of
-    70 pixels.
+    Modules have the official names (`main.0`, ...). The default has 2 765 633 parameters and patches of 70 pixels.
     """
 
     def __init__(self, filters: int = 64, layers: int = 3) -> None:
-        """Build it.
+        """Build the network.
 
         Args:
-            filters: channels after the first convolution; doubled with each layer, up to 8 times as many.
-            layers: convolutions that halve the side.
+            filters: channels after the first convolution; each layer doubles them, up to 8 times.
+            layers: number of convolutions that halve the side.
         """
         super().__init__()
         self.layers = layers
@@ -48,43 +47,43 @@ class PatchDiscriminator(nn.Module):
 
     @property
     def smallest_side(self) -> int:
-        """Pixels that an image must have along each side: the map halves `layers` times and then loses 1 twice."""
+        """Smallest side of an image in pixels: the map is halved `layers` times and then loses 1 twice."""
         return AdversarialConfig(layers=self.layers).smallest_side
 
     def forward(self, images: Tensor) -> Tensor:
-        """Judge images [b, 3, h, w] in [-1, 1].
+        """Map images [b, 3, h, w] in [-1, 1] to logits.
 
         Returns:
-            [b, 1, h / 2^layers - 2, w / 2^layers - 2] logits; large: real.
+            [b, 1, h / 2^layers - 2, w / 2^layers - 2] logits, large for real images.
         Raises:
-            ValueError: no three channels, or a side below `smallest_side`.
+            ValueError: not three channels, or a side below `smallest_side`.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < self.smallest_side:
             raise ValueError(
-                f"a discriminator of {self.layers} layers can't judge images of shape {list(images.shape)}: they must "
-                f"be [b, 3, h, w] with both sides at least {self.smallest_side}; set "
-                "autoencoder.training.adversarial.layers lower, or train on larger frames"
+                f"a discriminator of {self.layers} layers cannot take images of shape {list(images.shape)}: expected "
+                f"[b, 3, h, w] with both sides at least {self.smallest_side}; lower "
+                "autoencoder.training.adversarial.layers, or train on larger frames"
             )
         return self.main(images)
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises: 1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake)), reduced in fp32."""
+    """The discriminator's loss: 1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake)), reduced in fp32."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """What the autoencoder minimises, times its weight: -mean of the logits of reconstructions, reduced in fp32."""
+    """The autoencoder's adversarial loss: -mean of the logits of reconstructions, reduced in fp32."""
     return -fake_logits.float().mean()
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """The ratio of gradient norms that makes both terms pull equally on one layer (Esser et al. 2021, Eq. 7).
+    """The ratio of gradient norms that balances both terms at one layer (Esser et al. 2021, Eq. 7).
 
     Args:
-        reconstruction_gradient, adversarial_gradient: of both terms by the decoder's last layer, of one shape.
+        reconstruction_gradient, adversarial_gradient: of the two terms at the decoder's last layer, of equal shape.
     Returns:
-        Detached fp32 scalar in [0, 1e4].
+        detached fp32 scalar in [0, 1e4].
     """
     ours, theirs = (
         torch.linalg.vector_norm(gradient.detach().float())
@@ -101,73 +100,73 @@ def adversarial_weight(step: int, config: AdversarialConfig) -> float:
 
 
 class DiscriminatorWatch:
-    """Sees from logged numbers when the discriminator does harm: it is known to wreck reconstructions at its start."""
+    """Warns, from logged metrics, when the discriminator degrades reconstructions, as is common at its start."""
 
-    # What the level before the start keeps of itself at a reading.
+    # Decay of the running level before the start.
     DECAY = 0.8
     RISE = 1.25
-    RISE_READINGS = 5
-    WIN_READINGS = 20
+    RISE_UPDATES = 5
+    WIN_UPDATES = 20
 
     def __init__(self) -> None:
         self.level: float | None = None
-        self.rise, self.win = _Alarm(self.RISE_READINGS), _Alarm(self.WIN_READINGS)
+        self.rise, self.win = _Alarm(self.RISE_UPDATES), _Alarm(self.WIN_UPDATES)
 
-    def read(self, step: int, reconstruction: float, real: float, fake: float, weight: float) -> str | None:
-        """Take one reading.
+    def update(self, step: int, reconstruction: float, real: float, fake: float, weight: float) -> str | None:
+        """Take the metrics of one step.
 
         Args:
             step: for the message.
-            reconstruction: the perceptual term (L1 where there is none), without its weight.
-            real, fake: mean logits of images and reconstructions; anything while `weight` is 0.
-            weight: of the adversarial term, see `adversarial_weight`. The readings at 0 make the level to compare with.
+            reconstruction: the perceptual term (L1 if there is none), without its weight.
+            real, fake: mean logits of images and reconstructions; ignored while `weight` is 0.
+            weight: of the adversarial term, see `adversarial_weight`. Updates with weight 0 set the reference level.
         Returns:
-            A warning, or None. Each of the two is given once, and again only after it was well for as many readings.
+            a warning, or None. A warning is repeated only after as many good updates.
         """
         if not weight:
             kept = reconstruction if self.level is None else self.level
             self.level = self.DECAY * kept + (1 - self.DECAY) * reconstruction
             return None
         warnings = []
-        if self.level is not None and self.rise.read(reconstruction > self.RISE * self.level):
+        if self.level is not None and self.rise.update(reconstruction > self.RISE * self.level):
             warnings.append(
-                f"the reconstruction term was too high for {self.RISE_READINGS} readings, now {reconstruction:.3g}: "
-                f"{reconstruction / self.level - 1:.0%} above its {self.level:.3g} before the discriminator's start"
+                f"the reconstruction term was too high {self.RISE_UPDATES} times in a row, now {reconstruction:.3g}: "
+                f"{reconstruction / self.level - 1:.0%} above {self.level:.3g}, its level before the start"
             )
-        if self.win.read(real > 1 and fake < -1):
+        if self.win.update(real > 1 and fake < -1):
             warnings.append(
-                f"the discriminator told reconstructions from images with ease for {self.WIN_READINGS} readings (mean "
-                f"logits now {fake:.2g} and {real:.2g})"
+                "the discriminator separated reconstructions from images easily "
+                f"{self.WIN_UPDATES} times in a row (mean logits {fake:.2g} and {real:.2g})"
             )
         if not warnings:
             return None
         return (
-            f"autoencoder: step {step}: {'; '.join(warnings)}. If it stays so, go back to a checkpoint from before, or "
-            "start again, with a later autoencoder.training.adversarial.start, a smaller weight, or a longer warm_in"
+            f"autoencoder: step {step}: {'; '.join(warnings)}. If this persists, restart from an earlier checkpoint or "
+            "from scratch with a later autoencoder.training.adversarial.start, a smaller weight, or a longer warm_in"
         )
 
     def state(self) -> dict[str, Any]:
-        """All that it remembers, as JSON values."""
+        """The state as JSON values."""
         return {"level": self.level, "rise": self.rise.state(), "win": self.win.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from the result of `state`."""
         self.level = state["level"]
         self.rise.load_state(state["rise"])
         self.win.load_state(state["win"])
 
 
 class _Alarm:
-    """Goes off when something was bad for some readings on end, and is armed again when it was good for as many."""
+    """Goes off after a number of bad updates in a row, and is armed again after as many good ones."""
 
-    def __init__(self, readings: int) -> None:
-        self.readings = readings
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
         self.raised, self.against = False, 0
 
-    def read(self, bad: bool) -> bool:
-        """Take a reading; whether the alarm goes off at it."""
+    def update(self, bad: bool) -> bool:
+        """Whether the alarm goes off at this update."""
         self.against = self.against + 1 if bad != self.raised else 0
-        if self.against < self.readings:
+        if self.against < self.updates:
             return False
         self.raised, self.against = not self.raised, 0
         return self.raised

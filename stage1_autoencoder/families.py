@@ -1,4 +1,4 @@
-"""Autoencoders by their sizes."""
+"""The families of autoencoders, by their configuration."""
 
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import VQGANConfig, VQVAEConfig
@@ -7,5 +7,5 @@ from stage1_autoencoder.vqvae import VQVAE
 
 
 def build_autoencoder(config: VQGANConfig | VQVAEConfig) -> Autoencoder:
-    """Make an autoencoder of the family that its sizes are of, with fresh weights."""
+    """Build an autoencoder of the configured family, with random weights."""
     return VQVAE(config) if isinstance(config, VQVAEConfig) else VQGAN(config)

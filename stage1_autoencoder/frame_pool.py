@@ -1,7 +1,7 @@
 """Batches of single frames for training the autoencoder, from a bounded pool of decoded frames.
 
-Decoding a video to use one of its frames would cost more than the training step. So training goes in rounds: a round
-draws frames of as many videos as the pool's memory holds, decodes these videos once, and serves the round's steps.
+Decoding a video to use one of its frames would cost more than the training step. So training proceeds in rounds: a
+round decodes frames of as many videos as fit into memory, once, and draws the batches of its steps from them.
 Everything is a function of (seed, step), so that a resumed run sees the same batches.
 """
 
@@ -14,22 +14,22 @@ import numpy as np
 
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoSource, VideoTable
 
-# Frames of a round are shown this often at most before the next round brings others.
+# Largest mean number of times that a round uses a frame.
 REPEATS = 4
-# Fewer frames of more videos make better batches; more frames of one video save decoding.
-LEAST_FRAMES_PER_VIDEO = 16
+# Fewer frames of more videos make better batches; more frames per video save decoding.
+MIN_FRAMES_PER_VIDEO = 16
 
 
 @dataclass(frozen=True)
 class _Round:
-    """Decoded frames [n, h, w, 3] uint8, and (video, position in it) [n, 2] of each."""
+    """Decoded frames [n, h, w, 3] uint8, and their origins (video, position) [n, 2]."""
 
     frames: np.ndarray
     origins: np.ndarray
 
 
 class FramePool:
-    """Serves uint8 batches [b, h, w, 3] of frames of one split, the same for the same (seed, step)."""
+    """Serves uint8 batches [b, h, w, 3] of frames of one split, as a function of (seed, step)."""
 
     def __init__(
         self,
@@ -44,17 +44,17 @@ class FramePool:
         """Plan the rounds.
 
         Args:
-            source: the split's videos.
-            steps: of the whole training; no more frames than these need are decoded.
-            memory: bytes that the decoded frames of one round may take; while one round is used, the next is decoded.
-            on_broken: called with each video that can't be decoded; its frames are replaced by others'.
+            source: the videos of the split.
+            steps: of the whole training; only frames that these need are decoded.
+            memory: bytes of decoded frames, of the round in use and the next one, which is decoded meanwhile.
+            on_broken: called with each video that cannot be decoded; frames of other videos replace its frames.
         """
         if not source.videos:
             raise ValueError("a frame pool needs at least one video")
         self.source, self.batch_size, self.seed, self.on_broken = source, batch_size, seed, on_broken
         self.lengths = VideoTable.of(source.videos).frames
         total = int(self.lengths.sum())
-        # Two rounds are alive at a time: the one in use and the one being decoded.
+        # Two rounds are in memory: the one in use and the one being decoded.
         fits = max(batch_size, memory // (2 * 3 * source.dataset.image_size**2))
         if total <= 2 * fits:
             self.frames_per_round, self.steps_per_round = min(total, steps * batch_size), steps
@@ -67,12 +67,12 @@ class FramePool:
         self.last_round = (steps - 1) // self.steps_per_round
 
     def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """The frames of a step, or some rows of them: [batch_size, h, w, 3] uint8."""
+        """The batch of a step, or some of its rows: [batch_size, h, w, 3] uint8."""
         pool = self._round(step)
         return pool.frames[self._chosen(step, pool)[rows]]
 
     def describe(self, step: int, most: int = 4) -> str:
-        """Which frames of which videos a step was given, for messages."""
+        """The videos and frames in the batch of a step, for messages."""
         pool = self._round(step)
         origins = pool.origins[self._chosen(step, pool)]
         names = [f"{self.source.videos[video].id} frame {position}" for video, position in origins[:most]]
@@ -84,7 +84,7 @@ class FramePool:
         return np.random.default_rng([self.seed, step, 1]).integers(len(pool.frames), size=self.batch_size)
 
     def _round(self, step: int) -> "_Round":
-        """The round that a step is served from; the next one is decoded meanwhile."""
+        """The round of a step; the next one is decoded meanwhile."""
         number = step // self.steps_per_round
         for wanted in (number, number + 1):
             if wanted not in self._rounds and wanted <= self.last_round:
@@ -98,15 +98,15 @@ class FramePool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _decode_round(self, number: int) -> "_Round":
-        """Decode the frames of a round: videos in a drawn order, frames drawn uniformly inside each."""
+        """Decode the frames of a round: videos in random order, frames uniformly within each."""
         generator = np.random.default_rng([self.seed, number, 0])
         wanted = self.frames_per_round
-        # Each video gives the same share of its frames, so that frames are drawn uniformly over the split.
-        share = min(1.0, max(wanted / self.lengths.sum(), LEAST_FRAMES_PER_VIDEO / self.lengths.mean()))
+        # The same fraction of each video, so that frames are uniform over the split.
+        share = min(1.0, max(wanted / self.lengths.sum(), MIN_FRAMES_PER_VIDEO / self.lengths.mean()))
         order = generator.permutation(len(self.lengths))
         takes = np.ceil(self.lengths[order] * share).astype(np.int64)
         order = order[: int(np.searchsorted(takes.cumsum(), wanted)) + 1]
-        # The last video gives what still fits, so that one long video among short ones keeps to the memory.
+        # Of the last video only what fits, so that one long video among short ones stays within the memory.
         takes = np.diff(np.minimum(takes[: len(order)].cumsum(), wanted), prepend=0)
         picks = [
             (int(video), np.sort(generator.choice(self.lengths[video], take, replace=False)))
@@ -124,7 +124,7 @@ class FramePool:
                 origins[count : count + len(result), 0], origins[count : count + len(result), 1] = video, positions
                 count += len(result)
         if not count:
-            raise VideoError(f"none of the {len(picks)} training videos drawn could be decoded")
+            raise VideoError(f"none of {len(picks)} training videos could be decoded")
         return _Round(pool[:count], origins[:count])
 
     def _read(self, pick: tuple[int, np.ndarray]) -> np.ndarray | BrokenVideoError:

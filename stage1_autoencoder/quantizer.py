@@ -7,24 +7,24 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Distances between positions and codes that are held at once: what fits into a CPU's cache (three times as fast as what
-# doesn't, at 16384 codes), and 256 MiB on other devices.
-DISTANCES_AT_ONCE = {"cpu": 2**19}
-OTHERWISE = 2**26
-# Of the way to its code, what a latent is pulled first when rounding would give it another one.
+# Distances between positions and codes per block: on a CPU they fit into its cache (three times faster at 16384 codes),
+# elsewhere they take 256 MiB.
+BLOCK_OF_DISTANCES = {"cpu": 2**19}
+OTHER_BLOCK_OF_DISTANCES = 2**26
+# Fraction of the way to its code by which a latent is pulled first, if rounding would change its code.
 FIRST_PULL = 2.0**-8
-PULLED_AT_ONCE = 64
+PULLED_PER_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Latents moved to their nearest codes.
+    """Quantized latents.
 
     Attributes:
-        latents: [b, c, h, w], values of the codes, with the straight-through gradient.
+        latents: [b, c, h, w], the vectors of the codes, with the straight-through gradient.
         codes: [b, h, w] int64 in [0, number of codes).
-        codebook_loss: mean squared distance that pulls codes to (detached) latents.
-        commitment_loss: mean squared distance that pulls latents to (detached) codes.
+        codebook_loss: mean squared distance of codes from (detached) latents.
+        commitment_loss: mean squared distance of latents from (detached) codes.
     """
 
     latents: Tensor
@@ -35,12 +35,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Latents in a narrower type.
+    """Latents in a narrower dtype.
 
     Attributes:
         latents: [b, c, h, w].
-        pulled: [b, h, w] bool, where the nearest code would have become another one.
-        changed: [b, h, w] bool, where it did all the same.
+        pulled: [b, h, w] bool, where plain rounding would have changed the nearest code.
+        changed: [b, h, w] bool, where it changed nevertheless.
     """
 
     latents: Tensor
@@ -51,8 +51,8 @@ class Rounded:
 class VectorQuantizer(nn.Module):
     """A codebook of `codes` vectors of `dimensions`, initialised U[-1/codes, 1/codes] as in taming.
 
-    With `normalize` the codes are the vectors' directions, of length 1. Then the nearest one in Euclidean distance is
-    the one at the smallest angle, however long the latent is.
+    With `normalize` the codes are the directions of the vectors, of length 1. Then the nearest code in Euclidean
+    distance is the one at the smallest angle, whatever the length of the latent.
     """
 
     def __init__(self, codes: int, dimensions: int, *, normalize: bool = False) -> None:
@@ -68,7 +68,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The code nearest to each latent vector in Euclidean distance; of equals the first.
+        """The code nearest to each latent vector in Euclidean distance; the first one of equal codes.
 
         Args:
             latents: [b, c, h, w] float.
@@ -81,26 +81,26 @@ class VectorQuantizer(nn.Module):
 
     def _nearest(self, vectors: Tensor) -> Tensor:
         """Codes [n] of vectors [n, c]."""
-        # Distances decide between neighbours that may differ in the last digits: never in half precision.
+        # Distances of neighboring codes may differ in the last digits only: never in half precision.
         with torch.autocast(vectors.device.type, enabled=False):
             codebook = self.codebook.to(torch.promote_types(vectors.dtype, torch.float32))
-            # |z - e|^2 = |z|^2 - 2 z.e + |e|^2; the first term is the same for all codes of a position.
+            # |z - e|^2 = |z|^2 - 2 z.e + |e|^2; the first term does not depend on the code.
             squared, transposed = codebook.square().sum(1), codebook.T.contiguous()
-            size = max(1, DISTANCES_AT_ONCE.get(vectors.device.type, OTHERWISE) // len(codebook))
+            size = max(1, BLOCK_OF_DISTANCES.get(vectors.device.type, OTHER_BLOCK_OF_DISTANCES) // len(codebook))
             parts = vectors.to(codebook.dtype).split(size)
             return torch.cat([torch.addmm(squared, part, transposed, alpha=-2).argmin(1) for part in parts])
 
     @torch.no_grad()
     def rounded(self, latents: Tensor, codes: Tensor, dtype: torch.dtype) -> Rounded:
-        """Round latents to a narrower type, so that their nearest codes stay what they are.
+        """Round latents to a narrower dtype without changing their nearest codes.
 
-        Where rounding alone would give a latent another nearest code, it is pulled towards its own one first, by
-        1/256 of the way, or twice as much, and so on. What is nearest to a code stays so on the way to it.
+        If rounding would change the nearest code of a latent, the latent is pulled towards its code first, by 1/256 of
+        the way, or twice as much, and so on. On the way to its nearest code, this code stays the nearest.
 
         Args:
             latents: [b, c, h, w] float.
             codes: [b, h, w] int64, the nearest code of each.
-            dtype: of the result. Values that it cannot hold become infinite.
+            dtype: of the result. Values out of its range become infinite.
         """
         b, _, h, w = latents.shape
         vectors, own = rearrange(latents, "b c h w -> (b h w) c"), codes.flatten()
@@ -123,16 +123,16 @@ class VectorQuantizer(nn.Module):
         )
 
     def _nearest_of_few(self, vectors: Tensor) -> Tensor:
-        """As `_nearest`, in products of one shape: what becomes of one must not depend, to the bit, on their number."""
-        filled = F.pad(vectors, (0, 0, 0, -len(vectors) % PULLED_AT_ONCE))
-        return torch.cat([self._nearest(part) for part in filled.split(PULLED_AT_ONCE)])[: len(vectors)]
+        """Like `_nearest`, in blocks of one shape: results must not depend, bit for bit, on the number of vectors."""
+        filled = F.pad(vectors, (0, 0, 0, -len(vectors) % PULLED_PER_BLOCK))
+        return torch.cat([self._nearest(part) for part in filled.split(PULLED_PER_BLOCK)])[: len(vectors)]
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes [b, h, w] back to latents [b, c, h, w]."""
+        """Map codes [b, h, w] to their vectors [b, c, h, w]."""
         return rearrange(F.embedding(codes, self.codebook), "b h w c -> b c h w")
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantize latents [b, c, h, w] and give both losses (van den Oord et al. 2017, Eq. 3)."""
+        """Quantize latents [b, c, h, w] and compute both losses (van den Oord et al. 2017, Eq. 3)."""
         codes = self.nearest(latents)
         embedded = self.embed(codes)
         return Quantized(

@@ -1,6 +1,6 @@
-"""The refiner: an RCAN (Zhang et al. 2018) without up-sampling, over the previous frame and the decoded one.
+"""The refiner: an RCAN (Zhang et al. 2018) without up-sampling, of the previous frame and the decoded one.
 
-Parameters have the names of the official code, so that its weights load as they are.
+Parameters have the names of the official code, so that `load_state_dict` accepts its weights.
 """
 
 import torch
@@ -12,7 +12,7 @@ PIXEL_CHANNELS = 3
 
 
 class RCAN(nn.Module):
-    """Decoded frame + the frame before it -> a better frame. Direct output: nothing of the input is added."""
+    """Previous frame and decoded frame -> a better frame. The output is direct: the input is not added to it."""
 
     def __init__(self, config: RefinerModelConfig) -> None:
         super().__init__()
@@ -22,20 +22,20 @@ class RCAN(nn.Module):
         groups = [_Group(config) for _ in range(config.groups)]
         self.body = nn.Sequential(*groups, _convolution(features, features))
         tail = _convolution(features, PIXEL_CHANNELS)
-        # Officially a list of layers where there is a tanh (`tail.0.weight`), and the bare layer otherwise.
+        # As in the official code: a list of layers with the tanh (`tail.0.weight`), else the layer itself.
         self.tail = nn.Sequential(tail, nn.Tanh()) if config.tanh else tail
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained values."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, previous: Tensor, decoded: Tensor) -> Tensor:
-        """Refine one frame a row.
+        """Refine a batch of frames.
 
         Args:
             previous: [b, 3, h, w] float, about [-1, 1]: the frame before, real or refined.
-            decoded: [b, 3, h, w] float, about [-1, 1], as the decoder gave it, not clamped.
+            decoded: [b, 3, h, w] float, about [-1, 1]: the output of the decoder, not clamped.
         Returns:
             [b, 3, h, w] float, not clamped; in (-1, 1) with `tanh`.
         Raises:
@@ -55,18 +55,18 @@ class RCAN(nn.Module):
 
     @torch.no_grad()
     def start_as_copy(self) -> None:
-        """Set the weights so that the network hands `decoded` on (through the tanh, if any), and can learn from there.
+        """Set the weights so that the output is `decoded` (through the tanh, if any), and all layers can still learn.
 
-        The first three features carry the decoded frame around the body, whose closing convolution starts at zero.
+        The first three features carry the decoded frame around the body, whose last convolution starts at zero.
         """
         tail = self.tail[0] if self.config.tanh else self.tail
         for parameter in (*self.body[-1].parameters(), *tail.parameters()):
             parameter.zero_()
-        for colour in range(PIXEL_CHANNELS):
-            self.head.weight[colour] = 0
-            self.head.bias[colour] = 0
-            self.head.weight[colour, PIXEL_CHANNELS + colour, 1, 1] = 1
-            tail.weight[colour, colour, 1, 1] = 1
+        for color in range(PIXEL_CHANNELS):
+            self.head.weight[color] = 0
+            self.head.bias[color] = 0
+            self.head.weight[color, PIXEL_CHANNELS + color, 1, 1] = 1
+            tail.weight[color, color, 1, 1] = 1
 
 
 class _Group(nn.Module):
@@ -99,7 +99,7 @@ class _Block(nn.Module):
 
 
 class _ChannelAttention(nn.Module):
-    """Each channel times a weight in (0, 1) that all channels' means decide."""
+    """Multiplies each channel by a weight in (0, 1), a function of the means of all channels."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The autoencoder's loss and its gradients in one training step."""
+"""The autoencoder's loss and its gradients in a training step, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from stage1_autoencoder.discriminator import adaptive_weight, generator_loss, hi
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """How far a reconstruction is from its images; scalars.
+    """The terms of the reconstruction loss; scalars.
 
     Attributes:
-        total: the weighted sum.
+        total: their weighted sum.
         l1, l2: mean absolute and mean squared error in [-1, 1].
         perceptual: mean LPIPS; None without a perceptual network.
     """
@@ -32,7 +32,7 @@ class ReconstructionLoss:
 def reconstruction_loss(
     reconstructed: Tensor, images: Tensor, config: AutoencoderTrainingConfig, perceptual: nn.Module | None = None
 ) -> ReconstructionLoss:
-    """L1 + L2 + LPIPS by their weights, reduced in fp32.
+    """The weighted sum of L1, L2 and LPIPS, reduced in fp32.
 
     Args:
         reconstructed, images: [b, 3, h, w], about [-1, 1].
@@ -52,8 +52,8 @@ def reconstruction_loss(
 def codebook_loss(output: Reconstruction, config: AutoencoderTrainingConfig) -> Tensor:
     """Codebook term + beta * commitment term.
 
-    Beta (`commitment`) stands on the term that moves the encoder, as in van den Oord et al. 2017, Eq. 3; taming's
-    "legacy" loss has it on the other.
+    Beta (`commitment`) weighs the term that moves the encoder, as in van den Oord et al. 2017, Eq. 3; in taming's
+    "legacy" loss it weighs the other one.
     """
     return output.codebook_loss + config.commitment * output.commitment_loss
 
@@ -70,24 +70,24 @@ def backward(
     average: Callable[[Tensor], None] = lambda _: None,
     scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Add the loss's gradients to the parameters' (Esser et al. 2021, Eq. 6 and 7).
+    """Accumulate the gradients of the loss in the parameters (Esser et al. 2021, Eq. 6 and 7).
 
     The loss is reconstruction + codebook + w * adversarial_weight * adversarial, where w is the ratio of the gradients
-    that reconstruction and adversarial term have at the last layer. Gradients are taken at the reconstructed images
-    first: so the perceptual network and the discriminator are gone through backwards once, and the ratio costs no more
-    than two convolutions.
+    of reconstruction and adversarial term at the last layer. Gradients at the reconstructed images are computed first,
+    so that there is one backward pass through the perceptual network and one through the discriminator, and the ratio
+    costs only two convolutions.
 
     Args:
-        output: the pass through the autoencoder.
+        output: result of the autoencoder.
         images: [b, 3, h, w] in [-1, 1].
-        last_layer: the kernel of the convolution that makes the images.
+        last_layer: the kernel of the convolution whose output is the images.
         perceptual: see `reconstruction_loss`.
         discriminator: images [b, 3, h, w] to logits; gets no gradients.
-        adversarial_weight: 0 leaves the discriminator out.
+        adversarial_weight: 0 skips the discriminator.
         average: averages the gradients at the last layer over processes, in place.
-        scale: of all gradients; one over the number of parts of a batch.
+        scale: factor of all gradients; one over the number of parts of a batch.
     Returns:
-        Scalar terms for the log: `loss` is what the gradients are of.
+        scalar terms for the log; the gradients are those of `loss`.
     """
     reconstructed = output.images.detach().float().requires_grad_()
     reconstruction = reconstruction_loss(reconstructed, images, config, perceptual)
@@ -129,17 +129,17 @@ def learning_rate_factor(step: int, *, warmup: int, total: int) -> float:
 
 
 class DiscriminatorStep(nn.Module):
-    """The discriminator's loss as one module, so that distributed training exchanges its gradients once a step."""
+    """The discriminator's loss as one module, so that distributed training exchanges gradients once per step."""
 
     def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
         self.discriminator = discriminator
 
     def forward(self, images: Tensor, reconstructed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tell images from reconstructions, both [b, 3, h, w].
+        """Compute the loss of images and reconstructions, both [b, 3, h, w].
 
         Returns:
-            Scalars: the hinge loss, and the mean logits of either.
+            scalars: the hinge loss, and the mean logits of images and of reconstructions.
         """
         real, fake = self.discriminator(images), self.discriminator(reconstructed.detach())
         return hinge_loss(real, fake), real.detach().float().mean(), fake.detach().float().mean()

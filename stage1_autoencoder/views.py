@@ -1,8 +1,8 @@
-"""Views of a video: the augmentations that are cached beside it.
+"""Views of a video: the augmentations whose latents are stored beside those of the video.
 
-`identity` is the video as it is, `hflip` its mirror image, and `jitter-1`, `jitter-2`, ... are colour jitters, each
-constant over the video. A view is a pure function of its name and the video's id, on every machine, and what becomes of
-a frame does not depend, to the bit, on the frames that are changed together with it.
+`identity` is the video itself, `hflip` its mirror image, and `jitter-1`, `jitter-2`, ... are color jitters, each
+constant over the video. A view is a pure function of its name and the video's id, on every machine. The result for a
+frame does not depend, bit for bit, on the other frames of its batch.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage1_autoencoder.augmentation import GREY_WEIGHTS, ColourFactors, change_colours
+from stage1_autoencoder.augmentation import GRAY_WEIGHTS, ColorFactors, adjust_colors
 
-# The jitter with which RIVER was trained on CLEVRER: factors, and a share of the colour circle.
+# The jitter of the official training on CLEVRER: factors, and a fraction of the color circle.
 BRIGHTNESS = (0.9, 1.1)
 CONTRAST = (0.9, 1.1)
 SATURATION = (0.9, 1.1)
@@ -25,7 +25,7 @@ HUE = (-0.25, 0.25)
 
 @dataclass(frozen=True)
 class View:
-    """What the name of a view says: mirrored or not, and the number of the colour jitter (0: none)."""
+    """A parsed name: mirrored or not, and the number of the color jitter (0: none)."""
 
     flip: bool = False
     jitter: int = 0
@@ -33,12 +33,12 @@ class View:
 
 @dataclass(frozen=True)
 class ViewTransform:
-    """What a view does to all frames of one video.
+    """The transform of a view for all frames of one video.
 
     Attributes:
         flip: mirror left to right.
         brightness, contrast, saturation: factors, at least 0; 1 changes nothing.
-        hue: turns of the colour circle; 0 changes nothing, 1/3 makes green of red.
+        hue: turns of the color circle; 0 changes nothing, 1/3 turns red into green.
     """
 
     flip: bool = False
@@ -48,13 +48,8 @@ class ViewTransform:
     hue: float = 0.0
 
     @property
-    def is_identity(self) -> bool:
-        """Whether frames stay as they are."""
-        return not self.flip and not self.changes_colour
-
-    @property
-    def changes_colour(self) -> bool:
-        """Whether anything but the flip is left to do."""
+    def changes_color(self) -> bool:
+        """Whether the transform is more than a flip."""
         return (self.brightness, self.contrast, self.saturation, self.hue) != (1.0, 1.0, 1.0, 0.0)
 
 
@@ -62,7 +57,7 @@ def parse_view(name: str) -> View:
     """Parse the name of a view: identity, hflip, or jitter-k with k = 1, 2, ...
 
     Raises:
-        ValueError: none of these.
+        ValueError: another name.
     """
     if name == "identity":
         return View()
@@ -70,11 +65,11 @@ def parse_view(name: str) -> View:
         return View(flip=True)
     if match := re.fullmatch(r"jitter-([1-9][0-9]*)", name):
         return View(jitter=int(match[1]))
-    raise ValueError(f"{name!r} is not a view: identity, hflip, or jitter-1, jitter-2, ... are")
+    raise ValueError(f"{name!r} is not a view: expected identity, hflip, or jitter-1, jitter-2, ...")
 
 
 def view_transform(view: str, video_id: str) -> ViewTransform:
-    """Work out what a view does to a video. Jitters are drawn from sha256 of the view's name and the video's id.
+    """The transform of a view for a video. Jitters are drawn from sha256 of the view's name and the video's id.
 
     Raises:
         ValueError: no such view.
@@ -82,9 +77,9 @@ def view_transform(view: str, video_id: str) -> ViewTransform:
     parsed = parse_view(view)
     if not parsed.jitter:
         return ViewTransform(flip=parsed.flip)
-    # No view's name holds a zero byte, so no two pairs have one key. File names in odd encodings hold surrogates.
+    # No view's name contains a zero byte, so keys are unique. File names in other encodings contain surrogates.
     digest = hashlib.sha256(f"{view}\0{video_id}".encode(errors="surrogatepass")).digest()
-    # A fraction of 53 bits, which a float holds exactly, of each 8 of the 32 bytes.
+    # From each 8 of the 32 bytes, a fraction of 53 bits, which a float represents exactly.
     uniform = [(int.from_bytes(digest[at : at + 8], "big") >> 11) / 2**53 for at in range(0, 32, 8)]
     brightness, contrast, saturation, hue = (
         low + (high - low) * share
@@ -94,12 +89,12 @@ def view_transform(view: str, video_id: str) -> ViewTransform:
 
 
 def views_description(views: Sequence[str]) -> dict[str, Any]:
-    """Describe what is behind the views' names, for the store's attributes.
+    """Describe the definition of the views, for the store's attributes.
 
-    Stores of equal names, descriptions, videos and autoencoder hold the same latents.
+    Stores with equal views, descriptions, videos and autoencoders have equal latents.
 
     Returns:
-        JSON values; empty where no view is a jitter, because the other names say it all.
+        JSON values; empty without jitters, because the other names are unambiguous.
     Raises:
         ValueError: no such view.
     """
@@ -112,27 +107,27 @@ def views_description(views: Sequence[str]) -> dict[str, Any]:
             "contrast": list(CONTRAST),
             "saturation": list(SATURATION),
             "hue_turns": list(HUE),
-            "grey_weights": list(GREY_WEIGHTS),
+            "grey_weights": list(GRAY_WEIGHTS),
             "draws": "uniform, constant over a video: 4 x 64 bits of sha256(view, zero byte, video id)",
         }
     }
 
 
 def apply_views(images: Tensor, transforms: Sequence[ViewTransform]) -> Tensor:
-    """Apply one transform a frame: flip, brightness, contrast, saturation, hue, in this order.
-
-    What the factors and the turn of the hue mean is said at `change_colours`.
+    """Apply one transform per frame: flip, brightness, contrast, saturation, hue, in this order; see `adjust_colors`.
 
     Args:
         images: [b, 3, h, w] float in [-1, 1].
         transforms: [b].
     Returns:
-        [b, 3, h, w] in [-1, 1], of the images' dtype. Without a change of colour, pixels are the same to the bit.
+        [b, 3, h, w] in [-1, 1], in the images' dtype. Without a change of color, pixels are preserved exactly.
     Raises:
-        ValueError: another shape, or another number of transforms.
+        ValueError: a wrong shape, or a wrong number of transforms.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(transforms):
-        raise ValueError(f"images of shape {list(images.shape)} for {len(transforms)} transforms: not [b, 3, h, w]")
+        raise ValueError(
+            f"images of shape {list(images.shape)} for {len(transforms)} transforms: expected [b, 3, h, w] for b"
+        )
 
     def column(values: list[bool] | list[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=images.device).view(-1, 1, 1, 1)
@@ -140,11 +135,11 @@ def apply_views(images: Tensor, transforms: Sequence[ViewTransform]) -> Tensor:
     if any(transform.flip for transform in transforms):
         flip = column([transform.flip for transform in transforms], torch.bool)
         images = torch.where(flip, images.flip(-1), images)
-    if not any(transform.changes_colour for transform in transforms):
+    if not any(transform.changes_color for transform in transforms):
         return images
 
     dtype = torch.promote_types(images.dtype, torch.float32)
     names = ("brightness", "contrast", "saturation", "hue")
-    factors = ColourFactors(*(column([getattr(t, name) for t in transforms], dtype) for name in names))
-    coloured = column([transform.changes_colour for transform in transforms], torch.bool)
-    return torch.where(coloured, change_colours(images, factors), images)
+    factors = ColorFactors(*(column([getattr(t, name) for t in transforms], dtype) for name in names))
+    colored = column([transform.changes_color for transform in transforms], torch.bool)
+    return torch.where(colored, adjust_colors(images, factors), images)

@@ -1,6 +1,6 @@
 """The VQGAN of taming-transformers, parameter for parameter (Esser et al. 2021).
 
-Module names are those of the public checkpoints, so that `load_state_dict` takes them as they are.
+Module names are those of the public checkpoints, so that `load_state_dict` accepts them.
 """
 
 import torch
@@ -14,12 +14,12 @@ from stage1_autoencoder.quantizer import VectorQuantizer
 
 
 def _swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x) of a tensor that nobody else needs: in its own memory where no gradient will ask for it."""
+    """x * sigmoid(x), in the memory of x unless gradients are enabled: x must not be used again."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def _plus(x: Tensor, change: Tensor) -> Tensor:
-    """x + change, in the memory of `change`, which nobody else needs, where no gradient will ask for it."""
+    """x + change, in the memory of `change` unless gradients are enabled: `change` must not be used again."""
     return x + change if torch.is_grad_enabled() or x.dtype != change.dtype else change.add_(x)
 
 
@@ -100,7 +100,7 @@ class _Middle(nn.Module):
 
 
 def _level(in_channels: int, out_channels: int, blocks: int, attention: bool, config: VQGANConfig) -> nn.Module:
-    """The blocks of one resolution, under taming's names `block.i` and `attn.i`."""
+    """The blocks of one resolution, with taming's names `block.i` and `attn.i`."""
     level = nn.Module()
     level.block = nn.ModuleList(
         ResnetBlock(in_channels if i == 0 else out_channels, out_channels, config) for i in range(blocks)
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            # Attention sits at configured sides, whatever the size of the images that come in.
+            # Attention is placed by the configured resolution, not by the size of the input.
             attention = config.resolution // 2**i in config.attention_resolutions
             level = _level(widths[i - 1] if i else config.channels, width, config.blocks, attention, config)
             if i < len(widths) - 1:
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [b, latent_channels, h, w] to what its last convolution takes, [b, channels, h f, w f]."""
+    """Latents [b, latent_channels, h, w] to the input of the last convolution, [b, channels, h f, w f]."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class VQGAN(Autoencoder):
-    """Taming's VQGAN: 1x1 convolutions stand on both sides of the quantizer."""
+    """Taming's VQGAN, with a 1x1 convolution on each side of the quantizer."""
 
     config: VQGANConfig
 
@@ -197,10 +197,6 @@ class VQGAN(Autoencoder):
             p for layer in (*layers, self.quant_conv, self.post_quant_conv, self.quantizer) for p in layer.parameters()
         ]
 
-    def compile_networks(self) -> None:
-        self.encoder.compile()
-        self.decoder.compile()
-
     def to_latents(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images))
 
@@ -212,7 +208,7 @@ class VQGAN(Autoencoder):
 
 
 def from_official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Taming's names of the parameters to ours: they differ in the codebook's alone (`quantize.` is our method)."""
+    """Rename taming's parameters to ours; only the codebook differs (`quantize` is a method here)."""
     return {
         key.replace("quantize.", "quantizer.", 1) if key.startswith("quantize.") else key: v for key, v in state.items()
     }

@@ -1,7 +1,7 @@
-"""RIVER's custom VQ-VAE, which it trains on CLEVRER, parameter for parameter.
+"""RIVER's custom VQ-VAE, of its training on CLEVRER, parameter for parameter.
 
-Module names are those of the public checkpoints, so that `load_state_dict` takes them as they are. Latents are what the
-encoder gives: there is no convolution between it and the quantizer.
+Module names are those of the public checkpoints, so that `load_state_dict` accepts them. There is no convolution
+between encoder and quantizer: the encoder's output is the latents.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _norm(channels: int, config: VQVAEConfig) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """conv - pool - norm - leaky ReLU - conv - norm, plus the input (convolved, pooled, normed where shapes change)."""
+    """conv - pool - norm - leaky ReLU - conv - norm, plus the input (convolved, pooled, normed if shapes change)."""
 
     def __init__(self, in_channels: int, out_channels: int, config: VQVAEConfig, pool: int = 1) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class UpBlock(nn.Module):
 
 
 def _add_middle(module: nn.Module, channels: int, config: VQVAEConfig) -> None:
-    """Block, attention, block at the lowest resolution, flat in their owner as in the checkpoints."""
+    """Block, attention, block at the lowest resolution, as attributes of `module` like in the checkpoints."""
     module.pre_attn_residual = ResidualBlock(channels, channels, config)
     module.attn_norm = _norm(channels, config)
     module.attn = nn.MultiheadAttention(channels, 1, batch_first=True)
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [b, latent_channels, h, w] to what its last convolution takes, [b, channels, h f, w f]."""
+    """Latents [b, latent_channels, h, w] to the input of the last convolution, [b, channels, h f, w f]."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
 
 
 class VQVAE(Autoencoder):
-    """Its images come out of a tanh, so they lie in [-1, 1]."""
+    """The VQ-VAE. Images are the output of a tanh, so they lie in [-1, 1]."""
 
     config: VQVAEConfig
 
@@ -134,10 +134,6 @@ class VQVAE(Autoencoder):
         layers = (self.encoder.conv_in, self.encoder.out_conv, self.decoder.conv_in, self.decoder.out_conv)
         return [p for layer in (*layers, self.quantizer) for p in layer.parameters()]
 
-    def compile_networks(self) -> None:
-        self.encoder.compile()
-        self.decoder.compile()
-
     def to_latents(self, images: Tensor) -> Tensor:
         return self.encoder(images)
 
@@ -149,7 +145,7 @@ class VQVAE(Autoencoder):
 
 
 def from_official_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official names of the parameters to ours: they differ in the codebook's alone."""
+    """Rename the official parameters to ours; only the codebook differs."""
     official = "vector_quantizer."
     return {
         f"quantizer.{key.removeprefix(official)}" if key.startswith(official) else key: value

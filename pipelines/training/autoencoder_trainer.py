@@ -291,7 +291,9 @@ class AutoencoderTrainer(Trainer):
         if self.adversary is not None:
             level = terms.get("perceptual", terms["l1"])
             weight = adversarial_weight(step - 1, self.training.adversarial)
-            warning = self.watch.read(step, level, terms.get("logits_real", 0.0), terms.get("logits_fake", 0.0), weight)
+            warning = self.watch.update(
+                step, level, terms.get("logits_real", 0.0), terms.get("logits_fake", 0.0), weight
+            )
             if warning is not None and self.processes.is_first:
                 warn(warning)
         return {"codes_used": usage.used, "code_perplexity": usage.perplexity}

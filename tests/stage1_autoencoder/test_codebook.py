@@ -1,4 +1,4 @@
-"""Codes start among the latents, are counted, and are moved where nobody chose them."""
+"""Codebook initialization at latents, usage, and restarts of unused codes."""
 
 import copy
 import math
@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stage1_autoencoder import codebook as codebook_module
 from stage1_autoencoder.codebook import CodebookCare, CodeUsage, code_usage, forget, kmeans
 from stage1_autoencoder.quantizer import VectorQuantizer
 
 CODES = 32
+# Codes of values up to about 10 come out of sums of vectors, which are made in integers, and a few float32 operations.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -69,7 +70,7 @@ def test_usage_in_closed_form(counts, usage):
     assert measured.perplexity == pytest.approx(usage.perplexity, rel=1e-12)
 
 
-def test_usage_is_that_of_the_last_full_window_or_of_the_first_unfinished_one():
+def test_usage_covers_the_last_full_window_or_the_first_unfinished_one():
     care = care_for(make(), window=3)
     assert care.usage() == CodeUsage(0, 0.0, CODES)
     used = []
@@ -101,7 +102,7 @@ def test_sample_puts_codes_near_latents_no_two_near_the_same():
     assert len(quantizer.nearest(z).unique()) == CODES
 
 
-def test_uniform_leaves_codes_as_they_are():
+def test_uniform_does_not_change_codes():
     quantizer = make()
     before = weight_of(quantizer)
     assert care_for(quantizer, start="uniform").start(latents(), draws()) == "uniform"
@@ -119,11 +120,11 @@ def test_few_latents_are_sampled_as_often_as_there_are_codes(start, normalize, c
 
 
 @pytest.mark.parametrize("start", ["kmeans", "sample"])
-def test_start_refuses_what_is_not_finite(start):
+def test_latents_that_are_not_finite_are_refused(start):
     quantizer, z = make(), latents()
     before = weight_of(quantizer)
     z[1, 2, 3, 4] = torch.nan
-    with pytest.raises(ValueError, match="can't start on latents that are not finite"):
+    with pytest.raises(ValueError, match=r"latents .*not finite"):
         care_for(quantizer, start=start).start(z, draws())
     assert torch.equal(quantizer.embedding.weight, before)
 
@@ -146,50 +147,49 @@ def test_kmeans_codes_lie_closer_to_latents_than_samples_and_uniform_ones():
 @pytest.mark.parametrize("seed", range(4))
 def test_kmeans_ends_at_the_means_of_clusters(seed):
     members = torch.randn(2, 15, 4, generator=draws(1)) + torch.tensor([-50.0, 50.0])[:, None, None]
+    expected = members.double().mean(1).float()
     quantizer = make(codes=2)
     care_for(quantizer, start="kmeans").start(as_latents(members.reshape(-1, 4)), draws(seed))
-    centres = quantizer.embedding.weight.detach()
-    torch.testing.assert_close(centres[centres[:, 0].argsort()], members.mean(1), atol=1e-5, rtol=0)
+    centers = quantizer.embedding.weight.detach()
+    # Of values up to 53: 2^-32 of that in the sum of integers, and two roundings.
+    torch.testing.assert_close(centers[centers[:, 0].argsort()], expected, atol=53 * 4 * 2.0**-24, rtol=0)
 
 
-def test_empty_clusters_go_where_vectors_are_far_from_their_centres():
-    # Eight places and one of them crowded: most of the first centres are equal, and all but one of them empty.
+def test_empty_clusters_move_to_vectors_far_from_their_centers():
+    # Eight places and one of them crowded: most of the first centers are equal, and all but one of them empty.
     places = 10 * torch.randn(8, 4, generator=draws(4))
     vectors = torch.cat([places[:1].expand(200, 4), places[1:].repeat(3, 1)])
     quantizer = make(codes=16)
-    centres = kmeans(quantizer, vectors, draws())
-    assert centres.isfinite().all()
-    assert torch.cdist(places, centres).amin(1).max() < 1e-5
+    centers = kmeans(quantizer, vectors, draws())
+    assert centers.isfinite().all()
+    assert torch.cdist(places, centers).amin(1).max() < 4 * ROUNDING  # of values up to 30
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_kmeans_depends_on_its_generator_alone(normalize):
-    z, centres = latents(), []
+def test_kmeans_depends_only_on_its_generator(normalize):
+    z, centers = latents(), []
     z[:3] = z[0, :, :1, :1]  # many are equal, so that clusters are left empty
     for seed in (0, 0, 1):
-        torch.manual_seed(len(centres))  # no draws but the generator's
+        torch.manual_seed(len(centers))  # no draws but the generator's
         quantizer = VectorQuantizer(CODES, 4, normalize=normalize)
         care_for(quantizer, start="kmeans").start(z, draws(seed))
-        centres.append(weight_of(quantizer))
-    assert torch.equal(centres[0], centres[1])
-    assert not torch.equal(centres[0], centres[2])
+        centers.append(weight_of(quantizer))
+    assert torch.equal(centers[0], centers[1])
+    assert not torch.equal(centers[0], centers[2])
 
 
 @pytest.mark.parametrize("scale", [2.0**-30, 2.0**40])
 def test_kmeans_works_at_any_scale(scale):
-    centres, scaled = (kmeans(make(), by * vectors_of(latents()), draws()) for by in (1.0, scale))
-    torch.testing.assert_close(scaled / scale, centres, atol=1e-5, rtol=0)
+    centers, scaled = (kmeans(make(), by * vectors_of(latents()), draws()) for by in (1.0, scale))
+    torch.testing.assert_close(scaled / scale, centers, atol=ROUNDING, rtol=0)
 
 
-def test_kmeans_thins_out_what_is_too_many(monkeypatch):
-    monkeypatch.setattr(codebook_module, "VECTORS_PER_CODE", 3)
-    quantizer, seen = make(), []
-    nearest = quantizer.nearest
-    quantizer.nearest = lambda z: (seen.append(len(z)), nearest(z))[1]
-    centres = kmeans(quantizer, torch.arange(1000.0)[:, None].expand(-1, 4), draws())
-    assert set(seen) == {3 * CODES}
-    assert centres.max() > 800  # not the first of them
-    assert centres.min() < 200
+def test_kmeans_uses_at_most_16_random_vectors_per_code():
+    torch.manual_seed(0)
+    (center,) = kmeans(VectorQuantizer(1, 100), torch.eye(100), draws())
+    used = center.nonzero().flatten()  # the mean of unit vectors shows which
+    assert len(used) == 16
+    assert not torch.equal(used, torch.arange(16))
 
 
 @pytest.mark.parametrize("start", ["kmeans", "sample"])
@@ -202,7 +202,7 @@ def test_normalized_codes_start_at_directions(start):
         care_for(quantizer, start=start).start(given, draws())
         weights.append(weight_of(quantizer))
         torch.testing.assert_close(weights[-1].norm(dim=1), torch.ones(CODES))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights[0], weights[1], atol=ROUNDING, rtol=0)
 
 
 def test_restarted_normalized_codes_have_length_one():
@@ -211,6 +211,8 @@ def test_restarted_normalized_codes_have_length_one():
     assert moved.any()
     torch.testing.assert_close(quantizer.embedding.weight[moved].norm(dim=1), torch.ones(int(moved.sum())))
     assert len(quantizer.nearest(z).unique()) > 25
+    care = care_for(quantizer, restart_every=0)
+    assert [step(care, number, z) for number in range(5)] == [None] * 5
 
 
 @pytest.fixture
@@ -268,13 +270,6 @@ def test_moved_codes_share_few_vectors_evenly(crowded):
     assert len(torch.cdist(crowded.embedding.weight[moved], vectors_of(z)).argmin(1).unique()) == 16
 
 
-def test_no_restart_when_it_is_switched_off():
-    quantizer = make()
-    care, before = care_for(quantizer, restart_every=0), weight_of(quantizer)
-    assert [step(care, number, latents()) for number in range(5)] == [None] * 5
-    assert torch.equal(quantizer.embedding.weight, before)
-
-
 def test_the_averaged_copy_follows_a_move_at_once(crowded):
     average = make()
     with torch.no_grad():
@@ -288,7 +283,7 @@ def test_the_averaged_copy_follows_a_move_at_once(crowded):
     assert average.embedding.weight.requires_grad
 
 
-def test_two_processes_do_what_one_does_with_both_batches():
+def test_two_processes_equal_one_with_both_batches():
     z = torch.randn(6, 4, 5, 5, generator=draws(2))
     alone = make()
     whole = care_for(alone, start="kmeans", restart_every=2, window=2)
@@ -329,7 +324,7 @@ def test_two_processes_do_what_one_does_with_both_batches():
 
 
 class OperatorNames(TorchDispatchMode):
-    """Notes the operators that run, and those that are given a mask as an index, which has them count it."""
+    """Records the operators that run, and indexing by a mask, which has to count it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,28 +338,28 @@ class OperatorNames(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# What waits for a device, because the host needs a value.
-WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "index by a mask"}
+# Operators that synchronize with a device, because the host needs a value.
+SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "index by a mask"}
 
 
-def test_a_step_does_not_wait_for_the_device(crowded):
+def test_a_step_does_not_synchronize_with_the_device(crowded):
     z = latents()
     care = care_for(crowded, restart_every=1, window=1, average=make())
     codes, generator = crowded.nearest(z), draws()
     with OperatorNames() as seen:
         moved = care.after_step(0, codes, z, generator)
     assert "copy_" in seen.names
-    assert not seen.names & WAITS
+    assert not seen.names & SYNCHRONIZING
     with OperatorNames() as seen:
         assert moved[moved].any()
     assert {"index by a mask", "_local_scalar_dense"} <= seen.names
 
 
-def test_an_optimizer_forgets_moved_codes_and_no_others():
+def test_the_optimizer_state_of_moved_codes_is_reset():
     quantizer = make()
     weight = quantizer.embedding.weight
     optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
-    forget(optimizer, weight, torch.ones(CODES, dtype=torch.bool))  # before the first step there is nothing
+    forget(optimizer, weight, torch.ones(CODES, dtype=torch.bool))  # before the first step there is no state
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     moved = torch.arange(CODES) % 3 == 0
@@ -457,5 +452,5 @@ def test_resuming_within_a_window_changes_nothing():
 def test_counts_of_another_codebook_are_refused():
     care = care_for(make())
     for state in (care_for(make(codes=8)).state(), {"chosen": torch.zeros(CODES)}):
-        with pytest.raises(ValueError, match=r"counts of codes are .*, expected .* written for another codebook"):
+        with pytest.raises(ValueError, match=r"\[8\].*\[32\]|chosen.*since_restart"):
             care.load_state(state)

@@ -1,4 +1,4 @@
-"""The autoencoder's loss, its gradients, and its learning rate."""
+"""The autoencoder's loss, its gradients, and its learning-rate schedule."""
 
 import math
 
@@ -39,9 +39,10 @@ def test_every_term_has_its_closed_form():
     l1, l2 = (0.5 + 0.1) / 2, (0.25 + 0.01) / 2
     loss = reconstruction_loss(off_by, truth, config)
     assert loss.perceptual is None
-    assert loss.l1.item() == pytest.approx(l1)
-    assert loss.l2.item() == pytest.approx(l2)
-    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2)
+    # Means of 96 float32 values.
+    assert loss.l1.item() == pytest.approx(l1, rel=1e-5)
+    assert loss.l2.item() == pytest.approx(l2, rel=1e-5)
+    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2, rel=1e-5)
     seen = []
 
     def perceptual(images: Tensor, truth: Tensor) -> Tensor:
@@ -50,12 +51,12 @@ def test_every_term_has_its_closed_form():
 
     loss = reconstruction_loss(off_by, truth, config, perceptual)
     assert loss.perceptual.item() == pytest.approx(0.3)
-    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2 + 7 * 0.3)
+    assert loss.total.item() == pytest.approx(2 * l1 + 3 * l2 + 7 * 0.3, rel=1e-5)
     assert torch.equal(seen[0][0], off_by)
     assert torch.equal(seen[0][1], truth)
 
 
-def test_beta_stands_on_the_term_that_moves_the_encoder():
+def test_beta_weighs_the_term_that_moves_the_encoder():
     config = AutoencoderTrainingConfig(commitment=0.25)
     assert codebook_loss(output(codebook=1.0), config).item() == 1.0
     assert codebook_loss(output(commitment=1.0), config).item() == 0.25
@@ -80,7 +81,7 @@ def images() -> Tensor:
 
 
 class Perceptual(nn.Module):
-    """Something with gradients of its own."""
+    """A distance with gradients of its own."""
 
     def forward(self, images: Tensor, truth: Tensor) -> Tensor:
         return (images.sin() - truth.sin()).square().mean((1, 2, 3))
@@ -93,8 +94,18 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def check_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Up to float32 roundings: about 25 layers and sums over 1024 positions, with errors like sqrt(25 x 1024)."""
+    assert ours.keys() == theirs.keys()
+    relative = 1e-4
+    largest = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        difference = (ours[name] - gradient).abs().max()
+        assert difference <= relative * gradient.abs().max() + 1e-6 * largest, name
+
+
 def test_gradients_are_those_of_the_whole_loss(model, images):
-    """In two steps over the reconstructed images, or all at once as the equations have it."""
+    """In two steps over the reconstructed images, or all at once as in the equations."""
     discriminator, perceptual, last = PatchDiscriminator(8, 1), Perceptual(), model.last_layer.weight
     terms = backward(
         model(images), images, CONFIG, last_layer=last, perceptual=perceptual, discriminator=discriminator,
@@ -117,16 +128,15 @@ def test_gradients_are_those_of_the_whole_loss(model, images):
     codebook = passed.codebook_loss + 0.3 * passed.commitment_loss
     whole = reconstruction + 0.7 * codebook + 0.8 * ratio.detach() * adversarial
     whole.backward()
-    assert ours.keys() == gradients(model).keys() == dict(model.named_parameters()).keys()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert ours.keys() == dict(model.named_parameters()).keys()
+    check_equal(ours, gradients(model))
     assert terms["adaptive_weight"].item() == pytest.approx(ratio.item(), rel=1e-4)
     assert terms["loss"].item() == pytest.approx(whole.item(), rel=1e-5)
     assert terms["adversarial"].item() == pytest.approx(adversarial.item(), rel=1e-5)
     assert not any(term.requires_grad for term in terms.values())
 
 
-def test_the_discriminator_learns_nothing_from_the_autoencoders_step(model, images):
+def test_the_discriminator_gets_no_gradients_from_the_autoencoders_step(model, images):
     discriminator = PatchDiscriminator(8, 1)
     last = model.last_layer.weight
     backward(model(images), images, CONFIG, last_layer=last, discriminator=discriminator, adversarial_weight=1.0)
@@ -134,7 +144,7 @@ def test_the_discriminator_learns_nothing_from_the_autoencoders_step(model, imag
 
 
 @pytest.mark.parametrize("discriminator", [None, PatchDiscriminator(8, 1)])
-def test_without_weight_there_is_no_adversary(model, images, discriminator):
+def test_without_weight_there_is_no_adversarial_term(model, images, discriminator):
     last = model.last_layer.weight
     terms = backward(model(images), images, CONFIG, last_layer=last, discriminator=discriminator)
     with_none = gradients(model)
@@ -153,8 +163,7 @@ def test_parts_of_a_batch_add_up_to_it(images):
     model.zero_grad()
     for part in images.chunk(2):
         backward(model(part), part, CONFIG, last_layer=last, scale=0.5)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    check_equal(gradients(model), whole)
 
 
 def test_the_ratio_is_of_averaged_gradients(model, images):
@@ -197,9 +206,6 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert factors[11] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert factors[12:] == [0.0, 0.0]
     assert factors[4:] == sorted(factors[4:], reverse=True)
-
-
-def test_learning_rate_without_warm_up_starts_full():
     assert learning_rate_factor(0, warmup=0, total=10) == 1.0
     assert learning_rate_factor(0, warmup=10, total=10) == 0.1
     assert 0 <= learning_rate_factor(10, warmup=10, total=10) <= 1

@@ -1,6 +1,7 @@
-"""Views: their names, their draws, and what they do to frames, against a reference of Python floats."""
+"""Views: names, draws, and transforms of frames, against a reference of Python floats."""
 
 import colorsys
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,8 @@ from stage1_autoencoder.views import View, ViewTransform, apply_views, parse_vie
 
 IDENTITY = ViewTransform()
 FLIP = ViewTransform(flip=True)
+# About 30 float32 operations, on values up to 8 (sixths of the color circle): 64 roundings of 1.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @pytest.fixture
@@ -24,16 +27,11 @@ def random_images(count: int, height: int = 5, width: int = 6, dtype: torch.dtyp
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=dtype) * 2 - 1
 
 
-def picture(*pixels: tuple[float, float, float]) -> torch.Tensor:
-    """One frame of one row of (red, green, blue) in [0, 1]."""
-    return torch.tensor(pixels).T.view(1, 3, 1, -1) * 2 - 1
-
-
 def clip(value: float) -> float:
     return min(max(value, 0.0), 1.0)
 
 
-def grey(pixel: list[float]) -> float:
+def gray(pixel: list[float]) -> float:
     return 0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]
 
 
@@ -42,9 +40,9 @@ def reference(image: torch.Tensor, transform: ViewTransform) -> torch.Tensor:
     height, width = image.shape[1:]
     pixels = [[(float(v) + 1) / 2 for v in image[:, y, x]] for y in range(height) for x in range(width)]
     pixels = [[clip(v * transform.brightness) for v in pixel] for pixel in pixels]
-    mean = sum(map(grey, pixels)) / len(pixels)
+    mean = sum(map(gray, pixels)) / len(pixels)
     pixels = [[clip(mean + transform.contrast * (v - mean)) for v in pixel] for pixel in pixels]
-    pixels = [[clip(grey(pixel) + transform.saturation * (v - grey(pixel))) for v in pixel] for pixel in pixels]
+    pixels = [[clip(gray(pixel) + transform.saturation * (v - gray(pixel))) for v in pixel] for pixel in pixels]
     turned = []
     for pixel in pixels:
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
@@ -62,25 +60,19 @@ def test_names(name, view):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "jitter", "jitter-", "jitter-0", "jitter-01", "jitter--1", "jitter-1.5", "jitter-1 ", "jitter-1\n"]
-)
-def test_what_is_no_name(name):
+    "name",
+    ["", "jitter", "jitter-", "jitter-0", "jitter-01", "jitter--1", "jitter-1.5", "jitter-1 ", "jitter-1\n", "Identity",
+     "vflip", "jitter-\u0661", "jitter_1", "hflip-1"],
+)  # fmt: skip
+def test_other_names_are_refused(name):
     for function in (parse_view, lambda view: view_transform(view, "a"), lambda view: views_description([view])):
-        with pytest.raises(ValueError, match=r"is not a view: identity, hflip, or jitter-1, jitter-2, \.\.\. are"):
+        with pytest.raises(ValueError, match=re.escape(repr(name)) + ".*identity, hflip, or jitter-1"):
             function(name)
-
-
-@pytest.mark.parametrize("name", ["Identity", "vflip", "jitter-\u0661", "jitter_1", "hflip-1"])
-def test_what_is_no_name_either(name):
-    with pytest.raises(ValueError, match=f"'{name}' is not a view"):
-        parse_view(name)
 
 
 def test_identity_and_flip_do_not_depend_on_the_video():
     assert view_transform("identity", "a") == IDENTITY
     assert view_transform("hflip", "b") == FLIP
-    assert (IDENTITY.is_identity, FLIP.is_identity, view_transform("jitter-1", "a").is_identity) == (True, False, False)
-    assert not ViewTransform(hue=0.1).is_identity
 
 
 def test_draws_are_those_that_stores_were_made_with():
@@ -125,43 +117,31 @@ def test_draws_are_uniform_in_their_ranges_and_independent():
         view_transform("jitter-1", "a"),
     ],
 )
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-8), (torch.float32, 3e-6)])
-def test_agrees_with_the_reference(transform, dtype, error):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_agrees_with_the_reference(transform, dtype):
     images = random_images(2, dtype=dtype)
-    images[0, :, 0] = torch.linspace(-1, 1, 6)  # greys
+    images[0, :, 0] = torch.linspace(-1, 1, 6)  # grays
     images[0, :, 1] = torch.tensor([[-1, 1, -1, 1, 1, -1], [-1, 1, 1, -1, 1, -1], [-1, 1, 1, 1, -1, 1]])
     changed = apply_views(images, [transform, transform])
     assert changed.dtype == dtype
     expected = torch.stack([reference(image, transform) for image in images])
+    # In float64 what remains is the mean gray, a sum of integers with 32 bits behind the point.
+    error = ROUNDING if dtype == torch.float32 else 2.0**-30
     torch.testing.assert_close(changed.double(), expected, atol=error, rtol=0)
 
 
-def test_factors_next_to_one_change_next_to_nothing():
+def test_factors_close_to_one_change_almost_nothing():
     images = random_images(3)
     almost = [ViewTransform(**{name: 1 + 1e-9}) for name in ("brightness", "contrast", "saturation")]
     for transform in (*almost, ViewTransform(hue=1e-9), ViewTransform(hue=1.0)):
-        assert transform.changes_colour
-        torch.testing.assert_close(apply_views(images, [transform] * 3), images, atol=1e-6, rtol=0)
+        assert transform.changes_color
+        torch.testing.assert_close(apply_views(images, [transform] * 3), images, atol=ROUNDING, rtol=0)
 
 
-def test_a_third_of_a_turn_makes_green_of_red():
-    red, green, blue, dim_red = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.5, 0.25, 0.25)
-    turned = apply_views(picture(red, green, blue, dim_red), [ViewTransform(hue=1 / 3)])
-    torch.testing.assert_close(turned, picture(green, blue, red, (0.25, 0.5, 0.25)), atol=1e-6, rtol=0)
-
-
-def test_grey_stays_grey():
-    greys = torch.linspace(-1, 1, 30).view(1, 1, 5, 6).repeat(2, 3, 1, 1)
-    changed = apply_views(greys, [ViewTransform(saturation=1.1), ViewTransform(hue=0.2)])
-    torch.testing.assert_close(changed, greys, atol=1e-6, rtol=0)
-
-
-def test_brightness_and_contrast_in_closed_form():
-    pixels = picture((0.2, 0.2, 0.2), (0.6, 0.6, 0.6), (0.8, 0.8, 0.8), (0.0, 0.0, 0.0))  # of mean 0.4
-    brighter = apply_views(pixels, [ViewTransform(brightness=1.5)])
-    torch.testing.assert_close((brighter[0, 0, 0] + 1) / 2, torch.tensor([0.3, 0.9, 1.0, 0.0]), atol=1e-6, rtol=0)
-    flatter = apply_views(pixels, [ViewTransform(contrast=0.5)])
-    torch.testing.assert_close((flatter[0, 0, 0] + 1) / 2, torch.tensor([0.3, 0.5, 0.6, 0.2]), atol=1e-6, rtol=0)
+def test_gray_stays_gray():
+    grays = torch.linspace(-1, 1, 30).view(1, 1, 5, 6).repeat(2, 3, 1, 1)
+    changed = apply_views(grays, [ViewTransform(saturation=1.1), ViewTransform(hue=0.2)])
+    torch.testing.assert_close(changed, grays, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -186,7 +166,7 @@ def test_a_frame_does_not_depend_on_its_batch(height, width):
     images = random_images(17, height, width)
     transforms = [view_transform(view, "v") for view in ("identity", "hflip", *(f"jitter-{k}" for k in range(1, 16)))]
     alone = torch.cat([apply_views(images[i : i + 1], transforms[i : i + 1]) for i in range(17)])
-    for size in range(1, 18):
+    for size in (1, 2, 3, 8, 16, 17):
         for order in (range(size), range(17 - size, 17), range(size - 1, -1, -1)):
             order = list(order)
             together = apply_views(images[order], [transforms[i] for i in order])
@@ -205,21 +185,13 @@ def test_a_frame_does_not_depend_on_the_number_of_threads():
     assert torch.equal(apply_views(images, transforms), alone)
 
 
-def test_pixels_stay_in_range():
-    images = random_images(64).sign()
-    transforms = [view_transform("jitter-1", f"{i}") for i in range(32)] + [ViewTransform(False, 3, 3, 3, 0.4)] * 32
-    changed = apply_views(images, transforms)
-    assert changed.min() >= -1
-    assert changed.max() <= 1
-
-
-def test_shapes_that_do_not_fit():
+def test_wrong_shapes_are_refused():
     for images, count in ((random_images(2), 3), (random_images(2)[0], 3), (random_images(2)[:, :1], 2)):
-        with pytest.raises(ValueError, match=rf"images of shape .* for {count} transforms: not \[b, 3, h, w\]"):
+        with pytest.raises(ValueError, match=rf"{count} transforms.*\[b, 3, h, w\]"):
             apply_views(images, [IDENTITY] * count)
 
 
-def test_descriptions_have_what_names_do_not_say():
+def test_descriptions_define_the_jitter():
     assert views_description(["identity", "hflip"]) == {}
     jitter = views_description(["identity", "jitter-1"])
     assert jitter == views_description(["jitter-3"])

@@ -1,4 +1,4 @@
-"""The VQGAN: the official sizes, the small one of the demo, and what it refuses."""
+"""The VQGAN: official names and sizes, shapes, and images that it refuses."""
 
 import pytest
 import torch
@@ -25,11 +25,11 @@ TINY = VQGANConfig(
 @pytest.fixture
 def tiny() -> VQGAN:
     torch.manual_seed(0)
-    return VQGAN(TINY).eval()
+    return VQGAN(TINY).double().eval()
 
 
 def images(*shape: int) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
 @pytest.mark.parametrize("name", list(PAPER))
@@ -60,7 +60,7 @@ def test_shapes_through_the_network(tiny):
 
 
 def test_decode_quantizes_and_decode_quantized_does_not(tiny):
-    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)).double()
     quantized, codes = tiny.quantize(latents)
     decoded = tiny.decode(latents)
     assert torch.equal(decoded, tiny.decode_quantized(quantized))
@@ -72,31 +72,31 @@ def test_decode_quantizes_and_decode_quantized_does_not(tiny):
 def test_the_forward_pass_of_training_decodes_the_codes(tiny):
     batch = images(2, 3, 16, 16)
     output = tiny(batch)
-    torch.testing.assert_close(output.images, tiny.decode_codes(output.codes), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.images, tiny.decode_codes(output.codes), atol=1e-12, rtol=0)
 
 
-def test_attention_sits_where_the_configured_resolution_says(tiny):
+def test_attention_is_placed_by_the_configured_resolution(tiny):
     assert [len(level.attn) for level in tiny.encoder.down] == [0, 0, 1]  # sides 64, 32, 16
     assert [len(level.attn) for level in tiny.decoder.up] == [0, 0, 2]
     other = VQGAN(TINY.model_copy(update={"resolution": 32}))
     assert [len(level.attn) for level in other.encoder.down] == [0, 1, 0]
 
 
-def test_an_image_is_encoded_the_same_in_any_batch(tiny):
+def test_an_image_does_not_depend_on_its_batch(tiny):
     batch = images(3, 3, 16, 16)
-    torch.testing.assert_close(tiny.encode(batch)[1:2], tiny.encode(batch[1:2]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(tiny.encode(batch)[1:2], tiny.encode(batch[1:2]), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 18, 16), "18x16 can't be encoded.*down-sampling factor 4"),
-        ((1, 3, 16, 30), "16x30 can't be encoded"),
-        ((1, 1, 16, 16), r"must be \[b, 3, h, w\], not \[1, 1, 16, 16\]"),
-        ((3, 16, 16), r"not \[3, 16, 16\]"),
+        ((1, 3, 18, 16), r"18x16.*factor 4"),
+        ((1, 3, 16, 30), r"16x30.*factor 4"),
+        ((1, 1, 16, 16), r"\[b, 3, h, w\].*\[1, 1, 16, 16\]"),
+        ((3, 16, 16), r"\[3, 16, 16\]"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(tiny, shape, message):
+def test_wrong_images_are_refused(tiny, shape, message):
     with pytest.raises(ValueError, match=message):
         tiny.encode(images(*shape))
 
@@ -105,21 +105,21 @@ def test_images_that_do_not_fit_are_refused(tiny, shape, message):
 def test_one_value_out_of_range_is_refused(value):
     values = torch.zeros(1, 3, 16, 16)
     values[0, 1, 2, 3] = value
-    with pytest.raises(ValueError, match=r"must lie in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"\[-1, 1\].*x / 127\.5 - 1"):
         check_image_range(values)
 
 
-def test_values_that_rounding_moved_out_are_taken():
+def test_rounding_errors_out_of_range_are_accepted():
     check_image_range(torch.tensor([-1.0009, 1.0009]))
     check_image_range(torch.zeros(0, 3, 16, 16))
 
 
 def test_groups_that_do_not_divide_channels_are_refused():
-    with pytest.raises(ValueError, match="norm_groups: 3 does not divide the 8 channels of a level"):
+    with pytest.raises(ValueError, match=r"norm_groups: 3 .*8 channels"):
         VQGANConfig(**TINY.model_dump() | {"norm_groups": 3})
 
 
-def test_boundary_parameters_are_the_codebook_and_the_layers_of_few_dimensions(tiny):
+def test_boundary_parameters_are_the_codebook_and_the_layers_of_few_channels(tiny):
     names = {id(parameter): name for name, parameter in tiny.named_parameters()}
     boundary = {names[id(parameter)].rpartition(".")[0] for parameter in tiny.boundary_parameters()}
     assert boundary == {
