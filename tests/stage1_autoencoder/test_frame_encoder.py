@@ -1,4 +1,4 @@
-"""Frames to latents: packed kernels, other precisions and compiled networks give what the plain network gives."""
+"""Encoding frames: packed kernels, other precisions and compiled networks agree with the plain network."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +30,10 @@ CONFIGS = {
     ),
     "vqvae": VQVAEConfig(channels=16, levels=2, codes=32, norm_groups=8),
 }  # fmt: skip
+# Rms of float32 roundings: some 20 layers with sums of up to 576 terms, whose errors add up like sqrt(20 x 576); and
+# with one rounding to bfloat16 per layer like sqrt(20). Five times that.
+FP32_ERROR, BF16_ERROR = 5 * (20 * 576) ** 0.5 * 2.0**-24, 5 * 20**0.5 * 2.0**-9
+needs_onednn = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN")
 
 
 @pytest.fixture(params=CONFIGS)
@@ -63,22 +67,21 @@ def deviation(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_faster_kernels_change_the_last_digits_alone(model, frames, precision):
+def test_faster_kernels_change_only_roundings(model, frames, precision):
     expected = plainly(model, frames)
     encoded = encoder_of(model, precision).encode(frames, identity(frames))
-    assert deviation(encoded.latents, expected) < 1e-5
+    assert deviation(encoded.latents, expected) < FP32_ERROR
     assert torch.equal(encoded.codes, model.quantizer.nearest(encoded.latents))
 
 
-def test_convolutions_are_packed_where_they_can_be(model):
-    assert can_pack(torch.float32)
-    encoder = encoder_of(model)
-    left = [module for module in encoder.network.encoder.modules() if isinstance(module, nn.Conv2d)]
-    assert not left
-    assert any(isinstance(module, PackedConv2d) for module in encoder.network.encoder.modules())
+@needs_onednn
+def test_all_convolutions_of_the_encoder_are_packed(model):
+    modules = list(encoder_of(model).network.encoder.modules())
+    assert not any(isinstance(module, nn.Conv2d) for module in modules)
+    assert any(isinstance(module, PackedConv2d) for module in modules)
 
 
-def test_the_autoencoder_itself_stays_what_it_is(model, frames):
+def test_the_autoencoder_itself_does_not_change(model, frames):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     encoder = encoder_of(model, "bf16")
     encoder.encode(frames, identity(frames))
@@ -87,7 +90,7 @@ def test_the_autoencoder_itself_stays_what_it_is(model, frames):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    # One codebook and one decoder: what is done to them is done to both.
+    # Codebook and decoder are shared.
     assert encoder.network.decoder is model.decoder
     assert encoder.network.quantizer is model.quantizer
 
@@ -105,7 +108,7 @@ def test_a_frame_has_the_same_bits_in_any_batch(model, frames, precision):
             assert torch.equal(getattr(again, name), getattr(together, name))
 
 
-def test_threads_that_come_first_together_get_the_same(model, frames):
+def test_threads_that_call_first_together_get_the_same(model, frames):
     expected = encoder_of(model).encode(frames, identity(frames)).latents
     encoder = encoder_of(model)
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -113,21 +116,22 @@ def test_threads_that_come_first_together_get_the_same(model, frames):
         assert all(torch.equal(future.result().latents, expected) for future in futures)
 
 
-def test_bf16_is_rough_and_comes_out_in_float32(model, frames):
+def test_bf16_is_rough_and_returns_float32(model, frames):
     expected = plainly(model, frames)
     encoded = encoder_of(model, "bf16").encode(frames, identity(frames))
     assert encoded.latents.dtype == torch.float32
-    assert 1e-4 < deviation(encoded.latents, expected) < 0.05
+    assert 1e-4 < deviation(encoded.latents, expected) < BF16_ERROR
     assert torch.equal(encoded.codes, model.quantizer.nearest(encoded.latents))
 
 
-def test_without_onednn_the_autoencoder_computes_as_it_is(model, frames, monkeypatch):
+def test_without_onednn_the_autoencoder_itself_is_used(model, frames, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     encoder = encoder_of(model)
     assert encoder.network is model
-    assert deviation(encoder.encode(frames, identity(frames)).latents, plainly(model, frames)) < 1e-5
+    assert deviation(encoder.encode(frames, identity(frames)).latents, plainly(model, frames)) < FP32_ERROR
 
 
+@needs_onednn
 @pytest.mark.parametrize(
     "layer",
     [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.Conv2d(4, 6, 1),
@@ -139,37 +143,34 @@ def test_packed_convolutions_of_any_kind(layer):
     packed = with_packed_convolutions(nn.Sequential(layer), torch.float32, [])
     assert isinstance(packed[0], PackedConv2d)
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x), layer(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed(x), layer(x), rtol=0, atol=36 * 2.0**-20)  # 36 products of values up to 4
 
 
-def test_shared_parts_keep_their_convolutions():
+@needs_onednn
+def test_shared_parts_and_other_padding_are_not_packed():
     shared = nn.Sequential(nn.Conv2d(3, 3, 1))
-    copied = with_packed_convolutions(nn.Sequential(nn.Conv2d(3, 3, 1), shared), torch.float32, [shared])
-    assert copied[1] is shared
-    assert [type(copied[0]), type(shared[0])] == [PackedConv2d, nn.Conv2d]
+    reflected = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
+    copied = with_packed_convolutions(nn.Sequential(nn.Conv2d(3, 3, 1), reflected, shared), torch.float32, [shared])
+    assert [type(copied[0]), type(copied[1]), type(shared[0])] == [PackedConv2d, nn.Conv2d, nn.Conv2d]
+    assert copied[2] is shared
 
 
 @pytest.mark.parametrize("kind", [lambda c: ResnetBlock(16, 16, c), lambda c: ResnetBlock(16, 32, c),
                                   lambda c: AttnBlock(16, c)], ids=["block", "wider block", "attention"])  # fmt: skip
-def test_memory_is_used_again_where_no_gradient_asks_for_it(kind):
+def test_memory_is_reused_only_without_gradients(kind):
     torch.manual_seed(0)
     layer = kind(CONFIGS["vqgan"])
     x = torch.randn(2, 16, 8, 8)
     before, expected = x.clone(), layer(x)
     expected.sum().backward()
-    with torch.no_grad():
-        assert torch.equal(layer(x), expected)
+    with torch.no_grad():  # other kernels of attention may serve here
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=expected.abs().max().item() * 2.0**-18)
     assert torch.equal(x, before)
-
-
-def test_other_padding_is_left_alone():
-    layer = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
-    assert type(with_packed_convolutions(nn.Sequential(layer), torch.float32, [])[0]) is nn.Conv2d
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_a_compiled_encoder_changes_the_last_digits_alone(frames):
+def test_a_compiled_encoder_changes_only_roundings(frames):
     torch.manual_seed(0)
     model = build_autoencoder(CONFIGS["vqgan"]).eval().requires_grad_(False)
     expected = plainly(model, frames)
@@ -177,7 +178,7 @@ def test_a_compiled_encoder_changes_the_last_digits_alone(frames):
     first = encoder.encode(frames, identity(frames)).latents
     assert encoder.network.encoder._compiled_call_impl is not None
     assert model.encoder._compiled_call_impl is None
-    assert deviation(first, expected) < 1e-5
+    assert deviation(first, expected) < FP32_ERROR
     assert torch.equal(encoder.encode(frames[::-1].copy(), identity(frames)).latents.flip(0), first)
 
 
@@ -192,7 +193,7 @@ def test_wide_networks_and_large_frames_make_small_batches():
     assert batch(64, 32).memory == batch(64, 64).memory == 6 * 2**23  # six feature maps of 8 MiB
 
 
-def multiplication() -> tuple[str, bool, bool]:
+def matmul_settings() -> tuple[str, bool, bool]:
     """Settings of all threads."""
     cudnn = torch.backends.cudnn
     return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
@@ -200,19 +201,19 @@ def multiplication() -> tuple[str, bool, bool]:
 
 @pytest.mark.parametrize("around", ["high", "highest"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_tf32_is_allowed_where_it_is_asked_for(precision, around):
+def test_tf32_is_enabled_only_on_request(precision, around):
     def fail() -> None:
         raise KeyError("something in the middle")
 
     default = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(around)
-    before = multiplication()
+    before = matmul_settings()
     try:
         with exact_kernels(precision):
-            assert multiplication() == (("high", True, True) if precision == "tf32" else ("highest", False, True))
-        assert multiplication() == before
+            assert matmul_settings() == (("high", True, True) if precision == "tf32" else ("highest", False, True))
+        assert matmul_settings() == before
         with pytest.raises(KeyError), exact_kernels(precision):
             fail()
-        assert multiplication() == before
+        assert matmul_settings() == before
     finally:
         torch.set_float32_matmul_precision(default)
