@@ -26,6 +26,7 @@ import yaml
 from PIL import Image
 
 from pipelines.__main__ import main
+from stage1_autoencoder.lpips import STAGES
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -189,6 +190,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def copied(trained: Place, tmp_path: Path) -> Place:
     """A copy of the trained place that a test may change."""
     return trained.copy(tmp_path / "copied", "latents", "runs")
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The convolutions of VGG16 with random weights, as a file like torchvision's."""
+    generator, state, channels, place = (
+        torch.Generator().manual_seed(0),
+        {"classifier.0.weight": torch.zeros(2, 2)},
+        3,
+        0,
+    )
+    for widths in STAGES:
+        for width in widths:
+            deviation = (2 / (9 * channels)) ** 0.5
+            state[f"features.{place}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) * deviation
+            state[f"features.{place}.bias"] = torch.zeros(width)
+            channels, place = width, place + 2
+        place += 1  # the pooling
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save(state, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -47,21 +47,13 @@ def _no_downloads_of_the_user(monkeypatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def weights(tmp_path_factory: pytest.TempPathFactory, vgg: Path) -> dict[str, Path]:
     """Files of both networks."""
     folder = tmp_path_factory.mktemp("weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Means()).save(folder / "video.pt")
-    generator, state, channels = torch.Generator().manual_seed(0), {}, 3
-    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-    for place, width in zip(places, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True):
-        state[f"features.{place}.bias"] = torch.zeros(width)
-        deviation = (2 / (9 * channels)) ** 0.5
-        state[f"features.{place}.weight"] = torch.randn(width, channels, 3, 3, generator=generator) * deviation
-        channels = width
-    torch.save(state, folder / "vgg16.pth")
-    return {"video": folder / "video.pt", "vgg": folder / "vgg16.pth"}
+    return {"video": folder / "video.pt", "vgg": vgg}
 
 
 @pytest.fixture

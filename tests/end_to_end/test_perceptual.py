@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 WANTED = ("autoencoder.training.perceptual=lpips", "autoencoder.training.perceptual_weight=0.1")
 
@@ -11,23 +10,6 @@ WANTED = ("autoencoder.training.perceptual=lpips", "autoencoder.training.percept
 @pytest.fixture(autouse=True)
 def _no_downloads_of_the_user(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-
-@pytest.fixture(scope="module")
-def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VGG16's convolutions with random weights, under torchvision's names."""
-    generator, state, channels = torch.Generator().manual_seed(0), {}, 3
-    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-    for place, width in zip(places, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True):
-        state[f"features.{place}.weight"] = (
-            torch.randn(width, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
-        )
-        state[f"features.{place}.bias"] = torch.zeros(width)
-        channels = width
-    state["classifier.0.weight"] = torch.zeros(2, 2)
-    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
-    torch.save(state, path)
-    return path
 
 
 @pytest.mark.slow

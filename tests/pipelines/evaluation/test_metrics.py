@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from pipelines.evaluation import metrics as metrics_module
 from pipelines.evaluation.metrics import PSNR, SSIM, Metric, choose_best, lpips_metric, measure_frames, psnr, ssim
@@ -24,20 +23,15 @@ def images(truth) -> torch.Tensor:
     return truth + 0.05 * torch.arange(1, 6)[:, None, None, None] * noise
 
 
-@pytest.mark.parametrize("error", [0.02, 0.1, 0.2])
-def test_psnr_of_a_known_error(truth, error):
+def test_psnr_of_a_known_error(truth):
     # Peak-to-peak 2, mean squared error `error`^2.
-    expected = 10 * math.log10(2.0**2 / error**2)
-    assert psnr(truth + error, truth).tolist() == pytest.approx([expected] * 5, abs=1e-3)
+    assert psnr(truth + 0.1, truth).tolist() == pytest.approx([10 * math.log10(2.0**2 / 0.1**2)] * 5, abs=1e-3)
 
 
 def test_psnr_without_error_is_100_db(truth):
     assert psnr(truth, truth).tolist() == [100.0] * 5
-
-
-def test_psnr_clamps_what_lies_outside():
-    truth = torch.ones(1, 3, 16, 16)
-    assert psnr(truth * 7, truth).tolist() == [100.0]
+    ones = torch.ones(1, 3, 16, 16)
+    assert psnr(7 * ones, ones).tolist() == [100.0]  # images are clamped
 
 
 def test_ssim_of_equal_images_is_one(truth):
@@ -52,23 +46,6 @@ def test_ssim_of_flat_images_has_a_closed_form():
     assert ssim(first, second).tolist() == pytest.approx([expected] * 2, abs=1e-3)
 
 
-def test_ssim_equals_the_definition(truth, images):
-    ours = ssim(images[2:3], truth[2:3]).item()
-    x, y = images[2:3].clamp(-1, 1).double(), truth[2:3].double()
-    taps = torch.exp(-(torch.arange(-5, 6).double() ** 2) / (2 * 1.5**2))
-    window = torch.outer(taps / taps.sum(), taps / taps.sum()).expand(3, 1, 11, 11)
-
-    def mean(values):
-        mirrored = torch.nn.functional.pad(values, (5, 5, 5, 5), mode="reflect")
-        return torch.nn.functional.conv2d(mirrored, window, groups=3)
-
-    mx, my = mean(x), mean(y)
-    vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    expected = ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean().item()
-    assert ours == pytest.approx(expected, abs=1e-5)
-
-
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_every_image_has_its_own_number(metric, truth, images):
     values = metric(images, truth)
@@ -77,14 +54,6 @@ def test_every_image_has_its_own_number(metric, truth, images):
     alone = torch.cat([metric(images[i : i + 1], truth[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(values, alone, atol=1e-5, rtol=1e-6)
     assert metric(images[:1], truth[:1]).shape == (1,)
-
-
-def test_means_are_those_of_torchmetrics(truth, images):
-    clamped = images.clamp(-1, 1)
-    reference = PeakSignalNoiseRatio(data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean")
-    assert psnr(images, truth).mean().item() == pytest.approx(reference(clamped, truth).item(), rel=1e-6)
-    reference = StructuralSimilarityIndexMeasure(data_range=2.0)
-    assert ssim(images, truth).mean().item() == pytest.approx(reference(clamped, truth).item(), rel=1e-6)
 
 
 def test_psnr_equals_the_definition_in_double(truth, images):
