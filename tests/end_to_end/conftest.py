@@ -171,6 +171,13 @@ def run_main(words: Sequence[str]) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def _no_downloads_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch's folder of downloads is empty, whatever this machine has."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     """An empty place."""
@@ -195,12 +202,8 @@ def copied(trained: Place, tmp_path: Path) -> Place:
 @pytest.fixture(scope="session")
 def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The convolutions of VGG16 with random weights, as a file like torchvision's."""
-    generator, state, channels, place = (
-        torch.Generator().manual_seed(0),
-        {"classifier.0.weight": torch.zeros(2, 2)},
-        3,
-        0,
-    )
+    generator, channels, place = torch.Generator().manual_seed(0), 3, 0
+    state = {"classifier.0.weight": torch.zeros(2, 2)}
     for widths in STAGES:
         for width in widths:
             deviation = (2 / (9 * channels)) ** 0.5

@@ -40,12 +40,6 @@ class Means(nn.Module):
         return video.unflatten(2, [2, -1]).mean((3, 4, 5)).flatten(1)
 
 
-@pytest.fixture(autouse=True)
-def _no_downloads_of_the_user(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, vgg: Path) -> dict[str, Path]:
     """Files of both networks."""

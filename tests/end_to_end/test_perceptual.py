@@ -1,15 +1,11 @@
-"""Training with a perceptual loss: where its weights lack, that is said once, and nothing changes silently."""
+"""Training with a perceptual loss: missing weights are reported once, and nothing changes silently."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 WANTED = ("autoencoder.training.perceptual=lpips", "autoencoder.training.perceptual_weight=0.1")
-
-
-@pytest.fixture(autouse=True)
-def _no_downloads_of_the_user(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
 @pytest.mark.slow
@@ -25,9 +21,9 @@ def test_the_perceptual_loss_is_trained_on_and_measured(place, vgg: Path, story)
     checkpoint = place.checkpoint("autoencoder")
     assert (checkpoint.parent / "best").read_text() == checkpoint.name
     assert '"validation_lpips"' in (checkpoint / "state.json").read_text()
-    # Finished, nothing of it is needed any more: the file may go.
+    # A finished training needs the file no more.
     gone = (*WANTED, "autoencoder.training.vgg_weights=nowhere.pth", "autoencoder.training.steps=3")
-    assert "done, 3 steps" in place.run("encode", sets=gone).ok().out
+    assert "steps/s" not in place.run("encode", sets=gone).ok().out
 
 
 def test_without_weights_there_is_one_warning_and_a_way_out(place, vgg: Path) -> None:
@@ -36,11 +32,10 @@ def test_without_weights_there_is_one_warning_and_a_way_out(place, vgg: Path) ->
     for text in ("VGG16", "perceptual: none", "autoencoder.training.vgg_weights", "--download"):
         assert text in outcome.err
     assert ", L1 + codebook, " in outcome.out
-    assert "perceptual: none" in (place.runs / "config.yaml").read_text()
-    # The finished training is what it is, with or without the weights, and says so.
+    assert json.loads((place.checkpoint("autoencoder") / "state.json").read_text())["perceptual"] == "none"
+    # The finished training is not repeated when the weights are there.
     again = place.run("train-autoencoder", sets=(*WANTED, f"autoencoder.training.vgg_weights={vgg}")).ok()
-    assert "trained without the perceptual loss" in again.out
-    assert "done, 6 steps" in again.out
+    assert "6 steps" in again.out
 
 
 def test_half_a_training_does_not_change_its_loss(place, vgg: Path, story, monkeypatch) -> None:
@@ -50,22 +45,21 @@ def test_half_a_training_does_not_change_its_loss(place, vgg: Path, story, monke
         story.send_at(patch, AutoencoderTrainer, "train_step", call=3)
         place.run("train-autoencoder", sets=WANTED).refused(143, "stopped at step 3")
     with_weights = (*WANTED, f"autoencoder.training.vgg_weights={vgg}")
-    place.run("train-autoencoder", sets=with_weights).refused(
-        2, "trained under another configuration", "autoencoder.training.perceptual: none -> lpips", "--restart"
-    )
-    place.run("train-autoencoder", sets=[*with_weights, "autoencoder.training.perceptual=none"]).ok()
+    outcome = place.run("train-autoencoder", sets=with_weights).ok()
+    assert "without the perceptual loss" in outcome.out
+    assert ", L1 + codebook, " in outcome.out
 
 
 def test_weights_that_are_named_must_be_there(place) -> None:
     place.run("train-autoencoder", sets=[*WANTED, "autoencoder.training.vgg_weights=gone.pth"]).refused(
-        2, "autoencoder.training.vgg_weights: gone.pth: no such file"
+        2, "autoencoder.training.vgg_weights: gone.pth"
     )
     place.run("train-autoencoder", sets=["autoencoder.training.best_by=lpips"]).refused(
-        2, "autoencoder.training.best_by: lpips needs the perceptual network"
+        2, "autoencoder.training.best_by", "lpips"
     )
 
 
 def test_frames_too_small_for_the_network_are_refused(place, vgg: Path) -> None:
     place.run(
         "train-autoencoder", sets=(*WANTED, f"autoencoder.training.vgg_weights={vgg}", "dataset.image_size=8")
-    ).refused(2, "autoencoder.training.perceptual: lpips", "at least 16 pixels", "dataset.image_size is 8")
+    ).refused(2, "autoencoder.training.perceptual", "16 pixels", "dataset.image_size is 8")
