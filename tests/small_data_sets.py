@@ -85,14 +85,14 @@ def bair_example(video: np.ndarray) -> bytes:
     return example(features)
 
 
-def write_bair(folder: Path, *, train: int = 96, test: int = 16, a_file: int = 32, frames: int = BAIR_FRAMES) -> None:
+def write_bair(folder: Path, *, train: int = 96, test: int = 16, per_file: int = 32, frames: int = BAIR_FRAMES) -> None:
     """Write `softmotion30_44k/{train,test}/traj_<first>_to_<last>.tfrecords` below a folder."""
     for seed, (split, count) in enumerate({"train": train, "test": test}.items()):
         inside = folder / "softmotion30_44k" / split
         inside.mkdir(parents=True)
         videos = bouncing(count, frames, 64, seed)
-        for first in range(0, count, a_file):
-            last = min(first + a_file, count) - 1
+        for first in range(0, count, per_file):
+            last = min(first + per_file, count) - 1
             with (inside / f"traj_{first}_to_{last}.tfrecords").open("wb") as file:
                 for _ in range(first, last + 1):
                     file.write(record(bair_example(next(videos))))

@@ -184,11 +184,8 @@ class Download:
         return Status("missing", f"to download from {place}", file)
 
     def needs_sequences(self) -> bool:
-        """Whether KTH's file of frame ranges is missing. Raises VideoError if it is damaged."""
-        path = self.root / SEQUENCES_FILE
-        if self.dataset.source == "kth" and path.is_file():
-            read_sequences(path)
-        return self.dataset.source == "kth" and not path.is_file()
+        """Whether KTH's file of frame ranges is missing."""
+        return self.dataset.source == "kth" and not (self.root / SEQUENCES_FILE).is_file()
 
     def plan(self) -> list[str]:
         """What `run` would do, a line per file. Asks no network."""

@@ -162,9 +162,6 @@ def _fetch_once(
                     _write(file, block, url, part)
                     received += len(block)
                     bar.update(len(block))
-    if expected is not None and received > expected:
-        part.unlink()
-        return f"got {received} bytes of a file of {expected}"
     return None if expected in (None, received) else f"broke off after {received} of {expected} bytes"
 
 

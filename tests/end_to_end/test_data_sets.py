@@ -31,7 +31,7 @@ def ids(place) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_bair_from_a_site_to_predictions(place, site: FileServer, story: ModuleType) -> None:
-    small_data_sets.write_bair_archive(site.folder, train=8, test=4, a_file=4, frames=12)
+    small_data_sets.write_bair_archive(site.folder, train=8, test=4, per_file=4, frames=12)
     place = place.with_sets(*BAIR)
     outcome = place.run("data", "--mirror", site.url).ok()
     assert ["bytes=" in asked for asked in site.asked] == [False, True]  # interrupted and resumed

@@ -182,7 +182,7 @@ def test_tar_entries_that_are_no_plain_files(tmp_path, member_type):
     refused(make_tar(tmp_path, [tar_entry("good", b"1"), bad]), "'bad'", "no plain file")
 
 
-def test_sparse_files(tmp_path):
+def test_files_with_holes(tmp_path):
     refused(make_tar(tmp_path, [tar_entry("bad", b"1" * 512, type=tarfile.GNUTYPE_SPARSE)]), "'bad'", "sparse")
     pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "bad", "GNU.sparse.realsize": "1000000"}
     sparse = tar_entry("x", b"1\n0\n512\n".ljust(512, b"\0") + b"1" * 512, pax_headers=pax)
@@ -251,6 +251,9 @@ def test_headers_of_headers_without_end(tmp_path):
     header.type = tarfile.XHDTYPE
     (tmp_path / "a.tar").write_bytes(header.tobuf() * 2000)
     refused(tmp_path / "a.tar")
+    header.size = 30_000  # each is short enough, together they are not
+    (tmp_path / "a.tar").write_bytes((header.tobuf() + bytes(30_208)) * 3)
+    refused(tmp_path / "a.tar", f"{64 << 10} bytes")
 
 
 def test_many_entries(tmp_path, kind, monkeypatch):
@@ -372,6 +375,26 @@ def test_stopped_in_the_middle(tmp_path, kind, monkeypatch):
     (left / "z").write_bytes(b"old")
     unpack(archive)
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == [MARKER_NAME, "a", "x", "y"]
+
+
+def test_stopped_while_older_files_are_replaced(tmp_path, monkeypatch):
+    """Files of two archives with the same names and sizes are not taken for one of them."""
+    unpack(make("zip", tmp_path, {"x": b"1", "y": b"1"}))
+    replace, moved = Path.replace, []
+
+    def stop(path: Path, target: Path) -> Path:
+        if target.parent == tmp_path / "out/a":
+            moved.append(target.name)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unpack(make("zip", tmp_path, {"x": b"2", "y": b"2"}))
+    assert moved == ["x", "y"]
+    assert read_marker(tmp_path / "out/a") is None
 
 
 def test_a_folder_that_is_a_link_to_another_place(tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def test_another_archive_is_noticed(story, mirror):
 
 def test_bair_and_clevrer_in_their_true_formats(story, tmp_path):
     mirror = tmp_path / "mirror"
-    small_data_sets.write_bair_archive(mirror, train=4, test=2, a_file=4, frames=3)
+    small_data_sets.write_bair_archive(mirror, train=4, test=2, per_file=4, frames=3)
     small_data_sets.write_clevrer_archives(mirror, train=2, validation=1, test=1, frames=4)
     bair = {"name": "bair_64", "source": "bair", "splits": {"val": 0.25}}
     assert story.counts(mirror, **bair) == {"train": 3, "val": 1, "test": 2}
