@@ -37,7 +37,7 @@ def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
     write_videos(folder / "videos" / "train", kind, videos)
     config = config.model_copy(
         update={
-            "dataset": dataset_of(folder / "videos", kind).model_copy(update={"image_size": side}),
+            "dataset": dataset_of(folder / "videos", kind).model_copy(update={"image_size": side, "frame_step": 1}),
             "paths": config.paths.model_copy(update={"latents": str(folder), "runs": str(folder / "runs")}),
             "cache": config.cache.model_copy(update={"views": ("identity",), "compile": False}),
         }

@@ -65,12 +65,14 @@ class Workbench:
 
     Attributes:
         folder: temporary; removed after the benchmarks.
+        clock: seconds.
     """
 
     config: RiverConfig
     run_context: RunContext
     folder: Path
     sizes: Sizes
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def device(self) -> torch.device:
@@ -102,14 +104,14 @@ class Workbench:
             The least seconds per call of each function.
         """
         least = [float("inf")] * len(functions)
-        started, turns = time.perf_counter(), 0
-        while turns < 2 or time.perf_counter() - started < self.sizes.seconds:
+        started, turns = self.clock(), 0
+        while turns < 2 or self.clock() - started < self.sizes.seconds:
             turns += 1
             for number, function in enumerate(functions):
-                start = time.perf_counter()
+                start = self.clock()
                 for _ in range(calls):
                     function()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                least[number] = min(least[number], (time.perf_counter() - start) / calls)
+                least[number] = min(least[number], (self.clock() - start) / calls)
         return least

@@ -1,11 +1,15 @@
 """The benchmark: all of it in a tiny size, that both sides of each ratio do equal work, and its file."""
 
+import itertools
 import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +18,7 @@ from latent_cache import FlowBatch
 from pipelines.bench.autoencoder_speed import PLAIN_BATCH, autoencoder_measurements, encoder_threads, plain_twin
 from pipelines.bench.benchmark import run_benchmark
 from pipelines.bench.decode_speed import dataset_of, decode_bare, decode_measurements, decode_source, write_videos
+from pipelines.bench.encode_speed import encode_measurements
 from pipelines.bench.flow_speed import of_pytorch_layers
 from pipelines.bench.measurement import Benchmark, Measurement
 from pipelines.bench.sampling_speed import sampling_measurements
@@ -22,8 +27,9 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json
 from stage1_autoencoder.config import VQGANConfig
-from stage1_autoencoder.frame_encoder import FrameEncoder
+from stage1_autoencoder.frame_encoder import EncodedFrames, FrameEncoder
 from stage1_autoencoder.videos import open_source
+from stage1_autoencoder.views import ViewTransform
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.loss import draw_flow, flow_matching_loss
@@ -90,11 +96,26 @@ def test_a_required_range(row, reached, tmp_path):
     assert Benchmark.model_validate_json(benchmark.model_dump_json()) == benchmark
 
 
-def test_in_turn_alternates_and_counts_calls(bench):
-    calls = []
-    seconds = bench.in_turn(lambda: calls.append("a"), lambda: calls.append("b"), calls=2)
-    assert calls == ["a", "a", "b", "b"] * 2
-    assert all(0 < value < math.inf for value in seconds)
+def test_in_turn_alternates_until_the_time_is_up(bench):
+    now, calls = 0.0, []
+
+    def takes(name: str, *seconds: float) -> Callable[[], None]:
+        turns = iter(seconds)
+
+        def run() -> None:
+            nonlocal now
+            calls.append(name)
+            now += next(turns)
+
+        return run
+
+    bench = replace(bench, sizes=replace(TINY, seconds=15.0), clock=lambda: now)
+    least = bench.in_turn(takes("a", 2, 2, 1, 3, 3, 3), takes("b", 1, 1, 1, 1, 1, 1), calls=2)
+    assert calls == ["a", "a", "b", "b"] * 3  # 6, 6 and 8 seconds: the first two turns are not enough
+    assert least == [2.0, 1.0]  # per call, of the best turn
+    calls.clear()
+    assert replace(bench, sizes=TINY).in_turn(takes("a", 5, 4)) == [4.0]
+    assert calls == ["a", "a"]  # the first one warms up
 
 
 def test_the_plain_autoencoder_computes_the_same():
@@ -130,6 +151,27 @@ def test_both_autoencoders_encode_and_decode_equally_many_frames(bench, monkeypa
     # Ours has one network per precision, the plain one encodes in both.
     assert sorted(frames["encode"].values()) == [both, both, 2 * both]
     assert sorted(frames["decode"].values()) == [both, both]
+
+
+def test_encode_is_compared_at_equal_work(bench, monkeypatch):
+    frames: dict[FrameEncoder, int] = {}
+    encode = FrameEncoder.encode
+
+    def counted(encoder: FrameEncoder, images: np.ndarray, views: list[ViewTransform]) -> EncodedFrames:
+        frames[encoder] = frames.get(encoder, 0) + len(images)
+        return encode(encoder, images, views)
+
+    monkeypatch.setattr(FrameEncoder, "encode", counted)
+    (row,) = encode_measurements(replace(bench, clock=itertools.count().__next__))
+    count = int(re.search(r"encode (\d+) frames", row.name).group(1))
+    alone, *whole = frames.values()
+    at_once = next(iter(frames)).frames * encoder_threads(bench)
+    assert count == 2 * VIDEO.frames
+    assert sum(whole) == 2 * count  # two turns
+    assert alone == 2 * at_once + 2 * at_once * -(-count // at_once)  # to find out the rate, then the same frames
+    # Every measurement took one tick.
+    assert row.value == count
+    assert row.ratio == 0.5
 
 
 def test_no_plain_twin_of_another_family(tmp_path):
