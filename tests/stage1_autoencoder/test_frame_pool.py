@@ -63,19 +63,13 @@ def seen(batch: np.ndarray) -> list[tuple[int, int]]:
 LENGTHS = [30, 3, 50, 17, 1, 44, 60, 25]
 
 
-def test_batches_are_frames_of_the_videos():
-    with closing(make_pool(Numbered(LENGTHS))) as pool:
-        for step in range(50):
-            batch = pool.batch(step)
-            assert batch.shape == (4, SIDE, SIDE, 3)
-            assert batch.dtype == np.uint8
-            assert all(frame < LENGTHS[video] for video, frame in seen(batch))
-
-
 @pytest.mark.parametrize("frames", [40, 1000])
 def test_a_batch_is_a_function_of_seed_and_step(frames):
     with closing(make_pool(Numbered(LENGTHS), frames=frames)) as pool:
         whole = [pool.batch(step) for step in range(50)]
+        assert (pool.batch(3, slice(1, 3)) == whole[3][1:3]).all()
+    assert {(batch.shape, batch.dtype.name) for batch in whole} == {((4, SIDE, SIDE, 3), "uint8")}
+    assert all(frame < LENGTHS[video] for batch in whole for video, frame in seen(batch))
     assert frames == 1000 or pool.last_round >= 1
     with closing(make_pool(Numbered(LENGTHS), frames=frames)) as resumed:
         for step in (41, 42, 43, 49):
@@ -95,13 +89,6 @@ def test_rounds_and_batches_depend_on_the_seed():
         with closing(make_pool(Numbered([30] * 100), seed=seed, steps=40)) as pool:
             rounds.append({video for step in range(40) for video, _ in seen(pool.batch(step))})
     assert rounds[0] != rounds[1]
-
-
-def test_rows_of_a_batch():
-    with closing(make_pool(Numbered(LENGTHS))) as pool:
-        for step in (0, 3):
-            assert (pool.batch(step, slice(1, 3)) == pool.batch(step)[1:3]).all()
-            assert len(pool.batch(step, slice(1, 3))) == 2
 
 
 def test_a_batch_is_described_by_its_frames():

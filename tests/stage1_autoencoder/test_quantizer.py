@@ -41,6 +41,11 @@ def test_nearest_is_the_brute_force_answer(quantizer, shape):
     assert codes.dtype == torch.int64
     check_nearest(expected, codes)
     assert (quantizer.nearest(latents.double()) == expected.argmin(-1)).all()
+    embedded = quantizer.embed(codes)
+    assert torch.equal(embedded.movedim(1, -1), quantizer.embedding.weight[codes])
+    assert torch.equal(quantizer.nearest(embedded), codes)
+    fresh = VectorQuantizer(64, 4).embedding.weight
+    assert 0.9 / 64 < fresh.abs().max() <= 1 / 64
 
 
 def test_of_equal_codes_the_first_is_chosen(quantizer, latents):
@@ -58,15 +63,6 @@ def test_autocast_does_not_change_codes(quantizer):
     assert (inside == quantizer.nearest(latents)).all()
     # The test could fail: rounding to bfloat16 moves some positions to another code.
     assert (quantizer.nearest(latents.bfloat16()) != quantizer.nearest(latents)).any()
-
-
-def test_embed_returns_the_codes_vectors(quantizer):
-    codes = torch.tensor([[[3, 96], [0, 3]]])
-    embedded = quantizer.embed(codes)
-    assert embedded.shape == (1, 4, 2, 2)
-    assert torch.equal(embedded[0, :, 0, 1], quantizer.embedding.weight[96])
-    assert torch.equal(embedded[0, :, 1, 1], quantizer.embedding.weight[3])
-    assert torch.equal(quantizer.nearest(embedded), codes)
 
 
 def test_values_are_codes_and_losses_are_mean_squared_distances(quantizer, latents):
@@ -99,12 +95,6 @@ def test_each_loss_moves_its_own_side(quantizer, latents):
     assert latents.grad is None
     moved = quantizer.embedding.weight.grad.abs().sum(1) > 0
     assert (moved.nonzero().flatten() == output.codes.unique()).all()
-
-
-def test_codes_start_uniform_within_one_over_their_number():
-    weight = VectorQuantizer(64, 4).embedding.weight
-    assert weight.abs().max() <= 1 / 64
-    assert weight.abs().max() > 0.9 / 64
 
 
 def dense_quantizer() -> VectorQuantizer:

@@ -56,15 +56,6 @@ def test_the_output_is_the_formula_written_out(tanh):
     torch.testing.assert_close(output, expected.tanh() if tanh else expected, rtol=0, atol=1e-12)
 
 
-def test_both_frames_matter_and_nothing_of_them_is_added():
-    refiner, (previous, decoded) = network(), frames()
-    output = refiner(previous, decoded)
-    assert (output - refiner(decoded, previous)).abs().max() > 0.01
-    for parameter in refiner.tail.parameters():
-        parameter.zero_()
-    assert torch.equal(refiner(previous, decoded), torch.zeros_like(decoded))
-
-
 def test_channels_last_and_bfloat16_are_close():
     exact, (previous, decoded) = network(), frames(side=32)
     expected = exact(previous, decoded)
