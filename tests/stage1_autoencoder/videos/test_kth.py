@@ -112,12 +112,6 @@ def test_broken_and_foreign_files(data):
     assert [video.id for video in sources["test"].skipped] == ["person22_boxing_d1"]
 
 
-def test_two_files_for_one_video(data, make_video):
-    make_video("kth/copy/person01_boxing_d1_uncomp.avi", 3)
-    with pytest.raises(VideoError, match=r"boxing/person01.*copy/person01.*remove one"):
-        open_splits(config(), data)
-
-
 def test_folders_that_contain_something_else(tmp_path, make_video):
     root = tmp_path / "kth"
     with pytest.raises(VideoError, match=r"kth: .*make data DATASET=kth"):

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 
+from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import VideoError
 from stage1_autoencoder.videos.splits import assign_numbers, rows_by_fractions
 
@@ -58,3 +59,20 @@ def test_a_number_in_two_splits():
     }
     with pytest.raises(VideoError, match=r"video 2 .*train.*test"):
         assign_numbers({"train": "0-2", "test": "2-5"}, "video", "0-9")
+
+
+@pytest.mark.parametrize(
+    ("source", "splits", "carried"),
+    [
+        ("shapes", {"val": 0.5}, r"splits\.val: 0\.5 .*shapes"),
+        ("bair", {"test": 0.1}, r"splits\.test.*only val"),
+        ("bair", {"val": "3-4"}, r"splits\.val: '3-4' .*bair"),
+        ("hdf5", {"val": "3-4"}, r"splits\.val: '3-4' .*hdf5"),
+        ("videos", {"val": 0.5, "test": 0.5}, r"splits.*0\.5.*train"),
+        ("kth", {"val": 0.1}, r"splits\.val: 0\.1 .*1-19"),
+        ("clevrer", {"val": 0.1}, r"splits\.val: 0\.1 .*0-9999"),
+    ],
+)
+def test_splits_must_fit_the_source(source, splits, carried):
+    with pytest.raises(ValueError, match=carried):
+        DatasetConfig(name="mine", source=source, splits=splits)
