@@ -3,11 +3,8 @@
 import dataclasses
 import hashlib
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation import networks
 from pipelines.evaluation.networks import PublicFile, VideoNetwork, load_lpips, missing_weights_message
 from stage1_autoencoder.lpips import HEADS_FILE, LPIPS, STAGES
+from tests.file_server import FileServer, serving
 
 CPU, SETTING = torch.device("cpu"), "evaluation.video_network"
 CONTENT = b"the weights of a small network"
@@ -37,30 +35,16 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch) -> Iterator[tuple[Path, str]]:
-    """A folder and the URL under which it is served."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    folder = tmp_path / "server"
-    folder.mkdir()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield folder, f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-        thread.join()
+def server(tmp_path) -> Iterator[FileServer]:
+    with serving(tmp_path / "server") as running:
+        yield running
 
 
 @pytest.fixture
 def public(server) -> PublicFile:
     """A public file, on the server."""
-    folder, url = server
-    (folder / "net.pt").write_bytes(CONTENT)
-    return PublicFile("net.pt", f"{url}/net.pt", hashlib.sha256(CONTENT).hexdigest(), "30 bytes")
+    (server.folder / "net.pt").write_bytes(CONTENT)
+    return PublicFile("net.pt", f"{server.url}/net.pt", hashlib.sha256(CONTENT).hexdigest(), "30 bytes")
 
 
 def test_the_files_that_everybody_has():
@@ -107,14 +91,14 @@ def test_a_damaged_file_in_torchs_folder_is_refused(public, hub, digits):
 
 
 def test_another_file_from_the_server_gets_no_name(public, hub, server):
-    (server[0] / "net.pt").write_bytes(CONTENT[:-1])
+    (server.folder / "net.pt").write_bytes(CONTENT[:-1])
     with pytest.raises(UserError, match=f"sha256.*set {SETTING} to its path"):
         public.find(None, SETTING, download=True)
     assert list(hub.iterdir()) == []
 
 
 def test_a_failed_download_tells_the_way_out(public, hub, server, tmp_path, monkeypatch):
-    (server[0] / "net.pt").unlink()
+    (server.folder / "net.pt").unlink()
     with pytest.raises(FetchError, match=f"404 .*set {SETTING} to its path"):
         public.find(None, SETTING, download=True)
     assert list(hub.iterdir()) == []
