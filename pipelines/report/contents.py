@@ -22,19 +22,19 @@ SHEET_BUDGET = 1_200_000
 def autoencoder_section(run: Run) -> dict[str, Any]:
     """The last validation's reconstructions, and which codes the store's latents fall on."""
     sheets = sorted((run.path / "autoencoder" / "reconstructions").glob("step_*.png"))
-    picture, problem = None, ""
+    pictures, problem = [], ""
     try:
-        if sheets:
-            with Image.open(sheets[-1]) as image:
-                picture = (encode_all([np.asarray(image.convert("RGB"))], SHEET_BUDGET) or [None])[0]
-            problem = "" if picture else f"{sheets[-1]}: too large for the page"
+        for path in sheets[-1:]:
+            with Image.open(path) as image:
+                pictures = encode_all([np.asarray(image.convert("RGB"))], SHEET_BUDGET)
     except (OSError, ValueError) as error:
-        problem = f"{sheets[-1]}: not a readable picture: {error}; the next validation writes one"
+        problem = f"{sheets[-1]}: cannot be shown: {error}; the next validation writes another one"
     caches = _open_splits(run)
     usage = {cache.split: count_codes(cache) for cache in caches if cache.code_reader is not None}
     return {
-        "sheet": picture,
-        "step": int(sheets[-1].stem.removeprefix("step_")) if sheets else 0,
+        "sheets": [
+            (int(path.stem.removeprefix("step_")), url) for path, url in zip(sheets[-1:], pictures, strict=False)
+        ],
         "problem": problem,
         "usage": _code_usage(usage, caches[0].metadata.autoencoder.get("codes", 0)) if usage else None,
     }

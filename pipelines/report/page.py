@@ -111,10 +111,11 @@ def _note(environment: jinja2.Environment, kind: str, text: str) -> Markup:
 
 def _with_code(text: str) -> Markup:
     """Text in which parts between backticks are code; a backtick without a partner is a character like others."""
-    parts = [escape(part) for part in text.split("`")]
+    parts = text.split("`")
     if len(parts) % 2 == 0:
         return escape(text)
-    return Markup("").join(Markup(f"<code>{part}</code>") if i % 2 else part for i, part in enumerate(parts))
+    # Both `format` and `join` of Markup escape what is plain text.
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _read(name: str) -> str:

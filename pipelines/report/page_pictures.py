@@ -85,11 +85,13 @@ def sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.concatenate(list(video), axis=1) for video in rows], axis=0)
 
 
-def encode_all(pictures: Sequence[np.ndarray], budget: int) -> list[str] | None:
-    """Pictures [h, w, 3] as `data:` URLs of WebP, in the best quality in which all fit; None where none is enough.
+def encode_all(pictures: Sequence[np.ndarray], budget: int) -> list[str]:
+    """Pictures [h, w, 3] as `data:` URLs of WebP, in the best quality in which all fit.
 
     Args:
         budget: bytes for all of them together; as base64 they take a third more.
+    Raises:
+        ValueError: they do not fit in any quality.
     """
     for options in QUALITIES:
         encoded: list[bytes] = []
@@ -101,4 +103,4 @@ def encode_all(pictures: Sequence[np.ndarray], budget: int) -> list[str] | None:
                 break
         else:
             return [f"data:image/webp;base64,{base64.b64encode(picture).decode()}" for picture in encoded]
-    return None
+    raise ValueError(f"pictures do not fit into {budget} bytes in any quality")

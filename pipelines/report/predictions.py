@@ -1,5 +1,6 @@
 """Predicted clips that play: truth, prediction and difference, given frames in green and predicted ones in red."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,6 @@ def _clip(name: str, strips: list[np.ndarray]) -> Clip:
 def _fitting_pictures(clips: list[Clip]) -> list[str]:
     """The sheets of as many of the first clips as fit into the budget."""
     for count in range(len(clips), 0, -1):
-        encoded = encode_all([sheet(list(clip.videos.values())) for clip in clips[:count]], BUDGET)
-        if encoded is not None:
-            return encoded
+        with suppress(ValueError):
+            return encode_all([sheet(list(clip.videos.values())) for clip in clips[:count]], BUDGET)
     return []

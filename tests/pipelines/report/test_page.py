@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
+from pipelines.evaluation.results import EvaluationProtocol, Interval, StudyPoint, StudyProtocol
 from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
 from pipelines.report import contents, page, predictions
 from pipelines.runtime.checkpoints import CheckpointFolder
@@ -22,6 +24,12 @@ from pipelines.training.flow_trainer import flow_plan
 
 SIDE, CONTEXT, HORIZON = 32, 2, 4
 EVIL = "<script>alert(1)</script>"
+
+
+def filled(model: type[BaseModel], **values: Any) -> dict[str, Any]:
+    """All fields of a class: some value of the right type where none is given."""
+    some = {str: "text", int: 1, float: 1.0, bool: False, dict[str, Any]: {}, Interval: [0.0, 2.0]}
+    return {name: some.get(field.annotation) for name, field in model.model_fields.items()} | values
 
 
 def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
@@ -37,16 +45,11 @@ def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
     }
     fvd = {"prediction": 120.5, "copy_last": 300.25, "reconstruction": 40.0, "interval": {"prediction": [110.0, 131.0]}}
     fvd["autoencoded"] = {"prediction": 77.25, "copy_last": 250.0, "interval": {"prediction": [70.0, 85.0]}}
-    whole = {
-        "protocol": None, "dataset": "toys", "split": "test", "clips": 64, "videos": 60, "window": "first",
-        "window_seed": 0, "context": CONTEXT, "horizon": HORIZON, "samples": 3, "aggregation": "mean", "best_of": None,
-        "interval": "95 %, bootstrap over videos", "pixels": "floats", "image_size": SIDE, "frame_step": 1,
-        "resize": {"filter": "area"}, "sampling": {"solver": "euler", "steps": 5}, "seed": 0, "precision": "fp32",
-        "nfe": 5, "description": "euler", "flow_step": 400, "flow_sha256": "ef" * 32, "flow_origin": {},
-        "refine": False, "refiner_step": None, "refiner_sha256": None, "autoencoder_sha256": "cd" * 32,
-        "store_fingerprint": "ab" * 32, "vgg_sha256": None, "fvd": None, "device": "cpu", "torch": "2.13",
-        "missing": {"lpips": "the weights of VGG16 are not here"},
-    }  # fmt: skip
+    whole = filled(
+        EvaluationProtocol, clips=64, videos=60, context=CONTEXT, horizon=HORIZON, samples=3, nfe=5, flow_step=400,
+        interval="95 %, bootstrap over videos", sampling={"solver": "euler", "steps": 5},
+        autoencoder_sha256="cd" * 32, missing={"lpips": "the weights of VGG16 are not here"},
+    )  # fmt: skip
     return {"protocol": whole | protocol, "metrics": {"psnr": psnr, "fvd": fvd}}
 
 
@@ -54,49 +57,14 @@ def study() -> dict[str, Any]:
     """As `study` writes it: three solvers, one other option, another seed of the reference."""
 
     def point(solver: str, nfe: int, psnr: float, **options: Any) -> dict[str, Any]:
-        values = {"psnr": psnr, "ssim": 0.8, "sharpness": 1.0, "frechet": 0.1}
-        values |= {
-            f"{name}_{kind}": [value - 1, value + 1] if "interval" in kind else 0.0
-            for name, value in values.items()
-            for kind in ("interval", "difference", "difference_interval")
-        }
-        common = {
-            "key": f"{solver} {nfe} {options}",
-            "warm_start": 0.0,
-            "condition": "per-evaluation",
-            "seed": 0,
-            "preset": "default",
-            "per_clip": {"psnr": [psnr]},
-            "frechet_resampled": [0.1],
-        }
-        return (
-            values
-            | common
-            | {"solver": solver, "nfe": nfe, "steps": nfe, "milliseconds_per_frame": 2.5 * nfe}
-            | options
-        )
+        common = {"warm_start": 0.0, "condition": "per-evaluation", "seed": 0, "per_clip": {}, "frechet_resampled": []}
+        measured = {"psnr": psnr, "psnr_interval": [psnr - 1, psnr + 1], "milliseconds_per_frame": 2.5 * nfe}
+        return filled(StudyPoint, solver=solver, nfe=nfe, **common | measured | options)
 
     points = [point("rk4-38", 396, 21.0, preset="official"), point("rk4-38", 32, 9.75, seed=1)]
     points += [point("euler", nfe, 20 + nfe / 8) for nfe in (1, 4, 8)]
     points += [point("midpoint", nfe, 20 + nfe / 4) for nfe in (2, 4)] + [point("euler", 2, 3.25, warm_start=0.5)]
-    protocol = {
-        "dataset": "toys",
-        "split": "test",
-        "window": "first",
-        "clips": ["a", "b"],
-        "context": CONTEXT,
-        "horizon": HORIZON,
-        "image_size": SIDE,
-        "flow_step": 400,
-        "flow_sha256": "ef" * 32,
-        "autoencoder_sha256": "cd" * 32,
-        "past_horizon": None,
-        "precision": "fp32",
-        "device": "cpu",
-        "frechet": "",
-        "sharpness": "",
-        "lpips": False,
-    }
+    protocol = filled(StudyProtocol, clips=["a", "b"], device="cpu")
     return {"protocol": protocol, "points": points, "reference": 0, "cheapest": 3}
 
 
@@ -303,6 +271,7 @@ def test_an_evaluation_without_intervals(whole: Toys):
         ("samples/samples.json", {"clips": 3}, "clips"),
         ("environment.json", "\x00", "line 1"),
         ("samples/walk.gif", "no GIF", "walk.gif"),
+        ("autoencoder/reconstructions/step_00000100.png", "no picture", "cannot be shown"),
         ("flow/checkpoints/step_00000500/state.json", '{"step": 500', "line 1"),
         ("flow/log.jsonl", '{"step": 10, "loss": 1}\n{"step": 20, "lo', "line 2"),
     ],

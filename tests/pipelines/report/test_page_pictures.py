@@ -66,7 +66,8 @@ def test_pictures_are_lossless_where_there_is_room_and_fit_where_there_is_not():
     assert (np.asarray(decoded.convert("RGB")) == picture).all()
     fitted = encode_all([picture, picture], size(url))
     assert 0 < sum(map(size, fitted)) <= size(url)
-    assert encode_all([picture], 100) is None
+    with pytest.raises(ValueError, match="100"):
+        encode_all([picture], 100)
 
 
 @pytest.mark.parametrize(("length", "side"), [(30, 64), (40, 256), (1000, 256), (16, 1024), (5, 97)])
