@@ -45,11 +45,6 @@ class Line:
                 values = np.asarray(getattr(self, name), np.float64)
                 object.__setattr__(self, name, np.where(np.isfinite(values), values, np.nan))
 
-    def pieces(self) -> list[np.ndarray]:
-        """Indices of the points between gaps."""
-        present = np.flatnonzero(np.isfinite(self.y))
-        return np.split(present, np.flatnonzero(np.diff(present) > 1) + 1)
-
     def thinned(self, limit: int = MAX_POINTS) -> "Line":
         """A line of at most `limit` points: means of neighbors, with their extremes as the band."""
         n = len(self.x)
@@ -132,10 +127,13 @@ class Chart:
         """The points of a line's band, one polygon per piece without gaps."""
         if line.band is None or line.faint:
             return []
-        low, high = line.band.T
-        return [
-            self.points(np.append(line.x[p], line.x[p][::-1]), np.append(high[p], low[p][::-1])) for p in line.pieces()
-        ]
+        x, (low, high) = line.x, line.band.T
+        found = pieces(np.isfinite(low + high + line.y))
+        return [self.points(np.append(x[p], x[p][::-1]), np.append(high[p], low[p][::-1])) for p in found]
+
+    def pieces(self, line: Line) -> list[np.ndarray]:
+        """Indices of a line's points, split at the gaps."""
+        return pieces(np.isfinite(line.y))
 
     @property
     def shown(self) -> list[Line]:
@@ -194,6 +192,12 @@ def chart(
             spread.append(tick)
             end = across(tick)
     return Chart(title, lines, x_label, y_label, across, up, spread, up.ticks(), better, note)
+
+
+def pieces(present: np.ndarray) -> list[np.ndarray]:
+    """Indices of the points that are present, split at the gaps."""
+    indices = np.flatnonzero(present)
+    return np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if len(indices) else []
 
 
 def padded_range(values: ArrayLike, logarithmic: bool, padding: float) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def contents_section(run: Run) -> dict[str, Any]:
             if checkpoint is not None
         ],
         "store": _store(run),
-        "environment": None if environment is None else flattened(environment.model_dump()),
+        "environment": environment and flattened(environment.model_dump(exclude={"software"}) | environment.software),
         "config_path": path,
         "config_text": config,
     }

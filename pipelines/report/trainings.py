@@ -113,9 +113,9 @@ def _progress(run: Run, training: str) -> str | None:
     status = run.stages[training]
     # What conflicts is told by a warning, at length.
     detail = describe_progress(checkpoint) if status.state == "conflicting" else status.detail
-    words = [f"{status.state}: {detail}", f"the checkpoint of step {checkpoint.step} is used"]
+    words = [f"{status.state.capitalize()}: {detail}", f"the checkpoint of step {checkpoint.step} is used"]
     best = checkpoint.state.get("best", {})
-    words += [f"best by {key.replace('_', ' ')}, {number_text(value)}" for key, value in best.items()]
+    words += [f"best by {key.replace('_', ' ')} ({number_text(value)})" for key, value in best.items()]
     rate = None if log is None else log.median("steps_per_second")
     return ", ".join(words + ([] if rate is None else [f"{number_text(rate)} steps/s"])) + "."
 

@@ -85,6 +85,9 @@ def test_gaps_break_a_line_and_its_band():
                for tag in ("polyline", "polygon")}  # fmt: skip
     assert lengths == {"polyline": [2, 2], "polygon": [4, 2, 4]}
     assert markup.count("<circle") == 1  # a point between gaps
+    without = drawn(chart("t", [Line("ours", [1, 2], [1.0, 2.0], "s1", [(None, None)] * 2)], "x", "y"))
+    assert "<polygon" not in without
+    assert "nan" not in without
 
 
 def test_one_point_constants_and_nothing():

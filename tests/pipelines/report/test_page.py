@@ -165,7 +165,7 @@ def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[
         "predictions": ["walk", "jump", "truth", "prediction", "2 x difference", "2 frames given", "4 predicted"],
         "quality": ["PSNR of each predicted frame", "best of 3 samples", "77.2", "the weights of VGG16 are not here"],
         "study": ["PSNR against NFE", "euler", "midpoint", "level of 396 evaluations", "warm start 0.5", "seed 1"],
-        "training": ["Stage 2: the flow", "done: 400 steps", "validation"],
+        "training": ["Stage 2: the flow", "Done: 400 steps", "validation"],
         "speed": ["load", "≥ 0.5", "not reached", "2 cores"],
         "contents": ["a device", "ab" * 32, "cd" * 32, "dataset: {name: toys, image_size: 32}"],
     }.items():
@@ -176,6 +176,7 @@ def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[
     assert section(text, "quality").count("<polygon") == 3  # a band per subject
     assert section(text, "quality").count("<circle") == 3 * HORIZON
     assert 'data-fps="12"' in text
+    assert not re.search(r'="[^"]*\b(nan|inf|None)\b', text)
     assert "undefined" not in text_of(re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)).lower()
 
 
