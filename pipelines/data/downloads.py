@@ -258,7 +258,7 @@ class Download:
         """Refuse before any download what the disk cannot hold, as far as servers announce sizes.
 
         An archive unpacks to about its own size: tar does not compress, and videos hardly shrink in a zip. A downloaded
-        archive is removed once it is unpacked, so only the last one lies beside its files.
+        archive is removed once it is unpacked, so only the last one is on the disk beside its files.
         """
         used = peak = download = unpacked = 0
         for archive in archives:
@@ -271,12 +271,14 @@ class Download:
             used += size if self.mirror_folder else missing
             download, unpacked = download + missing, unpacked + size
         free = free_bytes(self.root)
+        needs = f"{size_text(download)} to download and about {size_text(unpacked)} to unpack need {size_text(peak)}"
         if peak > free:
             raise NoRoomError(
-                f"{self.root}: {size_text(download)} to download and about {size_text(unpacked)} to unpack need "
-                f"{size_text(peak)}, but only {size_text(free)} are free; free some space, or set dataset.root to "
-                "a folder on another disk"
+                f"{self.root}: {needs}, but only {size_text(free)} are free; free some space, or set dataset.root to a "
+                "folder on another disk"
             )
+        if peak:
+            say(f"{self.root}: {needs}, {size_text(free)} are free")
 
     def _get(self, archive: Archive) -> None:
         file, place = self.file(archive), self.place(archive.path)

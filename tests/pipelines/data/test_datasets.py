@@ -149,13 +149,6 @@ def test_no_network(story, monkeypatch):
     story.refused(None, "http://127.0.0.1:9/00sequences.txt", "make data DATASET=kth MIRROR=")
 
 
-def test_incomplete_mirrors(story, mirror, tmp_path):
-    (mirror / "boxing.zip").unlink()
-    (mirror / "walking.zip").unlink()
-    story.refused(mirror, f"MIRROR={mirror}", "boxing.zip, walking.zip")
-    assert not (tmp_path / "data").exists()
-
-
 def test_sequences_are_needed_only_when_asked_for(story, mirror):
     (mirror / "00sequences.txt").unlink()
     story.counts(mirror)
