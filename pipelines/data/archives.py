@@ -33,6 +33,7 @@ MARKER_NAME = ".unpacked.json"  # written last into the folder
 # Larger than any zip that we download; a few kilobytes can claim any size.
 MAX_UNPACKED_BYTES = 32 << 30
 MAX_ENTRIES = 200_000
+_MAX_NAME_LENGTH = 500
 _MAX_HEADER_BYTES = 64 << 10  # of one entry of a tar, with its long names
 _BLOCK = 1 << 20
 
@@ -236,8 +237,11 @@ def _safe_path(archive: Path, name: str, top: str) -> PurePosixPath:
     drive = bool(path.parts) and ":" in path.parts[0]
     if path.is_absolute() or ".." in path.parts or "\\" in name or drive:
         raise ArchiveError(f"{archive}: refused, its entry {name!r} would be written outside the folder")
-    if any(unicodedata.category(letter) == "Cc" for letter in name):
-        raise ArchiveError(f"{archive}: refused, its entry {name!r} has control characters in its name")
+    if len(name) > _MAX_NAME_LENGTH or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise ArchiveError(
+            f"{archive}: refused, the name of its entry {name[:100]!r} is not UTF-8, has control characters or more "
+            f"than {_MAX_NAME_LENGTH} characters"
+        )
     return path.relative_to(top) if path.parts[:1] == (top,) else path
 
 

@@ -170,8 +170,11 @@ def test_names_that_clash(tmp_path, kind, names):
     refused(make(kind, tmp_path, dict.fromkeys(names, b"1")), *map(repr, names))
 
 
-def test_control_characters_in_names(tmp_path, kind):
+def test_names_that_file_systems_refuse(tmp_path, kind):
     refused(make(kind, tmp_path, {"a\nb.avi": b""}), r"'a\nb.avi'")
+    refused(make(kind, tmp_path, {"a/" * 10_000 + "b": b""}), "'a/a/")
+    if kind == "tar":  # zipfile decodes any bytes
+        refused(make_tar(tmp_path, [tar_entry("a\udcff.avi")]), r"'a\udcff.avi'")
 
 
 @pytest.mark.parametrize(
