@@ -16,7 +16,7 @@ from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.evaluation.networks import load_lpips, missing_weights_message
-from pipelines.prediction.pictures import reconstruction_sheet
+from pipelines.prediction.pictures import reconstruction_sheet, save_picture
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, use_precision
 from pipelines.runtime.distributed import ALONE, Processes
@@ -36,9 +36,9 @@ from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE
 from stage1_autoencoder.training import DiscriminatorStep, backward, learning_rate_factor
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 
-# Latent vectors a code that the codebook is started on.
+# Latent vectors per code for the start of the codebook.
 VECTORS_A_CODE = 4
-# Frames that are shown on a sheet, and that go through the network at once in validation.
+# Frames on a sheet, and batch size in validation.
 SHEET_FRAMES = 16
 FRAMES_AT_ONCE = 32
 
@@ -141,11 +141,11 @@ def loop_settings(config: RiverConfig, perceptual: bool, validated: bool) -> Loo
 
 @dataclass(frozen=True)
 class Validation:
-    """What is looked at over and over while an autoencoder is trained.
+    """Validation data of an autoencoder in training.
 
     Attributes:
         images: [n, 3, h, w] in [-1, 1] on the CPU.
-        folder: where a sheet of reconstructions goes each time.
+        folder: for the sheets of reconstructions.
     """
 
     images: Tensor
@@ -153,7 +153,7 @@ class Validation:
 
 
 class AutoencoderTrainer(Trainer):
-    """Autoencoder, discriminator where there is one, averaged copy, and the care of the codebook."""
+    """The autoencoder, its optimizers, averaged copy, codebook care, and the discriminator if there is one."""
 
     def __init__(
         self,
@@ -169,10 +169,10 @@ class AutoencoderTrainer(Trainer):
         """Initialize everything from the configuration's seed.
 
         Args:
-            pool: where frames come from.
+            pool: source of the training frames.
             perceptual: LPIPS on the device, or None.
-            validation: of the first process.
-            state: what else goes into the checkpoints' JSON.
+            validation: in rank 0.
+            state: further JSON of the checkpoints.
         """
         self.config, self.training, self.device = config, config.autoencoder.training, device
         self.pool, self.perceptual, self.validation = pool, perceptual, validation
@@ -202,7 +202,7 @@ class AutoencoderTrainer(Trainer):
         return self.train_state.learning_rate
 
     def train_step(self, step: int) -> StepResult:
-        """One update of the autoencoder, and one of the discriminator from its start on."""
+        """One update of the autoencoder, and from `adversarial.start` on one of the discriminator."""
         training = self.training
         if step == 0:
             self._start_codebook()
@@ -250,7 +250,7 @@ class AutoencoderTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR, SSIM and LPIPS of reconstructions, how many codes they use, and a sheet to look at."""
+        """PSNR, SSIM and LPIPS of reconstructions, the number of codes in use, and a sheet of pictures."""
         if self.validation is None:
             return {}
         model = self.train_state.best_model.eval()
@@ -264,12 +264,11 @@ class AutoencoderTrainer(Trainer):
         measured = self._distances(torch.cat(reconstructed))
         measured["validation_codes"] = len(frequencies)
         measured["validation_perplexity"] = float((-(frequencies * frequencies.log()).sum()).exp())
-        # Spread over the videos, whose frames lie beside each other.
+        # Spread over the videos: frames of one video are neighbors.
         shown = torch.linspace(0, len(self.validation.images) - 1, SHEET_FRAMES).round().long().unique()
         title = f"{self.config.dataset.name}, step {step}: {_in_words(measured)}"
         sheet = reconstruction_sheet(self.validation.images[shown], torch.cat(reconstructed)[shown], title)
-        self.validation.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.validation.folder / f"step_{step:08d}.png")
+        save_picture(self.validation.folder / f"step_{step:08d}.png", sheet)
         say(f"autoencoder: step {step}: validation {_in_words(measured)}")
         return measured
 
@@ -286,7 +285,7 @@ class AutoencoderTrainer(Trainer):
         return {f"validation_{name}": torch.cat(each).mean().item() for name, each in values.items()}
 
     def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
-        """Use of the codes over an epoch; a warning at the first sign of trouble with the discriminator."""
+        """Code usage over an epoch; warns at the first sign of an unstable discriminator."""
         usage = self.care.usage()
         if self.adversary is not None:
             level = terms.get("perceptual", terms["l1"])
@@ -299,7 +298,7 @@ class AutoencoderTrainer(Trainer):
         return {"codes_used": usage.used, "code_perplexity": usage.perplexity}
 
     def files(self) -> dict[str, Tensors]:
-        """Everything that resuming needs, and everything that using the autoencoder needs."""
+        """The tensors of a checkpoint: what resuming and using the autoencoder need."""
         files = self.train_state.files() | {"codebook": self.care.state()}
         return files if self.adversary is None else files | self.adversary.train_state.files()
 
@@ -308,7 +307,7 @@ class AutoencoderTrainer(Trainer):
         return self.checkpoint_state | {"model": model, "watch": self.watch.state()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same configuration."""
+        """Resume from a checkpoint of the same configuration."""
         self.train_state.load(checkpoint, self.device)
         self.care.load_state(checkpoint.tensors("codebook", self.device))
         if self.adversary is not None:
@@ -320,7 +319,7 @@ class AutoencoderTrainer(Trainer):
         rows = self.processes.rows(self.training.batch_size)
         frames = torch.from_numpy(self.pool.batch(step, rows))
         if self.device.type == "cuda":
-            frames = frames.pin_memory()  # else the host would wait for the copy
+            frames = frames.pin_memory()  # a copy from pageable memory blocks the host
         frames = frames.to(self.device, non_blocking=True)
         images = augment(
             image_to_unit(frames),
@@ -334,20 +333,20 @@ class AutoencoderTrainer(Trainer):
 
     @torch.no_grad()
     def _start_codebook(self) -> None:
-        """Put the codes where the first batches' latents lie."""
+        """Initialize the codebook from the latents of the first batches."""
         if self.training.codebook_start == "uniform":
             return
         side = self.config.dataset.image_size // self.model.downsampling
         wanted = VECTORS_A_CODE * self.config.autoencoder.model.codes
         batches = min(self.training.steps, math.ceil(wanted / (self.training.batch_size * side * side)))
-        self.model.eval()  # looking must not change BatchNorm's statistics
+        self.model.eval()  # leaves BatchNorm's statistics alone
         parts = [self.model.encode(part) for i in range(batches) for part in self._images(i).split(FRAMES_AT_ONCE)]
         latents = torch.cat(parts)
         vectors = len(latents) * side * side * self.processes.count
         if vectors < self.config.autoencoder.model.codes and self.processes.is_first:
             warn(
-                f"autoencoder: {vectors} latent vectors are all that the training begins with, for "
-                f"{self.config.autoencoder.model.codes} codes (autoencoder.model.codes): many will stay unused"
+                f"autoencoder: only {vectors} latent vectors to initialize {self.config.autoencoder.model.codes} codes "
+                "(autoencoder.model.codes): many will stay unused"
             )
         self.care.start(latents, self._draws(0, "codebook start"))
 
@@ -404,7 +403,7 @@ class _Adversary:
     def train_step(
         self, images: Tensor, reconstructed: Tensor, factor: float, autocast: Callable[[], AbstractContextManager[None]]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Learn to tell images from reconstructions; gives terms for the log, and whether gradients were finite."""
+        """One update of the discriminator; returns terms for the log and whether gradients were finite."""
         self.discriminator.train()
         parts = list(zip(images.chunk(self.accumulate), reconstructed.chunk(self.accumulate), strict=True))
         seen = []
@@ -440,7 +439,7 @@ def _describe_loss(training: AutoencoderTrainingConfig, perceptual: LPIPS | None
 def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Checkpoint | None) -> LPIPS | None:
     """LPIPS if the configuration wants it and its weights are on this machine, else None and a warning.
 
-    A training that began without it goes on without it.
+    A training that began without it continues without it.
 
     Raises:
         UserError: `best_by: lpips` without LPIPS; frames too small for it; a named file of weights that can't be used.
@@ -469,7 +468,7 @@ def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Che
 def _open_validation(
     config: RiverConfig, run_context: RunContext, source: VideoSource | None, folder: Path
 ) -> Validation | None:
-    """A fixed draw of validation frames, one a video in turn; without those of videos that break."""
+    """A fixed draw of validation frames, one per video in turn; broken videos are skipped."""
     if source is None or not source.videos:
         say("autoencoder: no validation videos (dataset.splits), so nothing is measured during the training")
         return None

@@ -1,4 +1,4 @@
-"""`train-flow --fine-tune`: a flow's training from step 0 whose first weights are those of a flow that is there."""
+"""`train-flow --fine-tune`: a new training of the flow that starts from the weights of the existing one."""
 
 import shutil
 from collections.abc import Callable
@@ -49,23 +49,23 @@ def fine_tune(config: RiverConfig, run_context: RunContext, flow_state: FlowStat
 
 
 def finish_beginning(folder: Path) -> None:
-    """Put right what a process left that was killed while it began a fine-tuning.
+    """Clean up after a process that was killed while it began to fine-tune.
 
     Args:
-        folder: of the flow.
+        folder: the flow's.
     Raises:
-        UserError: another process is beginning one now.
+        UserError: another process is beginning one at this moment.
     """
     beginning = _beginning(folder)
     if not beginning.is_dir():
         return
     with only_training_of(beginning):
-        if (folder / "checkpoints").exists():  # it was killed before the old flow was set aside, which is in force
+        if (folder / "checkpoints").exists():  # killed before the previous flow was moved, which is still in place
             shutil.rmtree(beginning)
             return
         shutil.rmtree(folder, ignore_errors=True)
         beginning.rename(folder)
-    say(f"flow: a fine-tuning was interrupted while it began; it is in {folder}")
+    say(f"flow: fine-tuning was interrupted while it began; it is complete now, in {folder}")
 
 
 def check_fine_tuning(config: RiverConfig, run_context: RunContext) -> Checkpoint | None:
@@ -82,75 +82,74 @@ def check_fine_tuning(config: RiverConfig, run_context: RunContext) -> Checkpoin
     newest = CheckpointFolder(folder / "checkpoints").latest()
     if newest is None:
         raise UserError(
-            f"--fine-tune starts from weights that are there, and {folder}/checkpoints holds none: bring official ones "
-            "with `import-official`, or train from random weights with `train-flow`"
+            f"--fine-tune needs weights to start from, and {folder}/checkpoints has none: import official ones with "
+            "`import-official`, or train from random weights with `train-flow`"
         )
-    if not run_context.restart and not _has_not_moved(newest):
+    if not run_context.restart and not _is_start(newest):
         if is_fine_tuned(newest):
             return None
         steps = _steps_wanted(newest, config)
         if not is_imported(newest) and newest.step < steps:
             raise UserError(
-                f"{newest.path} is {newest.step} of {steps} steps into a training that is no fine-tuning: finish it "
-                "with `train-flow`, or start from its weights as they are with `train-flow --fine-tune --restart` (it "
-                "is set aside)"
+                f"{newest.path} is at step {newest.step} of {steps} of an ordinary training: finish it with "
+                "`train-flow`, or start from its current weights with `train-flow --fine-tune --restart` (the existing "
+                "training is moved to a backup)"
             )
     return chosen_checkpoint(folder)
 
 
 def _check_start(start: Checkpoint, config: RiverConfig, cache: LatentCache) -> None:
-    """Refuse weights that can't be trained further on a store under a configuration.
+    """Refuse weights that can't be trained further on this store with this configuration.
 
     Raises:
-        UserError: other sizes; latents of another autoencoder; standardised latents where the start knows raw ones, or
-            the other way round.
+        UserError: other sizes; latents of another autoencoder; standardized instead of raw latents, or vice versa.
     """
     sizes = (config.flow.model, _sizes(start))
     changed = differences(*({"flow": {"model": s.model_dump(mode="json", exclude=NO_SIZES)}} for s in sizes))
     if changed:
         raise UserError(
-            f"{start.path} has other sizes than the configuration:\n  " + "\n  ".join(changed)
-            + "\nfine-tune it with its own sizes, or train another network from random weights with `train-flow "
-            "--restart` (what is there is set aside)"
+            f"{start.path} differs in size from the configuration:\n  " + "\n  ".join(changed)
+            + "\nfine-tune with the sizes of the checkpoint, or train from random weights with `train-flow --restart` "
+            "(the existing flow is moved to a backup)"
         )  # fmt: skip
     knows, stored = start.state["store"]["autoencoder"], cache.metadata.autoencoder["sha256"]
     if knows != stored:
         raise UserError(
-            f"{cache.url} was encoded by autoencoder {stored[:12]}..., and {start.path} knows latents of "
-            f"{knows[:12]}...: what it learned is worth nothing on others. Bring its autoencoder back to "
-            f"{config.run_path}/autoencoder (`import-official` does, where it came from there) and `encode "
-            "--overwrite`, or train a flow on this store from random weights with `train-flow --restart`"
+            f"{cache.url} was encoded by autoencoder {stored[:12]}..., and {start.path} was trained on "
+            f"latents of {knows[:12]}...: restore that autoencoder in {config.run_path}/autoencoder (for imported "
+            "weights: `import-official`) and `encode --overwrite`, or train from random weights on this store with "
+            "`train-flow --restart`"
         )
-    standardised = not _is_identity(start)
-    if config.flow.training.standardize != standardised:
-        known, right = ("standardised", "true") if standardised else ("raw", "false")
+    standardized = not _is_identity(start)
+    if config.flow.training.standardize != standardized:
+        known, right = ("standardized", "true") if standardized else ("raw", "false")
         raise UserError(
-            f"flow.training.standardize: {str(not standardised).lower()}, but {start.path} knows {known} latents, and "
-            f"fine-tuning keeps to them: set flow.training.standardize={right}"
+            f"flow.training.standardize: {str(not standardized).lower()}, but {start.path} was trained on {known} "
+            f"latents: set flow.training.standardize={right}"
         )
     before, now = start.state["latent_shape"][1:], cache.latent_shape[1:]
     if any(side > learned for side, learned in zip(now, before, strict=True)):
         warn(
             f"flow: {start.path} was trained on latents of {before[0]}x{before[1]}, and {cache.url} has {now[0]}x"
-            f"{now[1]}: the position codes of the further places are still random"
+            f"{now[1]}: position codes beyond the former size are random"
         )
 
 
 def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache, flow_state: FlowState) -> None:
-    """Put a checkpoint of step 0 with the start's weights in the place of the flow that is there, which is set aside.
+    """Replace the existing flow by a checkpoint of step 0 with its weights; the existing flow is moved to a backup.
 
-    From then on it is a training like every other one, which a plain `train-flow` goes on with. Killed at any moment,
-    either the old flow or this one is in its place, or `finish_beginning` puts it there.
+    A plain `train-flow` resumes from there. Killed at any moment, either the previous flow or the new one is in place,
+    or `finish_beginning` puts the new one there.
     """
     weights = start.tensors("ema" if start.has("ema") else "model")
-    # No moments: the optimizer begins anew, and the warm-up with it.
+    # No moments: the optimizer starts from scratch, as does the warm-up.
     files: dict[str, Tensors] = {"model": weights, "optimizer": {}}
     if config.flow.training.ema_decay is not None:
-        # Counted as one update, or the first one would replace the average instead of moving it.
+        # Counted as one update: the first update of an average replaces it.
         files |= {"ema": weights, "average": {"n_averaged": torch.tensor(1)}}
-    # The start's statistics, not the store's, which would shift all that it has learned.
+    # The statistics that the weights were trained with, not those of this store.
     state = flow_state(config, cache, standardization_in(start))
-    if _has_not_moved(start):
+    if _is_start(start):
         state["fine_tuned_from"] = start.state["fine_tuned_from"]
     else:
         kept = {key: start.state[key] for key in ("store", "imported", "fine_tuned_from") if key in start.state}
@@ -159,14 +158,14 @@ def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache, flow_stat
     beginning = _beginning(folder)
     with only_training_of(beginning):
         CheckpointFolder(beginning / "checkpoints").save(0, files, state)
-        aside = move_to_backup(folder, "flow", "--fine-tune; the previous flow")
+        backup = move_to_backup(folder, "flow", "--fine-tune; the previous flow")
         beginning.rename(folder)
-    if _has_not_moved(start):
-        shutil.rmtree(aside)  # a copy of what is kept elsewhere
+    if _is_start(start):
+        shutil.rmtree(backup)  # its weights are kept in an earlier backup
 
 
-def _has_not_moved(checkpoint: Checkpoint) -> bool:
-    """Whether it is the beginning of a fine-tuning, with the weights that this started from."""
+def _is_start(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is step 0 of a fine-tuning."""
     return is_fine_tuned(checkpoint) and checkpoint.step == 0
 
 
@@ -175,20 +174,21 @@ def _beginning(folder: Path) -> Path:
 
 
 def _steps_wanted(checkpoint: Checkpoint, config: RiverConfig) -> int:
-    """The number of steps of the training that made a checkpoint, which need not be that of the fine-tuning."""
-    settings = checkpoint.state.get("settings")
-    return config.flow.training.steps if settings is None else settings["flow"]["training"]["steps"]
+    """The number of steps of the training that made a checkpoint, not of the fine-tuning."""
+    if is_imported(checkpoint):
+        return config.flow.training.steps
+    return checkpoint.state["settings"]["flow"]["training"]["steps"]
 
 
 def _sizes(checkpoint: Checkpoint) -> VectorFieldConfig:
     try:
         return VectorFieldConfig.model_validate(checkpoint.state["model"])
     except ValueError as error:
-        raise UserError(f"{checkpoint.path}: the sizes in state.json are none: {error}") from None
+        raise UserError(f"{checkpoint.path}: invalid sizes in state.json: {error}") from None
 
 
 def _digest(start: Checkpoint, weights: Tensors) -> str:
-    """The sha256 that `import-official` gives the same weights."""
+    """The sha256 that `import-official` computes for the same weights."""
     with torch.device("meta"):
         field = VectorField(_sizes(start), start.state["latent_shape"][0])
     try:
@@ -199,6 +199,6 @@ def _digest(start: Checkpoint, weights: Tensors) -> str:
 
 
 def _is_identity(start: Checkpoint) -> bool:
-    """Whether a flow learned on raw latents."""
+    """Whether a flow was trained on raw latents."""
     standardization = standardization_in(start)
     return bool((standardization.mean == 0).all() and (standardization.std == 1).all())

@@ -1,4 +1,4 @@
-"""Memory of flow training, worked out before it begins: a step is traced on tensors that have shapes and no memory."""
+"""Memory of flow training, estimated by tracing one step on fake tensors."""
 
 import weakref
 from collections.abc import Callable
@@ -24,16 +24,15 @@ from stage2_flow.vector_field import VectorField
 
 @dataclass(frozen=True)
 class FlowMemory:
-    """Bytes that are taken at the peak of a training step.
+    """Bytes in use at the peak of a training step.
 
     Attributes:
         parameters: of the vector field, buffers included.
-        gradients: those that are there at the peak. With a batch in one part the peak is where the forward pass ends,
-            and hardly any are; each takes the place of activations that it has been computed from.
+        gradients: at the peak. Without accumulation the peak is at the end of the forward pass, with hardly any.
         optimizer: its state.
         average: the averaged weights.
-        activations: all else: what the backward pass needs, a batch, copies in bf16, what is in the works.
-        latents: cached ones that lie in the same memory.
+        activations: everything else: what the backward pass needs, the batch, bf16 copies, temporaries.
+        latents: cached latents in the same memory.
     """
 
     parameters: int
@@ -45,11 +44,11 @@ class FlowMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def describe(self) -> str:
-        """The sum and its parts in words."""
+        """The sum and its parts, for people."""
         parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return f"{_size(self.total)}: " + ", ".join(f"{name} {_size(size)}" for name, size in parts if size)
 
@@ -62,24 +61,23 @@ def estimate_memory(
     device: Literal["cpu", "cuda"] = "cpu",
     latents_bytes: int = 0,
 ) -> FlowMemory:
-    """Work out the peak of an eager training step: forward and backward pass, clipping, the optimizer, the average.
+    """Estimate the peak of an eager training step: forward and backward pass, clipping, optimizer, average.
 
-    Not in it: Python and libraries, what kernels take within a call, what an allocator rounds up and keeps (glibc's
-    heap another fifth at the paper's sizes), other processes, validation. Compiled steps take less.
+    Not included: Python and libraries, temporaries inside kernels, the allocator's overhead (glibc's heap: another
+    fifth at the paper's sizes), other processes, validation. Compiled steps take less.
 
     Args:
         model: sizes of the field.
         training: batch size, parts it is computed in, precision, optimizer, average.
         latent_shape: (c, h, w).
-        device: whose step. `cuda` wants a GPU, though none of its memory: elsewhere PyTorch doesn't say which kernels
-            it would take, and these differ in what they keep (dropout on a CPU keeps four times the bytes, and its
-            attention all weights).
-        latents_bytes: of cached latents in the same memory.
+        device: `cuda` requires a GPU, but none of its memory: kernels differ in what they keep for the backward pass
+            (dropout on a CPU keeps four times the bytes, attention all weights), and PyTorch selects them by device.
+        latents_bytes: size of cached latents in the same memory.
     Raises:
-        ValueError: `cuda` on a machine without.
+        ValueError: `cuda` on a machine without a GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': what a GPU's kernels keep is known only where there is one")
+        raise ValueError("device = 'cuda': the estimate for a GPU needs a GPU")
     precision = resolve_precision(training.precision, torch.device(device))
     with FakeTensorMode(), torch.device(device), LiveMemory(device) as memory:
         field = VectorField(model, latent_shape[0])
@@ -97,7 +95,7 @@ def estimate_memory(
         optimizer = memory.now - parameters
         memory.restart()
         batch, draws = _batch(-(-training.batch_size // training.accumulate), latent_shape)
-        for _ in range(min(training.accumulate, 2)):  # a third part is like the second
+        for _ in range(min(training.accumulate, 2)):  # a third part equals the second
             _train_part(field, batch, draws, precision)
         _update(field, optimizers, training.grad_clip)
         gradients = memory.at_peak([parameter.grad for parameter in field.parameters()])
@@ -112,7 +110,7 @@ def estimate_memory(
 
 
 def _make_state(field: VectorField, optimizers: Optimizers) -> None:
-    """Let the optimizers make their state, which they do at the first update."""
+    """Make the optimizers create their state by a first update."""
     for parameter in field.parameters():
         parameter.grad = torch.zeros_like(parameter)
     _update(field, optimizers, None)
@@ -127,14 +125,14 @@ def _batch(rows: int, latent_shape: tuple[int, int, int]) -> tuple[FlowBatch, Fl
 
 
 def _train_part(field: VectorField, batch: FlowBatch, draws: FlowDraws, precision: str) -> None:
-    """Forward and backward pass of one part of a batch, whose gradients are added to those that are there."""
+    """Forward and backward pass of one part of a batch; gradients accumulate."""
     with torch.autocast(draws.t.device.type, torch.bfloat16, enabled=precision == "bf16"):
         loss = flow_matching_loss(field, batch, draws)
     loss.backward()
 
 
 def _update(field: VectorField, optimizers: Optimizers, grad_clip: float | None) -> None:
-    """As `TrainState.step`, which needs numbers to know whether they are finite. The average moves in its place."""
+    """As `TrainState.step`, which can't check fake gradients. The average is updated in place and needs no memory."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in field.parameters()], foreach=True)
     if grad_clip is not None:
         nn.utils.clip_grads_with_norm_(field.parameters(), grad_clip, norm)
@@ -143,13 +141,13 @@ def _update(field: VectorField, optimizers: Optimizers, grad_clip: float | None)
 
 
 class LiveMemory(TorchDispatchMode):
-    """Follows the memory that tensors made within it take, by what PyTorch's operations return.
+    """Tracks the memory of tensors created inside the context, by the results of PyTorch's operations.
 
-    Memory that was there before is not counted, nor is what an operation takes and gives back within itself.
+    Tensors from before and temporaries inside an operation are not counted.
 
     Attributes:
         now: bytes alive.
-        peak: most bytes that were alive after an operation, since the last `restart`.
+        peak: maximum of `now` since the last `restart`.
     """
 
     def __init__(self, device: str) -> None:
@@ -161,7 +159,7 @@ class LiveMemory(TorchDispatchMode):
         self._serial = 0
 
     def restart(self) -> None:
-        """Let the peak begin anew from what is alive."""
+        """Reset the peak to what is alive."""
         self.peak, self._at_peak = self.now, {serial for serial, _ in self._alive.values()}
 
     def at_peak(self, tensors: list[Tensor | None]) -> int:
@@ -201,28 +199,28 @@ def _size(size: int) -> str:
 
 
 def describe_costs(config: RiverConfig, latent_shape: tuple[int, int, int], device: torch.device) -> list[str]:
-    """What a training step of the flow computes, and the memory that it takes."""
+    """FLOP and peak memory of a training step of the flow, for people."""
     training, residency = config.flow.training, config.cache.residency
     beside = device.type == "cuda" and residency in ("host", "stream")
     latents = 0 if beside else _latents_in_memory(config)
     memory = estimate_memory(config.flow.model, training, latent_shape, device=device.type, latents_bytes=latents)
     lines = [
-        f"{step_flops(config.flow.model, latent_shape, training.batch_size) / 1e9:.0f} GFLOP a training step of "
+        f"{step_flops(config.flow.model, latent_shape, training.batch_size) / 1e9:.0f} GFLOP per training step of "
         f"{training.batch_size} samples",
-        f"memory of a step on {device}, {resolve_precision(training.precision, device)}, not compiled, at its peak "
+        f"peak memory of a step on {device}, {resolve_precision(training.precision, device)}, not compiled: "
         f"{memory.describe()}",
     ]
     if beside:
-        lines.append(f"latents in the host's memory (cache.residency {residency})")
+        lines.append(f"latents in host memory (cache.residency {residency})")
     elif not latents:
-        lines.append("latents come to it; there is no store yet that tells how much they take")
+        lines.append("plus the latents, whose size is unknown until there is a store")
     if residency == "auto":
-        lines.append("cache.residency auto: latents lie on the device where they fit into half of what it has free")
+        lines.append("cache.residency auto: latents are kept on the device if they fit into half of its free memory")
     return lines
 
 
 def _latents_in_memory(config: RiverConfig) -> int:
-    """Bytes that training holds of its split's latents; 0 where there are none yet."""
+    """Bytes of latents that training keeps in memory; 0 without a store."""
     try:
         if not config.store_path.exists() or not latent_cache.is_complete(config.store_path):
             return 0

@@ -149,12 +149,12 @@ def check_flow(config: RiverConfig, run_context: RunContext) -> None:
 
 
 class FlowTrainer(Trainer):
-    """Vector field, standardization and averaged copy.
+    """The vector field, its standardization, optimizers and averaged copy.
 
     Attributes:
         model: the vector field.
-        network: the same as training calls it: compiled, distributed, or as it is.
-        standardization: between the store's latents and those that it learns on.
+        network: the field as training calls it: compiled, distributed, or neither.
+        standardization: between the store's raw latents and those that the field is trained on.
     """
 
     def __init__(
@@ -170,15 +170,15 @@ class FlowTrainer(Trainer):
         standardization: Standardization | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        """Make everything anew, from the configuration's seed.
+        """Initialize everything from the configuration's seed.
 
         Args:
-            latents: the split that it learns from.
+            latents: the training split.
             sampler: of that split.
-            validation: of the first process.
-            samples: folder for what each validation predicts.
-            state: what else goes to the checkpoints' JSON.
-            standardization: of the training that is gone on with; None: as the configuration says, from the split.
+            validation: in rank 0.
+            samples: folder for the clips that validation predicts.
+            state: the JSON of the checkpoints.
+            standardization: of the training that is resumed; None: by the configuration, from the split.
         """
         self.config, self.training, self.device = config, config.flow.training, device
         self.sampler, self.validation, self.samples = sampler, validation, samples
@@ -197,7 +197,7 @@ class FlowTrainer(Trainer):
         self.compiled = compiles(self.training, device)
         network = self.model
         if self.compiled:
-            # The distributed BatchNorm's exchange is no part of any graph.
+            # SyncBatchNorm's exchange breaks the graph.
             network = torch.compile(self.model, fullgraph=processes.count == 1, dynamic=False)
         self.network = processes.distribute(network, device)
         self.update = CudaGraphStep(self._update) if recorded else self._update
@@ -215,7 +215,7 @@ class FlowTrainer(Trainer):
         batch = self.sampler.batch(step, processes.rank, processes.count)
         self._waited += time.perf_counter() - started
         self._steps += 1
-        # Drawn for the whole batch, so that they don't depend on how many processes share it.
+        # Drawn for the global batch, so that draws don't depend on the number of processes.
         draws = draw_flow(
             (training.batch_size, *batch.target.shape[1:]),
             step_generator(seed, step, self.device, "flow"),
@@ -238,7 +238,7 @@ class FlowTrainer(Trainer):
     def _update(
         self, target: Tensor, reference: Tensor, condition: Tensor, distance: Tensor, noise: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All that the device does in a step, given raw latents: the loss, and whether there was an update."""
+        """Everything that the device does in a step, given raw latents: the loss, and whether weights were updated."""
         final = (self.standardization.to_final(frames) for frames in (target, reference, condition))
         batch = FlowBatch(*final, distance)
         count = self.training.accumulate
@@ -257,7 +257,7 @@ class FlowTrainer(Trainer):
         return self.sampler.describe_batch(step)
 
     def validate(self, step: int) -> dict[str, float]:
-        """The loss on fixed pairs, times and noise of the validation split, and predictions to look at."""
+        """The loss on fixed pairs, times and noise of the val split, and predicted clips to look at."""
         if self.validation is None:
             return {}
         field = self.train_state.best_model
@@ -271,7 +271,7 @@ class FlowTrainer(Trainer):
         return measured
 
     def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
-        """How well the device is used: samples a second, waiting for data, FLOP/s of the model, memory."""
+        """How well the device is used: samples per second, share of waiting for data, FLOP/s of the model, memory."""
         waited, self._waited, steps, self._steps = self._waited, 0.0, self._steps, 0
         flops = steps_per_second * self._step_flops
         best = _best_rate(self.device, self.precision) * self.processes.count
@@ -284,28 +284,28 @@ class FlowTrainer(Trainer):
         }
 
     def files(self) -> dict[str, Tensors]:
-        """Everything that resuming needs, and everything that sampling needs."""
+        """The tensors of a checkpoint: what resuming and sampling need."""
         return self.train_state.files()
 
     def state(self) -> dict[str, Any]:
         return self.checkpoint_state
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same configuration."""
+        """Resume from a checkpoint of the same configuration."""
         self.train_state.load(checkpoint, self.device)
 
 
 @cache
 def _best_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s that the device reaches in large matrix products: measured once, when it is first asked for."""
+    """FLOP/s of large matrix products on the device, measured once."""
     return matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def standardization_of(latents: LatentCache, wanted: bool) -> Standardization:
-    """That of a split's statistics, or the one that changes nothing."""
+    """The standardization by a split's statistics, or the identity."""
     if not wanted:
         return Standardization.identity(latents.latent_shape[0])
-    # A channel that never changes has deviation 0; any other number standardises it to 0 as well.
+    # A constant channel has standard deviation 0; any other value standardizes it to 0 as well.
     std = torch.from_numpy(latents.std)
     return Standardization(torch.from_numpy(latents.mean), torch.where(std > 0, std, torch.ones_like(std)))
 
@@ -316,10 +316,10 @@ def compiles(training: FlowTrainingConfig, device: torch.device) -> bool:
 
 
 def records_steps(training: FlowTrainingConfig, device: torch.device, processes: Processes) -> bool:
-    """Whether steps are recorded as a CUDA graph.
+    """Whether steps are captured as a CUDA graph.
 
     Raises:
-        ValueError: it is asked for where it can't be.
+        ValueError: `cuda_graphs: true` without a single GPU and AdamW.
     """
     possible = device.type == "cuda" and processes.count == 1 and training.optimizer == "adamw"
     if training.cuda_graphs is True and not possible:
@@ -378,53 +378,52 @@ def _origin(cache: LatentCache) -> dict[str, Any]:
 
 
 def check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found: Checkpoint | None) -> None:
-    """Refuse a store that the settings don't fit; say what is out of the ordinary.
+    """Refuse a store that does not fit the settings; report what is unusual.
 
     Raises:
-        UserError: fewer targets than a batch has rows; latents of more places than the field has codes for.
+        UserError: fewer targets than the batch size; latents larger than the field's position codes.
     """
     training = config.flow.training
     if sampler.legal_targets < training.batch_size:
         raise UserError(
-            f"{cache.url}, split 'train': {sampler.legal_targets} frames have two frames of their video before them "
-            f"and can be a target, fewer than flow.training.batch_size {training.batch_size}: lower it, or encode more "
-            "videos"
+            f"{cache.url}, split 'train': {sampler.legal_targets} frames can be a target (two frames of their video "
+            f"precede them), fewer than flow.training.batch_size {training.batch_size}: lower it, or encode more videos"
         )
     if max(cache.latent_shape[1:]) > POSITIONS:
         raise UserError(
-            f"{cache.url}: latents of {cache.latent_shape[1]}x{cache.latent_shape[2]}, and the vector field has codes "
-            f"for {POSITIONS} places a side: encode smaller frames (dataset.image_size)"
+            f"{cache.url}: latents of {cache.latent_shape[1]}x{cache.latent_shape[2]}, but the vector field has "
+            f"position codes for {POSITIONS} per side: encode smaller frames (dataset.image_size)"
         )
     short, longest = int((cache.lengths < 3).sum()), int(cache.lengths.max())
     if short:
-        say(f"flow: {short} of {len(cache.lengths)} videos have fewer than 3 frames and are not learned from")
+        say(f"flow: {short} of {len(cache.lengths)} videos have fewer than 3 frames and are not used")
     if longest < training.clip_frames:
         say(
-            f"flow: clip_frames is {training.clip_frames}, and the longest video has {longest} frames: conditions lie "
+            f"flow: clip_frames is {training.clip_frames}, but the longest video has {longest} frames: conditions are "
             f"at most {longest - 2} frames before the reference"
         )
     horizon, sampled = training.past_horizon, config.sampling.past_horizon
     if horizon is not None and (sampled is None or sampled > horizon):
         warn(
-            f"flow.training.past_horizon is {horizon}, and sampling.past_horizon {sampled}: predictions would take "
-            f"conditions that the field never saw; set sampling.past_horizon={horizon}"
+            f"flow.training.past_horizon is {horizon}, and sampling.past_horizon {sampled}: predictions would use "
+            f"conditions that the field was not trained on; set sampling.past_horizon={horizon}"
         )
     order = sampler.order if found is None else found.state.get("order", sampler.order)
     if order != sampler.order:
         warn(
-            f"flow: from here on batches come in another order: {sampler.order}, and before {order}. That is as good, "
-            "but not what an uninterrupted training would have seen; cache.residency and cache.memory_budget decide it"
+            f"flow: from here on batches come in another order ({sampler.order} instead of {order}): as good, but "
+            "not what an uninterrupted training would have seen; cache.residency and cache.memory_budget decide it"
         )
 
 
 def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
-    """An imported flow predicts without a store; one that is there should have been encoded by its autoencoder."""
+    """Warn if a store is there that the autoencoder of an imported flow did not encode."""
     if not store_is_complete(store):
         return
     theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], imported.state["store"]["autoencoder"]
     if theirs != ours:
         warn(
-            f"flow: {store} was encoded by autoencoder {theirs[:12]}..., and {imported.path} knows latents of "
-            f"{ours[:12]}...: encode again with the imported one (`encode --overwrite`), or train a flow on this store "
-            "(`train-flow --restart`; the imported one is set aside)"
+            f"flow: {store} was encoded by autoencoder {theirs[:12]}..., and {imported.path} was trained on "
+            f"latents of {ours[:12]}...: encode again with the imported autoencoder (`encode --overwrite`), or train a "
+            "flow on this store (`train-flow --restart`; the imported one is moved to a backup)"
         )

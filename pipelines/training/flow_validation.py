@@ -1,7 +1,6 @@
-"""What is looked at again and again while a flow is trained: a loss on fixed draws, and clips that are predicted."""
+"""Validation of the flow in training: the loss on fixed draws, and predicted clips."""
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
-from pipelines.prediction.pictures import animation, clip_strips, contact_sheet, save_gif
+from pipelines.prediction.pictures import animation, clip_strips, contact_sheet, save_gif, save_picture, to_video
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage2_flow.conditioning import known_frames, make_draws
@@ -28,34 +27,34 @@ from stage2_flow.rollout import evaluation_mode, generate_latents
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.standardization import Standardization
 
-# Cheap, and the same whatever the run samples with: only seed and past horizon are the run's.
+# Cheap, and the same for all runs: only seed and past horizon are the run's.
 SOLVER, SOLVER_STEPS = "euler", 10
-# What goes through the field (256 latents of 8x8) and the decoder (128 frames of 64x64) at once, beside a training
-# that needs its memory: at the largest sizes some hundred megabytes.
+# Batch through the field (256 latents of 8x8) and the decoder (128 frames of 64x64): some hundred megabytes at the
+# largest sizes, beside a training that needs its memory.
 TOKENS_AT_ONCE = 2**14
 PIXELS_AT_ONCE = 2**19
 
 
 def rows_at_once(latents: Tensor) -> int:
-    """How many latents of the size of [..., h, w] go through the field at once."""
+    """Batch size through the field for latents of the size of [..., h, w]."""
     return max(1, TOKENS_AT_ONCE // (latents.shape[-2] * latents.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)
 class ValidationClips:
-    """Clips, the autoencoder that decodes them, and how they are predicted.
+    """Clips to predict, and the autoencoder that decodes them.
 
     Attributes:
         names: of the clips.
-        keys: rows of their videos in the split; with the seed they decide a clip's draws, so that its prediction is
-            the same however many others there are.
+        keys: rows of their videos in the split; with the seed they key a clip's draws, so that its prediction does not
+            depend on the other clips.
         latents: [k, n, c, h, w] float32 raw latents on the CPU.
         truth: [k, n, 3, h f, w f] in [-1, 1] on the CPU: the decoded latents.
-        context: frames that are given; the others are predicted.
-        fps: frames a second.
+        context: number of given frames; the others are predicted.
+        fps: frames per second.
         sampling: solver, steps, seed and past horizon.
         autoencoder: on `device`.
-        title: what the pictures show.
+        title: of the pictures.
     """
 
     names: list[str]
@@ -87,7 +86,7 @@ class ValidationClips:
                 self.device,
                 condition=self.sampling.condition,
             )
-            # It puts the field in evaluation mode, and its modes back.
+            # Runs in eval mode and restores the modes.
             final = generate_latents(field, given, horizon, plan, draws, past_horizon=self.sampling.past_horizon)
             predicted.append(standardization.to_raw(final[:, self.context :]).cpu())
         return torch.cat(predicted)
@@ -97,29 +96,25 @@ class ValidationClips:
         predicted = decode(self.autoencoder, self.predict(field, standardization), self.device)
         given, truth = self.truth[:, : self.context], self.truth[:, self.context :]
         value = psnr(predicted.flatten(0, 1), truth.flatten(0, 1)).mean().item()
-        pixels = zip(self.names, _pixels(self.truth), _pixels(torch.cat([given, predicted], 1)), strict=True)
+        pixels = zip(self.names, to_video(self.truth), to_video(torch.cat([given, predicted], 1)), strict=True)
         rows = [(name, clip_strips(real, shown, self.context)) for name, real, shown in pixels]
         title = (
-            f"{self.title}, step {step}: decoded latents and predictions ({SOLVER_STEPS} {SOLVER} steps a frame), "
+            f"{self.title}, step {step}: decoded latents and predictions ({SOLVER_STEPS} {SOLVER} steps per frame), "
             f"PSNR {value:.2f} dB"
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / f"step_{step:08d}.png") as file:
-            contact_sheet(rows, title).save(file)
-        with _replacing(folder / f"step_{step:08d}.gif") as file:
-            save_gif(file, animation(rows), self.fps)
+        save_picture(folder / f"step_{step:08d}.png", contact_sheet(rows, title))
+        save_gif(folder / f"step_{step:08d}.gif", animation(rows), self.fps)
         return {"validation_sample_psnr": value}
 
 
 def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch.device) -> ValidationClips | None:
     """The first frames of `flow.training.validation_samples` videos, spread evenly over those of a split.
 
-    Videos that have evaluation.context + evaluation.horizon frames are taken; where none has, shorter ones, and it is
-    said how much is predicted of them.
+    Videos with evaluation.context + evaluation.horizon frames are used; if there are none, shorter ones.
 
     Returns:
-        None where no clips are wanted; where no video is longer than the context, or the autoencoder that encoded the
-        store is not at hand, which is said: a flow can be trained without.
+        None if no clips are wanted; also, with a message, if no video is longer than the context or the autoencoder
+        that encoded the store is missing.
     Raises:
         StoreError: the videos can't be read.
     """
@@ -140,8 +135,8 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
     frames = min(context + horizon, int(split.lengths[rows].min()))
     if frames < context + horizon:
         say(
-            f"flow: clips predicted on the way have {frames - context} of the {horizon} frames of evaluation.horizon: "
-            "no video of the val split has all"
+            f"flow: predicted clips have {frames - context} instead of {horizon} frames (evaluation.horizon): the "
+            "videos of the val split are shorter"
         )
     starts = [int(split.offsets[row]) for row in rows]
     latents = np.stack([split.latent_reader.read(start, start + frames) for start in starts])
@@ -167,29 +162,29 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
 
 
 def _find_autoencoder(config: RiverConfig, split: LatentCache, device: torch.device) -> Autoencoder | None:
-    """The run's autoencoder if it is the one that encoded the store; else None, and why is said."""
+    """The run's autoencoder if it encoded the store; else None and a message."""
     found = find_autoencoder(config.run_path)
     if found is None:
-        _say_none(f"{config.run_path}/autoencoder, which would decode them, holds no checkpoint")
+        _say_none(f"{config.run_path}/autoencoder has no checkpoint to decode them with")
         return None
     try:
-        with torch.random.fork_rng(devices=[]):  # a new network draws its weights, before it gets those of the file
+        with torch.random.fork_rng(devices=[]):  # building a network draws random weights
             autoencoder = load_trained_autoencoder(found, device)
     except UserError as error:
-        _say_none(str(error).partition("\n")[0])  # torch goes on with a list of all tensors
+        _say_none(str(error).partition("\n")[0])  # torch appends a list of all tensors
         return None
     here, encoder = weights_digest(autoencoder), split.metadata.autoencoder["sha256"]
     if here != encoder:
         _say_none(
             f"{split.url} was encoded by autoencoder {encoder[:12]}..., but {found.path} is {here[:12]}...: encode "
-            "again (`encode --overwrite`), or bring the old autoencoder back"
+            "again (`encode --overwrite`), or restore the old autoencoder"
         )
         return None
     return autoencoder
 
 
 def _say_none(why: str) -> None:
-    say(f"flow: no predicted clips on the way: {why}")
+    say(f"flow: no predicted clips during training: {why}")
 
 
 @torch.no_grad()
@@ -202,39 +197,23 @@ def decode(autoencoder: Autoencoder, latents: Tensor, device: torch.device) -> T
     return rearrange(images, "(k n) c h w -> k n c h w", k=len(latents))
 
 
-def _pixels(videos: Tensor) -> np.ndarray:
-    """[k, n, 3, h, w] in [-1, 1] to [k, n, h, w, 3] uint8, rounded to the nearest."""
-    return rearrange(videos.add(1).mul(127.5).round().to(torch.uint8), "k n c h w -> k n h w c").numpy()
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name when it is whole, and is gone when it does not come to that."""
-    temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# The loss is told apart by the time on the path, in so many equal parts: it is another task early and late.
+# Equal parts of the time t that the loss is reported for: early and late times are different tasks.
 TIME_BINS = 4
 LAST_TIME = 1 - 2**-24  # the largest float32 below 1
 
 
 @dataclass(frozen=True, eq=False)
 class FlowValidation:
-    """Fixed pairs, times and noise of the val split, and clips; the same whatever is trained and on whatever device.
+    """Fixed pairs, times and noise of the val split, and clips; the same for every training and device.
 
-    It changes nothing of the training: no mode of a module, no statistics, no state of a random generator.
+    Validation leaves the training unchanged: modules' modes, statistics, random generators.
 
     Attributes:
         batch: [n] pairs of raw latents, float32 on the CPU.
         draws: their noise and times, on the CPU.
         device: where fields are evaluated.
-        pairs_at_once: that go through the field, to bound memory.
-        clips: what `write_samples` predicts; None: nothing.
+        pairs_at_once: batch size through the field.
+        clips: that `write_samples` predicts; None: no clips.
     """
 
     batch: FlowBatch
@@ -247,11 +226,11 @@ class FlowValidation:
         """The flow matching loss.
 
         Args:
-            field: a `VectorField` on the device; its modes are afterwards what they were.
-            standardization: from raw latents to those that the field knows.
+            field: a `VectorField` on the device; its modes are restored.
+            standardization: from raw latents to those that the field was trained on.
         Returns:
-            `validation_loss`, the mean over all pairs, and `validation_loss_t0` .. `_t3`, the means over those whose t
-            lies in [0, .25), [.25, .5), [.5, .75), [.75, 1); without parts that have no pair.
+            `validation_loss`, the mean over all pairs, and `validation_loss_t0` .. `_t3`, the means over t in
+            [0, .25), [.25, .5), [.5, .75), [.75, 1); parts without pairs are left out.
         """
         errors = self.errors(field, standardization)
         measured = {"validation_loss": errors.mean().item()}
@@ -264,7 +243,7 @@ class FlowValidation:
 
     @torch.no_grad()
     def errors(self, field: nn.Module, standardization: Standardization) -> Tensor:
-        """[n] float64 on the CPU: the mean squared error of the velocity, a pair. Arguments as in `measure`."""
+        """[n] float64 on the CPU: the mean squared error of the velocity per pair. Arguments as in `measure`."""
         starts = range(0, len(self.draws.t), self.pairs_at_once)
         with evaluation_mode(field):
             parts = [self._errors(field, standardization, slice(start, start + self.pairs_at_once)) for start in starts]
@@ -281,7 +260,7 @@ class FlowValidation:
         )
         sample = path_sample(target, noise, t)
         predicted = field(sample.x_t, reference, condition, distance, t)
-        # As `flow_matching_loss`, but a number a pair: their mean is then the same in parts of any size.
+        # As `flow_matching_loss`, but per pair: the mean then does not depend on the batch size.
         return (predicted.double() - sample.velocity.double()).square().flatten(1).mean(1)
 
     def write_samples(
@@ -291,23 +270,21 @@ class FlowValidation:
 
         Args:
             field, standardization: as in `measure`.
-            step: steps that were trained.
+            step: number of steps trained.
         Returns:
-            `validation_sample_psnr` [dB] of predicted frames against decoded latents; empty where there are no clips.
+            `validation_sample_psnr` [dB] of predicted frames against decoded latents; empty without clips.
         """
         return {} if self.clips is None else self.clips.write(field, standardization, step, folder)
 
 
 def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: torch.device) -> FlowValidation | None:
-    """Draw the validation's pairs, times and noise, and choose its clips; when it is done the split can leave memory.
-
-    Pairs are drawn as the training draws its own (clip_frames, past_horizon).
+    """Draw pairs, times and noise, and choose clips. Pairs are drawn as in training (clip_frames, past_horizon).
 
     Args:
         cache_url: a complete store.
-        device: where fields will be evaluated, and latents decoded.
+        device: for fields and decoder.
     Returns:
-        None where there is no val split, or none of its videos has three frames, which is said.
+        None, with a message, if there is no val split or none of its videos has three frames.
     Raises:
         StoreError: the val split can't be read.
     """
@@ -318,7 +295,7 @@ def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: tor
     split = latent_cache.open(cache_url, "val")
     if split.lengths.max() < 3:
         say(
-            f"flow: no validation: {cache_url}: a sample has 3 frames, and the longest video of the val split "
+            f"flow: no validation: {cache_url}: a sample needs 3 frames, and the longest video of the val split has "
             f"{split.lengths.max()}"
         )
         return None
@@ -344,10 +321,10 @@ def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: tor
 
 
 def validation_draws(shape: tuple[int, ...], seed: int) -> FlowDraws:
-    """Noise [b, c, h, w] and times [b], a function of seed and shape, made on the CPU: the same for every device.
+    """Noise [b, c, h, w] and times [b], functions of seed and shape, drawn on the CPU: the same for every device.
 
-    Times are uniform whatever those of the training are, so that trainings can be compared, and stratified: one in
-    each of b equal parts of [0, 1), in a drawn order, so that the mean scatters less than with independent ones.
+    Times are uniform, whatever the training's distribution, so that trainings can be compared; and stratified: one in
+    each of b equal parts of [0, 1), in random order, which lowers the variance of the mean.
     """
     generator = step_generator(seed, 0, "cpu", "validation")
     pairs = shape[0]

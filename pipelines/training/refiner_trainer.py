@@ -35,7 +35,7 @@ from stage1_autoencoder.rcan import RCAN
 from stage1_autoencoder.training import learning_rate_factor
 from stage1_autoencoder.videos.source import VideoSource
 
-# Frames that go through the autoencoder, and clips that are validated, at once.
+# Batch sizes: frames through the autoencoder, clips in validation.
 FRAMES_AT_ONCE = 64
 CLIPS_AT_ONCE = 4
 
@@ -135,12 +135,12 @@ def loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
 
 @dataclass(frozen=True)
 class RefinerExample:
-    """Clips as the refiner is given them in training, n = t - 1 frames each.
+    """Clips as the refiner sees them in training, n = t - 1 frames each.
 
     Attributes:
-        previous: [b, n, 3, h, w] in [-1, 1], the real frame before each.
+        previous: [b, n, 3, h, w] in [-1, 1], the true previous frame of each.
         decoded: [b, n, 3, h, w], the decoded stored latent of each, not clamped.
-        truth: [b, n, 3, h, w] in [-1, 1], what each should become.
+        truth: [b, n, 3, h, w] in [-1, 1], the targets.
     """
 
     previous: Tensor
@@ -149,7 +149,7 @@ class RefinerExample:
 
 
 class RefinerTrainer(Trainer):
-    """Refiner and averaged copy."""
+    """The refiner, its optimizers and averaged copy."""
 
     def __init__(
         self,
@@ -166,11 +166,11 @@ class RefinerTrainer(Trainer):
         """Initialize everything from the configuration's seed.
 
         Args:
-            autoencoder: in eval mode, on the device; decodes the clips' latents.
-            clips: where they come from.
-            perceptual: the perceptual term of the loss, if any.
-            validation: clips of the first process that are looked at again and again.
-            state: what else goes to the checkpoints' JSON.
+            autoencoder: in eval mode on the device; decodes the clips' latents.
+            clips: source of the training clips.
+            perceptual: network of the perceptual loss term, if any.
+            validation: clips to validate on, in rank 0.
+            state: further JSON of the checkpoints.
         """
         self.config, self.training, self.device = config, config.refiner.training, device
         self.autoencoder, self.clips, self.perceptual = autoencoder, clips, perceptual
@@ -204,7 +204,7 @@ class RefinerTrainer(Trainer):
         return StepResult({name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}, finite)
 
     def _backward(self, example: RefinerExample, scale: float) -> dict[str, Tensor]:
-        """Gradients of the loss times `scale`; gives its terms."""
+        """Backward pass of the loss times `scale`; returns its terms."""
         clips = len(example.truth)
         previous, decoded = (rearrange(x, "b n c h w -> (b n) c h w") for x in (example.previous, example.decoded))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.precision == "bf16"):
@@ -224,7 +224,7 @@ class RefinerTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR of fixed clips as they are refined in use, each frame given the refined one before, and unrefined."""
+        """PSNR of fixed clips refined as in use (each frame given the refined previous one), and unrefined."""
         if self.validation is None:
             return {}
         model = self.train_state.best_model.eval()
@@ -248,14 +248,14 @@ class RefinerTrainer(Trainer):
         return measured
 
     def files(self) -> dict[str, Tensors]:
-        """Everything that resuming needs, and everything that refining needs."""
+        """The tensors of a checkpoint: what resuming and refining need."""
         return self.train_state.files()
 
     def state(self) -> dict[str, Any]:
         return self.checkpoint_state | {"model": self.config.refiner.model.model_dump(mode="json")}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same configuration."""
+        """Resume from a checkpoint of the same configuration."""
         self.train_state.load(checkpoint, self.device)
 
 
@@ -302,11 +302,11 @@ def _open_clips(config: RiverConfig, run_context: RunContext, source: VideoSourc
 
 
 def _open_validation(config: RiverConfig, run_context: RunContext, source: VideoSource | None) -> ClipBatch | None:
-    """The clips that every validation looks at; none where the split has no video that is long enough."""
+    """The fixed clips of validation; None, with a message, if no video of the split is long enough."""
     if source is None or "val" not in latent_cache.splits(config.store_path):
         return None
     if latent_cache.open(config.store_path, "val").lengths.max() < config.refiner.training.clip_frames:
-        say("refiner: no validation: all videos of the val split are shorter than a clip")
+        say("refiner: no validation: all videos of the val split are shorter than refiner.training.clip_frames")
         return None
     with closing(_open_clips(config, run_context, source, "val")) as clips:
         return clips.batch(0)

@@ -1,4 +1,4 @@
-"""The loop of every training: steps, log, validation, checkpoints, stopping; what a step does is the trainer's."""
+"""The loop of every training: steps, log, validation, checkpoints, stopping. The trainer does the steps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.progress import duration, progress, say, warn
 from pipelines.runtime.signals import StopRequest
 
-# After so long it is said how fast a training is, even where the first line of its log is far.
+# Report the first rate after this many seconds, however far the first line of the log is.
 FIRST_WORD_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gives, without waiting for the device.
+    """Result of one step, on the device.
 
     Attributes:
-        terms: of the loss, scalars of this process; `loss` is their sum as it is trained on.
-        finite: scalar bool: whether the gradients were, and so the update was made.
+        terms: terms of the loss, scalars of this process; `loss` is their weighted sum.
+        finite: scalar bool: whether the gradients were finite, and so the update was made.
     """
 
     terms: dict[str, Tensor]
@@ -34,7 +34,7 @@ class StepResult:
 
 
 class Trainer(ABC):
-    """A model and all that changes while it is trained."""
+    """A model and everything that changes while it is trained."""
 
     @property
     @abstractmethod
@@ -43,41 +43,41 @@ class Trainer(ABC):
 
     @abstractmethod
     def train_step(self, step: int) -> StepResult:
-        """One update; `step` counts from 0, and with the seed decides all draws."""
+        """One update; `step` counts from 0. All draws are functions of (seed, step)."""
 
     @abstractmethod
     def describe_batch(self, step: int) -> str:
-        """What a step was trained on, for the message about a step that failed."""
+        """The samples of a step, for the message about a failed step."""
 
     @abstractmethod
     def files(self) -> dict[str, Tensors]:
-        """Everything that resuming needs, and everything that using the model needs."""
+        """The tensors of a checkpoint, by file: what resuming and using the model need."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """The JSON that goes with the files."""
+        """The JSON of a checkpoint."""
 
     def validate(self, step: int) -> dict[str, float]:
-        """Measure the model after so many steps. Called in the first process; empty where there is nothing to see."""
+        """Measure the model after `step` steps; called in rank 0. Empty without validation data."""
         return {}
 
     def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
-        """Further numbers for the log's line after so many steps, given its mean loss terms and its rate."""
+        """Further values for the log line after `step` steps, given its mean loss terms and rate."""
         return {}
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How a training is run.
+    """Settings of the loop.
 
     Attributes:
         name: `autoencoder`, `flow`, `refiner`.
         steps, checkpoint_every, validate_every, log_every: in steps.
-        best: the validated number that tells the best checkpoint; None: none is kept as such.
-        lowest: whether less of it is better.
-        advice: what to do about a loss that is not finite.
-        max_bad_steps: steps in a row with such a loss, each without an update, that end the training.
-        less_memory: what to do when memory is out.
+        best: name of the validated value that selects the best checkpoint; None: no best checkpoint.
+        lowest: whether lower is better.
+        advice: what to do about a non-finite loss.
+        max_bad_steps: consecutive non-finite steps, each without an update, that end the training.
+        less_memory: what to do when memory runs out.
     """
 
     name: str
@@ -87,9 +87,9 @@ class LoopSettings:
     log_every: int
     best: str | None = None
     lowest: bool = False
-    advice: str = "Lower the learning rate, clip gradients, or take precision fp32"
+    advice: str = "Lower the learning rate, clip gradients, or use precision fp32"
     max_bad_steps: int = 1
-    less_memory: str = "Take a smaller batch"
+    less_memory: str = "Lower the batch size"
 
 
 def run_training(
@@ -103,10 +103,9 @@ def run_training(
     """Train from `first_step` to the last one.
 
     Args:
-        log: of the first process; None in the others.
+        log: of rank 0; None in the others.
     Raises:
-        UserError: a loss or gradients that are not finite, `max_bad_steps` times in a row; nothing was updated by them.
-            No memory left.
+        UserError: non-finite loss or gradients, `max_bad_steps` times in a row, which updated nothing; out of memory.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
     timer, guard = StepTimer(), _FiniteGuard(trainer, settings, processes)
@@ -115,7 +114,7 @@ def run_training(
     with StopRequest() as stop, explain_out_of_memory(settings.name, settings.less_memory), bar:
         for step in range(first_step, settings.steps):
             result = trainer.train_step(step)
-            guard.look_at(step, result)
+            guard.check(step, result)
             timer.step()
             bar.update()
             done = step + 1
@@ -124,14 +123,14 @@ def run_training(
             saves = done % settings.checkpoint_every == 0 or last or stopped_by != 0
             validates = done % settings.validate_every == 0 or last
             logs = done % settings.log_every == 0 or validates or last
-            # The only places where the host waits for the device. What is saved was looked at first.
+            # The only places where the host waits for the device. A step is checked before it is saved.
             if logs or saves:
                 guard.settle()
             if step == first_step and not logs:
                 timer.rate()  # the first step compiles, allocates and warms up
             rate = timer.rate() if logs else None if announced else timer.rate_after(FIRST_WORD_SECONDS)
             if rate and not announced:
-                say(f"{settings.name}: {rate:.2f} steps/s, about {duration((settings.steps - done) / rate)} to go")
+                say(f"{settings.name}: {rate:.2f} steps/s, about {duration((settings.steps - done) / rate)} left")
                 announced = True
             measured: dict[str, float] = {}
             if logs:
@@ -140,7 +139,7 @@ def run_training(
                 record |= trainer.metrics(done, terms, rate)
                 if processes.is_first and validates:
                     measured = trainer.validate(done)
-                    timer.rate()  # steps that follow are not slower for it
+                    timer.rate()  # validation does not count
                 if log is not None:
                     log.write(record | measured)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
@@ -155,13 +154,13 @@ def run_training(
                 processes.wait()
             if stopped_by:
                 where = f", saved {path}" if processes.is_first else ""
-                raise StoppedBySignal(stopped_by, f"stopped at step {done}{where}; the same command goes on from there")
+                raise StoppedBySignal(stopped_by, f"stopped at step {done}{where}; the same command resumes from there")
 
 
 class _FiniteGuard:
-    """Counts steps whose gradients are not finite, without making the host wait for the step that it has begun.
+    """Counts consecutive non-finite steps without making the host wait for the current one.
 
-    On a CPU a step is looked at as soon as it is done; on a GPU when the next one is under way.
+    On a CPU a step is checked as soon as it is done; on a GPU while the next one runs.
     """
 
     def __init__(self, trainer: Trainer, settings: LoopSettings, processes: Processes) -> None:
@@ -169,7 +168,7 @@ class _FiniteGuard:
         self.pending: tuple[int, StepResult, Callable[[], bool]] | None = None
         self.bad_steps = 0
 
-    def look_at(self, step: int, result: StepResult) -> None:
+    def check(self, step: int, result: StepResult) -> None:
         if result.finite.is_cuda:
             self.settle()
             self.pending = (step, result, start_reading(result.finite))
@@ -178,10 +177,10 @@ class _FiniteGuard:
             self.settle()
 
     def settle(self) -> None:
-        """Look at the last step that was not looked at yet.
+        """Check the last step that was not checked yet.
 
         Raises:
-            UserError: its loss or its gradients are not finite, and it is one too many in a row.
+            UserError: it is the last allowed non-finite step in a row.
         """
         if self.pending is None:
             return
@@ -194,18 +193,18 @@ class _FiniteGuard:
         most = self.settings.max_bad_steps
         message = (
             f"{self.settings.name}: the loss or its gradients are not finite at step {step + 1} ({terms}), on "
-            f"{self.trainer.describe_batch(step)}. Nothing was updated"
+            f"{self.trainer.describe_batch(step)}. No weights were updated"
         )
         if self.bad_steps < most:
             if self.processes.is_first:
-                warn(f"{message}; it goes on ({self.bad_steps} such steps in a row, {most} end it)")
+                warn(f"{message}; continuing ({self.bad_steps} such steps in a row, {most} end the training)")
             return
         row = f", {most} steps in a row" if most > 1 else ""
         raise UserError(f"{message}{row}, and the last checkpoint is kept. {self.settings.advice}")
 
 
 def start_reading(flag: Tensor) -> Callable[[], bool]:
-    """Copy a flag from a GPU behind the kernels that are queued now; reading it later waits for these alone."""
+    """Queue a copy of a GPU flag; the returned function waits only for kernels that were queued before."""
     copied, arrived = flag.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
 
@@ -218,16 +217,16 @@ def start_reading(flag: Tensor) -> Callable[[], bool]:
 
 @contextmanager
 def explain_out_of_memory(name: str, advice: str) -> Iterator[None]:
-    """Turn an error about memory that could not be had into one that says what to lower.
+    """Turn an out-of-memory error into one that says what to lower.
 
     Raises:
-        UserError: memory of the device or of the host is out.
+        UserError: out of memory on the device or the host.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         first_line = str(error).partition("\n")[0]
-        # On a CPU it is a plain RuntimeError of the allocator's.
+        # The CPU allocator raises a plain RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in first_line:
             raise
         raise UserError(f"{name}: out of memory ({first_line}). {advice}; the last checkpoint is kept") from None

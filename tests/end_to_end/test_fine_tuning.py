@@ -111,7 +111,7 @@ def test_a_store_without_its_autoencoder_is_enough_to_fine_tune_and_not_to_predi
 def test_what_does_not_go_together_is_refused(imported, story: ModuleType) -> None:
     before = story.stamps(imported.runs)
     imported.run("train-flow", "--fine-tune", sets=["flow.training.standardize=true"]).refused(
-        2, "flow.training.standardize: true", "knows raw latents", "set flow.training.standardize=false"
+        2, "flow.training.standardize: true", "set flow.training.standardize=false"
     )
     imported.run("train-flow", "--fine-tune", sets=["flow.model.width=64"]).refused(2, "flow.model.width: 32 -> 64")
     imported.run("train-flow", "--fine-tune", "--resume", "4").refused(2, "take one of them")

@@ -227,7 +227,7 @@ def test_loss_that_is_not_finite(trained, tmp_path: Path, monkeypatch) -> None:
         "on targets in train_000", "flow.training.learning_rate",
     )  # fmt: skip
     assert "not finite at step 7 (loss nan)" in outcome.err
-    assert "it goes on (2 such steps in a row, 3 end it)" in outcome.err
+    assert "2 such steps in a row, 3 end the training" in outcome.err
     sixth, eighth = (place.runs / "flow" / "checkpoints" / f"step_{step:08d}" for step in (6, 8))
     assert (eighth / "model.safetensors").read_bytes() == (sixth / "model.safetensors").read_bytes()
 
@@ -246,7 +246,7 @@ def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:
     sets.append("autoencoder.training.validate_every=100")
     place.run("encode", sets=sets).refused(
         2, "the loss or its gradients are not finite at step 4 (loss nan", "on a batch of train_000", " frame ",
-        "Nothing was updated", "autoencoder.training.learning_rate",
+        "autoencoder.training.learning_rate",
     )  # fmt: skip
     assert place.checkpoint("autoencoder").name == "step_00000002"
     assert not place.store.exists()

@@ -15,7 +15,7 @@ def test_one_video_of_one_frame(place, story) -> None:
 def test_fewer_latent_vectors_than_codes(place) -> None:
     sets = ["autoencoder.model.codes=4096", "autoencoder.training.steps=1"]
     outcome = place.run("train-autoencoder", sets=sets).ok()
-    assert "64 latent vectors are all that the training begins with, for 4096 codes" in outcome.err
+    assert "64 latent vectors to initialize 4096 codes" in outcome.err
 
 
 def test_a_discriminator_too_deep_for_the_frames(place) -> None:

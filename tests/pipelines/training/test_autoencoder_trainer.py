@@ -304,7 +304,7 @@ def test_more_codes_than_latent_vectors_is_said_and_goes_on(processes, capsys):
         "test",
     )  # fmt: skip
     assert AutoencoderTrainer(config, CPU, Pool(), processes=processes).train_step(0).finite
-    assert "128 latent vectors are all that the training begins with, for 4096 codes" in capsys.readouterr().err
+    assert "128 latent vectors to initialize 4096 codes" in capsys.readouterr().err
 
 
 def test_rows_of_two_processes_are_the_batch():

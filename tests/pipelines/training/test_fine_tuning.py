@@ -240,9 +240,9 @@ def test_standardization_is_that_of_the_start(kit: Kit) -> None:
 @pytest.mark.parametrize(
     ("trained", "changed", "message"),
     [
-        ({}, {"model": {"width": 32}}, r"step_00000004 has other sizes than .*:\n  flow.model.width: 16 -> 32\n.*own"),
+        ({}, {"model": {"width": 32}}, r"step_00000004 .*:\n  flow.model.width: 16 -> 32\n"),
         ({}, {"model": {"head": "bn"}}, r"flow.model.head: ln -> bn"),
-        ({}, {"standardize": False}, r"standardize: false, but .* knows standardised latents.*standardize=true"),
+        ({}, {"standardize": False}, r"standardize: false.*step_00000004.*standardize=true"),
         ({"standardize": False}, {"standardize": True}, r"standardize: true, but .*raw latents.*standardize=false"),
     ],
     ids=["width", "head", "standardised", "raw"],
@@ -282,7 +282,7 @@ def test_larger_frames_are_taken_with_a_warning(kit: Kit, capsys: pytest.Capture
 
 
 def test_there_has_to_be_something_to_start_from(kit: Kit) -> None:
-    with pytest.raises(UserError, match=r"flow/checkpoints holds none: .*`import-official`, or .*`train-flow`"):
+    with pytest.raises(UserError, match=r"flow/checkpoints .*`import-official`.*`train-flow`"):
         kit.train(fine_tune=True)
     kit.train()
     with pytest.raises(UserError, match=r"--resume 2 .*--fine-tune"):
@@ -308,7 +308,7 @@ def test_a_training_that_is_not_finished_is_no_start_unless_it_is_meant(
     content = json.loads(state.read_text())
     content["settings"]["flow"]["training"]["steps"] = 9
     state.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"step_00000004 is 4 of 9 steps into .*finish it .*--fine-tune --restart"):
+    with pytest.raises(UserError, match=r"step_00000004 .* 4 of 9 .*--fine-tune --restart"):
         kit.train(fine_tune=True)
     assert kit.train(fine_tune=True, restart=True).state["fine_tuned_from"]["step"] == 4
 

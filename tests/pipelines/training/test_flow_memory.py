@@ -165,7 +165,7 @@ def test_following_memory():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(ValueError, match="device = 'cuda': what a GPU's kernels keep is known only where there is one"):
+    with pytest.raises(ValueError, match="'cuda'"):
         estimate_memory(VectorFieldConfig(**SMALL), FlowTrainingConfig(), SHAPE, device="cuda")
 
 
@@ -198,7 +198,7 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
     found = lines()
     flow = next(number for number, line in enumerate(found) if line.startswith("flow "))
     flops = 3 * 8 * forward_flops(VectorFieldConfig(**SMALL), (4, 16, 16))
-    assert found[flow + 1].strip() == f"{flops / 1e9:.0f} GFLOP a training step of 8 samples"
+    assert found[flow + 1].strip() == f"{flops / 1e9:.0f} GFLOP per training step of 8 samples"
     words = "memory of a step on cpu, bf16, not compiled, at its peak "
     training = FlowTrainingConfig(batch_size=8, precision="bf16")
     memory = estimate_memory(VectorFieldConfig(**SMALL), training, (4, 16, 16))

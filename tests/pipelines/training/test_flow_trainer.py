@@ -311,9 +311,7 @@ def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
         check_data(settings, store, trainer(store, settings).sampler, None)
         return capsys.readouterr().out
 
-    assert said(batch_size=18, clip_frames=12) == (
-        "flow: 1 of 4 videos have fewer than 3 frames and are not learned from\n"
-    )
+    assert said(batch_size=18, clip_frames=12) == ("flow: 1 of 4 videos have fewer than 3 frames and are not used\n")
     assert "clip_frames is 13, and the longest video has 12 frames: conditions lie at most 10" in said(clip_frames=13)
     with pytest.raises(UserError, match=r"split 'train': 18 frames .* fewer than flow\.training\.batch_size 19"):
         said(batch_size=19)
@@ -326,7 +324,7 @@ def test_latents_of_more_places_than_there_are_codes_for(store, shape):
     if max(shape) == POSITIONS:
         check_data(config(), cache, sampler, None)
     else:
-        with pytest.raises(UserError, match=rf"latents of {shape[1]}x{shape[2]}, .* {POSITIONS} places a side"):
+        with pytest.raises(UserError, match=rf"latents of {shape[1]}x{shape[2]}, .* {POSITIONS} "):
             check_data(config(), cache, sampler, None)
 
 

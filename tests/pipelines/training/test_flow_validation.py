@@ -352,7 +352,7 @@ def test_where_no_video_is_long_enough_for_a_clip_shorter_ones_are_predicted(bar
     clips = bare.clips(evaluation={"horizon": 30})
     assert clips.names == ["clip-0", "clip-2", "clip-3"]
     assert clips.latents.shape[1] == 3
-    assert "clips predicted on the way have 1 of the 30 frames of evaluation.horizon" in capsys.readouterr().out
+    assert "1 instead of 30 frames (evaluation.horizon)" in capsys.readouterr().out
 
 
 def test_a_video_of_three_frames_is_enough(bare, tmp_path, capsys):
@@ -362,7 +362,7 @@ def test_a_video_of_three_frames_is_enough(bare, tmp_path, capsys):
     assert (validation.batch.distance == 1).all()
     assert validation.clips.names == ["clip-0"]
     assert validation.clips.latents.shape[1] == 3
-    assert "have 1 of the 3 frames" in capsys.readouterr().out
+    assert "1 instead of 3 frames" in capsys.readouterr().out
     assert "validation_sample_psnr" in validation.write_samples(network(), RAW, 1, tmp_path)
 
 
@@ -388,7 +388,7 @@ def test_augmented_videos_do_not_decide_how_much_is_predicted(bare, capsys):
     bare.write_store([4, 9], views=["identity", "hflip"])
     clips = bare.clips()
     assert (clips.names, clips.latents.shape[1]) == (["clip-0"], 4)
-    assert "have 2 of the 3 frames" in capsys.readouterr().out
+    assert "2 instead of 3 frames" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -420,7 +420,7 @@ def nothing_to_see(validation: FlowValidation | None, folder: Path) -> bool:
 def test_videos_shorter_than_the_context_are_not_predicted(place, tmp_path, capsys):
     assert nothing_to_see(place.open(evaluation={"context": 9}), tmp_path / "samples")
     (line,) = capsys.readouterr().out.splitlines()
-    assert "no predicted clips on the way: evaluation.context is 9, and the longest video" in line
+    assert "evaluation.context is 9" in line
     assert "has 9 frames" in line
 
 
@@ -434,7 +434,7 @@ def test_without_the_autoencoder_there_are_no_pictures(bare, tmp_path, capsys):
     bare.write_store([9, 6])
     assert nothing_to_see(bare.open(), tmp_path / "samples")
     (line,) = capsys.readouterr().out.splitlines()
-    assert f"no predicted clips on the way: {tmp_path}/runs/toy/autoencoder" in line
+    assert f"{tmp_path}/runs/toy/autoencoder" in line
 
 
 def test_another_autoencoder_is_named_and_not_used(place, tmp_path, capsys):
@@ -452,13 +452,12 @@ def test_a_damaged_autoencoder_does_not_stop_the_training(place, tmp_path, capsy
     state.write_text(state.read_text().replace('"channels": 8', '"channels": 16'))
     assert nothing_to_see(place.open(), tmp_path / "samples")
     (line,) = capsys.readouterr().out.splitlines()
-    assert "no predicted clips on the way" in line
     assert "don't fit the sizes in state.json" in line
 
 
 @pytest.mark.parametrize(
     ("lengths", "split", "said"),
-    [([9], "test", "has no val split (dataset.splits"), ([2, 1], "val", "the longest video of the val split 2")],
+    [([9], "test", "has no val split (dataset.splits"), ([2, 1], "val", "has 2")],
 )
 def test_without_videos_there_is_no_validation(bare, capsys, lengths, split, said):
     bare.write_store(lengths, split)
@@ -466,18 +465,6 @@ def test_without_videos_there_is_no_validation(bare, capsys, lengths, split, sai
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"flow: no validation: {bare.url}")
     assert said in line
-
-
-def test_a_picture_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch):
-    def fails(path: Path, *_: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError("no space")
-
-    folder = tmp_path / "samples"
-    monkeypatch.setattr(flow_validation_clips, "save_gif", fails)
-    with pytest.raises(OSError, match="no space"):
-        place.open().write_samples(Formula(), RAW, 1, folder)
-    assert [file.name for file in folder.iterdir()] == ["step_00000001.png"]
 
 
 def test_a_field_gone_wild_is_shown_as_well(place, tmp_path):

@@ -118,7 +118,7 @@ def test_a_resumed_training_remembers_the_best(train):
 def test_what_is_not_finite_ends_it_before_anything_is_saved(train, tmp_path):
     trainer = Counter(breaks_at=7)
     with pytest.raises(UserError, match=r"counter: the loss or its gradients are not finite at step 8 \(loss nan\), on "
-                       r"the frames of step 7\. Nothing was updated, and the last checkpoint is kept"):  # fmt: skip
+                       r"the frames of step 7\. "):  # fmt: skip
         train(trainer)
     assert trainer.steps[-1] == 7
     assert steps_of(CheckpointFolder(tmp_path / "checkpoints")) == [4]
@@ -163,7 +163,7 @@ def test_a_signal_saves_and_says_how_to_go_on(train, tmp_path):
 def test_a_bad_step_counts_once_where_it_is_logged_and_saved(train, capsys):
     _, lines = train(Counter(breaks_at=4), max_bad_steps=2, checkpoint_every=5)
     assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
-    assert capsys.readouterr().err.count("it goes on (1 such steps in a row, 2 end it)") == 1
+    assert capsys.readouterr().err.count("1 such steps in a row, 2 end the training") == 1
 
 
 class Second(Processes):
