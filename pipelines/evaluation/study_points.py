@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipelines.evaluation.frechet import fit_gaussian, frechet_distance
 from pipelines.evaluation.intervals import HALF_WIDTH, draw_counts, mean_interval, normal_interval
-from pipelines.evaluation.metrics import flatten, psnr, ssim
+from pipelines.evaluation.metrics import PSNR, SSIM, flatten, lpips_metric, measure_frames
 from pipelines.evaluation.results import StudyPoint
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
@@ -49,7 +49,8 @@ class StudyClips:
     def __init__(
         self, predictor: VideoPredictor, clips: Sequence[Clip], context: int, seed: int, lpips: LPIPS | None
     ) -> None:
-        self.predictor, self.context, self.lpips = predictor, context, lpips
+        self.predictor, self.context = predictor, context
+        self.metrics = [PSNR, SSIM] if lpips is None else [PSNR, SSIM, lpips_metric(lpips)]
         self.keys = [(clip.key, 0) for clip in clips]
         frames = torch.stack([clip.frames for clip in clips])
         latents = predictor.encode_videos(frames)
@@ -60,19 +61,14 @@ class StudyClips:
 
     def predict(self, options: SamplingConfig) -> Predicted:
         """Predict all clips and measure each."""
-        horizon = self.truth.shape[1]
         started = time.perf_counter()
-        latents = self.predictor.generate_latents(self.given, horizon, sampling=options, keys=self.keys)
+        latents = self.predictor.generate_latents(self.given, self.truth.shape[1], sampling=options, keys=self.keys)
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         seconds = time.perf_counter() - started
         videos = self.predictor.decode_videos(latents[:, self.context :])
-        images, truth = flatten(videos), flatten(self.truth)
-        metrics = {"psnr": psnr(images.cpu(), truth), "ssim": ssim(images.cpu(), truth)}
-        if self.lpips is not None:
-            with torch.inference_mode():
-                metrics["lpips"] = self.lpips(images, truth.to(images.device)).cpu()
-        values = {name: value.view(len(videos), horizon).double().mean(1) for name, value in metrics.items()}
+        truth = self.truth.to(videos.device)
+        values = {metric.name: measure_frames(metric, videos, truth).double().mean(1) for metric in self.metrics}
         values["sharpness"] = mean_gradient(videos.cpu()) / self.edges
         features = latent_features(self.predictor.standardization.to_final(latents), self.context)
         return Predicted(metrics=values, features=features, seconds=seconds)

@@ -38,6 +38,16 @@ def test_a_point_has_the_metrics_of_its_predictions(measured):
     assert found.psnr_difference_interval == found.frechet_difference_interval == (0, 0)
 
 
+def test_lpips_is_measured_where_it_is_given():
+    measured = StudyClips(predictor(), clips(4), 2, 0, lambda images, truth: (images - truth).abs().mean((1, 2, 3)))
+    found = measured.measure("k", SamplingConfig(nfe=2), None)
+    latents = measured.predictor.generate_latents(measured.given, 3, sampling=SamplingConfig(nfe=2), keys=measured.keys)
+    frames = measured.predictor.decode_videos(latents)[:, 2:]
+    truth = torch.stack([clip.frames for clip in clips(4)])[:, 2:]
+    assert found.lpips == pytest.approx((frames - truth).abs().mean().item(), rel=1e-5)
+    assert found.lpips_difference_interval == (0, 0)
+
+
 def test_differences_to_the_reference_are_taken_clip_by_clip(measured):
     reference = measured.measure("k", SamplingConfig(solver="heun", nfe=4), None)
     other = measured.measure("l", SamplingConfig(nfe=2, seed=3), reference)
