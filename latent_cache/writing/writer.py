@@ -96,6 +96,7 @@ class StoreWriter:
             raise StoreError(f"{path}: the splits' latents differ in shape: {shapes}")
 
         _refuse_foreign(folder)
+        begun = (folder / PROGRESS_FOLDER).exists()
         lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
         try:
             writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock)
@@ -106,6 +107,8 @@ class StoreWriter:
             writer._prepare()
         except BaseException:
             _release(lock, folder)
+            if not begun:
+                _remove_empty_progress(folder)
             raise
         return writer
 
@@ -320,10 +323,14 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _release(lock: WriterLock, folder: Path) -> None:
-    """Let go of a store, and leave no empty folder in it. Without a root that folder says that the store is ours."""
+    """Let go of a store. The folder with the markers stays, empty or not: it tells that a writer was interrupted."""
     if lock.held:
         session_path(folder).unlink(missing_ok=True)
     lock.release()
+
+
+def _remove_empty_progress(folder: Path) -> None:
+    """Remove what the lock left in a store that was not opened. Without a root that folder says the store is ours."""
     if (folder / "zarr.json").exists():
         with contextlib.suppress(OSError):  # markers of finished chunks are in it, or it is gone
             for split in (folder / PROGRESS_FOLDER).iterdir():

@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -195,8 +196,7 @@ class ChunkEncoder:
         return _Threads(decoders=decoders, encoders=encoders, tasks=2 if left - decoders * decoder >= chunk else 1)
 
 
-@dataclass(frozen=True)
-class _Threads:
+class _Threads(NamedTuple):
     """Numbers of decoding threads, encoding threads, and chunks that are encoded at the same time."""
 
     decoders: int
@@ -247,30 +247,29 @@ def _make_encoder(job: EncodeJob) -> ChunkEncoder:
     return ChunkEncoder(job, autoencoder, device)
 
 
-@dataclass(frozen=True)
-class _VideoPass:
-    """One pass over a video, and where its frames go: (view, first frame, last frame + 1, place in the chunk)."""
+class Target(NamedTuple):
+    """Where frames `start` to `stop` (excluded) of one view of a video go: from `place` on in the chunk."""
 
-    video_id: str
-    targets: list[tuple[str, int, int, int]]
-
-    @property
-    def start(self) -> int:
-        return min(start for _, start, _, _ in self.targets)
-
-    @property
-    def stop(self) -> int:
-        return max(stop for _, _, stop, _ in self.targets)
+    view: str
+    start: int
+    stop: int
+    place: int
 
 
 @dataclass
 class Block:
-    """Consecutive frames of a chunk that one thread will encode, while they are being decoded."""
+    """Consecutive frames of a chunk that one thread will encode, while they are being decoded.
+
+    Attributes:
+        start: place in the chunk.
+        frames: [n, h, w, 3] uint8; `views`: [n].
+        missing: frames that are not decoded yet.
+    """
 
     start: int
-    frames: np.ndarray  # [n, h, w, 3] uint8
-    views: list[ViewTransform] = field(default_factory=list)
-    missing: int = 0
+    frames: np.ndarray
+    views: list[ViewTransform]
+    missing: int
 
 
 class ChunkTask:
@@ -297,7 +296,7 @@ class ChunkTask:
 
     def run(self) -> ChunkMarker:
         """Decode, encode and write the chunk. Errors as in `ChunkEncoder.encode`."""
-        decoding = [self.encoder.decoders.submit(self.decode, video) for video in self.video_passes()]
+        decoding = [self.encoder.decoders.submit(self.decode, *video) for video in self.targets().items()]
         try:
             for future in decoding:
                 future.result()
@@ -329,34 +328,33 @@ class ChunkTask:
         found = [future.exception() for future in self.encoding]
         return next((cause for cause in found if cause and not isinstance(cause, EncodingStopped)), error)
 
-    def video_passes(self) -> list[_VideoPass]:
-        """The pieces of the chunk, those of one video (its views, which are adjacent) in one pass."""
+    def targets(self) -> dict[str, list[Target]]:
+        """Where the frames of each video go. Its views are adjacent, so that one pass over it serves them all."""
         place = 0
-        passes: list[_VideoPass] = []
+        targets: dict[str, list[Target]] = {}
         for piece, video_id, view in zip(self.chunk.pieces, self.chunk.video_ids, self.chunk.video_views, strict=True):
-            if not passes or passes[-1].video_id != video_id:
-                passes.append(_VideoPass(video_id, []))
-            passes[-1].targets.append((view, piece.start, piece.stop, place))
+            targets.setdefault(video_id, []).append(Target(view, piece.start, piece.stop, place))
             place += piece.stop - piece.start
-        return passes
+        return targets
 
     def check(self) -> None:
         if self.cancelled or self.encoder.closing or self.encoder.stop_asked:
             raise EncodingStopped
 
-    def decode(self, video: _VideoPass) -> None:
+    def decode(self, video_id: str, targets: list[Target]) -> None:
         """Decode a video once, and put its frames into their places."""
         self.check()
         self.started = min(self.started, time.time())
         source = self.encoder.job.splits[self.split]
-        index = self.encoder.rows[self.split][video.video_id]
-        transforms = [view_transform(view, video.video_id) for view, *_ in video.targets]
+        index = self.encoder.rows[self.split][video_id]
+        transforms = [view_transform(target.view, video_id) for target in targets]
+        first, end = min(target.start for target in targets), max(target.stop for target in targets)
         try:
-            for number, frame in enumerate(source.iterate(index, video.start, video.stop), video.start):
+            for number, frame in enumerate(source.iterate(index, first, end), first):
                 self.check()
-                for (_, start, stop, place), transform in zip(video.targets, transforms, strict=True):
-                    if start <= number < stop:
-                        self.put(place + number - start, frame, transform)
+                for target, transform in zip(targets, transforms, strict=True):
+                    if target.start <= number < target.stop:
+                        self.put(target.place + number - target.start, frame, transform)
         except BrokenVideoError as error:
             with self.lock:
                 self.broken[error.video_id] = error.reason
@@ -369,9 +367,8 @@ class ChunkTask:
             block = self.blocks.get(number)
             if block is None:
                 count = min(size, self.chunk.frames - number * size)
-                block = Block(number * size, np.empty((count, *frame.shape), np.uint8), missing=count)
-                block.views = [transform] * count
-                self.blocks[number] = block
+                frames = np.empty((count, *frame.shape), np.uint8)
+                block = self.blocks[number] = Block(number * size, frames, [transform] * count, missing=count)
         block.frames[place - block.start] = frame
         block.views[place - block.start] = transform
         with self.lock:

@@ -1,7 +1,6 @@
 """The store of a configuration: what it must say about itself, how far it is, and whether it is the right one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def store_status(config: RiverConfig) -> Status:
     path = config.store_path
     try:
         if latent_cache.is_complete(path):
-            _check_run(config)
+            _check_origin(config)
             return Status("done", "complete", path)
         if not path.exists() or not any(path.iterdir()):
             return Status("missing", "no store", path)
@@ -44,7 +43,7 @@ def store_status(config: RiverConfig) -> Status:
             )
         if not (path / "zarr.json").exists():
             return Status("partial", "no chunk is written yet", path)
-        _check_run(config)
+        _check_origin(config)
         splits = latent_cache.open_progress(path).values()
         written, chunks = sum(split.written for split in splits), sum(split.chunks for split in splits)
         return Status("partial", f"{written} of {chunks} chunks are written", path)
@@ -52,15 +51,28 @@ def store_status(config: RiverConfig) -> Status:
         return Status("conflicting", str(error), path)
 
 
-def _check_run(config: RiverConfig) -> None:
+def _check_origin(config: RiverConfig) -> None:
+    """Refuse a store, complete or not, of another autoencoder than the run's or of other preprocessing."""
     checkpoint = find_autoencoder(config.run_path)
-    if checkpoint is not None:
-        check_origin(config, weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu"))))
-
-
-def store_is_complete(path: Path) -> bool:
-    """Whether a complete store is at a path. Raises StoreError when something else is there."""
-    return path.exists() and latent_cache.is_complete(path)
+    if checkpoint is None:
+        return
+    metadata = latent_cache.open_metadata(config.store_path)
+    stored = metadata.autoencoder["sha256"]
+    here = weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu")))
+    if stored != here:
+        raise UserError(
+            f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "
+            f"{here[:12]}...: encode again with `encode --overwrite`, or restore the autoencoder"
+        )
+    there = metadata.preprocessing
+    _refuse(
+        f"{config.store_path} has other preprocessing",
+        [
+            f"{key}: {there.get(key)!r} in the store, {value!r} in the configuration"
+            for key, value in store_preprocessing(config).items()
+            if there.get(key) != value
+        ],
+    )
 
 
 def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[str, VideoSource]) -> StoreMetadata:
@@ -99,30 +111,6 @@ def store_preprocessing(config: RiverConfig) -> dict[str, Any]:
     """All that happens to the frames of the videos before the autoencoder sees them."""
     views = list(config.cache.views)
     return preprocessing_description(config.dataset) | {"views": views} | views_description(views)
-
-
-def check_origin(config: RiverConfig, autoencoder_digest: str) -> None:
-    """Refuse a store, complete or not, of another autoencoder or other preprocessing.
-
-    Raises:
-        UserError: shows both sides.
-    """
-    metadata = latent_cache.open_metadata(config.store_path)
-    stored = metadata.autoencoder["sha256"]
-    if stored != autoencoder_digest:
-        raise UserError(
-            f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "
-            f"{autoencoder_digest[:12]}...: encode again with `encode --overwrite`, or restore the autoencoder"
-        )
-    there = metadata.preprocessing
-    _refuse(
-        f"{config.store_path} has other preprocessing",
-        [
-            f"{key}: {there.get(key)!r} in the store, {value!r} in the configuration"
-            for key, value in store_preprocessing(config).items()
-            if there.get(key) != value
-        ],
-    )
 
 
 def check_layout(config: RiverConfig) -> None:

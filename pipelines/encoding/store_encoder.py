@@ -19,7 +19,6 @@ from pipelines.encoding.cluster import connect, run_here, run_on_cluster
 from pipelines.encoding.store_checks import (
     check_layout,
     check_sources,
-    store_is_complete,
     store_metadata,
     store_status,
 )
@@ -48,13 +47,15 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
     Returns:
         Path of the complete store.
     Raises:
-        UserError: the store is complete, but of another autoencoder, other preprocessing or other videos, and
-            `run_context.overwrite` is not set.
-        StoreError: an incomplete store of another origin; a store that another process writes; a full disk.
+        UserError: without `run_context.overwrite`: the store is of another autoencoder or other preprocessing, or is
+            complete and has another layout or other videos.
+        StoreError: an incomplete store of another layout; a store that another process writes; a full disk.
         StoppedBySignal: after SIGINT or SIGTERM; finished chunks are kept.
     """
-    path = config.store_path
-    if not run_context.overwrite and store_is_complete(path):
+    path, status = config.store_path, store_status(config)
+    if not run_context.overwrite and status.state == "conflicting":
+        raise UserError(status.detail)
+    if not run_context.overwrite and status.is_done:
         _check_complete(config, run_context)
         return path
     autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
@@ -73,15 +74,12 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
 
 
 def _check_complete(config: RiverConfig, run_context: RunContext) -> None:
-    """Refuse a complete store that is not the one that `encode` would write."""
-    status = store_status(config)
-    if not status.is_done:
-        raise UserError(status.detail)
+    """Refuse a complete store of another layout or, where its videos are here, of other videos."""
     check_layout(config)
     here = config.dataset.source == "shapes" or dataset_root(config.dataset, config.data_root).exists()
     if here or run_context.mirror is not None:
         check_sources(config, open_videos(config, run_context))
-    say(f"store: done, {status.path}" + ("" if here else " (not compared with its videos, which are not here)"))
+    say(f"store: done, {config.store_path}" + ("" if here else " (not compared with its videos, which are not here)"))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from latent_cache import CorruptStoreError, DamagedFramesError, LatentCache
 from latent_cache.schema import IDENTITY_VIEW
 from pipelines.config import RiverConfig
 from pipelines.encoding.frame_verifier import FrameCheck, FrameVerifier, draw_frames
-from pipelines.encoding.store_checks import check_origin, check_sources, store_is_complete
+from pipelines.encoding.store_checks import check_sources, store_status
 from pipelines.errors import CheckFailed, UserError
-from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
+from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import progress, say
@@ -39,12 +39,13 @@ def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> No
     path = config.store_path
     if run_context.overwrite:
         raise UserError("--verify writes nothing: remove --overwrite, or remove --verify to encode again")
-    latent_cache.open_metadata(path)  # raises when there is no store
-    if not store_is_complete(path):
-        raise UserError(f"{path}: the store is not complete: finish it with `make encode`, then verify it")
-    autoencoder = _autoencoder(config, run_context, count)
-    splits = _videos(config) if count else {}
+    status = store_status(config)
+    if status.state == "conflicting":
+        raise UserError(status.detail)
+    if not status.is_done:
+        raise UserError(f"{path}: {status.detail}: run `make encode`, then verify it")
     if count:
+        autoencoder, splits = _load_autoencoder(config, run_context), _open_videos(config)
         with contextlib.suppress(CorruptStoreError):  # damaged names are listed below, with all other damage
             check_sources(config, splits)
     sums = check_checksums(str(path))
@@ -54,7 +55,6 @@ def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> No
     elif not sums.names_are_sound:
         found.append("no frame was encoded again, since names or offsets of videos are damaged")
     else:
-        assert autoencoder is not None
         problem = _check_frames(config, run_context, sums.caches, splits, autoencoder, count)
         found += [problem] if problem else []
     if found:
@@ -123,22 +123,17 @@ def check_checksums(store: str) -> ChecksumReport:
     return ChecksumReport(caches, True, "")
 
 
-def _autoencoder(config: RiverConfig, run_context: RunContext, count: int) -> Autoencoder | None:
-    """The autoencoder of the store; None when it is neither here nor needed."""
+def _load_autoencoder(config: RiverConfig, run_context: RunContext) -> Autoencoder:
     checkpoint = find_autoencoder(config.run_path)
-    if checkpoint is None and not count:
-        return None
     if checkpoint is None:
         raise UserError(
             f"{config.run_path}/autoencoder has no checkpoint, which is needed to encode frames again: restore it, "
             f"{CHECKSUMS_ONLY}"
         )
-    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
-    check_origin(config, weights_digest(autoencoder))
-    return autoencoder
+    return load_trained_autoencoder(checkpoint, run_context.device)
 
 
-def _videos(config: RiverConfig) -> dict[str, VideoSource]:
+def _open_videos(config: RiverConfig) -> dict[str, VideoSource]:
     """The raw videos that are here; nothing is fetched, since verifying writes nothing."""
     root = dataset_root(config.dataset, config.data_root)
     if config.dataset.source != "shapes" and not root.exists():

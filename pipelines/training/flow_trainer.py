@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import latent_cache
 from latent_cache import FlowBatch, LatentCache, Sampler, StoreError, open_sampler, step_generator
 from pipelines.config import RiverConfig, result_settings
-from pipelines.encoding.store_checks import store_is_complete
 from pipelines.errors import UserError
 from pipelines.loading import standardization_in
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
@@ -102,7 +101,7 @@ def flow_status(config: RiverConfig) -> Status:
 def flow_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration on this store."""
     try:
-        cache = latent_cache.open(config.store_path, "train") if store_is_complete(config.store_path) else None
+        cache = latent_cache.open(config.store_path, "train") if latent_cache.is_complete(config.store_path) else None
     except StoreError:  # which the store's own status tells
         cache = None
     return TrainingPlan(
@@ -418,7 +417,7 @@ def check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found:
 
 def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
     """Warn if a store is there that the autoencoder of an imported flow did not encode."""
-    if not store_is_complete(store):
+    if not latent_cache.is_complete(store):
         return
     theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], imported.state["store"]["autoencoder"]
     if theirs != ours:

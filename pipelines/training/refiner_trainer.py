@@ -14,7 +14,7 @@ import latent_cache
 from latent_cache import StoreError
 from pipelines.config import RiverConfig, result_settings
 from pipelines.data.datasets import open_videos
-from pipelines.encoding.store_checks import check_sources, store_is_complete
+from pipelines.encoding.store_checks import check_sources
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.evaluation.networks import VideoNetwork
@@ -99,7 +99,7 @@ def refiner_plan(config: RiverConfig) -> TrainingPlan:
     if autoencoder is not None:
         inputs["autoencoder"] = weights_digest(load_trained_autoencoder(autoencoder, torch.device("cpu")))
     try:
-        if store_is_complete(config.store_path):
+        if latent_cache.is_complete(config.store_path):
             inputs["store"] = {"fingerprint": latent_cache.open(config.store_path, "train").fingerprint}
     except StoreError:  # which the store's own status tells
         pass

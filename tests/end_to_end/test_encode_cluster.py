@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -23,7 +22,6 @@ import latent_cache
 from latent_cache import ChunkWriter, StaleWriterError, StoreWriter
 from pipelines.encoding import cluster as cluster_module
 from pipelines.encoding.chunk_encoder import (
-    BrokenVideosError,
     EncodeJob,
     EncodingStopped,
     close_idle_encoders,
@@ -351,9 +349,3 @@ def test_a_worker_with_another_autoencoder_is_refused(jobs, place, trained, tmp_
         assert not chunk_files(place.store)
 
     jobs(use)
-
-
-def test_what_is_sent_to_workers_can_be_pickled(jobs) -> None:
-    jobs(lambda job, tasks: pickle.loads(pickle.dumps((job, tasks[:2]))))
-    error = pickle.loads(pickle.dumps(BrokenVideosError("val", {"a": "is noise"})))
-    assert (error.split, error.reasons) == ("val", {"a": "is noise"})

@@ -137,9 +137,9 @@ def in_flight(monkeypatch) -> SimpleNamespace:
     state = SimpleNamespace(bytes=0, most_bytes=0, tasks=0, most_tasks=0, lock=threading.Lock())
 
     class Watched(chunk_encoder.Block):
-        def __init__(self, start: int, frames: np.ndarray, **others: object) -> None:
-            super().__init__(start, frames, **others)
-            self.size = frames.nbytes
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            self.size = self.frames.nbytes
             with state.lock:
                 state.bytes += self.size
                 state.most_bytes = max(state.most_bytes, state.bytes)
