@@ -28,7 +28,6 @@ class Line:
         style: a class of the style sheet, which decides the color: `prediction`, `s1`...
         band: [n, 2] lower and upper ends around the line.
         marks: show the points themselves.
-        faint: in the background, such as raw values behind their mean; without band, hover values and table column.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Line:
     style: str
     band: np.ndarray | None = None
     marks: bool = False
-    faint: bool = False
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "band"):
@@ -125,7 +123,7 @@ class Chart:
 
     def band(self, line: Line) -> list[str]:
         """The points of a line's band, one polygon per piece without gaps."""
-        if line.band is None or line.faint:
+        if line.band is None:
             return []
         x, (low, high) = line.x, line.band.T
         found = pieces(np.isfinite(low + high + line.y))
@@ -135,15 +133,10 @@ class Chart:
         """Indices of a line's points, split at the gaps."""
         return pieces(np.isfinite(line.y))
 
-    @property
-    def shown(self) -> list[Line]:
-        """The lines with values to read."""
-        return [line for line in self.lines if not line.faint]
-
     def hover_json(self) -> str:
         """Per line [position, x, y] of its points, for the script that shows values under the pointer."""
         lines = []
-        for line in self.shown:
+        for line in self.lines:
             points = zip(self.across(line.x).tolist(), line.x, line.y, strict=True)
             texts = [[at, number_text(x), number_text(y)] for at, x, y in points if math.isfinite(y)]
             lines.append({"name": line.name, "style": line.style, "points": texts})
@@ -151,8 +144,8 @@ class Chart:
 
     def rows(self) -> list[list[str]]:
         """The numbers as a table, for readers who cannot see the chart."""
-        steps = np.unique(np.concatenate([line.x for line in self.shown]))
-        values = [dict(zip(line.x, line.y, strict=True)) for line in self.shown]
+        steps = np.unique(np.concatenate([line.x for line in self.lines]))
+        values = [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
         return [
             [tick_text(x), *(number_text(by_x[x]) if x in by_x else "" for by_x in values)]
             for x in steps[:: -(-len(steps) // MAX_MARKS)]
@@ -181,7 +174,7 @@ def chart(
     if not lines:
         return None
     xs = np.concatenate([line.x for line in lines])
-    bands = [line.band.ravel() for line in lines if line.band is not None and not line.faint]
+    bands = [line.band.ravel() for line in lines if line.band is not None]
     ys = np.concatenate([line.y for line in lines] + bands)
     log_y = log_y and np.nanmin(ys) > 0
     across = Scale(*padded_range(xs, log_x, 0.0), LEFT + 6, WIDTH - RIGHT, log_x)
@@ -212,24 +205,16 @@ def padded_range(values: ArrayLike, logarithmic: bool, padding: float) -> tuple[
     return low - space, high + space
 
 
-def smoothed(values: ArrayLike, share: float = 0.05) -> np.ndarray:
-    """[n] centered means over a window of this share of the points; gaps are left out of the means."""
-    values = np.asarray(values, np.float64)
-    reach = max(1, round(share * len(values) / 2))
-    finite, window = np.isfinite(values), np.ones(2 * reach + 1)
-    counts, sums = (
-        np.convolve(parts, window)[reach : reach + len(values)] for parts in (finite, np.where(finite, values, 0.0))
-    )
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
-
-
 def tick_text(value: float) -> str:
-    """A tick: 0.25, 12, 1k, 2.5M, 2e-5."""
+    """A tick: 0.25, 12, 1k, 2.5M, 1.04e-4."""
     size = abs(value)
     for unit, factor in (("M", 1e6), ("k", 1e3)):
         if size >= 10 * factor or (size >= factor and value % (factor / 10) == 0):
             return f"{value / factor:g}{unit}"
-    return f"{value:.4g}".replace("e-0", "e-")
+    if 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
 def number_text(value: float | None, digits: int | None = None) -> str:

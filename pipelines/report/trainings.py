@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.bench.measurement import Benchmark
-from pipelines.report.charts import Chart, Line, chart, number_text, smoothed
+from pipelines.report.charts import Chart, Line, chart, number_text
 from pipelines.report.run_files import Run
 from pipelines.runtime.logs import Log
 from pipelines.runtime.runs import describe_progress
@@ -14,9 +14,9 @@ TITLES = {
     "autoencoder": "Stage 1: the autoencoder",
     "refiner": "The refiner (optional)",
 }
-# Logged at every line: shown as a mean, with the raw values behind it where there are enough of them.
-NOISY = ("loss", "l1", "l2", "perceptual", "codebook", "adversarial")
-MIN_SMOOTHED = 30
+# Logged at every line: shown as means over parts of the training, with a band between their extremes.
+NOISY = ("loss", "l1", "l2", "perceptual", "codebook", "adversarial", "logits_real", "logits_fake")
+NOISY_POINTS = 60
 MAX_PROBLEMS = 5
 
 
@@ -124,13 +124,8 @@ def _chart(log: Log, panel: Panel) -> Chart | None:
     lines = []
     for number, (key, name) in enumerate(panel.quantities.items(), start=1):
         style = "prediction" if key == "validation_loss" else f"s{number}"
-        x, y = log.series(key)
-        if key in NOISY and len(x) >= MIN_SMOOTHED:
-            # Behind several lines the raw values would hide them.
-            lines += [Line(f"{name}, as logged", x, y, style, faint=True)] if panel is LOSS else []
-            lines.append(Line(name, x, smoothed(y), style))
-        else:
-            lines.append(Line(name, x, y, style, marks=True))
+        line = Line(name, *log.series(key), style, marks=True)
+        lines.append(line.thinned(NOISY_POINTS) if key in NOISY else line)
     return chart(panel.title, lines, "step", panel.y_label, better=panel.better, log_y=panel.log_y)
 
 
