@@ -24,8 +24,8 @@ MIN_SIDE = 96
 LAST_FRAME_MS = 1000
 # White around a clip of an animation: above and below, left and right.
 TILE_MARGINS = (4, 6)
-# Of a sheet: around it, for the labels of rows, below each block, between cells, and above the blocks.
-SHEET_MARGIN, SHEET_LABEL_WIDTH, SHEET_GAP, CELL_GAP, SHEET_HEAD = 12, 104, 10, 2, LABEL_HEIGHT + 14
+# Of a sheet: around it, for the labels of rows, below each block, and between cells.
+SHEET_MARGIN, SHEET_LABEL_WIDTH, SHEET_GAP, CELL_GAP = 12, 104, 10, 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, colum
     blocks = [
         [(label, images[start : start + columns]) for label, images in cells] for start in range(0, len(truth), columns)
     ]
-    return _sheet(title, blocks, head=SHEET_HEAD)[0]
+    return _sheet(title, blocks, head=LABEL_HEIGHT + 14)[0]
 
 
 def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) -> np.ndarray:

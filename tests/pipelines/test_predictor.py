@@ -240,10 +240,6 @@ def test_refining_without_a_refiner_is_refused_before_anything_is_predicted(tiny
         uncallable.generate_frames(images(1, 2), 1, refine=True)
 
 
-def test_more_frames_than_it_was_trained_on(tiny):
-    assert tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 60).shape == (1, 62, 4, 4, 4)
-
-
 def test_recorded_draws_can_be_replayed(tiny):
     context = torch.randn(2, 3, 4, 4, 4)
     noise, conditions = torch.randn(2, 2, 4, 4, 4), torch.zeros(2, 2, 2, dtype=torch.int64)
@@ -276,11 +272,6 @@ def test_a_preset_replaces_solver_and_steps_of_the_run_and_nothing_else():
     assert counted.sampling_with({"preset": "official"}).nfe is None
 
 
-def test_the_official_preset_predicts(tiny):
-    latents = tiny.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"preset": "official", "steps": 4})
-    assert latents.isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -305,7 +296,7 @@ def test_bad_sampling_options_are_refused(tiny, changes, parts):
         (lambda: images(1, 2)[:, :, :1], r"\[b, n, 3, h, w\].* \[1, 2, 1, 16, 16\]"),
         (lambda: images(1, 2)[0], r" \[2, 3, 16, 16\]"),
         (lambda: images(1, 0), "at least one frame"),
-        (lambda: images(1, 2)[..., :15], "16x15 .*factor 4"),
+        (lambda: images(1, 2)[..., :15], "16x15"),
     ],
 )
 def test_bad_images_are_refused(tiny, made, message):
@@ -394,17 +385,13 @@ def test_a_run_is_loaded_as_it_was_trained(tmp_path):
     assert loaded.generate_frames(images(1, 1), 2).shape == (1, 3, 3, 16, 16)
 
 
-def test_averaged_weights_are_taken_where_there_are_any(tmp_path):
+def test_averaged_weights_are_taken_unless_raw_ones_are_asked_for(tmp_path):
     _, field = save_run(tmp_path / "run", ema=True)
-    loaded = VideoPredictor.from_run(tmp_path / "run", device="cpu").vector_field.state_dict()
-    assert all(torch.equal(loaded[name], tensor + 0.01) for name, tensor in field.state_dict().items())
-
-
-def test_raw_weights_are_taken_where_they_are_asked_for(tmp_path):
-    _, field = save_run(tmp_path / "run", ema=True)
+    averaged = VideoPredictor.from_run(tmp_path / "run", device="cpu").vector_field.state_dict()
     raw = VideoPredictor.from_run(tmp_path / "run", device="cpu", weights="raw")
-    loaded = raw.vector_field.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in field.state_dict().items())
+    for name, tensor in field.state_dict().items():
+        assert torch.equal(averaged[name], tensor + 0.01)
+        assert torch.equal(raw.vector_field.state_dict()[name], tensor)
     with pytest.raises(UserError, match=r"from_run\(\.\.\., weights='ema'\)"):
         raw.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"weights": "ema"})
 

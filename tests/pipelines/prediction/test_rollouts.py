@@ -213,5 +213,5 @@ def test_a_half_precision_refiner_gives_floats_in_range(official, recorded):
     assert (refined - exact).abs().max() < 0.05
 
 
-def test_nothing_to_refine_comes_back_empty(official, recorded):
+def test_no_predicted_frames_are_an_empty_video(official, recorded):
     assert refine_frames(official, recorded["video"][:, 0], recorded["recon"][:, :0]).shape == (2, 0, 3, 32, 32)
