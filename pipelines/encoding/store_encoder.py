@@ -213,8 +213,8 @@ class StoreEncoder:
     def _note_broken(self) -> None:
         """Remember broken videos beside the finished chunks, whose plan leaves them out."""
         noted = {
-            split: {video_id: (print_, self.broken[split][video_id]) for video_id, print_ in prints.items()}
-            for split, prints in self._skipped().items()
+            split: {video_id: (fingerprint, self.broken[split][video_id]) for video_id, fingerprint in ids.items()}
+            for split, ids in self._skipped().items()
         }
         write_json(self._broken_file, BrokenVideos(noted))
 
