@@ -122,7 +122,6 @@ class VideoSource(abc.ABC):
         for row, position in enumerate(positions):
             wanted.setdefault(int(position), []).append(row)
         first, last = min(wanted), max(wanted)
-        self.check_range(index, first, last + 1)
         for position, frame in enumerate(self.iterate(index, first, last + 1), start=first):
             for row in wanted.get(position, ()):
                 frames[row] = frame

@@ -104,14 +104,12 @@ def test_few_latents_are_sampled_as_often_as_there_are_codes(start, normalize, c
     assert len(quantizer.nearest(z).unique()) == count
 
 
-@pytest.mark.parametrize("start", ["kmeans", "sample"])
-def test_latents_that_are_not_finite_are_refused(start):
-    quantizer, z = make(), latents()
-    before = weight_of(quantizer)
+def test_latents_that_are_not_finite_are_refused():
+    z = latents()
     z[1, 2, 3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"latents .*not finite"):
-        care_for(quantizer, start=start).start(z, draws())
-    assert torch.equal(quantizer.embedding.weight, before)
+    for start in ("kmeans", "sample"):
+        with pytest.raises(ValueError, match=r"latents .*not finite"):
+            care_for(make(), start=start).start(z, draws())
 
 
 def test_kmeans_codes_lie_closer_to_latents_than_samples_and_uniform_ones():
@@ -179,7 +177,7 @@ def test_kmeans_uses_at_most_16_random_vectors_per_code():
 
 
 @pytest.mark.parametrize("start", ["kmeans", "sample"])
-def test_normalized_codes_start_at_directions(start):
+def test_normalized_codes_start_and_restart_at_directions(start):
     z = latents() - 5
     lengths = 10 ** (2 * torch.rand(4, 1, 6, 6, generator=draws(8)) - 1)
     weights = []
@@ -189,16 +187,11 @@ def test_normalized_codes_start_at_directions(start):
         weights.append(weight_of(quantizer))
         torch.testing.assert_close(weights[-1].norm(dim=1), torch.ones(CODES))
     torch.testing.assert_close(weights[0], weights[1], atol=ROUNDING, rtol=0)
-
-
-def test_restarted_normalized_codes_have_length_one():
-    quantizer, z = make(normalize=True), 30 * (latents() - 5)
-    moved = step(care_for(quantizer, restart_every=1), 0, z)
-    assert moved.any()
+    before = len(quantizer.nearest(z[:1]).unique())
+    moved = step(care_for(quantizer, restart_every=1), 0, z[:1])
     torch.testing.assert_close(quantizer.embedding.weight[moved].norm(dim=1), torch.ones(int(moved.sum())))
-    assert len(quantizer.nearest(z).unique()) > 25
-    care = care_for(quantizer, restart_every=0)
-    assert [step(care, number, z) for number in range(5)] == [None] * 5
+    assert moved.any()
+    assert len(quantizer.nearest(z[:1]).unique()) > before
 
 
 @pytest.fixture
@@ -215,8 +208,10 @@ def test_restart_moves_unused_codes_only_and_brings_them_into_use(crowded):
     z, before = latents(), weight_of(crowded)
     care = care_for(crowded, restart_every=3)
     used = crowded.nearest(z).unique()
+    never = care_for(crowded, restart_every=0)
     for number in (0, 1):
         assert step(care, number, z) is None
+        assert step(never, number, z) is None
         assert torch.equal(crowded.embedding.weight, before)
     assert care.since_restart.sum() == care.this_window.sum() == 2 * 4 * 36
     moved = step(care, 2, z)
@@ -229,20 +224,6 @@ def test_restart_moves_unused_codes_only_and_brings_them_into_use(crowded):
     assert len(near.unique()) == len(near)
     assert len(crowded.nearest(z).unique()) > 2 * len(used)
     assert (care.since_restart.sum(), care.this_window.sum()) == (0, 3 * 4 * 36)
-
-
-def test_a_code_used_once_since_the_last_restart_stays():
-    quantizer, z = make(), latents()
-    care = care_for(quantizer, restart_every=2, window=1)
-    with torch.no_grad():
-        quantizer.embedding.weight[:] = 100.0
-        quantizer.embedding.weight[3] = z[0, :, 0, 0]
-        quantizer.embedding.weight[4] = -50.0
-    step(care, 0, torch.full((1, 4, 1, 1), -50.0))  # code 4
-    step(care, 1, z)  # code 3
-    assert (quantizer.embedding.weight[4] == -50).all()
-    assert torch.equal(quantizer.embedding.weight[3], z[0, :, 0, 0])
-    assert (quantizer.embedding.weight[5:] < 50).all()
 
 
 def test_moved_codes_share_few_vectors_evenly(crowded):
@@ -282,16 +263,8 @@ def test_two_processes_equal_one_with_both_batches():
             codes = quantizers[rank].nearest(halves[1 - rank]).flatten()
             counts += torch.bincount(codes, minlength=CODES)
 
-        cares.append(
-            care_for(
-                quantizers[rank],
-                start="kmeans",
-                restart_every=2,
-                window=2,
-                reduce=add_other,
-                gather=lambda _: vectors_of(z),
-            )
-        )
+        settings = {"start": "kmeans", "restart_every": 2, "window": 2}
+        cares.append(care_for(quantizers[rank], **settings, reduce=add_other, gather=lambda _: vectors_of(z)))
     for care, half in zip(cares, halves, strict=True):
         care.start(half, draws(9))
         assert torch.equal(care.quantizer.embedding.weight, alone.embedding.weight)

@@ -75,18 +75,13 @@ def test_values_are_codes_and_losses_are_mean_squared_distances(quantizer, laten
     assert output.commitment_loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_gradient_passes_straight_through(quantizer, latents):
+def test_gradients_pass_straight_through_and_each_loss_moves_its_own_side(quantizer, latents):
     latents.requires_grad_()
     weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(4))
-    (quantizer(latents).latents * weights).sum().backward()
-    assert torch.equal(latents.grad, weights)
-    assert quantizer.embedding.weight.grad is None
-
-
-def test_each_loss_moves_its_own_side(quantizer, latents):
-    latents.requires_grad_()
     output = quantizer(latents)
     quantized = quantizer.embed(output.codes).detach()
+    (gradient,) = torch.autograd.grad((output.latents * weights).sum(), latents, retain_graph=True)
+    assert torch.equal(gradient, weights)
     output.commitment_loss.backward(retain_graph=True)
     torch.testing.assert_close(latents.grad, 2 * (latents - quantized).detach() / latents.numel())
     assert quantizer.embedding.weight.grad is None
@@ -105,20 +100,28 @@ def dense_quantizer() -> VectorQuantizer:
     return quantizer
 
 
-def test_rounding_keeps_nearest_codes() -> None:
-    quantizer = dense_quantizer()
+def normalized_quantizer() -> VectorQuantizer:
+    torch.manual_seed(1)
+    return VectorQuantizer(8192, 3, normalize=True)
+
+
+# Half a unit in the last place, and a pull by some hundredths of the way to the code.
+@pytest.mark.parametrize(("make", "largest"), [(dense_quantizer, 1.5 * 2**-9), (normalized_quantizer, 1e-2)])
+def test_rounding_keeps_nearest_codes(make, largest) -> None:
+    quantizer = make()
     latents = torch.rand(6, 3, 20, 20) + 2
+    if quantizer.normalize:
+        latents = torch.nn.functional.normalize(latents - 2.5, dim=1)
     codes = quantizer.nearest(latents)
     plain = latents.half()
     moved = quantizer.nearest(plain.float()) != codes
-    assert 20 < moved.sum() < moved.numel() / 5
+    assert 5 < moved.sum() < moved.numel() / 5
     rounded = quantizer.rounded(latents, codes, torch.float16)
     assert torch.equal(quantizer.nearest(rounded.latents.float()), codes)
     assert torch.equal(rounded.pulled, moved)
     assert not rounded.changed.any()
     assert torch.equal(rounded.latents.movedim(1, -1)[~moved], plain.movedim(1, -1)[~moved])
-    # Half a unit in the last place, 2^-10 here, and a pull by some hundredths of the way to the code.
-    assert (rounded.latents.float() - latents).abs().max() < 1.5 * 2**-9
+    assert (rounded.latents.float() - latents).abs().max() < largest
 
 
 def test_rounding_does_not_depend_on_the_batch() -> None:
@@ -204,17 +207,3 @@ def test_gradients_of_normalized_codes_turn_and_do_not_stretch(directions, laten
         weight -= 1e-3 * weight.grad
     after = directions(torch.nn.functional.normalize(latents, dim=1)).codebook_loss.item()
     assert after < before
-
-
-def test_rounding_keeps_nearest_normalized_codes() -> None:
-    torch.manual_seed(1)
-    quantizer = VectorQuantizer(8192, 3, normalize=True)
-    latents = torch.nn.functional.normalize(torch.randn(6, 3, 20, 20), dim=1)
-    codes = quantizer.nearest(latents)
-    moved = quantizer.nearest(latents.half().float()) != codes
-    assert 5 < moved.sum() < moved.numel() / 5
-    rounded = quantizer.rounded(latents, codes, torch.float16)
-    assert torch.equal(rounded.pulled, moved)
-    assert not rounded.changed.any()
-    assert torch.equal(quantizer.nearest(rounded.latents.float()), codes)
-    assert (rounded.latents.float() - latents).abs().max() < 1e-2  # of 2^-12, and pulls within a cell

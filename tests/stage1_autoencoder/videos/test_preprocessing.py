@@ -74,6 +74,9 @@ def test_yuv_is_averaged_exactly(pixel_format, width, height, kind):
     difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT601, "j" in pixel_format), 64)
     assert np.abs(difference).max() < ROUNDING
     assert abs(difference.mean()) < 0.05
+    frame.colorspace = 1  # AVCOL_SPC_BT709
+    difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT709, "j" in pixel_format), 64)
+    assert np.abs(difference).max() < ROUNDING
 
 
 @pytest.mark.parametrize(("kind", "mean_square"), [("smooth", 0.5), ("noise", 2.5)])
@@ -81,12 +84,6 @@ def test_chroma_coarser_than_the_output_is_interpolated(kind, mean_square):
     frame, yuv = yuv_frame("yuv420p", 160, 120, kind)  # 60 chroma samples become 64
     difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT601, False), 64)
     assert np.sqrt(np.mean(difference**2)) < mean_square
-
-
-def test_color_matrix_follows_the_tag():
-    frame, yuv = yuv_frame("yuv420p", 176, 144, "smooth")
-    frame.colorspace = 1  # AVCOL_SPC_BT709
-    assert np.abs(FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT709, False), 64)).max() < ROUNDING
 
 
 @pytest.mark.parametrize("size", [(120, 120), (160, 120), (65, 49), (49, 65), (501, 333)])
@@ -130,6 +127,8 @@ def test_crop_is_exact_to_the_pixel():
     rgb = np.random.default_rng(0).integers(0, 256, (48, 67, 3), np.uint8)
     result = FramePreprocessor(48)(av.VideoFrame.from_ndarray(rgb, "rgb24"))
     assert (result == rgb[:, 9:57]).all()
+    square = rgb[:20, :20].copy()  # rows that FFmpeg pads
+    assert (FramePreprocessor(20)(av.VideoFrame.from_ndarray(square, "rgb24")) == square).all()
 
 
 def test_small_frames_are_enlarged_smoothly():
@@ -170,11 +169,6 @@ def test_results_are_arrays_of_their_own(pixel_format, size, graph_after):
     assert first.flags.writeable
     first[:] = 77
     assert (preprocess(dark) == was).all()
-
-
-def test_square_rgb_of_the_right_size_stays_as_it_is():
-    rgb = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)  # rows that FFmpeg pads
-    assert (FramePreprocessor(20)(av.VideoFrame.from_ndarray(rgb, "rgb24")) == rgb).all()
 
 
 def with_graph(image_size: int, frame: av.VideoFrame) -> tuple[np.ndarray, bool]:

@@ -24,35 +24,20 @@ def present(videos: ShapesSource) -> np.ndarray:
     return videos.present > 0
 
 
-def test_videos_are_64x64_uint8_of_the_asked_length():
-    dataset = source()
-    assert len(dataset.videos) == 40
-    assert dataset.read(3).shape == (20, 64, 64, 3)
-    assert dataset.read(3).dtype == np.uint8
-    assert dataset.videos[3].frames == 20
-    assert len({video.id for video in dataset.videos}) == 40
-    assert len({video.fingerprint for video in dataset.videos}) == 40
-
-
-def test_the_same_seed_gives_the_same_videos_and_another_seed_others():
-    assert (source().read(7) == source().read(7)).all()
-    assert (source().read(7) != source(split_seed=1).read(7)).any()
-    assert source().fingerprint == source().fingerprint != source(split_seed=1).fingerprint
-
-
-def test_a_video_stays_the_same_when_more_are_asked_for():
-    few, many = source(count=3), source(count=101)
+def test_a_video_is_a_function_of_seed_split_and_number():
+    few, many, other = source(count=3), source(count=101), source(count=3, split_seed=1)
+    assert few.read(2).shape == (20, 64, 64, 3)
+    assert few.read(2).dtype == np.uint8
     for video in range(3):
         assert (few.read(video) == many.read(video)).all()
-        assert few.videos[video] == many.videos[video]
-    assert (few.positions == many.positions[:3]).all()
-    assert few.fingerprint != many.fingerprint
-
-
-def test_splits_share_no_video():
+        assert (few.read(video) != other.read(video)).any()
+    assert few.videos == many.videos[:3]
+    assert few.videos[2].frames == 20
+    assert few.fingerprint == source(count=3).fingerprint
+    assert len({few.fingerprint, many.fingerprint, other.fingerprint}) == 3
+    assert len({video.id for video in many.videos}) == len({video.fingerprint for video in many.videos}) == 101
     first_frames = [source(split).render(np.arange(40), np.zeros(40, int)) for split in ("train", "val", "test")]
-    pictures = {frame.tobytes() for frames in first_frames for frame in frames}
-    assert len(pictures) == 120
+    assert len({frame.tobytes() for frames in first_frames for frame in frames}) == 120
 
 
 def test_two_or_three_shapes_of_all_kinds_in_different_colors(videos):
@@ -62,23 +47,18 @@ def test_two_or_three_shapes_of_all_kinds_in_different_colors(videos):
     assert all(len(set(colors)) == 3 for colors in videos.color)
 
 
-def test_shapes_stay_inside_the_walls(videos):
-    # A wall is noticed at the end of a substep, so a centre may pass it by one step of the fastest possible shape,
-    # and by a second one when another shape pushes it on.
+def test_shapes_stay_inside_the_walls_and_apart(videos):
+    # A collision is noticed at the end of a substep, after one step of the fastest possible shape; another shape may
+    # push it one step further.
     margin = 2 * 3.0 * np.sqrt(3) / SUBSTEPS
-    centres = videos.positions[present(videos)[:, None].repeat(40, 1)]
-    assert centres.min() > 8 - margin
-    assert centres.max() < WORLD - 8 + margin
-    assert centres.min() < 8.5  # they do reach the walls
-
-
-def test_shapes_do_not_overlap(videos):
+    centers = videos.positions[present(videos)[:, None].repeat(40, 1)]
+    assert 8 - margin < centers.min() < 8.5  # they do reach the walls
+    assert centers.max() < WORLD - 8 + margin
     apart = []
     for a, b in ((0, 1), (0, 2), (1, 2)):
         both = present(videos)[:, a] & present(videos)[:, b]
         apart.append(np.linalg.norm(videos.positions[both, :, a] - videos.positions[both, :, b], axis=-1).min())
-    assert min(apart) > 16 - 2 * 3.0 * np.sqrt(3) / SUBSTEPS
-    assert min(apart) < 16.5  # they do touch
+    assert 16 - margin < min(apart) < 16.5  # they do touch
 
 
 def displacements(videos: ShapesSource) -> np.ndarray:
@@ -87,7 +67,7 @@ def displacements(videos: ShapesSource) -> np.ndarray:
 
 
 def test_energy_is_conserved_in_every_video(videos):
-    # Where no shape turned between two frames, displacements are velocities; of such frames the energy is one number.
+    # Where no shape turned between two frames, displacements are velocities; the energy of such frames is constant.
     steps = displacements(videos)
     straight = np.abs(np.diff(steps, axis=1)).max((2, 3)) < 1e-4  # frames i, i+1, i+2 on one line, for all shapes
     energy = (np.square(steps).sum(-1) * videos.present[:, None]).sum(-1)
@@ -126,14 +106,6 @@ def test_initial_speeds_are_in_the_asked_range():
     assert np.median(speeds) == pytest.approx(0.625, abs=0.05)
 
 
-def test_edges_are_anti_aliased(videos):
-    frame = videos.render(np.array([0]), np.array([0]))[0].astype(int)
-    shape_colors = [BACKGROUND.astype(int), *(np.unique(frame.reshape(-1, 3), axis=0))]
-    pure = {tuple(color) for color in ([22, 24, 34], [235, 78, 70], [74, 190, 92], [72, 128, 246], [250, 204, 56])}
-    mixed = [color for color in shape_colors if tuple(color) not in pure]
-    assert len(mixed) > 10
-
-
 def test_a_shape_covers_its_area_wherever_it_lies_between_pixels():
     radius, count = 8.0, 300
     single = source(count=count, shapes={"min_objects": 1, "max_objects": 1, "frames": 1})
@@ -146,12 +118,6 @@ def test_a_shape_covers_its_area_wherever_it_lies_between_pixels():
         assert len(found) > 50
         assert found == pytest.approx(area * radius**2, rel=0.02)
         assert np.ptp(found) < 2.5  # square pixels; hard edges would give about 10
-
-
-def test_moving_by_less_than_a_pixel_changes_the_picture(videos):
-    frames = source(count=1, shapes={"min_speed": 0.1, "max_speed": 0.1}).read(0)
-    assert (frames[0] != frames[1]).any()
-    assert np.abs(frames[0].astype(int) - frames[1]).max() < 60
 
 
 def test_frame_step_keeps_every_kth_frame():
