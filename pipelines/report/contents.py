@@ -10,7 +10,7 @@ from latent_cache import LatentCache
 from pipelines.encoding.store_summary import count_codes, perplexity
 from pipelines.errors import UserError
 from pipelines.report.charts import Line, chart
-from pipelines.report.page_pictures import encode_all
+from pipelines.report.embedded_pictures import encode_all
 from pipelines.report.quality import flattened
 from pipelines.report.run_files import Run
 from pipelines.runtime.runs import Environment, describe_progress

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipelines.prediction.pictures import file_name
 from pipelines.prediction.samples import Samples
-from pipelines.report.page_pictures import encode_all, fitting_divisor, fitting_frames, read_clip, sheet, shrunk
+from pipelines.report.embedded_pictures import encode_all, fitting_divisor, fitting_frames, read_clip, sheet, shrunk
 from pipelines.report.run_files import Missing, Run
 
 MAX_CLIPS = 6

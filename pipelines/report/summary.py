@@ -9,7 +9,7 @@ from pipelines.evaluation.results import Evaluation, MetricValues, Study
 from pipelines.report.charts import Scale, interval_text, number_text
 from pipelines.report.quality import METRICS, Quantity
 from pipelines.report.run_files import Run
-from pipelines.report.run_warnings import run_warnings
+from pipelines.report.warnings import run_warnings
 
 RULER_WIDTH = 260
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.prediction.pictures import GREY, RED, Strip, animation, clip_strips, save_gif
-from pipelines.report.page_pictures import (
+from pipelines.report.embedded_pictures import (
     MAX_SHEET_WIDTH,
     encode_all,
     fitting_divisor,
