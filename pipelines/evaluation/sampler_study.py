@@ -17,6 +17,7 @@ from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext, sampling_precision
 from pipelines.runtime.files import read_json, replacing, write_json
 from pipelines.runtime.progress import progress, say
+from stage1_autoencoder.lpips import SMALLEST_SIDE
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.solvers import SOLVERS
@@ -66,9 +67,13 @@ def study(
         UserError: all clips are of one video.
     """
     predictor = load_predictor(config, run_context)
-    lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
-    if lpips is None:
-        say(f"study: {missing_weights_message('continuing without LPIPS')}")
+    lpips = None
+    if config.dataset.image_size < SMALLEST_SIDE:
+        say(f"study: continuing without LPIPS, which needs images of {SMALLEST_SIDE} pixels a side")
+    else:
+        lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
+        if lpips is None:
+            say(f"study: {missing_weights_message('continuing without LPIPS')}")
     chosen = load_clips(config, run_context, clips)
     if len({clip.video for clip in chosen}) < 2:
         raise UserError("study: intervals over videos need clips of two or more videos; take more with --videos")

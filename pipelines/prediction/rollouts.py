@@ -73,7 +73,7 @@ class FieldRollouts:
             try:
                 parts.append(self._generate_batch(context[rows], num_frames, options, part, on_frames))
             except torch.OutOfMemoryError:
-                size = self._smaller(size, options)
+                size = self._smaller(rows.stop - rows.start, options)
                 continue
             first = rows.stop
         return torch.cat(parts)
@@ -119,20 +119,22 @@ class FieldRollouts:
             self._trunks[precision] = torch.compile(field.trunk, fullgraph=True, dynamic=False)
         return self._trunks[precision]
 
-    def _smaller(self, size: int, options: SamplingConfig) -> int:
-        """Half the batch size, after an out-of-memory error.
+    def _smaller(self, clips: int, options: SamplingConfig) -> int:
+        """The next batch size, after an out-of-memory error with this many clips.
 
         Raises:
-            UserError: the user chose the size, or it is one already.
+            UserError: the user chose the batch size, or there was one clip.
         """
         self._prepared = None
         torch.cuda.empty_cache()
         if options.batch_size != "auto":
-            raise UserError(f"out of memory with sampling.batch_size {size}: lower it, or use auto") from None
-        if size == 1:
+            raise UserError(
+                f"out of memory with sampling.batch_size {options.batch_size}: lower it, or use auto"
+            ) from None
+        if clips == 1:
             raise UserError("out of memory predicting a single clip: use sampling.precision=bf16, or fewer frames")
-        warn(f"sampling: {size} clips at once do not fit into memory; continuing with {size // 2}")
-        return size // 2
+        warn(f"sampling: {clips} clips at once do not fit into memory; continuing with {clips // 2}")
+        return clips // 2
 
 
 def uses_compilation(field: nn.Module, options: SamplingConfig, device: torch.device, evaluations: int) -> bool:
