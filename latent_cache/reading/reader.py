@@ -23,82 +23,6 @@ from latent_cache.reading.frame_reader import FrameReader
 from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
 
 
-class Names(Sequence[str]):
-    """An array of strings as a sequence, of which one chunk at a time is in memory.
-
-    Args:
-        array: [video] strings, none of them empty.
-        url: of the store, for messages.
-    """
-
-    def __init__(self, array: zarr.Array, url: str) -> None:
-        self._array, self._url = array, url
-        self._chunk = (-1, np.empty(0, np.dtypes.StringDType()))
-
-    def __len__(self) -> int:
-        return self._array.shape[0]
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        position = range(len(self))[index]
-        size = self._array.chunks[0]
-        return str(self._read(position // size)[position % size])
-
-    def __iter__(self) -> Iterator[str]:
-        for index in range(-(-len(self) // self._array.chunks[0])):
-            yield from map(str, self._read(index))
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and len(self.find(name)) > 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} names, {self[0]!r} first>"
-
-    def find(self, name: str) -> np.ndarray:
-        """Rows [n] int64 that have a name."""
-        size = self._array.chunks[0]
-        found = [np.flatnonzero(self._read(index) == name) + index * size for index in range(-(-len(self) // size))]
-        return np.concatenate(found)
-
-    def check(self) -> None:
-        """Read the first and the last chunk, so that damage is noticed early, in most cases.
-
-        Raises:
-            CorruptStoreError: they are missing or damaged.
-        """
-        self._read(0)
-        self._read((len(self) - 1) // self._array.chunks[0])
-
-    def _read(self, index: int) -> np.ndarray:
-        held, values = self._chunk  # one assignment, so that threads see a pair that belongs together
-        if held != index:
-            start = index * self._array.chunks[0]
-            try:
-                values = self._array[start : start + self._array.chunks[0]]
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise self._corrupt(index, f"is damaged ({error})") from error
-            if (values == "").any():  # a missing chunk reads as empty names, without an error
-                raise self._corrupt(index, "is missing or damaged")
-            self._chunk = (index, values)
-        return values
-
-    def _corrupt(self, index: int, what: str) -> CorruptStoreError:
-        return CorruptStoreError(
-            f"{self._url}/{self._array.path}/c/{index} {what}: restore the file from a copy, or write the store again: "
-            "`make encode` with --overwrite"
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class LatentCache:
     """One split of a complete store. Made by `latent_cache.open`.
@@ -116,8 +40,8 @@ class LatentCache:
     metadata: StoreMetadata
     latents: zarr.Array
     codes: zarr.Array | None
-    video_ids: Names
-    video_views: Names
+    video_ids: "Names"
+    video_views: "Names"
     offsets: np.ndarray
     mean: np.ndarray
     std: np.ndarray
@@ -320,6 +244,32 @@ def open_notes(url: str | Path) -> dict[str, Any]:
     return dict(schema.open_group(url).attrs.get("notes", {}))
 
 
+def splits(url: str | Path) -> list[str]:
+    """Names of a store's splits: train, val, test, then any others. Raises as `schema.open_group`."""
+    return _split_names(schema.open_group(url))
+
+
+def _split_names(group: zarr.Group) -> list[str]:
+    written = group.attrs.get("splits")
+    if isinstance(written, list):  # a listing is what some remote stores cannot give
+        return [str(name) for name in written]
+    with warnings.catch_warnings():
+        # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
+        warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
+        return schema.in_order(group.group_keys())
+
+
+def is_complete(url: str | Path) -> bool:
+    """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
+    path = schema.local_path(url)
+    if path is not None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
+        return False
+    try:
+        return schema.open_group(url).attrs.get("complete") is True
+    except IncompleteStoreError:
+        return False
+
+
 @dataclass(frozen=True)
 class SplitProgress:
     """How far the writing of a split is.
@@ -356,30 +306,80 @@ def open_progress(url: str | Path) -> dict[str, SplitProgress]:
     return progress
 
 
-def is_complete(url: str | Path) -> bool:
-    """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
-    path = schema.local_path(url)
-    if path is not None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
-        return False
-    try:
-        return schema.open_group(url).attrs.get("complete") is True
-    except IncompleteStoreError:
-        return False
+class Names(Sequence[str]):
+    """An array of strings as a sequence, of which one chunk at a time is in memory.
 
+    Args:
+        array: [video] strings, none of them empty.
+        url: of the store, for messages.
+    """
 
-def splits(url: str | Path) -> list[str]:
-    """Names of a store's splits: train, val, test, then any others. Raises as `schema.open_group`."""
-    return _split_names(schema.open_group(url))
+    def __init__(self, array: zarr.Array, url: str) -> None:
+        self._array, self._url = array, url
+        self._chunk = (-1, np.empty(0, np.dtypes.StringDType()))
 
+    def __len__(self) -> int:
+        return self._array.shape[0]
 
-def _split_names(group: zarr.Group) -> list[str]:
-    written = group.attrs.get("splits")
-    if isinstance(written, list):  # a listing is what some remote stores cannot give
-        return [str(name) for name in written]
-    with warnings.catch_warnings():
-        # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
-        warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
-        return schema.in_order(group.group_keys())
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        size = self._array.chunks[0]
+        return str(self._read(position // size)[position % size])
+
+    def __iter__(self) -> Iterator[str]:
+        for index in range(-(-len(self) // self._array.chunks[0])):
+            yield from map(str, self._read(index))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and len(self.find(name)) > 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} names, {self[0]!r} first>"
+
+    def find(self, name: str) -> np.ndarray:
+        """Rows [n] int64 that have a name."""
+        size = self._array.chunks[0]
+        found = [np.flatnonzero(self._read(index) == name) + index * size for index in range(-(-len(self) // size))]
+        return np.concatenate(found)
+
+    def check(self) -> None:
+        """Read the first and the last chunk, so that damage is noticed early, in most cases.
+
+        Raises:
+            CorruptStoreError: they are missing or damaged.
+        """
+        self._read(0)
+        self._read((len(self) - 1) // self._array.chunks[0])
+
+    def _read(self, index: int) -> np.ndarray:
+        held, values = self._chunk  # one assignment, so that threads see a pair that belongs together
+        if held != index:
+            start = index * self._array.chunks[0]
+            try:
+                values = self._array[start : start + self._array.chunks[0]]
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise self._corrupt(index, f"is damaged ({error})") from error
+            if (values == "").any():  # a missing chunk reads as empty names, without an error
+                raise self._corrupt(index, "is missing or damaged")
+            self._chunk = (index, values)
+        return values
+
+    def _corrupt(self, index: int, what: str) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"{self._url}/{self._array.path}/c/{index} {what}: restore the file from a copy, or write the store again: "
+            "`make encode` with --overwrite"
+        )
 
 
 def _index_damages(array: zarr.Array, url: str) -> Iterator[CorruptStoreError]:

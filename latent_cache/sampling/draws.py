@@ -7,6 +7,12 @@ import numpy as np
 import torch
 
 MIN_VIDEO_FRAMES = 3  # condition, reference, target
+
+
+# Samples that are drawn at once: so many that the cost a call is spread thin, so few that they take half a megabyte.
+BLOCK_SAMPLES = 2**14
+
+
 # Rounds in which targets step to the next video, before those that still have not arrived are searched for.
 _STEPS = 4
 
@@ -67,8 +73,63 @@ class LegalTargets:
         return self._starts[video] + np.maximum(frames - self._offsets[video] - (MIN_VIDEO_FRAMES - 1), 0)
 
 
-# Samples that are drawn at once: so many that the cost a call is spread thin, so few that they take half a megabyte.
-BLOCK_SAMPLES = 2**14
+def draw_distance(
+    uniform_place: np.ndarray,
+    uniform_condition: np.ndarray,
+    place_in_video: np.ndarray,
+    clip_frames: int,
+    past_horizon: int | None = None,
+) -> np.ndarray:
+    """How far the condition lies before the reference, given the target.
+
+    The target's place in its clip p ~ U{2 .. min(clip_frames - 1, place_in_video)}, the condition
+    ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length), or with a past horizon
+    ~ U{target - min(p, past_horizon) .. target - 2}: what `stage2_flow.conditioning.past_window` is in a rollout that
+    knows p frames.
+
+    Args:
+        uniform_place, uniform_condition: [n] float64 in [0, 1).
+        place_in_video: [n] int64 >= 2, the target's frame number in its video.
+        clip_frames: >= 3.
+        past_horizon: >= 2, frames before the target, the reference among them, that the condition is one of; None: all
+            of its clip. The place in the clip is drawn alike for any horizon.
+    Returns:
+        [n] int64, index of the reference minus that of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
+    """
+    place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
+    known_frames = place_in_clip if past_horizon is None else np.minimum(place_in_clip, past_horizon)
+    return 1 + to_integer(uniform_condition, known_frames - 1)
+
+
+def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
+    """Map float64 in [0, 1) to int64 in 0 .. limit - 1; the bias is below limit / 2^53."""
+    return (uniform * limit).astype(np.int64)
+
+
+def uniform_block(seed: int, stream: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The uniform numbers of one block of steps.
+
+    Philox is a function of a key and a counter, so that block 10^9 costs as much as block 0 does.
+
+    Args:
+        seed: >= 0, of the run.
+        stream: what is drawn; other streams have nothing in common with it.
+        block: >= 0.
+    Returns:
+        `shape` float64 in [0, 1), with 53 random bits: float32 could not name one of 10^8 frames.
+    Raises:
+        ValueError: a negative seed or block.
+    """
+    if seed < 0 or block < 0:
+        raise ValueError(f"seed = {seed}, block = {block}: both must be >= 0")
+    key = np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2, np.uint64)
+    # The lowest word of the counter counts the numbers within a block.
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, block, 0, 0])).random(shape)
+
+
+def steps_per_block(batch_size: int, most_samples: int = BLOCK_SAMPLES) -> int:
+    """Steps whose draws are made together, at least 1."""
+    return max(1, min(BLOCK_SAMPLES, most_samples) // batch_size)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu", stream: str = "step") -> torch.Generator:
@@ -102,62 +163,3 @@ def _scramble(word: int) -> int:
     word = ((word ^ word >> 16) * 0x85EBCA6B) % 2**32
     word = ((word ^ word >> 13) * 0xC2B2AE35) % 2**32
     return word ^ word >> 16
-
-
-def steps_per_block(batch_size: int, most_samples: int = BLOCK_SAMPLES) -> int:
-    """Steps whose draws are made together, at least 1."""
-    return max(1, min(BLOCK_SAMPLES, most_samples) // batch_size)
-
-
-def uniform_block(seed: int, stream: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The uniform numbers of one block of steps.
-
-    Philox is a function of a key and a counter, so that block 10^9 costs as much as block 0 does.
-
-    Args:
-        seed: >= 0, of the run.
-        stream: what is drawn; other streams have nothing in common with it.
-        block: >= 0.
-    Returns:
-        `shape` float64 in [0, 1), with 53 random bits: float32 could not name one of 10^8 frames.
-    Raises:
-        ValueError: a negative seed or block.
-    """
-    if seed < 0 or block < 0:
-        raise ValueError(f"seed = {seed}, block = {block}: both must be >= 0")
-    key = np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2, np.uint64)
-    # The lowest word of the counter counts the numbers within a block.
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, block, 0, 0])).random(shape)
-
-
-def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
-    """Map float64 in [0, 1) to int64 in 0 .. limit - 1; the bias is below limit / 2^53."""
-    return (uniform * limit).astype(np.int64)
-
-
-def draw_distance(
-    uniform_place: np.ndarray,
-    uniform_condition: np.ndarray,
-    place_in_video: np.ndarray,
-    clip_frames: int,
-    past_horizon: int | None = None,
-) -> np.ndarray:
-    """How far the condition lies before the reference, given the target.
-
-    The target's place in its clip p ~ U{2 .. min(clip_frames - 1, place_in_video)}, the condition
-    ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length), or with a past horizon
-    ~ U{target - min(p, past_horizon) .. target - 2}: what `stage2_flow.conditioning.past_window` is in a rollout that
-    knows p frames.
-
-    Args:
-        uniform_place, uniform_condition: [n] float64 in [0, 1).
-        place_in_video: [n] int64 >= 2, the target's frame number in its video.
-        clip_frames: >= 3.
-        past_horizon: >= 2, frames before the target, the reference among them, that the condition is one of; None: all
-            of its clip. The place in the clip is drawn alike for any horizon.
-    Returns:
-        [n] int64, index of the reference minus that of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
-    """
-    place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
-    known_frames = place_in_clip if past_horizon is None else np.minimum(place_in_clip, past_horizon)
-    return 1 + to_integer(uniform_condition, known_frames - 1)

@@ -18,107 +18,6 @@ from latent_cache.sampling.draws import draw_distance, steps_per_block, uniform_
 from latent_cache.sampling.sampler import FlowBatch, Sampler, as_tensor
 from latent_cache.sampling.windows import Window, WindowPlan
 
-_Task = tuple[Future[None], Callable[..., None], tuple[Any, ...]] | None
-
-
-class ReadingThreads:
-    """A few threads that do one task after the other, begun at the first task.
-
-    Not a ThreadPoolExecutor, because at the end of a program that one waits until all that is queued is done.
-
-    Args:
-        count: of threads.
-        name: that theirs begin with.
-    """
-
-    def __init__(self, count: int, name: str) -> None:
-        self._tasks: SimpleQueue[_Task] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True)
-            for number in range(count)
-        ]
-        # They know the queue only: whoever forgets to close a sampler loses the sampler, and then its threads.
-        self._end = weakref.finalize(self, _end, self._tasks, count)
-        self._end.atexit = False
-        self._started = False
-
-    def submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Have a task done in its turn."""
-        if not self._started:
-            self._started = True
-            for thread in self._threads:
-                thread.start()
-        future: Future[None] = Future()
-        self._tasks.put((future, task, arguments))
-        return future
-
-    def close(self) -> None:
-        """Wait until all tasks are done, and end. Safe to call twice; no task comes after it."""
-        self._end()
-        if self._started:
-            for thread in self._threads:
-                thread.join()
-
-
-def _work(tasks: "SimpleQueue[_Task]") -> None:
-    while (next_task := tasks.get()) is not None:
-        future, task, arguments = next_task
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(task(*arguments))
-            except BaseException as error:  # handed to the one who waits
-                future.set_exception(error)
-        del next_task, future, task, arguments  # while it waits, it must not keep a sampler alive
-
-
-def _end(tasks: "SimpleQueue[_Task]", count: int) -> None:
-    for _ in range(count):
-        tasks.put(None)
-
-
-class _Segment(NamedTuple):
-    """Samples `start` to `stop` (excluded) of a block of steps are served from one window."""
-
-    start: int
-    stop: int
-    window: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """Draws of many steps.
-
-    Attributes:
-        target: [n] int64 frame numbers in the split.
-        rows: [3, n] int64 rows of target, reference and condition in the window's buffer.
-        distance: [n] int64.
-    """
-
-    number: int
-    target: np.ndarray
-    rows: np.ndarray
-    distance: np.ndarray
-    segments: list[_Segment]
-
-
-@dataclass(eq=False)
-class _Load:
-    """A window on its way into a buffer: a task for each chunk."""
-
-    content: int
-    parts: list[Future[None]] = field(default_factory=list)
-
-    def finish(self) -> None:
-        """Wait, and raise what went wrong."""
-        for part in self.parts:
-            part.result()
-
-    def cancel(self) -> None:
-        """Begin no more of it, and wait until nothing writes into the buffer any more."""
-        for part in self.parts:
-            part.cancel()
-        wait(self.parts)
-
 
 class StreamingSampler(Sampler):
     """Serves every legal target exactly once an epoch, in an order that `WindowPlan` shuffles twice.
@@ -224,14 +123,14 @@ class StreamingSampler(Sampler):
             self._threads.close()
             self._loads, self._buffers, self._block = [None, None], [None, None], None
 
-    def _drawn(self, number: int) -> _Block:
+    def _drawn(self, number: int) -> "_Block":
         """Threads may call this at the same time; at worst each draws the block for itself."""
         block = self._block
         if block is None or block.number != number:
             self._block = block = self._draw(number)
         return block
 
-    def _draw(self, number: int) -> _Block:
+    def _draw(self, number: int) -> "_Block":
         samples = self._block_steps * self.batch_size
         segments, pairs, shifts = [], [], []
         start = 0
@@ -312,6 +211,108 @@ class StreamingSampler(Sampler):
     def _keep(self, group: int, halo: np.ndarray) -> None:
         if self.plan.keeps_halos and group not in self._halos:
             self._halos[group] = halo.copy()
+
+
+class _Segment(NamedTuple):
+    """Samples `start` to `stop` (excluded) of a block of steps are served from one window."""
+
+    start: int
+    stop: int
+    window: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Draws of many steps.
+
+    Attributes:
+        target: [n] int64 frame numbers in the split.
+        rows: [3, n] int64 rows of target, reference and condition in the window's buffer.
+        distance: [n] int64.
+    """
+
+    number: int
+    target: np.ndarray
+    rows: np.ndarray
+    distance: np.ndarray
+    segments: list[_Segment]
+
+
+@dataclass(eq=False)
+class _Load:
+    """A window on its way into a buffer: a task for each chunk."""
+
+    content: int
+    parts: list[Future[None]] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Wait, and raise what went wrong."""
+        for part in self.parts:
+            part.result()
+
+    def cancel(self) -> None:
+        """Begin no more of it, and wait until nothing writes into the buffer any more."""
+        for part in self.parts:
+            part.cancel()
+        wait(self.parts)
+
+
+_Task = tuple[Future[None], Callable[..., None], tuple[Any, ...]] | None
+
+
+class ReadingThreads:
+    """A few threads that do one task after the other, begun at the first task.
+
+    Not a ThreadPoolExecutor, because at the end of a program that one waits until all that is queued is done.
+
+    Args:
+        count: of threads.
+        name: that theirs begin with.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._tasks: SimpleQueue[_Task] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        # They know the queue only: whoever forgets to close a sampler loses the sampler, and then its threads.
+        self._end = weakref.finalize(self, _end, self._tasks, count)
+        self._end.atexit = False
+        self._started = False
+
+    def submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Have a task done in its turn."""
+        if not self._started:
+            self._started = True
+            for thread in self._threads:
+                thread.start()
+        future: Future[None] = Future()
+        self._tasks.put((future, task, arguments))
+        return future
+
+    def close(self) -> None:
+        """Wait until all tasks are done, and end. Safe to call twice; no task comes after it."""
+        self._end()
+        if self._started:
+            for thread in self._threads:
+                thread.join()
+
+
+def _work(tasks: "SimpleQueue[_Task]") -> None:
+    while (next_task := tasks.get()) is not None:
+        future, task, arguments = next_task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(task(*arguments))
+            except BaseException as error:  # handed to the one who waits
+                future.set_exception(error)
+        del next_task, future, task, arguments  # while it waits, it must not keep a sampler alive
+
+
+def _end(tasks: "SimpleQueue[_Task]", count: int) -> None:
+    for _ in range(count):
+        tasks.put(None)
 
 
 def _torch_dtype(cache: LatentCache) -> torch.dtype:
