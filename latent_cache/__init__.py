@@ -1,4 +1,4 @@
-"""The Zarr store of latents: schema, writer, reader, batch samplers, verification. Knows no network.
+"""The Zarr store of latents: schema, writer, reader, batch samplers. Independent of the networks.
 
 `latent_cache.open("latents/kth.zarr", split="train")` reads one split; `StoreWriter.open` writes a store.
 """

@@ -1,29 +1,31 @@
-"""What can be wrong with a store that a user gave. Every message names the path and the way out."""
+"""Errors of stores. Every message names the path and the way out."""
+
+RESTORE = "restore the file from a copy, or write the store again: `make encode` with --overwrite"
 
 
 class StoreError(Exception):
-    """A store cannot be used as asked. Caught by commands as bad input, not as a fault of the program."""
+    """A store cannot be used as requested. Commands treat it as bad input, not as a bug."""
 
 
 class IncompleteStoreError(StoreError):
-    """The writer has not finished: the store lacks chunks, or has all of them and lacks the word `complete`."""
+    """The writer has not finished: chunks are missing, or the store is not marked as complete."""
 
 
 class CorruptStoreError(StoreError):
-    """The store says that it is complete, and a file of it is missing, cut short or altered."""
+    """The store is marked as complete, but one of its files is missing, truncated or altered."""
 
 
 class DamagedFramesError(CorruptStoreError):
-    """A chunk of latents or codes is missing, cut short or altered.
+    """A chunk of latents or codes is missing, truncated or altered.
 
     Attributes:
-        file: path or URL of the file in which the chunk lies.
-        what: what is wrong with it, as in `is missing`.
-        start, stop: the frames of the split that it carries, `stop` excluded.
+        file: path or URL of the file that contains the chunk.
+        what: what is wrong with it, such as `is missing`.
+        start, stop: frames of the split in the chunk, `stop` excluded.
     """
 
     def __init__(self, message: str, file: str, what: str, start: int, stop: int) -> None:
-        super().__init__(message, file, what, start, stop)  # all, so that the error can be sent between processes
+        super().__init__(message, file, what, start, stop)  # all of them, so that the error can be pickled
         self.file, self.what, self.start, self.stop = file, what, start, stop
 
     def __str__(self) -> str:
@@ -31,16 +33,16 @@ class DamagedFramesError(CorruptStoreError):
 
 
 class StoreMismatchError(StoreError):
-    """The store is sound, and belongs to another autoencoder, preprocessing or plan than the one at hand."""
+    """The store is intact, but was written for another autoencoder, preprocessing or plan."""
 
 
 class LockedStoreError(StoreError):
-    """Another writer holds the store."""
+    """Another writer has locked the store."""
 
 
 class NoSpaceError(StoreError):
-    """The disk is full. What was written stays whole."""
+    """The disk is full. Chunks written before are intact."""
 
 
 class StaleWriterError(StoreError):
-    """A task of an earlier writer, which went on after that writer had ended, was kept from writing."""
+    """A task of a writer that has ended tried to write."""

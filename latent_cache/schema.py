@@ -1,4 +1,4 @@
-"""The store's names and attributes, and how a store of ours is told from anything else."""
+"""Names, attributes and arrays of the store, and the checks that recognize it."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ from latent_cache.reading.remote import open_remote
 FORMAT = "river-latents"
 FORMAT_VERSION = 1
 
-# Below about 1 MiB the cost a chunk (0.1-0.3 ms, whatever its size) shows in the loading time.
+# Below about 1 MiB the cost per chunk (0.1-0.3 ms, whatever its size) is visible in the loading time.
 CHUNK_BYTES = 8 * 2**20
-# More files than this are a burden to file systems and copies: then chunks are put together into shards.
+# More files than this burden file systems and copies: then chunks are grouped into shards.
 MOST_FILES, SHARD_CHUNKS = 5000, 8
-# Names and offsets of so many videos lie in one chunk, so that one name is read without the others.
+# Names and offsets per chunk, so that one name is read without all the others.
 NAME_CHUNK, OFFSET_CHUNK = 2**14, 2**20
 
 LATENTS, CODES = "latents", "codes"
@@ -37,25 +37,25 @@ DIMENSIONS = {
     VIDEO_FINGERPRINT: ("video",),
 }
 
-TRAIN = "train"  # the split whose statistics standardise all splits
+TRAIN = "train"  # the split whose statistics standardize all splits
 SPLIT_ORDER = (TRAIN, "val", "test")
 IDENTITY_VIEW = "identity"
 
-PROGRESS_FOLDER = ".encoding"  # the writer's lock and markers; gone from a complete store
+PROGRESS_FOLDER = ".encoding"  # the writer's lock and markers; removed from a complete store
 
 
 @dataclass(frozen=True)
 class StoreMetadata:
-    """What the latents of a store are latents of: the attributes of its root group.
+    """What the latents of a store were made from: the attributes of its root group.
 
     Args:
         dataset: name of the data set.
-        fps: frames a second of the stored frames, after the frame step.
+        fps: frames per second of the stored frames, after the frame step.
         preprocessing: image size, resize filter, crop, frame step.
         autoencoder: at least `sha256` of the weights; also architecture and down-sampling factor.
-        software: versions that wrote it. Two stores that differ only here hold the same thing.
+        software: versions that wrote it. Stores that differ only here have the same content.
     Raises:
-        ValueError: a value that JSON cannot hold, or no `autoencoder.sha256`.
+        ValueError: a value that JSON cannot represent, or no `autoencoder.sha256`.
     """
 
     dataset: str
@@ -67,14 +67,14 @@ class StoreMetadata:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             try:
-                # What is compared after reading is JSON: a tuple given here must equal the list that comes back.
+                # Compared with values read from JSON: a tuple given here must equal the list that is read.
                 object.__setattr__(self, name, json.loads(json.dumps(value, allow_nan=False)))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"metadata.{name} = {value!r} cannot be written as JSON: {error}") from error
         if not self.autoencoder.get("sha256"):
             raise ValueError(
-                f"metadata.autoencoder = {self.autoencoder!r} lacks `sha256`, the digest of the weights, "
-                "without which nobody can tell which autoencoder decodes the store"
+                f"metadata.autoencoder = {self.autoencoder!r}: `sha256`, the digest of the weights, is missing; it "
+                "identifies the autoencoder that decodes the store"
             )
 
     def to_attrs(self, splits: Sequence[str], complete: bool) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class StoreMetadata:
         """Inverse of `to_attrs`.
 
         Raises:
-            CorruptStoreError: attributes of ours that lack an entry.
+            CorruptStoreError: a missing or invalid attribute.
         """
         try:
             return cls(**{name: attrs[name] for name in cls.__dataclass_fields__})
@@ -97,7 +97,7 @@ class StoreMetadata:
             ) from error
 
     def differences(self, other: "StoreMetadata") -> list[str]:
-        """Lines `key: <self's> here, <other's> there` of all that makes latents differ; empty when none does."""
+        """Differences that matter for latents, as lines `key: <value of self> here, <value of other> there`."""
         here, there = dict(_flatten(asdict(self))), dict(_flatten(asdict(other)))
         return [
             f"{key}: {here.get(key)!r} here, {there.get(key)!r} there"
@@ -110,26 +110,26 @@ def open_group(url: str | Path) -> zarr.Group:
     """Open a store's root group for reading, whether complete or not.
 
     Args:
-        url: a local path, or a URL that fsspec knows.
+        url: a local path, or a URL that fsspec supports.
     Raises:
-        StoreError: no such path, no Zarr v3 group, a group of somebody else's, an unknown version.
-        IncompleteStoreError: a store whose writer stopped before its first write was done.
+        StoreError: no such path, no Zarr v3 group, a group of another format, an unknown version.
+        IncompleteStoreError: a store whose writer stopped before the root group was written.
         CorruptStoreError: metadata that cannot be parsed.
     """
     url = str(url).rstrip("/")
     path = local_path(url)
     if path is not None and not path.exists():
-        raise StoreError(f"{url}: there is no such path: write the store with `make encode`, or check paths.latents")
+        raise StoreError(f"{url}: no such path: write the store with `make encode`, or check paths.latents")
     if path is not None and not path.is_dir():
-        raise StoreError(f"{url}: a file, and a store is a folder: check paths.latents")
+        raise StoreError(f"{url}: a file, but a store is a folder: check paths.latents")
     try:
         group = zarr.open_group(_read_only_store(url), mode="r", zarr_format=3, use_consolidated=False)
     except ContainsArrayError as error:
-        raise StoreError(f"{url}: a Zarr array, not a store: give the folder that ends in .zarr above it") from error
+        raise StoreError(f"{url}: a Zarr array, not a store: use the folder above it that ends in .zarr") from error
     except FileNotFoundError as error:
         if path is not None and (path / PROGRESS_FOLDER).exists():
-            raise IncompleteStoreError(f"{url}: only begun: run `make encode` again") from error
-        raise StoreError(f"{url}: not a Zarr v3 group (it has no zarr.json): check paths.latents") from error
+            raise IncompleteStoreError(f"{url}: writing has only begun: run `make encode` again") from error
+        raise StoreError(f"{url}: not a Zarr v3 group (no zarr.json): check paths.latents") from error
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptStoreError(
             f"{url}/zarr.json cannot be parsed ({error}): remove the store and write it again with `make encode`"
@@ -137,12 +137,12 @@ def open_group(url: str | Path) -> zarr.Group:
 
     found = group.attrs.get("format")
     if found != FORMAT:
-        raise StoreError(f"{url}: a Zarr group, but its format is {found!r}, not {FORMAT!r}: no store of latents")
+        raise StoreError(f"{url}: not a store of latents: its format is {found!r}, expected {FORMAT!r}")
     version = group.attrs.get("format_version")
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{url}: format_version is {version!r}, and this program knows {FORMAT_VERSION}: update the program, "
-            "or move the store away and encode again"
+            f"{url}: format_version is {version!r}, but this version of the program supports {FORMAT_VERSION}: update "
+            "the program, or move the store away and encode again"
         )
     return group
 
@@ -155,7 +155,7 @@ def create_array(
     dtype: np.dtype[Any],
     shards: tuple[int, ...] | None = None,
 ) -> zarr.Array:
-    """Create an array, over an older one of that name. Empty chunks are written: a missing file always means a loss."""
+    """Create an array, or replace it. Empty chunks are written, so a missing file always means that data was lost."""
     is_latents = name == LATENTS
     return group.create_array(
         name,
@@ -163,7 +163,7 @@ def create_array(
         chunks=chunks,
         shards=shards,
         dtype=dtype,
-        # Latents compress by 10 % at most. zstd's own checksum guards the others, which nothing else would.
+        # Latents compress by 10 % at most. The other arrays are protected by zstd's own checksum.
         compressors=[Crc32cCodec() if is_latents else ZstdCodec(level=3, checksum=True)],
         filters=None,
         fill_value=float("nan") if is_latents else "" if dtype.kind == "T" else 0,
@@ -180,7 +180,7 @@ def in_order(splits: Iterable[str]) -> list[str]:
 
 
 def local_path(url: str | Path) -> Path | None:
-    """The path that a URL means on this machine; None for remote ones."""
+    """The local path of a URL; None for remote URLs."""
     text = str(url)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))

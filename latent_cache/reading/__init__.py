@@ -1,1 +1,1 @@
-"""Reading a store: checked, lazily, from paths and URLs."""
+"""Reading a store: lazily and with checks, from paths and URLs."""

@@ -1,4 +1,4 @@
-"""Reading frames of an array with every check: a missing chunk, a cut one, a flipped bit, a NaN."""
+"""Checked reading of frames: missing and truncated chunks, flipped bits and NaN are found."""
 
 import asyncio
 import math
@@ -19,16 +19,16 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.core.sync import sync
 
 from latent_cache import schema
-from latent_cache.errors import DamagedFramesError
+from latent_cache.errors import RESTORE, DamagedFramesError
 from latent_cache.schema import LATENTS
 
 CHECKSUM_BYTES = 4
 PLAIN_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-# Read, added to the checksum and looked through while it is in the processor's cache.
+# Read, added to the checksum and searched for NaN while it is in the processor's cache.
 BLOCK_BYTES = 2**20
-NOT_FINITE = "holds NaN or infinity, which the writer never writes"
-# Bits of a float without its sign; from `infinity` on they mean an infinity or a NaN. Comparing bits is several times
-# faster than isfinite, which has no vectorised form for fp16.
+NOT_FINITE = "contains NaN or infinity, which the writer never writes"
+# (unsigned type, mask without the sign, bits of infinity). Larger bit patterns are NaN. Comparing bits is several times
+# faster than isfinite, which is not vectorized for fp16.
 FLOAT_BITS = {"float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 0x7FFFFFFF, 0x7F800000)}
 
 
@@ -42,12 +42,12 @@ def all_finite(values: np.ndarray) -> bool:
 class FrameReader:
     """Checked reading of `latents` or `codes`.
 
-    zarr returns the fill value for a chunk that is not there, without an error, and raises codec errors that name
-    no file; here every such case becomes a DamagedFramesError that names the chunk's file and the videos it carries.
+    zarr silently returns the fill value for a missing chunk, and its codec errors name no file; here every such case
+    becomes a DamagedFramesError that names the chunk's file and its videos.
 
     Args:
-        array: [frame, ...], cut into chunks along frames only.
-        url: of the store.
+        array: [frame, ...], chunked along frames only.
+        url: path or URL of the store.
         video_ids: [videos]; `offsets`: [videos + 1] int64, first frame of each video.
     """
 
@@ -58,19 +58,19 @@ class FrameReader:
 
     @property
     def chunk_frames(self) -> int:
-        """Frames in a chunk."""
+        """Frames per chunk."""
         return self.array.chunks[0]
 
     @property
     def chunk_count(self) -> int:
-        """Chunks of the array, the partial last one included."""
+        """Number of chunks, including the partial last one."""
         return -(-self.array.shape[0] // self.chunk_frames)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Frames `start` to `stop` (excluded).
+        """Read frames `start` to `stop` (excluded).
 
         Raises:
-            CorruptStoreError: a chunk that holds some of them is missing or damaged.
+            DamagedFramesError: one of their chunks is missing or damaged.
         """
         out = np.empty((stop - start, *self.array.shape[1:]), self.array.dtype)
         for index in range(start // self.chunk_frames, -(-stop // self.chunk_frames)):
@@ -79,10 +79,10 @@ class FrameReader:
         return out
 
     def read_chunk(self, index: int, out: np.ndarray) -> None:
-        """The frames of one chunk into `out`, which is contiguous and has as many as the chunk holds.
+        """Read one chunk into `out`, a contiguous array of the frames in it.
 
         Raises:
-            CorruptStoreError: the chunk is missing or damaged.
+            DamagedFramesError: the chunk is missing or damaged.
         """
         if self._plain_folder is None:
             start = index * self.chunk_frames
@@ -102,11 +102,11 @@ class FrameReader:
         for start in range(0, len(flat), BLOCK_BYTES // flat.itemsize):
             block = flat[start : start + BLOCK_BYTES // flat.itemsize]
             if file.readinto(memoryview(block).cast("B")) != block.nbytes:
-                break  # the checksum will not match
+                break  # truncated: the checksum will not match
             checksum = google_crc32c.extend(checksum, block)
             finite = finite and all_finite(block)
         padding = math.prod(self.array.chunks) * out.itemsize - out.nbytes  # of a partial last chunk
-        # To the end of the file, so that one that is too long is noticed.
+        # To the end of the file, so that an overlong file is noticed.
         rest = file.read() if self.array.shards is None else file.read(padding + CHECKSUM_BYTES)
         checksum = google_crc32c.extend(checksum, rest[:-CHECKSUM_BYTES])
         if checksum.to_bytes(CHECKSUM_BYTES, "little") != rest[-CHECKSUM_BYTES:]:
@@ -115,7 +115,7 @@ class FrameReader:
             raise self._corrupt(index, NOT_FINITE)
 
     def _place_in_shard(self, index: int, file: FileIO) -> int:
-        """Where a chunk begins in the file of its shard, which ends with an index: offset and size of each chunk."""
+        """Offset of a chunk in its shard. A shard ends with an index: offset and size of each chunk, and a checksum."""
         place = index % self._chunks_a_file
         size = 16 * self._chunks_a_file
         if file.seek(0, os.SEEK_END) < size + CHECKSUM_BYTES:
@@ -123,29 +123,31 @@ class FrameReader:
         file.seek(-(size + CHECKSUM_BYTES), os.SEEK_END)
         content = file.read(size)
         if google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little") != file.read():
-            raise self._corrupt(index, sync(self._file_state(index)) or "is damaged: its index does not match")
+            raise self._corrupt(
+                index, sync(self._file_state(index)) or "is damaged: the checksum of its index does not match"
+            )
         offset, length = struct.unpack_from("<QQ", content, 16 * place)
         if length != math.prod(self.array.chunks) * self.array.dtype.itemsize + CHECKSUM_BYTES:
             raise self._corrupt(index, f"is damaged: chunk {place} of the shard has {length} bytes")
         return offset
 
     def read_all(self, out: np.ndarray) -> None:
-        """All frames into `out`, several chunks at a time."""
+        """Read all frames into `out`, several chunks at a time."""
         size = self.chunk_frames
-        # Threads, because reading lets go of the interpreter and checksums don't: more than the cores are slower.
+        # Reading releases the GIL and checksums do not, so more threads than cores are slower.
         pool = ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0))))
         try:
             parts = [out[index * size : (index + 1) * size] for index in range(self.chunk_count)]
             for _ in pool.map(self.read_chunk, range(self.chunk_count), parts):
                 pass
         finally:
-            pool.shutdown(cancel_futures=True)  # the first damaged chunk ends the reading of the others
+            pool.shutdown(cancel_futures=True)  # a damaged chunk stops the reading of the others
 
     def check_files(self) -> None:
-        """Check that every chunk has its file, and that the files have the size of a chunk. Reads no data.
+        """Check that the file of every chunk exists and has the right size. Reads no data.
 
         Raises:
-            CorruptStoreError: names the number of missing or damaged files and the first of them.
+            DamagedFramesError: names the first missing or damaged file, and their number.
         """
         files = range(0, self.chunk_count, self._chunks_a_file)
 
@@ -158,7 +160,7 @@ class FrameReader:
             raise self._corrupt(index, f"{state} ({len(wrong)} of {len(files)} files are unusable)", whole_file=True)
 
     def damages(self) -> Iterator[DamagedFramesError | None]:
-        """Read every chunk; what is wrong with each in order, None for a sound one."""
+        """Read every chunk in order; yield its error, or None for an intact chunk."""
 
         def examine(index: int) -> DamagedFramesError | None:
             start = index * self.chunk_frames
@@ -173,8 +175,8 @@ class FrameReader:
         try:
             yield from pool.map(examine, range(self.chunk_count))
         finally:
-            # Without waiting: an iterator that was given up is closed by whatever thread collects garbage, and that may
-            # be the very one that does the threads' reading.
+            # Without waiting: an abandoned iterator is closed by the thread that collects garbage, and that may be the
+            # event loop's thread, which does the reading for these threads.
             pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -183,10 +185,10 @@ class FrameReader:
 
     @cached_property
     def _plain_folder(self) -> Path | None:
-        """The store's folder, when a chunk is the frames as they lie in memory and their checksum.
+        """The store's folder, if a chunk is the bytes of its frames and a checksum; otherwise None.
 
-        So it is for latents on this machine. Reading them in place takes a fifth of the time that zarr takes, which
-        copies a chunk three times.
+        This is the case for latents in a local store. Reading them directly takes a fifth of the time that zarr takes,
+        which copies a chunk three times.
         """
         codecs = [codec.to_dict() for codec in self.array.metadata.codecs]
         if self.array.shards is not None:
@@ -205,17 +207,17 @@ class FrameReader:
         if out.dtype.kind == "f" and not all_finite(out):
             state = sync(self._file_state(index)) or NOT_FINITE
             raise self._corrupt(index, state)
-        # The fill value of codes is a code like any other, so that only the file itself tells that it is missing.
+        # The fill value of codes is a valid code, so only the file itself shows that it is missing.
         if out.dtype.kind != "f" and (state := sync(self._file_state(index))):
             raise self._corrupt(index, state)
 
     def chunk_key(self, index: int) -> str:
-        """The file in which a chunk lies, relative to the store."""
+        """The file that contains a chunk, relative to the store."""
         coordinates = (index // self._chunks_a_file,) + (0,) * (self.array.ndim - 1)
         return f"{self.array.path}/{self.array.metadata.encode_chunk_key(coordinates)}"
 
     async def _file_state(self, index: int) -> str | None:
-        """What is wrong with a chunk's file as far as its size tells; None when nothing is."""
+        """What is wrong with a chunk's file judging by its size; None for a file of the right size."""
         try:
             size = await self.array.store.getsize(self.chunk_key(index))
         except FileNotFoundError:
@@ -226,7 +228,7 @@ class FrameReader:
         if self.array.shards is not None:
             expected = self._chunks_a_file * (expected + 16) + CHECKSUM_BYTES
         if self.array.basename == LATENTS and size != expected:
-            return f"is truncated or overlong: {size} bytes, not {expected}"
+            return f"is truncated or overlong: {size} bytes, expected {expected}"
         return None
 
     def _corrupt(self, index: int, what: str, whole_file: bool = False) -> DamagedFramesError:
@@ -234,20 +236,17 @@ class FrameReader:
         start = index * self.chunk_frames
         stop = min(start + chunks * self.chunk_frames, self.array.shape[0])
         file = f"{self.url}/{self.chunk_key(index)}"
-        message = (
-            f"{file} {what}. It carries {self.name_videos(start, stop)}. Restore the file from a copy, or write the "
-            "store again: `make encode` with --overwrite"
-        )
+        message = f"{file} {what}. It contains {self.name_videos(start, stop)}: {RESTORE}"
         return DamagedFramesError(message, file, what, start, stop)
 
     def name_videos(self, start: int, stop: int) -> str:
-        """The videos with frames between `start` and `stop` (excluded), as words: the first few and their count."""
+        """The videos with frames in `start` to `stop` (excluded) as text: their number and the first few names."""
         first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
         shown = [self.video_ids[row] for row in range(int(first), min(int(first) + 3, int(last) + 1))]
         return some_names(shown, int(last - first) + 1)
 
 
 def some_names(names: Sequence[str], count: int | None = None) -> str:
-    """`2 video(s): a, b`, or the first three of `count` (or of as many as there are)."""
+    """`2 video(s): 'a', 'b'`, with the first three names; `count` is given if there are more."""
     count = len(names) if count is None else count
     return f"{count} video(s): " + ", ".join(map(repr, names[:3])) + (", ..." if count > 3 else "")

@@ -1,4 +1,4 @@
-"""Reading a complete store: its latents, its videos, and a fingerprint of what it holds."""
+"""Reading a store: latents, videos, fingerprint and metadata of a complete one, progress of an incomplete one."""
 
 import difflib
 import hashlib
@@ -18,7 +18,7 @@ from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from latent_cache import schema
-from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.errors import RESTORE, CorruptStoreError, IncompleteStoreError, StoreError
 from latent_cache.reading.frame_reader import FrameReader
 from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
 
@@ -28,11 +28,11 @@ class LatentCache:
     """One split of a complete store. Made by `latent_cache.open`.
 
     Attributes:
-        latents: [frame, c, y, x] zarr array, videos laid end to end; plain zarr access, without our checks.
+        latents: [frame, c, y, x] zarr array, all videos one after another; access through zarr has none of our checks.
         codes: [frame, y, x] uint16 zarr array, or None.
-        video_ids, video_views: [videos], read when they are asked for.
+        video_ids, video_views: [videos], read on demand.
         offsets: [videos + 1] int64, first frame of each video.
-        mean, std: [c] float32, of the training split, whichever split this is. std may be 0 (a constant channel).
+        mean, std: [c] float32 of the training split, in every split. std may be 0 (a constant channel).
     """
 
     url: str
@@ -69,10 +69,10 @@ class LatentCache:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what the split is: metadata, videos, autoencoder and statistics.
+        """sha256 of the split's metadata, videos, autoencoder and statistics.
 
-        Reads no bulk data; the training split's statistics stand for it. `software` is left out: the same latents
-        written by other versions are the same latents.
+        Reads no latents; the statistics of the training split represent them. `software` is not included: the same
+        latents written by other versions are the same latents.
         """
         digest = hashlib.sha256()
         described = asdict(self.metadata) | {
@@ -105,10 +105,10 @@ class LatentCache:
         Returns:
             [frame, c, y, x] on the CPU, in the dtype of the store: float16 unless it was written as float32.
         Raises:
-            CorruptStoreError: a chunk is missing, damaged or holds NaN; names its file and its videos.
+            CorruptStoreError: a chunk is missing, damaged or contains NaN; names its file and its videos.
         """
         self.latent_reader.check_files()
-        # numpy's memory, since numpy asks for huge pages: touching 150 MB for the first time costs six times less.
+        # Allocated by numpy, which requests huge pages: the first access to 150 MB is six times faster.
         latents = np.empty(self.latents.shape, self.latents.dtype)
         self.latent_reader.read_all(latents)
         return torch.from_numpy(latents)
@@ -117,18 +117,19 @@ class LatentCache:
         """Latents of one video.
 
         Args:
-            video: its id, or its row in the split (which says the view, so that `view` is not looked at).
+            video: its id, or its row in the split; a row determines the view, so `view` is ignored.
+            view: which view of the video.
         Returns:
             [n, c, y, x] in the dtype of the store.
         Raises:
             StoreError: no such video.
-            CorruptStoreError: a chunk that holds some of it is missing or damaged.
+            CorruptStoreError: one of its chunks is missing or damaged.
         """
         row = self.row(video, view)
         return self.latent_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     def video_codes(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
-        """Codes of one video, [n, y, x] uint16. Arguments and errors as in `video`, and a store without codes."""
+        """Codes of one video, [n, y, x] uint16. As `video`; also StoreError for a store without codes."""
         if self.codes is None:
             raise StoreError(f"{self.url}: the store has no codes: encode again with cache.codes=true and --overwrite")
         row = self.row(video, view)
@@ -139,20 +140,20 @@ class LatentCache:
         where = f"{self.url}, split {self.split!r}"
         if isinstance(video, int | np.integer):
             if not 0 <= video < len(self.video_ids):
-                raise StoreError(f"{where}: no video {video}: rows are 0 to {len(self.video_ids) - 1}")
+                raise StoreError(f"{where}: no video {video}: expected a row from 0 to {len(self.video_ids) - 1}")
             return int(video)
         rows = self.video_ids.find(video)
         views = {self.video_views[row]: int(row) for row in rows}
         if view in views:
             return views[view]
         if views:
-            raise StoreError(f"{where}: video {video!r} has no view {view!r}: it has {sorted(views)}")
+            raise StoreError(f"{where}: video {video!r} has no view {view!r}: its views are {sorted(views)}")
         close = difflib.get_close_matches(video, self.video_ids, n=3) or self.video_ids[:3]
         raise StoreError(f"{where}: no video {video!r} among {len(self.video_ids)}: did you mean one of {close}?")
 
     @cached_property
     def fingerprints(self) -> list[str]:
-        """[videos] of the videos' sources as they were encoded; empty ones if the writer was given none."""
+        """[videos] fingerprints of the source videos when they were encoded; empty strings if the writer had none."""
         array = self._group.get(schema.VIDEO_FINGERPRINT)
         if array is None:
             return [""] * len(self.video_ids)
@@ -161,14 +162,14 @@ class LatentCache:
         return [str(value) for value in array[:]]
 
     def index_damages(self) -> Iterator[CorruptStoreError]:
-        """Read all names and offsets of the videos; what is wrong with each of their files."""
+        """Read all names and offsets of the videos; yield an error for each damaged file."""
         for name in (schema.VIDEO_OFFSET, schema.VIDEO_ID, schema.VIDEO_VIEW, schema.VIDEO_FINGERPRINT):
             if isinstance(array := self._group.get(name), zarr.Array):
                 yield from _index_damages(array, self.url)
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the writer wrote down about the split."""
+        """JSON that the writer stored with the split."""
         return dict(self._group.attrs)
 
 
@@ -176,33 +177,32 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
     """Open one split of a complete store, as `latent_cache.open`.
 
     Args:
-        url: a local path, or a URL that fsspec knows.
-        split: its name; see `splits`.
+        url: a local path, or a URL that fsspec supports.
+        split: name of the split; see `splits`.
     Raises:
-        StoreError: no store of ours there, or no such split.
-        IncompleteStoreError: its writer has not finished.
+        StoreError: no store of latents there, or no such split.
+        IncompleteStoreError: the writer has not finished.
         CorruptStoreError: damaged metadata. Chunks are checked when they are read.
     """
     url = str(url).rstrip("/")
     group = schema.open_group(url)
     if group.attrs.get("complete") is not True:
-        raise IncompleteStoreError(f"{url}: the store is not complete: run `make encode` again, it goes on from there")
+        raise IncompleteStoreError(f"{url}: the store is not complete: run `make encode` again to resume")
     metadata = StoreMetadata.from_attrs(group.attrs, url)
     try:
         arrays = group.get(split)
         if not isinstance(arrays, zarr.Group):
-            raise StoreError(f"{url}: no split {split!r}: there are {_split_names(group)}")
+            raise StoreError(f"{url}: no split {split!r}: its splits are {_split_names(group)}")
         latents, codes = arrays[LATENTS], arrays.get(CODES)
         offsets = np.asarray(arrays[schema.VIDEO_OFFSET][:], dtype=np.int64)
         video_ids, video_views = (Names(arrays[name], url) for name in (schema.VIDEO_ID, schema.VIDEO_VIEW))
         mean, std = (np.array(latents.attrs[name], dtype=np.float32) for name in ("mean", "std"))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CorruptStoreError(
-            f"{url}/{split}: an array or attribute is missing or damaged ({error}): restore the store from a copy, or "
-            "write it again with --overwrite"
+            f"{url}/{split}: an array or attribute is missing or damaged ({error}): {RESTORE}"
         ) from error
 
-    sound = (
+    consistent = (
         len(offsets) == len(video_ids) + 1 == len(video_views) + 1
         and offsets[0] == 0
         and offsets[-1] == latents.shape[0]
@@ -212,10 +212,10 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         and bool(np.isfinite([mean, std]).all())
         and (codes is None or codes.shape == (latents.shape[0], *latents.shape[2:]))
     )
-    if not sound:
+    if not consistent:
         raise CorruptStoreError(
             f"{url}/{split}: offsets, names, statistics and latents do not fit together "
-            f"({len(video_ids)} videos, latents {latents.shape}): restore the store, or write it again with --overwrite"
+            f"({len(video_ids)} videos, latents {latents.shape}): {RESTORE}"
         )
     video_ids.check()
     video_views.check()
@@ -235,12 +235,12 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
 
 
 def open_metadata(url: str | Path) -> StoreMetadata:
-    """What a store's latents are latents of, whether it is complete or not. Raises as `schema.open_group`."""
+    """Metadata of a store, complete or not. Raises as `schema.open_group`."""
     return StoreMetadata.from_attrs(schema.open_group(url).attrs, str(url))
 
 
 def open_notes(url: str | Path) -> dict[str, Any]:
-    """What the writer of a complete store wrote down about it. Raises as `schema.open_group`."""
+    """JSON that the writer stored with a complete store. Raises as `schema.open_group`."""
     return dict(schema.open_group(url).attrs.get("notes", {}))
 
 
@@ -251,16 +251,16 @@ def splits(url: str | Path) -> list[str]:
 
 def _split_names(group: zarr.Group) -> list[str]:
     written = group.attrs.get("splits")
-    if isinstance(written, list):  # a listing is what some remote stores cannot give
+    if isinstance(written, list):  # some remote stores cannot list their groups
         return [str(name) for name in written]
     with warnings.catch_warnings():
-        # An incomplete store has the writer's folder in it, which zarr wonders about and we don't.
+        # zarr warns about the writer's folder in an incomplete store.
         warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
         return schema.in_order(group.group_keys())
 
 
 def is_complete(url: str | Path) -> bool:
-    """Whether a store is there and complete. Raises StoreError only when something else stands in its place."""
+    """Whether a store exists and is complete. Raises StoreError only if the path is something else."""
     path = schema.local_path(url)
     if path is not None and (not path.exists() or (path.is_dir() and not any(path.iterdir()))):
         return False
@@ -272,27 +272,28 @@ def is_complete(url: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class SplitProgress:
-    """How far the writing of a split is.
+    """Progress of writing a split.
 
     Attributes:
-        written: chunks (or shards, where there are any) that are on the disk whole, of `chunks`.
-        frames: of the split; `frames_a_chunk`: of a chunk, or of a shard.
-        last_write: when the last of them was written, in seconds since 1970; None where there is none.
+        written: number of chunks (or shards, if there are any) that are on disk, out of `chunks`.
+        frames: frames of the split.
+        frames_per_chunk: frames of a chunk, or of a shard.
+        last_write: time of the last written chunk in seconds since 1970; None if there is none.
     """
 
     written: int
     chunks: int
     frames: int
-    frames_a_chunk: int
+    frames_per_chunk: int
     last_write: float | None
 
 
 def open_progress(url: str | Path) -> dict[str, SplitProgress]:
-    """How far the writing of an incomplete store is, by split; of one that lies here. Raises as `schema.open_group`."""
+    """Progress of writing an incomplete, local store, by split. Raises as `schema.open_group`."""
     group = schema.open_group(url)
     path = schema.local_path(url)
     if path is None:
-        raise StoreError(f"{url}: how far a store is can be seen only where it is written")
+        raise StoreError(f"{url}: progress is known only for a local path: ask where the store is written")
     progress = {}
     for split in _split_names(group):
         latents = group.get(f"{split}/{LATENTS}")
@@ -300,18 +301,18 @@ def open_progress(url: str | Path) -> dict[str, SplitProgress]:
             size = (latents.shards or latents.chunks)[0]
             chunks = -(-latents.shape[0] // size)
             markers = (path / schema.PROGRESS_FOLDER / split).glob("*.json")
-            there = [file for file in markers if file.stem.isdigit() and int(file.stem) < chunks]
-            last = max((file.stat().st_mtime for file in there), default=None)
-            progress[split] = SplitProgress(len(there), chunks, latents.shape[0], size, last)
+            written = [file for file in markers if file.stem.isdigit() and int(file.stem) < chunks]
+            last = max((file.stat().st_mtime for file in written), default=None)
+            progress[split] = SplitProgress(len(written), chunks, latents.shape[0], size, last)
     return progress
 
 
 class Names(Sequence[str]):
-    """An array of strings as a sequence, of which one chunk at a time is in memory.
+    """An array of strings as a sequence that keeps one chunk in memory.
 
     Args:
         array: [video] strings, none of them empty.
-        url: of the store, for messages.
+        url: path or URL of the store, for messages.
     """
 
     def __init__(self, array: zarr.Array, url: str) -> None:
@@ -345,25 +346,25 @@ class Names(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"<{len(self)} names, {self[0]!r} first>"
+        return f"<{len(self)} names, first {self[0]!r}>"
 
     def find(self, name: str) -> np.ndarray:
-        """Rows [n] int64 that have a name."""
+        """[n] int64 rows with this name."""
         size = self._array.chunks[0]
         found = [np.flatnonzero(self._read(index) == name) + index * size for index in range(-(-len(self) // size))]
         return np.concatenate(found)
 
     def check(self) -> None:
-        """Read the first and the last chunk, so that damage is noticed early, in most cases.
+        """Read the first and the last chunk, to find most damage early.
 
         Raises:
-            CorruptStoreError: they are missing or damaged.
+            CorruptStoreError: one of them is missing or damaged.
         """
         self._read(0)
         self._read((len(self) - 1) // self._array.chunks[0])
 
     def _read(self, index: int) -> np.ndarray:
-        held, values = self._chunk  # one assignment, so that threads see a pair that belongs together
+        held, values = self._chunk  # replaced in one assignment, so that threads see a matching pair
         if held != index:
             start = index * self._array.chunks[0]
             try:
@@ -376,14 +377,11 @@ class Names(Sequence[str]):
         return values
 
     def _corrupt(self, index: int, what: str) -> CorruptStoreError:
-        return CorruptStoreError(
-            f"{self._url}/{self._array.path}/c/{index} {what}: restore the file from a copy, or write the store again: "
-            "`make encode` with --overwrite"
-        )
+        return CorruptStoreError(f"{self._url}/{self._array.path}/c/{index} {what}: {RESTORE}")
 
 
 def _index_damages(array: zarr.Array, url: str) -> Iterator[CorruptStoreError]:
-    """What is wrong with each chunk of an array along videos. One that is not there reads as zeros or empty names."""
+    """Errors of the chunks of an array of videos. zarr reads a missing chunk as zeros or empty names."""
     for index in range(array.nchunks):
         key = f"{array.path}/{array.metadata.encode_chunk_key((index,))}"
         start = index * array.chunks[0]
@@ -397,7 +395,4 @@ def _index_damages(array: zarr.Array, url: str) -> Iterator[CorruptStoreError]:
             what = f"is damaged ({error})"
         else:
             continue
-        yield CorruptStoreError(
-            f"{url}/{key} {what}: restore the file from a copy, or write the store again: `make encode` with "
-            "--overwrite"
-        )
+        yield CorruptStoreError(f"{url}/{key} {what}: {RESTORE}")

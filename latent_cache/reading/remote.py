@@ -1,4 +1,4 @@
-"""Reading a store behind a URL: what a network can do to it becomes an error that names the file."""
+"""Reading a store from a URL: failures of the network become errors that name the file."""
 
 import atexit
 import contextlib
@@ -13,21 +13,21 @@ from latent_cache.errors import StoreError
 
 
 class RemoteStore(FsspecStore):
-    """A store that fsspec reads. A file that is not there is no error; one that cannot be got is a StoreError.
+    """A store that is read with fsspec. A missing file is no error; a file that cannot be read is a StoreError.
 
     Attributes:
-        url: of the root, as the user gave it.
+        url: URL of the root, as the user gave it.
     """
 
     url: str
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """A file, or a part of it; None where there is none."""
+        """Content of a file, or of a part of it; None for a missing file."""
         try:
             content = await super().get(key, prototype, byte_range)
-        except Exception as error:  # the library behind each protocol has errors of its own
+        except Exception as error:  # each protocol's library has its own errors
             raise self._unreadable(key, error) from error
-        # A server that knows no ranges sends the whole file.
+        # A server without range requests sends the whole file.
         if content is not None and isinstance(byte_range, RangeByteRequest):
             if len(content) > byte_range.end - byte_range.start:
                 content = content[byte_range.start : byte_range.end]
@@ -36,16 +36,16 @@ class RemoteStore(FsspecStore):
         return content
 
     async def getsize(self, key: str) -> int:
-        """Bytes of a file.
+        """Size of a file in bytes.
 
         Raises:
-            FileNotFoundError: there is none.
-            StoreError: it cannot be got.
+            FileNotFoundError: the file is missing.
+            StoreError: the file cannot be read.
         """
         try:
             return await super().getsize(key)
         except FileNotFoundError as error:
-            # fsspec says so of all that fails on the way; a cause that has no other status is the network's.
+            # fsspec raises it for all failures; only without a cause, or with status 404, the file is really missing.
             if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
                 raise
             raise self._unreadable(key, error.__cause__) from error
@@ -57,23 +57,25 @@ class RemoteStore(FsspecStore):
     def _unreadable(self, key: str, error: BaseException) -> StoreError:
         reason = str(error) or type(error).__name__
         return StoreError(
-            f"{self.url}/{key} cannot be read ({reason}): check the URL and the connection, and try again, or copy the "
+            f"{self.url}/{key} cannot be read ({reason}): check the URL and the connection and try again, or copy the "
             "store to a local folder"
         )
 
 
 def open_remote(url: str) -> RemoteStore:
-    """A store behind a URL that fsspec knows, for reading. Nothing is fetched yet.
+    """Open a URL that fsspec supports, for reading. Nothing is downloaded yet.
 
     Raises:
-        StoreError: no such protocol, or its package is not installed.
+        StoreError: an unknown protocol, or its package is not installed.
     """
     try:
         store = RemoteStore.from_url(url, read_only=True)
     except (ImportError, ValueError) as error:
-        raise StoreError(f"{url}: cannot be opened ({error}): give a local path, or install the protocol") from error
+        raise StoreError(
+            f"{url}: cannot be opened ({error}): use a local path, or install the package of the protocol"
+        ) from error
     store.url = url
-    # One for all stores of a server, kept by fsspec until the process ends; nobody else closes its connections.
+    # fsspec keeps one file system for all stores of a server until the process ends, and does not close it.
     if store.fs not in _open_file_systems:
         _open_file_systems.append(store.fs)
     return store
@@ -82,13 +84,13 @@ def open_remote(url: str) -> RemoteStore:
 _open_file_systems: list[AbstractFileSystem] = []
 
 
-@atexit.register  # after zarr's own, and so called before it, while its event loop still runs
+@atexit.register  # registered after zarr's own handler, so it runs first, while zarr's event loop still runs
 def close_connections() -> None:
-    """Close the connections of all stores that were opened; they are opened again when they are needed."""
+    """Close the connections of all opened stores; they are opened again on demand."""
     for file_system in _open_file_systems:
         session = getattr(file_system, "_session", None)
         if session is not None and hasattr(session, "close"):
-            with contextlib.suppress(Exception):  # nothing is lost by a connection that closes badly
+            with contextlib.suppress(Exception):  # a failed close loses nothing
                 sync(session.close())
             file_system._session = None
     _open_file_systems.clear()

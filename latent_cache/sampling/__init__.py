@@ -1,1 +1,1 @@
-"""Batches for training, in three tiers with one interface."""
+"""Training batches from a store, in three tiers with one interface."""

@@ -1,4 +1,4 @@
-"""What chance decides about a batch, as a function of the seed and the step, and of nothing that went before."""
+"""Random draws of frames: which ones are legal, and which a step draws, as a function of (seed, step) alone."""
 
 import zlib
 from functools import lru_cache
@@ -9,18 +9,18 @@ import torch
 MIN_VIDEO_FRAMES = 3  # condition, reference, target
 
 
-# Samples that are drawn at once: so many that the cost a call is spread thin, so few that they take half a megabyte.
+# Samples drawn in one call: enough to make the overhead small, and half a megabyte of numbers.
 BLOCK_SAMPLES = 2**14
 
 
-# Rounds in which targets step to the next video, before those that still have not arrived are searched for.
+# Rounds in which targets move to the next video, before a binary search finds the video of the remaining ones.
 _STEPS = 4
 
 
 class LegalTargets:
-    """All legal (video, target) pairs in order, legal meaning that two frames of the video come before the target.
+    """All legal (video, target) pairs in order; a target is legal if at least two frames of its video precede it.
 
-    Takes 12 bytes a video (8 more are the offsets, which the cache has anyway), and none a frame.
+    Uses 12 bytes per video (plus 8 for the offsets, which the cache has anyway), and none per frame.
 
     Args:
         offsets: [videos + 1] int64, first frame of each video.
@@ -30,31 +30,31 @@ class LegalTargets:
         self._offsets = offsets
         self._starts = np.zeros_like(offsets)  # [videos + 1] legal targets before each video
         np.cumsum(np.maximum(np.diff(offsets) - (MIN_VIDEO_FRAMES - 1), 0), out=self._starts[1:])
-        # A guide: for each 2^shift targets, the video of the first of them. From there it is a step or none to the
-        # right video; a binary search takes ten times longer, for it misses the cache and the branch predictor.
+        # Index: for each 2^shift targets, the video of the first of them, which is at most a few videos before the
+        # right one. A binary search takes ten times longer, because of cache misses and branch mispredictions.
         self._shift = max(0, self.count // max(1, len(offsets) - 1)).bit_length()
         firsts = np.arange((self.count >> self._shift) + 1) << self._shift
-        self._guide = (np.searchsorted(self._starts, firsts, side="right") - 1).astype(np.int32)
+        self._index = (np.searchsorted(self._starts, firsts, side="right") - 1).astype(np.int32)
 
     @property
     def count(self) -> int:
-        """Legal pairs: samples in an epoch."""
+        """Number of legal pairs, which are the samples of an epoch."""
         return int(self._starts[-1])
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tables, without the offsets."""
-        return self._starts.nbytes + self._guide.nbytes
+        """Bytes of the tables, without the offsets."""
+        return self._starts.nbytes + self._index.nbytes
 
     def locate(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find legal pairs.
+        """Locate legal pairs.
 
         Args:
             pairs: [n] int64 in 0 .. count - 1.
         Returns:
-            [n] int64 the target's frame number in its video, >= 2; [n] int64 its frame number in the split.
+            [n] int64 frame number of the target in its video, >= 2; [n] int64 its frame number in the split.
         """
-        video = self._guide.take(pairs >> self._shift).astype(np.int64)
+        video = self._index.take(pairs >> self._shift).astype(np.int64)
         ends = self._starts[1:]
         behind = np.flatnonzero(ends.take(video) <= pairs)
         for _ in range(_STEPS):
@@ -68,7 +68,7 @@ class LegalTargets:
         return place_in_video, place_in_video + self._offsets.take(video)
 
     def before(self, frames: np.ndarray) -> np.ndarray:
-        """[n] int64 legal targets among the first `frames` ([n] int64) frames of the split."""
+        """[n] int64 number of legal targets among the first `frames` ([n] int64) frames of the split."""
         video = np.searchsorted(self._offsets, frames, side="right") - 1
         return self._starts[video] + np.maximum(frames - self._offsets[video] - (MIN_VIDEO_FRAMES - 1), 0)
 
@@ -80,21 +80,21 @@ def draw_distance(
     clip_frames: int,
     past_horizon: int | None = None,
 ) -> np.ndarray:
-    """How far the condition lies before the reference, given the target.
+    """Draw the distance between condition and reference, given the target.
 
-    The target's place in its clip p ~ U{2 .. min(clip_frames - 1, place_in_video)}, the condition
+    The target's place in its clip is p ~ U{2 .. min(clip_frames - 1, place_in_video)}, and the condition is
     ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length), or with a past horizon
-    ~ U{target - min(p, past_horizon) .. target - 2}: what `stage2_flow.conditioning.past_window` is in a rollout that
-    knows p frames.
+    ~ U{target - min(p, past_horizon) .. target - 2}: the window of `stage2_flow.conditioning.past_window` in a rollout
+    with p known frames.
 
     Args:
         uniform_place, uniform_condition: [n] float64 in [0, 1).
         place_in_video: [n] int64 >= 2, the target's frame number in its video.
         clip_frames: >= 3.
-        past_horizon: >= 2, frames before the target, the reference among them, that the condition is one of; None: all
-            of its clip. The place in the clip is drawn alike for any horizon.
+        past_horizon: >= 2; the condition is among this many frames before the target, the reference included. None: all
+            frames of the clip. The place in the clip does not depend on it.
     Returns:
-        [n] int64, index of the reference minus that of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
+        [n] int64 index of the reference minus index of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
     """
     place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
     known_frames = place_in_clip if past_horizon is None else np.minimum(place_in_clip, past_horizon)
@@ -107,46 +107,48 @@ def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
 
 
 def uniform_block(seed: int, stream: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The uniform numbers of one block of steps.
+    """Uniform random numbers for one block of steps.
 
-    Philox is a function of a key and a counter, so that block 10^9 costs as much as block 0 does.
+    Philox is a function of a key and a counter, so block 10^9 costs as much as block 0.
 
     Args:
-        seed: >= 0, of the run.
-        stream: what is drawn; other streams have nothing in common with it.
+        seed: seed of the run, >= 0.
+        stream: name of what is drawn; streams are independent.
         block: >= 0.
+        shape: shape of the result.
     Returns:
-        `shape` float64 in [0, 1), with 53 random bits: float32 could not name one of 10^8 frames.
+        float64 in [0, 1) with 53 random bits; float32 has too few to choose one of 10^8 frames.
     Raises:
         ValueError: a negative seed or block.
     """
     if seed < 0 or block < 0:
         raise ValueError(f"seed = {seed}, block = {block}: both must be >= 0")
     key = np.random.SeedSequence([seed, zlib.crc32(stream.encode())]).generate_state(2, np.uint64)
-    # The lowest word of the counter counts the numbers within a block.
+    # The lowest word of the counter counts within a block.
     return np.random.Generator(np.random.Philox(key=key, counter=[0, block, 0, 0])).random(shape)
 
 
 def steps_per_block(batch_size: int, most_samples: int = BLOCK_SAMPLES) -> int:
-    """Steps whose draws are made together, at least 1."""
+    """Number of steps whose draws are made together, at least 1."""
     return max(1, min(BLOCK_SAMPLES, most_samples) // batch_size)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu", stream: str = "step") -> torch.Generator:
-    """A generator for the draws of one step, which is all that decides them.
+    """A random generator for one step, which depends only on the arguments.
 
     Args:
-        seed: >= 0, of the run; `step`: >= 0.
-        device: where the draws are made; a CPU and a GPU draw different numbers.
-        stream: what is drawn. Draws of one step from one stream are the same numbers, so noise must not share the
-            stream that chose the frames.
+        seed: seed of the run, >= 0.
+        step: >= 0.
+        device: device of the draws; a CPU and a GPU draw different numbers.
+        stream: name of what is drawn. Two draws of a step from one stream are the same numbers, so noise must not use
+            the stream that chose the frames.
     Raises:
         ValueError: a negative seed or step.
     """
     if seed < 0 or step < 0:
         raise ValueError(f"seed = {seed}, step = {step}: both must be >= 0")
-    # torch's CPU generator looks at the low 32 bits of a seed only. Hashing the step into them would give two steps
-    # of a run the same draws after some 10^5 steps (birthdays), a bijection of the step never does.
+    # torch's CPU generator uses only the low 32 bits of a seed. If they were a hash of the step, two steps of a run
+    # would have the same draws after some 10^5 steps (birthday paradox); with a bijection of the step, none have.
     tag = zlib.crc32(stream.encode())
     low = _scramble((step + _stream_offset(seed, tag)) % 2**32)
     high = int(np.random.SeedSequence([seed, tag, step]).generate_state(1)[0])
@@ -159,7 +161,7 @@ def _stream_offset(seed: int, tag: int) -> int:
 
 
 def _scramble(word: int) -> int:
-    """MurmurHash3's finaliser: a bijection of 32-bit words in which every bit depends on all."""
+    """MurmurHash3's finalizer: a bijection of 32-bit words in which every bit depends on all bits."""
     word = ((word ^ word >> 16) * 0x85EBCA6B) % 2**32
     word = ((word ^ word >> 13) * 0xC2B2AE35) % 2**32
     return word ^ word >> 16

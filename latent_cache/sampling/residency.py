@@ -1,4 +1,4 @@
-"""Where a split's latents lie during training: the choice of a sampler by size and free memory."""
+"""Where a split's latents are kept during training: the choice of a sampler by size and free memory."""
 
 import os
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from latent_cache.sampling.resident import ResidentSampler
 from latent_cache.sampling.sampler import Sampler, Tier
 from latent_cache.sampling.streaming import StreamingSampler
 
-# Of the memory that is free: on a GPU the network, its optimizer and its activations come after the latents.
+# Of the free memory: on a GPU the network, its optimizer and its activations are allocated after the latents.
 USABLE_FRACTION = {"device": 0.5, "host": 0.7}
 
 
 @dataclass(frozen=True)
 class Residency:
-    """A tier, and in words why it was chosen."""
+    """A tier, and the reason for choosing it as text."""
 
     tier: Tier
     why: str
@@ -37,21 +37,21 @@ def open_sampler(
     dtype: torch.dtype = torch.float32,
     past_horizon: int | None = None,
 ) -> Sampler:
-    """The sampler of a split in the tier that is wanted, or the fastest that fits. Close it after use.
+    """Open the sampler of a split in the requested tier, or in the fastest one that fits. Close it after use.
 
     Args:
         cache: the split.
-        device: where batches go.
-        seed: >= 0, of the run.
+        device: device of the batches.
+        seed: seed of the run, >= 0.
         batch_size: rows of the global batch, over all processes.
-        clip_frames: frames of a training clip, >= 3: no condition lies further back.
+        clip_frames: frames of a training clip, >= 3; conditions are within the clip.
         residency: see `choose_residency`.
-        memory_budget: bytes of host memory that the `stream` tier may take for latents.
-        dtype: of the batches.
+        memory_budget: bytes of host memory that the `stream` tier may use for latents.
+        dtype: dtype of the batches.
         past_horizon: see `Sampler`.
     Raises:
         ValueError: sizes out of range.
-        StoreError: the split doesn't fit where it is wanted; no video has three frames.
+        StoreError: the split does not fit in the requested tier, or no video has three frames.
         CorruptStoreError: the split cannot be read.
     """
     chosen = choose_residency(cache, device, residency)
@@ -61,8 +61,8 @@ def open_sampler(
         if sampler.plan.nbytes > free:
             sampler.close()
             raise StoreError(
-                f"{cache.url}, split {cache.split!r}: streaming takes {_gib(sampler.plan.nbytes)} at this "
-                f"cache.memory_budget, and the host has {_gib(free)} free: lower cache.memory_budget, or free some"
+                f"{cache.url}, split {cache.split!r}: streaming needs {_gib(sampler.plan.nbytes)} with this "
+                f"cache.memory_budget, but the host has {_gib(free)} free: lower cache.memory_budget, or free some"
             )
     else:
         storage = device if chosen.tier == "device" else "cpu"
@@ -72,36 +72,38 @@ def open_sampler(
 
 
 def choose_residency(
-    cache: LatentCache, device: torch.device | str, wanted: Literal["auto", "device", "host", "stream"]
+    cache: LatentCache, device: torch.device | str, requested: Literal["auto", "device", "host", "stream"]
 ) -> Residency:
-    """Where a split's latents should lie during training.
+    """Choose where to keep a split's latents during training.
 
     Args:
-        wanted: `auto` takes the device if they fit into half of its free memory, else the host if they fit into 70 %
-            of its free memory, else streams them.
+        cache: the split.
+        device: device of the batches.
+        requested: a tier, or `auto`: the device if the latents fit into half of its free memory, otherwise the host if
+            they fit into 70 % of its free memory, otherwise streaming.
     Raises:
-        StoreError: `device` or `host` is wanted, and they don't fit there.
+        StoreError: `device` or `host` is requested, but the latents do not fit there.
     """
-    if wanted == "stream":
+    if requested == "stream":
         return Residency("stream", "cache.residency = 'stream'")
     free = {"device": free_memory(torch.device(device)), "host": free_memory(torch.device("cpu"))}
-    for place in ("device", "host") if wanted == "auto" else (wanted,):
+    for place in ("device", "host") if requested == "auto" else (requested,):
         if cache.nbytes <= USABLE_FRACTION[place] * free[place]:
-            why = f"fits into {USABLE_FRACTION[place]:.0%} of the {_gib(free[place])} free"
-            return Residency(place, why if wanted == "auto" else f"cache.residency = {wanted!r}")
+            why = f"fits into {USABLE_FRACTION[place]:.0%} of {_gib(free[place])} free memory"
+            return Residency(place, why if requested == "auto" else f"cache.residency = {requested!r}")
     sizes = ", ".join(f"{place}: {_gib(size)}" for place, size in free.items())
-    if wanted == "auto":
-        return Residency("stream", f"larger than the part of the free memory that is used, {sizes}")
+    if requested == "auto":
+        return Residency("stream", f"does not fit into the usable part of the free memory, {sizes}")
     raise StoreError(
-        f"{cache.url}, split {cache.split!r}: cache.residency = {wanted!r}, but the latents take "
-        f"{_gib(cache.nbytes)}, and of the free memory ({sizes}) at most {USABLE_FRACTION['device']:.0%} of "
-        f"the device's and {USABLE_FRACTION['host']:.0%} of the host's is used: free some, or choose another "
+        f"{cache.url}, split {cache.split!r}: cache.residency = {requested!r}, but the latents need "
+        f"{_gib(cache.nbytes)}, and at most {USABLE_FRACTION['device']:.0%} of the device's and "
+        f"{USABLE_FRACTION['host']:.0%} of the host's free memory ({sizes}) is used: free some, or choose another "
         "residency, such as cache.residency=stream, which reads the latents in parts"
     )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; for the CPU within the limit of the container, if it has one."""
+    """Bytes that can be allocated on a device; for the CPU within the container's limit, if there is one."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

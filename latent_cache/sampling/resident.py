@@ -1,4 +1,4 @@
-"""Batches from latents that lie in memory whole, on the training device or in the host's memory."""
+"""Batches from latents that are completely in memory, on the training device or on the host."""
 
 from dataclasses import dataclass
 
@@ -24,11 +24,11 @@ class FlowIndices:
 class ResidentSampler(Sampler):
     """Draws independently and with replacement, targets uniformly over all legal pairs.
 
-    The draws of many steps are made at once, on the CPU wherever the latents lie, so that the same step has the same
-    batch in both residencies, and a run that resumes on another machine goes on as it was.
+    The draws of many steps are made together, always on the CPU, so a step has the same batch in both residencies, and
+    a run that is resumed on another machine continues with the same batches.
 
     Args:
-        storage_device: where the latents lie; the same as `device`, or the CPU. See `choose_residency`.
+        storage_device: device of the latents: the same as `device`, or the CPU. See `choose_residency`.
         Others: as `Sampler`.
     Raises:
         CorruptStoreError: the split cannot be read.
@@ -49,7 +49,7 @@ class ResidentSampler(Sampler):
         super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
         self.storage_device = self.device if storage_device is None else torch.device(storage_device)
         if self.storage_device.type not in ("cpu", self.device.type):
-            raise ValueError(f"storage_device = {self.storage_device}: the CPU or the device, {self.device}, is wanted")
+            raise ValueError(f"storage_device = {self.storage_device}: expected the CPU or the device, {self.device}")
         self.tier = "device" if self.storage_device.type == self.device.type else "host"
         self._block_steps = steps_per_block(batch_size)
         self._block: tuple[int, Tensor] | None = None
@@ -60,18 +60,18 @@ class ResidentSampler(Sampler):
         return FlowIndices(*self._drawn(step).cpu().clone())
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
-        """As `Sampler.batch`; on a GPU that holds the latents, nothing waits for it."""
+        """As `Sampler.batch`; does not synchronize with a GPU that holds the latents."""
         rows = self._rows(step, rank, world_size)
         if self._latents is None:
             raise ValueError("the sampler is closed")
         drawn = self._drawn(step)
-        wanted = drawn[:3, rows].reshape(-1)
+        numbers = drawn[:3, rows].reshape(-1)
         if self._pin and not self._latents.is_cuda:
-            shape = (len(wanted), *self._latents.shape[1:])
+            shape = (len(numbers), *self._latents.shape[1:])
             frames = torch.empty(shape, dtype=self._latents.dtype, pin_memory=True)
-            torch.index_select(self._latents, 0, wanted, out=frames)
+            torch.index_select(self._latents, 0, numbers, out=frames)
         else:
-            frames = self._latents.index_select(0, wanted)
+            frames = self._latents.index_select(0, numbers)
         return self._to_batch(frames, drawn[3, rows].clone())
 
     def targets(self, step: int) -> np.ndarray:
@@ -79,24 +79,24 @@ class ResidentSampler(Sampler):
         return self.indices(step).target.numpy()
 
     def describe(self) -> str:
-        """Where the latents lie, how many bytes, and why there: for the log."""
+        """As `Sampler.describe`."""
         size = 0 if self._latents is None else self._latents.nbytes
         return f"{size / 1e6:.0f} MB of latents resident on {self.storage_device}{self.why and f' ({self.why})'}"
 
     def close(self) -> None:
-        """Let go of the latents."""
+        """Free the latents."""
         self._latents = self._block = None
 
     def _drawn(self, step: int) -> Tensor:
-        """[4, batch_size] int64 targets, references, conditions (frame numbers) and distances, where the latents lie.
+        """[4, batch_size] int64 targets, references, conditions (frame numbers) and distances, with the latents.
 
-        Threads may call this at the same time; at worst each draws the block for itself.
+        Threads may call this at the same time; at worst each draws the block itself.
         """
         number, place = divmod(step, self._block_steps)
         block = self._block
         if block is None or block[0] != number:
             drawn = torch.from_numpy(self._draw(number))
-            if self.storage_device.type == "cuda":  # all indices of the block in one copy, for which nothing waits
+            if self.storage_device.type == "cuda":  # all indices of the block in one asynchronous copy
                 drawn = drawn.pin_memory().to(self.storage_device, non_blocking=True)
             self._block = block = (number, drawn)
         return block[1][place]

@@ -1,4 +1,4 @@
-"""What a sampler is: batches of target, reference and condition, as a function of the seed and the step."""
+"""The interface of samplers: batches of target, reference and condition, as a function of seed and step."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from latent_cache.errors import StoreError
 from latent_cache.reading.reader import LatentCache
 from latent_cache.sampling.draws import MIN_VIDEO_FRAMES, LegalTargets
 
-NAMED_TARGETS = 8  # of a batch, in messages
+NAMED_TARGETS = 8  # number of a batch's targets that messages name
 
 Tier = Literal["device", "host", "stream"]
 
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Three frames of one video a row, on the training device.
+    """Three frames of one video per row, on the training device.
 
     Args:
-        target: [b, c, h, w] the latent to predict.
-        reference: [b, c, h, w] the frame before it.
-        condition: [b, c, h, w] an earlier frame.
-        distance: [b] int64, index of the reference minus that of the condition, >= 1.
+        target: [b, c, h, w] latents to predict.
+        reference: [b, c, h, w] latents of the previous frame.
+        condition: [b, c, h, w] latents of an earlier frame.
+        distance: [b] int64 index of the reference minus index of the condition, >= 1.
     """
 
     target: Tensor
@@ -39,27 +39,27 @@ class FlowBatch:
 
 
 class Sampler(ABC):
-    """Draws batches from a split, wherever its latents lie. Made by `open_sampler`.
+    """Draws batches from a split. Made by `open_sampler`.
 
-    In every tier a target is drawn from all legal (video, target frame) pairs alike, legal meaning that two frames
-    come before it, and reference and condition are drawn alike for a given target (see `draw_distance`).
+    In every tier, targets are uniform over all legal (video, target frame) pairs (see `LegalTargets`), and conditions
+    have the same distribution given the target (see `draw_distance`).
 
     Args:
         cache: the split.
-        device: where batches go.
-        seed: >= 0, of the run.
+        device: device of the batches.
+        seed: seed of the run, >= 0.
         batch_size: rows of the global batch, over all processes.
-        clip_frames: frames of a training clip, >= 3: no condition lies further back.
-        dtype: of the batches.
-        past_horizon: conditions are drawn from the last so many frames before the target, the reference among them,
-            >= 2; None: from all of its clip.
+        clip_frames: frames of a training clip, >= 3; conditions are within the clip.
+        dtype: dtype of the batches.
+        past_horizon: conditions are drawn from this many frames before the target, the reference included, >= 2;
+            None: from the whole clip.
     Raises:
         ValueError: sizes out of range.
         StoreError: no video has three frames.
     """
 
     tier: Tier
-    why: str = ""  # of the tier, for the log
+    why: str = ""  # reason for choosing the tier, for the log
 
     def __init__(
         self,
@@ -72,11 +72,13 @@ class Sampler(ABC):
         past_horizon: int | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: at least 1 is wanted")
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
         if clip_frames < MIN_VIDEO_FRAMES:
-            raise ValueError(f"clip_frames = {clip_frames}: at least {MIN_VIDEO_FRAMES} (condition, reference, target)")
+            raise ValueError(
+                f"clip_frames = {clip_frames}: must be at least {MIN_VIDEO_FRAMES} (condition, reference, target)"
+            )
         if past_horizon is not None and past_horizon < 2:
-            raise ValueError(f"past_horizon = {past_horizon}: at least 2 (condition, reference) or None")
+            raise ValueError(f"past_horizon = {past_horizon}: must be at least 2 (condition, reference) or None")
         if seed < 0:
             raise ValueError(f"seed = {seed}: must be >= 0")
         self.device = torch.device(device)
@@ -91,34 +93,35 @@ class Sampler(ABC):
         if self._legal.count == 0:
             lengths = cache.lengths
             raise StoreError(
-                f"{cache.url}, split {cache.split!r}: no video has the {MIN_VIDEO_FRAMES} frames of a sample; the "
-                f"{len(lengths)} videos have {lengths.min()} to {lengths.max()}: encode longer ones"
+                f"{cache.url}, split {cache.split!r}: a sample needs {MIN_VIDEO_FRAMES} frames, but the {len(lengths)} "
+                f"videos have {lengths.min()} to {lengths.max()}: encode longer videos"
             )
 
     @property
     def legal_targets(self) -> int:
-        """Number of (video, target) pairs that can be drawn: samples in an epoch."""
+        """Number of (video, target) pairs that can be drawn, which are the samples of an epoch."""
         return self._legal.count
 
     @abstractmethod
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
-        """The rows of the global batch of a step that belong to one process.
+        """One process's rows of the global batch of a step.
 
         Args:
             step: >= 0.
-            rank: of the process, of `world_size`, which must divide the batch size.
+            rank: rank of the process.
+            world_size: number of processes; must divide the batch size.
         Returns:
-            batch_size / world_size rows; those of all ranks in order are those of world_size 1.
+            batch_size / world_size rows; the rows of all ranks in order are those of world_size 1.
         Raises:
-            ValueError: ranks that don't fit, a negative step.
+            ValueError: a rank or world size that does not fit, a negative step.
         """
 
     @abstractmethod
     def targets(self, step: int) -> np.ndarray:
-        """[batch_size] int64 frame numbers in the split of a step's targets."""
+        """[batch_size] int64 frame numbers (in the split) of a step's targets."""
 
     def describe_batch(self, step: int) -> str:
-        """Which videos a step is trained on, in a few words: for the message about a step that failed."""
+        """The targets of a step as text, for the message about a failed step."""
         targets, offsets = self.targets(step), self._cache.offsets
         videos = np.searchsorted(offsets, targets, side="right") - 1
         named = [f"{self._cache.video_ids[v]} frame {t - offsets[v]}" for t, v in zip(targets, videos, strict=True)]
@@ -127,40 +130,35 @@ class Sampler(ABC):
 
     @property
     def order(self) -> str:
-        """In words, all but seed and batch size that decides what a step draws: equal words, equal batches."""
+        """What decides the draws besides seed and batch size, as text: equal texts mean equal batches."""
         return "drawn from the whole split"
 
     @abstractmethod
     def describe(self) -> str:
-        """Where the latents lie, how many bytes, and why there: for the log."""
+        """Where the latents are, their size, and the reason, for the log."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the latents, and end the threads, if any. Safe to call twice; no batch comes after it."""
+        """Free the latents and stop the threads. Safe to call twice; `batch` raises ValueError afterwards."""
 
     def _rows(self, step: int, rank: int, world_size: int) -> slice:
         if step < 0:
             raise ValueError(f"step = {step}: must be >= 0")
         if self.batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size = {self.batch_size}, rank {rank} of {world_size} processes: choose a batch size that the "
-                "number of processes divides"
+                f"batch_size = {self.batch_size}, rank {rank} of {world_size} processes: choose a batch size that is a "
+                "multiple of the number of processes"
             )
         size = self.batch_size // world_size
         return slice(rank * size, (rank + 1) * size)
 
     def _to_batch(self, frames: Tensor, distance: Tensor) -> FlowBatch:
-        """Frames [3 * b, c, h, w] (targets, references, conditions) and distances [b] to a batch on the device."""
-        # From ordinary memory a copy to a GPU would wait for all that the GPU has still to do; `frames` are in pinned
-        # memory already. They are converted after the copy: half the bytes on the way.
+        """Move frames [3 * b, c, h, w] (targets, references, conditions) and distances [b] to the device."""
+        # A copy from pageable memory would wait for all pending work of the GPU; `frames` are already in pinned memory.
+        # They are converted after the copy, which halves the bytes to copy.
         if self._pin and not distance.is_cuda:
             distance = distance.pin_memory()
         frames = frames.to(self.device, non_blocking=True).to(self.dtype)
         target, reference, condition = frames.chunk(3)
         distance = distance.to(self.device, non_blocking=True)
         return FlowBatch(target=target, reference=reference, condition=condition, distance=distance)
-
-
-def as_tensor(values: np.ndarray) -> Tensor:
-    """A copy: what a caller does to a batch must not reach the draws that are kept."""
-    return torch.from_numpy(values.copy())

@@ -1,4 +1,4 @@
-"""Batches from a split that is larger than memory: a window of it is served while the next one is read."""
+"""Batches from a split that is larger than memory: one window of it is served while the next one is read."""
 
 import os
 import threading
@@ -15,29 +15,28 @@ from torch import Tensor
 
 from latent_cache.reading.reader import LatentCache
 from latent_cache.sampling.draws import draw_distance, steps_per_block, uniform_block
-from latent_cache.sampling.sampler import FlowBatch, Sampler, as_tensor
+from latent_cache.sampling.sampler import FlowBatch, Sampler
 from latent_cache.sampling.windows import Window, WindowPlan
 
 
 class StreamingSampler(Sampler):
-    """Serves every legal target exactly once an epoch, in an order that `WindowPlan` shuffles twice.
+    """Serves every legal target exactly once per epoch, in an order that is shuffled twice (see `WindowPlan`).
 
-    Sample number step * batch_size + row has its epoch, window and place by arithmetic, so that any step costs the
-    reading of its own window only, and resuming anywhere is exact. What a step draws depends on the seed, the batch
-    size, clip_frames, past_horizon, the store's chunks and the memory budget: with another budget the order is
-    another, and as random. The first batch waits for its window; from then on the next window is read while one is
-    served.
+    Epoch, window and place of sample number step * batch_size + row follow by arithmetic, so any step reads only its
+    own window, and resuming at any step is exact. The draws of a step depend on the seed, the batch size, clip_frames,
+    past_horizon, the store's chunks and the memory budget: another budget means another order, which is as random. The
+    first batch waits for its window; from then on the next window is read while one is served.
 
-    Memory: two windows, which is at most the budget, and for the draws 12 bytes a video and about 3 MB. (Chunks of
-    remote stores pass through zarr, which needs some more for the few that are read at a time.) Every process of a
-    training reads the same windows, each for itself.
+    Memory: two windows, which are at most the budget, and for the draws 12 bytes per video and about 3 MB. (Chunks of
+    remote stores are read through zarr, which needs more memory for the few that are read at the same time.) Every
+    process of a distributed training reads the same windows itself.
 
     Args:
         memory_budget: bytes.
         Others: as `Sampler`.
     Raises:
-        StoreError: the budget is too small for the store's chunks; otherwise, and ValueError, as `Sampler`.
-        CorruptStoreError: a chunk's file is missing or of the wrong size. What is damaged within is found when it is
+        StoreError: the budget is too small for the store's chunks; also, like ValueError, as `Sampler`.
+        CorruptStoreError: a chunk's file is missing or has the wrong size. Damage within a file is found when it is
             read, and raised by `batch`.
     """
 
@@ -55,27 +54,27 @@ class StreamingSampler(Sampler):
         past_horizon: int | None = None,
     ) -> None:
         super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
-        # A sample's frames are then a clip of past_horizon + 1 at most: less has to be read before a group.
+        # With a horizon, a sample spans at most past_horizon + 1 frames: fewer have to be read before a group.
         reach = clip_frames if past_horizon is None else min(clip_frames, past_horizon + 1)
         self.plan = WindowPlan(cache, self._legal, seed, reach, memory_budget)
         cache.latent_reader.check_files()
-        # Not more than an epoch, so that a block of a small split doesn't consist of thousands of windows.
+        # At most an epoch, so that a block of a small split does not consist of thousands of windows.
         self._block_steps = steps_per_block(batch_size, self.legal_targets)
         self._block: _Block | None = None
         self._lock = threading.Lock()
         self._threads = ReadingThreads(min(4, os.cpu_count() or 1), "latents")
         self._buffers: list[Tensor | None] = [None, None]
         self._loads: list[_Load | None] = [None, None]
-        self._halos: dict[int, np.ndarray] = {}  # of each group, once they were read
-        self._served = 0  # the buffer of the last window
+        self._halos: dict[int, np.ndarray] = {}  # by group, once they have been read
+        self._served = 0  # index of the last window's buffer
         self._closed = False
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
-        """As `Sampler.batch`; waits when the window of the step is not there yet.
+        """As `Sampler.batch`; waits until the window of the step has been read.
 
         Raises:
             CorruptStoreError: a chunk of the window is missing or damaged; names its file and its videos.
-            ValueError: as `Sampler.batch`; the sampler is closed.
+            ValueError: as `Sampler.batch`, or the sampler is closed.
         """
         rows = self._rows(step, rank, world_size)
         block = self._drawn(step // self._block_steps)
@@ -89,9 +88,12 @@ class StreamingSampler(Sampler):
                 if first >= last:
                     continue
                 window = self._window(segment.window)
-                for out, wanted in zip(frames[:, first - start : last - start], block.rows[:, first:last], strict=True):
-                    torch.index_select(window, 0, torch.from_numpy(wanted), out=out)
-        return self._to_batch(frames.flatten(0, 1), as_tensor(block.distance[start:stop]))
+                for out, numbers in zip(
+                    frames[:, first - start : last - start], block.rows[:, first:last], strict=True
+                ):
+                    torch.index_select(window, 0, torch.from_numpy(numbers), out=out)
+        # A copy: the caller may change its batch, but not the draws.
+        return self._to_batch(frames.flatten(0, 1), torch.from_numpy(block.distance[start:stop].copy()))
 
     def targets(self, step: int) -> np.ndarray:
         """As `Sampler.targets`."""
@@ -100,21 +102,21 @@ class StreamingSampler(Sampler):
 
     @property
     def order(self) -> str:
-        """As `Sampler.order`; a memory budget that makes other windows makes another order."""
+        """As `Sampler.order`; it depends on the memory budget, which determines the windows."""
         plan = self.plan
         return f"streamed in windows of {plan.buffer_frames} frames, groups of {plan.group_chunks} chunks"
 
     def describe(self) -> str:
-        """How much lies in memory at a time, of how much, and why: for the log."""
+        """As `Sampler.describe`."""
         plan = self.plan
         return (
             f"{self._cache.nbytes / 1e6:.0f} MB of latents streamed through {plan.nbytes / 1e6:.0f} MB of host memory, "
-            f"{plan.windows_per_epoch} windows an epoch, {plan.group_chunks} chunks a group"
+            f"{plan.windows_per_epoch} windows per epoch, {plan.group_chunks} chunks per group"
             f"{self.why and f' ({self.why})'}"
         )
 
     def close(self) -> None:
-        """End the threads and let go of the latents. Safe to call twice; no batch comes after it."""
+        """As `Sampler.close`."""
         with self._lock:
             self._closed = True
             for load in self._loads:
@@ -124,7 +126,7 @@ class StreamingSampler(Sampler):
             self._loads, self._buffers, self._block = [None, None], [None, None], None
 
     def _drawn(self, number: int) -> "_Block":
-        """Threads may call this at the same time; at worst each draws the block for itself."""
+        """The draws of a block. Threads may call this at the same time; at worst each draws the block itself."""
         block = self._block
         if block is None or block.number != number:
             self._block = block = self._draw(number)
@@ -146,10 +148,10 @@ class StreamingSampler(Sampler):
         return _Block(number, target, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
 
     def _window(self, number: int) -> Tensor:
-        """The buffer that holds a window, and the next one on its way into the other."""
+        """The buffer of a window, read if necessary; starts to read the next window into the other buffer."""
         if self._closed:
             raise ValueError("the sampler is closed")
-        # With one window an epoch, what is in the buffer is right for all of them.
+        # With one window per epoch, all windows have the same content.
         several = self.plan.windows_per_epoch > 1
         content = number if several else 0
         held = [load is not None and load.content == content for load in self._loads]
@@ -159,9 +161,9 @@ class StreamingSampler(Sampler):
         try:
             self._loads[place].finish()
         except BaseException as error:
-            if isinstance(error, Exception):  # not when a user's signal ended the waiting
+            if isinstance(error, Exception):  # not when a signal interrupted the waiting
                 self._loads[place].cancel()
-                self._loads[place] = None  # whoever asks again has it read again
+                self._loads[place] = None  # the next call reads it again
             raise
         self._served = place
         ahead = self._loads[1 - place]
@@ -170,12 +172,12 @@ class StreamingSampler(Sampler):
         return self._buffers[place]
 
     def _load(self, place: int, number: int) -> None:
-        """Begin to read a window into a buffer."""
+        """Start to read a window into a buffer."""
         if self._loads[place] is not None:
             self._loads[place].cancel()
         if self._buffers[place] is None:
             shape = (self.plan.buffer_frames, *self._cache.latent_shape)
-            # numpy's memory, since numpy asks for huge pages.
+            # Allocated by numpy, which requests huge pages.
             self._buffers[place] = torch.from_numpy(np.empty(shape, self._cache.latents.dtype))
         self._loads[place] = load = _Load(number)
         window = self.plan.window(number)
@@ -185,7 +187,7 @@ class StreamingSampler(Sampler):
                 load.parts.append(self._threads.submit(self._read, window, buffer, slot, chunk))
 
     def _read(self, window: Window, buffer: np.ndarray, slot: int, chunk: int) -> None:
-        """Read a chunk to its place in the buffer, and before a group's first chunk the group's halo."""
+        """Read a chunk to its place in the buffer; with the first chunk of a group, also read the group's halo."""
         reader, size, shift = self._cache.latent_reader, self.plan.chunk_frames, int(window.shifts[slot])
         start, stop = chunk * size, min((chunk + 1) * size, self._cache.frames)
         group = int(window.groups[slot])
@@ -196,7 +198,7 @@ class StreamingSampler(Sampler):
             if group in self._halos:
                 before[:] = self._halos[group]
             else:
-                # The chunks before are read and checked whole, in the place that the group's own chunk takes next.
+                # Earlier chunks are read and checked as a whole, in the place of the group's own chunk.
                 whole = buffer[start + shift : start + size + shift]
                 for earlier in range(halo.start // size, chunk) if halo else ():
                     reader.read_chunk(earlier, whole)
@@ -214,7 +216,7 @@ class StreamingSampler(Sampler):
 
 
 class _Segment(NamedTuple):
-    """Samples `start` to `stop` (excluded) of a block of steps are served from one window."""
+    """Samples `start` to `stop` (excluded) of a block, which are served from one window."""
 
     start: int
     stop: int
@@ -223,7 +225,7 @@ class _Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Draws of many steps.
+    """Draws of a block of steps, n samples.
 
     Attributes:
         target: [n] int64 frame numbers in the split.
@@ -240,18 +242,18 @@ class _Block:
 
 @dataclass(eq=False)
 class _Load:
-    """A window on its way into a buffer: a task for each chunk."""
+    """The reading of a window into a buffer: one task per chunk."""
 
     content: int
     parts: list[Future[None]] = field(default_factory=list)
 
     def finish(self) -> None:
-        """Wait, and raise what went wrong."""
+        """Wait for all tasks; raise the first error."""
         for part in self.parts:
             part.result()
 
     def cancel(self) -> None:
-        """Begin no more of it, and wait until nothing writes into the buffer any more."""
+        """Cancel all tasks that have not started, and wait until none writes into the buffer."""
         for part in self.parts:
             part.cancel()
         wait(self.parts)
@@ -261,13 +263,13 @@ _Task = tuple[Future[None], Callable[..., None], tuple[Any, ...]] | None
 
 
 class ReadingThreads:
-    """A few threads that do one task after the other, begun at the first task.
+    """A pool of threads, started at the first task.
 
-    Not a ThreadPoolExecutor, because at the end of a program that one waits until all that is queued is done.
+    Not a ThreadPoolExecutor, which waits for all queued tasks at the end of the program.
 
     Args:
-        count: of threads.
-        name: that theirs begin with.
+        count: number of threads.
+        name: prefix of their names.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -276,13 +278,13 @@ class ReadingThreads:
             threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{number}", daemon=True)
             for number in range(count)
         ]
-        # They know the queue only: whoever forgets to close a sampler loses the sampler, and then its threads.
+        # The threads refer to the queue only, so a sampler that is not closed can be collected, which ends its threads.
         self._end = weakref.finalize(self, _end, self._tasks, count)
         self._end.atexit = False
         self._started = False
 
     def submit(self, task: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Have a task done in its turn."""
+        """Queue a task."""
         if not self._started:
             self._started = True
             for thread in self._threads:
@@ -292,7 +294,7 @@ class ReadingThreads:
         return future
 
     def close(self) -> None:
-        """Wait until all tasks are done, and end. Safe to call twice; no task comes after it."""
+        """Wait for all tasks and stop the threads. Safe to call twice; no task may follow."""
         self._end()
         if self._started:
             for thread in self._threads:
@@ -305,9 +307,9 @@ def _work(tasks: "SimpleQueue[_Task]") -> None:
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(task(*arguments))
-            except BaseException as error:  # handed to the one who waits
+            except BaseException as error:  # raised by future.result()
                 future.set_exception(error)
-        del next_task, future, task, arguments  # while it waits, it must not keep a sampler alive
+        del next_task, future, task, arguments  # a waiting thread must not keep a sampler alive
 
 
 def _end(tasks: "SimpleQueue[_Task]", count: int) -> None:

@@ -1,4 +1,4 @@
-"""The order in which a split that is larger than memory is visited: groups of chunks, windows of groups, epochs."""
+"""The order in which a split larger than memory is read: groups of chunks, windows of groups, epochs."""
 
 import zlib
 from collections.abc import Iterator
@@ -12,32 +12,32 @@ from latent_cache.errors import StoreError
 from latent_cache.reading.reader import LatentCache
 from latent_cache.sampling.draws import LegalTargets
 
-MIN_GROUPS = 4  # in a window, or fewer in a split that has fewer
+MIN_GROUPS = 4  # per window, if the split has as many
 
 
-WANTED_GROUPS = 6  # so many a window, before groups have more than one chunk
+DESIRED_GROUPS = 6  # per window, before groups get more than one chunk
 
 
-MAX_GROUP_CHUNKS = 16  # beyond that the halo costs next to nothing, and more groups mix better
+MAX_GROUP_CHUNKS = 16  # beyond this a halo costs almost nothing, and more groups mix better
 
 
-HALO_SHARE = 16  # of the memory budget, at most a sixteenth is for halos that are kept
+HALO_SHARE = 16  # kept halos use at most a sixteenth of the memory budget
 
 
-ROUNDS = 16  # with 8, the orders of five or seven things are visibly not alike frequent
+ROUNDS = 16  # of `permute`; with 8, the orders of five or seven numbers are visibly not uniform
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Groups that lie in memory together, each in its slot of a buffer [frame, c, h, w].
+    """Groups that are in memory together, each in its slot of a buffer [frame, c, h, w].
 
     Attributes:
         number: windows are counted through all epochs.
         groups: [k] int64 in ascending order.
-        targets: [k + 1] int64, of the window in groups before each.
-        first_pairs: [k] int64, the first legal pair of each group.
-        shifts: [k] int64, row in the buffer minus frame number in the split.
-        key: of the order in which the targets are served.
+        targets: [k + 1] int64 number of targets in the groups before each group.
+        first_pairs: [k] int64 first legal pair of each group.
+        shifts: [k] int64 row in the buffer minus frame number in the split.
+        key: key of the permutation in which the targets are served.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Window:
     key: np.ndarray
 
     def pairs(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The legal pairs [n] at some places of the window's order, and the shifts [n] of their groups."""
+        """The legal pairs [n] at the given places of the window's order, and the shifts [n] of their groups."""
         served = permute(places, int(self.targets[-1]), self.key)
         group = np.searchsorted(self.targets, served, side="right") - 1
         return self.first_pairs[group] + served - self.targets[group], self.shifts[group]
@@ -56,23 +56,24 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
-    """What each window of each epoch holds, by arithmetic from the seed: nothing is carried along.
+    """The content of each window of each epoch, computed from the seed without any state.
 
-    The split is cut into groups of consecutive whole chunks. An epoch visits all of them in an order of its own, a
-    window at a time; a window serves each of its targets once, in an order of its own. A group's slot has room before
-    its first frame for its halo: the frames of the same video that references and conditions of its first targets
-    are among, and that lie in the chunks before.
+    The split is divided into groups of consecutive whole chunks. Each epoch reads all groups in its own random order,
+    one window at a time; a window serves each of its targets once, in its own random order. A group's slot has room
+    for its halo before its first frame: frames in earlier chunks that can be references or conditions of the group's
+    first targets.
 
-    Two windows (the one that is served and the one that is read) fill the memory budget, but for the halos of all
-    groups, which are kept once they were read, if they are small. A window has at least half as many groups as fit.
+    Two windows (one is served while the other is read) fill the memory budget, except for the halos of all groups,
+    which are kept once they have been read, if they are small. A window has at least half as many groups as fit.
 
     Args:
-        cache: the split; `legal`: its targets, at least one.
-        seed: >= 0, of the run.
+        cache: the split.
+        legal: its legal targets, at least one.
+        seed: seed of the run, >= 0.
         clip_frames: >= 3.
         memory_budget: bytes.
     Raises:
-        StoreError: the budget cannot hold two windows of four groups of one chunk.
+        StoreError: the budget is too small for two windows of four groups of one chunk.
     """
 
     cache: LatentCache
@@ -93,45 +94,45 @@ class WindowPlan:
 
     @property
     def chunk_frames(self) -> int:
-        """Frames of a chunk."""
+        """Frames per chunk."""
         return self.cache.latent_reader.chunk_frames
 
     @cached_property
     def halo_frames(self) -> int:
-        """Frames before a group for which its slot has room."""
+        """Frames before a group that fit in its slot."""
         return min(self.clip_frames, int(self.cache.lengths.max())) - 1
 
     @cached_property
     def group_chunks(self) -> int:
-        """Chunks of a group; the last one may have fewer."""
-        fitting = (self._window_frames // WANTED_GROUPS - self.halo_frames) // self.chunk_frames
+        """Chunks per group; the last group may have fewer."""
+        fitting = (self._window_frames // DESIRED_GROUPS - self.halo_frames) // self.chunk_frames
         return max(1, min(fitting, MAX_GROUP_CHUNKS))
 
     @property
     def slot_frames(self) -> int:
-        """Rows of the buffer that belong to one group."""
+        """Rows of the buffer per group."""
         return self.halo_frames + self.group_chunks * self.chunk_frames
 
     @property
     def buffer_frames(self) -> int:
-        """Rows of a window's buffer."""
+        """Rows of the buffer of a window."""
         return min(self._window_frames // self.slot_frames, len(self._groups)) * self.slot_frames
 
     @cached_property
     def windows_per_epoch(self) -> int:
-        """Windows in an epoch; with one, every epoch's window has the same groups."""
+        """Windows per epoch; if it is 1, the windows of all epochs have the same groups."""
         return -(-len(self._groups) * self.slot_frames // self.buffer_frames)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the buffers (two, or one when all groups fit into it) and of the halos that are kept."""
+        """Bytes of the buffers (two, or one if all groups fit into one) and of the kept halos."""
         return min(2, self.windows_per_epoch) * self.buffer_frames * self._frame_bytes + self._kept_bytes
 
     @property
     def keeps_halos(self) -> bool:
-        """Whether the halos of all groups may stay in memory, so that only the first epoch reads for them.
+        """Whether the halos of all groups are kept in memory, so that only the first epoch reads them.
 
-        If so, each lies within the chunk before its group.
+        If so, each halo is within the chunk before its group.
         """
         return self._kept_bytes > 0
 
@@ -141,18 +142,18 @@ class WindowPlan:
         return range(first, min(first + self.group_chunks, -(-self.cache.frames // self.chunk_frames)))
 
     def halo(self, group: int) -> range:
-        """Frames before a group, the last of them its neighbour, that its targets' samples may be made of."""
+        """Frames directly before a group that samples of its targets may contain."""
         start = group * self.group_chunks * self.chunk_frames
         stop = min(start + self.group_chunks * self.chunk_frames, self.cache.frames)
         video = int(np.searchsorted(self.cache.offsets, start, side="right")) - 1
         first, last = self.cache.offsets[video : video + 2]
-        target = max(start, int(first) + 2)  # the first of the video that began before
+        target = max(start, int(first) + 2)  # first legal target of the video that continues into the group
         if target >= min(stop, int(last)):
             return range(start, start)
         return range(min(start, max(int(first), target - (self.clip_frames - 1))), start)
 
     def window(self, number: int) -> Window:
-        """The window of that number, >= 0."""
+        """The window with this number, >= 0."""
         epoch, place = divmod(number, self.windows_per_epoch)
         bounds = self._group_bounds[place : place + 2]
         groups = np.sort(self._order(epoch)[bounds[0] : bounds[1]])
@@ -168,9 +169,9 @@ class WindowPlan:
         )
 
     def segments(self, start: int, stop: int) -> Iterator[tuple[Window, np.ndarray]]:
-        """The windows that samples `start` to `stop` (excluded) of the run are served from, and their places in each.
+        """The windows that serve samples `start` to `stop` (excluded) of the run, and the samples' places in each.
 
-        Places are [n] int64; the samples of all of them, in order, are those that were asked for.
+        Places are [n] int64, in the order of the samples.
         """
         while start < stop:
             epoch, sample = divmod(start, self.legal.count)
@@ -197,12 +198,12 @@ class WindowPlan:
 
     @property
     def _least_chunks(self) -> int:
-        """Groups of one chunk that a window must have room for."""
+        """Number of one-chunk groups that must fit in a window."""
         return min(MIN_GROUPS, -(-self.cache.frames // self.chunk_frames))
 
     @property
     def _least_bytes(self) -> int:
-        """The smallest memory budget: two windows of the fewest chunks, and no halo is kept."""
+        """The smallest possible memory budget: two minimal windows and no kept halos."""
         return 2 * self._least_chunks * (self.chunk_frames + self.halo_frames) * self._frame_bytes
 
     @cached_property
@@ -217,40 +218,40 @@ class WindowPlan:
 
     @cached_property
     def _pair_bounds(self) -> np.ndarray:
-        """[groups + 1] int64, the first legal pair of each group."""
+        """[groups + 1] int64 first legal pair of each group."""
         starts = np.arange(0, self.cache.frames, self.group_chunks * self.chunk_frames)
         return self.legal.before(np.append(starts, self.cache.frames))
 
     @cached_property
     def _groups(self) -> np.ndarray:
-        """Those that hold a target."""
+        """Groups with at least one target."""
         return np.flatnonzero(np.diff(self._pair_bounds))
 
     @cached_property
     def _group_bounds(self) -> np.ndarray:
-        """[windows + 1] int64, where in an epoch's order its windows begin: as even as can be."""
+        """[windows + 1] int64 where the windows of an epoch begin in its order of groups, as even as possible."""
         windows = self.windows_per_epoch
         return np.arange(windows + 1) * len(self._groups) // windows
 
 
 def permute(numbers: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
-    """Where some of the numbers 0 .. count - 1 go in the permutation that a key stands for.
+    """Apply a pseudorandom permutation of 0 .. count - 1 to some of the numbers.
 
-    A Feistel network over the next power of two, walked along its cycle until it comes out below `count` (Black and
-    Rogaway 2002). Any few places look independent and uniform; not every one of the count! permutations has a key.
+    A Feistel network over the next power of two, repeated until the result is below `count` (cycle walking; Black and
+    Rogaway 2002). Any few results look independent and uniform; not all count! permutations have a key.
 
     Args:
         numbers: [n] int64 in 0 .. count - 1.
         count: >= 1.
         key: [ROUNDS] uint64.
     Returns:
-        [n] int64 in 0 .. count - 1; all of 0 .. count - 1 in some order, if `numbers` are.
+        [n] int64 in 0 .. count - 1; different numbers have different results.
     """
     assert key.shape == (ROUNDS,), key.shape
     bits = max(2, (count - 1).bit_length())
     result = _feistel(numbers.astype(np.uint64), bits, key)
     outside = np.flatnonzero(result >= count)
-    while outside.size:  # each walk of the cycle leads back inside, for it began there
+    while outside.size:  # a cycle that begins below count returns there
         result[outside] = _feistel(result[outside], bits, key)
         outside = outside[result[outside] >= count]
     return result.astype(np.int64)
@@ -269,14 +270,14 @@ def _feistel(numbers: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
     return high << low_bits | low
 
 
-_ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64's finaliser
+_ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of the finalizer of splitmix64
 
 
 _SHIFT = np.uint64(31)
 
 
 def _mix(words: np.ndarray, key: np.uint64) -> np.ndarray:
-    mixed = (words + key) * _ODD[0]  # arrays of unsigned integers wrap around without a warning
+    mixed = (words + key) * _ODD[0]  # arrays of unsigned integers wrap around silently
     mixed ^= mixed >> _SHIFT
     mixed *= _ODD[1]
     mixed ^= mixed >> _SHIFT

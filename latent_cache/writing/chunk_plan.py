@@ -1,4 +1,4 @@
-"""Which frames of which videos lie in which file of a split."""
+"""Assignment of frames and videos to the files of a split."""
 
 import hashlib
 import json
@@ -27,9 +27,9 @@ class Piece(NamedTuple):
 class ChunkPlan:
     """One file of the store: frames `start` to `stop` (excluded) of the split, and the pieces of videos that fill it.
 
-    The file is a chunk, or a shard of several. `video_ids` and `video_views` name the pieces, so that a chunk can be
-    made without the plan of the split. `key` digests the pieces' ids, views, fingerprints and extents: a chunk on disk
-    whose key is unchanged holds what this plan wants, however the other videos of the split have changed.
+    The file is a chunk, or a shard of several chunks. `video_ids` and `video_views` name the pieces, so a chunk can be
+    encoded without the plan of the split. `key` is a digest of the pieces' ids, views, fingerprints and frame ranges:
+    if it is unchanged, the chunk on disk is the planned one, however other videos of the split have changed.
     """
 
     index: int
@@ -46,27 +46,27 @@ class ChunkPlan:
         return self.stop - self.start
 
     def videos_of(self, frames: np.ndarray) -> list[str]:
-        """Ids of the videos of some frames of the chunk, counted from its start; each once, in order."""
+        """Ids of the videos that contain the given frames of the chunk, counted from its start; each once, in order."""
         ends = np.cumsum([piece.stop - piece.start for piece in self.pieces])
         return list(dict.fromkeys(self.video_ids[row] for row in np.searchsorted(ends, frames, side="right")))
 
 
 @dataclass(frozen=True, eq=False)
 class SplitPlan:
-    """A split's videos, laid end to end and cut into chunks of whole frames.
+    """A split's videos, one after another, divided into chunks of whole frames.
 
     Args:
-        video_ids: [videos] names; the same name may come with several views.
-        video_views: [videos] view of each.
-        lengths: [videos] frames of each, >= 1.
+        video_ids: [videos] names; a name may occur with several views.
+        video_views: [videos] view of each video.
+        lengths: [videos] number of frames, >= 1.
         latent_shape: (channels, height, width) of a frame's latent.
-        chunk_frames: frames in a chunk, see `default_chunk_frames`.
-        fingerprints: [videos] of the videos' sources; a chunk is made anew when one of its own has changed. None: the
-            store does not notice changes of its sources.
-        shard_chunks: chunks in a file, see `default_shard_chunks`.
+        chunk_frames: frames per chunk, see `default_chunk_frames`.
+        fingerprints: [videos] fingerprints of the source videos; a chunk is written again when one of its videos has
+            changed. None: changes of the sources are not detected.
+        shard_chunks: chunks per file, see `default_shard_chunks`.
     Raises:
-        StoreError: no videos, one without name or frames, a (name, view) given twice.
-        ValueError: lists of unequal length, sizes below 1.
+        StoreError: no videos, a video without name or frames, a repeated (name, view).
+        ValueError: lists of different lengths, sizes below 1.
     """
 
     video_ids: Sequence[str]
@@ -88,25 +88,25 @@ class SplitPlan:
         if not len(self.video_ids) == len(self.video_views) == len(self.fingerprints) == len(lengths):
             raise ValueError(
                 f"{len(self.video_ids)} video ids, {len(self.video_views)} views, {len(self.fingerprints)} "
-                f"fingerprints and {len(lengths)} lengths: one of each a video is wanted"
+                f"fingerprints and {len(lengths)} lengths: expected one of each per video"
             )
         if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
-            raise ValueError(f"latent_shape = {self.latent_shape}: (channels, height, width), each >= 1, is wanted")
+            raise ValueError(f"latent_shape = {self.latent_shape}: expected (channels, height, width), each >= 1")
         if self.chunk_frames < 1 or self.shard_chunks < 1:
             raise ValueError(
-                f"chunk_frames = {self.chunk_frames}, shard_chunks = {self.shard_chunks}: at least 1 is wanted"
+                f"chunk_frames = {self.chunk_frames}, shard_chunks = {self.shard_chunks}: expected at least 1"
             )
         if len(lengths) == 0:
             raise StoreError("the split has no videos: check dataset.root and dataset.splits")
         if not all(self.video_ids) or not all(self.video_views):
-            raise StoreError("a video has an empty id or view: name every one")
+            raise StoreError("a video has an empty id or view: every video needs a name")
         if lengths.min() < 1:
             empty = [self.video_ids[row] for row in np.flatnonzero(lengths < 1)[:5]]
-            raise StoreError(f"{int((lengths < 1).sum())} video(s) without frames, {empty} first: leave them out")
+            raise StoreError(f"{int((lengths < 1).sum())} video(s) without frames, first {empty}: exclude them")
         times = Counter(zip(self.video_ids, self.video_views, strict=True))
         twice = [pair for pair, count in times.items() if count > 1]
         if twice:
-            raise StoreError(f"{len(twice)} (video, view) pair(s) given more than once, {twice[:3]} first: rename them")
+            raise StoreError(f"{len(twice)} (video, view) pair(s) given more than once, first {twice[:3]}: rename them")
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         for name, values in (("lengths", lengths), ("offsets", offsets)):
             values.setflags(write=False)
@@ -119,16 +119,16 @@ class SplitPlan:
 
     @property
     def file_frames(self) -> int:
-        """Frames in a file: a chunk, or a shard of several."""
+        """Frames per file: of a chunk, or of a shard."""
         return self.chunk_frames * self.shard_chunks
 
     @cached_property
     def chunks(self) -> "Sequence[ChunkPlan]":
-        """The chunks in order, each worked out when it is asked for."""
+        """The chunks in order, each computed on demand."""
         return _Chunks(self)
 
     def chunk(self, index: int) -> ChunkPlan:
-        """The chunk of that index, 0 <= index < len(self.chunks)."""
+        """The chunk with this index, 0 <= index < len(self.chunks)."""
         start = index * self.file_frames
         stop = min(start + self.file_frames, self.frames)
         first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
@@ -153,8 +153,8 @@ def default_chunk_frames(latent_shape: tuple[int, int, int], frames: int) -> int
 
     Args:
         latent_shape: (channels, height, width).
-        frames: of the split. A smaller split is one chunk of its own size: a chunk on disk is always full, and a
-            few frames should not be padded to 8 MiB.
+        frames: frames of the split. A smaller split is one chunk of its own size: chunks on disk are always full, and
+            a few frames should not be padded to 8 MiB.
     Returns:
         At least 1.
     """
@@ -162,12 +162,12 @@ def default_chunk_frames(latent_shape: tuple[int, int, int], frames: int) -> int
 
 
 def default_shard_chunks(frames: int, chunk_frames: int) -> int:
-    """Chunks in a file: 1, and 8 for a split of more than 5000 chunks."""
+    """Chunks per file: 1, or 8 for a split of more than 5000 chunks."""
     return SHARD_CHUNKS if frames > MOST_FILES * chunk_frames else 1
 
 
 class _Chunks(Sequence[ChunkPlan]):
-    """A split's chunks as a sequence that holds none of them."""
+    """A split's chunks as a sequence that stores none of them."""
 
     def __init__(self, plan: SplitPlan) -> None:
         self._plan = plan
@@ -180,7 +180,7 @@ class _Chunks(Sequence[ChunkPlan]):
     @overload
     def __getitem__(self, index: slice) -> list[ChunkPlan]: ...
     def __getitem__(self, index: int | slice) -> ChunkPlan | list[ChunkPlan]:
-        positions = range(len(self))[index]  # raises IndexError, and resolves negative indices, as lists do
+        positions = range(len(self))[index]  # raises IndexError and resolves negative indices like a list
         if isinstance(positions, range):
             return [self._plan.chunk(position) for position in positions]
         return self._plan.chunk(positions)

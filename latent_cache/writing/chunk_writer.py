@@ -1,4 +1,4 @@
-"""Writing one whole chunk of a store: by any process that sees the store's disk, and safely more than once."""
+"""Writing one whole chunk of a store, from any process with access to the store's disk."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +21,15 @@ SESSION_FILE = "session"
 
 @dataclass(frozen=True)
 class ChunkWriter:
-    """Writes chunks on behalf of a `StoreWriter`, which has the lock; small and picklable.
+    """Writes chunks for a `StoreWriter`, which holds the lock; small and picklable.
 
-    A chunk's files are made in memory, written under another name and renamed, and its marker comes last. So a task
-    that dies leaves the chunk as it was, and a task that runs twice, even at once, writes the same chunk twice.
+    A chunk's files are built in memory, written under a temporary name and renamed; its marker is written last. So a
+    task that dies leaves the chunk unchanged, and a task that runs twice, even at the same time, writes the same chunk.
 
     Args:
         path: the store's folder.
-        session: of the `StoreWriter`; a task that outlives it (of a worker that lost its scheduler) writes nothing.
+        session: session of the `StoreWriter`. A task that outlives it (of a worker that lost its scheduler) writes
+            nothing.
     """
 
     path: Path
@@ -42,18 +43,18 @@ class ChunkWriter:
         codes: np.ndarray | None,
         measured: Mapping[str, Any] | None = None,
     ) -> ChunkMarker:
-        """Write a chunk and wait until it is on the disk.
+        """Write a chunk and wait until it is on disk.
 
         Args:
             chunk: from `StoreWriter.pending`.
             latents: [chunk.frames, c, h, w] float, pre-quantization.
             codes: [chunk.frames, h, w] integer in 0..65535, or None for a store without codes.
-            measured: JSON that the marker keeps.
+            measured: JSON values to store in the marker.
         Raises:
-            StoreError: NaN or infinity in the latents, or values that the dtype cannot hold. Names the videos.
+            StoreError: NaN or infinity in the latents, or values out of the dtype's range; names the videos.
             NoSpaceError: the disk is full.
-            StaleWriterError: the session is over.
-            ValueError: arrays that don't fit the store.
+            StaleWriterError: the session has ended.
+            ValueError: arrays that do not fit the store.
         """
         group = self.path / split
         arrays = {LATENTS: _open(group / LATENTS)}
@@ -76,7 +77,9 @@ class ChunkWriter:
             marker.write(marker_path(self.path, split, chunk.index))
         except OSError as error:
             if is_full(error):
-                raise NoSpaceError(f"{self.path}: no space left for chunk {chunk.index} of {split}") from error
+                raise NoSpaceError(
+                    f"{self.path}: no space left for chunk {chunk.index} of {split}: free some, then resume"
+                ) from error
             raise
         return marker
 
@@ -86,28 +89,28 @@ class ChunkWriter:
         except FileNotFoundError:
             session = None
         if session != self.session:
-            raise StaleWriterError(f"{self.path}: the encoding that this task belongs to is over: nothing is written")
+            raise StaleWriterError(f"{self.path}: the writer of this task has ended; the task writes nothing")
 
 
 def session_path(store: Path) -> Path:
-    """Where a store says which `StoreWriter` is at it."""
+    """The file that names the session of the current `StoreWriter`."""
     return store / PROGRESS_FOLDER / SESSION_FILE
 
 
 def marker_path(store: Path, split: str, index: int) -> Path:
-    """Where the marker of a chunk is."""
+    """The file of a chunk's marker."""
     return store / PROGRESS_FOLDER / split / f"{index}.json"
 
 
 def file_path(folder: Path, array: zarr.Array, index: int) -> Path:
-    """The file of a chunk, or shard, of an array that lies in `folder`."""
+    """The file of a chunk, or shard, of the array in `folder`."""
     return folder / array.metadata.encode_chunk_key((index,) + (0,) * (array.ndim - 1))
 
 
 def stored_latents(
     latents: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...], chunk: ChunkPlan, where: str
 ) -> np.ndarray:
-    """Latents in the dtype of the store.
+    """Convert latents to the dtype of the store.
 
     Args:
         latents: [chunk.frames, c, h, w] float.
@@ -115,15 +118,15 @@ def stored_latents(
         shape: (c, h, w) of the store.
         where: path of the split, for messages.
     Returns:
-        The same, contiguous, rounded to `dtype`, all finite.
+        The same values, contiguous, rounded to `dtype`, all finite.
     Raises:
-        StoreError: NaN, infinity, or values beyond the dtype's range; names the videos.
-        ValueError: another shape, or no floats.
+        StoreError: NaN, infinity, or values out of the dtype's range; names the videos.
+        ValueError: a wrong shape, or values that are no floats.
     """
     expected = (chunk.frames, *shape)
     if latents.shape != expected or latents.dtype.kind != "f":
-        raise ValueError(f"latents {latents.dtype}{list(latents.shape)}: floats {list(expected)} are wanted")
-    with np.errstate(over="ignore"):  # the check below speaks of it, and names the video
+        raise ValueError(f"latents are {latents.dtype}{list(latents.shape)}, expected floats {list(expected)}")
+    with np.errstate(over="ignore"):  # reported below, with the video
         stored = np.ascontiguousarray(latents, dtype=dtype)
     if all_finite(stored):
         return stored
@@ -132,38 +135,38 @@ def stored_latents(
     value = latents[wrong][0]
     overflows = bool(np.isfinite(value))
     frames = np.flatnonzero(wrong.any(axis=(1, 2, 3)))
-    what = f"{value} does not fit {dtype.name}" if overflows else f"they hold {value}"
+    what = f"{value} is out of the range of {dtype.name}" if overflows else f"{value} is not finite"
     raise StoreError(
-        f"{where}: latents are refused, {what}, in {len(frames)} frame(s) of {some_names(chunk.videos_of(frames))}: "
+        f"{where}: invalid latents ({what}) in {len(frames)} frame(s) of {some_names(chunk.videos_of(frames))}: "
         "check these videos and the autoencoder" + (", or set cache.dtype to float32" if overflows else "")
     )
 
 
 def checked_codes(codes: np.ndarray, shape: tuple[int, ...], chunk: ChunkPlan) -> np.ndarray:
-    """Codes as uint16.
+    """Convert codes to uint16.
 
     Args:
         codes: [chunk.frames, h, w] integer in 0..65535.
         shape: (h, w) of the store.
     Raises:
-        ValueError: another shape, type or range.
+        ValueError: a wrong shape or type, or values out of range.
     """
     expected = (chunk.frames, *shape)
     if codes.shape != expected or codes.dtype.kind not in "iu":
-        raise ValueError(f"codes {codes.dtype}{list(codes.shape)}: integers {list(expected)} are wanted")
+        raise ValueError(f"codes are {codes.dtype}{list(codes.shape)}, expected integers {list(expected)}")
     largest = np.iinfo(np.uint16).max
     if codes.dtype != np.uint16 and (codes.min() < 0 or codes.max() > largest):
-        raise ValueError(f"codes from {codes.min()} to {codes.max()}: 0 to {largest} can be stored")
+        raise ValueError(f"codes range from {codes.min()} to {codes.max()}, expected 0 to {largest}")
     return codes.astype(np.uint16, copy=False)
 
 
 def file_content(array: zarr.Array, values: np.ndarray) -> bytes:
-    """The file of one whole chunk, or shard, of an array, as zarr itself writes it.
+    """Content of the file of one whole chunk, or shard, as zarr itself writes it.
 
     Args:
-        values: frames of the chunk; the last chunk of an array may have fewer than fit, and is filled up.
+        values: frames of the chunk; the last chunk of an array may have fewer, and is padded with the fill value.
     """
-    # In memory, not in place: zarr would merge a partial last chunk with the file that is there.
+    # In memory, not in place: zarr would merge a partial last chunk with the existing file.
     content: dict[str, Any] = {}
     shape = array.shards or array.chunks
     one = zarr.create_array(

@@ -1,4 +1,4 @@
-"""Making writes last, and keeping a second writer out."""
+"""Durable writes, and the lock that allows one writer per store."""
 
 import errno
 import fcntl
@@ -11,11 +11,11 @@ from typing import Any
 
 from latent_cache.errors import LockedStoreError, StoreError
 
-PARTIAL = ".partial"  # ends the names of files that are being written
+PARTIAL = ".partial"  # suffix of files that are being written
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,12 +24,12 @@ def flush(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk; whenever the power fails, it is there whole or not at all.
+    """Write a file atomically and wait until it is on disk, so that it survives a power failure.
 
-    Several processes may write the same file at once: one of their contents stays, whole.
+    Several processes may write the same file at once; the content of one of them remains.
 
     Raises:
-        OSError: it cannot be written; an older file of that name is as it was.
+        OSError: it cannot be written; an older file of that name is unchanged.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +45,11 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     for folder in [path.parent, *(folder.parent for folder in made)]:
-        flush(folder)  # a file whose name is lost is lost
+        flush(folder)  # the new names must be on disk, too
 
 
 def flush_tree(root: Path) -> None:
-    """Flush everything inside `root`, and the name of `root` itself."""
+    """Flush everything in `root`, and the name of `root` itself."""
     for folder, _, names in os.walk(root):
         for name in names:
             flush(Path(folder, name))
@@ -58,25 +58,25 @@ def flush_tree(root: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as `write_file` does."""
+    """Write a value as JSON, as `write_file` does."""
     write_file(path, json.dumps(value).encode())
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write failed because the disk, or the user's share of it, is full."""
+    """Whether a write failed because the disk, or the user's quota, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class WriterLock:
-    """A file that says which process writes a store, held by the kernel's lock on it.
+    """A file that names the process that writes a store, with a kernel lock on it.
 
-    The kernel drops its lock when the process dies, however it dies, so a dead writer on this host never needs
-    cleaning up, and a process id used again is not mistaken for the old one. Across hosts the kernel's lock may not
-    reach (network file systems), so a file that names another host is believed.
+    The kernel releases the lock when the process dies, however it dies, so a dead writer on this host needs no cleanup,
+    and a reused process id is not mistaken for the old process. On network file systems the kernel's lock may not be
+    seen by other hosts, so a file that names another host counts as locked.
 
     Raises:
-        LockedStoreError: another writer on this host lives, or another host's writer has left its name.
-        StoreError: a file system without locks.
+        LockedStoreError: another writer on this host is alive, or the file names a writer on another host.
+        StoreError: the file system does not support locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,30 +96,30 @@ class WriterLock:
             except OSError as error:
                 os.close(self._descriptor)
                 raise StoreError(
-                    f"{path.parent.parent}: its file system has no file locks ({error}), so that two writers could mix "
-                    "their chunks: write the store on another disk, then copy it there"
+                    f"{path.parent.parent}: its file system does not support file locks ({error}), which keep a second "
+                    "writer out: write the store on another disk, then copy it there"
                 ) from error
             if self._is_still_there():
                 break
-            os.close(self._descriptor)  # the writer before us finished and removed the file that we had opened
+            os.close(self._descriptor)  # the previous writer finished, and removed the file that we had opened
 
         owner = self._read_owner()
         if owner and owner.get("host") != socket.gethostname():
             os.close(self._descriptor)
             raise LockedStoreError(
-                f"{path.parent.parent}: process {owner.get('pid')} on {owner.get('host')} was writing this store, and "
-                f"from here nobody can tell whether it lives: if it doesn't, delete {path}"
+                f"{path.parent.parent}: process {owner.get('pid')} on {owner.get('host')} was writing this store; this "
+                f"host cannot tell whether it is still running: if it is not, delete {path}"
             )
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
 
     @property
     def held(self) -> bool:
-        """Whether this process still has the lock."""
+        """Whether this process still holds the lock."""
         return self._descriptor >= 0
 
     def release(self) -> None:
-        """Remove the file and let go. Safe to call twice."""
+        """Remove the file and release the lock. Safe to call twice."""
         if self._descriptor < 0:
             return
         if self._is_still_there():
@@ -131,7 +131,7 @@ class WriterLock:
         try:
             owner = json.loads(os.pread(self._descriptor, 4096, 0))
         except ValueError:
-            return {}  # a writer that died between creating the file and writing its name
+            return {}  # the writer died between creating the file and writing its name
         return owner if isinstance(owner, dict) else {}
 
     def _is_still_there(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the writer remembers of finished chunks: the proof that they are whole, and their part of the statistics."""
+"""Markers of finished chunks: checksums of their files, and their part of the statistics."""
 
 import json
 import math
@@ -16,15 +16,15 @@ from latent_cache.writing.disk import write_json
 
 @dataclass(frozen=True)
 class ChunkMarker:
-    """A finished chunk. Written after the chunk's files are on the disk, and proof of their content.
+    """A finished chunk. Written after the chunk's files are on disk, with checksums of their content.
 
     Args:
-        key: the plan's, see `ChunkPlan`.
-        frames: of the chunk.
-        files: `checksum` of each of the chunk's files, by the name of its array.
-        count: values a channel.
+        key: key of the plan, see `ChunkPlan`.
+        frames: frames of the chunk.
+        files: `checksum` of each of the chunk's files, by name of the array.
+        count: values per channel.
         sum, sum_of_squares: [channel] float64, of the values as stored.
-        measured: what whoever wrote the chunk found out about it; JSON, not looked at here.
+        measured: JSON values from the caller of `ChunkWriter.write`, not interpreted here.
     """
 
     key: str
@@ -37,9 +37,9 @@ class ChunkMarker:
 
     @classmethod
     def of(cls, chunk: ChunkPlan, stored: np.ndarray, files: Mapping[str, bytes], measured: Mapping[str, Any]) -> Self:
-        """The marker of a chunk whose latents were stored as `stored`, [frames, c, h, w], in `files`."""
+        """The marker of a chunk with stored latents `stored`, [frames, c, h, w], and file contents `files`."""
         sums, squares = [], []
-        for channel in stored.swapaxes(0, 1):  # a float64 copy of all would be four times the chunk
+        for channel in stored.swapaxes(0, 1):  # a float64 copy of the whole chunk would be four times its size
             exact = channel.astype(np.float64)
             sums.append(float(exact.sum()))
             squares.append(float(np.square(exact).sum()))
@@ -55,24 +55,24 @@ class ChunkMarker:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises ValueError or TypeError for a file that is no marker."""
+        """Read a marker. Raises ValueError or TypeError for a file that is no marker."""
         return cls(**json.loads(path.read_text()))
 
     def write(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the marker atomically."""
         write_json(path, asdict(self))
 
     def check(self, chunk: ChunkPlan, files: Mapping[str, Path]) -> None:
-        """Check that the chunk that a plan wants is on the disk as it was written.
+        """Check that a planned chunk is on disk as it was written.
 
         Raises:
-            ValueError: the plan wants other frames, or a file is not the one that was written.
+            ValueError: the plan has other frames there, or a file has changed since it was written.
             OSError: a file is missing.
         """
         if (self.key, self.frames) != (chunk.key, chunk.frames):
-            raise ValueError("the plan now wants other frames there")
+            raise ValueError("the plan now has other frames there")
         if self.files.keys() != files.keys():
-            raise ValueError(f"it has {sorted(self.files)}, and {sorted(files)} are wanted")
+            raise ValueError(f"it has files {sorted(self.files)}, expected {sorted(files)}")
         for name, file in files.items():
             if checksum(file.read_bytes()) != self.files[name]:
                 raise ValueError(f"{file} is damaged")
@@ -81,20 +81,20 @@ class ChunkMarker:
 def checksum(content: bytes) -> int:
     """crc32 of a file's content.
 
-    Not crc32c, with which the codecs end every chunk: of data and its own checksum that is the same number always.
+    Not crc32c, which the codec appends to every chunk: the crc32c of data followed by its crc32c is a constant.
     """
     return zlib.crc32(content)
 
 
 def channel_statistics(markers: Sequence[ChunkMarker]) -> dict[str, list[float]]:
-    """`mean` and `std` of each channel over all frames of a split, in float64, whatever order they were written in."""
+    """`mean` and `std` of each channel over all frames of a split, in float64, independent of the order of writing."""
     count = sum(marker.count for marker in markers)
     mean, std = [], []
     for channel in range(len(markers[0].sum)):
         average = math.fsum(marker.sum[channel] for marker in markers) / count
         mean_square = math.fsum(marker.sum_of_squares[channel] for marker in markers) / count
         variance = mean_square - average**2
-        # Below this the difference is rounding: a constant channel has deviation 0, not 1e-9.
+        # Smaller differences are rounding: a constant channel has deviation 0, not 1e-9.
         std.append(math.sqrt(variance) if variance > 1e-12 * mean_square else 0.0)
         mean.append(average)
     return {"mean": mean, "std": std}

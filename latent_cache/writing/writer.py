@@ -1,4 +1,4 @@
-"""Writing a store, chunk by chunk, so that it can be interrupted anywhere and go on."""
+"""Writing a store chunk by chunk; it can be interrupted anywhere and resumed."""
 
 import contextlib
 import logging
@@ -30,10 +30,10 @@ LOCK_FILE = "writer.lock"
 
 
 class StoreWriter:
-    """Writes whole chunks of an incomplete store; `finish` makes it complete. Use it in a `with` statement.
+    """Writes whole chunks of an incomplete store; `finish` completes it. Use it in a `with` statement.
 
-    Threads and other processes may write chunks at once, through `chunk_writer`. zarr loses data silently when two
-    tasks write parts of one chunk, so a part of a chunk cannot be written at all.
+    Threads and other processes may write chunks at the same time, through `chunk_writer`. Only whole chunks can be
+    written, since zarr silently loses data when two tasks write parts of one chunk.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StoreWriter:
         dtype: str,
         lock: WriterLock,
     ) -> None:
-        """For `StoreWriter.open`, which makes the checks."""
+        """Called by `StoreWriter.open`, which makes the checks."""
         self.path = path
         self.metadata = metadata
         self.plans = dict(plans)
@@ -69,31 +69,31 @@ class StoreWriter:
         dtype: Literal["float16", "float32"] = "float16",
         overwrite: bool = False,
     ) -> Self:
-        """Create a store, or go on with an incomplete one.
+        """Create a store, or resume an incomplete one.
 
-        Chunks that an earlier writer finished are kept when the plan still wants the same frames in them and they
-        read back whole; all others are `pending`.
+        Chunks of an earlier writer are kept if the plan has the same frames in them and their files are intact; all
+        others are `pending`.
 
         Args:
-            path: a local folder; missing, empty, or a store of ours.
-            metadata: what the latents are latents of. Must agree with an incomplete store's.
-            plans: by split; `train` must be there, since its statistics standardise all splits.
-            codes: whether codes are stored beside the latents.
-            dtype: of the stored latents.
-            overwrite: throw away what is there, if it is a store of ours.
+            path: a local folder that is missing, empty, or a store of latents.
+            metadata: origin of the latents; must agree with that of an incomplete store.
+            plans: by split; `train` is required, since its statistics standardize all splits.
+            codes: whether codes are stored in addition to latents.
+            dtype: dtype of the stored latents.
+            overwrite: delete an existing store of latents.
         Raises:
-            StoreError: a URL, a complete store, a folder of something else, no `train`.
+            StoreError: a URL, a complete store, a folder with other content, no `train`.
             StoreMismatchError: an incomplete store of another autoencoder, preprocessing, dtype or set of splits.
-            LockedStoreError: another writer is at it.
+            LockedStoreError: another writer has locked it.
         """
         folder = schema.local_path(path)
         if folder is None:
-            raise StoreError(f"{path}: a store is written to a local folder: write it to one, then copy it there")
+            raise StoreError(f"{path}: stores are written to local folders only: write it locally, then copy it there")
         if TRAIN not in plans:
-            raise StoreError(f"{path}: splits {sorted(plans)} lack {TRAIN!r}, whose statistics standardise all splits")
+            raise StoreError(f"{path}: no split {TRAIN!r}, whose statistics standardize all splits, in {sorted(plans)}")
         shapes = {split: plan.latent_shape for split, plan in plans.items()}
         if len(set(shapes.values())) > 1:
-            raise StoreError(f"{path}: the splits' latents differ in shape: {shapes}")
+            raise StoreError(f"{path}: the splits have latents of different shapes: {shapes}")
 
         _refuse_foreign(folder)
         begun = (folder / PROGRESS_FOLDER).exists()
@@ -113,7 +113,7 @@ class StoreWriter:
         return writer
 
     def pending(self, split: str) -> list[ChunkPlan]:
-        """The chunks of a split that are still to be written, in order."""
+        """Chunks of a split that have not been written, in order."""
         finished = self._finished[split]
         plan = self.plans[split]
         return [plan.chunk(index) for index in range(len(plan.chunks)) if index not in finished]
@@ -126,30 +126,30 @@ class StoreWriter:
         codes: np.ndarray | None,
         measured: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write one whole chunk and wait until it is on the disk. Writing a chunk again replaces it.
+        """Write one whole chunk and wait until it is on disk. Writing a chunk again replaces it.
 
-        Arguments and errors as in `ChunkWriter.write`; and ValueError for a chunk that is not the plan's.
+        Arguments and errors as in `ChunkWriter.write`; also ValueError for a chunk that is not in the plan.
         """
         if chunk != self.plans[split].chunk(chunk.index):
-            raise ValueError(f"chunk {chunk.index} of {split!r} is not the plan's: take it from `pending`")
+            raise ValueError(f"chunk {chunk.index} of {split!r} is not in the plan: take chunks from `pending`")
         self._finished[split].pop(chunk.index, None)
         self.accept(split, chunk, self.chunk_writer.write(split, chunk, latents, codes, measured))
 
     def accept(self, split: str, chunk: ChunkPlan, marker: ChunkMarker) -> None:
-        """Take note of a chunk that another process has written through `chunk_writer`."""
+        """Register a chunk that another process has written through `chunk_writer`."""
         self._finished[split][chunk.index] = marker
 
     def markers(self, split: str) -> list[ChunkMarker]:
-        """What is known of the finished chunks of a split, in order."""
+        """Markers of the finished chunks of a split, in order."""
         return [marker for _, marker in sorted(self._finished[split].items())]
 
     @property
     def chunk_writer(self) -> ChunkWriter:
-        """Writes this store's chunks, in this process or in others, until `close`."""
+        """Writes this store's chunks, in this or other processes, until `close`."""
         return ChunkWriter(self.path, self._session)
 
     def bytes_needed(self) -> int:
-        """Bytes that the latents of all pending chunks will take; codes, which are compressed, are not counted."""
+        """Bytes of the latents of all pending chunks, without codes, which are compressed."""
         total = 0
         for split, plan in self.plans.items():
             frames = (len(plan.chunks) - len(self._finished[split])) * plan.file_frames
@@ -157,30 +157,30 @@ class StoreWriter:
         return total
 
     def check_space(self) -> None:
-        """Raises NoSpaceError when what is pending cannot fit onto the disk."""
+        """Raise NoSpaceError if the pending chunks do not fit on the disk."""
         free, needed = shutil.disk_usage(self.path).free, self.bytes_needed()
         if needed > free:
             raise NoSpaceError(
-                f"{self.path}: the latents that are still to be written take {needed / 1e6:.1f} MB, and its disk has "
-                f"{free / 1e6:.1f} MB left: free some, or set paths.latents to a folder on another disk"
+                f"{self.path}: pending latents need {needed / 1e6:.1f} MB, but its disk has {free / 1e6:.1f} MB left: "
+                "free some, or set paths.latents to a folder on another disk"
             )
 
     def finish(
         self, notes: Mapping[str, Mapping[str, Any]] | None = None, store_notes: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the videos' names and offsets and the statistics, flush everything, and call the store complete.
+        """Write names, offsets and statistics, flush everything, and mark the store as complete.
 
         Args:
-            notes: by split, JSON that goes to the attributes of its group.
-            store_notes: JSON that goes to the attribute `notes` of the root.
+            notes: by split, JSON for the attributes of its group.
+            store_notes: JSON for the attribute `notes` of the root group.
         Raises:
             IncompleteStoreError: chunks are pending.
-            CorruptStoreError: somebody removed chunks that were written.
+            CorruptStoreError: written chunks have been removed.
             NoSpaceError: the disk is full.
         """
         missing = {split: len(plan.chunks) - len(self._finished[split]) for split, plan in self.plans.items()}
         if any(missing.values()):
-            raise IncompleteStoreError(f"{self.path}: chunks still to be written: {missing}: write them, then finish")
+            raise IncompleteStoreError(f"{self.path}: pending chunks: {missing}: write them, then call finish")
         for split in self.plans:
             for name in self._frame_arrays:
                 self._frame_reader(split, name).check_files()
@@ -192,7 +192,9 @@ class StoreWriter:
             flush(self.path)
         except OSError as error:
             if is_full(error):
-                raise NoSpaceError(f"{self.path}: no space left for the names of its videos") from error
+                raise NoSpaceError(
+                    f"{self.path}: no space left for the names of its videos: free some, then resume"
+                ) from error
             raise
         shutil.rmtree(self.path / PROGRESS_FOLDER)
         self.close()
@@ -217,7 +219,7 @@ class StoreWriter:
                 schema.create_array(group, name, values.shape, (chunk,), values.dtype)[:] = values
 
     def close(self) -> None:
-        """Let other writers in, and late tasks of this one out. What was written stays; safe to call twice."""
+        """Release the lock, and stop late tasks of this writer. Written chunks are kept; safe to call twice."""
         _release(self._lock, self.path)
 
     def __enter__(self) -> Self:
@@ -229,21 +231,21 @@ class StoreWriter:
         self.close()
 
     def _check_agreement(self, group: zarr.Group) -> None:
-        there = StoreMetadata.from_attrs(group.attrs, str(self.path))
-        differences = self.metadata.differences(there)
-        strangers = sorted({file.parent.name for file in self.path.glob("*/zarr.json")} - self.plans.keys())
-        if strangers:
-            differences.append(f"splits: {sorted(self.plans)} here, also {strangers} there")
+        existing = StoreMetadata.from_attrs(group.attrs, str(self.path))
+        differences = self.metadata.differences(existing)
+        others = sorted({file.parent.name for file in self.path.glob("*/zarr.json")} - self.plans.keys())
+        if others:
+            differences.append(f"splits: {sorted(self.plans)} here, also {others} there")
         for split, plan in self.plans.items():
-            if any((self.path / PROGRESS_FOLDER / split).glob("*.json")):  # else the arrays are simply made anew
+            if any((self.path / PROGRESS_FOLDER / split).glob("*.json")):  # otherwise the arrays are just created again
                 differences += self._array_differences(group, split, plan)
         if differences:
             raise StoreMismatchError(
-                f"{self.path} was written for something else:\n  " + "\n  ".join(differences) + "\n"
-                "Write it again with --overwrite, or write another store, or use the settings of this one"
+                f"{self.path} was written with other settings:\n  " + "\n  ".join(differences) + "\n"
+                "Write it again with --overwrite, or write another store, or use the settings of this store"
             )
         if group.attrs.get("complete"):
-            raise StoreError(f"{self.path} is complete: there is nothing to write, except anew with --overwrite")
+            raise StoreError(f"{self.path} is complete: to write it again, use --overwrite")
 
     def _array_differences(self, group: zarr.Group, split: str, plan: SplitPlan) -> list[str]:
         latents = group.get(f"{split}/{LATENTS}")
@@ -257,13 +259,13 @@ class StoreWriter:
         return [f"{split} {name}: {here} here, {there} there" for name, (here, there) in pairs.items() if here != there]
 
     def _prepare(self) -> None:
-        """Make the arrays as the plans want them, and find out which chunks are finished."""
-        for stray in self.path.rglob(f"*{PARTIAL}"):  # of a writer that was killed between writing and renaming
+        """Create or resize the arrays as planned, and find the finished chunks."""
+        for stray in self.path.rglob(f"*{PARTIAL}"):  # of a writer that was killed before renaming it
             stray.unlink()
         session_path(self.path).write_text(self._session)
         attrs = self.metadata.to_attrs(list(self.plans), complete=False)
         self._group = zarr.open_group(LocalStore(self.path), mode="a", zarr_format=3, attributes=attrs)
-        if dict(self._group.attrs) != attrs:  # other software: the last writer is the one to name
+        if dict(self._group.attrs) != attrs:  # other software: the last writer's is recorded
             self._group.update_attributes(attrs)
         for split, plan in self.plans.items():
             group = self._group.require_group(split)
@@ -283,14 +285,14 @@ class StoreWriter:
             if not self.codes and CODES in group:
                 del group[CODES]
             (self.path / PROGRESS_FOLDER / split).mkdir(parents=True, exist_ok=True)
-            self._recognise_finished(split)
+            self._find_finished(split)
         flush_tree(self.path)
 
-    def _recognise_finished(self, split: str) -> None:
+    def _find_finished(self, split: str) -> None:
         plan = self.plans[split]
         arrays = {name: self._group[f"{split}/{name}"] for name in self._frame_arrays}
 
-        def recognise(file: Path) -> None:
+        def check(file: Path) -> None:
             try:
                 marker = ChunkMarker.read(file)
                 index = int(file.stem)
@@ -298,13 +300,13 @@ class StoreWriter:
                 files = {name: file_path(self.path / split / name, array, index) for name, array in arrays.items()}
                 marker.check(chunk, files)
             except (ValueError, TypeError, IndexError, OSError) as error:
-                logger.info("%s: chunk %s of %s is written again: %s", self.path, file.stem, split, error)
-                file.unlink()  # so that no marker ever vouches for another content
+                logger.info("%s: chunk %s of %s will be written again: %s", self.path, file.stem, split, error)
+                file.unlink()  # so that a marker never belongs to other content
             else:
                 self._finished[split][index] = marker
 
         with ThreadPoolExecutor(thread_name_prefix="verify") as pool:
-            list(pool.map(recognise, sorted((self.path / PROGRESS_FOLDER / split).glob("*.json"))))
+            list(pool.map(check, sorted((self.path / PROGRESS_FOLDER / split).glob("*.json"))))
 
     def _frame_reader(self, split: str, name: str) -> FrameReader:
         plan = self.plans[split]
@@ -312,34 +314,34 @@ class StoreWriter:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise StoreError unless a folder is missing, empty, a store of ours, or one that was just begun."""
+    """Raise StoreError unless a folder is missing, empty, or a store of latents, even one that has only begun."""
     if not folder.exists():
         return
     if folder.is_dir() and not (folder / "zarr.json").exists():
         if any(folder.iterdir()) and not (folder / PROGRESS_FOLDER).exists():
-            raise StoreError(f"{folder}: holds something else, and no store is written over it: check paths.latents")
+            raise StoreError(f"{folder} contains other files, and is not overwritten: check paths.latents")
         return
     schema.open_group(folder)
 
 
 def _release(lock: WriterLock, folder: Path) -> None:
-    """Let go of a store. The folder with the markers stays, empty or not: it tells that a writer was interrupted."""
+    """Release a store. The progress folder stays, even if it is empty: it shows that a writer was interrupted."""
     if lock.held:
         session_path(folder).unlink(missing_ok=True)
     lock.release()
 
 
 def _remove_empty_progress(folder: Path) -> None:
-    """Remove what the lock left in a store that was not opened. Without a root that folder says the store is ours."""
+    """Remove empty progress folders of a store that was not opened; without a root group they identify the store."""
     if (folder / "zarr.json").exists():
-        with contextlib.suppress(OSError):  # markers of finished chunks are in it, or it is gone
+        with contextlib.suppress(OSError):  # it contains markers of finished chunks, or does not exist
             for split in (folder / PROGRESS_FOLDER).iterdir():
                 split.rmdir()
             (folder / PROGRESS_FOLDER).rmdir()
 
 
 def _clear(folder: Path) -> None:
-    """Remove all but the lock; the root first, so that what is half removed is never taken for complete."""
+    """Remove everything but the lock; the root first, so that a half removed store is never complete."""
     (folder / "zarr.json").unlink(missing_ok=True)
     flush(folder)
     for entry in [*folder.iterdir(), *(folder / PROGRESS_FOLDER).iterdir()]:

@@ -117,7 +117,7 @@ def summary_of_incomplete(store: str) -> Iterator[str]:
         last = "" if progress.last_write is None else f", the last one {_ago(progress.last_write)}"
         yield (
             f"  {split:<6} {progress.written} of {progress.chunks} chunks are written{last}; {progress.frames} frames, "
-            f"{progress.frames_a_chunk} per chunk"
+            f"{progress.frames_per_chunk} per chunk"
         )
     written, chunks = (sum(getattr(part, name) for part in splits.values()) for name in ("written", "chunks"))
     yield f"  in total {written} of {chunks} chunks"

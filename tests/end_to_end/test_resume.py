@@ -92,7 +92,7 @@ def test_flow_that_streams_its_latents(streamed, tmp_path: Path, story: ModuleTy
     halves = streamed.copy(tmp_path / "halves", "latents")
     outcome = streamed.run("train-flow").ok()
     assert "batch 64 of 240 targets" in outcome.out
-    assert "streamed through 0 MB of host memory, 5 windows an epoch, 1 chunks a group" in outcome.out
+    assert "streamed through 0 MB of host memory, 5 windows per epoch, 1 chunks per group" in outcome.out
     assert "validation_loss" in story.read_log(streamed, "flow")[-1]
     story.send_at(monkeypatch, FlowTrainer, "train_step", call=5)
     halves.run("train-flow").refused(143, "stopped at step 5")
@@ -389,7 +389,7 @@ def test_a_disk_that_is_too_small_is_told_at_once(encoder_place, monkeypatch) ->
     usage = shutil.disk_usage(encoder_place("small").folder.parent)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     place = encoder_place("smaller")
-    place.run("encode").refused(1, "MB, and its disk has 0.0 MB left", "paths.latents")
+    place.run("encode").refused(1, "its disk has 0.0 MB left", "paths.latents")
     assert not latent_cache.is_complete(place.store)
 
 

@@ -200,7 +200,7 @@ def test_store_that_is_none(place, command) -> None:
         place.run(*words).refused(2, str(place.store))
     assert (place.store / "holiday.jpg").read_bytes() == b"x"
     assert "conflicting" in place.run("encode", "--dry-run").ok().out
-    command(["inspect", str(place.folder / "none.zarr")]).refused(2, "none.zarr: there is no such path")
+    command(["inspect", str(place.folder / "none.zarr")]).refused(2, "none.zarr: no such path")
     command(["inspect", str(place.store)]).refused(2, str(place.store))
 
 

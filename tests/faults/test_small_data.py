@@ -9,7 +9,7 @@ def test_one_video_of_one_frame(place, story) -> None:
     # 4 images a batch of 4 x 4 latents each, 6 steps.
     assert "warning" not in outcome.err
     assert "1 videos, 1 frames" in own.run("encode").ok().out
-    own.run("train-flow").refused(2, "no video has the 3 frames of a sample", "encode longer ones")
+    own.run("train-flow").refused(2, "a sample needs 3 frames", "encode longer videos")
 
 
 def test_fewer_latent_vectors_than_codes(place) -> None:

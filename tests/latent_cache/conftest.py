@@ -1,5 +1,6 @@
 """Small stores to test with."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,11 @@ class StoreKit:
         )
     )
 
-    def plan(self, lengths: Sequence[int], chunk_frames: int = 4, names: Sequence[str] | None = None) -> SplitPlan:
+    def plan(
+        self, lengths: Sequence[int], chunk_frames: int = 4, names: Sequence[str] | None = None, **options: object
+    ) -> SplitPlan:
         names = [f"clip-{row:02d}" for row in range(len(lengths))] if names is None else names
-        return SplitPlan(names, ["identity"] * len(names), lengths, self.shape, chunk_frames)
+        return SplitPlan(names, ["identity"] * len(names), lengths, self.shape, chunk_frames, **options)
 
     def latents(self, plan: SplitPlan, chunk: ChunkPlan) -> np.ndarray:
         """[chunk.frames, c, h, w] float32."""
@@ -81,18 +84,29 @@ def kit() -> StoreKit:
     return StoreKit()
 
 
+@pytest.fixture(scope="session")
+def _toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return StoreKit().build(tmp_path_factory.mktemp("stores") / "toys.zarr")
+
+
+@pytest.fixture
+def toys(_toys: Path, tmp_path: Path) -> Path:
+    """A complete store: in `train` 22 frames of five videos, in five full chunks and a partial last one."""
+    return shutil.copytree(_toys, tmp_path / "toys.zarr")
+
+
+@pytest.fixture
+def shards(kit: StoreKit) -> dict[str, SplitPlan]:
+    """Three chunks of 4 frames per file: 33 frames in 3 files, and 5 in one that is padded."""
+    return {"train": kit.plan([3, 7, 2, 1, 9, 6, 5], shard_chunks=3), "test": kit.plan([5], shard_chunks=3)}
+
+
 @pytest.fixture
 def numbered(kit: StoreKit, tmp_path: Path) -> Callable[..., LatentCache]:
     """Build a split whose latents say where they come from: channel 0 is the video, channel 1 the frame within it."""
 
     def build(lengths: Sequence[int], chunk_frames: int = 4, name: str = "toys", **options: object) -> LatentCache:
-        plan = SplitPlan(
-            [f"clip-{row:02d}" for row in range(len(lengths))],
-            ["identity"] * len(lengths),
-            lengths,
-            kit.shape,
-            chunk_frames,
-        )
+        plan = kit.plan(lengths, chunk_frames)
         path = tmp_path / f"{name}.zarr"
         with StoreWriter.open(path, kit.metadata, {"train": plan}, codes=False, **options) as writer:
             for chunk in writer.pending("train"):

@@ -1,4 +1,4 @@
-"""What samplers are made of: generators of a step, numbered targets, a permutation without memory."""
+"""Generators of a step, blocks of uniform numbers, legal targets, distances, and a permutation without memory."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from latent_cache.sampling.windows import ROUNDS, permute
 from stage2_flow.conditioning import past_window
 
 
-def test_generators_of_neighbouring_steps_have_nothing_in_common():
+def test_generators_of_neighboring_steps_have_nothing_in_common():
     draws = torch.stack([torch.rand(512, generator=step_generator(0, step)) for step in range(64)])
     correlation = torch.corrcoef(draws) - torch.eye(64)
     assert correlation.abs().max() < 5 / np.sqrt(512)
@@ -49,18 +49,11 @@ def test_the_largest_uniform_number_stays_below_the_limit():
     assert np.array_equal(to_integer(np.full(5, 1 - 2**-53), limits), limits - 1)
 
 
-def test_distances_reach_from_the_neighbour_to_the_start_of_the_clip():
-    place = np.repeat([2, 3, 50], 1000)
-    u, v = np.random.default_rng(0).random((2, 3000))
-    distance = draw_distance(u, v, place, clip_frames=6).reshape(3, 1000)
-    assert [(row.min(), row.max()) for row in distance] == [(1, 1), (1, 2), (1, 4)]
-
-
 @pytest.mark.parametrize(
     ("place", "clip_frames", "past_horizon"),
     [
         (2, 6, 2),
-        (9, 6, 2),  # the only condition is the reference's neighbour
+        (9, 6, 2),  # the only condition is the reference's neighbor
         (9, 6, 3),
         (9, 6, 4),
         (9, 6, 5),  # the whole clip of a target in its last place
@@ -126,7 +119,7 @@ def test_tables_take_little_memory():
 
 
 def test_large_stores_are_drawn_from_evenly():
-    """10^8 targets: float32 draws would miss most of them, 32-bit integers favour some by 1 %."""
+    """10^8 targets: float32 draws would miss most of them, 32-bit integers favor some by 1 %."""
     videos, length = 10_000, 10_000
     legal = LegalTargets(np.arange(videos + 1) * (length + 2))
     place, target = legal.locate(to_integer(uniform_block(0, "frames", 0, (100_000,)), legal.count))
@@ -157,7 +150,7 @@ def test_two_places_of_a_permutation_are_uniform_and_independent(count):
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom) + 4
 
 
-def test_neighbours_are_torn_apart():
+def test_neighbors_are_torn_apart():
     """What lies side by side in a window is not served side by side, nor evenly spaced."""
     count = 50_000
     served = permute(np.arange(count), count, np.random.default_rng(0).integers(0, 2**64, ROUNDS, np.uint64))

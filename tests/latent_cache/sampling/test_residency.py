@@ -45,7 +45,7 @@ def test_residency_follows_free_memory(cache, monkeypatch, device_free, host_fre
     set_free_memory(monkeypatch, device_free, host_free)
     assert cache.nbytes == sum(LENGTHS) * 2 * 3 * 4 * 2 == 1344
     if expected is None:
-        message = rf"cache.residency = '{wanted}', but the latents take 0.0 GiB.*such as cache.residency=stream"
+        message = rf"{cache.url}.*cache\.residency = '{wanted}'.*cache\.residency=stream"
         with pytest.raises(StoreError, match=message):
             choose_residency(cache, "cuda", wanted)
     else:
@@ -57,10 +57,10 @@ def test_residency_follows_free_memory(cache, monkeypatch, device_free, host_fre
 @pytest.mark.parametrize(
     ("residency", "kind", "said"),
     [
-        ("auto", ResidentSampler, r"0 MB of latents resident on cpu \(fits into 50% of the .* GiB free\)"),
-        ("device", ResidentSampler, r"resident on cpu \(cache.residency = 'device'\)"),
-        ("host", ResidentSampler, r"resident on cpu \(cache.residency = 'host'\)"),
-        ("stream", StreamingSampler, r"streamed through 0 MB .*, 1 windows an epoch, .*\(cache.residency = 'stream'\)"),
+        ("auto", ResidentSampler, "0 MB .*cpu .*50%"),
+        ("device", ResidentSampler, r"0 MB .*cpu .*cache\.residency = 'device'"),
+        ("host", ResidentSampler, r"0 MB .*cpu .*cache\.residency = 'host'"),
+        ("stream", StreamingSampler, r"0 MB .* 1 windows .*cache\.residency = 'stream'"),
     ],
 )
 def test_one_interface(cache, residency, kind, said):
@@ -74,20 +74,16 @@ def test_one_interface(cache, residency, kind, said):
     assert re.search(said, sampler.describe()), sampler.describe()
     sampler.close()
     sampler.close()
-    with pytest.raises(ValueError, match="the sampler is closed"):
+    with pytest.raises(ValueError, match="closed"):
         sampler.batch(0)
 
 
 @pytest.mark.parametrize("residency", ["device", "host", "stream"])
 def test_every_tier_takes_the_horizon(cache, residency):
     options = {"residency": residency, "memory_budget": 10**6}
-    sampler = open_sampler(cache, "cpu", 3, 64, 6, past_horizon=2, **options)
-    assert sampler.past_horizon == 2
-    assert sampler.batch(0).distance.unique().tolist() == [1]
-    sampler.close()
-    with closing(open_sampler(cache, "cpu", 3, 64, 6, **options)) as sampler:
-        assert sampler.past_horizon is None
-        assert sampler.batch(0).distance.max() > 1
+    for horizon, distances in ((2, [1]), (None, [1, 2, 3, 4])):
+        with closing(open_sampler(cache, "cpu", 3, 64, 6, past_horizon=horizon, **options)) as sampler:
+            assert sampler.batch(0).distance.unique().tolist() == distances
     with pytest.raises(ValueError, match="past_horizon = 1"):
         open_sampler(cache, "cpu", 3, 64, 6, past_horizon=1, **options)
 
@@ -97,13 +93,13 @@ def test_auto_streams_what_fits_nowhere(numbered, monkeypatch):
     set_free_memory(monkeypatch, cache.nbytes, cache.nbytes)
     sampler = open_tier(cache, "auto", budget=cache.nbytes // 4)
     assert sampler.tier == "stream"
-    assert "larger than the part of the free memory that is used" in sampler.describe()
+    assert "free memory" in sampler.describe()
     sampler.close()
 
 
 def test_a_budget_beyond_the_free_memory(cache, monkeypatch):
     set_free_memory(monkeypatch, 1000, 1000)
-    with pytest.raises(StoreError, match=r"the host has 0.0 GiB free: lower cache.memory_budget"):
+    with pytest.raises(StoreError, match=rf"{cache.url}.*0\.0 GiB.*lower cache\.memory_budget"):
         open_tier(cache, "stream")
 
 

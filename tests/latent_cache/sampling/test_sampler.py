@@ -57,14 +57,6 @@ def test_every_legal_draw_has_its_exact_probability_and_no_other_happens(cache, 
     assert max(abs(count - 100_000 / len(pairs)) for count in pairs.values()) < 5 * np.sqrt(100_000 / len(pairs))
 
 
-@pytest.mark.parametrize("horizon", [None, 40, 6])
-def test_a_horizon_of_the_clip_or_more_changes_no_draw(cache, horizon):
-    expected, sampler = make_sampler(cache), make_sampler(cache, past_horizon=horizon)
-    for step in (0, 3, 10**6):
-        for name in ("target", "reference", "condition", "distance"):
-            assert torch.equal(getattr(sampler.batch(step), name), getattr(expected.batch(step), name))
-
-
 def test_a_horizon_changes_conditions_and_no_target(cache):
     expected, sampler = make_sampler(cache).indices(2), make_sampler(cache, past_horizon=2).indices(2)
     assert torch.equal(sampler.target, expected.target)
@@ -125,14 +117,9 @@ def test_the_rows_of_the_ranks_are_the_global_batch(cache, world_size):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_half_precision_batches(cache):
-    batch = make_sampler(cache, dtype=torch.bfloat16, storage_device="cpu").batch(0)
-    assert batch.condition.dtype == torch.bfloat16
-
-
 def test_videos_that_are_all_too_short(kit, tmp_path):
     path = kit.build(tmp_path / "short.zarr", {"train": kit.plan([2, 1, 2])})
-    with pytest.raises(StoreError, match="no video has the 3 frames of a sample; the 3 videos have 1 to 2"):
+    with pytest.raises(StoreError, match=rf"{path}.* 3 frames.*3 videos have 1 to 2"):
         make_sampler(latent_cache.open(path))
 
 
@@ -142,9 +129,9 @@ def test_videos_that_are_all_too_short(kit, tmp_path):
         ({"batch_size": 0}, "batch_size = 0"),
         ({"clip_frames": 2}, "clip_frames = 2"),
         ({"seed": -1}, "seed = -1"),
-        ({"past_horizon": 1}, r"past_horizon = 1: at least 2 \(condition, reference\) or None"),
-        ({"past_horizon": 0}, "past_horizon = 0: at least 2"),
-        ({"storage_device": "meta"}, "storage_device = meta: the CPU or the device, cpu, is wanted"),
+        ({"past_horizon": 1}, "past_horizon = 1"),
+        ({"past_horizon": 0}, "past_horizon = 0"),
+        ({"storage_device": "meta"}, "storage_device = meta"),
     ],
 )
 def test_sizes_out_of_range(cache, options, message):
@@ -155,14 +142,15 @@ def test_sizes_out_of_range(cache, options, message):
 def test_ranks_that_do_not_fit(cache):
     sampler = make_sampler(cache)
     for rank, world_size in [(0, 3), (2, 2), (-1, 2)]:
-        with pytest.raises(ValueError, match="choose a batch size that the number of processes divides"):
+        with pytest.raises(ValueError, match=f"batch_size = 64, rank {rank} of {world_size}"):
             sampler.batch(0, rank, world_size)
     with pytest.raises(ValueError, match="step = -1"):
         sampler.batch(-1)
 
 
 def test_the_two_residencies_draw_the_same_and_keep_their_draws_to_themselves(cache):
-    first, second = make_sampler(cache), make_sampler(cache, storage_device="cpu")
+    first, second = make_sampler(cache), make_sampler(cache, storage_device="cpu", dtype=torch.bfloat16)
+    assert second.batch(0).condition.dtype == torch.bfloat16
     wanted = first.indices(3)
     batch = first.batch(3)
     batch.distance.zero_()
@@ -183,12 +171,3 @@ def test_steps_are_served_in_any_order(cache, batch_size):
         assert torch.equal(found.target, wanted.target)
         assert torch.equal(found.condition, wanted.condition)
         assert len(found.target) == batch_size
-
-
-def test_closed(cache):
-    sampler = make_sampler(cache)
-    assert sampler.describe() == "0 MB of latents resident on cpu"
-    sampler.close()
-    sampler.close()
-    with pytest.raises(ValueError, match="the sampler is closed"):
-        sampler.batch(0)

@@ -206,11 +206,6 @@ def test_a_horizon_spares_the_reading_before_a_group(past_horizon):
     far.close()
 
 
-def test_a_horizon_below_two_is_refused():
-    with pytest.raises(ValueError, match="past_horizon = 1: at least 2"):
-        make_sampler(imagined(RAGGED, 4), past_horizon=1)
-
-
 def test_a_target_comes_anywhere_in_an_epoch():
     """Each of the places in an epoch is alike likely for each target, over many epochs."""
     sampler = make_sampler(imagined([10] * 8, 4), 64)
@@ -253,9 +248,7 @@ def test_group_sizes_grow_with_the_budget_and_then_their_number():
 def test_a_budget_that_is_too_small_says_how_much_it_takes(numbered):
     cache = numbered(RAGGED)
     needed = budget_of(4, 4, 6, 30)
-    with pytest.raises(
-        StoreError, match=rf"cache.memory_budget is {needed - 1} bytes, .* needs at least {needed} \(two"
-    ):
+    with pytest.raises(StoreError, match=rf"{cache.url}.*cache\.memory_budget is {needed - 1} .*{needed}"):
         make_sampler(cache, budget=needed - 1)
     make_sampler(cache, budget=needed).close()
 
@@ -294,7 +287,7 @@ def test_the_rows_of_the_ranks_are_the_global_batch(numbered, world_size):
         for name in ("target", "reference", "condition", "distance"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole.batch(step), name))
     assert max(windows) > 1
-    with pytest.raises(ValueError, match="choose a batch size that the number of processes divides"):
+    with pytest.raises(ValueError, match="batch_size = 8, rank 0 of 3"):
         whole.batch(0, 0, 3)
     for sampler in (whole, *ranks):
         sampler.close()
@@ -310,14 +303,8 @@ def test_epochs_and_windows_are_shuffled_anew():
     assert abs(np.corrcoef(*distances)[0, 1]) < 0.15
     videos = [set(epoch[:100, 0]) for epoch in (first, second)]  # a window's, about
     assert videos[0] != videos[1]
-    # Within a window neighbours in the video are no neighbours in the order.
+    # Within a window neighbors in the video are no neighbors in the order.
     assert (abs(np.diff(first[:, 1])) == 1).mean() < 0.2
-
-
-def test_half_precision_batches(numbered):
-    sampler = make_sampler(numbered(RAGGED), dtype=torch.bfloat16)
-    assert sampler.batch(0).condition.dtype == torch.bfloat16
-    sampler.close()
 
 
 def test_stores_of_float32(numbered):
@@ -357,8 +344,9 @@ def test_a_damaged_chunk_is_named_when_its_window_comes(numbered, damaged):
             failures[step] = str(error)
     assert failures
     assert (0 in failures) == (damaged in concerned)
-    said = f"c/{damaged}/0/0/0 is damaged: its checksum does not match. It carries 1 video(s): 'clip-00'"
-    assert all(said in message for message in failures.values())
+    for message in failures.values():
+        assert chunk_file(cache, damaged) in message
+        assert "'clip-00'" in message
     flip(chunk_file(cache, damaged))
     for step in range(4):  # restored from a copy, and read again
         assert same(sampler.batch(step), expected[step])
@@ -370,10 +358,10 @@ def test_missing_chunks(numbered, tmp_path):
     sampler = make_sampler(cache)
     for index in range(cache.latent_reader.chunk_count):
         (tmp_path / "toys.zarr" / cache.latent_reader.chunk_key(index)).unlink()
-    with pytest.raises(CorruptStoreError, match=r"c/\d+/0/0/0 is missing. It carries \d+ video\(s\): 'clip-"):
+    with pytest.raises(CorruptStoreError, match=r"c/\d+/0/0/0 is missing.*'clip-"):
         sampler.batch(0)
     sampler.close()
-    with pytest.raises(CorruptStoreError, match=r"is missing \(\d+ of \d+ files are unusable\). It carries"):
+    with pytest.raises(CorruptStoreError, match="c/0/0/0/0 is missing"):
         make_sampler(cache)  # before a training begins
 
 
@@ -471,7 +459,7 @@ def test_the_next_window_is_read_ahead_and_close_ends_it(numbered, monkeypatch):
     sampler.close()
     assert len(own_threads()) == before
     assert sampler._buffers == [None, None]
-    with pytest.raises(ValueError, match="the sampler is closed"):
+    with pytest.raises(ValueError, match="closed"):
         sampler.batch(0)
 
 

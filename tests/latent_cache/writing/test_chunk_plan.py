@@ -92,10 +92,10 @@ def test_a_long_split_costs_no_more_than_its_offsets():
 @pytest.mark.parametrize(
     ("names", "views", "lengths", "message"),
     [
-        ([], [], [], "no videos: check dataset.root"),
-        (["a", ""], ["identity", "identity"], [3, 3], "empty id or view: name every one"),
-        (["a", "b"], ["identity", "identity"], [3, 0], r"1 video\(s\) without frames, \['b'\]"),
-        (["a", "a"], ["identity", "identity"], [3, 3], r"more than once, \[\('a', 'identity'\)\]"),
+        ([], [], [], r"no videos.*dataset\.root"),
+        (["a", ""], ["identity", "identity"], [3, 3], "empty id or view"),
+        (["a", "b"], ["identity", "identity"], [3, 0], r"1 video\(s\) without frames.*\['b'\]"),
+        (["a", "a"], ["identity", "identity"], [3, 3], r"more than once.*\[\('a', 'identity'\)\]"),
     ],
 )
 def test_unusable_videos_are_named(names, views, lengths, message):
@@ -103,15 +103,12 @@ def test_unusable_videos_are_named(names, views, lengths, message):
         SplitPlan(names, views, lengths, SHAPE, 4)
 
 
-def test_the_same_video_may_have_several_views():
-    assert make_plan(["a", "a"], [3, 3], views=["identity", "hflip"]).frames == 6
-
-
 @pytest.mark.parametrize(
     ("lengths", "shape", "chunk_frames", "message"),
     [
-        ([1, 2], SHAPE, 4, "1 video ids, 1 views, 1 fingerprints and 2"),
+        ([1, 2], SHAPE, 4, "1 video ids, .* 2 lengths"),
         ([1], (4, 8), 4, "latent_shape"),
+        ([1], (4, 0, 8), 4, "latent_shape"),
         ([1], SHAPE, 0, "chunk_frames"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A store behind a URL is read as a local one is, and what a network does to it is said with the URL."""
+"""A store behind a URL is read like a local one; errors of the network name the URL."""
 
 import contextlib
 import socket
@@ -19,7 +19,7 @@ import torch
 from zarr.core.sync import sync
 
 import latent_cache
-from latent_cache import CorruptStoreError, IncompleteStoreError, SplitPlan, StoreError
+from latent_cache import CorruptStoreError, IncompleteStoreError, StoreError
 from latent_cache.reading import remote
 
 
@@ -39,7 +39,7 @@ class Handler(SimpleHTTPRequestHandler):
     def _answer(self, usual: Callable[[], None]) -> None:
         self.asked.append(f"{self.command} {self.path}")
         fault = next((fault for text, fault in self.faults.items() if text in self.path), None)
-        with contextlib.suppress(ConnectionError):  # who asked has gone
+        with contextlib.suppress(ConnectionError):  # the client has gone
             usual() if fault is None else fault(self)
 
     def list_directory(self, path: object) -> None:
@@ -76,29 +76,22 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 @pytest.fixture(params=["http", "memory"])
-def published(request: pytest.FixtureRequest, kit, tmp_path: Path) -> Iterator[tuple[Path, str, Callable[[], None]]]:
-    """A local store, the URL of its copy, and a function that copies it there anew."""
-    path = kit.build(tmp_path / "toys.zarr")
+def published(request: pytest.FixtureRequest, toys: Path) -> Iterator[tuple[Path, str]]:
+    """A local store, and the URL of its copy."""
     if request.param == "memory":
         memory = fsspec.filesystem("memory")
-
-        def publish() -> None:
-            if memory.exists("/published"):
-                memory.rm("/published", recursive=True)
-            memory.put(str(path), "/published/toys.zarr", recursive=True)
-
-        publish()
-        yield path, "memory://published/toys.zarr", publish
+        memory.put(str(toys), "/published/toys.zarr", recursive=True)
+        yield toys, "memory://published/toys.zarr"
         memory.rm("/published", recursive=True)
     else:
         site = request.getfixturevalue("site")
-        (site.folder / "toys.zarr").symlink_to(path)
-        yield path, f"{site.url}/toys.zarr", lambda: None
+        (site.folder / "toys.zarr").symlink_to(toys)
+        yield toys, f"{site.url}/toys.zarr"
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_everything_is_read_as_from_a_folder(published, slash: str) -> None:
-    path, url, _ = published
+    path, url = published
     url += slash
     assert latent_cache.splits(url) == ["train", "test"]
     assert latent_cache.is_complete(url)
@@ -120,7 +113,7 @@ def test_everything_is_read_as_from_a_folder(published, slash: str) -> None:
 
 @pytest.mark.parametrize("residency", ["device", "stream"])
 def test_sampling(published, residency: str) -> None:
-    path, url, _ = published
+    path, url = published
     batches = []
     for place in (url, path):
         cache = latent_cache.open(place)
@@ -142,62 +135,12 @@ def test_no_folder_is_listed(kit, site: Site, tmp_path: Path) -> None:
     assert not [path for path in site.asked if path.endswith("/") or path.endswith((".zarr", "/train", "/test"))]
 
 
-def test_unknown_split(published) -> None:
-    _, url, _ = published
-    with pytest.raises(StoreError, match=rf"{url}: no split 'val': there are \['train', 'test'\]"):
-        latent_cache.open(url, "val")
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (flip_a_bit, "is damaged"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-7]), "is truncated or overlong: 189 bytes, not 196"),
-        (lambda file: file.write_bytes(b""), "is empty"),
-        (lambda file: file.unlink(), "is missing"),
-    ],
-    ids=["flipped bit", "truncated", "empty", "missing"],
-)
-@pytest.mark.parametrize("how", ["load", "video", "damages"])
-def test_a_damaged_chunk(published, damage: Callable, message: str, how: str) -> None:
-    path, url, publish = published
-    damage(path / "train/latents/c/1/0/0/0")
-    publish()
-    cache = latent_cache.open(url)
-    read = {
-        "load": cache.load,
-        "video": lambda: cache.video("clip-01"),
-        "damages": lambda: raise_first(cache.latent_reader.damages()),
-    }[how]
-    with pytest.raises(CorruptStoreError, match=rf"{url}/train/latents/c/1/0/0/0 {message}.*It carries .*'clip-01'"):
-        read()
-
-
-def raise_first(damages: Iterator[CorruptStoreError | None]) -> None:
-    raise next(damage for damage in damages if damage is not None)
-
-
-@pytest.mark.parametrize("name", ["video_id", "video_offset"])
-def test_damaged_names(published, name: str) -> None:
-    path, url, publish = published
-    flip_a_bit(path / "train" / name / "c" / "0")
-    publish()
-    with pytest.raises(CorruptStoreError, match=f"{url}/train"):
-        latent_cache.open(url)
-
-
 def test_no_store_there(published) -> None:
-    _, url, _ = published
+    _, url = published
     for place in (url.replace("toys", "toy"), url.replace("/toys.zarr", "")):
-        with pytest.raises(StoreError, match=f"{place}: not a Zarr v3 group"):
+        with pytest.raises(StoreError, match=f"{place} .*Zarr v3 group"):
             latent_cache.open(place)
-    with pytest.raises(StoreError, match=f"{url}/train: a Zarr group, but its format is None"):
+    with pytest.raises(StoreError, match=f"{url}/train .*format is None"):
         latent_cache.open(f"{url}/train")
 
 
@@ -205,25 +148,25 @@ def test_incomplete(kit, site: Site, tmp_path: Path) -> None:
     (site.folder / "half.zarr").symlink_to(kit.build(tmp_path / "half.zarr", stop_after=2))
     url = f"{site.url}/half.zarr"
     assert not latent_cache.is_complete(url)
-    with pytest.raises(IncompleteStoreError, match=f"{url}: the store is not complete"):
+    with pytest.raises(IncompleteStoreError, match=url):
         latent_cache.open(url)
-    with pytest.raises(StoreError, match=f"{url}: how far a store is can be seen only where it is written"):
+    with pytest.raises(StoreError, match=f"{url}.*local path"):
         latent_cache.open_progress(url)
 
 
-def test_nobody_listens() -> None:
+def test_no_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/toys.zarr"
     for read in (latent_cache.open, latent_cache.splits, latent_cache.is_complete):
-        with pytest.raises(StoreError, match=rf"{url}/zarr.json cannot be read \(.*check the URL and the connection"):
+        with pytest.raises(StoreError, match=rf"{url}/zarr.json .*check the URL"):
             read(url)
     remote.close_connections()
 
 
 @pytest.fixture
-def web_store(kit, site: Site, tmp_path: Path) -> str:
-    (site.folder / "toys.zarr").symlink_to(kit.build(tmp_path / "toys.zarr"))
+def web_store(site: Site, toys: Path) -> str:
+    (site.folder / "toys.zarr").symlink_to(toys)
     return f"{site.url}/toys.zarr"
 
 
@@ -255,14 +198,15 @@ def test_a_server_that_fails(site: Site, web_store: str, fault: Callable, reason
     with pytest.raises(StoreError, match=rf"{web_store}/.*({reason})"):
         read()
     site.faults.clear()
-    read()  # nothing of the failure stays
+    remote.close_connections()  # they are opened again
+    read()  # and nothing of the failure stays
 
 
 def test_a_chunk_that_fails_while_it_is_read(site: Site, web_store: str) -> None:
     cache = latent_cache.open(web_store)
     site.faults["latents/c/1"] = lambda handler: handler.send_error(503)
     for read in (lambda: cache.video("clip-01"), lambda: list(cache.latent_reader.damages())):
-        with pytest.raises(StoreError, match=rf"{web_store}/train/latents/c/1/0/0/0 cannot be read .*503") as caught:
+        with pytest.raises(StoreError, match=rf"{web_store}/train/latents/c/1/0/0/0 .*503") as caught:
             read()
         assert not isinstance(caught.value, CorruptStoreError)  # the store may well be sound
 
@@ -301,7 +245,7 @@ def test_a_server_that_does_not_tell_sizes(site: Site, web_store: str, kit) -> N
 
 
 def serve_ranges(handler: Handler) -> None:
-    """As most servers do."""
+    """A server with range requests, as most have."""
     file = Path(handler.translate_path(handler.path))
     if not file.exists():
         handler.send_error(404)
@@ -323,29 +267,20 @@ def serve_ranges(handler: Handler) -> None:
 
 
 @pytest.mark.parametrize("ranges", [False, True])
-def test_shards(site: Site, kit, tmp_path: Path, ranges: bool) -> None:
-    """Parts of files, also from a server that always sends the whole."""
-    names = [f"clip-{row:02d}" for row in range(6)]
-    plan = SplitPlan(names, ["identity"] * 6, [3, 7, 2, 1, 9, 20], kit.shape, 4, shard_chunks=3)
-    path = kit.build(tmp_path / "toys.zarr", {"train": plan})
+def test_shards(site: Site, kit, shards, tmp_path: Path, ranges: bool) -> None:
+    """Parts of files, also from a server that always sends the whole file."""
+    path = kit.build(tmp_path / "toys.zarr", shards)
     (site.folder / "toys.zarr").symlink_to(path)
     if ranges:
         site.faults["/c/"] = serve_ranges
     cache = latent_cache.open(f"{site.url}/toys.zarr")
-    assert cache.latents.shards is not None
-    expected = kit.expected(plan).astype(np.float16)
+    expected = kit.expected(shards["train"]).astype(np.float16)
     np.testing.assert_array_equal(cache.load().numpy(), expected)
     np.testing.assert_array_equal(cache.video("clip-04"), expected[13:22])
-    assert set(cache.latent_reader.damages()) == {None}
-
-    flip_a_bit(path / "train/latents/c/1/0/0/0")
     (path / "train/latents/c/2/0/0/0").unlink()
     found = [str(damage) for damage in cache.latent_reader.damages() if damage is not None]
-    assert [
-        f"{cache.url}/train/latents/c/{shard}/0/0/0" in text for shard, text in zip([1, 2, 2, 2], found, strict=True)
-    ]
-    assert "is damaged" in found[0]
-    assert all("c/2/0/0/0 is missing" in text for text in found[1:])
+    assert len(found) == 3  # the chunks of the file
+    assert all(f"{cache.url}/train/latents/c/2/0/0/0 is missing" in text for text in found)
 
 
 def test_connections_are_closed_at_the_end_of_the_process(web_store: str, monkeypatch) -> None:
@@ -363,10 +298,3 @@ sessions.append(cache.latents.store.fs._session)
     assert (done.returncode, done.stdout.strip()) == (0, "[True]"), done.stderr
     for text in ("nclosed", "Traceback", "never awaited"):
         assert text not in done.stderr, done.stderr
-
-
-def test_connections_are_opened_again(web_store: str) -> None:
-    cache = latent_cache.open(web_store)
-    remote.close_connections()
-    cache.load()
-    latent_cache.open(web_store).load()
