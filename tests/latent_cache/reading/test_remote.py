@@ -138,9 +138,9 @@ def test_no_folder_is_listed(kit, site: Site, tmp_path: Path) -> None:
 def test_no_store_there(published) -> None:
     _, url = published
     for place in (url.replace("toys", "toy"), url.replace("/toys.zarr", "")):
-        with pytest.raises(StoreError, match=f"{place} .*Zarr v3 group"):
+        with pytest.raises(StoreError, match=f"{place}: .*Zarr v3 group"):
             latent_cache.open(place)
-    with pytest.raises(StoreError, match=f"{url}/train .*format is None"):
+    with pytest.raises(StoreError, match=f"{url}/train: .*format is None"):
         latent_cache.open(f"{url}/train")
 
 
