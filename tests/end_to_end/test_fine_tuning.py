@@ -114,7 +114,7 @@ def test_what_does_not_go_together_is_refused(imported, story: ModuleType) -> No
         2, "flow.training.standardize: true", "set flow.training.standardize=false"
     )
     imported.run("train-flow", "--fine-tune", sets=["flow.model.width=64"]).refused(2, "flow.model.width: 32 -> 64")
-    imported.run("train-flow", "--fine-tune", "--resume", "4").refused(2, "take one of them")
+    imported.run("train-flow", "--fine-tune", "--resume", "4").refused(2, "--resume 4", "--fine-tune")
     imported.run("train-autoencoder", "--fine-tune").refused(2, "unrecognized arguments: --fine-tune")
     assert story.stamps(imported.runs) == before
 
@@ -123,7 +123,7 @@ def test_it_is_stopped_and_gone_on_with(imported, tmp_path: Path, story: ModuleT
     halves = imported.copy(tmp_path / "halves", "latents", "runs")
     imported.run("train-flow", "--fine-tune").ok()
     story.send_at(monkeypatch, FlowTrainer, "train_step", call=3)
-    stopped = halves.run("train-flow", "--fine-tune").refused(143, "stopped at step 3", "the same command goes on")
+    stopped = halves.run("train-flow", "--fine-tune").refused(143, "stopped at step 3")
     assert "steps 0 to 8" in stopped.out
     assert "steps 3 to 8" in halves.run("train-flow", "--fine-tune").ok().out
     assert_same(halves, imported, story)

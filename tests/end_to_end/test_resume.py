@@ -65,7 +65,7 @@ def test_flow_stopped_by_a_signal(with_store, story: ModuleType, monkeypatch, se
     whole.run("train-flow").ok()
     # Step 5 is neither logged nor a multiple of checkpoint_every.
     story.send_at(monkeypatch, FlowTrainer, "train_step", call=5, number=number)
-    halves.run("train-flow").refused(128 + number, "stopped at step 5", "step_00000005", "the same command goes on")
+    halves.run("train-flow").refused(128 + number, "stopped at step 5", "step_00000005")
     assert halves.checkpoint("flow").name == "step_00000005"
     outcome = halves.run("train-flow").ok()
     assert "steps 5 to 8" in outcome.out
@@ -117,7 +117,7 @@ def test_autoencoder_stopped_by_a_signal(place, tmp_path: Path, story: ModuleTyp
     whole, halves = place.with_sets(*sets), story.Place(tmp_path / "halves", sets)
     whole.run("train-autoencoder").ok()
     story.send_at(monkeypatch, AutoencoderTrainer, "train_step", call=3)
-    halves.run("train-autoencoder").refused(143, "stopped at step 3", "the same command goes on")
+    halves.run("train-autoencoder").refused(143, "stopped at step 3")
     outcome = halves.run("train-autoencoder").ok()
     assert "steps 3 to 6" in outcome.out
     assert_same_training(halves, whole, "autoencoder", story)
@@ -161,7 +161,6 @@ def test_flow_stopped_from_outside(with_store, story: ModuleType) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, (out, err)
     assert "SIGTERM: saving after this step" in err
-    assert "the same command goes on" in err
     assert "Traceback" not in err
     assert 4 <= int(halves.checkpoint("flow").name.removeprefix("step_")) < 200
     halves.run("train-flow").ok()
@@ -262,9 +261,9 @@ def test_a_damaged_newest_checkpoint(copied, trained, story: ModuleType) -> None
 
 
 def test_a_named_checkpoint_that_is_not_there(copied) -> None:
-    copied.run("train-flow", "--resume", "6").refused(2, "--resume 6", "step_00000006 is not there", "4, 8")
-    copied.run("train-flow", "--resume", "runs/nowhere").refused(2, "runs/nowhere is not there")
-    copied.run("train-flow", "--resume", "4", "--restart").refused(2, "--resume 4", "--restart", "take one of them")
+    copied.run("train-flow", "--resume", "6").refused(2, "--resume 6", "step_00000006", "4, 8")
+    copied.run("train-flow", "--resume", "runs/nowhere").refused(2, "--resume runs/nowhere", "4, 8")
+    copied.run("train-flow", "--resume", "4", "--restart").refused(2, "--resume 4", "--restart")
 
 
 def test_an_autoencoder_goes_on_from_a_named_checkpoint(copied, trained, story: ModuleType) -> None:
@@ -277,14 +276,11 @@ def test_settings_that_changed_are_told_apart(copied) -> None:
     """Those that decide the result refuse; those that don't are named and gone on with."""
     harmless = ["flow.training.keep_checkpoints=3", "flow.training.max_bad_steps=7"]
     outcome = copied.run("train-flow", sets=[*harmless, "flow.training.batch_size=16"]).refused(
-        2, "under another configuration:\n  flow.training.batch_size: 8 -> 16\n",
-        "changed as well, which does not matter:\n  flow.training.keep_checkpoints: 2 -> 3\n",
-        "flow.training.max_bad_steps: 10 -> 7",
+        2, "step_00000008", "  flow.training.batch_size: 8 -> 16\n", "  flow.training.keep_checkpoints: 2 -> 3\n",
+        "  flow.training.max_bad_steps: 10 -> 7",
     )  # fmt: skip
     outcome = copied.run("train-flow", sets=[*harmless, "flow.training.steps=10"]).ok()
-    assert "settings changed since step_00000008" in outcome.out
-    assert "flow.training.keep_checkpoints: 2 -> 3; flow.training.max_bad_steps: 10 -> 7" in outcome.out
-    assert "the learning rate takes the course of a training of 10 steps from here on" in outcome.out
+    assert re.search(r"step_00000008 .*keep_checkpoints: 2 -> 3; flow.training.max_bad_steps: 10 -> 7", outcome.out)
     assert "steps 8 to 10" in outcome.out
 
 

@@ -137,7 +137,7 @@ def test_edited_state(copied, what: str, damage: str) -> None:
     checkpoint = copied.checkpoint(what)
     edit_state(checkpoint, change)
     lacks, misfits = (
-        f"{checkpoint}/state.json lacks 'model'",
+        f"{checkpoint}/state.json has no 'model'",
         f"{checkpoint}: weights don't fit the sizes in state.json",
     )
     copied.run("sample").refused(2, lacks if damage == "no model" else misfits)

@@ -1,5 +1,6 @@
 """What a user can get wrong when a flow is trained, and what the machine can lack."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,12 @@ def test_a_store_smaller_than_a_batch(flowless) -> None:
 def test_clips_longer_than_the_videos(flowless) -> None:
     sets = ["flow.training.clip_frames=40", "evaluation.horizon=30"]
     outcome = flowless.run("train-flow", sets=sets).ok()
-    assert "clip_frames is 40, and the longest video has 12 frames: conditions lie at most 10 frames" in outcome.out
+    assert re.search("clip_frames is 40, .* 12 frames: .* at most 10 frames", outcome.out)
     assert "10 instead of 30 frames (evaluation.horizon)" in outcome.out
 
 
 def test_a_horizon_that_sampling_ignores(flowless) -> None:
-    words = "predictions would take conditions that the field never saw; set sampling.past_horizon=4"
+    words = "set sampling.past_horizon=4"
     sets = ["flow.training.past_horizon=4"]
     assert words in flowless.run("train-flow", sets=sets).ok().err
     assert words not in flowless.run("train-flow", "--restart", sets=[*sets, "sampling.past_horizon=4"]).ok().err
