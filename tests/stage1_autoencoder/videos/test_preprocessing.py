@@ -96,7 +96,7 @@ def test_rgb_is_averaged_exactly(pixel_format, size):
 
 
 @pytest.mark.parametrize(("tag", "full_range"), [(None, False), (1, False), (2, True)])
-def test_grey_stays_grey_and_fills_the_range(tag, full_range):
+def test_gray_stays_gray_and_fills_the_range(tag, full_range):
     preprocess = FramePreprocessor(16)
     for level in range(256):
         frame = av.VideoFrame(40, 30, "yuv420p")
@@ -105,22 +105,18 @@ def test_grey_stays_grey_and_fills_the_range(tag, full_range):
         for plane, value in zip(frame.planes, (level, 128, 128), strict=True):
             pixels_of(plane)[:] = value
         result = preprocess(frame)
-        assert result.min() == result.max(), f"grey {level} became {result.reshape(-1, 3).min(0)}..."
+        assert result.min() == result.max(), f"gray {level} became {result.reshape(-1, 3).min(0)}..."
         right = level if full_range else np.clip((level - 16) * 255 / 219, 0, 255)
         assert abs(float(result[0, 0, 0]) - right) <= 0.51
 
 
-@pytest.mark.parametrize("pixel_format", ["gray", "yuv420p"])
-def test_grey_pictures_have_three_equal_channels(pixel_format):
-    frame = av.VideoFrame(160, 120, pixel_format)
-    for plane in frame.planes:
-        pixels_of(plane)[:] = 128
+def test_gray_pictures_have_three_equal_channels():
+    frame = av.VideoFrame(160, 120, "gray")
     noise = np.random.default_rng(0).integers(0, 256, (120, 160), np.uint8)
     pixels_of(frame.planes[0])[:] = noise
     result = FramePreprocessor(64)(frame)
     assert (result == result[..., :1]).all()
-    if pixel_format == "gray":
-        assert np.abs(result - expected(np.repeat(noise[..., None], 3, 2), 64)).max() < ROUNDING
+    assert np.abs(result - expected(np.repeat(noise[..., None], 3, 2), 64)).max() < ROUNDING
 
 
 def test_crop_is_exact_to_the_pixel():
@@ -217,14 +213,7 @@ def test_both_paths_use_the_same_color_matrices(pixel_format, colorspace):
 
 @pytest.mark.parametrize(
     "tags",
-    [
-        "field_mode=tff",
-        "field_mode=bff",
-        "chroma_location=left",
-        "chroma_location=topleft",
-        "chroma_location=bottom",
-        "color_trc=smpte2084:color_primaries=bt2020",
-    ],
+    ["field_mode=tff", "chroma_location=left", "chroma_location=topleft", "color_trc=smpte2084:color_primaries=bt2020"],
 )
 def test_both_paths_ignore_other_tags(tags):
     frame, graph = noisy("yuv420p", 80, 60), av.filter.Graph()
