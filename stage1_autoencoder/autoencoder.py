@@ -114,10 +114,6 @@ class Autoencoder(nn.Module, ABC):
         """Map latents [b, c, h, w] to images without the nearest-code lookup."""
         return self.to_images(self.to_features(quantized))
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Map codes [b, h, w] to images [b, 3, h f, w f]."""
-        return self.decode_quantized(self.embed(codes))
-
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantize and decode, for training. Checks the shape of the images, but not their values."""
         check_image_shape(images, self.downsampling)

@@ -170,16 +170,6 @@ def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):
         open_splits(config(), data)
 
 
-def test_what_other_programs_leave_is_passed_over(data):
-    folder = data / "softmotion30_44k/test"
-    for name in ("traj_0_to_1.tfrecords.part", "traj_0_to_1.tfrecords.1", "._traj_2_to_2.tfrecords"):
-        shutil.copyfile(folder / "traj_0_to_1.tfrecords", folder / name)
-    source = open_source(config(), data, "test")
-    assert (len(source.videos), source.passed_over) == (TEST, {".part": 1, ".1": 1})
-    (folder / "traj_2_to_2.tfrecords").rename(folder / "TRAJ_2_TO_2.TFRECORD")
-    assert len(open_source(config(), data, "test").videos) == TEST
-
-
 @pytest.mark.parametrize(
     ("video", "message"),
     [

@@ -184,57 +184,44 @@ def replace(name, value, gone=None):
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (delete("1/3"), "5 frames.*len/1.* 6"),
-        (delete("1"), "no group '1'"),
-        (replace("1", 5), "no group '1'"),
-        (replace("len/1", 9), "6 frames.*len/1.* 9"),
-        (lambda file: (delete("1/3")(file), replace("len/1", 5)(file)), "frame 3"),
-        (delete("len/1"), "no len/1"),
-        (replace("len/1", "six"), "len/1.*integer"),
-        (replace("len/1", [6, 6]), "len/1.*integer"),
-        (replace("len/1/more", 6, "len/1"), "len/1.*integer"),
-        (lambda file: [delete(f"1/{number}")(file) for number in range(6)], "no frames"),
-        (replace("1/3", h5py.SoftLink("/nowhere")), "cannot be read as HDF5"),
-        (replace("1/0", np.zeros((32, 32, 4), np.uint8)), r"frame 0 .*uint8 \[32, 32, 4\].*\[h, w, 3\]"),
-        (replace("1/5", np.zeros((32, 16, 3), np.uint8)), "frame 5 .*16x32.*32x32"),
-        (replace("1/3", np.zeros((32, 32, 3), np.int8)), "frame 3 .*int8.*uint8"),
-        (replace("1/0", np.zeros((4, 4, 3), np.float32)), "frame 0 .*float32.*uint8"),
-        (replace("1/5", np.zeros((4, 4), np.uint8)), r"frame 5 .*\[4, 4\]"),
-    ],
-)
-def test_unusable_videos_are_skipped(tmp_path, change, reason):
-    path = tmp_path / "train/shard_0001.hdf5"
-    write_shard(path, noise(5, 6))
-    with h5py.File(path, "r+") as file:
-        change(file)
-    source = open_source(config(), tmp_path, "train")
-    assert [video.id for video in source.videos] == ["shard_0001/0"]
-    (skipped,) = source.skipped
-    assert skipped.id == "shard_0001/1"
-    assert re.search(reason + r".*shard_0001\.hdf5.*copy or convert it again", skipped.reason)
+SEEN_BY_THE_INDEX = [
+    (delete("1/3"), "5 frames.*len/1.* 6"),
+    (delete("1"), "no group '1'"),
+    (replace("1", 5), "no group '1'"),
+    (replace("len/1", 9), "6 frames.*len/1.* 9"),
+    (lambda file: (delete("1/3")(file), replace("len/1", 5)(file)), "frame 3"),
+    (delete("len/1"), "no len/1"),
+    (replace("len/1", "six"), "len/1.*integer"),
+    (replace("len/1", [6, 6]), "len/1.*integer"),
+    (replace("len/1/more", 6, "len/1"), "len/1.*integer"),
+    (lambda file: [delete(f"1/{number}")(file) for number in range(6)], "no frames"),
+    (replace("1/3", h5py.SoftLink("/nowhere")), "cannot be read as HDF5"),
+    (replace("1/0", np.zeros((32, 32, 4), np.uint8)), r"frame 0 .*uint8 \[32, 32, 4\].*\[h, w, 3\]"),
+    (replace("1/5", np.zeros((32, 16, 3), np.uint8)), "frame 5 .*16x32.*32x32"),
+    (replace("1/3", np.zeros((32, 32, 3), np.int8)), "frame 3 .*int8.*uint8"),
+    (replace("1/5", np.zeros((4, 4), np.uint8)), r"frame 5 .*\[4, 4\]"),
+]
+SEEN_BY_READING = [  # the index reads the frames 0, 3 and 5
+    (replace("1/2", np.zeros((4, 6, 3), np.uint8)), "frame 2 .*6x4.*32x32"),
+    (replace("1/2", np.zeros((32, 32, 3), np.int16)), "frame 2 .*int16.*uint8"),
+    (lambda file: (delete("1/5")(file), replace("len/1", 5)(file)), "5 frames.*index.* 6"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (replace("1/2", np.zeros((4, 6, 3), np.uint8)), "frame 2 .*6x4.*32x32"),
-        (replace("1/2", np.zeros((32, 32, 3), np.int16)), "frame 2 .*int16.*uint8"),
-        (delete("1/2"), "5 frames.*len/1.* 6"),
-        (lambda file: [change(file) for change in (delete("1/5"), replace("len/1", 5))], "5 frames.*index.* 6"),
-    ],
-)
-def test_frames_that_break_after_indexing(tmp_path, change, message):
+@pytest.mark.parametrize(("change", "reason"), SEEN_BY_THE_INDEX + SEEN_BY_READING)
+def test_damaged_videos_are_skipped_or_break_when_read(tmp_path, change, reason):
     path = tmp_path / "train/shard_0001.hdf5"
     write_shard(path, noise(5, 6))
     source = open_source(config(), tmp_path, "train")
     with h5py.File(path, "r+") as file:
         change(file)
+    expected = reason + r".*shard_0001\.hdf5.*copy or convert it again"
     assert len(source.read(0)) == 5
-    with pytest.raises(BrokenVideoError, match=f"shard_0001/1: .*{message}"):
+    with pytest.raises(BrokenVideoError, match=f"shard_0001/1: .*{expected}"):
         source.read(1)
+    skipped = open_splits(config(), tmp_path, remember=False)["train"].skipped
+    assert len(skipped) == ((change, reason) in SEEN_BY_THE_INDEX)
+    assert all(video.id == "shard_0001/1" and re.search(expected, video.reason) for video in skipped)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>Not found</html>", "half"])
