@@ -29,7 +29,7 @@ class PublicFile:
         name: under which torch's folder of downloads holds it.
         url: where it is downloaded from.
         sha256: hexadecimal, the whole digest or its beginning.
-        size: for people.
+        size: as text, for messages.
     """
 
     name: str
@@ -46,7 +46,7 @@ class PublicFile:
         """The file to use: the configured one, else the verified one in torch's folder; None where there is none.
 
         Args:
-            configured: the value of the setting; taken as it is.
+            configured: the value of the setting; not verified.
             setting: its key, for messages.
             download: download a missing file to torch's folder. Call it from one process at a time.
         Raises:

@@ -1,4 +1,4 @@
-"""Results of `evaluate` and `study` as they are in a run's folder: `evaluation.json` and `quality.json`."""
+"""Results of `evaluate` and `study` in the folder of a run: `evaluation.json` and `quality.json`."""
 
 from typing import Any, Self
 

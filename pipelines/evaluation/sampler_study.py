@@ -28,7 +28,7 @@ FEW_EVALUATIONS = (1, 2, 4, 8)
 # Enough that the error of Euler steps does not matter.
 MANY_EVALUATIONS = 32
 WARM_STARTS = (0.1, 0.3, 0.5)
-# Further seeds, which show how much a metric varies with the random draws alone.
+# Further seeds, which show how much a metric varies with the random draws only.
 OTHER_SEEDS = 2
 # dB of PSNR that a setting may lose against the paper's 396 evaluations.
 PSNR_MARGIN = 0.1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.runtime.files import replacing
 
-GREEN, RED, GREY = (46, 204, 113), (231, 76, 60), (150, 150, 150)
+GREEN, RED, GRAY = (46, 204, 113), (231, 76, 60), (150, 150, 150)
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 BORDER = 3
 LABEL_HEIGHT = 16
@@ -59,7 +59,7 @@ def to_video(frames: Tensor) -> np.ndarray:
 
 def clip_strips(truth: np.ndarray, prediction: np.ndarray, context: int) -> list[Strip]:
     """The true frames of a clip, and those predicted from the same context."""
-    return [Strip("truth", truth, context, GREY), Strip("prediction", prediction, context, RED)]
+    return [Strip("truth", truth, context, GRAY), Strip("prediction", prediction, context, RED)]
 
 
 def enlargement(side: int) -> int:
@@ -96,7 +96,7 @@ def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_
     legend_top, head = SHEET_MARGIN + LABEL_HEIGHT + 4, 2 * LABEL_HEIGHT + 20
     page, draw, tops = _sheet(title, blocks, head=head, names=[name for name, _ in clips])
     x = SHEET_MARGIN
-    for color, text in ((GREEN, "given"), (RED, "predicted"), (GREY, "true")):
+    for color, text in ((GREEN, "given"), (RED, "predicted"), (GRAY, "true")):
         draw.rectangle((x, legend_top + 1, x + 11, legend_top + 12), outline=color, width=3)
         draw.text((x + 17, legend_top), text, fill=INK, font=_font(11))
         x += 32 + int(draw.textlength(text, font=_font(11)))
@@ -214,7 +214,7 @@ def _sheet(
     draw.text((SHEET_MARGIN, SHEET_MARGIN), title, fill=INK, font=_font(14))
     tops = [SHEET_MARGIN + head + number * block_height + name_height for number in range(len(blocks))]
     for name, top in zip(names or (), tops, strict=False):
-        draw.text((SHEET_MARGIN, top - LABEL_HEIGHT + 2), name, fill=GREY, font=_font(10))
+        draw.text((SHEET_MARGIN, top - LABEL_HEIGHT + 2), name, fill=GRAY, font=_font(10))
     for rows, top in zip(blocks, tops, strict=True):
         for row, (label, cells) in enumerate(rows):
             y = top + row * cell_h

@@ -1,4 +1,4 @@
-"""Public networks: found, downloaded from a server on this machine, refused, and called; small files stand for them."""
+"""Public networks: found, downloaded from a server on this machine, refused, and called; small files replace them."""
 
 import dataclasses
 import hashlib

@@ -7,8 +7,8 @@ from PIL import Image, ImageSequence
 
 from pipelines.prediction.pictures import (
     BORDER,
+    GRAY,
     GREEN,
-    GREY,
     RED,
     Strip,
     animation,
@@ -21,7 +21,7 @@ from pipelines.prediction.pictures import (
 
 
 def video(frames: int, height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
-    """Frames that differ by a moving bright block on a grey ground."""
+    """Frames that differ by a moving bright block on a gray ground."""
     pixels = np.full((frames, height, width, 3), 60 + seed, np.uint8)
     for frame in range(frames):
         left = frame * (width - 4) // max(1, frames - 1)
@@ -30,36 +30,36 @@ def video(frames: int, height: int = 64, width: int = 64, seed: int = 0) -> np.n
 
 
 def numbered(frames: int, side: int = 64) -> np.ndarray:
-    """Frames whose one colour tells their number."""
+    """Frames whose one color tells their number."""
     return np.stack([np.full((side, side, 3), 3 * number, np.uint8) for number in range(frames)])
 
 
-def test_context_is_framed_green_and_the_rest_in_its_own_colour():
+def test_context_is_framed_green_and_the_rest_in_its_own_color():
     strip = Strip("prediction", video(5), 2, RED)
     frames = framed(strip, 2)
     assert frames.shape == (5, 128 + 2 * BORDER, 128 + 2 * BORDER, 3)
     for number, frame in enumerate(frames):
-        colour = GREEN if number < 2 else RED
+        color = GREEN if number < 2 else RED
         for edge in (frame[:BORDER], frame[-BORDER:], frame[:, :BORDER], frame[:, -BORDER:]):
-            assert (edge == colour).all()
+            assert (edge == color).all()
         assert (frame[BORDER:-BORDER:2, BORDER:-BORDER:2] == strip.video[number]).all()
         assert (frame[BORDER + 1 : -BORDER : 2, BORDER + 1 : -BORDER : 2] == strip.video[number]).all()
 
 
-def test_a_clip_shows_truth_in_grey_over_prediction_in_red():
+def test_a_clip_shows_truth_in_gray_over_prediction_in_red():
     truth, prediction = clip_strips(video(4), video(4, seed=9), 1)
-    assert (truth.label, truth.rest, truth.context) == ("truth", GREY, 1)
+    assert (truth.label, truth.rest, truth.context) == ("truth", GRAY, 1)
     assert (prediction.label, prediction.rest, prediction.context) == ("prediction", RED, 1)
     assert (truth.video != prediction.video).any()
 
 
 def shown_numbers(page: Image.Image, rows: int) -> list[list[tuple[int, tuple[int, int, int]]]]:
-    """(frame number, border colour) of every cell of `numbered` videos on a page, read off its pixels."""
+    """(frame number, border color) of every cell of `numbered` videos on a page, read off its pixels."""
     pixels = np.asarray(page)
     cell = 64 * 2 + 2 * BORDER
     is_border = np.zeros(pixels.shape[:2], bool)
-    for colour in (GREEN, RED, GREY):
-        is_border |= (pixels == colour).all(-1)
+    for color in (GREEN, RED, GRAY):
+        is_border |= (pixels == color).all(-1)
     found = []
     for y in range(len(pixels) - cell):
         row = is_border[y]
@@ -78,7 +78,7 @@ def shown_numbers(page: Image.Image, rows: int) -> list[list[tuple[int, tuple[in
 
 def test_a_contact_sheet_shows_all_frames_of_short_clips():
     page = contact_sheet([("a", clip_strips(numbered(5), numbered(5), 2))] * 2, "title")
-    expected_truth = [(i, GREEN if i < 2 else GREY) for i in range(5)]
+    expected_truth = [(i, GREEN if i < 2 else GRAY) for i in range(5)]
     expected_prediction = [(i, GREEN if i < 2 else RED) for i in range(5)]
     assert shown_numbers(page, rows=4) == [expected_truth, expected_prediction] * 2
 
@@ -87,7 +87,7 @@ def test_a_contact_sheet_of_long_clips_keeps_first_and_last_frame():
     page = contact_sheet([("a", clip_strips(numbered(40), numbered(40), 10))], "title", max_columns=6)
     truth, prediction = shown_numbers(page, rows=2)
     assert [number for number, _ in truth] == [0, 8, 16, 23, 31, 39]
-    assert [colour for _, colour in prediction] == [GREEN, GREEN, RED, RED, RED, RED]
+    assert [color for _, color in prediction] == [GREEN, GREEN, RED, RED, RED, RED]
 
 
 def test_a_contact_sheet_of_single_frames():
@@ -127,7 +127,7 @@ def test_a_gif_has_all_frames_and_reads_back(tmp_path, height, width):
 def test_a_gif_of_equal_frames_plays_as_long(tmp_path):
     still = np.concatenate([video(1)] * 4 + [video(1, seed=50)] * 2)
     save_gif(tmp_path / "a.gif", still, fps=10)
-    assert sum(durations(tmp_path / "a.gif")) == 5 * 100 + 1000  # equal neighbours may become one frame
+    assert sum(durations(tmp_path / "a.gif")) == 5 * 100 + 1000  # equal neighbors may become one frame
 
 
 def test_a_gif_of_one_frame_and_one_of_many_a_second(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.prediction.pictures import GREY, RED, Strip, animation, clip_strips, save_gif
+from pipelines.prediction.pictures import GRAY, RED, Strip, animation, clip_strips, save_gif
 from pipelines.report.embedded_pictures import (
     MAX_SHEET_WIDTH,
     encode_all,
@@ -42,7 +42,7 @@ def test_frames_are_read_back_from_a_clip(tmp_path: Path, side: int):
 def test_equal_neighbors_are_read_back(tmp_path: Path, equal: tuple[int, ...]):
     truth = noise(5, 32, 32)
     truth[list(equal)] = truth[equal[0]]
-    strips = [Strip("truth", truth, 0, GREY), Strip("prediction", truth, 0, RED)]
+    strips = [Strip("truth", truth, 0, GRAY), Strip("prediction", truth, 0, RED)]
     save_gif(tmp_path / "a.gif", animation([("a", strips)]), fps=25)
     assert np.abs(read_clip(tmp_path / "a.gif", 32, 5)[1].astype(int) - truth).max() <= 8
 

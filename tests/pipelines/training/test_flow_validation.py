@@ -15,7 +15,7 @@ import latent_cache
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import RiverConfig, parse_config
 from pipelines.loading import weights_digest
-from pipelines.prediction.pictures import BORDER, GREEN, GREY, RED, enlargement
+from pipelines.prediction.pictures import BORDER, GRAY, GREEN, RED, enlargement
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.training import flow_validation as flow_validation_clips
 from pipelines.training.flow_trainer import FlowTrainer
@@ -260,7 +260,7 @@ def test_pictures_of_every_clip(place, tmp_path):
     assert validation.clips.names == ["clip-0", "clip-2", "clip-3", "clip-5"]
     # Four clips, two rows each: of the true frames two are given and three true, of the others three are predicted.
     with Image.open(folder / "step_00005000.png") as sheet:
-        assert (cells(sheet, GREEN), cells(sheet, GREY), cells(sheet, RED)) == (4 * 2 * 2, 4 * 3, 4 * 3)
+        assert (cells(sheet, GREEN), cells(sheet, GRAY), cells(sheet, RED)) == (4 * 2 * 2, 4 * 3, 4 * 3)
     with Image.open(folder / "step_00005000.gif") as moving:
         assert [frame.info["duration"] for frame in ImageSequence.Iterator(moving)] == [80] * 4 + [1000]
 
