@@ -220,6 +220,9 @@ def test_draws_repeat_with_the_generator_and_have_their_distribution():
     assert torch.equal(first.t, second.t)
     assert torch.equal(first.noise, second.noise)
     assert not torch.equal(first.noise, other.noise)
+    generator = torch.Generator().manual_seed(7)  # times first: the order decides every number of a training
+    assert torch.equal(first.t, torch.rand(4096, generator=generator))
+    assert torch.equal(first.noise, torch.randn(first.noise.shape, generator=generator))
     assert first.t.min() >= 0
     assert first.t.max() < 1
     # Four standard errors of 4096 uniform and 16384 normal numbers.

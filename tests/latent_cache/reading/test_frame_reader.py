@@ -105,6 +105,16 @@ def test_nan_behind_a_right_checksum_is_refused(toys, value) -> None:
     assert np.isfinite(cache.video("clip-04")).all()
 
 
+@pytest.mark.parametrize("frame", [0, 39])
+def test_nan_anywhere_in_a_large_chunk_is_found(kit, tmp_path, frame) -> None:
+    """A chunk of 1.25 MiB is read in two blocks."""
+    kit.shape = (4, 64, 64)
+    path = kit.build(tmp_path / "large.zarr", {"train": kit.plan([40], chunk_frames=40)}, codes=False)
+    zarr.open_array(path / "train/latents", mode="r+")[frame, 1, 2, 3] = np.nan
+    with pytest.raises(CorruptStoreError, match=r"c/0/0/0/0 .*NaN"):
+        latent_cache.open(path).load()
+
+
 @pytest.mark.parametrize("damage", ["flipped bit", "empty", "missing"])
 @pytest.mark.parametrize("remote", [False, True], ids=["file", "url"])
 def test_damaged_codes(toys, publish, damage, remote) -> None:
