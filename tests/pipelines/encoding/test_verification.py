@@ -15,7 +15,6 @@ from latent_cache import StoreWriter
 from pipelines.encoding.frame_verifier import LATENT_TOLERANCE
 from pipelines.encoding.verification import MOST_NAMES
 
-VIEWS = ("identity", "hflip", "jitter-1")
 SETS = (
     "dataset.source=videos",
     "dataset.splits={val: 0.2, test: 0.2}",
