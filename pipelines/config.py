@@ -50,22 +50,22 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """`"4 GiB"`, `"512MB"` or `"1000"` to bytes.
+    """`"4 GiB"`, `"512MB"` or `"1000"` in bytes.
 
     Raises:
-        UserError: it is not a size.
+        UserError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
-        raise UserError(f"{text!r} is not a size of memory; write for example 4 GiB or 512 MB")
+        raise UserError(f"{text!r} is not a size of memory: expected for example 4 GiB or 512 MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 ProtocolName = Literal["kth_10_30", "kth_10_40", "bair_1_15", "clevrer_2_14"]
 
-# SRVP, SLAMP, MCVD and RaMViD put the given frames before the predicted ones and show the I3D the whole clip at once.
+# SRVP, SLAMP, MCVD and RaMViD prepend the given frames to the predicted ones and pass whole clips to the I3D.
 _FVD: dict[str, Any] = {"fvd_context": True, "fvd_frames": None}
-# SRVP's test set: 1000 clips drawn from the videos of persons 21-25. Its draw is its own; ours is by evaluation.seed.
+# SRVP's test set: 1000 clips drawn from the videos of persons 21-25. Its draw is unknown; ours is by evaluation.seed.
 _KTH: dict[str, Any] = {"split": "test", "context": 10, "videos": 1000, "samples": 1, "window": "random", "seed": 0}
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -73,12 +73,12 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "kth_10_40": _KTH | {"horizon": 40} | _FVD,
     # The whole test set, the first 16 of 30 frames of each.
     "bair_1_15": {"split": "test", "context": 1, "horizon": 15, "videos": 256, "samples": 1, "window": "first"} | _FVD,
-    # RIVER's lengths; how many videos it took is not known.
+    # RIVER's lengths; its number of videos is unknown.
     "clevrer_2_14": {"split": "test", "context": 2, "horizon": 14, "videos": 256, "samples": 1, "window": "first"}
     | _FVD,
 }
 
-# What of `dataset:` belongs to a protocol: it is not set, and said where it differs.
+# Keys of `dataset:` that belong to a protocol. They are not set; a difference is reported.
 _KTH_DATA = {"source": "kth", "image_size": 64, "frame_step": 1, "splits.test": "21-25", "sequences": False}
 PROTOCOL_DATA: dict[str, dict[str, Any]] = {
     "kth_10_30": _KTH_DATA,
@@ -89,57 +89,54 @@ PROTOCOL_DATA: dict[str, dict[str, Any]] = {
 
 
 class EvaluationConfig(BaseModel):
-    """The protocol: which clips, how much of each is given, how much is predicted.
+    """The protocol: which clips, how many frames are given, how many are predicted.
 
-    With `protocol`, keys that are not set take the preset's values in place of the defaults.
+    With `protocol`, keys that are not set take the protocol's values instead of the defaults.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     protocol: ProtocolName | None = Field(
         None,
-        description="a protocol of the literature, which sets the keys below; those that are set as well win, and the "
-        "result says that they differ",
+        description="a protocol of the literature, which sets the keys below; keys set explicitly win, and the result "
+        "reports them",
     )
     split: Split = "test"
     context: PositiveInt = Field(10, description="frames given")
     horizon: PositiveInt = Field(30, description="frames predicted")
-    videos: PositiveInt = Field(
-        256, description="clips; with window: random a video gives several where there are not as many videos"
-    )
-    samples: PositiveInt = Field(1, description="predictions a clip, each with a sampling seed of its own")
+    videos: PositiveInt = Field(256, description="number of clips; with window: random a video can give several")
+    samples: PositiveInt = Field(1, description="predictions per clip, each with its own sampling seed")
     window: Literal["first", "random", "moving"] = Field(
         "first",
-        description="where in its video a clip starts: at frame 0, drawn uniformly by the seed, or where the given "
-        "frames move most, so that there is something to be seen",
+        description="where a clip starts: at frame 0, at a random frame, or where the given frames move most",
     )
-    batch_size: PositiveInt = Field(32, description="clips at once; changes memory and speed alone")
+    batch_size: PositiveInt = Field(32, description="clips per batch; changes only memory and speed")
     seed: NonNegativeInt = Field(0, description="of random windows and of the bootstrap")
     video_network: str | None = Field(
         None,
         description="path of the I3D, i3d_torchscript.pt, for the Fréchet video distance; null: the copy in torch's "
-        "folder of downloads, which --download fetches",
+        "download folder (--download downloads it)",
     )
     fvd_context: bool = Field(
         True,
-        description="whether the clips of the Fréchet video distance begin with the given frames: in SRVP, SLAMP, MCVD "
-        "and RaMViD they do, in FitVid not",
+        description="whether clips of the Fréchet video distance begin with the given frames: yes in SRVP, SLAMP, MCVD "
+        "and RaMViD, no in FitVid",
     )
     fvd_frames: PositiveInt | None = Field(
         16,
         ge=10,
-        description="frames that the I3D sees at once: a clip is cut into so long ones that follow one another, the "
-        "last of which ends with the clip; null: the whole clip at once",
+        description="frames per input of the I3D: clips are cut into consecutive segments of this length, the last one "
+        "aligned with the end of the clip; null: the whole clip",
     )
     resamples: NonNegativeInt = Field(
         1000,
-        description="of the bootstrap over videos, for 95 % intervals; 0: none. The Fréchet video distance takes at "
-        "most 200",
+        description="bootstrap resamples over videos for 95 % intervals; 0: no intervals. At most 200 are used for the "
+        "Fréchet video distance",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _take_the_presets_values(cls, values: Any) -> Any:
+    def _fill_from_protocol(cls, values: Any) -> Any:
         name = values.get("protocol") if isinstance(values, dict) else None
         return PROTOCOLS[name] | values if isinstance(name, str) and name in PROTOCOLS else values
 
@@ -166,30 +163,30 @@ class CacheConfig(_Section):
 
     residency: Literal["auto", "device", "host", "stream"] = Field(
         "auto",
-        description="where stage 2 holds the latents: all on the training device, all in host memory, or, with stream, "
-        "a part at a time within memory_budget; auto: the first of these that fits into the free memory",
+        description="where stage 2 keeps the latents: all on the training device, all in host memory, or, with stream, "
+        "a part at a time within memory_budget; auto: the first of these that fits into free memory",
     )
     dtype: Literal["float16", "float32"] = "float16"
-    chunk_frames: PositiveInt | None = Field(None, description="frames a chunk; null: about 8 MiB")
+    chunk_frames: PositiveInt | None = Field(None, description="frames per chunk; null: about 8 MiB")
     views: tuple[str, ...] = Field(
         ("identity",),
-        description="augmentations of the training videos that are cached beside them: identity, hflip, jitter-1, "
-        "jitter-2, ... (colour, constant over a video); the other splits have identity alone",
+        description="augmented versions of the training videos to store: identity, hflip, jitter-1, jitter-2, ... "
+        "(color, constant over a video); the other splits have identity only",
     )
     codes: bool = Field(True, description="store the nearest codes beside the latents")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
-        description="of the autoencoder's encoder: tf32 rounds products on a GPU about as fp16 storage rounds latents, "
-        "bf16 rounds them ten times as much",
+        description="of the encoder: on a GPU tf32 adds an error about as large as that of fp16 storage, bf16 one ten "
+        "times as large",
     )
-    compile: bool = Field(False, description="torch.compile of the encoder: a minute at the start")
+    compile: bool = Field(False, description="torch.compile the encoder, which takes about a minute")
     batch_frames: PositiveInt = Field(
         1,
-        description="least number of frames that are handed over to be encoded at once, rounded up to whole batches of "
-        "the network; changes memory and speed, and no bit of the store",
+        description="minimum number of frames encoded at once, rounded up to whole batches of the network; changes "
+        "memory and speed, not the store",
     )
     memory_budget: str = Field(
-        "4 GiB", description="memory for what `encode` has in flight, and for the latents of the streaming tier"
+        "4 GiB", description="memory for the frames and latents of `encode`, and for latents with residency: stream"
     )
 
     @field_validator("views")
@@ -198,7 +195,7 @@ class CacheConfig(_Section):
         for view in views:
             parse_view(view)
         if not views or len(set(views)) < len(views):
-            raise ValueError("at least one view, and none twice, is wanted")
+            raise ValueError("expected at least one view, and none twice")
         return views
 
     @property
@@ -219,16 +216,14 @@ class RefinerConfig(_Section):
 
 
 class LoggingConfig(_Section):
-    every: PositiveInt = Field(50, description="steps between two lines of log.jsonl")
-    wandb: Literal["off", "offline", "online"] = Field(
-        "off", description="online is the only one that uses the network"
-    )
+    every: PositiveInt = Field(50, description="steps between lines of log.jsonl")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="only online uses the network")
     wandb_project: str = "river"
 
     @field_validator("wandb", mode="before")
     @classmethod
-    def _yaml_has_its_own_mind_about_off(cls, value: Any) -> Any:
-        # YAML reads a bare `off` as false; true and false are understood as well.
+    def _accept_yaml_booleans(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
         return {True: "offline", False: "off"}[value] if isinstance(value, bool) else value
 
 
@@ -257,9 +252,9 @@ class RiverConfig(_Section):
         adversarial = self.autoencoder.training.adversarial
         if adversarial.weight and self.dataset.image_size < adversarial.smallest_side:
             raise ValueError(
-                f"autoencoder.training.adversarial.layers: {adversarial.layers} layers judge images of at least "
-                f"{adversarial.smallest_side} pixels a side, and dataset.image_size is {self.dataset.image_size}: take "
-                "fewer layers"
+                f"autoencoder.training.adversarial.layers: {adversarial.layers} layers need images of at least "
+                f"{adversarial.smallest_side} pixels per side, and dataset.image_size is {self.dataset.image_size}: "
+                "use fewer layers"
             )
         for key, size in (
             ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),
@@ -269,7 +264,7 @@ class RiverConfig(_Section):
                 parse_size(size)
             except UserError as error:
                 raise ValueError(f"{key}: {error}") from None
-        SamplingPlan.from_config(self.sampling)  # says what does not go together
+        SamplingPlan.from_config(self.sampling)  # refuses options that exclude each other
         return self
 
     @property
@@ -296,7 +291,7 @@ def find_preset(name: str | Path) -> Path:
     """A configuration file by its path, or a preset by its name: `configs/kth.yaml`, `kth.yaml`, `kth`.
 
     Raises:
-        UserError: there is no such file; names the presets there are.
+        UserError: no such file; names the presets.
     """
     path = Path(name)
     if path.is_file():
@@ -311,11 +306,11 @@ def find_preset(name: str | Path) -> Path:
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RiverConfig:
-    """Read a YAML file or preset, with those it names as `base`; apply `key.path=value` overrides; check everything.
+    """Read a YAML file or preset and its `base` files; apply `key.path=value` overrides; check everything.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown (with the nearest known one), a value is of the
-            wrong type or out of range.
+        UserError: the file is missing or not YAML, a key is unknown (names the closest known one), a value has the
+            wrong type or is out of range.
     """
     values = _read_yaml(find_preset(path), seen=())
     origin = {}
@@ -343,7 +338,7 @@ def parse_config(values: dict[str, Any], source: str, origin: dict[str, str] | N
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise UserError(f"{path}: `base` leads back to itself")
+        raise UserError(f"{path}: `base` refers back to this file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -356,7 +351,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str):
-        raise UserError(f"{path}: base: {base!r} is not the name of a config file beside this one")
+        raise UserError(f"{path}: base: {base!r} is not the name of a config file or preset")
     beside = path.parent / base
     return _merge(_read_yaml(beside if beside.is_file() else find_preset(base), (*seen, path.resolve())), values)
 
@@ -378,7 +373,7 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) 
 
 
 def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
-    """One line for one of pydantic's errors: where, which key, which value, what is allowed."""
+    """One of pydantic's errors as one line: file or option, key, value, what is allowed."""
     location, family = _without_family([str(part) for part in problem["loc"]])
     key = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")
@@ -390,7 +385,7 @@ def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
         section = ".".join(location[:-1])
         hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key{' in ' + section if section else ''}; {hint}"
-    # What is wrong between several keys of a section is said in the message; all of them would bury it.
+    # An error about several keys of a section names them in its message; the value would be the whole section.
     of_section = problem["type"] in ("value_error", "architecture") and isinstance(problem["input"], dict)
     if of_section and re.match(r"\w+: ", message):
         return f"{where}: {key}.{message}"
@@ -400,7 +395,7 @@ def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
 
 
 def _without_family(location: list[str]) -> tuple[list[str], type[BaseModel] | None]:
-    """The path of a key as users write it, and the family whose sizes it is among: pydantic names it in the path."""
+    """The path of a key as users write it, and the model family that pydantic adds to the path, if any."""
     families = {"vqgan": VQGANConfig, "vqvae": VQVAEConfig}
     if location[:2] == ["autoencoder", "model"] and len(location) > 2 and location[2] in families:
         family = families[location[2]]
@@ -409,7 +404,7 @@ def _without_family(location: list[str]) -> tuple[list[str], type[BaseModel] | N
 
 
 def _concerns(override: str, key: str, unknown: bool, message: str) -> bool:
-    """Whether an overridden key path has to do with an error at `key`, or at the section of that name."""
+    """Whether an override of this key path can have caused an error at `key`, a key or a section."""
     if key and (key == override or key.startswith(f"{override}.")):
         return True
     if key and not override.startswith(f"{key}."):
@@ -436,29 +431,35 @@ def dump_config(config: RiverConfig) -> str:
 
 
 def fingerprint(*parts: Any) -> str:
-    """sha256 of sections or other plain data: equal exactly when these are."""
+    """sha256 of sections or other plain data."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def result_settings(section: BaseModel) -> dict[str, Any]:
-    """The values of a section that results depend on, as JSON holds them.
+    """The values of a section that results depend on, as JSON; others change logging, storage or speed."""
+    return _settings(section, "changes_results")
 
-    A field whose metadata says `changes_results: False` changes how a training is watched, stored or computed, not what
-    comes out.
-    """
+
+def model_sizes(section: BaseModel) -> dict[str, Any]:
+    """The values of a network's section that the shapes of its weights depend on, as JSON."""
+    return _settings(section, "changes_shapes")
+
+
+def _settings(section: BaseModel, effect: str) -> dict[str, Any]:
+    """The values of a section as JSON, without fields that have `effect: False` in their metadata."""
     dumped = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         metadata = field.json_schema_extra
-        if isinstance(metadata, dict) and metadata.get("changes_results") is False:
+        if isinstance(metadata, dict) and metadata.get(effect) is False:
             del dumped[name]
         elif isinstance(inner := getattr(section, name), BaseModel):
-            dumped[name] = result_settings(inner)
+            dumped[name] = _settings(inner, effect)
     return dumped
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every key in which two dumped sections differ; `theirs` is the old side."""
+    """`key: old -> new` for every key in which two dumped sections differ; `theirs` is the old one."""
     lines = []
     for key in sorted(ours.keys() | theirs.keys()):
         new, old = ours.get(key), theirs.get(key)

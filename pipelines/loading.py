@@ -1,4 +1,4 @@
-"""All that a predictor consists of, and how it is loaded from a run folder."""
+"""Trained networks: where a run keeps them, and how they are loaded."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ from stage2_flow.vector_field import VectorField
 
 @dataclass(frozen=True, eq=False)
 class PredictorParts:
-    """Networks that were trained together, on the device, in evaluation mode, frozen.
+    """Networks that were trained together, on the device, in eval mode, frozen.
 
     Attributes:
         autoencoder: `.encode(images)`, `.quantize(latents)`, `.decode(latents)`.
         vector_field: called with final latents: (x_t, reference, condition, distance, t) -> velocity.
         standardization: between the raw latents of the autoencoder and the final latents of the field.
-        sampling: the defaults of every prediction.
-        fps: frames a second of the videos it was trained on.
-        refiner: used only where it is asked for; None: there is none.
-        no_refiner: why there is none, and the way out.
+        sampling: the default sampler settings.
+        fps: frames per second of the training videos.
+        refiner: used on request only; None: the run has none.
+        no_refiner: why the refiner is missing, and the way out.
     """
 
     autoencoder: Autoencoder
@@ -43,24 +43,24 @@ class PredictorParts:
     fps: float
     device: torch.device
     refiner: RCAN | None = None
-    no_refiner: str = "this predictor was made without a refiner: pass refiner=..., or train one for a run"
+    no_refiner: str = "this predictor was built without a refiner: pass refiner=..., or train one for a run"
 
 
 def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | None = None) -> PredictorParts:
-    """Load the checkpoints of a run folder that are to be used; see `VideoPredictor.from_run`.
+    """Load the networks of a run folder; see `VideoPredictor.from_run`.
 
     Raises:
-        UserError: something of it is missing, or its flow was trained on another autoencoder's latents.
+        UserError: a part is missing, or the flow was trained on another autoencoder's latents.
     """
     flow, autoencoder_checkpoint = find_flow(run), find_autoencoder(run)
     if flow is None:
-        raise UserError(f"{run}/flow/checkpoints holds no checkpoint; `make train-flow` makes one")
+        raise UserError(f"{run}/flow/checkpoints holds no checkpoint: train one with `make train-flow`")
     if autoencoder_checkpoint is None:
         known = flow.state["store"]["autoencoder"]
         raise UserError(
-            f"{run}/autoencoder/checkpoints holds no checkpoint, and {flow.path} knows latents of autoencoder "
-            f"{known[:12]}...: bring that one back (`import-official` does, where it came from there), or begin "
-            "anew with `train-autoencoder`, `encode --overwrite` and `train-flow --restart`"
+            f"{run}/autoencoder/checkpoints holds no checkpoint, and {flow.path} was trained on latents of "
+            f"autoencoder {known[:12]}...: restore it (imported weights: `import-official`), or start over with "
+            "`train-autoencoder`, `encode --overwrite` and `train-flow --restart`"
         )
     try:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
         raise UserError(
             f"{flow.path} was trained on latents of autoencoder {trained_on[:12]}..., but "
             f"{autoencoder_checkpoint.path} is {here[:12]}...: encode and train the flow again "
-            "(`encode --overwrite`, `train-flow --restart`), or bring the old autoencoder back"
+            "(`encode --overwrite`, `train-flow --restart`), or restore the old autoencoder"
         )
     sampling = parse_config(values, f"{run}/config.yaml").sampling
     if weights is not None:
@@ -91,22 +91,21 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
 
 
 def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> tuple[RCAN | None, str]:
-    """The refiner of a run, or None and why there is none to use."""
+    """The refiner of a run, or None and why it cannot be used."""
     found = find_refiner(run)
     if found is None:
-        return None, f"{run}/refiner/checkpoints holds no checkpoint; `make train-refiner` makes one"
+        return None, f"{run}/refiner/checkpoints holds no checkpoint: train one with `make train-refiner`"
     trained_for = found.state["autoencoder"]
     if trained_for != autoencoder_digest:
         return None, (
             f"{found.path} was trained for autoencoder {trained_for[:12]}..., but {run}/autoencoder is "
-            f"{autoencoder_digest[:12]}...: train it anew (`train-refiner --restart`), or bring the old autoencoder "
-            "back"
+            f"{autoencoder_digest[:12]}...: train it again (`train-refiner --restart`), or restore the old autoencoder"
         )
     return load_trained_refiner(found, device), ""
 
 
 def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
-    """The autoencoder of a checkpoint, in eval mode: the averaged weights where there are any."""
+    """The autoencoder of a checkpoint, in eval mode: the averaged weights if it has them."""
     name = "ema" if checkpoint.has("ema") else "model"
     try:
         model = build_autoencoder(parse_model_config(checkpoint.state["model"]))
@@ -117,7 +116,7 @@ def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Au
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of all weights: what tells autoencoders apart."""
+    """sha256 over names, types, shapes and bytes of all weights: the identity of an autoencoder."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -131,14 +130,14 @@ def find_autoencoder(run_path: Path) -> Checkpoint | None:
 
 
 def find_flow(run_path: Path) -> Checkpoint | None:
-    """The flow's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
+    """The flow's checkpoint to use: the best if one was measured, else the newest."""
     return chosen_checkpoint(run_path / "flow")
 
 
 def load_trained_field(
     checkpoint: Checkpoint, device: torch.device, weights: Literal["ema", "raw"] = "ema"
 ) -> VectorField:
-    """The vector field of a checkpoint, in eval mode: the averaged weights where there are any, unless raw ones."""
+    """The vector field of a checkpoint, in eval mode: the averaged weights if it has them, or the raw ones."""
     try:
         sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
         field = VectorField(sizes, checkpoint.state["latent_shape"][0])
@@ -155,15 +154,15 @@ def standardization_in(checkpoint: Checkpoint) -> Standardization:
 
 
 def find_refiner(run_path: Path) -> Checkpoint | None:
-    """The refiner's checkpoint of a run that is to be used: the best where one was measured, else the newest."""
+    """The refiner's checkpoint to use: the best if one was measured, else the newest."""
     return chosen_checkpoint(run_path / "refiner")
 
 
 def load_trained_refiner(checkpoint: Checkpoint, device: torch.device) -> RCAN:
-    """The refiner of a checkpoint, in eval mode: the averaged weights where there are any.
+    """The refiner of a checkpoint, in eval mode: the averaged weights if it has them.
 
     Raises:
-        UserError: weights that don't fit the sizes beside them.
+        UserError: weights that don't fit the sizes in state.json.
     """
     try:
         refiner = RCAN(RefinerModelConfig.model_validate(checkpoint.state["model"]))

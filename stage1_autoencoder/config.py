@@ -20,6 +20,8 @@ from pydantic.config import JsonDict
 
 # Metadata of fields that change how a training is monitored, stored or computed, not its result.
 NO_EFFECT: JsonDict = {"changes_results": False}
+# Metadata of fields of a network that do not change the shapes of its weights.
+NO_SHAPE: JsonDict = {"changes_shapes": False}
 
 # The sizes of the public models (taming-transformers, latent-diffusion), by name.
 VQGAN_PRESETS: dict[str, dict[str, Any]] = {
@@ -81,7 +83,7 @@ class VQGANConfig(_Sizes):
         64, description="side of the input for attention_resolutions: architecture, not image size"
     )
     codes: int = Field(16384, ge=1, le=65536, description="entries of the codebook")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, json_schema_extra=NO_SHAPE)
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,8 @@ from pydantic.config import JsonDict
 
 # Metadata of fields that change how a training is watched, stored or computed, not its result.
 NO_EFFECT: JsonDict = {"changes_results": False}
+# Metadata of fields of a network that do not change the shapes of its weights.
+NO_SHAPE: JsonDict = {"changes_shapes": False}
 
 TimeSampling = Literal["uniform", "logit_normal"]
 ConditionTiming = Literal["per-evaluation", "per-frame"]
@@ -33,7 +35,7 @@ class VectorFieldConfig(BaseModel):
     heads: PositiveInt = 8
     head: Literal["ln", "bn"] = Field("ln", description="output head with LayerNorm (ln) or BatchNorm (bn)")
     reference: bool = Field(True, description="condition on the previous frame in addition to the random past frame")
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(0.05, ge=0, lt=1, json_schema_extra=NO_SHAPE)
     qk_norm: bool = Field(False, description="normalize queries and keys of every head; the paper does not")
 
     @model_validator(mode="after")

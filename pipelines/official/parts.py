@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from pipelines.config import RiverConfig, load_config
+from pipelines.config import RiverConfig, load_config, model_sizes
 from pipelines.errors import UserError
 from pipelines.loading import PredictorParts, weights_digest
 from pipelines.official.official_networks import (
@@ -32,8 +32,6 @@ from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
-# Keys of a model section that change no tensor's shape.
-NO_SIZES = {"dropout"}
 # The files don't tell; KTH's rate, and about CLEVRER's. CLEVRER's model, which has the custom VQ-VAE, sees every fifth
 # frame.
 FRAMES_PER_SECOND = 25.0
@@ -195,7 +193,10 @@ def parts_of_run(
             fill(source, autoencoder, networks.autoencoder.state_dict()),
             None,  # a main model's iterations are the flow's, and an autoencoder's file may count other things
             config.autoencoder.training.steps,
-            identity={"autoencoder": {"model": _sizes(model)}, "dataset": {"image_size": config.dataset.image_size}},
+            identity={
+                "autoencoder": {"model": model_sizes(model)},
+                "dataset": {"image_size": config.dataset.image_size},
+            },
             model=model.model_dump(mode="json"),
         )
     if networks.field is not None:
@@ -209,7 +210,7 @@ def parts_of_run(
             fill(files.model, field, networks.field.state_dict()),
             networks.iterations,
             config.flow.training.steps,
-            identity={"flow": {"model": _sizes(model)}},
+            identity={"flow": {"model": model_sizes(model)}},
             model=model.model_dump(mode="json"),
             latent_shape=[channels, side, side],
             # Official weights work on raw latents.
@@ -293,7 +294,7 @@ def _misfits(files: Mapping[str, str], found: Mapping[str, ModelConfig], config:
         key, expected = f"{section}.model", getattr(config, section).model
         layouts = [_layout(sizes), _layout(expected)]
         if layouts[0] != layouts[1]:
-            whole = yaml.safe_dump(_sizes(sizes), default_flow_style=True, sort_keys=False, width=10**6).strip()
+            whole = yaml.safe_dump(model_sizes(sizes), default_flow_style=True, sort_keys=False, width=10**6).strip()
             text = f"{key}: {layouts[0]} in {files[section]}, {layouts[1]} in the configuration"
             yield _Misfit(text, f"{key}={whole}")
             continue
@@ -304,13 +305,9 @@ def _misfits(files: Mapping[str, str], found: Mapping[str, ModelConfig], config:
                 yield _Misfit(text, f"{key}.{name}={value}".replace(" ", ""))
 
 
-def _sizes(model: ModelConfig) -> dict[str, Any]:
-    return model.model_dump(mode="json", exclude=NO_SIZES)
-
-
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Sizes with one spelling each; attention is compared by `_layout`."""
-    sizes = _sizes(model)
+    sizes = model_sizes(model)
     if isinstance(model, VQGANConfig):
         sizes["decoder_blocks"] = model.blocks + 1 if model.decoder_blocks is None else model.decoder_blocks
         del sizes["attention_resolutions"], sizes["resolution"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,13 +20,28 @@ from pipelines.runtime.progress import warn
 Tensors = dict[str, Tensor]
 
 
+class StateFile(BaseModel):
+    """`state.json`: what every checkpoint has. Further fields belong to one kind of training.
+
+    Attributes:
+        files: names of the safetensors files, without suffix.
+        best: the measured value, if this was the best checkpoint when it was saved.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="constants")
+
+    step: NonNegativeInt
+    files: list[str]
+    best: dict[str, float] | None = None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
         path: its folder, `.../checkpoints/step_00005000`.
-        state: the JSON that goes with it: `step`, the configuration it was made under, fingerprints.
+        state: content of `state.json`: `step`, the configuration of the training, fingerprints.
     """
 
     path: Path
@@ -83,10 +99,8 @@ class CheckpointFolder:
                 {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
                 temporary / f"{name}.safetensors",
             )
-        content = {"step": step, "files": sorted(files), **state}
-        if best is not None:
-            content["best"] = best
-        (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        content = StateFile(step=step, files=sorted(files), **state, **({} if best is None else {"best": best}))
+        (temporary / "state.json").write_text(content.model_dump_json(indent=1, exclude_unset=True), encoding="utf-8")
         for file in temporary.iterdir():
             flush(file)
         flush(temporary)
@@ -196,11 +210,15 @@ def _read_whole(path: Path) -> Checkpoint:
     Raises:
         OSError, ValueError, KeyError, TypeError: it is not whole.
     """
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    int(state["step"])
-    for name in state["files"]:
+    try:
+        state = StateFile.model_validate_json((path / "state.json").read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"state.json: {where + ': ' if where else ''}{problem['msg']}") from None
+    for name in state.files:
         _check_whole(path / f"{name}.safetensors")
-    return Checkpoint(path, _State(state, path))
+    return Checkpoint(path, _State(state.model_dump(exclude_unset=True), path))
 
 
 def _check_whole(file: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipelines.runtime.progress import say, warn
 from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
 from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
-from pipelines.training.training_run import TrainingPlan, train, training_status
+from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.codebook import CodebookCare, forget
@@ -86,7 +86,8 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
             f"{trainer.model.parameter_count / 1e6:.1f} M parameters, batch {training.batch_size}, "
             f"{_describe_loss(training, perceptual)}, {training.precision}"
         )
-        return trainer, loop_settings(config, perceptual is not None, validation is not None), sentence
+        best = None if validation is None else best_by(training, perceptual is not None)
+        return trainer, replace(plan.loop, best=best, lowest=best == "validation_lpips"), sentence
 
     return train(plan, config, run_context, open_trainer)
 
@@ -98,45 +99,21 @@ def autoencoder_status(config: RiverConfig) -> Status:
 
 def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration."""
-    return TrainingPlan(
-        name="autoencoder",
-        folder=config.run_path / "autoencoder",
-        steps=config.autoencoder.training.steps,
-        keep=config.autoencoder.training.keep_checkpoints,
-        identity={
-            "seed": config.seed,
-            "autoencoder": result_settings(config.autoencoder),
-            "dataset": result_settings(config.dataset),
-        },
-        settings={"seed": config.seed, "autoencoder": config.autoencoder.model_dump(mode="json")},
-        less_memory="Compute each batch in parts (autoencoder.training.accumulate=2), lower "
-        "autoencoder.training.batch_size, or take autoencoder.training.precision=bf16",
-    )
+    return plan_training("autoencoder", config, identity={"dataset": result_settings(config.dataset)})
 
 
-def loop_settings(config: RiverConfig, perceptual: bool, validated: bool) -> LoopSettings:
-    """How the autoencoder's loop runs.
+def best_by(training: AutoencoderTrainingConfig, perceptual: bool) -> str | None:
+    """Name of the validated value that selects the best checkpoint; None: the last checkpoint is used.
 
     Args:
-        perceptual: whether LPIPS is at hand.
-        validated: whether there is a validation split.
+        perceptual: whether LPIPS is available.
     """
-    training = config.autoencoder.training
     best = training.best_by
     if best == "auto":
-        # Adversarial training costs PSNR and is worth it: PSNR alone would choose a checkpoint from before its start.
+        # Adversarial training lowers PSNR, though pictures get better: PSNR would select a checkpoint from before it.
         by_psnr = "last" if training.adversarial.weight else "psnr"
         best = "lpips" if perceptual else by_psnr
-    return LoopSettings(
-        name="autoencoder",
-        steps=training.steps,
-        checkpoint_every=training.checkpoint_every,
-        validate_every=training.validate_every,
-        log_every=config.logging.every,
-        best=None if best == "last" or not validated else f"validation_{best}",
-        lowest=best == "lpips",
-        advice="Lower autoencoder.training.learning_rate, set autoencoder.training.grad_clip, or take precision fp32",
-    )
+    return None if best == "last" else f"validation_{best}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +130,7 @@ class Validation:
 
 
 class AutoencoderTrainer(Trainer):
-    """The autoencoder, its optimizers, averaged copy, codebook care, and the discriminator if there is one."""
+    """The autoencoder, its optimizers, averaged copy, codebook care, and the optional discriminator."""
 
     def __init__(
         self,
@@ -196,10 +173,6 @@ class AutoencoderTrainer(Trainer):
         if self.training.compile:
             self.model.compile_networks()
         self.network = processes.distribute(self.model, device)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.train_state.learning_rate
 
     def train_step(self, step: int) -> StepResult:
         """One update of the autoencoder, and from `adversarial.start` on one of the discriminator."""
@@ -264,7 +237,7 @@ class AutoencoderTrainer(Trainer):
         measured = self._distances(torch.cat(reconstructed))
         measured["validation_codes"] = len(frequencies)
         measured["validation_perplexity"] = float((-(frequencies * frequencies.log()).sum()).exp())
-        # Spread over the videos: frames of one video are neighbors.
+        # Frames of one video are neighbors: evenly spaced ones show most videos.
         shown = torch.linspace(0, len(self.validation.images) - 1, SHEET_FRAMES).round().long().unique()
         title = f"{self.config.dataset.name}, step {step}: {_in_words(measured)}"
         sheet = reconstruction_sheet(self.validation.images[shown], torch.cat(reconstructed)[shown], title)
@@ -298,8 +271,7 @@ class AutoencoderTrainer(Trainer):
         return {"codes_used": usage.used, "code_perplexity": usage.perplexity}
 
     def files(self) -> dict[str, Tensors]:
-        """The tensors of a checkpoint: what resuming and using the autoencoder need."""
-        files = self.train_state.files() | {"codebook": self.care.state()}
+        files = super().files() | {"codebook": self.care.state()}
         return files if self.adversary is None else files | self.adversary.train_state.files()
 
     def state(self) -> dict[str, Any]:
@@ -307,8 +279,7 @@ class AutoencoderTrainer(Trainer):
         return self.checkpoint_state | {"model": model, "watch": self.watch.state()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Resume from a checkpoint of the same configuration."""
-        self.train_state.load(checkpoint, self.device)
+        super().load(checkpoint)
         self.care.load_state(checkpoint.tensors("codebook", self.device))
         if self.adversary is not None:
             self.adversary.train_state.load(checkpoint, self.device)
@@ -339,7 +310,7 @@ class AutoencoderTrainer(Trainer):
         side = self.config.dataset.image_size // self.model.downsampling
         wanted = VECTORS_A_CODE * self.config.autoencoder.model.codes
         batches = min(self.training.steps, math.ceil(wanted / (self.training.batch_size * side * side)))
-        self.model.eval()  # leaves BatchNorm's statistics alone
+        self.model.eval()  # keeps the statistics of BatchNorm
         parts = [self.model.encode(part) for i in range(batches) for part in self._images(i).split(FRAMES_AT_ONCE)]
         latents = torch.cat(parts)
         vectors = len(latents) * side * side * self.processes.count

@@ -10,10 +10,9 @@ import torch
 
 import latent_cache
 from latent_cache import LatentCache
-from pipelines.config import RiverConfig, differences
+from pipelines.config import RiverConfig, differences, model_sizes
 from pipelines.errors import UserError
 from pipelines.loading import standardization_in, weights_digest
-from pipelines.official.parts import NO_SIZES
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
@@ -104,8 +103,8 @@ def _check_start(start: Checkpoint, config: RiverConfig, cache: LatentCache) -> 
     Raises:
         UserError: other sizes; latents of another autoencoder; standardized instead of raw latents, or vice versa.
     """
-    sizes = (config.flow.model, _sizes(start))
-    changed = differences(*({"flow": {"model": s.model_dump(mode="json", exclude=NO_SIZES)}} for s in sizes))
+    ours, theirs = ({"flow": {"model": model_sizes(sizes)}} for sizes in (config.flow.model, _sizes(start)))
+    changed = differences(ours, theirs)
     if changed:
         raise UserError(
             f"{start.path} differs in size from the configuration:\n  " + "\n  ".join(changed)

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 import latent_cache
 from latent_cache import FlowBatch, LatentCache, Sampler, StoreError, open_sampler, step_generator
-from pipelines.config import RiverConfig, result_settings
+from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import standardization_in
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext, resolve_precision, use_precision
 from pipelines.runtime.cuda_graph_step import CudaGraphStep
 from pipelines.runtime.distributed import ALONE, Processes
@@ -26,17 +27,12 @@ from pipelines.runtime.train_state import TrainState
 from pipelines.training.fine_tuning import check_fine_tuning, fine_tune, finish_beginning
 from pipelines.training.flow_validation import FlowValidation, open_flow_validation
 from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
-from pipelines.training.training_run import TrainingPlan, train, training_status
+from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage2_flow.config import FlowTrainingConfig
 from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
 from stage2_flow.schedule import learning_rate
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import POSITIONS, VectorField
-
-LESS_MEMORY = (
-    "Compute each batch in parts (flow.training.accumulate=2), lower flow.training.batch_size, take "
-    "flow.training.precision=bf16, or keep the latents elsewhere (cache.residency=host)"
-)
 
 
 def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
@@ -85,7 +81,8 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
             standardization=standardization,
             processes=processes,
         )
-        return trainer, loop_settings(config, validation is not None), _describe(config, trainer, sampler)
+        best = "validation_loss" if validation and config.flow.training.best_by == "loss" else None
+        return trainer, replace(plan.loop, best=best, lowest=True), _describe(config, trainer, sampler)
 
     plan = flow_plan(config)
     if asked and training_status(plan).is_done:
@@ -102,17 +99,14 @@ def flow_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration on this store."""
     try:
         cache = latent_cache.open(config.store_path, "train") if latent_cache.is_complete(config.store_path) else None
-    except StoreError:  # which the store's own status tells
+    except StoreError:  # the store's own status reports it
         cache = None
-    return TrainingPlan(
-        name="flow",
-        folder=config.run_path / "flow",
-        steps=config.flow.training.steps,
-        keep=config.flow.training.keep_checkpoints,
-        identity={"seed": config.seed, "flow": result_settings(config.flow)},
-        settings={"seed": config.seed, "flow": config.flow.model_dump(mode="json")},
+    return plan_training(
+        "flow",
+        config,
         inputs={} if cache is None else {"store": _origin(cache)},
-        less_memory=LESS_MEMORY,
+        max_bad_steps=config.flow.training.max_bad_steps,
+        less_memory=", or keep the latents elsewhere (cache.residency=host)",
         way_out="fine-tune the existing weights (`train-flow --fine-tune --restart`), ",
     )
 
@@ -203,10 +197,6 @@ class FlowTrainer(Trainer):
         self._step_flops = step_flops(config.flow.model, latents.latent_shape, self.training.batch_size)
         self._waited, self._steps = 0.0, 0
 
-    @property
-    def learning_rate(self) -> float:
-        return self.train_state.learning_rate
-
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's batch, without waiting for the device."""
         training, seed, processes = self.training, self.config.seed, self.processes
@@ -256,7 +246,7 @@ class FlowTrainer(Trainer):
         return self.sampler.describe_batch(step)
 
     def validate(self, step: int) -> dict[str, float]:
-        """The loss on fixed pairs, times and noise of the val split, and predicted clips to look at."""
+        """The loss on fixed pairs, times and noise of the val split, and predicted clips."""
         if self.validation is None:
             return {}
         field = self.train_state.best_model
@@ -281,17 +271,6 @@ class FlowTrainer(Trainer):
             "mfu": flops / best,
             "peak_memory_mb": peak_memory(self.device) / 1e6,
         }
-
-    def files(self) -> dict[str, Tensors]:
-        """The tensors of a checkpoint: what resuming and sampling need."""
-        return self.train_state.files()
-
-    def state(self) -> dict[str, Any]:
-        return self.checkpoint_state
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Resume from a checkpoint of the same configuration."""
-        self.train_state.load(checkpoint, self.device)
 
 
 @cache
@@ -329,23 +308,6 @@ def records_steps(training: FlowTrainingConfig, device: torch.device, processes:
     return possible and training.cuda_graphs is not False
 
 
-def loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
-    """How the flow's loop runs; `validated`: whether there is a validation split."""
-    training = config.flow.training
-    return LoopSettings(
-        name="flow",
-        steps=training.steps,
-        checkpoint_every=training.checkpoint_every,
-        validate_every=training.validate_every,
-        log_every=config.logging.every,
-        best="validation_loss" if validated and training.best_by == "loss" else None,
-        lowest=True,
-        advice="Lower flow.training.learning_rate, set flow.training.grad_clip=1, or take precision fp32",
-        max_bad_steps=training.max_bad_steps,
-        less_memory=LESS_MEMORY,
-    )
-
-
 def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCache) -> Sampler:
     training = config.flow.training
     return open_sampler(
@@ -372,7 +334,7 @@ def _describe(config: RiverConfig, trainer: FlowTrainer, sampler: Sampler) -> st
 
 
 def _origin(cache: LatentCache) -> dict[str, Any]:
-    """What tells a store from another one."""
+    """The identity of a store."""
     return {"autoencoder": cache.metadata.autoencoder["sha256"], "fingerprint": cache.fingerprint}
 
 
@@ -410,13 +372,13 @@ def check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found:
     order = sampler.order if found is None else found.state.get("order", sampler.order)
     if order != sampler.order:
         warn(
-            f"flow: from here on batches come in another order ({sampler.order} instead of {order}): as good, but "
-            "not what an uninterrupted training would have seen; cache.residency and cache.memory_budget decide it"
+            f"flow: batches come in another order from here on ({sampler.order} instead of {order}): the result will "
+            "differ from that of an uninterrupted training; cache.residency and cache.memory_budget determine the order"
         )
 
 
 def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
-    """Warn if a store is there that the autoencoder of an imported flow did not encode."""
+    """Warn if the store was not encoded by the autoencoder of an imported flow."""
     if not latent_cache.is_complete(store):
         return
     theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], imported.state["store"]["autoencoder"]

@@ -1,18 +1,23 @@
 """The refiner's training: from the store and the raw videos to a network that refines decoded frames."""
 
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 import latent_cache
-from latent_cache import StoreError
-from pipelines.config import RiverConfig, result_settings
+from latent_cache import LatentCache, StoreError, step_generator
+from latent_cache.schema import IDENTITY_VIEW
+from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
 from pipelines.encoding.store_checks import check_sources
 from pipelines.errors import UserError
@@ -20,24 +25,29 @@ from pipelines.evaluation.metrics import psnr
 from pipelines.evaluation.networks import VideoNetwork
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.rollouts import refine_frames
-from pipelines.runtime.checkpoints import Checkpoint, Tensors
+from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext, image_memory_format, use_precision
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say
 from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
-from pipelines.training.refiner_clips import ClipBatch, RefinerClips
 from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
-from pipelines.training.training_run import TrainingPlan, train, training_status
+from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage1_autoencoder.training import learning_rate_factor
-from stage1_autoencoder.videos.source import VideoSource
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 
 # Batch sizes: frames through the autoencoder, clips in validation.
 FRAMES_AT_ONCE = 64
 CLIPS_AT_ONCE = 4
+# Steps whose clips are decoded ahead of the current one.
+STEPS_AHEAD = 2
+# Clips drawn per row, in case that videos break.
+ATTEMPTS = 8
+# Steps whose clips can still be named.
+NAMES_KEPT = 4
 
 
 def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
@@ -82,7 +92,7 @@ def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
             f"{trainer.model.parameter_count / 1e6:.2f} M parameters, batch {training.batch_size} of {clips.count} "
             f"clips of {training.clip_frames} frames, {training.precision}"
         )
-        return trainer, loop_settings(config, validation is not None), sentence
+        return trainer, replace(plan.loop, best=None if validation is None else "validation_psnr"), sentence
 
     return train(plan, config, run_context, open_trainer)
 
@@ -93,7 +103,7 @@ def refiner_status(config: RiverConfig) -> Status:
 
 
 def refiner_plan(config: RiverConfig) -> TrainingPlan:
-    """The training of this configuration on this store. What is missing of the inputs is not compared."""
+    """The training of this configuration on this store. Missing inputs are not compared."""
     training, inputs = config.refiner.training, {}
     autoencoder = find_autoencoder(config.run_path)
     if autoencoder is not None:
@@ -101,36 +111,162 @@ def refiner_plan(config: RiverConfig) -> TrainingPlan:
     try:
         if latent_cache.is_complete(config.store_path):
             inputs["store"] = {"fingerprint": latent_cache.open(config.store_path, "train").fingerprint}
-    except StoreError:  # which the store's own status tells
+    except StoreError:  # the store's own status reports it
         pass
     if training.perceptual_network is None:
         inputs["perceptual"] = None
     elif (file := Path(training.perceptual_network).expanduser()).is_file():
         inputs["perceptual"] = {"sha256": file_sha256(file)}
-    return TrainingPlan(
-        name="refiner",
-        folder=config.run_path / "refiner",
-        steps=training.steps,
-        keep=training.keep_checkpoints,
-        identity={"seed": config.seed, "refiner": result_settings(config.refiner)},
-        settings={"seed": config.seed, "refiner": config.refiner.model_dump(mode="json")},
-        inputs=inputs,
-        less_memory="Compute each batch in parts (refiner.training.accumulate=2), or lower refiner.training.batch_size",
-    )
+    return plan_training("refiner", config, inputs=inputs)
 
 
-def loop_settings(config: RiverConfig, validated: bool) -> LoopSettings:
-    """How the refiner's loop runs; `validated`: whether there are validation clips."""
-    training = config.refiner.training
-    return LoopSettings(
-        name="refiner",
-        steps=training.steps,
-        checkpoint_every=training.checkpoint_every,
-        validate_every=training.validate_every,
-        log_every=config.logging.every,
-        best="validation_psnr" if validated else None,
-        advice="Lower refiner.training.learning_rate, set refiner.training.grad_clip=1, or take precision fp32",
-    )
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips and their latents.
+
+    Attributes:
+        names: video and first frame, such as `walking_3@17`.
+        pixels: [b, t, h, w, 3] uint8.
+        latents: [b, t, c, y, x] float32, before quantization, as in the store.
+    """
+
+    names: list[str]
+    pixels: torch.Tensor
+    latents: torch.Tensor
+
+
+class RefinerClips:
+    """Serves one batch of clips per step, drawn uniformly over all clips of a split: a function of (seed, step).
+
+    Frames are decoded a few steps ahead; latents are kept in memory if they fit into the budget.
+    """
+
+    def __init__(
+        self,
+        source: VideoSource,
+        cache: LatentCache,
+        *,
+        clip_frames: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        memory: int,
+        on_broken: Callable[[BrokenVideoError], None],
+    ) -> None:
+        """Match videos and latents.
+
+        Args:
+            source: the videos of a split; `cache`: the same split in the store.
+            steps: of the whole training; nothing is decoded for later ones.
+            memory: limit in bytes for latents in memory; those of a larger split are read from the store clip by clip.
+            on_broken: called with a video that can't be decoded, from another thread; other clips take its place.
+        Raises:
+            UserError: the store has other videos than the source, or all of them are shorter than a clip.
+        """
+        self.source, self.cache, self.clip_frames = source, cache, clip_frames
+        self.batch_size, self.steps, self.seed, self.on_broken = batch_size, steps, seed, on_broken
+        self.rows, self.videos = _match(source, cache)
+        lengths = cache.lengths[self.rows]
+        fits = lengths >= clip_frames
+        if not fits.any():
+            raise UserError(
+                f"refiner: no video of the {cache.split} split of {cache.url} has the {clip_frames} frames of "
+                f"refiner.training.clip_frames; they have {lengths.min()} to {lengths.max()}: lower it"
+            )
+        if not fits.all():
+            short = [source.videos[video].id for video in self.videos[~fits]]
+            names = ", ".join(short[:3]) + (", ..." if len(short) > 3 else "")
+            say(
+                f"refiner: {len(short)} of {len(lengths)} videos of the {cache.split} split are shorter than the "
+                f"{clip_frames} frames of a clip and ignored: {names}"
+            )
+        self.rows, self.videos = self.rows[fits], self.videos[fits]
+        self.ends = np.cumsum(lengths[fits] - clip_frames + 1)  # number of clips up to and including each video
+        self._latents = cache.load() if cache.nbytes <= memory else None
+        self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="clips")
+        self._ahead: dict[int, list[Future[tuple]]] = {}
+        self._names: dict[int, list[str]] = {}
+
+    @property
+    def count(self) -> int:
+        """Number of clips that can be drawn."""
+        return int(self.ends[-1])
+
+    def batch(self, step: int, rows: slice = slice(None)) -> ClipBatch:
+        """The clips of a step, or some rows of them (the same at every step); starts to decode the next steps'.
+
+        Raises:
+            BrokenVideoError: none of the clips drawn for a row can be decoded.
+            CorruptStoreError: damaged latents; names their chunk.
+        """
+        for old in [number for number in self._ahead if number < step]:
+            del self._ahead[old]
+        for wanted in range(step, max(step + 1, min(step + 1 + STEPS_AHEAD, self.steps))):
+            if wanted not in self._ahead:
+                draws = self._draw(wanted)[rows]
+                self._ahead[wanted] = [self._threads.submit(self._read_first_whole, choices) for choices in draws]
+        names, pixels, latents = zip(*(future.result() for future in self._ahead.pop(step)), strict=True)
+        self._names[step] = list(names)
+        for old in [number for number in self._names if number <= step - NAMES_KEPT]:
+            del self._names[old]
+        return ClipBatch(list(names), torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(latents)).float())
+
+    def describe(self, step: int, most: int = 4) -> str:
+        """The clips of one of the last steps, for messages."""
+        names = self._names.get(step, [])
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        return f"clips {', '.join(names[:most])}{more}"
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _draw(self, step: int) -> np.ndarray:
+        """[batch_size, ATTEMPTS] numbers of clips."""
+        generator = step_generator(self.seed, step, stream="refiner clips")
+        return torch.randint(self.count, (self.batch_size, ATTEMPTS), generator=generator).numpy()
+
+    def _read_first_whole(self, choices: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+        for choice in choices:
+            try:
+                return self._read(int(choice))
+            except BrokenVideoError as error:
+                self.on_broken(error)
+                broken = error
+        raise broken
+
+    def _read(self, clip: int) -> tuple[str, np.ndarray, np.ndarray]:
+        number = int(np.searchsorted(self.ends, clip, side="right"))
+        start = clip - (int(self.ends[number - 1]) if number else 0)
+        row, video = int(self.rows[number]), int(self.videos[number])
+        first = int(self.cache.offsets[row]) + start
+        last = first + self.clip_frames
+        if self._latents is None:
+            latents = self.cache.latent_reader.read(first, last)
+        else:
+            latents = self._latents[first:last].numpy()
+        pixels = self.source.read(video, range(start, start + self.clip_frames))
+        return f"{self.source.videos[video].id}@{start}", pixels, latents
+
+
+def _match(source: VideoSource, cache: LatentCache) -> tuple[np.ndarray, np.ndarray]:
+    """(rows in the store, numbers in the source) of the videos that are not augmented, matched by their ids."""
+    numbers = {video.id: number for number, video in enumerate(source.videos)}
+    rows = [row for row, view in enumerate(cache.video_views) if view == IDENTITY_VIEW]
+    if not rows:
+        raise UserError(
+            f"refiner: the {cache.split} split of {cache.url} holds augmented videos only: add {IDENTITY_VIEW} to "
+            "cache.views, and encode with --overwrite"
+        )
+    for row in rows:
+        name = cache.video_ids[row]
+        stored, found = int(cache.lengths[row]), source.videos[numbers[name]].frames if name in numbers else None
+        if stored != found:
+            problem = "is missing" if found is None else f"has {found} frames"
+            raise UserError(
+                f"refiner: video {name!r} of the {cache.split} split {problem}, and {cache.url} has {stored} frames of "
+                "it: restore the videos that were encoded, or encode with --overwrite"
+            )
+    return np.array(rows), np.array([numbers[cache.video_ids[row]] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -183,10 +319,6 @@ class RefinerTrainer(Trainer):
         settings = self.training.model_copy(update={"learning_rate": self.training.peak_learning_rate})
         self.train_state = TrainState(self.model, settings, self.model.boundary_parameters())
         self.network = processes.distribute(self.model, device)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.train_state.learning_rate
 
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's clips."""
@@ -247,16 +379,8 @@ class RefinerTrainer(Trainer):
         )
         return measured
 
-    def files(self) -> dict[str, Tensors]:
-        """The tensors of a checkpoint: what resuming and refining need."""
-        return self.train_state.files()
-
     def state(self) -> dict[str, Any]:
         return self.checkpoint_state | {"model": self.config.refiner.model.model_dump(mode="json")}
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Resume from a checkpoint of the same configuration."""
-        self.train_state.load(checkpoint, self.device)
 
 
 @torch.no_grad()
@@ -280,8 +404,8 @@ def _load_autoencoder(config: RiverConfig, device: torch.device) -> Autoencoder:
     checkpoint = find_autoencoder(config.run_path)
     if checkpoint is None:
         raise UserError(
-            f"{config.run_path}/autoencoder/checkpoints holds no checkpoint, and a refiner is trained on what the "
-            f"autoencoder decodes: bring the one back that encoded {config.store_path}, or train one and encode again "
+            f"{config.run_path}/autoencoder/checkpoints holds no checkpoint, and a refiner is trained on frames that "
+            f"the autoencoder decodes: restore the one that encoded {config.store_path}, or train one and encode again "
             "(`train-autoencoder`, `encode --overwrite`)"
         )
     return load_trained_autoencoder(checkpoint, device)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import StoppedBySignal, UserError
-from pipelines.runtime.checkpoints import CheckpointFolder, Tensors
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.logs import StepTimer, TrainingLog
 from pipelines.runtime.progress import duration, progress, say, warn
 from pipelines.runtime.signals import StopRequest
+from pipelines.runtime.train_state import TrainState
 
 # Report the first rate after this many seconds, however far the first line of the log is.
 FIRST_WORD_SECONDS = 10.0
@@ -34,12 +35,17 @@ class StepResult:
 
 
 class Trainer(ABC):
-    """A model and everything that changes while it is trained."""
+    """A model and everything that changes while it is trained.
 
-    @property
-    @abstractmethod
-    def learning_rate(self) -> float:
-        """Of the last step."""
+    Attributes:
+        train_state: the model with its optimizers and averaged copy.
+        device: of the model.
+        checkpoint_state: the JSON that every checkpoint of this training has.
+    """
+
+    train_state: TrainState
+    device: torch.device
+    checkpoint_state: dict[str, Any]
 
     @abstractmethod
     def train_step(self, step: int) -> StepResult:
@@ -49,13 +55,22 @@ class Trainer(ABC):
     def describe_batch(self, step: int) -> str:
         """The samples of a step, for the message about a failed step."""
 
-    @abstractmethod
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return self.train_state.learning_rate
+
     def files(self) -> dict[str, Tensors]:
         """The tensors of a checkpoint, by file: what resuming and using the model need."""
+        return self.train_state.files()
 
-    @abstractmethod
     def state(self) -> dict[str, Any]:
         """The JSON of a checkpoint."""
+        return self.checkpoint_state
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Resume from a checkpoint of the same configuration."""
+        self.train_state.load(checkpoint, self.device)
 
     def validate(self, step: int) -> dict[str, float]:
         """Measure the model after `step` steps; called in rank 0. Empty without validation data."""
@@ -75,9 +90,8 @@ class LoopSettings:
         steps, checkpoint_every, validate_every, log_every: in steps.
         best: name of the validated value that selects the best checkpoint; None: no best checkpoint.
         lowest: whether lower is better.
-        advice: what to do about a non-finite loss.
         max_bad_steps: consecutive non-finite steps, each without an update, that end the training.
-        less_memory: what to do when memory runs out.
+        less_memory: a further way to use less memory, a phrase that begins with a comma.
     """
 
     name: str
@@ -87,9 +101,8 @@ class LoopSettings:
     log_every: int
     best: str | None = None
     lowest: bool = False
-    advice: str = "Lower the learning rate, clip gradients, or use precision fp32"
     max_bad_steps: int = 1
-    less_memory: str = "Lower the batch size"
+    less_memory: str = ""
 
 
 def run_training(
@@ -111,7 +124,7 @@ def run_training(
     timer, guard = StepTimer(), _FiniteGuard(trainer, settings, processes)
     announced = False
     bar = progress(total=settings.steps, initial=first_step, description=settings.name, unit="step")
-    with StopRequest() as stop, explain_out_of_memory(settings.name, settings.less_memory), bar:
+    with StopRequest() as stop, explain_out_of_memory(settings), bar:
         for step in range(first_step, settings.steps):
             result = trainer.train_step(step)
             guard.check(step, result)
@@ -200,7 +213,7 @@ class _FiniteGuard:
                 warn(f"{message}; continuing ({self.bad_steps} such steps in a row, {most} end the training)")
             return
         row = f", {most} steps in a row" if most > 1 else ""
-        raise UserError(f"{message}{row}, and the last checkpoint is kept. {self.settings.advice}")
+        raise UserError(f"{message}{row}, and the last checkpoint is kept. {_advice(self.settings.name)}")
 
 
 def start_reading(flag: Tensor) -> Callable[[], bool]:
@@ -216,8 +229,8 @@ def start_reading(flag: Tensor) -> Callable[[], bool]:
 
 
 @contextmanager
-def explain_out_of_memory(name: str, advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error into one that says what to lower.
+def explain_out_of_memory(settings: LoopSettings) -> Iterator[None]:
+    """Turn an out-of-memory error into one that names the keys to change.
 
     Raises:
         UserError: out of memory on the device or the host.
@@ -229,7 +242,16 @@ def explain_out_of_memory(name: str, advice: str) -> Iterator[None]:
         # The CPU allocator raises a plain RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in first_line:
             raise
-        raise UserError(f"{name}: out of memory ({first_line}). {advice}; the last checkpoint is kept") from None
+        key = f"{settings.name}.training"
+        raise UserError(
+            f"{settings.name}: out of memory ({first_line}), and the last checkpoint is kept. Compute each batch in "
+            f"parts ({key}.accumulate=2), lower {key}.batch_size, or use {key}.precision=bf16{settings.less_memory}"
+        ) from None
+
+
+def _advice(name: str) -> str:
+    key = f"{name}.training"
+    return f"Lower {key}.learning_rate, set {key}.grad_clip=1, or use {key}.precision=fp32"
 
 
 def _mean_over(processes: Processes, terms: dict[str, Tensor]) -> dict[str, float]:

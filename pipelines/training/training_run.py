@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import RiverConfig, differences
+from pipelines.config import RiverConfig, differences, result_settings
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
@@ -29,27 +29,33 @@ class TrainingPlan:
     """What a training is, before anything of it is built.
 
     Attributes:
-        name: `autoencoder`, `flow`, `refiner`: its folder in the run, and its word in messages.
         folder: `runs/<name>/flow`.
-        steps: of the whole training.
+        loop: settings of the loop; `best` is left to the trainer.
         keep: number of checkpoints to keep.
         identity: the settings that its result depends on, as a checkpoint's `identity` has them.
         settings: all its settings, as a checkpoint's `settings` has them.
-        inputs: what else it depends on, by the names that the checkpoint's state has for it, such as the store's
-            fingerprint; empty where that is not at hand.
-        less_memory: what to do when memory runs out.
-        way_out: one more way out of a conflict, a phrase that ends in a comma.
+        inputs: what else it depends on, under the names of the checkpoint's state, such as the store's fingerprint.
+            Missing inputs are not compared.
+        way_out: a further way out of a conflict, a phrase that ends in a comma.
     """
 
-    name: str
     folder: Path
-    steps: int
+    loop: LoopSettings
     keep: int
     identity: dict[str, Any]
     settings: dict[str, Any]
     inputs: dict[str, Any] = field(default_factory=dict)
-    less_memory: str = "Lower the batch size"
     way_out: str = ""
+
+    @property
+    def name(self) -> str:
+        """`autoencoder`, `flow`, `refiner`: a section of the configuration, and a folder of the run."""
+        return self.loop.name
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.loop.steps
 
     @property
     def state(self) -> dict[str, Any]:
@@ -57,7 +63,47 @@ class TrainingPlan:
         return {"identity": self.identity, "settings": self.settings, **self.inputs}
 
 
-# Builds the trainer from the checkpoint to resume from, with the loop's settings and what is said about it.
+def plan_training(
+    name: str,
+    config: RiverConfig,
+    *,
+    identity: dict[str, Any] | None = None,
+    inputs: dict[str, Any] | None = None,
+    max_bad_steps: int = 1,
+    less_memory: str = "",
+    way_out: str = "",
+) -> TrainingPlan:
+    """The plan of the training that a section of the configuration describes.
+
+    Args:
+        name: of the section.
+        identity: settings of other sections that the result depends on.
+        inputs, way_out: see `TrainingPlan`.
+        max_bad_steps, less_memory: see `LoopSettings`.
+    """
+    section = getattr(config, name)
+    training = section.training
+    loop = LoopSettings(
+        name=name,
+        steps=training.steps,
+        checkpoint_every=training.checkpoint_every,
+        validate_every=training.validate_every,
+        log_every=config.logging.every,
+        max_bad_steps=max_bad_steps,
+        less_memory=less_memory,
+    )
+    return TrainingPlan(
+        folder=config.run_path / name,
+        loop=loop,
+        keep=training.keep_checkpoints,
+        identity={"seed": config.seed, name: result_settings(section), **(identity or {})},
+        settings={"seed": config.seed, name: section.model_dump(mode="json")},
+        inputs=inputs or {},
+        way_out=way_out,
+    )
+
+
+# Checkpoint to resume from, resources to close -> trainer, the plan's loop with `best`, a line about the training.
 OpenTrainer = Callable[[Checkpoint | None, ExitStack], tuple[Trainer, LoopSettings, str]]
 
 
@@ -82,7 +128,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
     if found is not None and _status_of(plan, found).is_done:
         say(f"{plan.name}: done, {describe_progress(found)}, {found.path}")
         return chosen_checkpoint(plan.folder)
-    with ExitStack() as held, explain_out_of_memory(plan.name, plan.less_memory):
+    with ExitStack() as held, explain_out_of_memory(plan.loop):
         if processes.is_first:
             write_run_files(config, run_context.device)
             held.enter_context(only_training_of(plan.folder))
@@ -96,7 +142,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         log = None
         if processes.is_first:
             if found is not None and first_step == 0:
-                trainer.validate(0)  # weights that were trained before are worth a look before they change
+                trainer.validate(0)  # of a fine-tuning: measures the weights that it starts from
             log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step)))
         run_training(trainer, loop, log, checkpoints, first_step, processes)
     return chosen_checkpoint(plan.folder)

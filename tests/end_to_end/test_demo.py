@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -170,8 +171,7 @@ def test_more_steps_go_on_from_what_is_there(copied, story: ModuleType) -> None:
 
 def test_the_run_and_its_videos_are_enough_to_sample(trained, tmp_path: Path) -> None:
     place = trained.copy(tmp_path / "moved", "runs")
-    outcome = place.run("sample", "--videos", "2").ok()
-    assert "its store is not here" in outcome.out
+    place.run("sample", "--videos", "2").ok()
     ours, theirs = (load_file(p.runs / "samples" / "predictions.safetensors")["latents"] for p in (place, trained))
     # Two clips are the first and the last; a video's prediction doesn't depend on its batch.
     torch.testing.assert_close(ours, theirs[[0, -1]])
@@ -194,16 +194,15 @@ def test_stage_two_needs_neither_pixels_nor_autoencoder(trained, tmp_path: Path,
 def test_dry_run_changes_nothing(place, trained, story: ModuleType) -> None:
     outcome = place.run("demo", "--dry-run").ok()
     assert sorted(path.name for path in place.folder.iterdir()) == ["tiny.yaml"]
-    assert yaml.safe_load(outcome.out.partition("autoencoder  ")[0])["flow"]["training"]["steps"] == 8
-    assert "missing: encode makes it" in outcome.out
-    assert "0 of 8 steps done" in outcome.out
+    assert yaml.safe_load(outcome.out.partition("videos  ")[0])["flow"]["training"]["steps"] == 8
+    assert re.search(r"(?m)^store +missing ", outcome.out)
+    assert re.search(r"(?m)^flow +missing .*; 0 of 8 steps$", outcome.out)
 
     before = story.stamps(trained.folder)
     outcome = trained.run("demo", "--dry-run").ok()
     assert story.stamps(trained.folder) == before
-    assert "6 of 6 steps done" in outcome.out
-    assert "8 of 8 steps done" in outcome.out
-    assert f"{trained.store}: complete" in outcome.out
+    for stage, detail in (("autoencoder", "6 steps"), ("store", ""), ("flow", "8 steps")):
+        assert re.search(rf"(?m)^{stage} +done .*; {detail}", outcome.out)
 
 
 def test_quiet_leaves_stdout_empty(copied) -> None:

@@ -127,7 +127,7 @@ def test_speed_is_told_before_the_first_line_of_the_log(flowless, monkeypatch) -
     assert outcome.out.index("steps/s, about") < outcome.out.index("flow: step 4: validation loss")
 
 
-def test_the_last_checkpoint_in_place_of_the_best(trained, flowless) -> None:
+def test_the_best_checkpoint_by_validation_or_the_last(trained, flowless, story) -> None:
     from pipelines.loading import find_flow
 
     flowless.run("train-flow", sets=["flow.training.best_by=last", "flow.training.learning_rate=1.0"]).ok()
@@ -135,3 +135,5 @@ def test_the_last_checkpoint_in_place_of_the_best(trained, flowless) -> None:
     assert find_flow(flowless.runs).step == 8
     checkpoints = trained.runs / "flow" / "checkpoints"
     assert find_flow(trained.runs).path.name == (checkpoints / "best").read_text()
+    measured = {r["step"]: r["validation_loss"] for r in story.read_log(trained, "flow") if "validation_loss" in r}
+    assert find_flow(trained.runs).step == min(measured, key=measured.get)

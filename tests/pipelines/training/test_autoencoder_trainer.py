@@ -12,9 +12,11 @@ from PIL import Image
 from latent_cache import step_generator
 from pipelines.config import parse_config
 from pipelines.evaluation.metrics import psnr
+from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import Processes
-from pipelines.training.autoencoder_trainer import AutoencoderTrainer, Validation
+from pipelines.training.autoencoder_trainer import AutoencoderTrainer, Validation, autoencoder_plan, best_by
+from stage1_autoencoder.config import AutoencoderTrainingConfig
 
 CPU = torch.device("cpu")
 SIDE = 16
@@ -110,7 +112,7 @@ def test_the_discriminator_starts_when_it_should():
     assert {"adversarial", "adaptive_weight"} <= felt.keys()
 
 
-def test_the_autoencoder_goes_on_learning_beside_the_discriminator():
+def test_the_autoencoder_learns_beside_the_discriminator():
     trainer = make(adversarial=ADVERSARIAL | {"start": 0})
     trainer.train_step(0)
     before = copy.deepcopy(trainer.model.state_dict())
@@ -147,13 +149,15 @@ def test_the_discriminators_parts_are_its_batch(monkeypatch):
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
 
 
-def test_both_learning_rates_have_one_course():
-    trainer = make(adversarial=ADVERSARIAL | {"start": 0, "learning_rate": 1e-4}, warmup_steps=4, weight_decay=0.1)
+def test_the_discriminator_has_its_own_learning_rate_and_the_same_schedule():
+    adversarial = ADVERSARIAL | {"start": 0, "learning_rate": 1e-4, "betas": [0.5, 0.9]}
+    trainer = make(adversarial=adversarial, warmup_steps=4, weight_decay=0.1, ema_decay=0.9)
     trainer.train_step(0)
-    (optimizer,) = trainer.adversary.train_state.optimizers
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 / 4)
+    ((group,),) = (optimizer.param_groups for optimizer in trainer.adversary.train_state.optimizers)
+    assert group["lr"] == pytest.approx(1e-4 / 4)
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.9), 0)
     assert trainer.learning_rate == pytest.approx(1e-3 / 4)
-    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert trainer.adversary.train_state.average is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,13 +214,6 @@ def test_networks_run_in_the_precision_asked_for(precision, dtype, monkeypatch):
     trainer.train_step(0)
     assert len(seen) >= 4
     assert set(seen) == {dtype}
-
-
-def test_the_discriminator_has_its_own_learning_rate():
-    trainer = make(adversarial=ADVERSARIAL | {"learning_rate": 3e-4, "betas": [0.5, 0.9]}, ema_decay=0.9)
-    (optimizer,) = trainer.adversary.train_state.optimizers
-    assert (optimizer.param_groups[0]["base_lr"], optimizer.param_groups[0]["betas"]) == (3e-4, (0.5, 0.9))
-    assert trainer.adversary.train_state.average is None
 
 
 @pytest.mark.parametrize("adversarial", [{}, ADVERSARIAL])
@@ -366,15 +363,12 @@ def test_validation_measures_the_averaged_model(validation):
     assert trainer.model.training
 
 
-def test_validation_looks_at_images_as_they_would_be_shown(validation):
+def test_validation_measures_clamped_images(validation):
     trainer = make(validation, perceptual=lambda images, truth: (images - truth).abs().mean((1, 2, 3)))
     with torch.no_grad():
         trainer.model.last_layer.bias.fill_(50.0)  # far beyond white
     white = (1 - validation.images).abs().mean().item()
     assert trainer.validate(1)["validation_lpips"] == pytest.approx(white, rel=1e-5)
-
-
-def test_without_validation_images_nothing_is_measured():
     assert make().validate(1) == {}
 
 
@@ -404,3 +398,52 @@ def test_a_discriminator_that_does_harm_is_reported(capsys):
     for step in range(1, 30):
         trainer.metrics(step, {"l1": 0.1 * step, "perceptual": 0.2, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)
     assert "the reconstruction term" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{}, {"color_jitter": {"hue": 0.3}}, {"flip": True}])
+def test_augmentation_reaches_the_images(options):
+    trainer, seen = make(codebook_start="uniform", **options), []
+    trainer.model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    trainer.train_step(0)
+    untouched = torch.from_numpy(trainer.pool.batch(0)).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(seen[0], untouched, atol=1e-6) == (not options)
+
+
+@pytest.mark.parametrize(
+    ("training", "best"),
+    [
+        ({}, "validation_psnr"),
+        ({"perceptual": "lpips"}, "validation_lpips"),
+        ({"perceptual": "lpips", "best_by": "psnr"}, "validation_psnr"),
+        ({"best_by": "last"}, None),
+        ({"adversarial": ADVERSARIAL}, None),
+        ({"adversarial": ADVERSARIAL, "best_by": "psnr"}, "validation_psnr"),
+        ({"adversarial": ADVERSARIAL, "perceptual": "lpips"}, "validation_lpips"),
+    ],
+)
+def test_the_value_that_selects_the_best_autoencoder(training, best):
+    settings = AutoencoderTrainingConfig(**training)
+    assert best_by(settings, perceptual=settings.perceptual == "lpips") == best
+
+
+def test_an_autoencoder_depends_on_its_seed_and_not_on_the_place_of_its_videos():
+    plain = make().config
+    moved = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"root": "elsewhere", "name": "b"})})
+    larger = plain.model_copy(update={"dataset": plain.dataset.model_copy(update={"image_size": 32})})
+    assert autoencoder_plan(moved).identity == autoencoder_plan(plain).identity
+    for other in (larger, plain.model_copy(update={"seed": 1})):
+        assert autoencoder_plan(other).identity != autoencoder_plan(plain).identity
+
+
+def test_the_averaged_weights_of_the_best_checkpoint_are_used(tmp_path):
+    trainer = make()
+    folder = CheckpointFolder(tmp_path / "autoencoder" / "checkpoints")
+    assert find_autoencoder(tmp_path) is None
+    for step, best in ((1, None), (2, {"validation_psnr": 9.0}), (3, None)):
+        averaged = {name: torch.full_like(tensor, step) for name, tensor in trainer.model.state_dict().items()}
+        folder.save(step, trainer.files() | {"ema": averaged}, trainer.state(), best=best)
+        found = find_autoencoder(tmp_path)
+        assert found.step == min(step, 2)
+        loaded = load_trained_autoencoder(found, CPU)
+        assert all((tensor == found.step).all() for tensor in loaded.state_dict().values())
+        assert not loaded.training

@@ -1,4 +1,4 @@
-"""`train-flow --fine-tune`: where it starts, what it keeps, how it goes on, and what it refuses."""
+"""`train-flow --fine-tune`: which weights it starts from, what it keeps, how it resumes, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ class Kit:
         return self.config().run_path / "flow"
 
     @property
-    def asides(self) -> list[Path]:
+    def backups(self) -> list[Path]:
         return sorted(path for path in self.flow.parent.iterdir() if path.name.startswith("flow."))
 
 
@@ -112,15 +112,15 @@ def test_the_average_moves_from_the_start(kit: Kit) -> None:
         torch.testing.assert_close(tuned.tensors("ema")[name], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_what_was_there_is_set_aside_and_told(kit: Kit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_existing_flow_is_moved_to_a_backup(kit: Kit, capsys: pytest.CaptureFixture[str]) -> None:
     start = kit.train()
     digest, kept = weights_digest(load_trained_field(start, CPU)), all_files(start)
     tuned = kit.train(kit.config(learning_rate=1e-3), fine_tune=True)
     assert names_of(kit.flow) == ["step_00000002", "step_00000004"]
-    (aside,) = kit.asides
-    assert all_files(Checkpoint(aside / "checkpoints" / start.path.name, {})) == kept
+    (backup,) = kit.backups
+    assert all_files(Checkpoint(backup / "checkpoints" / start.path.name, {})) == kept
     out = capsys.readouterr().out
-    assert str(aside) in out
+    assert str(backup) in out
     assert "steps 0 to 4" in out
     origin = tuned.state["fine_tuned_from"]
     assert (origin["step"], origin["weights"]) == (4, digest)
@@ -138,23 +138,25 @@ def test_a_plain_train_flow_knows_it_afterwards(kit: Kit, capsys: pytest.Capture
         out = capsys.readouterr().out
         assert "flow: done, 4 steps of fine-tuning from step 4" in out
         assert ("--fine-tune --restart" in out) == bool(run_context)
-    assert len(kit.asides) == 1
+    assert len(kit.backups) == 1
     assert "4 steps of fine-tuning" in describe(kit.config(learning_rate=1e-3), CPU)
     with pytest.raises(UserError, match=r"learning_rate: 0.001 -> 0.01\n.*`train-flow --fine-tune --restart`"):
         kit.train(fine_tune=True)
     again = kit.train(fine_tune=True, restart=True)
     assert again.state["fine_tuned_from"]["fine_tuned_from"] == tuned.state["fine_tuned_from"]
-    assert len(kit.asides) == 2
+    assert len(kit.backups) == 2
 
 
 @pytest.mark.parametrize("again", [{}, {"fine_tune": True}])
-def test_stopped_and_gone_on_with_is_the_same(kit: Kit, monkeypatch: pytest.MonkeyPatch, again: dict[str, Any]) -> None:
+def test_a_stopped_fine_tuning_resumes_exactly(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, again: dict[str, Any]
+) -> None:
     kit.train()
     config = kit.config(learning_rate=3e-3)
     whole = kit.train(config, fine_tune=True)
     expected, state = all_files(whole), whole.state
     move_to_backup(kit.flow, "flow")
-    kit.asides[0].rename(kit.flow)
+    kit.backups[0].rename(kit.flow)
     step = FlowTrainer.train_step
 
     def stops(self: FlowTrainer, number: int) -> Any:
@@ -176,7 +178,7 @@ class Killed(BaseException):
     """The process is gone."""
 
 
-@pytest.mark.parametrize("moment", ["while it saves", "before the old one is set aside", "after that", "at step 1"])
+@pytest.mark.parametrize("moment", ["while it saves", "before the old one is set backup", "after that", "at step 1"])
 def test_killed_while_it_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     start = kit.train()
     config = kit.config(learning_rate=3e-3)
@@ -190,7 +192,7 @@ def test_killed_while_it_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch, momen
 
     where, how = {
         "while it saves": ("pipelines.runtime.checkpoints.save_file", dies),
-        "before the old one is set aside": ("pipelines.training.fine_tuning.move_to_backup", dies),
+        "before the old one is set backup": ("pipelines.training.fine_tuning.move_to_backup", dies),
         "after that": ("pipelines.training.fine_tuning.move_to_backup", dies_after),
         "at step 1": ("pipelines.training.flow_trainer.FlowTrainer.train_step", dies),
     }[moment]
@@ -198,21 +200,21 @@ def test_killed_while_it_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch, momen
         patch.setattr(where, how)
         with pytest.raises(Killed):
             kit.train(config, fine_tune=True)
-    old_is_there = moment in ("while it saves", "before the old one is set aside")
+    old_is_there = moment in ("while it saves", "before the old one is set backup")
     if old_is_there:  # in force as if nothing had been
         assert kit.train().path == start.path
     resumed = kit.train(config, fine_tune=True) if old_is_there else kit.train(config)
     assert resumed.state["fine_tuned_from"]["weights"] == weights_digest(_field(kit, start))
     assert resumed.step == 4
-    (aside,) = kit.asides
-    assert names_of(aside) == ["step_00000002", "step_00000004"]
+    (backup,) = kit.backups
+    assert names_of(backup) == ["step_00000002", "step_00000004"]
 
 
 def _field(kit: Kit, start: Checkpoint) -> torch.nn.Module:
-    return load_trained_field(Checkpoint(kit.asides[0] / "checkpoints" / start.path.name, start.state), CPU)
+    return load_trained_field(Checkpoint(kit.backups[0] / "checkpoints" / start.path.name, start.state), CPU)
 
 
-def test_one_that_has_not_moved_is_begun_anew_in_its_place(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_without_a_step_is_begun_again_in_its_place(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a batch that is too large leaves is no obstacle, and no second copy of the weights."""
     start = kit.train()
     with pytest.raises(UserError, match=r"fewer than flow.training.batch_size 800: lower it"):
@@ -221,8 +223,8 @@ def test_one_that_has_not_moved_is_begun_anew_in_its_place(kit: Kit, monkeypatch
     tuned = kit.train(kit.config(batch_size=4), fine_tune=True)
     assert tuned.state["fine_tuned_from"]["step"] == 4
     assert "fine_tuned_from" not in tuned.state["fine_tuned_from"]
-    (aside,) = kit.asides
-    assert start.path.name in names_of(aside)
+    (backup,) = kit.backups
+    assert start.path.name in names_of(backup)
 
 
 def test_standardization_is_that_of_the_start(kit: Kit) -> None:
@@ -254,7 +256,7 @@ def test_what_does_not_fit_the_start_is_refused(
     with pytest.raises(UserError, match=message):
         kit.train(kit.config(**(trained | changed)), fine_tune=True)
     assert find_flow(kit.flow.parent).path == start.path
-    assert kit.asides == []
+    assert kit.backups == []
 
 
 def test_dropout_is_no_size(kit: Kit) -> None:
@@ -271,7 +273,7 @@ def test_latents_of_another_autoencoder_are_refused(kit: Kit) -> None:
         match=r"toy.zarr was encoded by autoencoder bbbbbbbbbbbb.*aaaaaaaaaaaa.*encode --overwrite.*--restart",
     ):
         kit.train(fine_tune=True)
-    assert kit.asides == []
+    assert kit.backups == []
 
 
 def test_larger_frames_are_taken_with_a_warning(kit: Kit, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,7 +328,7 @@ def test_two_at_once_are_kept_apart(kit: Kit) -> None:
     assert not beginning.exists()
 
 
-def test_optimizer_moments_begin_anew(kit: Kit) -> None:
+def test_optimizer_moments_start_from_zero(kit: Kit) -> None:
     kit.train()
     kit.train(kit.config(steps=1), fine_tune=True)
     first = CheckpointFolder(kit.flow / "checkpoints").named("0")

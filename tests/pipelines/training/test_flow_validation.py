@@ -15,11 +15,17 @@ import latent_cache
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
 from pipelines.config import RiverConfig, parse_config
 from pipelines.loading import weights_digest
-from pipelines.prediction.pictures import BORDER, GRAY, GREEN, RED, enlargement
+from pipelines.prediction.pictures import BORDER, GRAY, GREEN, RED, enlargement, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.training import flow_validation as flow_validation_clips
 from pipelines.training.flow_trainer import FlowTrainer
-from pipelines.training.flow_validation import FlowValidation, ValidationClips, open_flow_validation, validation_draws
+from pipelines.training.flow_validation import (
+    FlowValidation,
+    ValidationClips,
+    decode,
+    open_flow_validation,
+    rows_at_once,
+    validation_draws,
+)
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.conditioning import make_draws
 from stage2_flow.config import VectorFieldConfig
@@ -181,11 +187,9 @@ def test_parts_of_any_size_have_the_same_loss(place):
         assert sum(counting.rows) == 22
 
 
-def test_memory_sets_the_size_of_the_parts(place, monkeypatch):
-    monkeypatch.setattr(flow_validation_clips, "TOKENS_AT_ONCE", 7 * 16 + 5)
-    assert place.open().pairs_at_once == 7
-    monkeypatch.setattr(flow_validation_clips, "TOKENS_AT_ONCE", 5)
-    assert place.open().pairs_at_once == 1
+def test_memory_sets_the_size_of_the_parts():
+    assert rows_at_once(torch.empty(5, 4, 8, 8)) == 256
+    assert rows_at_once(torch.empty(5, 4, 200, 200)) == 1
 
 
 def test_another_call_measures_the_same_and_another_seed_something_else(place):
@@ -243,44 +247,33 @@ def test_validation_leaves_no_trace(place, tmp_path, head):
     assert shown[0] == shown[1]
 
 
-def cells(sheet: Image.Image, color: tuple[int, int, int]) -> int:
-    """Number of frames on a sheet with a border of a color: squares of some size, unlike those of the legend."""
-    scale = enlargement(16)
-    border = (np.asarray(sheet.convert("RGB")) == color).all(2)
+def cells(sheet: Image.Image, color: tuple[int, int, int]) -> list[np.ndarray]:
+    """The frames [16, 16, 3] on a sheet that have a border of a color, row by row."""
+    scale, pixels = enlargement(16), np.asarray(sheet.convert("RGB"))
     side = 16 * scale + 2 * BORDER
-    rows = np.lib.stride_tricks.sliding_window_view(border, side, axis=1).all(2)  # runs of a whole upper edge
-    return int((rows & ~np.pad(rows, ((1, 0), (0, 0)))[:-1]).sum()) // 2  # upper and lower edges
+    # Squares of that color along all four edges; the border is several pixels wide, so each has one such place.
+    edges = np.lib.stride_tricks.sliding_window_view((pixels == color).all(2), (side, side))
+    found = np.argwhere(edges[..., 0, :].all(2) & edges[..., -1, :].all(2) & edges[..., :, 0].all(2))
+    inside = slice(BORDER + scale // 2, side - BORDER, scale)
+    return [pixels[top : top + side, left : left + side][inside, inside] for top, left in found]
 
 
 def test_pictures_of_every_clip(place, tmp_path):
-    validation, folder = place.open(), tmp_path / "flow" / "samples"
-    result = validation.write_samples(network(), RAW, 5000, folder)
+    validation, folder, field = place.open(), tmp_path / "flow" / "samples", network(dropout=0.0)
+    clips = validation.clips
+    result = validation.write_samples(field, RAW, 5000, folder)
     assert sorted(file.name for file in folder.iterdir()) == ["step_00005000.gif", "step_00005000.png"]
     assert 0 < result["validation_sample_psnr"] < 60
-    assert validation.clips.names == ["clip-0", "clip-2", "clip-3", "clip-5"]
-    # Four clips, two rows each: of the true frames two are given and three true, of the others three are predicted.
+    assert clips.names == ["clip-0", "clip-2", "clip-3", "clip-5"]
+    # Per clip two rows: given and true frames; the same given and predicted frames.
+    predicted = decode(place.model, clips.predict(field, RAW), CPU)
     with Image.open(folder / "step_00005000.png") as sheet:
-        assert (cells(sheet, GREEN), cells(sheet, GRAY), cells(sheet, RED)) == (4 * 2 * 2, 4 * 3, 4 * 3)
+        given = cells(sheet, GREEN)
+        assert np.array_equal(cells(sheet, GRAY), to_video(clips.truth[:, 2:].flatten(0, 1)))
+        assert np.array_equal(cells(sheet, RED), to_video(predicted.flatten(0, 1)))
+    assert np.array_equal(given, to_video(clips.truth[:, [0, 1, 0, 1]].flatten(0, 1)))
     with Image.open(folder / "step_00005000.gif") as moving:
         assert [frame.info["duration"] for frame in ImageSequence.Iterator(moving)] == [80] * 4 + [1000]
-
-
-def test_pictures_show_truth_and_what_was_predicted_of_the_given_frames(place, tmp_path, monkeypatch):
-    shown, sheet = [], flow_validation_clips.contact_sheet
-    monkeypatch.setattr(flow_validation_clips, "contact_sheet", lambda *given: shown.append(given) or sheet(*given))
-    clips, field = place.clips(), network(dropout=0.0)
-    value = clips.write(field, RAW, 70, tmp_path)["validation_sample_psnr"]
-    ((rows, title),) = shown
-    assert title.startswith("toy, val split, step 70: ")
-    assert title.endswith(f"PSNR {value:.2f} dB")
-    decoded = flow_validation_clips.decode(place.model, clips.predict(field, RAW), CPU)
-    predicted = torch.cat([clips.truth[:, :2], decoded], 1)
-    assert [name for name, _ in rows] == clips.names
-    for (_, strips), *videos in zip(rows, clips.truth, predicted, strict=True):
-        for strip, video in zip(strips, videos, strict=True):
-            # Rounded to the nearest of 256 levels; half a level is 1/255 of [-1, 1].
-            levels = torch.from_numpy(strip.video).permute(0, 3, 1, 2) / 127.5 - 1
-            assert (levels - video).abs().max() < 1.001 / 255
 
 
 def test_samples_are_compared_with_the_decoded_latents_of_the_store(place, tmp_path, monkeypatch):
@@ -337,8 +330,8 @@ def test_a_clip_is_predicted_alike_among_many_and_few_and_in_parts(place, monkey
     assert two.names == ["clip-0", "clip-5"]
     predicted = all_clips.predict(field, RAW)
     torch.testing.assert_close(two.predict(field, RAW), predicted[[0, 3]], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(flow_validation_clips, "TOKENS_AT_ONCE", 3 * 16)
-    monkeypatch.setattr(flow_validation_clips, "PIXELS_AT_ONCE", 3 * 16 * 16)
+    monkeypatch.setattr("pipelines.training.flow_validation.TOKENS_AT_ONCE", 3 * 16)
+    monkeypatch.setattr("pipelines.training.flow_validation.PIXELS_AT_ONCE", 3 * 16 * 16)
     counting = Formula()
     all_clips.predict(counting, RAW)
     assert set(counting.rows) == {3, 1}
@@ -346,58 +339,28 @@ def test_a_clip_is_predicted_alike_among_many_and_few_and_in_parts(place, monkey
     torch.testing.assert_close(place.clips(validation_samples=100).truth, all_clips.truth)
 
 
-def test_frames_are_decoded_in_parts(place, monkeypatch):
-    sizes: list[int] = []
-    decode = VQGAN.decode
-    monkeypatch.setattr(VQGAN, "decode", lambda model, latents: sizes.append(len(latents)) or decode(model, latents))
-    monkeypatch.setattr(flow_validation_clips, "PIXELS_AT_ONCE", 3 * 16 * 16)
-    place.clips()
-    assert sizes == [3] * 6 + [2]
-
-
-def test_where_no_video_is_long_enough_for_a_clip_shorter_ones_are_predicted(bare, capsys):
+@pytest.mark.parametrize(
+    ("lengths", "views", "evaluation", "names", "frames", "message"),
+    [
+        ([9, 3, 5, 7], None, {}, ["clip-0", "clip-2", "clip-3"], 5, ""),
+        ([4, 2, 6, 3], None, {"horizon": 30}, ["clip-0", "clip-2", "clip-3"], 3, "1 instead of 30 frames"),
+        ([3, 2], None, {}, ["clip-0"], 3, "1 instead of 3 frames"),
+        ([9, 6], None, {"context": 1, "horizon": 4}, ["clip-0", "clip-1"], 5, ""),
+        ([6, 9, 6, 9], ["identity", "hflip"] * 2, {}, ["clip-0", "clip-2"], 5, ""),
+        ([4, 9], ["identity", "hflip"], {}, ["clip-0"], 4, "2 instead of 3 frames"),
+    ],
+    ids=["long enough", "all too short", "three frames", "one given", "augmented", "augmented are longer"],
+)
+def test_clips_of_the_videos_that_are_long_enough(
+    bare, tmp_path, capsys, lengths, views, evaluation, names, frames, message
+):
     bare.save_autoencoder()
-    bare.write_store([4, 2, 6, 3])
-    clips = bare.clips(evaluation={"horizon": 30})
-    assert clips.names == ["clip-0", "clip-2", "clip-3"]
-    assert clips.latents.shape[1] == 3
-    assert "1 instead of 30 frames (evaluation.horizon)" in capsys.readouterr().out
-
-
-def test_a_video_of_three_frames_is_enough(bare, tmp_path, capsys):
-    bare.save_autoencoder()
-    bare.write_store([3, 2])
-    validation = bare.open()
-    assert (validation.batch.distance == 1).all()
-    assert validation.clips.names == ["clip-0"]
-    assert validation.clips.latents.shape[1] == 3
-    assert "1 instead of 3 frames" in capsys.readouterr().out
+    bare.write_store(lengths, views=views)
+    validation = bare.open(evaluation=evaluation)
+    assert (validation.clips.names, validation.clips.latents.shape[1]) == (names, frames)
+    said = capsys.readouterr().out
+    assert (message in said and "evaluation.horizon" in said) if message else said == ""
     assert "validation_sample_psnr" in validation.write_samples(network(), RAW, 1, tmp_path)
-
-
-def test_nothing_is_said_of_whole_clips(place, capsys):
-    place.clips()
-    assert capsys.readouterr().out == ""
-
-
-def test_one_given_frame_is_enough(place, tmp_path):
-    clips = place.clips(evaluation={"context": 1, "horizon": 4})
-    assert clips.predict(network(), RAW).shape == (4, 4, *SHAPE)
-    assert "validation_sample_psnr" in clips.write(network(), RAW, 1, tmp_path)
-
-
-def test_augmented_videos_are_not_shown(bare):
-    bare.save_autoencoder()
-    bare.write_store([6, 9, 6, 9], views=["identity", "hflip"] * 2)
-    assert bare.clips().names == ["clip-0", "clip-2"]
-
-
-def test_augmented_videos_do_not_decide_how_much_is_predicted(bare, capsys):
-    bare.save_autoencoder()
-    bare.write_store([4, 9], views=["identity", "hflip"])
-    clips = bare.clips()
-    assert (clips.names, clips.latents.shape[1]) == (["clip-0"], 4)
-    assert "2 instead of 3 frames" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -433,10 +396,10 @@ def test_videos_shorter_than_the_context_are_not_predicted(place, tmp_path, caps
     assert "has 9 frames" in line
 
 
-def test_no_clips_are_wanted(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(flow_validation_clips, "find_autoencoder", None)  # not even looked for
-    assert nothing_to_see(place.open(validation_samples=0), tmp_path / "samples")
-    assert capsys.readouterr().out == ""
+def test_no_clips_are_wanted(bare, tmp_path, capsys):
+    bare.write_store([9, 6])
+    assert nothing_to_see(bare.open(validation_samples=0), tmp_path / "samples")
+    assert capsys.readouterr().out == ""  # the missing autoencoder is not needed
 
 
 def test_without_the_autoencoder_there_are_no_pictures(bare, tmp_path, capsys):

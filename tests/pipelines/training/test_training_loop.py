@@ -216,6 +216,8 @@ def test_speed_is_that_of_steps_alone(train, monkeypatch, capsys):
     ],
 )
 def test_any_lack_of_memory_comes_with_advice(error):
-    with pytest.raises(UserError, match=r"^counter: out of memory \(.*\)\. Take less; the last checkpoint is kept$"):
-        with explain_out_of_memory("counter", "Take less"):
+    with pytest.raises(
+        UserError, match=r"^counter: out of memory \(.*\).*counter\.training\.batch_size.*, or ask less$"
+    ):
+        with explain_out_of_memory(LoopSettings("counter", 1, 1, 1, 1, less_memory=", or ask less")):
             raise error

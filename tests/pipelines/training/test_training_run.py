@@ -11,6 +11,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.distributed import Processes
 from pipelines.runtime.runs import only_training_of
 from pipelines.training import training_run
+from pipelines.training.training_loop import LoopSettings
 from pipelines.training.training_run import TrainingPlan, training_status
 
 
@@ -23,8 +24,9 @@ def trained(tmp_path):
     return folder
 
 
-def plan(folder, identity, **options):
-    return TrainingPlan(name="flow", folder=folder, steps=10, keep=2, identity=identity, settings={}, **options)
+def plan(folder, identity, steps=10, **options):
+    loop = LoopSettings("flow", steps=steps, checkpoint_every=1, validate_every=1, log_every=1)
+    return TrainingPlan(folder=folder, loop=loop, keep=2, identity=identity, settings={}, **options)
 
 
 def resume(folder, identity, restart=False, **options):
@@ -108,8 +110,7 @@ def test_a_training_under_way_is_not_set_aside(trained):
 )
 def test_how_far_a_training_is(tmp_path, identity, inputs, steps, state, needed):
     def status():
-        wanted = TrainingPlan("flow", tmp_path, steps, 2, identity, {}, inputs)
-        return training_status(wanted)
+        return training_status(plan(tmp_path, identity, steps, inputs=inputs))
 
     assert (status().state, status().path) == ("missing", tmp_path)
     recorded = {"identity": {"seed": 0, "b": {"c": 1}}, "store": {"path": "somewhere", "fingerprint": "x"}}
