@@ -124,6 +124,19 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def autoencoder_digest(checkpoint: Checkpoint) -> str:
+    """`weights_digest` of a checkpoint's autoencoder, computed once per process unless its files change."""
+    weights = checkpoint.path / ("ema.safetensors" if checkpoint.has("ema") else "model.safetensors")
+    key = weights, weights.stat().st_mtime_ns if weights.exists() else 0
+    if key not in _digests:
+        _digests[key] = weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu")))
+    return _digests[key]
+
+
+# (file of weights, its time of last change) -> digest. A command asks for the same one several times.
+_digests: dict[tuple[Path, int], str] = {}
+
+
 def find_autoencoder(run_path: Path) -> Checkpoint | None:
     """The autoencoder's checkpoint to use: the best if one was measured, else the newest."""
     return chosen_checkpoint(run_path / "autoencoder")

@@ -71,8 +71,8 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
         UserError: the stage, or one that it needs, conflicts with the configuration; says both sides and the way out.
     """
     stage, status = STAGES[name], STAGES[name].status(config)
-    for need in stage.needs:
-        needed = STAGES[need].status(config)
+    needs = {need: STAGES[need].status(config) for need in stage.needs}
+    for needed in needs.values():
         if needed.state == "conflicting" and not status.standalone:
             raise UserError(needed.detail)
     if status.state == "conflicting" and not run_context.asks_for_more:
@@ -80,8 +80,8 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
     if not status.is_done or run_context.asks_for_more:
         if stage.check is not None:
             stage.check(config, run_context)
-        for need in stage.needs:
-            if not STAGES[need].status(config).is_done:
+        for need, needed in needs.items():
+            if not needed.is_done:
                 run_to(need, config, run_context.for_prerequisites())
     stage.run(config, run_context)
 

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 import latent_cache
 from latent_cache import StoreError, StoreMetadata
 from latent_cache.schema import PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
+from pipelines.loading import autoencoder_digest, find_autoencoder, weights_digest
 from pipelines.runtime.runs import software_versions
 from pipelines.runtime.status import Status
 from stage1_autoencoder.autoencoder import Autoencoder
@@ -58,7 +56,7 @@ def _check_origin(config: RiverConfig) -> None:
         return
     metadata = latent_cache.open_metadata(config.store_path)
     stored = metadata.autoencoder["sha256"]
-    here = weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu")))
+    here = autoencoder_digest(checkpoint)
     if stored != here:
         raise UserError(
             f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "

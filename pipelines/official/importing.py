@@ -10,7 +10,7 @@ import torch
 from pipelines.config import RiverConfig
 from pipelines.data.fetch import fetch
 from pipelines.errors import UserError
-from pipelines.loading import find_autoencoder, find_flow, load_trained_autoencoder, weights_digest
+from pipelines.loading import autoencoder_digest, find_autoencoder, find_flow, load_trained_autoencoder, weights_digest
 from pipelines.official.official_networks import OFFICIAL_HEADS, load_autoencoder
 from pipelines.official.parts import OfficialFiles, Part, check_channels, check_sizes, parts_of_run, read_networks
 from pipelines.official.weight_files import HEAD_BYTES, foreign_content
@@ -205,7 +205,7 @@ def _say_next_steps(config: RiverConfig) -> None:
     if flow is None:
         say("import-official: next: `encode` the videos, then `train-flow` on their latents")
         return
-    digest = weights_digest(load_trained_autoencoder(autoencoder, torch.device("cpu")))
+    digest = autoencoder_digest(autoencoder)
     if flow.state["store"]["autoencoder"] == digest:
         say(
             "import-official: next: `predict` a video of yours, `sample`, `evaluate`; no training is needed. To "

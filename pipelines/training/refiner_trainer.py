@@ -23,7 +23,7 @@ from pipelines.encoding.store_checks import check_sources
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.evaluation.networks import VideoNetwork
-from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
+from pipelines.loading import autoencoder_digest, find_autoencoder, load_trained_autoencoder
 from pipelines.prediction.rollouts import refine_frames
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext, image_memory_format, use_precision
@@ -107,7 +107,7 @@ def refiner_plan(config: RiverConfig) -> TrainingPlan:
     training, inputs = config.refiner.training, {}
     autoencoder = find_autoencoder(config.run_path)
     if autoencoder is not None:
-        inputs["autoencoder"] = weights_digest(load_trained_autoencoder(autoencoder, torch.device("cpu")))
+        inputs["autoencoder"] = autoencoder_digest(autoencoder)
     try:
         if latent_cache.is_complete(config.store_path):
             inputs["store"] = {"fingerprint": latent_cache.open(config.store_path, "train").fingerprint}
