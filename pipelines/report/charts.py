@@ -14,7 +14,9 @@ WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 22, 40
 MAX_POINTS = 240
 # Longer lines have no dots, and their table shows every n-th point.
-MAX_MARKS = 40
+MAX_DOTS = 40
+# More ticks of a logarithmic scale would touch each other.
+MAX_TICKS = 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,6 @@ class Line:
         y: [n] values; None and NaN are gaps.
         style: a class of the style sheet, which decides the color: `prediction`, `s1`...
         band: [n, 2] lower and upper ends around the line.
-        marks: show the points themselves.
     """
 
     name: str
@@ -35,7 +36,6 @@ class Line:
     y: np.ndarray
     style: str
     band: np.ndarray | None = None
-    marks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "band"):
@@ -85,11 +85,11 @@ class Scale:
         return np.round(self.start + (self.stop - self.start) * (values - low) / (high - low), 1)
 
     def ticks(self) -> list[float]:
-        """Round values within it; of a logarithmic one powers of ten, with multiples where there are few."""
-        locators = [LogLocator(subs=subs) for subs in ((1,), (1, 3), (1, 2, 5))] if self.logarithmic else []
+        """Round values within it; of a logarithmic one 1, 2 and 5 times powers of ten, or of many only the powers."""
+        locators = [LogLocator(subs=(1, 2, 5)), LogLocator(subs=(1,))] if self.logarithmic else []
         for locator in (*locators, MaxNLocator(6, steps=[1, 2, 5, 10])):
             ticks = [tick for tick in locator.tick_values(self.low, self.high) if self.low <= tick <= self.high]
-            if len(ticks) >= 3:
+            if 3 <= len(ticks) <= MAX_TICKS:
                 break
         return [round(tick, 12) for tick in ticks]
 
@@ -103,7 +103,6 @@ class Chart:
         across, up: scales of x and y.
         x_ticks, y_ticks: values.
         better: `higher`, `lower` or None.
-        note: a sentence below the chart.
     """
 
     title: str
@@ -115,7 +114,6 @@ class Chart:
     x_ticks: list[float]
     y_ticks: list[float]
     better: str | None
-    note: str
 
     def points(self, x: np.ndarray, y: np.ndarray) -> str:
         """Positions as SVG writes them."""
@@ -142,14 +140,11 @@ class Chart:
             lines.append({"name": line.name, "style": line.style, "points": texts})
         return json.dumps({"x": self.x_label, "lines": lines})
 
-    def rows(self) -> list[list[str]]:
-        """The numbers as a table, for readers who cannot see the chart."""
+    def rows(self) -> list[list[float | str]]:
+        """The numbers as a table, for readers who cannot see the chart: x, and the y of each line that has one."""
         steps = np.unique(np.concatenate([line.x for line in self.lines]))
         values = [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
-        return [
-            [tick_text(x), *(number_text(by_x[x]) if x in by_x else "" for by_x in values)]
-            for x in steps[:: -(-len(steps) // MAX_MARKS)]
-        ]
+        return [[x, *(by_x.get(x, "") for by_x in values)] for x in steps[:: -(-len(steps) // MAX_DOTS)]]
 
 
 def chart(
@@ -161,14 +156,11 @@ def chart(
     better: str | None = None,
     log_x: bool = False,
     log_y: bool = False,
-    x_ticks: Sequence[float] = (),
-    note: str = "",
 ) -> Chart | None:
     """Lay out a chart; None where no line has a value.
 
     Args:
         log_y: ignored where values are not positive.
-        x_ticks: values of the ticks where there are two or more, instead of round ones.
     """
     lines = [line.thinned() for line in lines if np.isfinite(line.y).any()]
     if not lines:
@@ -180,11 +172,11 @@ def chart(
     across = Scale(*padded_range(xs, log_x, 0.0), LEFT + 6, WIDTH - RIGHT, log_x)
     up = Scale(*padded_range(ys, log_y, 0.05), HEIGHT - BOTTOM, TOP, log_y)
     spread, end = [], -math.inf
-    for tick in x_ticks if len(x_ticks) > 1 else across.ticks():
+    for tick in across.ticks():
         if across(tick) - end >= 8 + 7 * len(tick_text(tick)):  # texts must not touch each other
             spread.append(tick)
             end = across(tick)
-    return Chart(title, lines, x_label, y_label, across, up, spread, up.ticks(), better, note)
+    return Chart(title, lines, x_label, y_label, across, up, spread, up.ticks(), better)
 
 
 def pieces(present: np.ndarray) -> list[np.ndarray]:
@@ -206,15 +198,8 @@ def padded_range(values: ArrayLike, logarithmic: bool, padding: float) -> tuple[
 
 
 def tick_text(value: float) -> str:
-    """A tick: 0.25, 12, 1k, 2.5M, 1.04e-4."""
-    size = abs(value)
-    for unit, factor in (("M", 1e6), ("k", 1e3)):
-        if size >= 10 * factor or (size >= factor and value % (factor / 10) == 0):
-            return f"{value / factor:g}{unit}"
-    if 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.4g}"
+    """A tick, which is a round number: 0.25, 12, 2,500, 2e-05."""
+    return f"{value:,.10g}"
 
 
 def number_text(value: float | None, digits: int | None = None) -> str:

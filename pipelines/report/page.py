@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
@@ -18,10 +18,10 @@ from pipelines.errors import UserError
 from pipelines.report import charts
 from pipelines.report.contents import autoencoder_section, contents_section
 from pipelines.report.predictions import predictions_section
-from pipelines.report.quality import quality_section, study_section
+from pipelines.report.quality import headline, quality_section, study_section
 from pipelines.report.run_files import Missing, Run
-from pipelines.report.summary import summary
 from pipelines.report.trainings import speed_section, training_section
+from pipelines.report.warnings import run_warnings
 from pipelines.runtime.files import size_text, write_text
 from pipelines.runtime.progress import say, warn
 
@@ -60,7 +60,7 @@ def write_report(config: RiverConfig) -> Path:
     style, script = _read("page.css"), _read("page.js")
     text = environment.get_template("page.html").render(
         name=run.name,
-        summary=_render(environment, run, "summary", summary),
+        summary=_render(environment, run, "summary", lambda run: headline(run) | {"warnings": [*run_warnings(run)]}),
         sections=[(key, title, _render(environment, run, key, build)) for key, (title, build) in SECTIONS.items()],
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {run.path}",
         style=Markup(style),
@@ -86,7 +86,8 @@ def template_environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"with_code": _with_code, "number": charts.number_text, "tick": charts.tick_text}
+    environment.filters |= {"with_code": _with_code, "flattened": _flattened}
+    environment.filters |= {"number": charts.number_text, "tick": charts.tick_text}
     environment.globals |= {name: value for name, value in vars(charts).items() if name.isupper()}
     return environment
 
@@ -116,6 +117,18 @@ def _with_code(text: str) -> Markup:
         return escape(text)
     # Both `format` and `join` of Markup escape what is plain text.
     return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as pairs of a dotted name and a text; None is left out."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flattened(value, f"{prefix}{name}.")
+        elif value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            pairs.append((f"{prefix}{name}", text))
+    return pairs
 
 
 def _read(name: str) -> str:

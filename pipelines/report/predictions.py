@@ -1,30 +1,27 @@
 """Predicted clips that play: truth, prediction and difference, given frames in green and predicted ones in red."""
 
-from contextlib import suppress
-from dataclasses import dataclass
+import base64
+import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageSequence
 
-from pipelines.prediction.pictures import file_name
+from pipelines.prediction.pictures import BORDER, LABEL_HEIGHT, LAST_FRAME_MS, TILE_MARGINS, enlargement, file_name
 from pipelines.prediction.samples import Samples
-from pipelines.report.embedded_pictures import encode_all, fitting_divisor, fitting_frames, read_clip, sheet, shrunk
 from pipelines.report.run_files import Missing, Run
 
 MAX_CLIPS = 6
 # Samples of a clip that are shown beside the first one.
 MAX_OTHERS = 3
-# Bytes of all pictures; in the page they take a third more.
-BUDGET = 7_500_000
 DIFFERENCE_GAIN = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """A clip of the page: name, and [n, h, w, 3] uint8 videos by title."""
-
-    name: str
-    videos: dict[str, np.ndarray]
+# Pixels. WebP's own limit is 16383; phones have difficulties below it.
+MAX_SHEET_WIDTH = 12_000
+# Bytes of one picture; in the page it takes a third more.
+PICTURE_BUDGET = 1_200_000
+# Options of WebP, the best quality first; `quality` of a lossless picture is effort.
+QUALITIES = ({"lossless": True, "quality": 60}, *({"quality": quality} for quality in (92, 80, 60, 35)))
 
 
 def predictions_section(run: Run) -> dict[str, Any]:
@@ -32,50 +29,101 @@ def predictions_section(run: Run) -> dict[str, Any]:
     samples = run.read(Samples)
     if samples is None:
         raise Missing(f"No clip is predicted yet: `{run.command('sample')}` predicts some.")
-    chosen = np.unique(np.linspace(0, len(samples.clips) - 1, min(MAX_CLIPS, len(samples.clips))).round().astype(int))
     length, side = samples.context + samples.horizon, run.config.dataset.image_size
-    kept = fitting_frames(length, side)
-    clips, problems = [], []
-    for name in (samples.clips[place] for place in chosen):
+    frames, clips, problems = _regular(length, MAX_SHEET_WIDTH // side), [], []
+    for name in (samples.clips[index] for index in _regular(len(samples.clips), MAX_CLIPS)):
+        path = run.path / "samples" / f"{file_name(name)}.gif"
         try:
-            strips = read_clip(run.path / "samples" / f"{file_name(name)}.gif", side, length)
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            clips.append(_clip(name, [shrunk(strip[kept]) for strip in strips[: 2 + MAX_OTHERS]]))
-    pictures = _fitting_pictures(clips)
-    if len(pictures) < len(clips):
-        problems.append(f"{len(clips) - len(pictures)} clip(s) are left out: they would make the page too large")
+            videos = _with_difference(read_clip(path, side, length))
+            sheet = np.concatenate([np.concatenate(list(video[frames]), axis=1) for video in videos.values()])
+            clips.append({"name": name, "titles": list(videos), "sheet": picture_url(sheet)})
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: {error}; `{run.command('sample')}` writes the clips again")
     flow = run.checkpoints["flow"]
     return {
         "samples": samples,
         "gain": DIFFERENCE_GAIN,
         "problems": problems,
-        "clips": list(zip(clips, pictures, strict=False)),
-        "frames": kept.tolist(),
-        "all_frames": len(kept) == length,
-        "given": int((kept < samples.context).sum()),
-        "divisor": fitting_divisor(side),
-        "side": side // fitting_divisor(side),
+        "clips": clips,
+        "frames": frames.tolist(),
+        "all_frames": len(frames) == length,
+        "given": int((frames < samples.context).sum()),
+        "side": side,
         "fps": 10.0 if flow is None else flow.state.get("fps", 10.0),
     }
 
 
-def _clip(name: str, strips: list[np.ndarray]) -> Clip:
-    truth, predicted, *others = strips
+def _regular(count: int, most: int) -> np.ndarray:
+    """Indices of at most so many of `count` things, regularly chosen, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def _with_difference(strips: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Title -> [n, h, w, 3] uint8, in the order in which they are shown."""
+    truth, prediction, *others = strips[: 2 + MAX_OTHERS]
     # int16: uint8 would wrap around.
-    apart = DIFFERENCE_GAIN * np.abs(truth.astype(np.int16) - predicted.astype(np.int16))
+    difference = DIFFERENCE_GAIN * np.abs(truth.astype(np.int16) - prediction.astype(np.int16))
     videos = {
         "truth": truth,
-        "prediction": predicted,
-        f"{DIFFERENCE_GAIN} x difference": apart.clip(0, 255).astype(np.uint8),
+        "prediction": prediction,
+        f"{DIFFERENCE_GAIN} x difference": difference.clip(0, 255).astype(np.uint8),
     }
-    return Clip(name, videos | {f"sample {number}": video for number, video in enumerate(others, start=2)})
+    return videos | {f"sample {number}": video for number, video in enumerate(others, start=2)}
 
 
-def _fitting_pictures(clips: list[Clip]) -> list[str]:
-    """The sheets of as many of the first clips as fit into the budget."""
-    for count in range(len(clips), 0, -1):
-        with suppress(ValueError):
-            return encode_all([sheet(list(clip.videos.values())) for clip in clips[:count]], BUDGET)
-    return []
+def read_clip(path: Path, side: int, length: int) -> list[np.ndarray]:
+    """The strips of a clip's GIF as `save_gif` wrote an `animation` of one clip.
+
+    Of the pictures that `sample` writes, GIFs are nearest to the frames: 256 colors, but no blur between neighbors.
+
+    Args:
+        side: of the frames, before they were enlarged.
+        length: frames of the clip.
+    Returns:
+        Per strip (truth, prediction, further samples) [length, side, side, 3] uint8.
+    Raises:
+        OSError, ValueError: no GIF, or none of strips of this side and length.
+    """
+    with Image.open(path) as image:
+        shown = [(np.asarray(f.convert("RGB")), f.info.get("duration", 0)) for f in ImageSequence.Iterator(image)]
+    frames = _with_repeats(shown, length)
+    scale, (above, beside) = enlargement(side), TILE_MARGINS
+    cell, top = side * scale + 2 * BORDER, above + LABEL_HEIGHT + BORDER
+    strips, rest = divmod(frames.shape[2] - 2 * beside, cell)
+    if len(frames) != length or frames.shape[1] != 2 * above + LABEL_HEIGHT + cell or rest or strips < 2:
+        raise ValueError(
+            f"expected {length} frames of clips of {side} pixels a side, not {len(frames)} frames of "
+            f"{frames.shape[2]}x{frames.shape[1]} pixels"
+        )
+    lefts = [beside + BORDER + number * cell for number in range(strips)]
+    return [frames[:, top : top + side * scale : scale, left : left + side * scale : scale] for left in lefts]
+
+
+def _with_repeats(shown: list[tuple[np.ndarray, int]], length: int) -> np.ndarray:
+    """[n, h, w, 3] frames of a GIF in which equal neighbors became one that is shown for longer.
+
+    Args:
+        shown: pixels and milliseconds of each; the last one rests for `LAST_FRAME_MS`.
+    """
+    frames, durations = np.stack([pixels for pixels, _ in shown]), np.array([duration for _, duration in shown], float)
+    if len(frames) == length or length < 2:
+        return frames
+    one = max(1.0, (durations.sum() - LAST_FRAME_MS) / (length - 1))
+    durations[-1] -= LAST_FRAME_MS - one
+    return np.repeat(frames, (durations / one).round().astype(int).clip(1, length), axis=0)
+
+
+def picture_url(picture: np.ndarray) -> str:
+    """A picture [h, w, 3] uint8 as a `data:` URL of WebP, in the best quality that fits into `PICTURE_BUDGET`.
+
+    Raises:
+        ValueError: it does not fit in any quality.
+    """
+    for options in QUALITIES:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "WEBP", method=4, **options)
+        if file.tell() <= PICTURE_BUDGET:
+            return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    raise ValueError(
+        f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels takes more than {PICTURE_BUDGET} bytes"
+    )

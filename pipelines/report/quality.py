@@ -1,11 +1,11 @@
 """How good predictions are: the evaluation's metrics, and the study of quality against evaluations of the field."""
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from pipelines.evaluation.results import Evaluation, Interval, MetricValues, Study, StudyPoint
-from pipelines.report.charts import Chart, Line, chart, interval_text, number_text
+from pipelines.report.charts import Chart, Line, Scale, chart, interval_text, number_text
 from pipelines.report.run_files import Missing, Run
 
 SUBJECTS = {
@@ -15,7 +15,7 @@ SUBJECTS = {
 }
 # Solver -> class of the style sheet.
 SOLVERS = {"euler": "s1", "midpoint": "s2", "heun": "s3", "rk4": "s4", "rk4-38": "s5"}
-NFE_TICKS = (1, 2, 4, 8, 16, 32, 64, 128, 396)
+RULER_WIDTH = 260
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,41 @@ STUDIED = [
 ]
 
 
+def headline(run: Run) -> dict[str, Any]:
+    """The metrics at the top of the page, each between its two baselines; nothing where nothing is measured."""
+    evaluation = run.read_if_sound(Evaluation)
+    if evaluation is None:
+        return {"protocol": None, "tiles": []}
+    measured = [(metric, evaluation.metrics[metric.key]) for metric in METRICS if metric.key in evaluation.metrics]
+    return {"protocol": evaluation.protocol, "tiles": [_tile(metric, values) for metric, values in measured]}
+
+
+def _tile(metric: Quantity, values: MetricValues) -> dict[str, Any]:
+    value, copying, limit = (number_text(getattr(values, subject), metric.digits) for subject in SUBJECTS)
+    return {
+        "metric": metric,
+        "unit": metric.label.removeprefix(metric.title).strip(" []"),
+        "value": value,
+        "interval": interval_text((values.interval or {}).get("prediction"), metric.digits),
+        "copying": copying,
+        "limit": limit,
+        "ruler": _ruler(values, metric.better),
+    }
+
+
+def _ruler(values: MetricValues, better: str | None) -> dict[str, Any] | None:
+    """Positions of the prediction, its interval and the baselines on a line of `RULER_WIDTH`; better is right."""
+    start, stop, ours = values.copy_last, values.reconstruction, values.prediction
+    ends = [value for value in (start, stop, ours) if value is not None and math.isfinite(value)]
+    if len(ends) < 3 or min(ends) == max(ends):
+        return None
+    low, high = (min(ends), max(ends)) if better == "higher" else (max(ends), min(ends))
+    scale = Scale(low, high, 8, RULER_WIDTH - 8)
+    interval = scale((values.interval or {}).get("prediction", (ours, ours))).clip(2, RULER_WIDTH - 2)
+    places = {"width": RULER_WIDTH, "copying": scale(start), "limit": scale(stop), "prediction": scale(ours)}
+    return places | {"interval": interval.tolist()}
+
+
 def quality_section(run: Run) -> dict[str, Any]:
     """Curves over predicted frames, a table of all metrics, and the protocol."""
     evaluation = run.read(Evaluation)
@@ -80,7 +115,6 @@ def quality_section(run: Run) -> dict[str, Any]:
         rows.insert(1, [f"best of {samples} samples", *cells])
     return {
         "protocol": evaluation.protocol,
-        "protocol_facts": flattened(evaluation.protocol.model_dump()),
         "charts": [_curves(metric, values) for metric, values in measured],
         "head": ["mean over frames", *(heading for heading, _, _ in columns)],
         "rows": rows,
@@ -91,7 +125,7 @@ def _curves(metric: Quantity, values: MetricValues) -> Chart | None:
     lines = []
     for subject, y in (values.per_frame or {}).items():
         band = (values.per_frame_interval or {}).get(subject)
-        lines.append(Line(SUBJECTS[subject], range(1, len(y) + 1), y, subject.replace("_", "-"), band, marks=True))
+        lines.append(Line(SUBJECTS[subject], range(1, len(y) + 1), y, subject.replace("_", "-"), band))
     if values.best_of is not None:
         y = values.best_of.per_frame
         lines.insert(1, Line(f"best of {values.best_of.samples} samples", range(1, len(y) + 1), y, "best"))
@@ -130,23 +164,11 @@ def _study_chart(study: Study, quantity: Quantity) -> Chart | None:
     for solver, style in SOLVERS.items():
         points = sorted((point for point in plain if point.solver == solver), key=lambda point: point.nfe)
         band = [getattr(point, f"{quantity.key}_interval", (None, None)) for point in points]
-        lines.append(Line(solver, [p.nfe for p in points], [*map(value, points)], style, band, marks=True))
+        lines.append(Line(solver, [p.nfe for p in points], [*map(value, points)], style, band))
     ends = [min(point.nfe for point in plain), max(point.nfe for point in plain)] if plain else []
     if quantity is not TIME:
         lines.append(Line(f"level of {reference.nfe} evaluations", ends, [value(reference) for _ in ends], "reference"))
     return chart(
         f"{quantity.title} against NFE", lines, "NFE (evaluations per frame)", quantity.label, better=quantity.better,
-        log_x=True, log_y=quantity is TIME, x_ticks=[tick for tick in NFE_TICKS if ends and ends[0] <= tick <= ends[1]],
+        log_x=True, log_y=quantity is TIME,
     )  # fmt: skip
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as pairs of a dotted name and a text; None is left out."""
-    pairs: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += flattened(value, f"{prefix}{name}.")
-        elif value is not None:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            pairs.append((f"{prefix}{name}", text))
-    return pairs

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+import latent_cache
+from latent_cache import LatentCache
 from pipelines.bench.measurement import Benchmark
 from pipelines.config import RiverConfig
 from pipelines.encoding.store_checks import store_status
@@ -62,6 +64,13 @@ class Run:
     def stages(self) -> dict[str, Status]:
         """How far the store and each training are under the configuration."""
         return {name: status(self.config) for name, status in STATUS.items()}
+
+    @cached_property
+    def splits(self) -> list[LatentCache]:
+        """The splits of the store, `train` first; none where it is not done."""
+        store = self.stages["store"]
+        splits = latent_cache.splits(store.path) if store.is_done else []
+        return [latent_cache.open(store.path, split) for split in splits]
 
     @cached_property
     def logs(self) -> dict[str, Log | None]:

@@ -17,7 +17,6 @@ TITLES = {
 # Logged at every line: shown as means over parts of the training, with a band between their extremes.
 NOISY = ("loss", "l1", "l2", "perceptual", "codebook", "adversarial", "logits_real", "logits_fake")
 NOISY_POINTS = 60
-MAX_PROBLEMS = 5
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class Panel:
 
 
 LOSS = Panel("Loss", "loss", {"loss": "training", "validation_loss": "validation"}, "lower", log_y=True)
-RATE = Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"})
 IMAGE_METRICS = [
     Panel("Validation PSNR", "PSNR [dB]", {"validation_psnr": "PSNR"}, "higher"),
     Panel("Validation SSIM", "SSIM", {"validation_ssim": "SSIM"}, "higher"),
@@ -59,7 +57,6 @@ PANELS = {
             {f"validation_loss_t{number}": name for number, name in enumerate(PATH_TIMES)}, "lower", log_y=True,
         ),
         Panel("PSNR of clips predicted during training", "PSNR [dB]", {"validation_sample_psnr": "PSNR"}, "higher"),
-        RATE,
     ],
     "autoencoder": [
         LOSS,
@@ -67,9 +64,8 @@ PANELS = {
         *IMAGE_METRICS,
         Panel("Codes in use", "codes", CODES, "higher"),
         Panel("Discriminator", "logit", LOGITS),
-        RATE,
     ],
-    "refiner": [LOSS, *IMAGE_METRICS, RATE],
+    "refiner": [LOSS, *IMAGE_METRICS],
 }  # fmt: skip
 
 # Key in the log -> name, factor and unit of its median.
@@ -90,15 +86,11 @@ def training_section(run: Run) -> dict[str, Any]:
 
 
 def _training(run: Run, training: str) -> dict[str, Any]:
-    log, problems = run.logs[training], run.damaged_checkpoints(training)
-    if log is not None:
-        problems += log.problems[:MAX_PROBLEMS]
-        if len(log.problems) > MAX_PROBLEMS:
-            problems.append(f"... and {len(log.problems) - MAX_PROBLEMS} more lines")
+    log = run.logs[training]
     return {
         "title": TITLES[training],
         "target": f"train-{training}",
-        "problems": problems,
+        "problems": run.damaged_checkpoints(training) + ([] if log is None else log.problems),
         "progress": _progress(run, training),
         "log": log,
         "charts": [] if log is None else [_chart(log, panel) for panel in PANELS[training]],
@@ -124,7 +116,7 @@ def _chart(log: Log, panel: Panel) -> Chart | None:
     lines = []
     for number, (key, name) in enumerate(panel.quantities.items(), start=1):
         style = "prediction" if key == "validation_loss" else f"s{number}"
-        line = Line(name, *log.series(key), style, marks=True)
+        line = Line(name, *log.series(key), style)
         lines.append(line.thinned(NOISY_POINTS) if key in NOISY else line)
     return chart(panel.title, lines, "step", panel.y_label, better=panel.better, log_y=panel.log_y)
 
@@ -134,10 +126,10 @@ def speed_section(run: Run) -> dict[str, Any]:
     log = run.logs["flow"]
     medians = {} if log is None else {key: log.median(key) for key in SPEEDS}
     return {
-        "training": [
-            (name, f"{number_text(factor * medians[key])}{unit}")
+        "training": {
+            name: f"{number_text(factor * medians[key])}{unit}"
             for key, (name, factor, unit) in SPEEDS.items()
             if medians.get(key) is not None
-        ],
+        },
         "benchmark": run.read(Benchmark),
     }

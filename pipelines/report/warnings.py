@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import latent_cache
 from pipelines.bench.measurement import Benchmark
 from pipelines.evaluation.results import Evaluation
 from pipelines.report.charts import number_text
@@ -95,8 +94,7 @@ def _getting_worse(training: str, log: Log) -> Iterator[str]:
 def _codebook(run: Run) -> Iterator[str]:
     """Codes in use by the store's training split, or else by the training's log."""
     codes, used, perplexity = run.config.autoencoder.model.codes, None, None
-    if run.stages["store"].is_done:
-        cache = latent_cache.open(run.config.store_path)
+    for cache in run.splits[:1]:
         codes = cache.metadata.autoencoder.get("codes", codes)
         used, perplexity = cache.notes.get("codes_used"), cache.notes.get("code_perplexity")
     log = run.logs["autoencoder"]

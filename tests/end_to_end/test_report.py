@@ -21,7 +21,7 @@ from PIL import Image
 import latent_cache
 from pipelines.encoding.store_summary import count_codes, perplexity
 from pipelines.prediction.pictures import file_name
-from pipelines.report.embedded_pictures import read_clip
+from pipelines.report.predictions import read_clip
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(

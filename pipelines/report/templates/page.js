@@ -6,38 +6,32 @@ function clips() {
   const player = document.querySelector(".player");
   if (!player) return;
   const [button, slider, where, speed] = [".play", ".frame", ".where", ".speed"].map((name) => player.querySelector(name));
-  const labels = player.dataset.labels.split("|");
-  const shown = [...document.querySelectorAll(".clip")].map((clip) => ({
-    side: Number(clip.dataset.side),
-    given: Number(clip.dataset.given),
-    sheet: clip.querySelector(".sheet"),
-    canvases: [...clip.querySelectorAll("canvas")],
-  }));
+  const side = Number(player.dataset.side), context = Number(player.dataset.context);
+  const frames = player.dataset.frames.split(" ").map(Number);
+  const sheets = [...document.querySelectorAll(".sheet")];
   document.querySelectorAll(".clip details").forEach((details) => { details.open = false; });
   let playing = false, due = 0;
 
   function draw() {
-    const frame = Number(slider.value);
-    where.textContent = labels[frame];
-    slider.setAttribute("aria-valuetext", labels[frame]);
-    for (const { side, given, sheet, canvases } of shown) {
-      for (const canvas of canvases) {
-        const row = Number(canvas.dataset.row);
-        canvas.getContext("2d").drawImage(sheet, frame * side, row * side, side, side, 0, 0, side, side);
-        canvas.classList.toggle("happened", frame >= given && row === 0);
-        canvas.classList.toggle("predicted", frame >= given && row > 0);
-      }
+    const column = Number(slider.value), frame = frames[column], given = frame < context;
+    where.textContent = given ? `frame ${frame + 1}, given` : `predicted frame ${frame + 1 - context}`;
+    slider.setAttribute("aria-valuetext", where.textContent);
+    for (const sheet of sheets) {
+      sheet.closest(".clip").querySelectorAll("canvas").forEach((canvas, row) => {
+        canvas.getContext("2d").drawImage(sheet, column * side, row * side, side, side, 0, 0, side, side);
+        canvas.classList.toggle("happened", !given && row === 0);
+        canvas.classList.toggle("predicted", !given && row > 0);
+      });
     }
   }
   function tick(now) {
     if (!playing) return;
     if (now >= due) {
-      const last = labels.length - 1, frame = Number(slider.value);
-      slider.value = frame === last ? 0 : frame + 1;
+      slider.value = (Number(slider.value) + 1) % frames.length;
       draw();
+      const duration = 1000 / (player.dataset.fps * speed.value);
       // Pause for a second on the last frame, as the GIFs do.
-      const frames = Number(slider.value) === last ? Math.max(1, player.dataset.fps * speed.value) : 1;
-      due = now + (1000 * frames) / (player.dataset.fps * speed.value);
+      due = now + (Number(slider.value) === frames.length - 1 ? Math.max(1000, duration) : duration);
     }
     requestAnimationFrame(tick);
   }
@@ -49,8 +43,8 @@ function clips() {
   }
   button.addEventListener("click", () => play(!playing));
   slider.addEventListener("input", () => { play(false); draw(); });
-  Promise.all(shown.map(({ sheet }) => sheet.decode())).then(() => {
-    slider.value = Math.min(shown[0].given, labels.length - 1);
+  Promise.all(sheets.map((sheet) => sheet.decode())).then(() => {
+    slider.value = frames.findIndex((frame) => frame >= context);
     draw();
     play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
   });

@@ -18,7 +18,7 @@ from pipelines.config import parse_config
 from pipelines.errors import UserError
 from pipelines.evaluation.results import EvaluationProtocol, Interval, StudyPoint, StudyProtocol
 from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
-from pipelines.report import contents, page, predictions
+from pipelines.report import page, predictions
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.training.flow_trainer import flow_plan
 
@@ -342,26 +342,21 @@ def test_scatter_is_no_rise(whole: Toys):
     assert not [text for text in whole.notes("warning") if "rises" in text]
 
 
-def test_pictures_keep_to_their_budget(whole: Toys, monkeypatch: pytest.MonkeyPatch):
-    """Noise is the worst case; clips that don't fit in any quality are left out, which a note says."""
-    whole.write_samples(*"abcdef", frames=12)
-
-    def bytes_of_clips() -> tuple[int, int]:
-        pictures = re.findall(r'base64,([^"]*)"', section(whole.page(), "predictions"))
-        return len(pictures), sum(len(base64.b64decode(picture)) for picture in pictures)
-
-    count, lossless = bytes_of_clips()
-    assert count == 6
-    monkeypatch.setattr(predictions, "BUDGET", lossless // 3)
-    count, size = bytes_of_clips()
-    assert count == 6
-    assert size <= lossless // 3
-    monkeypatch.setattr(predictions, "BUDGET", 20_000)
-    count, size = bytes_of_clips()
-    assert 1 <= count < 6
-    assert size <= 20_000
-    assert f"{6 - count} clip(s)" in whole.notes("problem")[0]
+def test_a_clip_that_is_too_large_is_left_out(whole: Toys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(predictions, "PICTURE_BUDGET", 100)
+    problems = whole.notes("problem")
+    assert [name in problem for name, problem in zip(("walk.gif", "jump.gif"), problems, strict=True)] == [True, True]
+    assert "make sample DATASET=toys" in problems[0]
 
 
 def test_the_budgets_leave_room_for_the_rest():
-    assert (predictions.BUDGET + contents.SHEET_BUDGET) * 4 / 3 < page.MAX_PAGE - 3_000_000
+    pictures = predictions.MAX_CLIPS + 1  # clips and the reconstructions
+    assert pictures * predictions.PICTURE_BUDGET * 4 / 3 < page.MAX_PAGE - 3_000_000
+
+
+def test_long_clips_show_a_regular_choice_of_frames(whole: Toys):
+    whole.write_samples("long", frames=400)
+    frames = [int(frame) for frame in re.search(r'data-frames="([^"]*)"', whole.page())[1].split()]
+    assert (frames[0], frames[-1]) == (0, 399)
+    assert len(frames) * SIDE <= predictions.MAX_SHEET_WIDTH
+    assert set(np.diff(frames)) <= {1, 2}
