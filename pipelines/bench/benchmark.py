@@ -5,17 +5,15 @@ import platform
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipelines.bench.autoencoder_speed import autoencoder_measurements
-from pipelines.bench.decode_speed import decode_measurements
-from pipelines.bench.encode_speed import encode_measurements
-from pipelines.bench.flow_speed import flow_measurements
+from pipelines.bench.flow_speed import flow_measurements, sampling_measurements
 from pipelines.bench.measurement import Benchmark, Measurement
-from pipelines.bench.sampling_speed import sampling_measurements
-from pipelines.bench.store_speed import store_measurements
-from pipelines.bench.workbench import Sizes, Workbench
+from pipelines.bench.video_speed import decode_measurements, encode_measurements
+from pipelines.bench.workbench import Workbench
 from pipelines.config import RiverConfig
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
@@ -23,7 +21,6 @@ from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
 
 SUBJECTS = (
-    store_measurements,
     flow_measurements,
     sampling_measurements,
     autoencoder_measurements,
@@ -32,19 +29,19 @@ SUBJECTS = (
 )
 
 
-def run_benchmark(config: RiverConfig, run_context: RunContext, sizes: Sizes | None = None) -> Benchmark:
+def run_benchmark(config: RiverConfig, run_context: RunContext, **sizes: Any) -> Benchmark:
     """Measure everything, print the table, and write `benchmark.json` to the run's folder.
 
     Stores and videos are made in a temporary folder and removed; networks have random weights.
 
     Args:
-        sizes: how much work is measured; None: enough for stable numbers, a few minutes.
+        sizes: fields of `Workbench`; without them enough work for stable numbers, a few minutes.
     """
     machine = hardware(run_context.device)
     say(f"bench: {machine}; takes a few minutes; other programs on this machine distort the numbers")
     measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory(prefix="river-bench-") as folder:
-        bench = Workbench(config, run_context, Path(folder), sizes or Sizes())
+        bench = Workbench(config, run_context, Path(folder), **sizes)
         for subject in SUBJECTS:
             for measurement in subject(bench):
                 say(measurement.line())

@@ -94,26 +94,47 @@ class Scale:
         return [round(tick, 12) for tick in ticks]
 
 
-@dataclass(frozen=True, eq=False)
 class Chart:
-    """A chart as the template draws it.
+    """A chart as the template draws it; `lines` is empty where no line has a value.
 
     Attributes:
         lines: of at most `MAX_POINTS` points.
         across, up: scales of x and y.
         x_ticks, y_ticks: values.
-        better: `higher`, `lower` or None.
     """
 
-    title: str
-    lines: list[Line]
-    x_label: str
-    y_label: str
-    across: Scale
-    up: Scale
-    x_ticks: list[float]
-    y_ticks: list[float]
-    better: str | None
+    def __init__(
+        self,
+        title: str,
+        lines: Sequence[Line],
+        x_label: str,
+        y_label: str,
+        *,
+        better: str | None = None,
+        log_x: bool = False,
+        log_y: bool = False,
+    ) -> None:
+        """Lay out a chart.
+
+        Args:
+            better: `higher`, `lower` or None.
+            log_y: ignored where values are not positive.
+        """
+        self.title, self.x_label, self.y_label, self.better = title, x_label, y_label, better
+        self.lines = [line.thinned() for line in lines if np.isfinite(line.y).any()]
+        if not self.lines:
+            return
+        xs = np.concatenate([line.x for line in self.lines])
+        bands = [line.band.ravel() for line in self.lines if line.band is not None]
+        ys = np.concatenate([line.y for line in self.lines] + bands)
+        log_y = log_y and np.nanmin(ys) > 0
+        self.across = Scale(*padded_range(xs, log_x, 0.0), LEFT + 6, WIDTH - RIGHT, log_x)
+        self.up = Scale(*padded_range(ys, log_y, 0.05), HEIGHT - BOTTOM, TOP, log_y)
+        self.x_ticks, self.y_ticks, end = [], self.up.ticks(), -math.inf
+        for tick in self.across.ticks():
+            if self.across(tick) - end >= 8 + 7 * len(tick_text(tick)):  # texts must not touch each other
+                self.x_ticks.append(tick)
+                end = self.across(tick)
 
     def points(self, x: np.ndarray, y: np.ndarray) -> str:
         """Positions as SVG writes them."""
@@ -145,38 +166,6 @@ class Chart:
         steps = np.unique(np.concatenate([line.x for line in self.lines]))
         values = [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
         return [[x, *(by_x.get(x, "") for by_x in values)] for x in steps[:: -(-len(steps) // MAX_DOTS)]]
-
-
-def chart(
-    title: str,
-    lines: Sequence[Line],
-    x_label: str,
-    y_label: str,
-    *,
-    better: str | None = None,
-    log_x: bool = False,
-    log_y: bool = False,
-) -> Chart | None:
-    """Lay out a chart; None where no line has a value.
-
-    Args:
-        log_y: ignored where values are not positive.
-    """
-    lines = [line.thinned() for line in lines if np.isfinite(line.y).any()]
-    if not lines:
-        return None
-    xs = np.concatenate([line.x for line in lines])
-    bands = [line.band.ravel() for line in lines if line.band is not None]
-    ys = np.concatenate([line.y for line in lines] + bands)
-    log_y = log_y and np.nanmin(ys) > 0
-    across = Scale(*padded_range(xs, log_x, 0.0), LEFT + 6, WIDTH - RIGHT, log_x)
-    up = Scale(*padded_range(ys, log_y, 0.05), HEIGHT - BOTTOM, TOP, log_y)
-    spread, end = [], -math.inf
-    for tick in across.ticks():
-        if across(tick) - end >= 8 + 7 * len(tick_text(tick)):  # texts must not touch each other
-            spread.append(tick)
-            end = across(tick)
-    return Chart(title, lines, x_label, y_label, across, up, spread, up.ticks(), better)
 
 
 def pieces(present: np.ndarray) -> list[np.ndarray]:

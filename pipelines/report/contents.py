@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipelines.encoding.store_summary import count_codes, perplexity
 from pipelines.errors import UserError
-from pipelines.report.charts import Line, chart
+from pipelines.report.charts import Chart, Line
 from pipelines.report.predictions import picture_url
 from pipelines.report.run_files import Run
 from pipelines.runtime.runs import Environment, describe_progress
@@ -51,7 +51,7 @@ def _code_usage(usage: dict[str, np.ndarray], codes: int) -> dict[str, Any]:
     return {
         "head": ["split", "positions", "codes in use", f"of {codes:,}", "perplexity"],
         "rows": rows,
-        "chart": chart(
+        "chart": Chart(
             "How often each code is chosen", lines, "codes, the most frequent first", "% of positions", log_y=True
         ),
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.evaluation.results import Evaluation, Interval, MetricValues, Study, StudyPoint
-from pipelines.report.charts import Chart, Line, Scale, chart, interval_text, number_text
+from pipelines.report.charts import Chart, Line, Scale, interval_text, number_text
 from pipelines.report.run_files import Missing, Run
 
 SUBJECTS = {
@@ -121,7 +121,7 @@ def quality_section(run: Run) -> dict[str, Any]:
     }
 
 
-def _curves(metric: Quantity, values: MetricValues) -> Chart | None:
+def _curves(metric: Quantity, values: MetricValues) -> Chart:
     lines = []
     for subject, y in (values.per_frame or {}).items():
         band = (values.per_frame_interval or {}).get(subject)
@@ -130,7 +130,7 @@ def _curves(metric: Quantity, values: MetricValues) -> Chart | None:
         y = values.best_of.per_frame
         lines.insert(1, Line(f"best of {values.best_of.samples} samples", range(1, len(y) + 1), y, "best"))
     title = f"{metric.title} of each predicted frame"
-    return chart(title, lines, "predicted frame", metric.label, better=metric.better)
+    return Chart(title, lines, "predicted frame", metric.label, better=metric.better)
 
 
 def study_section(run: Run) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def study_section(run: Run) -> dict[str, Any]:
     }
 
 
-def _study_chart(study: Study, quantity: Quantity) -> Chart | None:
+def _study_chart(study: Study, quantity: Quantity) -> Chart:
     def value(point: StudyPoint) -> float:
         return getattr(point, quantity.key)
 
@@ -168,7 +168,7 @@ def _study_chart(study: Study, quantity: Quantity) -> Chart | None:
     ends = [min(point.nfe for point in plain), max(point.nfe for point in plain)] if plain else []
     if quantity is not TIME:
         lines.append(Line(f"level of {reference.nfe} evaluations", ends, [value(reference) for _ in ends], "reference"))
-    return chart(
+    return Chart(
         f"{quantity.title} against NFE", lines, "NFE (evaluations per frame)", quantity.label, better=quantity.better,
         log_x=True, log_y=quantity is TIME,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.bench.measurement import Benchmark
-from pipelines.report.charts import Chart, Line, chart, number_text
+from pipelines.report.charts import Chart, Line, number_text
 from pipelines.report.run_files import Run
 from pipelines.runtime.logs import Log
 from pipelines.runtime.runs import describe_progress
@@ -112,13 +112,13 @@ def _progress(run: Run, training: str) -> str | None:
     return ", ".join(words + ([] if rate is None else [f"{number_text(rate)} steps/s"])) + "."
 
 
-def _chart(log: Log, panel: Panel) -> Chart | None:
+def _chart(log: Log, panel: Panel) -> Chart:
     lines = []
     for number, (key, name) in enumerate(panel.quantities.items(), start=1):
         style = "prediction" if key == "validation_loss" else f"s{number}"
         line = Line(name, *log.series(key), style)
         lines.append(line.thinned(NOISY_POINTS) if key in NOISY else line)
-    return chart(panel.title, lines, "step", panel.y_label, better=panel.better, log_y=panel.log_y)
+    return Chart(panel.title, lines, "step", panel.y_label, better=panel.better, log_y=panel.log_y)
 
 
 def speed_section(run: Run) -> dict[str, Any]:
