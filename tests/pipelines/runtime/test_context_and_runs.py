@@ -1,4 +1,4 @@
-"""Devices, skipped videos, run folders, and resuming without contradiction."""
+"""Devices, skipped videos, and what a run folder records."""
 
 import json
 import re
@@ -6,10 +6,9 @@ import re
 import pytest
 import torch
 
-from pipelines.config import load_config, parse_config, parse_size, result_settings
+from pipelines.config import load_config, model_sizes, parse_config, parse_size, result_settings
 from pipelines.errors import UserError
 from pipelines.runtime.context import RunContext, resolve_device
-from pipelines.runtime.progress import is_quiet, progress, say, set_quiet
 from pipelines.runtime.runs import write_run_files
 
 
@@ -43,21 +42,6 @@ def test_prerequisites_are_neither_replaced_nor_forgotten():
     assert before.skipped is run_context.skipped
 
 
-def test_quiet_runs_say_nothing(capsys):
-    assert not is_quiet()
-    set_quiet(True)
-    try:
-        say("x")
-        assert is_quiet()
-        assert list(progress(range(3), description="count", unit="step")) == [0, 1, 2]
-    finally:
-        set_quiet(False)
-    say("y")
-    captured = capsys.readouterr()
-    assert captured.out == "y\n"
-    assert captured.err == ""
-
-
 def config(tmp_path, **sections):
     return parse_config(
         {"dataset": {"name": "toy", "source": "shapes"}, "paths": {"runs": str(tmp_path / "runs")}, **sections}, "test"
@@ -73,15 +57,25 @@ def test_a_run_keeps_its_resolved_configuration_and_environment(tmp_path):
     assert {"python", "zarr", "numpy"} <= environment["software"].keys()
 
 
-def test_what_a_training_does_not_depend_on_is_left_out(tmp_path):
-    def identity(**training):
-        return result_settings(config(tmp_path, flow={"training": training}).flow)
+@pytest.mark.parametrize(
+    ("training", "changes"),
+    [
+        ({"steps": 5, "checkpoint_every": 3, "keep_checkpoints": 9, "validate_every": 4, "compile": True}, False),
+        ({"cuda_graphs": False, "best_by": "last", "max_bad_steps": 3, "validation_pairs": 7}, False),
+        ({"validation_samples": 0}, False),
+        ({"learning_rate": 0.5}, True),
+        ({"batch_size": 3}, True),
+    ],
+)
+def test_the_settings_that_a_result_depends_on(tmp_path, training, changes):
+    plain, other = (result_settings(config(tmp_path, flow={"training": values}).flow) for values in ({}, training))
+    assert (plain != other) == changes
 
-    assert identity() == identity(steps=5, checkpoint_every=3, keep_checkpoints=9, validate_every=4, compile=True)
-    assert identity() == identity(cuda_graphs=False, best_by="last", max_bad_steps=3, validation_pairs=7)
-    assert identity() == identity(validation_samples=0)
-    assert identity() != identity(learning_rate=0.5)
-    assert identity() != identity(batch_size=3)
+
+def test_dropout_is_no_size(tmp_path):
+    model = config(tmp_path).flow.model
+    assert model_sizes(model) == model_sizes(model.model_copy(update={"dropout": 0.5}))
+    assert model_sizes(model) != model_sizes(model.model_copy(update={"qk_norm": True}))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +87,6 @@ def test_sizes_of_memory(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "lots", "4 GB please", "-3 MB", "4 XB", "1e9"])
-def test_what_is_no_size(text):
+def test_texts_that_are_no_size(text):
     with pytest.raises(UserError, match=re.escape(repr(text)) + ".*4 GiB"):
         parse_size(text)

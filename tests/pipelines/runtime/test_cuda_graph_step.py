@@ -1,4 +1,4 @@
-"""A recorded step does what the step does. Recording is played on a CPU: operations are noted and done again."""
+"""A captured step equals the eager one. Capturing is simulated on a CPU: operations are recorded and repeated."""
 
 import contextlib
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return state
 
 
-def make_learner() -> TrainState:
+def make_train_state() -> TrainState:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.GELU(), nn.Linear(8, 2))
     settings = FlowTrainingConfig(learning_rate=0.1, ema_decay=0.8, grad_clip=0.5)
@@ -87,7 +87,7 @@ def changing(train_state: TrainState) -> list[Tensor]:
 def train(
     recorded: bool, steps: int, played: list[Tensor], bad: int = -1
 ) -> tuple[list[float], list[bool], TrainState]:
-    train_state = make_learner()
+    train_state = make_train_state()
 
     def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss = (train_state.model(x) - y).square().mean()
@@ -132,7 +132,7 @@ def test_a_recorded_step_with_numbers_that_are_not_finite_updates_nothing(played
     assert not torch.equal(train_state.model[0].weight, without.model[0].weight)
 
 
-def test_what_can_not_be_recorded_goes_on_as_it_was(played, monkeypatch, capsys):
+def test_a_step_that_cannot_be_captured_runs_eagerly(played, monkeypatch, capsys):
     @contextlib.contextmanager
     def refuse(graph: Graph) -> Iterator[None]:
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -1,8 +1,8 @@
-"""What people are told."""
+"""Messages and progress bars."""
 
 import pytest
 
-from pipelines.runtime.progress import duration, say, set_quiet, warn
+from pipelines.runtime.progress import duration, progress, say, set_quiet, warn
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,9 @@ def test_quiet_silences_what_is_said_but_no_warning(capsys):
     try:
         say("hidden")
         warn("seen")
+        assert list(progress(range(3), description="count", unit="step")) == [0, 1, 2]
     finally:
         set_quiet(False)
+    say("y")
     captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "warning: seen\n"
+    assert (captured.out, captured.err) == ("y\n", "warning: seen\n")
