@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from PIL import Image
 
 from pipelines.__main__ import main
 from stage1_autoencoder.lpips import STAGES
+from stage2_flow.vector_field import VectorField
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -277,6 +279,17 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list
 
     monkeypatch.setattr(owner, name, wrapped)
     return calls
+
+
+def wrap_field(monkeypatch: pytest.MonkeyPatch, wrapped: Callable[..., Any]) -> None:
+    """Replace the vector field's forward pass by `wrapped(forward, *inputs)`, in training and not in validation."""
+    forward = VectorField.forward
+
+    def call(field: VectorField, *inputs: torch.Tensor) -> Any:
+        original = functools.partial(forward, field)
+        return wrapped(original, *inputs) if field.training else original(*inputs)
+
+    monkeypatch.setattr(VectorField, "forward", call)
 
 
 def moving_square(frames: int, seed: int, width: int = 48, height: int = 40) -> np.ndarray:

@@ -7,22 +7,14 @@ import pytest
 
 @pytest.mark.parametrize(("override", "needed"), [
     ("flow.training.stesp=3", ["flow.training.stesp", "unknown key", 'did you mean "steps"?']),
-    ("flwo.training.steps=3", ["flwo", "unknown key", 'did you mean "flow"?']),
     ("flow.training.steps=-1", ["flow.training.steps", "-1"]),
-    ("flow.training.steps=many", ["flow.training.steps", "'many'"]),
     ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'auto', 'fp32', 'tf32' or 'bf16'"]),
     ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos', 'kth', 'bair'", "or 'hdf5'"]),
-    ("dataset.image_size=36", ["dataset.image_size: 36 is not a multiple of 8"]),
-    ("autoencoder.model.norm_groups=5", ["autoencoder.model.norm_groups: 5 does not divide"]),
-    ("flow.model.heads=3", ["width 32 must be a multiple of heads 3"]),
     ("dataset.splits={train: many}", ["splits.train", "'many'"]),
     ("dataset.shapes.radius=40", ["shapes of radius 40", "don't fit in the frame"]),
-    ("autoencoder.training.pool_memory=lots", ["pool_memory", "'lots'"]),
     ("sampling.past_horizon=1", ["sampling.past_horizon", "1"]),
     ("flow.training.steps", ["--set flow.training.steps: expected key.path=value"]),
-    ("=3", ["expected key.path=value"]),
     ("seed.deep=3", ["seed", "{'deep': 3}", "valid integer"]),
-    ("flow.training.steps=[1", ["the value is not YAML"]),
 ])  # fmt: skip
 def test_wrong_settings(place, override: str, needed: list[str]) -> None:
     place.run("demo", sets=[override]).refused(2, *needed)

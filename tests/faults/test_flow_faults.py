@@ -1,10 +1,14 @@
-"""What a user can get wrong when a flow is trained, and what the machine can lack."""
+"""Training a flow: wrong settings, too little memory, losses that are not finite."""
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from pipelines.loading import find_flow
+from stage2_flow.vector_field import VectorField
 
 
 @pytest.fixture
@@ -38,16 +42,9 @@ def test_a_horizon_that_sampling_ignores(flowless) -> None:
     assert words not in flowless.run("train-flow", "--restart", sets=[*sets, "sampling.past_horizon=4"]).ok().err
 
 
-def test_a_horizon_is_trained_with(flowless, monkeypatch) -> None:
-    import pipelines.training.flow_trainer as module
-
-    loss, distances = module.flow_matching_loss, []
-
-    def notes(field: object, batch: object, draws: object) -> object:
-        distances.extend(batch.distance.tolist())
-        return loss(field, batch, draws)
-
-    monkeypatch.setattr(module, "flow_matching_loss", notes)
+def test_a_horizon_is_trained_with(flowless, story, monkeypatch) -> None:
+    distances = []
+    story.wrap_field(monkeypatch, lambda forward, *inputs: distances.extend(inputs[3].tolist()) or forward(*inputs))
     sets = ["flow.training.past_horizon=3", "sampling.past_horizon=3", "flow.training.steps=2"]
     flowless.run("train-flow", sets=sets).ok()
     assert set(distances) == {1, 2}
@@ -74,15 +71,10 @@ def test_cuda_graphs_without_a_gpu(flowless) -> None:
     ],
 )
 def test_out_of_memory(flowless, monkeypatch, where: str, error: Exception) -> None:
-    import pipelines.training.flow_trainer as module
-
     def fails(*arguments: object, **options: object) -> None:
         raise error
 
-    if where == "update":
-        monkeypatch.setattr(module, "flow_matching_loss", fails)
-    else:
-        monkeypatch.setattr(module.VectorField, "to", fails)
+    monkeypatch.setattr(VectorField, "forward" if where == "update" else "to", fails)
     outcome = flowless.run("train-flow").refused(
         2, "flow: out of memory", "flow.training.accumulate=2", "flow.training.batch_size", "cache.residency=host"
     )
@@ -91,45 +83,31 @@ def test_out_of_memory(flowless, monkeypatch, where: str, error: Exception) -> N
 
 
 def test_an_error_of_another_kind_is_not_taken_for_it(flowless, monkeypatch) -> None:
-    import pipelines.training.flow_trainer as module
-
     def fails(*arguments: object) -> None:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(module, "flow_matching_loss", fails)
+    monkeypatch.setattr(VectorField, "forward", fails)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         flowless.run("train-flow")
 
 
-def test_numbers_that_are_not_finite_now_and_then(flowless, monkeypatch) -> None:
-    """Steps that are bad one at a time never end a training."""
-    import pipelines.training.flow_trainer as module
-
-    loss, calls = module.flow_matching_loss, [0]
-
-    def breaks(*arguments: object) -> object:
-        calls[0] += 1
-        return loss(*arguments) * (float("inf") if calls[0] % 2 else 1)
-
-    monkeypatch.setattr(module, "flow_matching_loss", breaks)
+def test_single_steps_that_are_not_finite_do_not_end_a_training(flowless, story, monkeypatch) -> None:
+    calls = itertools.count()
+    factors = (float("inf"), 1)
+    story.wrap_field(monkeypatch, lambda forward, *inputs: forward(*inputs) * factors[next(calls) % 2])
     outcome = flowless.run("train-flow", sets=["flow.training.max_bad_steps=2"]).ok()
     assert outcome.err.count("1 such steps in a row, 2 end the training") == 4
     assert "on targets in train_000" in outcome.err
 
 
-def test_speed_is_told_before_the_first_line_of_the_log(flowless, monkeypatch) -> None:
-    """Where a step takes seconds, nobody waits for `logging.every` of them to learn that it will take weeks."""
-    import pipelines.training.training_loop as module
-
-    monkeypatch.setattr(module, "FIRST_WORD_SECONDS", 0.0)
+def test_the_rate_is_reported_before_the_first_line_of_the_log(flowless, monkeypatch) -> None:
+    monkeypatch.setattr("pipelines.training.training_loop.FIRST_WORD_SECONDS", 0.0)
     outcome = flowless.run("train-flow", sets=["logging.every=1000"]).ok()
     assert outcome.out.count("steps/s, about") == 1
     assert outcome.out.index("steps/s, about") < outcome.out.index("flow: step 4: validation loss")
 
 
 def test_the_best_checkpoint_by_validation_or_the_last(trained, flowless, story) -> None:
-    from pipelines.loading import find_flow
-
     flowless.run("train-flow", sets=["flow.training.best_by=last", "flow.training.learning_rate=1.0"]).ok()
     assert not (flowless.runs / "flow" / "checkpoints" / "best").exists()
     assert find_flow(flowless.runs).step == 8
