@@ -1,7 +1,7 @@
 """The Python API: predict videos from images or latents with a trained run; and what `sample` and `predict` do."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.loading import PredictorParts, load_run
 from pipelines.official.official_networks import OFFICIAL_HEADS
 from pipelines.official.parts import OfficialFiles, load_official
-from pipelines.prediction.clips import Clip, GivenVideo, load_clips
+from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.pictures import to_video
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
@@ -26,7 +26,7 @@ from pipelines.runtime.context import RunContext, resolve_device
 from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.rcan import RCAN
-from stage2_flow.conditioning import SamplingDraws, make_draws
+from stage2_flow.conditioning import make_draws
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
@@ -155,9 +155,7 @@ class VideoPredictor(PredictorParts):
         latents = self.generate_latents(
             context, num_frames, sampling=sampling, keys=keys, samples=samples, verbose=verbose
         )
-        if refine:
-            return self.decode_refined(latents, images.repeat_interleave(samples, dim=0))
-        return self.decode_videos(latents)
+        return self.decode_videos(latents, images.repeat_interleave(samples, dim=0) if refine else None)
 
     def generate_latents(
         self,
@@ -189,24 +187,34 @@ class VideoPredictor(PredictorParts):
             raise UserError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
         if samples < 1:
             raise UserError(f"samples must be at least 1, not {samples}")
+        keys = [(row, 0) for row in range(len(context))] if keys is None else keys
+        if len(keys) != len(context):
+            raise UserError(f"{len(keys)} keys for {len(context)} videos: each row needs its own (video, sample)")
         context = context.to(self.device).repeat_interleave(samples, dim=0)
+        total = num_frames * len(context)
         try:
-            draws = self._draws(options, context, num_frames, keys, samples)
-            draws = SamplingDraws(
-                noise=draws.noise if noise is None else noise.to(self.device),
-                condition_indices=draws.condition_indices
-                if condition_indices is None
-                else condition_indices.to(self.device),
+            draws = make_draws(
+                options.seed,
+                [(video, first + number) for video, first in keys for number in range(samples)],
+                num_frames,
+                SamplingPlan.from_config(options).evaluations,
+                context.shape[1],
+                tuple(context.shape[2:]),
+                options.past_horizon,
+                self.device,
+                condition=options.condition,
             )
-            total = num_frames * len(context)
-            bar = progress(total=total, description="predict", unit="frame") if verbose else None
-            with nullcontext() if bar is None else closing(bar):
+            if noise is not None:
+                draws = replace(draws, noise=noise.to(self.device))
+            if condition_indices is not None:
+                draws = replace(draws, condition_indices=condition_indices.to(self.device))
+            with progress(total=total, description="predict", unit="frame") if verbose else nullcontext() as bar:
                 final = self._rollouts.generate(
                     self.standardization.to_final(context),
                     num_frames,
                     options,
                     draws,
-                    on_frames=None if bar is None else bar.update,
+                    on_frames=bar.update if verbose else None,
                 )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -218,31 +226,6 @@ class VideoPredictor(PredictorParts):
     def _rollouts(self) -> FieldRollouts:
         return FieldRollouts(self.vector_field, self.device)
 
-    def _draws(
-        self,
-        options: SamplingConfig,
-        context: Tensor,
-        num_frames: int,
-        keys: Sequence[tuple[int, int]] | None,
-        samples: int,
-    ) -> SamplingDraws:
-        """Of all rows of a context that holds each video `samples` times."""
-        rows = len(context) // samples
-        keys = [(row, 0) for row in range(rows)] if keys is None else keys
-        if len(keys) != rows:
-            raise ValueError(f"{len(keys)} keys for {rows} videos: each row needs its own (video, sample)")
-        return make_draws(
-            options.seed,
-            [(video, first + number) for video, first in keys for number in range(samples)],
-            num_frames,
-            SamplingPlan.from_config(options).evaluations,
-            context.shape[1],
-            tuple(context.shape[2:]),
-            options.past_horizon,
-            self.device,
-            condition=options.condition,
-        )
-
     @torch.inference_mode()
     def encode_videos(self, images: Tensor) -> Tensor:
         """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents."""
@@ -251,23 +234,24 @@ class VideoPredictor(PredictorParts):
         latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
         return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
 
-    def decode_videos(self, latents: Tensor) -> Tensor:
-        """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1]."""
-        return self._decode(latents).clamp(-1, 1)
-
-    def decode_refined(self, latents: Tensor, context: Tensor) -> Tensor:
-        """Decode videos as `decode_videos`, and refine the frames after the context.
+    @torch.inference_mode()
+    def decode_videos(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
+        """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1].
 
         Args:
-            latents: [b, n + k, c, h, w] raw latents of context and prediction.
-            context: [b, n, 3, h f, w f] in [-1, 1], the given real frames; n >= 1.
-        Returns:
-            [b, n + k, 3, h f, w f] in [-1, 1]: reconstructions of the context, then refined frames.
+            latents: the raw latents.
+            context: [b, k, 3, h f, w f] in [-1, 1], the real first frames of the videos, k >= 1: the decoded frames
+                after them are refined; None: none are.
         Raises:
-            UserError: there is no refiner.
+            UserError: there is a context, and no refiner.
         """
-        refiner, given = self.check_refiner(), context.shape[1]
-        decoded = self._decode(latents)
+        refiner = None if context is None else self.check_refiner()
+        frames = rearrange(latents, "b n c h w -> (b n) c h w")
+        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
+        if refiner is None:
+            return decoded.clamp(-1, 1)
+        given = context.shape[1]
         refined = refine_frames(refiner, context[:, -1], decoded[:, given:])
         return torch.cat([decoded[:, :given].clamp(-1, 1), refined], 1)
 
@@ -291,13 +275,6 @@ class VideoPredictor(PredictorParts):
         words += ["refined"] if refine else []
         return ", ".join(words)
 
-    @torch.inference_mode()
-    def _decode(self, latents: Tensor) -> Tensor:
-        """As `decode_videos`, not clamped."""
-        frames = rearrange(latents, "b n c h w -> (b n) c h w")
-        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
-        return rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
-
 
 def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:
     """The predictor of a configuration's run, with the sampling options of that configuration."""
@@ -320,18 +297,19 @@ def sample_clips(
         UserError: no clips; `refine` without a refiner.
     """
     predictor = load_predictor(config, run_context)
-    clips = load_clips(config, run_context, videos)
-    context, horizon = config.evaluation.context, config.evaluation.horizon
+    clips = list(open_clips(config, run_context, videos))
+    context, horizon, size = config.evaluation.context, config.evaluation.horizon, config.evaluation.batch_size
     how, several = predictor.describe_sampling(refine), f", {samples} samples of each" if samples > 1 else ""
     say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}")
     latents, pixels = [], []
-    for number in range(samples):
-        latents.append(_predict_clips(predictor, clips, context, horizon, config.evaluation.batch_size, number))
-        if refine:
-            given = torch.stack([clip.frames[:context] for clip in clips])
-            pixels.append(to_video(predictor.decode_refined(latents[-1], given)))
-        else:
-            pixels.append(to_video(predictor.decode_videos(latents[-1])))
+    with progress(total=len(clips), description="predict", unit="clip") as bar:
+        for batch in (clips[first : first + size] for first in range(0, len(clips), size)):
+            given, keys = torch.stack([clip.frames[:context] for clip in batch]), [(clip.key, 0) for clip in batch]
+            encoded = predictor.encode_videos(given)
+            latents.append(predictor.generate_latents(encoded, horizon, keys=keys, samples=samples))
+            real = given.repeat_interleave(samples, dim=0) if refine else None
+            pixels.append(to_video(predictor.decode_videos(latents[-1], real)))
+            bar.update(len(batch))
     folder = config.run_path / "samples"
     listed = Samples(
         clips=[clip.name for clip in clips],
@@ -344,23 +322,12 @@ def sample_clips(
     title = (
         f"{config.dataset.name}, {config.evaluation.split} split: {context} frames given, {horizon} predicted ({how})"
     )
-    write_samples(folder, listed, clips, np.stack(pixels), torch.stack(latents), title, predictor.fps)
+    predicted = np.concatenate(pixels)
+    predicted = predicted.reshape(len(clips), samples, *predicted.shape[1:])
+    raw = torch.cat(latents).unflatten(0, (len(clips), samples))
+    write_samples(folder, listed, clips, predicted, raw, title, predictor.fps)
     say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
     return folder
-
-
-def _predict_clips(
-    predictor: VideoPredictor, clips: list[Clip], context: int, horizon: int, batch_size: int, number: int
-) -> Tensor:
-    """Raw latents [clips, context + horizon, c, h, w]; the number of the sample decides the random draws."""
-    parts = []
-    with progress(total=len(clips), description="predict", unit="clip") as bar:
-        for first in range(0, len(clips), batch_size):
-            batch = clips[first : first + batch_size]
-            given = predictor.encode_videos(torch.stack([clip.frames[:context] for clip in batch]))
-            parts.append(predictor.generate_latents(given, horizon, keys=[(clip.key, number) for clip in batch]))
-            bar.update(len(batch))
-    return torch.cat(parts)
 
 
 def continue_video(

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.evaluation.evaluator import NetworkFiles, evaluate
+    from pipelines.evaluation.evaluator import evaluate, find_networks
 
-    files = NetworkFiles.find(config, run_context)  # a missing one is reported before a training that may take days
+    find_networks(config, run_context)  # a missing one is reported before a training that may take days
     stages.run_to("flow", config, run_context)
     if options.refine:
         stages.run_to("refiner", config, run_context)
-    evaluate(config, run_context, options.refine, files)
+    evaluate(config, run_context, options.refine)

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,198 +10,135 @@ from torch import Tensor
 from pipelines.config import RiverConfig
 from pipelines.evaluation.frechet import Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts, mean_interval
-from pipelines.evaluation.metrics import PSNR, SSIM, Metric, choose_best, lpips_metric, measure_frames
-from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork, load_lpips
+from pipelines.evaluation.metrics import Metric, choose_best, load_frame_metrics, measure_frames
+from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.results import BestOf, Evaluation, MetricValues
 from pipelines.evaluation.table import format_table
-from pipelines.prediction.clips import Clip, ClipReader, open_clips
+from pipelines.prediction.clips import Clip, open_clips
 from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import progress, say
-from stage1_autoencoder.lpips import SMALLEST_SIDE
 
 I3D_SETTING = "evaluation.video_network"
 SUBJECTS = ("prediction", "copy_last", "reconstruction")
 
 
-@dataclass(frozen=True)
-class NetworkFiles:
-    """Files of the public networks; None: not on this machine."""
+def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None]:
+    """The files of VGG16 and of the I3D, downloaded if that is allowed; None: not on this machine.
 
-    vgg: Path | None
-    i3d: Path | None
-
-    @classmethod
-    def find(cls, config: RiverConfig, run_context: RunContext) -> "NetworkFiles":
-        """Find and, where allowed, download them. Call it before a training, which may take days.
-
-        Raises:
-            UserError: a configured file that does not exist; a damaged one.
-            FetchError: a download failed.
-        """
-        download = run_context.download
-        return cls(
-            vgg=VGG16.find(config.autoencoder.training.vgg_weights, VGG_SETTING, download=download),
-            i3d=I3D.find(config.evaluation.video_network, I3D_SETTING, download=download),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Metrics:
-    """Metrics and networks in use.
-
-    Attributes:
-        frames: metrics of single frames.
-        videos: the Fréchet video distance; None: not measured.
-        missing: metric -> why it is not measured.
+    Raises:
+        UserError: a configured file that does not exist; a damaged one.
+        FetchError: a download failed.
     """
+    download = run_context.download
+    vgg = VGG16.find(config.autoencoder.training.vgg_weights, VGG_SETTING, download=download)
+    return vgg, I3D.find(config.evaluation.video_network, I3D_SETTING, download=download)
 
-    frames: list[Metric]
-    videos: VideoDistances | None
-    missing: dict[str, str]
 
-
-def evaluate(
-    config: RiverConfig, run_context: RunContext, refine: bool = False, files: NetworkFiles | None = None
-) -> Evaluation:
+def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False) -> Evaluation:
     """Measure a trained run on the clips of the protocol; write `evaluation.json` and print the table.
+
+    Clips are read and predicted one batch at a time, and not kept.
 
     Args:
         refine: measure refined predictions.
-        files: from `NetworkFiles.find`, called before a training; None: find them now.
     Raises:
         UserError: no clips; a file of weights that is of another network.
     """
-    files = NetworkFiles.find(config, run_context) if files is None else files
+    evaluation = config.evaluation
+    vgg, i3d = find_networks(config, run_context)
     predictor = load_predictor(config, run_context)
-    clips = open_clips(config, run_context, config.evaluation.videos)
-    metrics = load_metrics(config, run_context, files)
-    values, videos = measure(config, predictor, clips, metrics, refine)
-    protocol = describe_protocol(
-        config,
-        predictor,
-        videos,
-        metrics.missing,
-        refine=refine,
-        vgg=files.vgg if "lpips" in values else None,
-        distances=metrics.videos if "fvd" in values else None,
-    )
-    evaluation = Evaluation(protocol=protocol, metrics=values)
-    path = config.run_path / "evaluation.json"
-    write_json(path, evaluation)
-    say("")
-    say(format_table(evaluation))
-    say(f"\nevaluate: {path}")
-    return evaluation
-
-
-def load_metrics(config: RiverConfig, run_context: RunContext, files: NetworkFiles) -> Metrics:
-    """Load the networks that are available."""
-    missing, frames, videos = {}, [PSNR, SSIM], None
-    if config.dataset.image_size < SMALLEST_SIDE:
-        missing["lpips"] = f"LPIPS needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
-    elif files.vgg is None:
-        missing["lpips"] = f"no weights of VGG16: set {VGG_SETTING}, or download them with --download"
-    else:
-        lpips = load_lpips(files.vgg, run_context.device, download=False)
-        assert lpips is not None
-        frames.append(lpips_metric(lpips))
+    clips = open_clips(config, run_context, evaluation.videos)
+    metrics, no_lpips = load_frame_metrics(config, run_context)
+    missing = {} if no_lpips is None else {"lpips": no_lpips}
+    distances = None
     try:
-        segments = Segments.choose(config.evaluation)
+        segments = Segments.choose(evaluation)
     except ValueError as error:
         missing["fvd"] = str(error)
     else:
-        if files.i3d is None:
+        if i3d is None:
             missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
         else:
-            videos = VideoDistances(VideoNetwork(files.i3d, run_context.device, I3D_SETTING), segments)
-    return Metrics(frames, videos, missing)
+            distances = VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments)
 
-
-def measure(
-    config: RiverConfig, predictor: VideoPredictor, clips: ClipReader, metrics: Metrics, refine: bool = False
-) -> tuple[dict[str, MetricValues], list[int]]:
-    """All metrics of all subjects. Clips are read and predicted one batch at a time, and not kept.
-
-    What cannot be measured on these clips is added to `metrics.missing`.
-
-    Returns:
-        The values by metric, and the video of each clip.
-    """
-    evaluation, videos = config.evaluation, []
-    values: dict[str, dict[str, list[Tensor]]] = {metric.name: defaultdict(list) for metric in metrics.frames}
+    videos: list[int] = []
+    parts = defaultdict(list)  # (metric, subject) -> [b, samples, horizon] of each batch
     with progress(total=len(clips) * evaluation.samples, description="evaluate", unit="prediction") as bar:
         for batch in clips.batches(evaluation.batch_size):
             videos += [clip.video for clip in batch]
-            for name, subjects in _measure_batch(config, predictor, batch, metrics, refine, bar.update).items():
-                for subject, numbers in subjects.items():
-                    values[name][subject].append(numbers)
+            for key, values in _measure_batch(config, predictor, batch, metrics, distances, refine, bar.update).items():
+                parts[key].append(torch.stack(values, dim=1))
+
     counts = None
     if not evaluation.resamples:
-        metrics.missing["interval"] = "evaluation.resamples is 0"
+        missing["interval"] = "evaluation.resamples is 0"
     elif len(set(videos)) < 2:
-        metrics.missing["interval"] = "it needs clips of two videos or more, and there is one video"
+        missing["interval"] = "it needs clips of two videos or more, and there is one video"
     else:
         counts = draw_counts(videos, evaluation.resamples, evaluation.seed)
-    measured = {
-        metric.name: summarize(metric, {name: torch.cat(parts) for name, parts in values[metric.name].items()}, counts)
-        for metric in metrics.frames
-    }
-    if metrics.videos is not None:
+    measured = {}
+    for metric in metrics:
+        values = {subject: torch.cat(tensors) for (name, subject), tensors in parts.items() if name == metric.name}
+        measured[metric.name] = summarize(metric, values, counts)
+    if distances is not None:
         try:
-            measured["fvd"] = metrics.videos.results(counts, evaluation.samples)
+            measured["fvd"] = distances.results(counts)
         except ValueError as error:
-            metrics.missing["fvd"] = str(error)
-    return measured, videos
+            missing["fvd"] = str(error)
+    protocol = describe_protocol(config, predictor, videos, missing, refine=refine, vgg=vgg, i3d=i3d)
+    result = Evaluation(protocol=protocol, metrics=measured)
+    path = config.run_path / "evaluation.json"
+    write_json(path, result)
+    say("")
+    say(format_table(result))
+    say(f"\nevaluate: {path}")
+    return result
 
 
 def _measure_batch(
     config: RiverConfig,
     predictor: VideoPredictor,
     batch: list[Clip],
-    metrics: Metrics,
+    metrics: list[Metric],
+    distances: VideoDistances | None,
     refine: bool,
     on_predictions: Callable[[int], object],
-) -> dict[str, dict[str, Tensor]]:
-    """By metric and subject [clips, samples, horizon]; features are added to `metrics.videos`."""
+) -> dict[tuple[str, str], list[Tensor]]:
+    """(metric, subject) -> [clips, horizon] of each sample; features are added to `distances`."""
     context, horizon = config.evaluation.context, config.evaluation.horizon
     frames = torch.stack([clip.frames for clip in batch]).to(predictor.device)
-    given, truth = frames[:, :context], frames[:, context:]
     latents = predictor.encode_videos(frames)
     autoencoded = predictor.decode_videos(latents)
-    values: dict[str, dict[str, list[Tensor]]] = {
-        metric.name: {subject: [] for subject in SUBJECTS} for metric in metrics.frames
-    }
+    given, truth = frames[:, :context], frames[:, context:]
+    values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
 
-    def measure_subject(subject: str, videos: Tensor) -> None:
-        for metric in metrics.frames:
-            values[metric.name][subject].append(measure_frames(metric, videos, truth))
+    def measure(subject: str, videos: Tensor) -> None:
+        for metric in metrics:
+            values[metric.name, subject].append(measure_frames(metric, videos, truth))
 
-    copies = given[:, -1:].expand(-1, horizon, -1, -1, -1)
-    measure_subject("copy_last", copies)
-    measure_subject("reconstruction", autoencoded[:, context:])
-    distances = metrics.videos
+    def copy_last(videos: Tensor) -> Tensor:
+        return videos[:, -1:].expand(-1, horizon, -1, -1, -1)
+
+    measure("copy_last", copy_last(given))
+    measure("reconstruction", autoencoded[:, context:])
+    given_by_set = {"real": given, "autoencoded": autoencoded[:, :context]}
     if distances is not None:
-        distances.add("real", given, truth)
-        distances.add("autoencoded", autoencoded[:, :context], autoencoded[:, context:])
-        distances.add("copy_last", given, copies)
-        last = autoencoded[:, context - 1 : context].expand(-1, horizon, -1, -1, -1)
-        distances.add("copy_last_autoencoded", autoencoded[:, :context], last)
-    for number in range(config.evaluation.samples):
-        keys = [(clip.key, number) for clip in batch]
+        distances.add("real", "truth", given, truth)
+        distances.add("autoencoded", "truth", autoencoded[:, :context], autoencoded[:, context:])
+        for against, start in given_by_set.items():
+            distances.add(against, "copy_last", start, copy_last(start))
+    for sample in range(config.evaluation.samples):
+        keys = [(clip.key, sample) for clip in batch]
         predicted = predict_frames(predictor, latents[:, :context], given, horizon, keys, refine)
-        measure_subject("prediction", predicted)
+        measure("prediction", predicted)
         if distances is not None:
-            distances.add(f"prediction {number}", given, predicted)
-            if distances.segments.context:
-                distances.add(f"prediction_autoencoded {number}", autoencoded[:, :context], predicted)
+            for against, start in given_by_set.items():
+                distances.add(against, "prediction", start, predicted, sample)
         on_predictions(len(batch))
-    return {
-        name: {subject: torch.stack(samples, dim=1) for subject, samples in subjects.items()}
-        for name, subjects in values.items()
-    }
+    return values
 
 
 def predict_frames(
@@ -222,7 +158,7 @@ def predict_frames(
     context = latents.shape[1]
     predicted = predictor.generate_latents(latents, horizon, keys=keys)
     if refine:
-        return predictor.decode_refined(predicted[:, context - 1 :], given[:, -1:])[:, 1:]
+        return predictor.decode_videos(predicted[:, context - 1 :], given[:, -1:])[:, 1:]
     return predictor.decode_videos(predicted[:, context:])
 
 
@@ -234,28 +170,32 @@ def summarize(metric: Metric, values: dict[str, Tensor], counts: Tensor | None) 
         counts: [resamples, clips] of the bootstrap; None: no intervals.
     """
     curves = {subject: values[subject].double().mean(1) for subject in SUBJECTS}
+    per_frame, intervals, frame_intervals = {}, {}, {}
     samples = values["prediction"].shape[1]
     if samples > 1:
         curves["best_of"] = choose_best(values["prediction"].double(), metric.higher_is_better)
-    per_frame = {subject: clips.mean(0).tolist() for subject, clips in curves.items()}
+    for subject, clips in curves.items():
+        per_frame[subject] = clips.mean(0).tolist()
+        if counts is not None:
+            # [2, horizon + 1]: of each frame, then of the mean
+            ends = mean_interval(torch.cat([clips, clips.mean(1, keepdim=True)], dim=1), counts)
+            intervals[subject] = tuple(ends[:, -1].tolist())
+            frame_intervals[subject] = ends[:, :-1].T.tolist()
     # The mean of the listed numbers, so that a reader who averages them gets the same.
     means = {subject: sum(curve) / len(curve) for subject, curve in per_frame.items()}
-    intervals, frame_intervals = None, None
-    if counts is not None:
-        ends = {  # [2, horizon + 1]: of each frame, then of the mean
-            subject: mean_interval(torch.cat([clips, clips.mean(1, keepdim=True)], dim=1), counts)
-            for subject, clips in curves.items()
-        }
-        intervals = {subject: tuple(both[:, -1].tolist()) for subject, both in ends.items()}
-        frame_intervals = {subject: both[:, :-1].T.tolist() for subject, both in ends.items() if subject in SUBJECTS}
     best = None
     if samples > 1:
+        frame_intervals.pop("best_of", None)
         best = BestOf(
             samples=samples,
             value=means.pop("best_of"),
             per_frame=per_frame.pop("best_of"),
-            interval=None if intervals is None else intervals.pop("best_of"),
+            interval=intervals.pop("best_of", None),
         )
     return MetricValues(
-        **means, per_frame=per_frame, interval=intervals, per_frame_interval=frame_intervals, best_of=best
+        **means,
+        per_frame=per_frame,
+        interval=intervals or None,
+        per_frame_interval=frame_intervals or None,
+        best_of=best,
     )

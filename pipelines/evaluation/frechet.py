@@ -10,16 +10,13 @@ from torch import Tensor
 from pipelines.config import EvaluationConfig
 from pipelines.evaluation.intervals import normal_interval
 from pipelines.evaluation.networks import VideoNetwork
-from pipelines.evaluation.results import Distances, MetricValues
+from pipelines.evaluation.results import Distances, Interval, MetricValues
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.progress import progress, warn
 
 MIN_FRAMES = 10  # the I3D halves time three times, then pools over two frames
 MAX_RESAMPLES = 200
 CLIPS_AT_ONCE = 16
-# Subject -> features that represent it. Compared with autoencoded clips, given frames are autoencoded as well.
-_AGAINST_REAL = {"prediction": "prediction", "copy_last": "copy_last", "reconstruction": "autoencoded"}
-_AGAINST_AUTOENCODED = {"prediction": "prediction_autoencoded", "copy_last": "copy_last_autoencoded"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,37 +122,38 @@ class VideoDistances:
     def __init__(self, network: VideoNetwork, segments: Segments) -> None:
         self.network = network
         self.segments = segments
-        self._features: dict[str, list[Tensor]] = defaultdict(list)
+        self._features: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
 
     @torch.inference_mode()
-    def add(self, name: str, given: Tensor, following: Tensor) -> None:
+    def add(self, against: str, subject: str, given: Tensor, following: Tensor, sample: int = 0) -> None:
         """Compute the features of a batch of clips.
 
         Args:
-            name: `real`, `autoencoded`, `copy_last`, `copy_last_autoencoded`; or with the number of the sample
-                `prediction 0` and, unless given frames are left out, `prediction_autoencoded 0`.
+            against: `real` or `autoencoded`: the set that the clips are compared with, and whose frames are given.
+            subject: `truth` for that set itself, `copy_last` or `prediction`.
             given: [b, context, 3, h, w] in [-1, 1] on the network's device.
             following: [b, horizon, 3, h, w], likewise.
+            sample: number of the prediction.
         """
         segments = rearrange(self.segments.cut(given, following), "b s t c h w -> (b s) t c h w")
         with computing_in("fp32", segments.device):
             parts = [self.network.features(part.clamp(-1, 1)) for part in segments.split(CLIPS_AT_ONCE)]
         features = rearrange(torch.cat(parts), "(b s) d -> b s d", s=self.segments.count)
-        self._features[name].append(features.double().cpu())
+        self._features[against, subject, sample].append(features.double().cpu())
 
-    def results(self, counts: Tensor | None, samples: int) -> MetricValues:
+    def results(self, counts: Tensor | None) -> MetricValues:
         """The distances of all subjects from the real and from the autoencoded clips.
+
+        The first predictions of all clips are one set, as large as the real one (the distance depends on the number of
+        clips), the second ones the next; the mean over the sets' distances is the result.
 
         Args:
             counts: [resamples, clips] from `draw_counts`, of which at most 200 rows are used; None: no intervals.
-            samples: predictions per clip. The first ones of all clips are one set, as large as the real one (the
-                distance depends on the number of clips), the second ones the next; the mean over the sets' distances
-                is the result.
         Raises:
             ValueError: fewer than two clips, or features that are not finite.
         """
-        features = {name: torch.cat(parts) for name, parts in self._features.items()}
-        clips, segments, dimensions = features["real"].shape
+        features = {key: torch.cat(parts) for key, parts in self._features.items()}
+        clips, segments, dimensions = features["real", "truth", 0].shape
         if clips < 2:
             raise ValueError("a distance of sets needs two clips or more, and there is one")
         if clips * segments <= dimensions:
@@ -163,42 +161,35 @@ class VideoDistances:
                 f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
                 "features: such distances are much too high; compare them only with those of as many clips"
             )
-        measured = _distances(features, None, samples)
-        rows = [] if counts is None else counts[:MAX_RESAMPLES]
-        resampled = [
-            _distances(features, row, samples) for row in progress(rows, description="bootstrap of FVD", unit="set")
-        ]
-        intervals = {"real": None, "autoencoded": None}
-        if len(resampled) > 1:
-            intervals = {
-                against: {
-                    subject: normal_interval(value, [each[against][subject] for each in resampled])
-                    for subject, value in values.items()
-                }
-                for against, values in measured.items()
+        measured = _distances(features, None)
+        rows = progress([] if counts is None else counts[:MAX_RESAMPLES], description="bootstrap of FVD", unit="set")
+        resampled = [_distances(features, row) for row in rows]
+
+        def intervals(against: str) -> dict[str, Interval] | None:
+            if len(resampled) < 2:
+                return None
+            return {
+                subject: normal_interval(value, [distances[against][subject] for distances in resampled])
+                for subject, value in measured[against].items()
             }
-        autoencoded = Distances(**measured["autoencoded"], interval=intervals["autoencoded"])
-        return MetricValues(**measured["real"], interval=intervals["real"], autoencoded=autoencoded)
+
+        autoencoded = Distances(**measured["autoencoded"], interval=intervals("autoencoded"))
+        return MetricValues(**measured["real"], interval=intervals("real"), autoencoded=autoencoded)
 
 
-def _distances(features: dict[str, Tensor], counts: Tensor | None, samples: int) -> dict[str, dict[str, float]]:
-    """Of all subjects from `real` and from `autoencoded` clips; real and predicted clips are drawn together."""
-
-    def fit(name: str) -> Gaussian:
-        segments = features[name].shape[1]
-        weights = None if counts is None else counts.repeat_interleave(segments)
-        return fit_gaussian(rearrange(features[name], "b s d -> (b s) d"), weights)
-
-    gaussians = {name: fit(name) for name in features}
-
-    def distance(name: str, against: str) -> float:
-        if "prediction" in name:
-            # Without given frames the same clip is compared with both.
-            name = name if f"{name} 0" in features else "prediction"
-        names = [f"{name} {number}" for number in range(samples)] if "prediction" in name else [name]
-        return sum(frechet_distance(gaussians[name], gaussians[against]) for name in names) / len(names)
-
+def _distances(features: dict[tuple[str, str, int], Tensor], counts: Tensor | None) -> dict[str, dict[str, float]]:
+    """By set and subject, the mean over samples; each clip is drawn with its predictions and all its segments."""
+    gaussians = {}
+    for key, values in features.items():
+        weights = None if counts is None else counts.repeat_interleave(values.shape[1])
+        gaussians[key] = fit_gaussian(rearrange(values, "b s d -> (b s) d"), weights)
+    real, autoencoded = gaussians["real", "truth", 0], gaussians["autoencoded", "truth", 0]
+    found: dict[str, dict[str, list[float]]] = {"real": defaultdict(list), "autoencoded": defaultdict(list)}
+    for (against, subject, _), gaussian in gaussians.items():
+        if subject != "truth":
+            found[against][subject].append(frechet_distance(gaussian, real if against == "real" else autoencoded))
+    found["real"]["reconstruction"].append(frechet_distance(autoencoded, real))
     return {
-        "real": {subject: distance(name, "real") for subject, name in _AGAINST_REAL.items()},
-        "autoencoded": {subject: distance(name, "autoencoded") for subject, name in _AGAINST_AUTOENCODED.items()},
+        against: {subject: sum(values) / len(values) for subject, values in subjects.items()}
+        for against, subjects in found.items()
     }

@@ -44,11 +44,16 @@ def mean_interval(values: Tensor, counts: Tensor) -> Tensor:
     return torch.quantile(means, ends, dim=0)
 
 
+def half_width(resampled: Sequence[float]) -> float:
+    """1.96 standard deviations: half of a 95 % interval of a normal distribution."""
+    return HALF_WIDTH * float(np.std(np.asarray(resampled), ddof=1))
+
+
 def normal_interval(value: float, resampled: Sequence[float]) -> tuple[float, float]:
     """The measured distance -+ 1.96 standard deviations of the resampled ones, not below 0.
 
     For distances between sets: a resample repeats clips, so its spread is smaller and resampled distances are too high;
     their percentiles would exclude the measured one.
     """
-    half = HALF_WIDTH * float(np.std(np.asarray(resampled), ddof=1))
+    half = half_width(resampled)
     return max(0.0, value - half), value + half

@@ -8,7 +8,10 @@ from einops import rearrange
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from pipelines.runtime.context import computing_in
+from pipelines.config import RiverConfig
+from pipelines.evaluation.networks import NO_VGG16, load_lpips
+from pipelines.runtime.context import RunContext, computing_in
+from stage1_autoencoder.lpips import SMALLEST_SIDE
 
 # Pixels per call of a metric: LPIPS holds some kB for each.
 PIXELS_AT_ONCE = 2**18
@@ -59,6 +62,20 @@ PSNR, SSIM = Metric("psnr", psnr, True), Metric("ssim", ssim, True)
 def lpips_metric(network: Callable[[Tensor, Tensor], Tensor]) -> Metric:
     """LPIPS by a loaded network; images are clamped to [-1, 1] as for the others."""
     return Metric("lpips", lambda images, truth: network(images.clamp(-1, 1), truth), False)
+
+
+def load_frame_metrics(config: RiverConfig, run_context: RunContext) -> tuple[list[Metric], str | None]:
+    """PSNR, SSIM, and LPIPS if it can be measured; with the reason if it cannot.
+
+    Raises:
+        UserError, FetchError: see `load_lpips`.
+    """
+    if config.dataset.image_size < SMALLEST_SIDE:
+        return [PSNR, SSIM], f"LPIPS needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
+    lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
+    if lpips is None:
+        return [PSNR, SSIM], NO_VGG16
+    return [PSNR, SSIM, lpips_metric(lpips)], None
 
 
 def measure_frames(metric: Metric, videos: Tensor, truth: Tensor) -> Tensor:

@@ -114,10 +114,12 @@ I3D = PublicFile(
     sha256="bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
     size="50 MB",
 )
+# Why there is no LPIPS, and the ways out.
+NO_VGG16 = f"no weights of VGG16: set {VGG_SETTING}, or download them with --download"
 
 
 def load_lpips(vgg_weights: str | Path | None, device: torch.device, *, download: bool) -> LPIPS | None:
-    """LPIPS on a device; None where the weights of VGG16 are missing: see `missing_weights_message`.
+    """LPIPS on a device; None where the weights of VGG16 are missing.
 
     Args:
         vgg_weights: torchvision's file of VGG16, the value of `autoencoder.training.vgg_weights`; None: look into
@@ -143,18 +145,6 @@ def load_lpips(vgg_weights: str | Path | None, device: torch.device, *, download
     except ValueError as error:
         raise UserError(f"{path}: {error}: use torchvision's {VGG16.name} ({VGG16.url})") from None
     return model.to(device).to(memory_format=image_memory_format(device))
-
-
-def missing_weights_message(instead: str = "continuing as with autoencoder.training.perceptual: none") -> str:
-    """What to tell the user where `load_lpips` returns None.
-
-    Args:
-        instead: what the caller does now.
-    """
-    return (
-        f"LPIPS needs the weights of VGG16: {VGG_SETTING} is not set, and {VGG16.path} does not exist; {instead}. Set "
-        f"{VGG_SETTING} to a copy of {VGG16.name}, or allow the download ({VGG16.size}) with --download"
-    )
 
 
 class VideoNetwork:

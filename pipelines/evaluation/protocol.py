@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
-from pipelines.evaluation.frechet import MAX_RESAMPLES, VideoDistances
+from pipelines.evaluation.frechet import MAX_RESAMPLES, Segments
 from pipelines.evaluation.results import EvaluationProtocol
 from pipelines.loading import find_flow, find_refiner, weights_digest
 from pipelines.predictor import VideoPredictor
@@ -24,15 +24,14 @@ def describe_protocol(
     *,
     refine: bool,
     vgg: Path | None,
-    distances: VideoDistances | None,
+    i3d: Path | None,
 ) -> EvaluationProtocol:
     """Everything that decides the numbers.
 
     Args:
         videos: the video of each measured clip.
         missing: metric that was not measured -> reason.
-        vgg: the file of VGG16; None where LPIPS was not measured.
-        distances: with the network of FVD; None where FVD was not measured.
+        vgg, i3d: files of the networks.
     """
     evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
     flow, refiner = find_flow(config.run_path), find_refiner(config.run_path) if refine else None
@@ -40,21 +39,16 @@ def describe_protocol(
     interval = f"95 %, bootstrap over videos: percentiles of {evaluation.resamples} resamples, seed {evaluation.seed}"
     best_of = "per clip and metric, the sample with the best mean over the horizon by that metric"
     return EvaluationProtocol(
+        **common_protocol(config, predictor),
         protocol=describe_preset(config),
-        dataset=config.dataset.name,
-        split=evaluation.split,
         clips=len(videos),
         videos=len(set(videos)),
-        window=evaluation.window,
         window_seed=evaluation.seed,
-        context=evaluation.context,
-        horizon=evaluation.horizon,
         samples=evaluation.samples,
         aggregation="mean over clips, samples and predicted frames",
         best_of=best_of if evaluation.samples > 1 else None,
         interval=None if "interval" in missing else interval,
         pixels="clamped to [-1, 1], compared as floats with data range 2",
-        image_size=config.dataset.image_size,
         frame_step=config.dataset.frame_step,
         resize={
             "filter": frames["resize_filter"],
@@ -64,23 +58,34 @@ def describe_protocol(
         },
         sampling=config.sampling.model_dump(mode="json"),
         seed=config.sampling.seed,
-        precision=sampling_precision(config.sampling, predictor.device),
         nfe=SamplingPlan.from_config(config.sampling).evaluations,
         description=predictor.describe_sampling(refine),
-        flow_step=flow.step,
-        flow_sha256=weights_digest(predictor.vector_field),
         flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
         refine=refine,
         refiner_step=None if refiner is None else refiner.step,
         refiner_sha256=weights_digest(predictor.check_refiner()) if refine else None,
-        autoencoder_sha256=flow.state["store"]["autoencoder"],
         store_fingerprint=flow.state["store"]["fingerprint"],
-        vgg_sha256=None if vgg is None else file_sha256(vgg),
-        fvd=None if distances is None else _describe_fvd(config, distances, intervals="interval" not in missing),
-        device=str(predictor.device),
+        vgg_sha256=None if vgg is None or "lpips" in missing else file_sha256(vgg),
+        fvd=None if i3d is None or "fvd" in missing else _describe_fvd(config, i3d, "interval" not in missing),
         torch=torch.__version__,
         missing=missing,
     )
+
+
+def common_protocol(config: RiverConfig, predictor: VideoPredictor) -> dict[str, Any]:
+    """The fields of `Protocol`."""
+    flow = find_flow(config.run_path)
+    assert flow is not None
+    return {
+        **config.evaluation.model_dump(include={"split", "window", "context", "horizon"}),
+        "dataset": config.dataset.name,
+        "image_size": config.dataset.image_size,
+        "flow_step": flow.step,
+        "flow_sha256": weights_digest(predictor.vector_field),
+        "autoencoder_sha256": flow.state["store"]["autoencoder"],
+        "precision": sampling_precision(config.sampling, predictor.device),
+        "device": str(predictor.device),
+    }
 
 
 def describe_preset(config: RiverConfig) -> str | None:
@@ -98,12 +103,12 @@ def describe_preset(config: RiverConfig) -> str | None:
     return name + (f", with {', '.join(changes)}" if changes else "")
 
 
-def _describe_fvd(config: RiverConfig, distances: VideoDistances, intervals: bool) -> dict[str, Any]:
-    segments = distances.segments
+def _describe_fvd(config: RiverConfig, i3d: Path, intervals: bool) -> dict[str, Any]:
+    segments = Segments.choose(config.evaluation)
     resamples = min(config.evaluation.resamples, MAX_RESAMPLES)
     given = "real ones against real clips, autoencoded ones against autoencoded clips"
     return {
-        "network_sha256": distances.network.sha256,
+        "network_sha256": file_sha256(i3d),
         "context": segments.context > 0,
         "frames": segments.frames,
         "clips_of_frames": segments.describe(),

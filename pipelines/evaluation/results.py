@@ -63,7 +63,23 @@ class MetricValues(Distances):
     autoencoded: Distances | None = None
 
 
-class EvaluationProtocol(Result):
+class Protocol(Result):
+    """What decides the numbers of an evaluation and of a study: the frames, and the networks that predict them."""
+
+    dataset: str
+    split: str
+    window: str
+    context: int
+    horizon: int
+    image_size: int
+    flow_step: int
+    flow_sha256: str
+    autoencoder_sha256: str
+    precision: str
+    device: str
+
+
+class EvaluationProtocol(Protocol):
     """Everything that decides the numbers of an evaluation.
 
     Attributes:
@@ -75,38 +91,27 @@ class EvaluationProtocol(Result):
     """
 
     protocol: str | None
-    dataset: str
-    split: str
     clips: int
     videos: int
-    window: str
     window_seed: int
-    context: int
-    horizon: int
     samples: int
     aggregation: str
     best_of: str | None
     interval: str | None
     pixels: str
-    image_size: int
     frame_step: int
     resize: dict[str, Any]
     sampling: dict[str, Any]
     seed: int
-    precision: str
     nfe: int
     description: str
-    flow_step: int
-    flow_sha256: str
     flow_origin: dict[str, Any]
     refine: bool
     refiner_step: int | None
     refiner_sha256: str | None
-    autoencoder_sha256: str
     store_fingerprint: str | None
     vgg_sha256: str | None
     fvd: dict[str, Any] | None
-    device: str
     torch: str
     missing: dict[str, str]
 
@@ -176,7 +181,7 @@ class StudyPoint(Result):
         return ", ".join(words)
 
 
-class StudyProtocol(Result):
+class StudyProtocol(Protocol):
     """Everything but the sampler settings that decides the numbers of a study.
 
     Attributes:
@@ -184,19 +189,8 @@ class StudyProtocol(Result):
         lpips: whether LPIPS was measured.
     """
 
-    dataset: str
-    split: str
-    window: str
     clips: list[str]
-    context: int
-    horizon: int
-    image_size: int
-    flow_step: int
-    flow_sha256: str
-    autoencoder_sha256: str
     past_horizon: int | None
-    precision: str
-    device: str
     frechet: str
     sharpness: str
     lpips: bool
@@ -222,3 +216,9 @@ class Study(Result):
                 f"reference {self.reference} or cheapest {self.cheapest} is no index of {len(self.points)} points"
             )
         return self
+
+    def solver_line(self, solver: str) -> list[StudyPoint]:
+        """The points that differ from the reference only in solver and evaluations, by evaluations."""
+        seed = self.points[self.reference].seed
+        line = [point for point in self.points if point.solver == solver and point.is_plain and point.seed == seed]
+        return sorted(line, key=lambda point: point.nfe)

@@ -1,6 +1,5 @@
 """`study`: how many evaluations of the vector field a prediction needs, for each solver and option of a trained run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +7,19 @@ from matplotlib.figure import Figure
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.evaluation.networks import load_lpips, missing_weights_message
+from pipelines.evaluation.metrics import load_frame_metrics
+from pipelines.evaluation.protocol import common_protocol
 from pipelines.evaluation.results import Study, StudyPoint, StudyProtocol
-from pipelines.evaluation.study_points import StudyClips
-from pipelines.loading import find_flow, weights_digest
-from pipelines.prediction.clips import load_clips
-from pipelines.predictor import VideoPredictor, load_predictor
-from pipelines.runtime.context import RunContext, sampling_precision
+from pipelines.evaluation.study_points import StudyClips, point_key
+from pipelines.prediction.clips import open_clips
+from pipelines.predictor import load_predictor
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json, replacing, write_json
 from pipelines.runtime.progress import progress, say
-from stage1_autoencoder.lpips import SMALLEST_SIDE
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.solvers import SOLVERS
 
-CLIPS = 24
 EVALUATIONS = (1, 2, 4, 8, 16, 32, 64, 128)
 FEW_EVALUATIONS = (1, 2, 4, 8)
 # Enough that the error of Euler steps does not matter.
@@ -51,13 +48,11 @@ PANELS = {
 TICKS = (1, 2, 4, 8, 16, 32, 64, 128, 396)
 
 
-def study(
-    config: RiverConfig, run_context: RunContext, clips: int = CLIPS, most_evaluations: int | None = None
-) -> Study:
+def study(config: RiverConfig, run_context: RunContext, clips: int, most_evaluations: int | None = None) -> Study:
     """Predict the protocol's clips with all of `sampler_settings`, and compare the predictions.
 
     Writes `quality.json` after each setting, and `quality.png` at the end, to the run's folder. Settings that an
-    earlier call measured with the same weights and clips are not measured again.
+    earlier call measured with the same weights, clips and reference are not measured again.
 
     Args:
         clips: number of clips.
@@ -67,39 +62,53 @@ def study(
         UserError: all clips are of one video.
     """
     predictor = load_predictor(config, run_context)
-    lpips = None
-    if config.dataset.image_size < SMALLEST_SIDE:
-        say(f"study: continuing without LPIPS, which needs images of {SMALLEST_SIDE} pixels a side")
-    else:
-        lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
-        if lpips is None:
-            say(f"study: {missing_weights_message('continuing without LPIPS')}")
-    chosen = load_clips(config, run_context, clips)
+    metrics, no_lpips = load_frame_metrics(config, run_context)
+    if no_lpips is not None:
+        say(f"study: continuing without LPIPS: {no_lpips}")
+    chosen = list(open_clips(config, run_context, clips))
     if len({clip.video for clip in chosen}) < 2:
         raise UserError("study: intervals over videos need clips of two or more videos; take more with --videos")
-    protocol = _protocol(config, predictor, [clip.name for clip in chosen], lpips=lpips is not None)
-    path = config.run_path / "quality.json"
-    settings = {_key(options): options for options in sampler_settings(config.sampling, most_evaluations)}
-    known = _known_points(path, protocol)
-    resumed = sum(key in known for key in settings)
+    evaluation, path = config.evaluation, config.run_path / "quality.json"
+    protocol = StudyProtocol(
+        **common_protocol(config, predictor),
+        clips=[clip.name for clip in chosen],
+        past_horizon=config.sampling.past_horizon,
+        frechet="of means over 2x2 parts of each frame's latents and of their change to the frame before",
+        sharpness="mean difference of neighboring pixels, as a share of the decoded real latents'",
+        lpips=no_lpips is None,
+    )
+    settings = sampler_settings(config.sampling, most_evaluations)
+    known = _known_points(path, protocol, point_key(settings[0]))
+    resumed = sum(point_key(options) in known for options in settings)
     say(
-        f"study: {len(chosen)} clips, {config.evaluation.context} frames given, {config.evaluation.horizon} predicted, "
+        f"study: {len(chosen)} clips, {evaluation.context} frames given, {evaluation.horizon} predicted, "
         f"{len(settings)} sampler settings" + (f", {resumed} of them measured before" if resumed else "")
     )
-    measured = StudyClips(predictor, chosen, config.evaluation.context, config.evaluation.seed, lpips)
+    measured = StudyClips(predictor, chosen, evaluation.context, evaluation.seed, metrics)
     points: list[StudyPoint] = []
-    evaluations = sum(SamplingPlan.from_config(options).evaluations for options in settings.values())
-    with progress(total=evaluations, description="study", unit="NFE") as bar:
-        for key, options in settings.items():
-            points.append(known.get(key) or measured.measure(key, options, points[0] if points else None))
+    total = sum(SamplingPlan.from_config(options).evaluations for options in settings)
+    with progress(total=total, description="study", unit="NFE") as bar:
+        for options in settings:
+            point = known.get(point_key(options)) or measured.measure(options, points[0] if points else None)
+            points.append(point)
             result = Study(protocol=protocol, points=points, reference=0, cheapest=cheapest(points))
             write_json(path, result)
-            bar.update(points[-1].nfe)
+            bar.update(point.nfe)
     plot_study(result, config.run_path / "quality.png")
     say("")
     say(format_study(result))
     say(f"\nstudy: {path} and quality.png")
     return result
+
+
+def _known_points(path: Path, protocol: StudyProtocol, reference: str) -> dict[str, StudyPoint]:
+    """By key, points of an earlier call with the same protocol and reference; none where the file cannot be read."""
+    try:
+        known = read_json(path, Study, "")
+    except UserError:
+        return {}
+    points = {point.key: point for point in known.points}
+    return points if known.protocol == protocol and known.points[0].key == reference else {}
 
 
 def sampler_settings(sampling: SamplingConfig, most_evaluations: int | None = None) -> list[SamplingConfig]:
@@ -149,29 +158,23 @@ def format_study(study: Study) -> str:
     """The points as a table: the reference first, and below it the cheapest that loses nothing."""
     points, lpips = study.points, study.protocol.lpips
     lines = [
-        f"  {'':<30}{'NFE':>5}{'PSNR':>8}{'to first':>9}{'95 %':>17}{'SSIM':>8}"
-        + (f"{'LPIPS':>8}" if lpips else "")
-        + f"{'Frechet':>9}{'sharp':>7}{'ms':>9}"
+        f"  {'':<30}{'NFE':>5}{'PSNR':>8}{'to first':>9}{'95 %':>17}{'SSIM':>8}{'LPIPS':>8}{'Frechet':>9}{'sharp':>7}"
+        f"{'ms':>9}"
     ]
     for point in points:
         low, high = point.psnr_difference_interval
         name = point.describe() + (f", seed {point.seed}" if point.seed != points[0].seed else "")
         lines.append(
             f"  {name:<30}{point.nfe:>5}{point.psnr:>8.2f}{point.psnr_difference:>+9.2f}"
-            f"{f'{low:+.2f} .. {high:+.2f}':>17}{point.ssim:>8.3f}"
-            + (f"{point.lpips:>8.4f}" if lpips else "")
-            + f"{point.frechet:>9.3f}{point.sharpness:>7.3f}{point.milliseconds_per_frame:>9.3g}"
+            f"{f'{low:+.2f} .. {high:+.2f}':>17}{point.ssim:>8.3f}{f'{point.lpips:.4f}' if lpips else '-':>8}"
+            f"{point.frechet:>9.3f}{point.sharpness:>7.3f}{point.milliseconds_per_frame:>9.3g}"
         )
     best, first = points[study.cheapest], points[study.reference]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"  Fewest evaluations that lose nothing measurable: {best.nfe} ({best.describe()}), "
-            f"{first.nfe / best.nfe:.3g} times fewer than {first.nfe}",
-            f"  (PSNR within {PSNR_MARGIN} dB, Frechet distance of latents{' and LPIPS' if lpips else ''} not worse by "
-            "more than the interval over videos).",
-        ]
+    return "\n".join(lines) + (
+        f"\n\n  Fewest evaluations that lose nothing measurable: {best.nfe} ({best.describe()}), "
+        f"{first.nfe / best.nfe:.3g} times fewer than {first.nfe}\n"
+        f"  (PSNR within {PSNR_MARGIN} dB, Frechet distance of latents{' and LPIPS' if lpips else ''} not worse by "
+        "more than the interval over videos)."
     )
 
 
@@ -187,7 +190,7 @@ def plot_study(study: Study, path: Path) -> None:
         axis.axhspan(*getattr(reference, f"{name}_interval"), color="#999999", alpha=0.18, linewidth=0)
         axis.axhline(getattr(reference, name), color="#666666", linewidth=1, linestyle="--")
         for solver, (color, marker) in STYLES.items():
-            line = solver_line(points, solver)
+            line = study.solver_line(solver)
             nfes, values = [point.nfe for point in line], [getattr(point, name) for point in line]
             axis.plot(nfes, values, color=color, marker=marker, markersize=4, linewidth=1.4, label=solver)
         circle = {"markersize": 11, "fillstyle": "none", "color": "black"}
@@ -209,47 +212,3 @@ def plot_study(study: Study, path: Path) -> None:
     )
     with replacing(path) as temporary:
         figure.savefig(temporary)
-
-
-def solver_line(points: list[StudyPoint], solver: str) -> list[StudyPoint]:
-    """The points of a solver that differ from the reference only in solver and evaluations, by evaluations."""
-    seed = points[0].seed
-    line = [point for point in points if point.solver == solver and point.is_plain and point.seed == seed]
-    return sorted(line, key=lambda point: point.nfe)
-
-
-def _protocol(config: RiverConfig, predictor: VideoPredictor, clips: list[str], *, lpips: bool) -> StudyProtocol:
-    flow = find_flow(config.run_path)
-    assert flow is not None
-    return StudyProtocol(
-        dataset=config.dataset.name,
-        split=config.evaluation.split,
-        window=config.evaluation.window,
-        clips=clips,
-        context=config.evaluation.context,
-        horizon=config.evaluation.horizon,
-        image_size=config.dataset.image_size,
-        flow_step=flow.step,
-        flow_sha256=weights_digest(predictor.vector_field),
-        autoencoder_sha256=flow.state["store"]["autoencoder"],
-        past_horizon=config.sampling.past_horizon,
-        precision=sampling_precision(config.sampling, predictor.device),
-        device=str(predictor.device),
-        frechet="of means over 2x2 parts of each frame's latents and of their change to the frame before",
-        sharpness="mean difference of neighboring pixels, as a share of the decoded real latents'",
-        lpips=lpips,
-    )
-
-
-def _key(options: SamplingConfig) -> str:
-    """What a point's result depends on."""
-    return json.dumps(options.model_dump(mode="json", exclude={"batch_size", "compile", "cuda_graphs"}), sort_keys=True)
-
-
-def _known_points(path: Path, protocol: StudyProtocol) -> dict[str, StudyPoint]:
-    """Points of an earlier call with the same protocol, by key; none where the file cannot be read."""
-    try:
-        known = read_json(path, Study, "")
-    except UserError:
-        return {}
-    return {point.key: point for point in known.points} if known.protocol == protocol else {}

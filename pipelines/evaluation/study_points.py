@@ -1,9 +1,8 @@
 """One sampler setting of a study: metrics of its predictions, with intervals over videos."""
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.evaluation.frechet import fit_gaussian, frechet_distance
-from pipelines.evaluation.intervals import HALF_WIDTH, draw_counts, mean_interval, normal_interval
-from pipelines.evaluation.metrics import PSNR, SSIM, flatten, lpips_metric, measure_frames
+from pipelines.evaluation.intervals import draw_counts, half_width, mean_interval, normal_interval
+from pipelines.evaluation.metrics import Metric, flatten, measure_frames
 from pipelines.evaluation.results import StudyPoint
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
-from stage1_autoencoder.lpips import LPIPS
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
@@ -28,39 +26,36 @@ DISTANCE_RESAMPLES = 200
 POOLED_SIDE = 2
 
 
-@dataclass(frozen=True, eq=False)
-class Predicted:
-    """Values of each clip, for differences and intervals.
-
-    Attributes:
-        metrics: name -> [clips] float64, means over the predicted frames.
-        features: [clips, horizon, d], see `latent_features`.
-        seconds: of predicting all clips, without decoding.
-    """
-
-    metrics: dict[str, Tensor]
-    features: Tensor
-    seconds: float
+def point_key(options: SamplingConfig) -> str:
+    """What a point's result depends on."""
+    return json.dumps(options.model_dump(mode="json", exclude={"batch_size", "compile", "cuda_graphs"}), sort_keys=True)
 
 
 class StudyClips:
     """The clips that all settings predict, and everything about them that does not depend on the setting."""
 
     def __init__(
-        self, predictor: VideoPredictor, clips: Sequence[Clip], context: int, seed: int, lpips: LPIPS | None
+        self, predictor: VideoPredictor, clips: Sequence[Clip], context: int, seed: int, metrics: list[Metric]
     ) -> None:
-        self.predictor, self.context = predictor, context
-        self.metrics = [PSNR, SSIM] if lpips is None else [PSNR, SSIM, lpips_metric(lpips)]
+        self.predictor, self.context, self.metrics = predictor, context, metrics
         self.keys = [(clip.key, 0) for clip in clips]
         frames = torch.stack([clip.frames for clip in clips])
         latents = predictor.encode_videos(frames)
         self.given, self.truth = latents[:, :context], frames[:, context:]
-        self.features = latent_features(predictor.standardization.to_final(latents), context)
         self.edges = mean_gradient(predictor.decode_videos(latents[:, context:]).cpu())
         self.counts = draw_counts([clip.video for clip in clips], RESAMPLES, seed)
+        # All frames of all clips once, then the resamples.
+        self.draws = [None, *self.counts[:DISTANCE_RESAMPLES].repeat_interleave(self.truth.shape[1], dim=1)]
+        real = self._features(latents)
+        self.real = [fit_gaussian(real, draw) for draw in self.draws]
 
-    def predict(self, options: SamplingConfig) -> Predicted:
-        """Predict all clips and measure each."""
+    def measure(self, options: SamplingConfig, reference: StudyPoint | None) -> StudyPoint:
+        """Predict all clips and measure the predictions.
+
+        Args:
+            options: the setting.
+            reference: the point to which differences are taken, clip by clip; None: this one is the reference.
+        """
         started = time.perf_counter()
         latents = self.predictor.generate_latents(self.given, self.truth.shape[1], sampling=options, keys=self.keys)
         if latents.is_cuda:
@@ -68,66 +63,49 @@ class StudyClips:
         seconds = time.perf_counter() - started
         videos = self.predictor.decode_videos(latents[:, self.context :])
         truth = self.truth.to(videos.device)
-        values = {metric.name: measure_frames(metric, videos, truth).double().mean(1) for metric in self.metrics}
-        values["sharpness"] = mean_gradient(videos.cpu()) / self.edges
-        features = latent_features(self.predictor.standardization.to_final(latents), self.context)
-        return Predicted(metrics=values, features=features, seconds=seconds)
+        clips = {metric.name: measure_frames(metric, videos, truth).double().mean(1) for metric in self.metrics}
+        clips["sharpness"] = mean_gradient(videos.cpu()) / self.edges
 
-    def measure(self, key: str, options: SamplingConfig, reference: StudyPoint | None) -> StudyPoint:
-        """Measure one setting.
-
-        Args:
-            key: of the point.
-            options: the setting.
-            reference: the point to which differences are taken, clip by clip; None: this one is the reference.
-        """
-        predicted, plan = self.predict(options), SamplingPlan.from_config(options)
-        measured = self._distance(predicted.features, reference)
-        for name, values in predicted.metrics.items():
-            of_reference = values.tolist() if reference is None else reference.per_clip[name]
-            difference = values - torch.tensor(of_reference, dtype=torch.float64)
-            measured |= {
-                name: float(values.mean()),
-                f"{name}_interval": mean_interval(values, self.counts).tolist(),
-                f"{name}_difference": float(difference.mean()),
-                f"{name}_difference_interval": mean_interval(difference, self.counts).tolist(),
-            }
-        return StudyPoint(
-            key=key,
-            solver=plan.solver.name,
-            warm_start=options.warm_start,
-            condition=options.condition,
-            seed=options.seed,
-            preset=options.preset,
-            steps=plan.steps,
-            nfe=plan.evaluations,
-            per_clip={name: values.tolist() for name, values in predicted.metrics.items()},
-            milliseconds_per_frame=1000 * predicted.seconds / (len(self.keys) * self.truth.shape[1]),
-            **measured,
-        )
-
-    def _distance(self, features: Tensor, reference: StudyPoint | None) -> dict[str, Any]:
-        """The Fréchet distance between features of predicted and real latents, over all frames of all clips.
-
-        The interval of its difference to the reference is taken over differences of resamples: both distances change
-        in the same way with the drawn clips.
-        """
-        frames = features.shape[1]
-        ours, real = (rearrange(values, "b n d -> (b n) d") for values in (features, self.features))
-        distance = frechet_distance(fit_gaussian(ours), fit_gaussian(real))
-        counts = self.counts[:DISTANCE_RESAMPLES].repeat_interleave(frames, dim=1)
-        resampled = [frechet_distance(fit_gaussian(ours, count), fit_gaussian(real, count)) for count in counts]
+        features = self._features(latents)
+        pairs = zip(self.draws, self.real, strict=True)
+        distance, *resampled = [frechet_distance(fit_gaussian(features, draw), real) for draw, real in pairs]
         difference, half = 0.0, 0.0
         if reference is not None:
+            # Over differences of resamples: both distances change in the same way with the drawn clips.
             difference = distance - reference.frechet
-            half = HALF_WIDTH * float((np.asarray(resampled) - np.asarray(reference.frechet_resampled)).std(ddof=1))
-        return {
+            half = half_width(np.subtract(resampled, reference.frechet_resampled))
+        measured = {
             "frechet": distance,
             "frechet_interval": normal_interval(distance, resampled),
             "frechet_difference": difference,
             "frechet_difference_interval": (difference - half, difference + half),
-            "frechet_resampled": resampled,
         }
+        for name, values in clips.items():
+            of_reference = values.tolist() if reference is None else reference.per_clip[name]
+            differences = values - torch.tensor(of_reference, dtype=torch.float64)
+            measured |= {
+                name: float(values.mean()),
+                f"{name}_interval": mean_interval(values, self.counts).tolist(),
+                f"{name}_difference": float(differences.mean()),
+                f"{name}_difference_interval": mean_interval(differences, self.counts).tolist(),
+            }
+        plan = SamplingPlan.from_config(options)
+        return StudyPoint(
+            key=point_key(options),
+            solver=plan.solver.name,
+            **options.model_dump(include={"warm_start", "condition", "seed", "preset"}),
+            steps=plan.steps,
+            nfe=plan.evaluations,
+            per_clip={name: values.tolist() for name, values in clips.items()},
+            frechet_resampled=resampled,
+            milliseconds_per_frame=1000 * seconds / (len(self.keys) * self.truth.shape[1]),
+            **measured,
+        )
+
+    def _features(self, latents: Tensor) -> Tensor:
+        """[clips x horizon, d] of raw latents [clips, context + horizon, c, h, w]."""
+        features = latent_features(self.predictor.standardization.to_final(latents), self.context)
+        return rearrange(features, "b n d -> (b n) d")
 
 
 def latent_features(latents: Tensor, context: int) -> Tensor:

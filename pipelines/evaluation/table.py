@@ -19,7 +19,7 @@ WIDTH = 120
 
 
 def format_table(evaluation: Evaluation) -> str:
-    """The metrics, the protocol below them, and what was not measured; no line is longer than 120 characters."""
+    """The metrics, what is needed to measure them again, and what was not measured; at most 120 characters a line."""
     protocol, metrics = evaluation.protocol, evaluation.metrics
     lines = _wrap(
         f"{protocol.dataset}, {protocol.split} split: {protocol.clips} clips of {protocol.videos} videos, "
@@ -33,12 +33,10 @@ def format_table(evaluation: Evaluation) -> str:
     if "fvd" in metrics:
         lines += ["", *_fvd_table(metrics["fvd"])]
     gain = metrics["psnr"].prediction - (metrics["psnr"].copy_last or 0.0)
-    lines += [
-        "",
-        f"  The prediction is {abs(gain):.2f} dB {'better' if gain >= 0 else 'WORSE'} than copying the last frame.",
-        "",
-        *_protocol_lines(protocol),
-    ]
+    better = "better" if gain >= 0 else "WORSE"
+    lines += ["", f"  The prediction is {abs(gain):.2f} dB {better} than copying the last frame.", ""]
+    for name, fact in _facts(protocol).items():
+        lines += _wrap(fact, f"  {name:<10}")
     for what, reason in protocol.missing.items():
         lines += _wrap(f"{what} was not measured: {reason}", "  ")
     return "\n".join(lines)
@@ -49,39 +47,44 @@ def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int)
     assert values.per_frame is not None
     columns = sorted({0, (horizon - 1) // 2, horizon - 1})
     rows = [
-        (title, getattr(values, subject), values.per_frame[subject], (values.interval or {}).get(subject))
+        (title, getattr(values, subject), (values.interval or {}).get(subject), values.per_frame[subject])
         for subject, title in TITLES.items()
     ]
     best = values.best_of
     if best is not None:
-        rows.insert(1, (f"prediction, best of {best.samples}", best.value, best.per_frame, best.interval))
-    lines = [f"  {heading:<44}{'mean':>8}{'95 % interval':>18}" + "".join(f"{'+' + str(c + 1):>8}" for c in columns)]
-    for title, mean, curve, interval in rows:
-        numbers = "".join(f"{curve[c]:>8.{digits}f}" for c in columns)
-        lines.append(f"  {title:<44}{mean:>8.{digits}f}{_interval(interval, digits):>18}{numbers}")
+        rows.insert(1, (f"prediction, best of {best.samples}", best.value, best.interval, best.per_frame))
+    lines = [_row(heading, "mean", "95 % interval", *(f"+{column + 1}" for column in columns))]
+    for title, mean, interval, curve in rows:
+        numbers = (f"{curve[column]:.{digits}f}" for column in columns)
+        lines.append(_row(title, f"{mean:.{digits}f}", _interval(interval, digits), *numbers))
     return lines
 
 
 def _fvd_table(values: MetricValues) -> list[str]:
-    lines = [f"  {'FVD, lower is better':<44}{'to real':>8}{'95 % interval':>18}{'to autoencoded':>18}{'95 %':>18}"]
+    widths = (8, 18, 18, 18)
+    heads = ("to real", "95 % interval", "to autoencoded", "95 % interval")
+    lines = [_row("FVD, lower is better", *heads, widths=widths)]
     digits = 1 if max(getattr(values, subject) for subject in TITLES) >= 10 else 4
     for subject, title in TITLES.items():
-        line = f"  {title.removesuffix(' (upper bound)'):<44}"
-        for distances, width in ((values, 8), (values.autoencoded or Distances(), 18)):
+        cells = []
+        for distances in (values, values.autoencoded or Distances()):
             value = getattr(distances, subject)
             if value is not None:
-                interval = _interval((distances.interval or {}).get(subject), digits)
-                line += f"{value:>{width}.{digits}f}{interval:>18}"
-        lines.append(line)
+                cells += [f"{value:.{digits}f}", _interval((distances.interval or {}).get(subject), digits)]
+        lines.append(_row(title.removesuffix(" (upper bound)"), *cells, widths=widths))
     return lines
+
+
+def _row(title: str, *cells: str, widths: tuple[int, ...] = (8, 18, 8, 8, 8)) -> str:
+    return f"  {title:<44}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
 
 def _interval(ends: Interval | None, digits: int) -> str:
     return "" if ends is None else f"[{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
 
-def _protocol_lines(protocol: EvaluationProtocol) -> list[str]:
-    """What is needed to measure the same again."""
+def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
+    """What is needed to measure the same again, in short; `evaluation.json` has the rest."""
     window = {
         "first": "the first frames of each video",
         "random": f"windows drawn with seed {protocol.window_seed}",
@@ -89,35 +92,18 @@ def _protocol_lines(protocol: EvaluationProtocol) -> list[str]:
     }[protocol.window]
     step = "every frame" if protocol.frame_step == 1 else f"one frame in {protocol.frame_step}"
     resize, size = protocol.resize, protocol.image_size
-    weights = {"autoencoder": protocol.autoencoder_sha256, "flow": protocol.flow_sha256,
-               "refiner": protocol.refiner_sha256, "VGG16": protocol.vgg_sha256}  # fmt: skip
-    digests = [
-        f"{name} {digest[:12]}" + (f" (step {protocol.flow_step})" if name == "flow" else "")
-        for name, digest in weights.items()
-        if digest is not None
-    ]
+    weights = {"autoencoder": protocol.autoencoder_sha256, f"flow (step {protocol.flow_step})": protocol.flow_sha256,
+               "refiner": protocol.refiner_sha256, "VGG16": protocol.vgg_sha256,
+               "I3D": protocol.fvd and protocol.fvd["network_sha256"]}  # fmt: skip
     facts = {
         "protocol": protocol.protocol or "none of the literature's (evaluation.protocol)",
-        "clips": f"{window}, {step}",
-        "frames": f"{resize['crop']}, resized to {size}x{size}, filter {resize['filter']} ({resize['upscale_filter']} "
-        "for smaller frames)",
-        "means": protocol.aggregation,
-        "best of": protocol.best_of,
+        "clips": f"{window}, {step}, resized to {size}x{size} (filter {resize['filter']})",
+        "FVD": protocol.fvd and protocol.fvd["clips_of_frames"],
         "interval": protocol.interval,
         "sampling": f"{protocol.description}, {protocol.precision}, seed {protocol.seed}",
-        "weights": ", ".join(digests),
+        "weights": ", ".join(f"{name} {digest[:12]}" for name, digest in weights.items() if digest),
     }
-    fvd = protocol.fvd
-    if fvd is not None:
-        parts = [
-            f"network {fvd['network_sha256'][:12]}, {fvd['clips_of_frames']}",
-            f"resized {fvd['resize']}",
-            fvd["statistics"],
-            fvd["interval"] and f"interval {fvd['interval']}",
-            protocol.samples > 1 and fvd["samples"],
-        ]
-        facts["FVD"] = "; ".join(part for part in parts if part)
-    return [line for name, fact in facts.items() if fact for line in _wrap(fact, f"  {name:<10}")]
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _wrap(text: str, first: str) -> list[str]:

@@ -88,32 +88,22 @@ def most_moving(pixels: Iterable[np.ndarray], context: int, needed: int) -> int:
     Returns:
         The first start with the largest sum, over the given frames, of the mean absolute difference to the one before.
     """
-    changes, before = [0.0], None
-    for frame in pixels:
-        frame = frame.astype(np.int16)
-        if before is not None:
-            changes.append(float(np.abs(frame - before).mean()))
-        before = frame
+    pairs = itertools.pairwise(pixels)
+    changes = [float(np.abs(after.astype(np.int16) - before.astype(np.int16)).mean()) for before, after in pairs]
     # sums[i]: of the changes up to frame i, so that frames s .. s + context - 1 move by sums[s + context - 1] - sums[s]
-    sums = np.cumsum(changes)
+    sums = np.cumsum([0.0, *changes])
     starts = len(sums) - needed + 1
     return int(np.argmax(sums[context - 1 : context - 1 + starts] - sums[:starts]))
 
 
+@dataclass(frozen=True, eq=False)
 class ClipReader:
-    """The protocol's clips, read from the raw videos one at a time and not kept.
+    """The protocol's clips, read from the raw videos one at a time and not kept."""
 
-    Attributes:
-        windows: the frames of each.
-    """
-
-    def __init__(
-        self, source: VideoSource, windows: list[Window], evaluation: EvaluationConfig, run_context: RunContext
-    ) -> None:
-        self.windows = windows
-        self._source = source
-        self._evaluation = evaluation
-        self._run_context = run_context
+    source: VideoSource
+    windows: list[Window]
+    evaluation: EvaluationConfig
+    run_context: RunContext
 
     def __len__(self) -> int:
         """Number of clips, including those of broken videos, which are skipped when they are read."""
@@ -125,16 +115,25 @@ class ClipReader:
         Raises:
             UserError: at the end, if no video could be decoded.
         """
-        needed, found = self._evaluation.context + self._evaluation.horizon, 0
+        context, found = self.evaluation.context, False
+        needed = context + self.evaluation.horizon
         for window in self.windows:
-            clip = _read_clip(self._source, window, needed, self._run_context, self._evaluation)
-            if clip is not None:
-                found += 1
-                yield clip
+            video, start = window.video, window.start
+            try:
+                if self.evaluation.window == "moving":
+                    start = most_moving(self.source.iterate(video), context, needed)
+                pixels = self.source.read(video, range(start, start + needed))
+            except BrokenVideoError as error:
+                self.run_context.skip(error.video_id, error.reason)
+                continue
+            found, name = True, self.source.videos[video].id
+            # The same clip has the same key and so the same prediction, however many clips are asked for.
+            key = start << 32 | video
+            yield Clip(f"{name}@{start}" if start else name, key, image_to_unit(torch.from_numpy(pixels)))
         if not found:
             raise UserError(
-                f"split {self._evaluation.split} of {self._source.dataset.name}: none of {len(self.windows)} videos "
-                "can be decoded"
+                f"split {self.evaluation.split} of {self.source.dataset.name}: none of {len(self.windows)} videos can "
+                "be decoded"
             )
 
     def batches(self, size: int) -> Iterator[list[Clip]]:
@@ -142,11 +141,6 @@ class ClipReader:
         clips = iter(self)
         while batch := list(itertools.islice(clips, size)):
             yield batch
-
-
-def load_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> list[Clip]:
-    """Read all clips of the protocol; errors as of `open_clips` and its reader."""
-    return list(open_clips(config, run_context, wanted))
 
 
 def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> ClipReader:
@@ -161,39 +155,21 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
     for video in source.skipped:
         run_context.skip(video.id, video.reason)
     videos = VideoTable.of(source.videos)
-    lengths = videos.frames.tolist()
-    needed = evaluation.context + evaluation.horizon
-    short = [videos.ids[row] for row in np.flatnonzero(videos.frames < needed)]
-    windows = choose_windows(lengths, evaluation, wanted)
+    needed, lengths = evaluation.context + evaluation.horizon, videos.frames
+    windows = choose_windows(lengths.tolist(), evaluation, wanted)
     if not windows:
-        spread = (
-            f"the {len(lengths)} videos have {min(lengths)} to {max(lengths)} frames" if lengths else "it has no videos"
-        )
+        found = "it is empty"
+        if len(lengths):
+            found = f"the {len(lengths)} videos have {lengths.min()} to {lengths.max()} frames"
         raise UserError(
             f"split {evaluation.split} of {config.dataset.name}: no video has the {evaluation.context} + "
-            f"{evaluation.horizon} frames of evaluation.context + evaluation.horizon; {spread}: "
-            "lower evaluation.horizon"
+            f"{evaluation.horizon} frames of evaluation.context + evaluation.horizon; {found}: lower evaluation.horizon"
         )
+    short = [videos.ids[row] for row in np.flatnonzero(lengths < needed)]
     if short:
         names = ", ".join(short[:3]) + (", ..." if len(short) > 3 else "")
         say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip, skipped: {names}")
     return ClipReader(source, windows, evaluation, run_context)
-
-
-def _read_clip(
-    source: VideoSource, window: Window, frames: int, run_context: RunContext, evaluation: EvaluationConfig
-) -> Clip | None:
-    video = source.videos[window.video]
-    try:
-        if evaluation.window == "moving":
-            window = Window(window.video, most_moving(source.iterate(window.video), evaluation.context, frames))
-        pixels = source.read(window.video, range(window.start, window.start + frames))
-    except BrokenVideoError as error:
-        run_context.skip(error.video_id, error.reason)
-        return None
-    name = video.id if window.start == 0 else f"{video.id}@{window.start}"
-    # The same clip has the same key and so the same prediction, however many clips are asked for.
-    return Clip(name=name, key=window.start << 32 | window.video, frames=image_to_unit(torch.from_numpy(pixels)))
 
 
 @dataclass(frozen=True, eq=False)

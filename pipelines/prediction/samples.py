@@ -67,16 +67,16 @@ def write_samples(
 
     Args:
         clips: with the true frames.
-        predicted: [sample, clip, context + horizon, h, w, 3] uint8.
-        latents: [sample, clip, context + horizon, c, h, w] raw.
+        predicted: [clip, sample, context + horizon, h, w, 3] uint8.
+        latents: [clip, sample, context + horizon, c, h, w] raw.
         title: of the contact sheet.
     """
     _remove_clips(folder)
     rows = []
-    for number, clip in enumerate(clips):
-        strips = clip_strips(to_video(clip.frames), predicted[0, number], samples.context)
-        others = enumerate(predicted[1:, number], start=2)
-        rows.append((clip.name, strips + [Strip(f"sample {n}", video, samples.context, RED) for n, video in others]))
+    for clip, (first, *others) in zip(clips, predicted, strict=True):
+        strips = clip_strips(to_video(clip.frames), first, samples.context)
+        strips += [Strip(f"sample {n}", video, samples.context, RED) for n, video in enumerate(others, start=2)]
+        rows.append((clip.name, strips))
     shown = rows[:SHEET_CLIPS]
     save_picture(folder / "contact_sheet.png", contact_sheet(shown, title))
     save_gif(folder / "overview.gif", animation(shown), fps)
@@ -84,9 +84,9 @@ def write_samples(
         video, stem = animation([row]), file_name(row[0])
         save_gif(folder / f"{stem}.gif", video, fps)
         save_mp4(folder / f"{stem}.mp4", video, fps)
-    tensors = {"latents": latents[0].cpu().contiguous()}
-    if len(latents) > 1:
-        tensors["samples"] = latents.transpose(0, 1).cpu().contiguous()
+    tensors = {"latents": latents[:, 0].cpu().contiguous()}
+    if samples.samples > 1:
+        tensors["samples"] = latents.cpu().contiguous()
     with replacing(folder / "predictions.safetensors") as temporary:
         save_file(tensors, temporary)
     write_json(folder / "samples.json", samples)

@@ -15,7 +15,7 @@ from pipelines.config import RiverConfig, parse_size, result_settings
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
-from pipelines.evaluation.networks import load_lpips, missing_weights_message
+from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.prediction.pictures import reconstruction_sheet, save_picture
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, use_precision
@@ -427,7 +427,7 @@ def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Che
         else:
             network = load_lpips(training.vgg_weights, run_context.device, download=run_context.download)
             if network is None and run_context.processes.is_first:
-                warn(f"autoencoder: {missing_weights_message()}")
+                warn(f"autoencoder: {NO_VGG16}; continuing as with autoencoder.training.perceptual: none")
     if network is None and training.best_by == "lpips":
         raise UserError(
             "autoencoder.training.best_by: lpips needs the perceptual network: set autoencoder.training.perceptual to "

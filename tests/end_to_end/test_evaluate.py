@@ -18,7 +18,7 @@ from pipelines.evaluation.frechet import fit_gaussian, frechet_distance
 from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.evaluation.networks import load_lpips
 from pipelines.loading import weights_digest
-from pipelines.prediction.clips import load_clips
+from pipelines.prediction.clips import open_clips
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import RefinerModelConfig
@@ -70,7 +70,7 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
 
     config = load_config(copied.folder / "tiny.yaml", LONG)
     predictor = VideoPredictor.from_run(copied.runs, "cpu")
-    clips = load_clips(config, RunContext(CPU), 4)
+    clips = list(open_clips(config, RunContext(CPU), 4))
     frames = torch.stack([clip.frames for clip in clips])
     given, truth = frames[:, :2], frames[:, 2:]
     autoencoded = predictor.decode_videos(predictor.encode_videos(frames))

@@ -10,11 +10,11 @@ FEW = ("study", "--most-evaluations", "4")
 def test_an_interrupted_study_resumes_and_is_plotted(copied, monkeypatch) -> None:
     calls, measure = [], StudyClips.measure
 
-    def interrupted(clips, key, options, reference):
-        calls.append(key)
+    def interrupted(clips, options, reference):
+        calls.append(options)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return measure(clips, key, options, reference)
+        return measure(clips, options, reference)
 
     monkeypatch.setattr(StudyClips, "measure", interrupted)
     copied.run(*FEW, "--videos", "3").refused(130, "study")
@@ -29,7 +29,9 @@ def test_an_interrupted_study_resumes_and_is_plotted(copied, monkeypatch) -> Non
     assert len(calls) == 1 + len(result["points"]) == 1 + len({point["key"] for point in result["points"]}) > 10
     assert result["protocol"]["clips"] == ["test_00000", "test_00002", "test_00003"]
     assert (copied.runs / "quality.png").stat().st_size > 10_000
-    assert "measured before" not in copied.run(*FEW, "--videos", "2").ok().out  # other clips
+    # Other clips, another reference.
+    assert "measured before" not in copied.run(*FEW, "--videos", "2").ok().out
+    assert "measured before" not in copied.run("study", "--most-evaluations", "8", "--videos", "2").ok().out
 
 
 def test_intervals_need_two_videos(copied) -> None:

@@ -225,7 +225,7 @@ def test_predicted_frames_are_refined_only_when_asked(context):
     assert decoded.abs().amax() > 1.001  # not clamped
     torch.testing.assert_close(decoded.clamp(-1, 1), plain[:, context])
     latents = predicting.generate_latents(predicting.encode_videos(clips), 2)
-    assert torch.equal(predicting.decode_refined(latents, clips), refined)
+    assert torch.equal(predicting.decode_videos(latents, clips), refined)
 
 
 def test_samples_are_refined_with_the_context_of_their_video(tiny):

@@ -1,14 +1,11 @@
 """Image metrics against closed forms, and the choice of the best of several samples."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from pipelines.evaluation import metrics as metrics_module
-from pipelines.evaluation.metrics import PSNR, SSIM, Metric, choose_best, lpips_metric, measure_frames, psnr, ssim
+from pipelines.evaluation.metrics import PSNR, Metric, choose_best, lpips_metric, measure_frames, psnr, ssim
 
 
 @pytest.fixture
@@ -23,19 +20,10 @@ def images(truth) -> torch.Tensor:
     return truth + 0.05 * torch.arange(1, 6)[:, None, None, None] * noise
 
 
-def test_psnr_of_a_known_error(truth):
-    # Peak-to-peak 2, mean squared error `error`^2.
-    assert psnr(truth + 0.1, truth).tolist() == pytest.approx([10 * math.log10(2.0**2 / 0.1**2)] * 5, abs=1e-3)
-
-
 def test_psnr_without_error_is_100_db(truth):
     assert psnr(truth, truth).tolist() == [100.0] * 5
     ones = torch.ones(1, 3, 16, 16)
     assert psnr(7 * ones, ones).tolist() == [100.0]  # images are clamped
-
-
-def test_ssim_of_equal_images_is_one(truth):
-    assert ssim(truth, truth).tolist() == pytest.approx([1.0] * 5, abs=1e-6)
 
 
 def test_ssim_of_flat_images_has_a_closed_form():
@@ -75,14 +63,13 @@ def test_ssim_equals_scipys_filters(truth, images):
     np.testing.assert_allclose(ssim(images, truth).numpy(), expected, atol=2e-5)
 
 
-def test_frames_of_videos_have_each_their_number(truth, images, monkeypatch):
-    monkeypatch.setattr(metrics_module, "PIXELS_AT_ONCE", 2 * 32 * 24)  # passes of 2, 2 and 1 image
-    videos, targets = images[None, :4].reshape(2, 2, 3, 32, 24), truth[None, :4].reshape(2, 2, 3, 32, 24)
-    for metric in (PSNR, SSIM):
-        values = measure_frames(metric, videos, targets)
-        assert values.shape == (2, 2)
-        expected = [metric.function(images[i : i + 1], truth[i : i + 1]).item() for i in range(4)]
-        assert values.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+def test_frames_of_videos_have_each_their_number():
+    # Frames of more pixels than go through at once.
+    videos, targets = (torch.rand(2, 3, 3, 260, 256, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    values = measure_frames(PSNR, videos, targets)
+    assert values.shape == (2, 3)
+    expected = [psnr(*pair[:, None]).item() for pair in torch.stack([videos, targets], 2).flatten(0, 1)]
+    assert values.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_frames_are_measured_in_single_precision_whatever_surrounds_it(truth, images):

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluation.results import Study, StudyPoint, StudyProtocol
-from pipelines.evaluation.sampler_study import cheapest, format_study, plot_study, sampler_settings, solver_line
+from pipelines.evaluation.sampler_study import cheapest, format_study, plot_study, sampler_settings
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.solvers import SOLVERS
@@ -61,29 +61,32 @@ def test_the_cheapest_loses_nothing(change, chosen):
     assert cheapest(points) == chosen
 
 
-def test_the_line_of_a_solver_has_its_plain_points_in_order():
-    points = [point(396, solver="rk4-38"), point(8, solver="rk4-38", seed=1)]
-    points += [point(nfe) for nfe in (4, 2)]
-    points += [point(2, warm_start=0.5), point(2, condition="per-frame"), point(2, seed=2), point(4, solver="rk4-38")]
-    assert [found.nfe for found in solver_line(points, "rk4-38")] == [4, 396]
-    assert [found.nfe for found in solver_line(points, "euler")] == [2, 4]
-
-
-def test_table_and_plot(tmp_path):
+def study(points: list[StudyPoint]) -> Study:
     protocol = StudyProtocol(
         dataset="toy", split="test", window="first", clips=["a"], context=2, horizon=3, image_size=16, flow_step=1,
         flow_sha256="f", autoencoder_sha256="a", past_horizon=None, precision="fp32", device="cpu", frechet="",
         sharpness="", lpips=False,
     )  # fmt: skip
+    return Study(protocol=protocol, points=points, reference=0, cheapest=1)
+
+
+def test_the_line_of_a_solver_has_its_plain_points_in_order():
+    points = [point(396, solver="rk4-38"), point(8, solver="rk4-38", seed=1)]
+    points += [point(nfe) for nfe in (4, 2)]
+    points += [point(2, warm_start=0.5), point(2, condition="per-frame"), point(2, seed=2), point(4, solver="rk4-38")]
+    assert [found.nfe for found in study(points).solver_line("rk4-38")] == [4, 396]
+    assert [found.nfe for found in study(points).solver_line("euler")] == [2, 4]
+
+
+def test_table_and_plot(tmp_path):
     points = [
         point(8, solver="rk4-38", preset="official"), point(2),
         point(1, warm_start=0.3, condition="per-frame", seed=3, psnr_difference=-2.5),
     ]  # fmt: skip
-    study = Study(protocol=protocol, points=points, reference=0, cheapest=1)
-    table = format_study(study)
+    table = format_study(study(points))
     for part in ("rk4-38, official grid", "euler, warm start 0.3, one condition per frame, seed 3", "-2.50",
                  "measurable: 2 (euler), 4 times fewer than 8"):  # fmt: skip
         assert part in table
-    plot_study(study, tmp_path / "quality.png")
+    plot_study(study(points), tmp_path / "quality.png")
     with Image.open(tmp_path / "quality.png") as picture:
         assert picture.width > 800

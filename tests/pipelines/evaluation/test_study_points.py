@@ -1,9 +1,11 @@
 """One sampler setting of a study: its metrics against their definitions."""
 
+import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluation.study_points import StudyClips, latent_features, mean_gradient
+from pipelines.evaluation.metrics import PSNR, SSIM, lpips_metric
+from pipelines.evaluation.study_points import StudyClips, latent_features, mean_gradient, point_key
 from pipelines.prediction.clips import Clip
 from stage2_flow.config import SamplingConfig
 from tests.pipelines.test_predictor import predictor
@@ -16,48 +18,41 @@ def clips(count: int) -> list[Clip]:
 
 @pytest.fixture(scope="module")
 def measured() -> StudyClips:
-    return StudyClips(predictor(), clips(4), 2, 0, None)
+    metrics = [PSNR, SSIM, lpips_metric(lambda images, truth: (images - truth).abs().mean((1, 2, 3)))]
+    return StudyClips(predictor(), clips(4), 2, 0, metrics)
 
 
 def test_a_point_has_the_metrics_of_its_predictions(measured):
     options = SamplingConfig(solver="heun", nfe=4, warm_start=0.25)
-    found = measured.measure("k", options, None)
+    found = measured.measure(options, None)
     latents = measured.predictor.generate_latents(measured.given, 3, sampling=options, keys=measured.keys)
     frames = measured.predictor.decode_videos(latents)[:, 2:].double()
     truth = torch.stack([clip.frames for clip in clips(4)])[:, 2:].double()
     errors = (frames - truth).square().mean((2, 3, 4))
     assert found.psnr == pytest.approx((10 * torch.log10(4 / errors)).mean().item(), rel=1e-5)
-    assert (found.key, found.solver, found.nfe, found.steps, found.warm_start) == ("k", "heun", 4, 2, 0.25)
+    assert found.lpips == pytest.approx((frames - truth).abs().mean().item(), rel=1e-5)
+    assert found.key == point_key(options)
+    assert (found.solver, found.nfe, found.steps, found.warm_start) == ("heun", 4, 2, 0.25)
     assert found.psnr_interval[0] < found.psnr < found.psnr_interval[1]
     reconstructed = measured.predictor.decode_videos(measured.predictor.encode_videos(truth.float()))
     assert found.sharpness == pytest.approx((mean_gradient(frames) / mean_gradient(reconstructed)).mean().item())
     assert found.frechet > 0
-    assert found.lpips is None
     assert found.milliseconds_per_frame > 0
     assert found.psnr_difference == found.frechet_difference == 0
-    assert found.psnr_difference_interval == found.frechet_difference_interval == (0, 0)
-
-
-def test_lpips_is_measured_where_it_is_given():
-    measured = StudyClips(predictor(), clips(4), 2, 0, lambda images, truth: (images - truth).abs().mean((1, 2, 3)))
-    found = measured.measure("k", SamplingConfig(nfe=2), None)
-    latents = measured.predictor.generate_latents(measured.given, 3, sampling=SamplingConfig(nfe=2), keys=measured.keys)
-    frames = measured.predictor.decode_videos(latents)[:, 2:]
-    truth = torch.stack([clip.frames for clip in clips(4)])[:, 2:]
-    assert found.lpips == pytest.approx((frames - truth).abs().mean().item(), rel=1e-5)
-    assert found.lpips_difference_interval == (0, 0)
+    assert found.lpips_difference_interval == found.frechet_difference_interval == (0, 0)
 
 
 def test_differences_to_the_reference_are_taken_clip_by_clip(measured):
-    reference = measured.measure("k", SamplingConfig(solver="heun", nfe=4), None)
-    other = measured.measure("l", SamplingConfig(nfe=2, seed=3), reference)
+    reference = measured.measure(SamplingConfig(solver="heun", nfe=4), None)
+    other = measured.measure(SamplingConfig(nfe=2, seed=3), reference)
     pairs = zip(other.per_clip["psnr"], reference.per_clip["psnr"], strict=True)
     per_clip = [ours - theirs for ours, theirs in pairs]
     assert other.psnr_difference == pytest.approx(sum(per_clip) / 4, abs=1e-9)
     assert min(per_clip) - 1e-9 <= other.psnr_difference_interval[0] <= other.psnr_difference
     assert other.frechet_difference == pytest.approx(other.frechet - reference.frechet)
     low, high = other.frechet_difference_interval
-    assert low < other.frechet_difference < high
+    half = 1.959964 * np.subtract(other.frechet_resampled, reference.frechet_resampled).std(ddof=1)
+    assert (high - low) / 2 == pytest.approx(half)
 
 
 def test_features_are_means_of_places_and_of_changes():

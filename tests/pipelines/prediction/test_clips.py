@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.config import EvaluationConfig, RiverConfig, parse_config
 from pipelines.errors import UserError
-from pipelines.prediction.clips import Window, choose_windows, load_clips, most_moving, open_clips, read_video
+from pipelines.prediction.clips import Clip, Window, choose_windows, most_moving, open_clips, read_video
 from pipelines.runtime.context import RunContext
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.shapes import ShapesSource
@@ -79,6 +79,10 @@ def config(tmp_path, **evaluation) -> RiverConfig:
 @pytest.fixture
 def run_context() -> RunContext:
     return RunContext(device=torch.device("cpu"))
+
+
+def load_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> list[Clip]:
+    return list(open_clips(config, run_context, wanted))
 
 
 def test_clips_are_the_frames_of_the_videos(tmp_path, run_context):
