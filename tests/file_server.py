@@ -3,8 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
@@ -21,6 +21,7 @@ class FileServer(ThreadingHTTPServer):
         etag: the version of all files.
         break_offs: number of answers that break off, each after `keep` bytes, or in the middle.
         promised: bytes that it announces beyond those it has.
+        faults: what to do instead for paths that contain a text.
         slowly: send 100 kB at a time, with pauses; `sent` has the bytes sent so far.
     """
 
@@ -35,6 +36,7 @@ class FileServer(ThreadingHTTPServer):
         self.etag = ""
         self.break_offs = self.promised = self.sent = 0
         self.keep: int | None = None
+        self.faults: dict[str, Callable[[Handler], None]] = {}
         self.slowly = False
 
 
@@ -53,6 +55,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         server, file = self.server, self.server.folder / self.path[1:]
+        for text, fault in server.faults.items():
+            if text in self.path:
+                with suppress(ConnectionError):  # the client has gone
+                    fault(self)
+                return
         status = server.status if file.is_file() else 404
         if status != 200:
             self.send_error(status)
@@ -61,7 +68,9 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range") if server.ranges else None
         if self.headers.get("If-Range", server.etag) != server.etag:
             wanted = None
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        start = int(first) if first else max(len(content) - int(last), 0)
+        stop = min(int(last) + 1, len(content)) if first and last else len(content)
         if start and start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -70,13 +79,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(206 if wanted else 200)
         if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start + server.promised))
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start + server.promised))
         if server.etag:
             self.send_header("ETag", server.etag)
         self.end_headers()
         if body:
-            self._send(content[start:])
+            self._send(content[start:stop])
 
     def _send(self, content: bytes) -> None:
         server = self.server

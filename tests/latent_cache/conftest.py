@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -124,6 +125,38 @@ def numbered(kit: StoreKit, tmp_path: Path) -> Callable[..., LatentCache]:
         return latent_cache.open(path)
 
     return build
+
+
+@pytest.fixture
+def publish() -> Iterator[Callable[[Path], str]]:
+    """Copy a store behind a URL."""
+    memory = fsspec.filesystem("memory")
+
+    def copy(path: Path) -> str:
+        memory.put(str(path), "/published/toys.zarr", recursive=True)
+        return "memory://published/toys.zarr"
+
+    yield copy
+    if memory.exists("/published"):
+        memory.rm("/published", recursive=True)
+
+
+def flip_a_bit(file: Path, place: int | None = None) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def flip() -> Callable[..., None]:
+    """Change a bit of a file, in the middle unless told where."""
+    return flip_a_bit
+
+
+@pytest.fixture(params=["flipped", "missing", "empty"])
+def damage(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Damage a file in each of three ways."""
+    return {"flipped": flip_a_bit, "missing": Path.unlink, "empty": lambda file: file.write_bytes(b"")}[request.param]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_autoencoder.augmentation import ColorFactors, adjust_colors, augment
+from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.config import ColorJitterConfig
 from stage1_autoencoder.views import ViewTransform, apply_views
 
@@ -17,44 +17,19 @@ def draws(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_frames(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, generator=draws()) * 2 - 1
-
-
-def factors(
-    brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0, frames: int = 1
-) -> ColorFactors:
-    return ColorFactors(*(torch.full((frames, 1, 1, 1), v) for v in (brightness, contrast, saturation, hue)))
-
-
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=ROUNDING, rtol=0)
 
 
-def test_each_frame_has_its_own_factors():
-    given = random_frames(3, 3, 4, 5)
-    each = [factors(brightness=0.5), factors(contrast=0.3, hue=0.2), factors(saturation=0.0)]
-    together = ColorFactors(
-        *(torch.cat([getattr(f, name) for f in each]) for name in ("brightness", "contrast", "saturation", "hue"))
-    )
-    changed = adjust_colors(given, together)
-    for row, own in enumerate(each):
-        assert torch.equal(changed[row : row + 1], adjust_colors(given[row : row + 1], own))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_stay_and_half_precision_is_rounded_once(dtype):
-    given = random_frames(2, 3, 4, 5).to(dtype)
-    for change in (
-        lambda images: adjust_colors(images, factors(1.2, 0.9, 1.1, 0.1, frames=2)),
-        lambda images: augment(images, jitter=ALL, flip=True, generator=draws()),
-    ):
-        changed, expected = change(given), change(given.float())
-        assert changed.dtype == dtype
-        if dtype == torch.float64:
-            close(changed.float(), expected)
-        else:
-            assert torch.equal(changed, expected.to(dtype))
+    given = (torch.rand(2, 3, 4, 5, generator=draws()) * 2 - 1).to(dtype)
+    changed, expected = (augment(x, jitter=ALL, flip=True, generator=draws()) for x in (given, given.float()))
+    assert changed.dtype == dtype
+    if dtype == torch.float64:
+        close(changed.float(), expected)
+    else:
+        assert torch.equal(changed, expected.to(dtype))
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.nn import functional as F
 
 from stage1_autoencoder.codebook import CodebookCare, CodeUsage, code_usage, forget, kmeans
 from stage1_autoencoder.quantizer import VectorQuantizer
@@ -139,12 +137,21 @@ def test_kmeans_ends_at_the_means_of_clusters(seed):
     torch.testing.assert_close(centers[centers[:, 0].argsort()], expected, atol=53 * 4 * 2.0**-24, rtol=0)
 
 
+def test_kmeans_at_any_scale_of_at_most_16_random_vectors_per_code():
+    for scale in (2.0**-30, 2.0**40):
+        centers, scaled = (kmeans(make(), by * vectors_of(latents()), draws()) for by in (1.0, scale))
+        torch.testing.assert_close(scaled / scale, centers, atol=ROUNDING, rtol=0)
+    (center,) = kmeans(VectorQuantizer(1, 100), torch.eye(100), draws())
+    used = center.nonzero().flatten()  # the mean of unit vectors shows which
+    assert len(used) == 16
+    assert not torch.equal(used, torch.arange(16))
+
+
 def test_empty_clusters_move_to_vectors_far_from_their_centers():
     # Eight places and one of them crowded: most of the first centers are equal, and all but one of them empty.
     places = 10 * torch.randn(8, 4, generator=draws(4))
     vectors = torch.cat([places[:1].expand(200, 4), places[1:].repeat(3, 1)])
-    quantizer = make(codes=16)
-    centers = kmeans(quantizer, vectors, draws())
+    centers = kmeans(make(codes=16), vectors, draws())
     assert centers.isfinite().all()
     assert torch.cdist(places, centers).amin(1).max() < 4 * ROUNDING  # of values up to 30
 
@@ -160,20 +167,6 @@ def test_kmeans_depends_only_on_its_generator(normalize):
         centers.append(weight_of(quantizer))
     assert torch.equal(centers[0], centers[1])
     assert not torch.equal(centers[0], centers[2])
-
-
-@pytest.mark.parametrize("scale", [2.0**-30, 2.0**40])
-def test_kmeans_works_at_any_scale(scale):
-    centers, scaled = (kmeans(make(), by * vectors_of(latents()), draws()) for by in (1.0, scale))
-    torch.testing.assert_close(scaled / scale, centers, atol=ROUNDING, rtol=0)
-
-
-def test_kmeans_uses_at_most_16_random_vectors_per_code():
-    torch.manual_seed(0)
-    (center,) = kmeans(VectorQuantizer(1, 100), torch.eye(100), draws())
-    used = center.nonzero().flatten()  # the mean of unit vectors shows which
-    assert len(used) == 16
-    assert not torch.equal(used, torch.arange(16))
 
 
 @pytest.mark.parametrize("start", ["kmeans", "sample"])
@@ -308,50 +301,6 @@ def test_the_optimizer_state_of_moved_codes_is_reset():
     assert torch.equal(weight[moved], before[moved])
     assert (weight[~moved] != before[~moved]).all()
     assert optimizer.state[weight]["step"] == 2
-
-
-class Toy:
-    """A linear autoencoder of Gaussian vectors whose encoder starts far from the codes."""
-
-    def __init__(self, start: str, restart_every: int) -> None:
-        torch.manual_seed(1)
-        self.encoder, self.decoder = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
-        nn.init.constant_(self.encoder.bias, 1.0)
-        self.quantizer = VectorQuantizer(64, 4)
-        self.care = CodebookCare(self.quantizer, start=start, restart_every=restart_every, window=20)
-        self.care.start(self.encoder(self.images(0)), draws(0))
-        parts = (self.encoder, self.decoder, self.quantizer)
-        self.optimizer = torch.optim.Adam([p for part in parts for p in part.parameters()], lr=3e-3)
-
-    @staticmethod
-    def images(number: int) -> torch.Tensor:
-        return torch.randn(32, 8, 4, 4, generator=draws(100 + number))
-
-    def train(self, steps: range) -> None:
-        for number in steps:
-            images = self.images(number)
-            z = self.encoder(images)
-            output = self.quantizer(z)
-            loss = F.mse_loss(self.decoder(output.latents), images)
-            self.optimizer.zero_grad()
-            (loss + output.codebook_loss + 0.25 * output.commitment_loss).backward()
-            self.optimizer.step()
-            moved = self.care.after_step(number, output.codes, z, draws(number))
-            if moved is not None:
-                forget(self.optimizer, self.quantizer.embedding.weight, moved)
-            self.loss = loss.item()
-
-
-def test_a_codebook_collapses_without_restarts_and_not_with_them():
-    collapsed, restarted, started = Toy("uniform", 0), Toy("uniform", 10), Toy("kmeans", 0)
-    for toy in (collapsed, restarted, started):
-        toy.train(range(200))
-    assert collapsed.care.usage().perplexity < 12
-    assert collapsed.care.usage().dead > 40
-    assert restarted.care.usage().perplexity > 50
-    assert restarted.care.usage().dead == 0
-    assert started.care.usage().perplexity > 50
-    assert max(restarted.loss, started.loss) < 0.9 * collapsed.loss
 
 
 def test_resuming_within_a_window_changes_nothing():

@@ -66,19 +66,19 @@ def deviation(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs) / theirs.std((0, 2, 3), keepdim=True)).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_faster_kernels_change_only_roundings(model, frames, precision):
-    expected = plainly(model, frames)
-    encoded = encoder_of(model, precision).encode(frames, identity(frames))
-    assert deviation(encoded.latents, expected) < FP32_ERROR
+@pytest.mark.parametrize(
+    ("precision", "low", "high"), [("fp32", 0, FP32_ERROR), ("tf32", 0, FP32_ERROR), ("bf16", 1e-4, BF16_ERROR)]
+)
+def test_faster_kernels_change_only_roundings(model, frames, precision, low, high):
+    encoder = encoder_of(model, precision)
+    encoded = encoder.encode(frames, identity(frames))
+    assert encoded.latents.dtype == torch.float32
+    assert low <= deviation(encoded.latents, plainly(model, frames)) < high
     assert torch.equal(encoded.codes, model.quantizer.nearest(encoded.latents))
-
-
-@needs_onednn
-def test_all_convolutions_of_the_encoder_are_packed(model):
-    modules = list(encoder_of(model).network.encoder.modules())
-    assert not any(isinstance(module, nn.Conv2d) for module in modules)
-    assert any(isinstance(module, PackedConv2d) for module in modules)
+    if can_pack(torch.float32) and precision == "fp32":
+        kinds = {type(module) for module in encoder.network.encoder.modules()}
+        assert PackedConv2d in kinds
+        assert nn.Conv2d not in kinds
 
 
 def test_the_autoencoder_itself_does_not_change(model, frames):
@@ -114,14 +114,6 @@ def test_threads_that_call_first_together_get_the_same(model, frames):
     with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(encoder.encode, frames, identity(frames)) for _ in range(8)]
         assert all(torch.equal(future.result().latents, expected) for future in futures)
-
-
-def test_bf16_is_rough_and_returns_float32(model, frames):
-    expected = plainly(model, frames)
-    encoded = encoder_of(model, "bf16").encode(frames, identity(frames))
-    assert encoded.latents.dtype == torch.float32
-    assert 1e-4 < deviation(encoded.latents, expected) < BF16_ERROR
-    assert torch.equal(encoded.codes, model.quantizer.nearest(encoded.latents))
 
 
 def test_without_onednn_the_autoencoder_itself_is_used(model, frames, monkeypatch):
@@ -202,18 +194,20 @@ def matmul_settings() -> tuple[str, bool, bool]:
 @pytest.mark.parametrize("around", ["high", "highest"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_tf32_is_enabled_only_on_request(precision, around):
-    def fail() -> None:
-        raise KeyError("something in the middle")
+    def fail_inside() -> None:
+        with exact_kernels(precision):
+            assert matmul_settings() == (("high", True, True) if precision == "tf32" else ("highest", False, True))
+            raise KeyError
 
     default = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(around)
     before = matmul_settings()
     try:
         with exact_kernels(precision):
-            assert matmul_settings() == (("high", True, True) if precision == "tf32" else ("highest", False, True))
+            pass
         assert matmul_settings() == before
-        with pytest.raises(KeyError), exact_kernels(precision):
-            fail()
+        with pytest.raises(KeyError):
+            fail_inside()
         assert matmul_settings() == before
     finally:
         torch.set_float32_matmul_precision(default)

@@ -92,24 +92,23 @@ def test_the_heads_are_installed_with_their_license(repository):
     package = repository / "stage1_autoencoder"
     installed = {path for pattern in patterns["stage1_autoencoder"] for path in package.glob(pattern)}
     assert HEADS_FILE in installed
-    (licence,) = (path for path in installed if path.name.startswith("LICENSE"))
-    text = licence.read_text()
-    assert "Copyright (c) 2018, Richard Zhang, Phillip Isola, Alexei A. Efros, Eli Shechtman, Oliver Wang" in text
-    assert text.count("Redistributions") == 2
-    assert HEADS_FILE.name in text
+    (license,) = (path.read_text() for path in installed if path.name.startswith("LICENSE"))
+    for part in (
+        "Copyright (c) 2018, Richard Zhang, Phillip Isola, Alexei A. Efros",
+        "Redistributions",
+        HEADS_FILE.name,
+    ):
+        assert part in license
 
 
-def test_a_distance_is_symmetric_positive_and_zero_for_equal_images(narrow):
-    a, b = noise(2, 3, 16, 24).double(), noise(2, 3, 16, 24, seed=1).double()
-    assert torch.equal(narrow(a, b), narrow(b, a))
-    assert (narrow(a, b) > 0).all()
-    assert narrow(a, a.clone()).tolist() == [0, 0]
-
-
-def test_images_of_a_batch_do_not_interact(narrow):
+def test_a_distance_is_symmetric_positive_zero_for_equal_images_and_the_same_in_any_batch(narrow):
     a, b = noise(3, 3, 32, 16).double(), noise(3, 3, 32, 16, seed=1).double()
+    together = narrow(a, b)
+    assert torch.equal(together, narrow(b, a))
+    assert (together > 0).all()
+    assert narrow(a, a.clone()).tolist() == [0, 0, 0]
     alone = torch.cat([narrow(a[i : i + 1], b[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(narrow(a, b), alone, rtol=1e-10, atol=0)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=0)
 
 
 def test_gradients_are_those_of_finite_differences(narrow):
@@ -129,15 +128,14 @@ def test_weights_get_no_gradients_and_the_network_stays_in_evaluation_mode(narro
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in narrow.parameters())
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_truth_is_differentiated_only_where_asked(narrow, wanted):
+def test_truth_is_differentiated_only_where_asked(narrow):
     modes = []
     narrow.features[0].register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
-    narrow(noise(1, 3, 16, 16).double(), noise(1, 3, 16, 16).double().requires_grad_(wanted))
-    assert modes == [True, wanted]
-    with torch.no_grad():
-        narrow(noise(1, 3, 16, 16).double(), noise(1, 3, 16, 16).double().requires_grad_(wanted))
-    assert modes[2:] == [False, False]
+    for enabled in (True, False):
+        for wanted in (True, False):
+            with torch.set_grad_enabled(enabled):
+                narrow(noise(1, 3, 16, 16).double(), noise(1, 3, 16, 16).double().requires_grad_(wanted))
+    assert modes == [True, True, True, False, False, False, False, False]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30])

@@ -100,11 +100,7 @@ def test_other_shapes_are_refused(shapes):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"features": 4, "reduction": 5}, r"reduction: 5 .* 4 "),
-        ({"features": 2}, "features"),
-    ],
+    ("sizes", "message"), [({"features": 4, "reduction": 5}, r"reduction: 5 .* 4 "), ({"features": 2}, "features")]
 )
 def test_impossible_sizes_are_refused(sizes, message):
     with pytest.raises(ValidationError, match=message):

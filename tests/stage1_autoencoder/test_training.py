@@ -25,12 +25,6 @@ FAMILIES = [
 ]
 
 
-def output(codebook: float = 0.0, commitment: float = 0.0) -> Reconstruction:
-    latents = torch.zeros(1, 4, 1, 1)
-    images = torch.zeros(1, 3, 2, 2)
-    return Reconstruction(images, latents, latents[:, 0].long(), torch.tensor(codebook), torch.tensor(commitment))
-
-
 def test_every_term_has_its_closed_form():
     truth = torch.zeros(2, 3, 4, 4)
     off_by = torch.full_like(truth, 0.5)
@@ -59,9 +53,10 @@ def test_every_term_has_its_closed_form():
 
 
 def test_beta_weighs_the_term_that_moves_the_encoder():
-    config = AutoencoderTrainingConfig(commitment=0.25)
-    assert codebook_loss(output(codebook=1.0), config).item() == 1.0
-    assert codebook_loss(output(commitment=1.0), config).item() == 0.25
+    latents, config = torch.zeros(1, 4, 1, 1), AutoencoderTrainingConfig(commitment=0.25)
+    terms = torch.tensor(3.0), torch.tensor(8.0)
+    output = Reconstruction(torch.zeros(1, 3, 2, 2), latents, latents[:, 0].long(), *terms)
+    assert codebook_loss(output, config).item() == 3 + 0.25 * 8
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda config: config.architecture)

@@ -16,18 +16,18 @@ def draw(keys, *, seed=0, num_frames=4, nfe=5, context_frames=3, past_horizon=No
 
 
 @pytest.mark.parametrize(
-    ("length", "horizon", "expected"),
+    ("length", "horizon", "first", "count"),
     [
-        (2, None, PastWindow(first=0, count=1)),
-        (10, None, PastWindow(first=0, count=9)),
-        (10, 4, PastWindow(first=6, count=3)),  # n > k: frames 6, 7, 8 and the reference 9
-        (10, 10, PastWindow(first=0, count=9)),
-        (3, 8, PastWindow(first=0, count=2)),  # n < k
-        (7, 2, PastWindow(first=5, count=1)),
+        (2, None, 0, 1),
+        (10, None, 0, 9),
+        (10, 4, 6, 3),  # n > k: frames 6, 7, 8 and the reference 9
+        (10, 10, 0, 9),
+        (3, 8, 0, 2),  # n < k
+        (7, 2, 5, 1),
     ],
 )
-def test_past_window(length, horizon, expected):
-    assert past_window(length, horizon) == expected
+def test_past_window(length, horizon, first, count):
+    assert past_window(length, horizon) == PastWindow(first, count)
 
 
 @pytest.mark.parametrize(("length", "horizon"), [(1, None), (5, 1), (5, 0), (5, -3)])
@@ -76,21 +76,14 @@ def test_noise_is_standard_normal():
     assert noise.dtype == torch.float32
 
 
-def test_a_video_draws_the_same_in_any_batch():
-    together = draw([(3, 0), (8, 1), (5, 0)])
-    alone = draw([(8, 1)])
+def test_draws_do_not_depend_on_batch_length_or_solver():
+    together, alone = draw([(3, 0), (8, 1), (5, 0)]), draw([(8, 1)])
     assert torch.equal(together.noise[:, 1:2], alone.noise)
     assert torch.equal(together.condition_indices[:, :, 1:2], alone.condition_indices)
-
-
-def test_a_longer_rollout_begins_with_the_shorter_one():
-    short, long = draw([(1, 0), (2, 0)], num_frames=3), draw([(1, 0), (2, 0)], num_frames=7)
-    assert torch.equal(long.noise[:3], short.noise)
-    assert torch.equal(long.condition_indices[:3], short.condition_indices)
-
-
-def test_solvers_share_the_noise():
-    assert torch.equal(draw([(1, 0)], nfe=10).noise, draw([(1, 0)], nfe=396).noise)
+    longer = draw([(8, 1)], num_frames=7)
+    assert torch.equal(longer.noise[:4], alone.noise)
+    assert torch.equal(longer.condition_indices[:4], alone.condition_indices)
+    assert torch.equal(draw([(8, 1)], nfe=396).noise, alone.noise)
 
 
 def test_seed_video_sample_and_frame_all_matter():

@@ -191,26 +191,17 @@ class Perfect(nn.Module):
         return self.velocity
 
 
-def some_batch(shape: tuple[int, ...] = (3, 4, 2, 2)) -> FlowBatch:
+def test_loss_of_known_velocities_is_reduced_in_fp32():
     generator = torch.Generator().manual_seed(1)
-    target, reference, condition = torch.randn((3, *shape), generator=generator)
-    return FlowBatch(target, reference, condition, distance=torch.arange(1, shape[0] + 1))
-
-
-def test_is_zero_for_the_true_velocity_and_one_for_one_off():
-    batch = some_batch()
-    draws = draw_flow(batch.target.shape, torch.Generator().manual_seed(0), "cpu")
-    velocity = batch.target - (1 - SIGMA_MIN) * draws.noise
+    target, reference, condition = torch.randn((3, 3, 4, 2, 2), generator=generator)
+    batch = FlowBatch(target, reference, condition, distance=torch.arange(1, 4))
+    draws = draw_flow(target.shape, torch.Generator().manual_seed(0), "cpu")
+    velocity = target - (1 - SIGMA_MIN) * draws.noise
     assert flow_matching_loss(Perfect(velocity), batch, draws) == 0
     torch.testing.assert_close(flow_matching_loss(Perfect(velocity + 1), batch, draws), torch.tensor(1.0))
-
-
-def test_is_reduced_in_fp32():
-    batch = some_batch()
-    draws = draw_flow(batch.target.shape, torch.Generator().manual_seed(0), "cpu")
-    loss = flow_matching_loss(Perfect(torch.zeros_like(batch.target).bfloat16()), batch, draws)
+    loss = flow_matching_loss(Perfect(torch.zeros_like(target).bfloat16()), batch, draws)
     assert loss.dtype == torch.float32
-    assert loss == (batch.target - (1 - SIGMA_MIN) * draws.noise).square().mean()
+    assert loss == velocity.square().mean()
 
 
 def test_draws_repeat_with_the_generator_and_have_their_distribution():
@@ -239,11 +230,3 @@ def test_logit_normal_times_are_sigmoids_of_standard_normals():
     assert abs(normal.std() - 1) < 4 / (2 * n) ** 0.5
     share = 0.136  # P(N(0, 1) < -ln 3)
     assert abs((draws.t < 0.25).double().mean() - share) < 4 * (share * (1 - share) / n) ** 0.5
-
-
-def test_rows_are_what_one_process_takes_of_the_global_batch():
-    draws = draw_flow((6, 1, 2, 2), torch.Generator().manual_seed(0), "cpu", torch.float64)
-    part = draws.rows(slice(2, 4))
-    assert torch.equal(part.t, draws.t[2:4])
-    assert torch.equal(part.noise, draws.noise[2:4])
-    assert part.t.dtype == torch.float64

@@ -22,9 +22,6 @@ PAPER = {"base": 1e-4, "final": 1e-7, "warmup": 5000, "total": 300_000}
 )
 def test_paper_schedule(step, expected):
     assert learning_rate(step, **PAPER) == pytest.approx(expected, rel=1e-12)
-
-
-def test_without_warmup_starts_at_the_base():
     assert learning_rate(0, base=1e-3, final=0.0, warmup=0, total=10) == 1e-3
 
 

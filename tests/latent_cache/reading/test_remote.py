@@ -1,18 +1,13 @@
 """A store behind a URL is read like a local one; errors of the network name the URL."""
 
-import contextlib
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -21,72 +16,30 @@ from zarr.core.sync import sync
 import latent_cache
 from latent_cache import CorruptStoreError, IncompleteStoreError, StoreError
 from latent_cache.reading import remote
-
-
-class Handler(SimpleHTTPRequestHandler):
-    """Serves files, lists no folder, knows no ranges. `faults` does something else for paths that contain a text."""
-
-    def __init__(self, *arguments: object, faults: dict[str, Callable], asked: list[str], **options: object) -> None:
-        self.faults, self.asked = faults, asked
-        super().__init__(*arguments, **options)
-
-    def do_GET(self) -> None:
-        self._answer(super().do_GET)
-
-    def do_HEAD(self) -> None:
-        self._answer(super().do_HEAD)
-
-    def _answer(self, usual: Callable[[], None]) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-        fault = next((fault for text, fault in self.faults.items() if text in self.path), None)
-        with contextlib.suppress(ConnectionError):  # the client has gone
-            usual() if fault is None else fault(self)
-
-    def list_directory(self, path: object) -> None:
-        self.send_error(403)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@dataclass
-class Site:
-    """A web server on the loopback interface."""
-
-    folder: Path
-    url: str
-    faults: dict[str, Callable[[Handler], None]] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+from tests.file_server import FileServer, Handler, serving
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "site"
-    folder.mkdir()
-    site = Site(folder, "")
-    handler = partial(Handler, directory=str(folder), faults=site.faults, asked=site.asked)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        site.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield site
-        server.shutdown()
-        thread.join()
+def site(tmp_path: Path) -> Iterator[FileServer]:
+    """A web server that lists no folder and knows no ranges."""
+    with serving(tmp_path / "site") as server:
+        server.ranges = False
+        yield server
     remote.close_connections()
 
 
+@pytest.fixture
+def web_store(site: FileServer, toys: Path) -> str:
+    (site.folder / "toys.zarr").symlink_to(toys)
+    return f"{site.url}/toys.zarr"
+
+
 @pytest.fixture(params=["http", "memory"])
-def published(request: pytest.FixtureRequest, toys: Path) -> Iterator[tuple[Path, str]]:
+def published(request: pytest.FixtureRequest, toys: Path) -> tuple[Path, str]:
     """A local store, and the URL of its copy."""
     if request.param == "memory":
-        memory = fsspec.filesystem("memory")
-        memory.put(str(toys), "/published/toys.zarr", recursive=True)
-        yield toys, "memory://published/toys.zarr"
-        memory.rm("/published", recursive=True)
-    else:
-        site = request.getfixturevalue("site")
-        (site.folder / "toys.zarr").symlink_to(toys)
-        yield toys, f"{site.url}/toys.zarr"
+        return toys, request.getfixturevalue("publish")(toys)
+    return toys, request.getfixturevalue("web_store")
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
@@ -125,7 +78,7 @@ def test_sampling(published, residency: str) -> None:
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_no_folder_is_listed(kit, site: Site, tmp_path: Path) -> None:
+def test_no_folder_is_listed(kit, site: FileServer, tmp_path: Path) -> None:
     (site.folder / "toys.zarr").symlink_to(kit.build(tmp_path / "toys.zarr", codes=False))
     url = f"{site.url}/toys.zarr"
     cache = latent_cache.open(url, latent_cache.splits(url)[1])
@@ -144,7 +97,7 @@ def test_no_store_there(published) -> None:
         latent_cache.open(f"{url}/train")
 
 
-def test_incomplete(kit, site: Site, tmp_path: Path) -> None:
+def test_incomplete(kit, site: FileServer, tmp_path: Path) -> None:
     (site.folder / "half.zarr").symlink_to(kit.build(tmp_path / "half.zarr", stop_after=2))
     url = f"{site.url}/half.zarr"
     assert not latent_cache.is_complete(url)
@@ -162,12 +115,6 @@ def test_no_server() -> None:
         with pytest.raises(StoreError, match=rf"{url}/zarr.json .*check the URL"):
             read(url)
     remote.close_connections()
-
-
-@pytest.fixture
-def web_store(site: Site, toys: Path) -> str:
-    (site.folder / "toys.zarr").symlink_to(toys)
-    return f"{site.url}/toys.zarr"
 
 
 def hang_up(handler: Handler) -> None:
@@ -188,7 +135,7 @@ def hang_up(handler: Handler) -> None:
     ids=["500", "403", "hang up"],
 )
 @pytest.mark.parametrize("where", ["zarr.json", "latents/zarr.json", "video_offset/c/0", "latents/c/1"])
-def test_a_server_that_fails(site: Site, web_store: str, fault: Callable, reason: str, where: str) -> None:
+def test_a_server_that_fails(site: FileServer, web_store: str, fault: Callable, reason: str, where: str) -> None:
     site.faults[where] = fault
 
     def read() -> None:
@@ -202,7 +149,7 @@ def test_a_server_that_fails(site: Site, web_store: str, fault: Callable, reason
     read()  # and nothing of the failure stays
 
 
-def test_a_chunk_that_fails_while_it_is_read(site: Site, web_store: str) -> None:
+def test_a_chunk_that_fails_while_it_is_read(site: FileServer, web_store: str) -> None:
     cache = latent_cache.open(web_store)
     site.faults["latents/c/1"] = lambda handler: handler.send_error(503)
     for read in (lambda: cache.video("clip-01"), lambda: list(cache.latent_reader.damages())):
@@ -211,7 +158,7 @@ def test_a_chunk_that_fails_while_it_is_read(site: Site, web_store: str) -> None
         assert not isinstance(caught.value, CorruptStoreError)  # the store may well be sound
 
 
-def test_an_examination_that_is_given_up(site: Site, web_store: str) -> None:
+def test_an_examination_that_is_given_up(site: FileServer, web_store: str) -> None:
     """Garbage is collected by any thread, also by the one that does the reading for all others."""
     cache = latent_cache.open(web_store)
     started = threading.Event()
@@ -232,47 +179,24 @@ def test_an_examination_that_is_given_up(site: Site, web_store: str) -> None:
     sync(close(), timeout=20)
 
 
-def test_a_server_that_does_not_tell_sizes(site: Site, web_store: str, kit) -> None:
+def test_a_server_that_does_not_tell_sizes(site: FileServer, web_store: str, kit) -> None:
     def without_length(handler: Handler) -> None:
         handler.send_response(200)
         handler.end_headers()
         if handler.command == "GET":
-            handler.wfile.write(Path(handler.translate_path(handler.path)).read_bytes())
+            handler.wfile.write((site.folder / handler.path[1:]).read_bytes())
 
     site.faults["/c/"] = without_length
     expected = kit.expected(kit.plan([3, 7, 2, 1, 9])).astype(np.float16)
     np.testing.assert_array_equal(latent_cache.open(web_store).load().numpy(), expected)
 
 
-def serve_ranges(handler: Handler) -> None:
-    """A server with range requests, as most have."""
-    file = Path(handler.translate_path(handler.path))
-    if not file.exists():
-        handler.send_error(404)
-        return
-    content = file.read_bytes()
-    asked = handler.headers.get("Range")
-    if asked is None or handler.command == "HEAD":
-        handler.send_response(200)
-    else:
-        first, last = asked.removeprefix("bytes=").split("-")
-        part = content[-int(last) :] if not first else content[int(first) : int(last) + 1 if last else None]
-        handler.send_response(206)
-        handler.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        content = part
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    if handler.command == "GET":
-        handler.wfile.write(content)
-
-
 @pytest.mark.parametrize("ranges", [False, True])
-def test_shards(site: Site, kit, shards, tmp_path: Path, ranges: bool) -> None:
+def test_shards(site: FileServer, kit, shards, tmp_path: Path, ranges: bool) -> None:
     """Parts of files, also from a server that always sends the whole file."""
     path = kit.build(tmp_path / "toys.zarr", shards)
     (site.folder / "toys.zarr").symlink_to(path)
-    if ranges:
-        site.faults["/c/"] = serve_ranges
+    site.ranges = ranges
     cache = latent_cache.open(f"{site.url}/toys.zarr")
     expected = kit.expected(shards["train"]).astype(np.float16)
     np.testing.assert_array_equal(cache.load().numpy(), expected)

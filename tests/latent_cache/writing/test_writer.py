@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,24 +50,32 @@ def test_an_interruption_after_any_chunk_leaves_no_trace(kit, tmp_path, path, al
         shutil.rmtree(path)
 
 
-def test_an_interruption_anywhere_leaves_no_trace(kit, tmp_path, path, all_files, monkeypatch):
+@contextmanager
+def interrupted_at_flush(number):
+    """Yield a list that holds True if the block was interrupted at its `number`-th flush."""
+    calls, interrupted = iter(range(number)), []
+
+    def stop(descriptor):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", stop)
+        try:
+            yield interrupted
+        except KeyboardInterrupt:
+            interrupted.append(True)
+
+
+def test_an_interruption_anywhere_leaves_no_trace(kit, tmp_path, path, all_files):
     """Stop at the k-th flush, for every k: before, between and after each file of the store."""
     plans = {"train": kit.plan([3])}
     whole = all_files(kit.build(tmp_path / "whole.zarr", plans))
-    for stop_at in range(0, 1000):
-        calls = iter(range(stop_at))
-
-        def stop(descriptor, calls=calls):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr("os.fsync", stop)
-            try:
-                kit.build(path, plans)
-                break
-            except KeyboardInterrupt:
-                pass
+    for stop_at in range(1000):
+        with interrupted_at_flush(stop_at) as interrupted:
+            kit.build(path, plans)
+        if not interrupted:
+            break
         if latent_cache.is_complete(path):
             assert not [name for name in all_files(path).keys() ^ whole.keys() if not name.startswith(".encoding")]
         else:
@@ -128,29 +137,13 @@ def test_a_changed_plan_keeps_what_still_fits(kit, tmp_path, path, all_files, na
 
 
 @pytest.mark.parametrize("array", ["latents/c/1/0/0/0", "codes/c/1/0/0"])
-@pytest.mark.parametrize("damage", ["flip", "missing", "empty"])
 def test_a_finished_chunk_that_was_damaged_is_written_again(kit, tmp_path, path, all_files, caplog, array, damage):
     kit.build(path, stop_after=3)
-    file = path / "train" / array
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content if damage == "flip" else b"")
-    if damage == "missing":
-        file.unlink()
+    damage(path / "train" / array)
     caplog.set_level(logging.INFO)
     kit.build(path)
     assert "chunk 1 of train" in caplog.text
     assert all_files(path) == all_files(kit.build(tmp_path / "whole.zarr"))
-
-
-def test_writing_a_chunk_twice_is_the_same_as_once(kit, tmp_path, path, all_files):
-    plans = {"train": kit.plan([6, 5])}
-    with StoreWriter.open(path, kit.metadata, plans, codes=True) as writer:
-        for chunk in [*writer.pending("train"), *writer.pending("train")]:
-            kit.write(writer, "train", chunk)
-        assert writer.pending("train") == []
-        writer.finish()
-    assert all_files(path) == all_files(kit.build(tmp_path / "once.zarr", plans))
 
 
 def test_a_failed_rewrite_makes_the_chunk_pending_again(kit, path, monkeypatch):
@@ -172,10 +165,7 @@ def test_a_failed_rewrite_makes_the_chunk_pending_again(kit, path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"autoencoder": {"architecture": "vqgan", "sha256": "77c1", "downsampling": 8}},
-            "sha256: '77c1' .*'3f9a'",
-        ),
+        ({"autoencoder": {"architecture": "vqgan", "sha256": "77c1"}}, "sha256: '77c1' .*'3f9a'"),
         ({"preprocessing": {"image_size": 32, "resize": "area"}}, r"preprocessing\.image_size: 32 .*24"),
         ({"fps": 5.0}, r"fps: 5\.0 .*25\.0"),
     ],
@@ -225,32 +215,28 @@ def test_overwrite_never_touches_what_is_not_ours(kit, path):
     assert [file.name for file in path.iterdir()] == ["thesis.txt"]
 
 
-def test_an_interrupted_overwrite_is_never_taken_for_complete(kit, tmp_path, path, all_files, monkeypatch):
+def test_an_interrupted_overwrite_is_never_taken_for_complete(kit, tmp_path, path, all_files):
     plans = {"train": kit.plan([4])}
     whole = all_files(kit.build(tmp_path / "whole.zarr", plans))
     before = kit.build(tmp_path / "before.zarr")
     for stop_at in range(0, 40, 3):
         shutil.copytree(before, path)
-        calls = iter(range(stop_at))
-
-        def stop(descriptor, calls=calls):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr("os.fsync", stop)
-            with pytest.raises(KeyboardInterrupt):
-                kit.build(path, plans, overwrite=True)
+        with interrupted_at_flush(stop_at) as interrupted:
+            kit.build(path, plans, overwrite=True)
+        assert interrupted
         assert not latent_cache.is_complete(path)
         assert all_files(kit.build(path, plans)) == whole
         shutil.rmtree(path)
 
 
-def test_threads_may_write_different_chunks(kit, tmp_path, path, all_files):
+def test_threads_may_write_different_chunks_and_each_twice(kit, tmp_path, path, all_files):
     plans = {"train": kit.plan([5] * 8)}
     with StoreWriter.open(path, kit.metadata, plans, codes=True) as writer:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda chunk: kit.write(writer, "train", chunk), writer.pending("train")))
+        chunks = writer.pending("train")
+        for _ in range(2):
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda chunk: kit.write(writer, "train", chunk), chunks))
+            assert writer.pending("train") == []
         writer.finish()
     assert all_files(path) == all_files(kit.build(tmp_path / "one by one.zarr", plans))
 

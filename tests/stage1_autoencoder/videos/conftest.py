@@ -1,27 +1,54 @@
 """Tiny videos that the tests encode themselves, and the exact answers to compare with."""
 
+import io
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
+
+from stage1_autoencoder.videos.source import VideoSource
 
 
-def encode(path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", rate: int = 10, **options: str) -> Path:
-    """Encode [h, w, 3] uint8 frames; the extension chooses the container."""
+def encode(
+    path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", pts: Sequence[int] | None = None, **options: str
+) -> Path:
+    """Encode [h, w, 3] uint8 frames, at times of 0, 1, 2 ... unless given; the extension chooses the container."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixel_format = {"gif": "rgb8", "mjpeg": "yuvj420p", "ffv1": "bgr0"}.get(codec, "yuv420p")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
+        stream = container.add_stream(codec, rate=10, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixel_format
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format=pixel_format)
-            frame.pts = number
+            frame.pts = pts[number] if pts else number
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_pictures(path: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Write a video of JPEG pictures of the given sizes, all of which are keyframes."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuvj420p"
+        for number, size in enumerate(sizes):
+            picture = io.BytesIO()
+            Image.new("RGB", size).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 10)
+            packet.is_keyframe = True
+            container.mux(packet)
+    return path
+
+
+def ids(sources: dict[str, VideoSource]) -> dict[str, list[str]]:
+    """Names of the videos of each split."""
+    return {split: [video.id for video in source.videos] for split, source in sources.items()}
 
 
 def brightening(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:

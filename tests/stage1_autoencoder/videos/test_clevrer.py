@@ -4,16 +4,13 @@ import pytest
 
 from stage1_autoencoder.videos import VideoError, open_splits
 from stage1_autoencoder.videos.config import DatasetConfig
+from tests.stage1_autoencoder.videos.conftest import ids
 
 NUMBERS = (3, 12, 9999, 10000, 14999, 15000, 19999)
 
 
 def config(**settings) -> DatasetConfig:
     return DatasetConfig(**{"name": "clevrer", "source": "clevrer", "root": "{data}", "image_size": 16} | settings)
-
-
-def ids(sources) -> dict[str, list[str]]:
-    return {split: [video.id for video in source.videos] for split, source in sources.items()}
 
 
 @pytest.fixture

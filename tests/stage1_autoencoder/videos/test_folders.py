@@ -14,14 +14,11 @@ from stage1_autoencoder.videos import BrokenVideoError, VideoError, open_source,
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.index import digest
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from tests.stage1_autoencoder.videos.conftest import ids
 
 
 def config(**settings) -> DatasetConfig:
     return DatasetConfig(**{"name": "mine", "source": "videos", "root": "{data}", "image_size": 16} | settings)
-
-
-def ids(sources) -> dict[str, list[str]]:
-    return {split: [video.id for video in source.videos] for split, source in sources.items()}
 
 
 @pytest.fixture
@@ -144,29 +141,24 @@ def test_a_video_that_shrinks_after_indexing_is_broken(tmp_path, make_video):
     assert (copy.video_id, copy.reason, str(copy)) == ("a", caught.value.reason, str(caught.value))
 
 
-def test_the_fingerprint_changes_with_what_frames_are_made_of(three_splits, make_video):
-    def fingerprint(**settings) -> str:
-        return open_source(config(**settings), three_splits, "train").fingerprint
+def test_the_fingerprint_is_that_of_the_content_and_the_settings(three_splits, make_video, tmp_path):
+    def train(root=three_splits, **settings):
+        return open_source(config(**settings), root, "train")
 
-    first = fingerprint()
-    assert fingerprint() == first
-    assert len({first, fingerprint(image_size=32), fingerprint(frame_step=2)}) == 3
-    make_video("train/a.avi", 8)
-    assert fingerprint() != first
-
-
-def test_the_fingerprint_is_that_of_the_content(three_splits, tmp_path):
-    first = open_source(config(), three_splits, "train")
+    first = train()
+    assert train().fingerprint == first.fingerprint
+    assert len({first.fingerprint, train(image_size=32).fingerprint, train(frame_step=2).fingerprint}) == 3
     copy = tmp_path / "elsewhere"
     shutil.copytree(three_splits / "train", copy / "train", copy_function=shutil.copyfile)
     os.utime(copy / "train/a.avi", ns=(1, 1))
-    second = open_source(config(splits={"val": 0.0}), copy, "train")
-    assert second.videos == first.videos
-    assert second.fingerprint == first.fingerprint
+    second = train(copy, splits={"val": 0.0})
+    assert (second.videos, second.fingerprint) == (first.videos, first.fingerprint)
     (copy / "train/a.avi").rename(copy / "train/z.avi")
-    renamed = open_source(config(splits={"val": 0.0}), copy, "train")
+    renamed = train(copy, splits={"val": 0.0})
     assert renamed.fingerprint != first.fingerprint, "another id is another split"
     assert {video.fingerprint for video in renamed.videos} == {video.fingerprint for video in first.videos}
+    make_video("train/a.avi", 8)
+    assert train().fingerprint != first.fingerprint
 
 
 def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path):

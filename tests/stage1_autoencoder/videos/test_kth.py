@@ -9,6 +9,7 @@ import pytest
 from stage1_autoencoder.videos import VideoError, open_source, open_splits
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.kth import ACTIONS, persons_of_splits, read_sequences
+from tests.stage1_autoencoder.videos.conftest import ids
 
 SEQUENCES = """KTH-style heading, which says: person01, frames 1-5
 
@@ -32,10 +33,6 @@ def data(tmp_path, make_video):
         make_video(f"kth/{name.split('_')[1]}/person{name}_uncomp.avi", 8)
     (tmp_path / "kth/00sequences.txt").write_text(SEQUENCES)
     return tmp_path
-
-
-def ids(sources) -> dict[str, list[str]]:
-    return {split: [video.id for video in source.videos] for split, source in sources.items()}
 
 
 def test_default_splits(data):

@@ -1,10 +1,8 @@
 """Decoding from the middle of a file: bit for bit what decoding from its start gives, from any first frame."""
 
 import contextlib
-import io
 import json
 import sqlite3
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from PIL import Image
 
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.config import DatasetConfig
@@ -27,6 +24,7 @@ from stage1_autoencoder.videos.video_files import (
     frames_from,
     probe_video,
 )
+from tests.stage1_autoencoder.videos.conftest import encode, write_pictures
 
 FRAMES = 50
 
@@ -88,17 +86,8 @@ def write(
     """Encode moving noise, with timestamps from `first` on, at a distance of 1, or of 1, 2 and 3 in turn."""
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
-    pixel_format = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, pixel_format
-        for number, pixels in enumerate(moving_noise(count)):
-            frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format=pixel_format)
-            frame.pts = first
-            first += 1 + number % 3 if uneven else 1
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+    steps = [1 + number % 3 if uneven else 1 for number in range(count - 1)]
+    return encode(path, moving_noise(count), codec, np.cumsum([first, *steps]).tolist(), **options)
 
 
 def pixels(path: Path, first: int, stop: int, probe: Probe | None, step: int = 1) -> list[bytes]:
@@ -290,17 +279,7 @@ def test_an_index_that_contradicts_the_frames_is_an_error(tmp_path):
 
 
 def test_a_size_that_changed_before_the_start_is_an_error(tmp_path):
-    path = tmp_path / "v.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
-        for number in range(10):
-            picture = io.BytesIO()
-            Image.new("RGB", (48 if number < 5 else 64, 32)).save(picture, "JPEG")
-            packet = av.Packet(picture.getvalue())
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 10)
-            packet.is_keyframe = True
-            container.mux(packet)
+    path = write_pictures(tmp_path / "v.mkv", [(48, 32)] * 5 + [(64, 32)] * 5)
     probe = probe_video(path, "v", keyframe_spacing=1)
     assert len(pixels(path, 2, 5, probe)) == 3
     for known in (probe, None):

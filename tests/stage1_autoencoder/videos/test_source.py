@@ -14,9 +14,8 @@ VIDEOS = [
 ]
 
 
-def test_a_sequence_of_videos():
+def test_a_table_is_the_sequence_of_its_videos():
     table = VideoTable(iter(VIDEOS))
-    assert len(table) == 3
     assert list(table) == VIDEOS
     assert table == VIDEOS
     assert table != VIDEOS[:2]
@@ -28,24 +27,11 @@ def test_a_sequence_of_videos():
         table[3]
     assert type(table[0].frames) is int  # goes into JSON
     assert table.frames.tolist() == [12, 1, 2**40]
-
-
-def test_no_videos():
-    table = VideoTable()
-    assert not table
-    assert list(table) == []
-    assert table.frames.sum() == 0
-
-
-def test_some_of_them():
-    table = VideoTable(VIDEOS).select(np.array([2, 0]))
-    assert table == [VIDEOS[2], VIDEOS[0]]
-    assert table.ids == ["ü", "a/1"]
-    assert table.fingerprints == ["", "f" * 64]
-
-
-def test_a_table_is_taken_as_it_is():
-    table = VideoTable(VIDEOS)
     assert VideoTable.of(table) is table
     assert VideoTable.of(VIDEOS) == table
     assert pickle.loads(pickle.dumps(table)) == table
+    assert not VideoTable()
+    assert VideoTable().frames.sum() == 0
+    selected = table.select(np.array([2, 0]))
+    assert selected == [VIDEOS[2], VIDEOS[0]]
+    assert (selected.ids, selected.fingerprints) == (["ü", "a/1"], ["", "f" * 64])

@@ -51,19 +51,14 @@ def test_files_that_are_cut_off(tmp_path, keep, whole, message):
         next(records)
 
 
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", bytes(40), b"x" * 12])
-def test_other_files(tmp_path, content):
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", bytes(40), b"x" * 12, 0, 9])
+def test_other_files_and_damaged_lengths(tmp_path, content):
+    if isinstance(content, int):
+        changed = bytearray(small_data_sets.record(b"data"))
+        changed[content] ^= 1
+        content = changed
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ShardError, match=r"TFRecord.*record 0"):
-        list(walk_records(tmp_path / "a"))
-
-
-@pytest.mark.parametrize("at", [0, 9])
-def test_a_damaged_length_is_noticed(tmp_path, at):
-    content = bytearray(small_data_sets.record(b"data"))
-    content[at] ^= 1
-    (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ShardError, match=r"record 0 .*checksum"):
+    with pytest.raises(ShardError, match="record 0"):
         list(walk_records(tmp_path / "a"))
 
 
@@ -73,13 +68,9 @@ def test_damaged_data_are_noticed_when_they_are_read(tmp_path, at):
     content[at] ^= 1
     (tmp_path / "a").write_bytes(content)
     (record,) = walk_records(tmp_path / "a")
-    with pytest.raises(ShardError, match=r"damaged.*byte 12"):
+    with pytest.raises(ShardError, match="byte 12"):
         read_record(tmp_path / "a", record)
-
-
-def test_data_that_are_gone(tmp_path):
-    (tmp_path / "a").write_bytes(b"short")
-    with pytest.raises(ShardError, match="byte 5"):
+    with pytest.raises(ShardError, match=f"byte {len(content)}"):  # of a file that became shorter
         read_record(tmp_path / "a", Record(2, 100, 0))
 
 

@@ -1,17 +1,16 @@
 """Video files: counting frames without relying on headers, decoding in presentation order, and damage."""
 
-import io
 import struct
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.source import BrokenVideoError
 from stage1_autoencoder.videos.video_files import decode_video, probe_video
+from tests.stage1_autoencoder.videos.conftest import write_pictures
 
 CODECS = [
     ("v.avi", "mpeg4", {}),
@@ -116,17 +115,7 @@ def test_fewer_frames_than_promised(make_video):
 
 
 def test_size_that_changes_is_an_error(tmp_path):
-    path = tmp_path / "v.avi"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
-        for number in range(6):
-            picture = io.BytesIO()
-            Image.new("RGB", (64, 48) if number < 4 else (32, 48)).save(picture, "JPEG")
-            packet = av.Packet(picture.getvalue())
-            packet.stream, packet.pts, packet.dts = stream, number, number
-            packet.is_keyframe = True
-            container.mux(packet)
+    path = write_pictures(tmp_path / "v.avi", [(64, 48)] * 4 + [(32, 48)] * 2)
     assert probe_video(path, "v").frames == 6
     assert len(decoded(path, 0, 4)) == 4
     with pytest.raises(BrokenVideoError, match=r"v: .*64x48.*32x48.*frame 4.*one file per size"):
