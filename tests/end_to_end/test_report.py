@@ -1,22 +1,15 @@
 """The report of a real run in a real browser: nothing is requested, nothing fails, and the sampled frames are shown."""
 
-import base64
-import io
-import itertools
+import html
 import json
-import os
 import re
-import select
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import latent_cache
 from pipelines.encoding.store_summary import count_codes, perplexity
@@ -27,113 +20,45 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium on this machine (Debian: apt-get install chromium)"
 )
-PATIENCE = 60  # seconds
 EVIL = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+DARK, STILL = "--blink-settings=preferredColorScheme=0", "--force-prefers-reduced-motion"
+# A page around the report that runs a test's script beside it and then holds the result.
+# An open document within it delays its load event, for which the browser waits.
+HARNESS = """<!DOCTYPE html><meta charset="utf-8"><body><iframe></iframe><script>
+const open = document.querySelector("iframe").contentDocument;
+open.open();
+const frame = Object.assign(document.createElement("iframe"), {src: "ADDRESS"});
+frame.style = "width: 1280px; height: 900px; border: 0";
+frame.onload = async () => {
+  const page = frame.contentWindow, find = (selector) => page.document.querySelector(selector);
+  await Promise.allSettled([...page.document.images].map((image) => image.decode()));
+  const second = () => new Promise((done) => setTimeout(done, 1000));
+  document.body.dataset.value = JSON.stringify(await (async () => { SCRIPT })().catch(String));
+  open.close();
+};
+document.body.append(frame);
+</script>"""
 
 
-class Browser:
-    """A tab of a headless Chromium, driven over its DevTools pipe, which needs no package and no port."""
+def browse(page: Path, script: str, *options: str) -> tuple[Any, list[str]]:
+    """Open a page in headless Chromium and run the body of a function beside it.
 
-    def __init__(self, profile: Path) -> None:
-        # Chromium reads commands from descriptor 3 and writes answers to 4; a zero byte ends each message.
-        theirs, self._commands = os.pipe()
-        self._answers, answers = os.pipe()
-        options = [
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--hide-scrollbars", "--disable-background-networking", f"--user-data-dir={profile}",
-            "--remote-debugging-pipe", "about:blank",
-        ]  # fmt: skip
-        self._process = subprocess.Popen(
-            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', str(CHROMIUM), *options],
-            pass_fds=(theirs, answers), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(theirs)
-        os.close(answers)
-        self._numbers, self._received, self._tab = itertools.count(1), b"", None
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and wait for its result; events that arrive meanwhile go to `events`."""
-        message = {"id": next(self._numbers), "method": method, "params": parameters}
-        if self._tab is not None:
-            message["sessionId"] = self._tab
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != message["id"]:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, page: Path, width: int = 1280, *, dark: bool = False, still: bool = True) -> None:
-        """Load a page as a phone or a desktop does and wait for its pictures."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
-        )
-        preferences = {
-            "prefers-color-scheme": "dark" if dark else "light",
-            "prefers-reduced-motion": "reduce" if still else "no-preference",
-        }
-        self.call(
-            "Emulation.setEmulatedMedia", features=[{"name": name, "value": preferences[name]} for name in preferences]
-        )
-        self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
-        while not self._events_of("Page.loadEventFired"):
-            self.events.append(self._receive())
-        self.value("Promise.allSettled([...document.images].map((image) => image.decode())).then(() => true)")
-
-    def value(self, expression: str) -> Any:
-        """The value of an expression in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def complaints(self) -> list[dict[str, Any]]:
-        """Errors, warnings, console messages and dialogs."""
-        names = (
-            "Log.entryAdded",
-            "Runtime.exceptionThrown",
-            "Runtime.consoleAPICalled",
-            "Page.javascriptDialogOpening",
-        )
-        return [event for name in names for event in self._events_of(name)]
-
-    def requests(self) -> list[str]:
-        """Addresses that were requested."""
-        return [event["params"]["request"]["url"] for event in self._events_of("Network.requestWillBeSent")]
-
-    def screenshot(self) -> np.ndarray:
-        data = self.call("Page.captureScreenshot", format="png")["data"]
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(PATIENCE)
-        os.close(self._commands)
-        os.close(self._answers)
-
-    def _events_of(self, method: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event.get("method") == method]
-
-    def _receive(self) -> dict[str, Any]:
-        end = time.monotonic() + PATIENCE
-        while b"\0" not in self._received:
-            ready, _, _ = select.select([self._answers], [], [], max(0, end - time.monotonic()))
-            part = os.read(self._answers, 2**20) if ready else b""
-            assert part, "the browser does not answer"
-            self._received += part
-        message, _, self._received = self._received.partition(b"\0")
-        return json.loads(message)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    opened = Browser(tmp_path_factory.mktemp("browser"))
-    yield opened
-    opened.close()
+    Args:
+        script: returns a JSON value, and uses `page` (window), `find(selector)`, `frame` (around the page) and
+            `await second()`.
+    Returns:
+        The value, and the console's lines: errors, refused requests, messages.
+    """
+    around = page.with_name("around.html")
+    around.write_text(HARNESS.replace("ADDRESS", page.as_uri()).replace("SCRIPT", script))
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        f"--user-data-dir={page.with_name('profile')}", "--allow-file-access-from-files", "--enable-logging=stderr",
+        "--window-size=1400,1000", *options, "--dump-dom", around.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    value = json.loads(html.unescape(re.search(r'<body data-value="([^"]*)"', done.stdout)[1]))
+    return value, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.fixture(scope="module")
@@ -176,93 +101,89 @@ def test_a_damaged_store_is_reported(copied) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1280, 390, 320])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_page_opens_without_errors_and_fits(browser: Browser, page: Path, width: int, dark: bool) -> None:
-    browser.open(page, width, dark=dark, still=False)
-    assert browser.complaints() == []
-    assert {url.partition(":")[0] for url in browser.requests()} <= {"file", "data"}
-    assert [url for url in browser.requests() if url.startswith("file")] == [page.as_uri()]
-    assert browser.value("document.images.length") == 5  # four clips and the reconstructions
-    assert browser.value("[...document.images].every((image) => image.naturalWidth > 0)")
-    assert browser.value("document.documentElement.scrollWidth") == width
-    browser.value("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
-    assert browser.value("document.documentElement.scrollWidth") == width  # wide parts scroll in their own boxes
-    shown = browser.screenshot()
-    assert shown.shape == (900, width, 3)
-    assert (np.median(shown) < 60) == dark
-    assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 50  # not blank
+def test_the_page_opens_without_errors_and_fits(page: Path, dark: bool) -> None:
+    script = """
+        const widths = [], details = page.document.querySelectorAll('details');
+        for (const open of [false, true]) {
+            details.forEach((part) => { part.open = open; });
+            for (const width of [1280, 390, 320]) {
+                frame.style.width = `${width}px`;
+                widths.push(page.document.documentElement.scrollWidth - width);
+            }
+        }
+        return {
+            widths, images: [...page.document.images].map((image) => image.naturalWidth),
+            loaded: page.performance.getEntriesByType('resource').map((entry) => entry.name),
+            background: page.getComputedStyle(page.document.body).backgroundColor,
+        };"""
+    shown, complaints = browse(page, script, *([DARK] if dark else []))
+    assert complaints == []
+    assert shown["loaded"] == []
+    assert len(shown["images"]) == 5  # four clips and the reconstructions
+    assert all(shown["images"])
+    assert shown["widths"] == [0] * 6  # wide parts scroll in their own boxes
+    red, green, blue = map(int, re.findall(r"\d+", shown["background"]))
+    assert (max(red, green, blue) < 60) == dark
 
 
 @needs_browser
-def test_frames_are_those_that_were_sampled(browser: Browser, reported, page: Path) -> None:
-    browser.open(page)
-    names = json.loads((reported.runs / "samples" / "samples.json").read_text())["clips"]
-    read = """(frame) => {
-        const slider = document.querySelector('.frame');
-        slider.value = frame;
-        slider.dispatchEvent(new Event('input'));
-        return [...document.querySelector('.clip').querySelectorAll('canvas')].map((canvas) => ({
-            edge: getComputedStyle(canvas).borderTopColor, side: canvas.width,
+def test_frames_are_those_that_were_sampled(reported, page: Path) -> None:
+    script = """return [0, 1, 2, 7].map((number) => {
+        find('.frame').value = number;
+        find('.frame').dispatchEvent(new page.Event('input'));
+        return [...find('.clip').querySelectorAll('canvas')].map((canvas) => ({
+            edge: page.getComputedStyle(canvas).borderTopColor, where: find('.where').textContent,
             pixels: [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data],
         }));
-    }"""
+    });"""
+    names = json.loads((reported.runs / "samples" / "samples.json").read_text())["clips"]
     truth, predicted = (video.astype(int) for video in read_clip(reported.runs / "samples" / f"{names[0]}.gif", 32, 8))
     expected = np.stack([truth, predicted, (2 * abs(truth - predicted)).clip(0, 255)])
-    edges = []
-    for frame in (0, 1, 2, 7):
-        canvases = browser.value(f"({read})({frame})")
-        shown = [np.reshape(canvas["pixels"], (canvas["side"], canvas["side"], 4))[..., :3] for canvas in canvases]
-        np.testing.assert_array_equal(shown, expected[:, frame])
-        edges.append([canvas["edge"] for canvas in canvases])
-    assert len(set(edges[0])) == 1  # both are given frames
-    assert edges[0] == edges[1]
-    assert edges[2] == edges[3]
-    assert not set(edges[0]) & set(edges[2])
-    assert browser.value("document.querySelector('.where').textContent") == "predicted frame 6"
+    shown, _ = browse(page, script, STILL)
+    for number, canvases in zip((0, 1, 2, 7), shown, strict=True):
+        pixels = [np.reshape(canvas["pixels"], (32, 32, 4))[..., :3] for canvas in canvases]
+        np.testing.assert_array_equal(pixels, expected[:, number])
+    given, still_given, first, last = ([canvas["edge"] for canvas in canvases] for canvases in shown)
+    assert len(set(given)) == 1  # both are given frames
+    assert given == still_given
+    assert first == last
+    assert not set(given) & set(first)
+    assert shown[-1][0]["where"] == "predicted frame 6"
 
 
 @needs_browser
 @pytest.mark.parametrize("still", [True, False])
-def test_it_plays_unless_the_system_asks_for_reduced_motion(browser: Browser, page: Path, still: bool) -> None:
-    browser.open(page, still=still)
-    moves = """new Promise((done) => {
-        const slider = document.querySelector('.frame'), seen = new Set(), end = performance.now() + 1500;
-        const look = () => {
-            seen.add(slider.value);
-            if (seen.size > 1 || performance.now() > end) done(seen.size > 1); else setTimeout(look, 20);
-        };
-        look();
-    })"""
-    assert browser.value("document.querySelector('.play').textContent") == ("Play" if still else "Pause")
-    assert browser.value(moves) is not still
-    browser.value("document.querySelector('.play').click()")
-    assert browser.value(moves) is still
+def test_it_plays_unless_the_system_asks_for_reduced_motion(page: Path, still: bool) -> None:
+    script = """const seen = [];
+        for (const click of [false, true]) {
+            if (click) find('.play').click();
+            const before = find('.where').textContent;
+            await second();
+            seen.push([find('.play').textContent, find('.where').textContent !== before]);
+        }
+        return seen;"""
+    paused, playing = ["Play", False], ["Pause", True]
+    assert browse(page, script, *([STILL] if still else []))[0] == ([paused, playing] if still else [playing, paused])
 
 
 @needs_browser
-def test_values_appear_under_the_pointer(browser: Browser, page: Path, reported) -> None:
-    browser.open(page)
-    place = browser.value("""(() => {
-        const drawing = document.querySelector('#quality svg[data-chart]');
-        drawing.scrollIntoView({block: 'center'});
-        const box = drawing.getBoundingClientRect();
-        return [box.left, box.top, box.width, box.height];
-    })()""")
-    left, top, width, height = place
-    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + width - 12, y=top + height / 2)
+def test_values_appear_under_the_pointer(page: Path, reported) -> None:
+    script = """const box = ({left, top, right, bottom}) => [left, top, right, bottom];
+        const drawing = find('#quality svg[data-chart]'), outer = drawing.getBoundingClientRect();
+        drawing.dispatchEvent(new page.PointerEvent('pointermove', {clientX: outer.right - 12}));
+        const tip = find('#quality .tip');
+        return [tip.textContent, box(tip.getBoundingClientRect()), box(outer)];"""
     curve = json.loads((reported.runs / "evaluation.json").read_text())["metrics"]["psnr"]["per_frame"]["prediction"]
-    tip = browser.value("document.querySelector('#quality .tip').textContent")
-    assert tip.startswith(f"predicted frame {len(curve)}")
-    assert f"prediction {curve[-1]:.4g}" in tip
-    box = "(({left, top, right, bottom}) => [left, top, right, bottom])(%s.getBoundingClientRect())"
-    inner = browser.value(box % "document.querySelector('#quality .tip')")
-    assert left <= inner[0] < inner[2] <= left + width
-    assert top <= inner[1] < inner[3] <= top + height
+    (text, inner, outer), _ = browse(page, script)
+    assert text.startswith(f"predicted frame {len(curve)}")
+    assert f"prediction {curve[-1]:.4g}" in text
+    assert outer[0] <= inner[0] < inner[2] <= outer[2]
+    assert outer[1] <= inner[1] < inner[3] <= outer[3]
 
 
 @needs_browser
-def test_text_of_files_runs_no_script(browser: Browser, copied) -> None:
+def test_text_of_files_runs_no_script(copied) -> None:
     path = copied.runs / "evaluation.json"
     content = json.loads(path.read_text())
     content["protocol"] |= {"description": EVIL, "missing": {EVIL: EVIL}}
@@ -273,14 +194,14 @@ def test_text_of_files_runs_no_script(browser: Browser, copied) -> None:
     (samples / "samples.json").write_text(json.dumps(listed | {"clips": [EVIL, *listed["clips"][1:]]}))
     copied.run("report").ok()
     report = copied.runs / "report.html"
-    browser.open(report)
-    assert browser.complaints() == []
-    assert EVIL in browser.value("document.querySelector('#summary').textContent")
-    assert EVIL in browser.value("document.querySelector('#predictions').textContent")
-    assert browser.value("document.scripts.length") == 1
+    script = "return [find('#summary').textContent, find('#predictions').textContent, page.document.scripts.length];"
+    (summary, predictions, scripts), complaints = browse(report, script)
+    assert complaints == []
+    assert EVIL in summary
+    assert EVIL in predictions
+    assert scripts == 1
     # The policy refuses scripts and pictures even where markup is in the page.
     report.write_text(report.read_text().replace("<footer>", f"<footer>{EVIL}"))
-    browser.open(report.rename(report.with_name("broken.html")))
-    refused = [event["params"]["entry"]["text"] for event in browser.complaints() if "entry" in event["params"]]
+    _, refused = browse(report, "return 0;")
     assert len(refused) >= 2
-    assert all("Content Security Policy" in text for text in refused)
+    assert all("Content Security Policy" in line for line in refused)

@@ -10,7 +10,7 @@ function clips() {
   const frames = player.dataset.frames.split(" ").map(Number);
   const sheets = [...document.querySelectorAll(".sheet")];
   document.querySelectorAll(".clip details").forEach((details) => { details.open = false; });
-  let playing = false, due = 0;
+  let timer = null;
 
   function draw() {
     const column = Number(slider.value), frame = frames[column], given = frame < context;
@@ -24,29 +24,28 @@ function clips() {
       });
     }
   }
-  function tick(now) {
-    if (!playing) return;
-    if (now >= due) {
+  function play() {
+    const duration = 1000 / (player.dataset.fps * speed.value);
+    // Pause for a second on the last frame, as the GIFs do.
+    const rest = Number(slider.value) === frames.length - 1 ? Math.max(1000, duration) : duration;
+    timer = setTimeout(() => {
       slider.value = (Number(slider.value) + 1) % frames.length;
       draw();
-      const duration = 1000 / (player.dataset.fps * speed.value);
-      // Pause for a second on the last frame, as the GIFs do.
-      due = now + (Number(slider.value) === frames.length - 1 ? Math.max(1000, duration) : duration);
-    }
-    requestAnimationFrame(tick);
+      play();
+    }, rest);
+    button.textContent = "Pause";
   }
-  function play(wanted) {
-    playing = wanted;
-    button.textContent = playing ? "Pause" : "Play";
-    due = 0;
-    if (playing) requestAnimationFrame(tick);
+  function pause() {
+    clearTimeout(timer);
+    timer = null;
+    button.textContent = "Play";
   }
-  button.addEventListener("click", () => play(!playing));
-  slider.addEventListener("input", () => { play(false); draw(); });
+  button.addEventListener("click", () => (timer ? pause() : play()));
+  slider.addEventListener("input", () => { pause(); draw(); });
   Promise.all(sheets.map((sheet) => sheet.decode())).then(() => {
     slider.value = frames.findIndex((frame) => frame >= context);
     draw();
-    play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+    if (!matchMedia("(prefers-reduced-motion: reduce)").matches) play();
   });
 }
 
