@@ -15,7 +15,7 @@ def count(text: str) -> int:
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """What every command takes."""
+    """Options of every command."""
     parser.add_argument("--config", metavar="YAML", help="a YAML file, or the name of a preset; default shapes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example flow.training.steps=1000"
@@ -28,7 +28,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that may read raw videos."""
+    """Options of commands that may read raw videos."""
     parser.add_argument("--strict", action="store_true", help="stop at a broken video instead of skipping it")
     parser.add_argument(
         "--mirror", default=os.environ.get("MIRROR") or None, help="folder or URL that holds the data set's archives"
@@ -36,7 +36,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_download_option(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that may need public weights."""
+    """Options of commands that may need public weights."""
     parser.add_argument(
         "--download",
         action="store_true",
@@ -46,7 +46,7 @@ def add_download_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prerequisite_options(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that builds missing prerequisites: videos, autoencoder, store, flow."""
+    """Options of commands that build missing prerequisites: videos, autoencoder, store, flow."""
     add_video_options(parser)
     add_download_option(parser)
     parser.add_argument(
@@ -58,7 +58,7 @@ def add_prerequisite_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that trains a network."""
+    """Options of commands that train a network."""
     add_prerequisite_options(parser)
     parser.add_argument(
         "--restart", action="store_true", help="train again from step 0; the existing training is moved to a backup"
@@ -72,7 +72,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:
-    """What a command takes that predicts frames."""
+    """Options of commands that predict frames."""
     parser.add_argument(
         "--refine", action="store_true", help="refine predicted frames; trains the refiner first if it is missing"
     )

@@ -1,4 +1,4 @@
-"""What a command was asked for besides its configuration, its device and precision, and what it skipped."""
+"""Options of a command besides its configuration, the videos it skipped, its device and precision."""
 
 import argparse
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def sampling_precision(options: SamplingConfig, device: torch.device) -> str:
 
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Matrix products in `fp32`, `tf32` or `bf16` inside; as it was before afterwards."""
+    """Matrix products in `fp32`, `tf32` or `bf16` inside; the previous settings are restored afterwards."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"

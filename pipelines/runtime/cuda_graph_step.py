@@ -12,10 +12,10 @@ WARM_UP_STEPS = 3
 
 
 class CudaGraphStep:
-    """A function of tensors of fixed shapes that changes what it is made of, such as parameters.
+    """A function of tensors of fixed shapes, with side effects on other tensors such as parameters.
 
     The first calls run it eagerly; then it is captured, and replayed from then on. Python numbers that it uses keep the
-    values they had at the capture: whatever changes from step to step must be a tensor on the device. Random numbers of
+    values they had at the capture: values that change between steps must be tensors on the device. Random numbers of
     the global generator are drawn again in each replay, from the seed and offset that it has when the replay begins.
     """
 

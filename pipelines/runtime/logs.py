@@ -38,17 +38,17 @@ class Log:
 
     @property
     def step(self) -> float:
-        """The last step; 0 where there is none."""
+        """The last step; 0 if there are no lines."""
         return max(self.records, default=0)
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of one quantity, where it was logged; what is no finite number is NaN."""
+        """Steps and values of one quantity; values that are not finite are NaN."""
         found = {step: values[name] for step, values in self.records.items() if name in values}
         # Numbers that are not finite are logged as text.
         return list(found), [value if isinstance(value, int | float) else math.nan for value in found.values()]
 
     def finite(self, name: str) -> list[tuple[float, float]]:
-        """(value, step) of one quantity, where it is finite."""
+        """(value, step) of the finite values of one quantity."""
         return [(value, step) for step, value in zip(*self.series(name), strict=True) if math.isfinite(value)]
 
     def median(self, name: str) -> float | None:
@@ -58,7 +58,7 @@ class Log:
 
 
 def read_log(path: Path) -> Log | None:
-    """Read a log; None where there is none. What cannot be read is named in its `problems`."""
+    """Read a log; None if it does not exist. Unreadable lines are listed in `problems`."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

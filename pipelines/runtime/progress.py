@@ -1,4 +1,4 @@
-"""What a person sees while a run works: one line per phase, and a progress bar on a terminal."""
+"""Messages of a run, one line per phase, and its progress bars."""
 
 import sys
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ def is_quiet() -> bool:
 
 
 def say(message: str) -> None:
-    """Print one line, without tearing a progress bar apart."""
+    """Print one line without breaking a progress bar."""
     if not _quiet:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()

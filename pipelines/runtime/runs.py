@@ -33,7 +33,7 @@ class Environment(BaseModel):
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that results depend on."""
     packages = ("torch", "zarr", "numcodecs", "numpy", "av")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 

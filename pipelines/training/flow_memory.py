@@ -15,6 +15,7 @@ import latent_cache
 from latent_cache import FlowBatch, StoreError
 from pipelines.config import RiverConfig
 from pipelines.runtime.context import resolve_precision
+from pipelines.runtime.files import size_text
 from pipelines.runtime.throughput import step_flops
 from pipelines.runtime.train_state import Optimizers, build_optimizers
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
@@ -48,9 +49,9 @@ class FlowMemory:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def describe(self) -> str:
-        """The sum and its parts, for people."""
+        """The sum and its parts as text."""
         parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return f"{_size(self.total)}: " + ", ".join(f"{name} {_size(size)}" for name, size in parts if size)
+        return f"{size_text(self.total)}: " + ", ".join(f"{name} {size_text(size)}" for name, size in parts if size)
 
 
 def estimate_memory(
@@ -194,12 +195,8 @@ class LiveMemory(TorchDispatchMode):
         self.now -= self._alive.pop(address)[1]
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
 def describe_costs(config: RiverConfig, latent_shape: tuple[int, int, int], device: torch.device) -> list[str]:
-    """FLOP and peak memory of a training step of the flow, for people."""
+    """FLOP and peak memory of a training step of the flow, as lines of text."""
     training, residency = config.flow.training, config.cache.residency
     beside = device.type == "cuda" and residency in ("host", "stream")
     latents = 0 if beside else _latents_in_memory(config)

@@ -11,7 +11,7 @@ import pytest
     ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'auto', 'fp32', 'tf32' or 'bf16'"]),
     ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos', 'kth', 'bair'", "or 'hdf5'"]),
     ("dataset.splits={train: many}", ["splits.train", "'many'"]),
-    ("dataset.shapes.radius=40", ["shapes of radius 40", "don't fit in the frame"]),
+    ("dataset.shapes.radius=40", ["dataset.shapes", "radius 40"]),
     ("sampling.past_horizon=1", ["sampling.past_horizon", "1"]),
     ("flow.training.steps", ["--set flow.training.steps: expected key.path=value"]),
     ("seed.deep=3", ["seed", "{'deep': 3}", "valid integer"]),

@@ -1,4 +1,4 @@
-"""The flow's training step: its parts, its sums over processes, and that it can learn one store by heart."""
+"""The flow's training step: settings that reach it, parts of a batch, processes, and overfitting one store."""
 
 import re
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_processes_share_out_the_rows_of_one_batch(store):
     assert len(seen["0"][0]) == 8
 
 
-def test_dropout_is_another_in_each_process(store):
+def test_dropout_differs_between_processes(store):
     settings = config({"dropout": 0.5})
     losses = [trainer(store, settings, p).train_step(3).terms["loss"] for p in (Processes(), Processes())]
     assert losses[0] == losses[1]
@@ -150,8 +150,8 @@ def test_what_is_not_finite_updates_nothing(store, value, optimizer):
     assert not torch.equal(made.files()["model"]["project_out.0.weight"], before["model"]["project_out.0.weight"])
 
 
-def test_a_tiny_store_is_learned_by_heart(tmp_path):
-    """The noise can't be told from x_t and t alone, but with the target known by heart it can: the loss goes to 0."""
+def test_a_tiny_store_is_memorized(tmp_path):
+    """x_t and t alone do not determine the noise, but with a memorized target they do: the loss goes to 0."""
     store = latent_cache.open(write_store(tmp_path / "one.zarr", [4]), "train")
     settings = config({"width": 64, "depth": 1, "mid_depth": 1}, batch_size=64, learning_rate=2e-3, standardize=True,
                       grad_clip=1.0, ema_decay=0.98, optimizer="muon", steps=300)  # fmt: skip
@@ -161,7 +161,7 @@ def test_a_tiny_store_is_learned_by_heart(tmp_path):
     assert np.mean(losses[-50:]) < 0.15
 
 
-def test_raw_latents_unless_standardised_ones_are_wanted(store):
+def test_latents_are_standardized_on_request(store):
     seen = {}
     for standardize in (False, True):
         made = trainer(store, config(standardize=standardize, batch_size=22))
@@ -197,7 +197,7 @@ def test_past_horizon_reaches_the_conditions(store):
     assert (seen[0][3] == 1).all()
 
 
-def test_readings_tell_how_well_the_machine_is_used(store):
+def test_metrics_of_the_use_of_the_machine(store):
     made = trainer(store, config())
     for step in range(4):
         made.train_step(step)
@@ -216,7 +216,7 @@ def test_readings_tell_how_well_the_machine_is_used(store):
 GPU = torch.device("cuda")
 
 
-def test_switches_take_what_suits_the_device():
+def test_switches_depend_on_the_device():
     def settings(**values) -> FlowTrainingConfig:
         return FlowTrainingConfig(**values)
 
@@ -264,7 +264,7 @@ def test_seed_and_step_decide_times_dropout_and_first_weights(store):
     assert not torch.equal(first, other)
 
 
-def test_the_learning_rate_takes_its_course(store):
+def test_the_learning_rate_follows_its_schedule(store):
     made = trainer(store, config(learning_rate=4e-3, final_learning_rate=1e-3, warmup_steps=4, steps=104))
     for step, rate in ((0, 0), (3, 3e-3), (4, 4e-3), (79, 2.5e-3), (104, 1e-3)):
         made.train_step(step)
@@ -287,7 +287,7 @@ def test_precision_reaches_the_field(store, precision, dtype):
     assert seen == [dtype]
 
 
-def test_what_is_validated_is_what_is_delivered(store):
+def test_validation_measures_the_delivered_model(store):
     class Validation:
         fields: tuple = ()
 
@@ -313,7 +313,7 @@ def test_what_a_trained_flow_depends_on():
         assert flow_plan(other).identity != flow_plan(config()).identity
 
 
-def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
+def test_unusual_stores_are_reported(tmp_path, capsys):
     store = latent_cache.open(write_store(tmp_path / "toy.zarr", [12, 9, 3, 2]), "train")  # 10 + 7 + 1 targets
 
     def said(**training) -> str:
@@ -328,7 +328,7 @@ def test_what_is_out_of_the_ordinary_in_a_store_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shape", [(4, POSITIONS, POSITIONS), (4, POSITIONS + 1, 2), (4, 2, POSITIONS + 1)])
-def test_latents_of_more_places_than_there_are_codes_for(store, shape):
+def test_latents_larger_than_the_position_codes_are_refused(store, shape):
     cache = SimpleNamespace(url="toy.zarr", latent_shape=shape, lengths=store.lengths)
     sampler = trainer(store, config()).sampler
     if max(shape) == POSITIONS:
@@ -339,7 +339,7 @@ def test_latents_of_more_places_than_there_are_codes_for(store, shape):
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_the_averaged_weights_predict_where_there_are_any(store, tmp_path, decay):
+def test_the_averaged_weights_predict(store, tmp_path, decay):
     made = trainer(store, config(ema_decay=decay))
     for step in range(3):
         made.train_step(step)
