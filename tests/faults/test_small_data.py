@@ -12,12 +12,6 @@ def test_one_video_of_one_frame(place, story) -> None:
     own.run("train-flow").refused(2, "a sample needs 3 frames", "encode longer videos")
 
 
-def test_fewer_latent_vectors_than_codes(place) -> None:
-    sets = ["autoencoder.model.codes=4096", "autoencoder.training.steps=1"]
-    outcome = place.run("train-autoencoder", sets=sets).ok()
-    assert "64 latent vectors to initialize 4096 codes" in outcome.err
-
-
 def test_a_discriminator_too_deep_for_the_frames(place) -> None:
     sets = ["autoencoder.training.adversarial={weight: 1, layers: 5}"]
     place.run("train-autoencoder", sets=sets).refused(

@@ -1,4 +1,4 @@
-"""The autoencoder's trainer: what one step changes, and what a validation measures."""
+"""The autoencoder's trainer: what one step changes, what a validation measures, and exact resuming."""
 
 import copy
 import dataclasses
@@ -162,7 +162,7 @@ def test_the_discriminator_has_its_own_learning_rate_and_the_same_schedule():
 
 @dataclasses.dataclass(frozen=True)
 class Second(Processes):
-    """The second of two processes that exchange nothing and have all rows."""
+    """The second of two processes that exchange nothing and both have all rows."""
 
     rank: int = 1
 
@@ -171,20 +171,11 @@ class Second(Processes):
 
 
 @pytest.mark.parametrize("processes", [Processes(), Second()])
-def test_each_kind_of_draws_has_a_stream_of_its_own(processes, monkeypatch):
-    trainer, drawn = make(restart_every=1, processes=processes), []
-
-    def note(seed: int, step: int, *rest: Any, **options: Any) -> torch.Generator:
-        drawn.append((step, options.get("stream") or rest[1]))
-        return step_generator(seed, step, *rest, **options)
-
-    monkeypatch.setattr("pipelines.training.autoencoder_trainer.step_generator", note)
-    trainer.train_step(0)
-    drawn.clear()
-    trainer.train_step(1)
-    assert drawn == [(1, "augmentation"), (1, "dropout"), (1, "codes")]
-    # What dropout leaves out differs from process to process.
-    assert torch.initial_seed() == step_generator(0, 1, stream="dropout").initial_seed() + processes.rank
+def test_dropout_is_keyed_by_step_and_process(processes):
+    trainer = make(processes=processes)
+    for step in range(2):
+        trainer.train_step(step)
+        assert torch.initial_seed() == step_generator(0, step, stream="dropout").initial_seed() + processes.rank
 
 
 def test_codes_start_on_the_latents_of_the_first_batches(monkeypatch):
@@ -233,7 +224,7 @@ def test_a_batch_that_is_not_finite_changes_no_weight(adversarial, monkeypatch):
     assert not result.terms["loss"].isfinite()
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     after = everything(trainer)
-    # The codes were counted, and BatchNorm has seen the batch; nothing was learnt from it.
+    # The codes were counted, and BatchNorm has seen the batch; nothing else changed.
     unlearnt = {name for name in before if not name.startswith("codebook.") and "running" not in name}
     unlearnt = {name for name in unlearnt if "num_batches_tracked" not in name}
     assert [name for name in unlearnt if not torch.equal(before[name], after[name])] == []
@@ -273,7 +264,7 @@ def test_codes_start_among_the_latents():
 
 
 class FirstOfTwo(Processes):
-    """The first of two processes; of the other one nothing is heard."""
+    """The first of two processes that exchange nothing."""
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
@@ -286,7 +277,7 @@ class FirstOfTwo(Processes):
 
 
 @pytest.mark.parametrize("processes", [Processes(), FirstOfTwo(0, 2)])
-def test_more_codes_than_latent_vectors_is_said_and_goes_on(processes, capsys):
+def test_more_codes_than_latent_vectors_is_a_warning(processes, capsys):
     config = parse_config(
         {
             "dataset": {"name": "toy", "source": "shapes", "image_size": SIDE},
@@ -358,7 +349,7 @@ def test_validation_measures_the_averaged_model(validation):
     assert not model.training
     with Image.open(validation.folder / "step_00000003.png") as sheet:
         assert sheet.width > 8 * 96
-    # What was validated goes on to be trained.
+    # Training continues after validation.
     assert trainer.train_step(3).finite
     assert trainer.model.training
 
@@ -372,7 +363,7 @@ def test_validation_measures_clamped_images(validation):
     assert make().validate(1) == {}
 
 
-def test_readings_say_how_codes_are_used():
+def test_metrics_of_the_codes_in_use():
     trainer = make()
     for step in range(6):  # an epoch is 5 steps of 8 of 40 frames
         trainer.train_step(step)
@@ -381,7 +372,7 @@ def test_readings_say_how_codes_are_used():
     assert 1 <= reading["code_perplexity"] <= reading["codes_used"] <= 16
 
 
-def test_a_discriminator_that_does_harm_is_reported(capsys):
+def test_a_harmful_discriminator_is_reported(capsys):
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 5):
         trainer.metrics(step, {"l1": 0.1}, 1.0)
@@ -393,7 +384,7 @@ def test_a_discriminator_that_does_harm_is_reported(capsys):
     message = capsys.readouterr().err
     assert message.count("autoencoder: step") == 1
     assert "the reconstruction term" in message
-    # LPIPS is what is looked at where there is one.
+    # With LPIPS its level decides.
     trainer = make(adversarial=ADVERSARIAL | {"start": 5})
     for step in range(1, 30):
         trainer.metrics(step, {"l1": 0.1 * step, "perceptual": 0.2, "logits_real": 0.0, "logits_fake": 0.0}, 1.0)

@@ -178,7 +178,7 @@ class Killed(BaseException):
     """The process is gone."""
 
 
-@pytest.mark.parametrize("moment", ["while it saves", "before the old one is set backup", "after that", "at step 1"])
+@pytest.mark.parametrize("moment", ["while it saves", "before the old one is moved", "after that", "at step 1"])
 def test_killed_while_it_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     start = kit.train()
     config = kit.config(learning_rate=3e-3)
@@ -192,7 +192,7 @@ def test_killed_while_it_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch, momen
 
     where, how = {
         "while it saves": ("pipelines.runtime.checkpoints.save_file", dies),
-        "before the old one is set backup": ("pipelines.training.fine_tuning.move_to_backup", dies),
+        "before the old one is moved": ("pipelines.training.fine_tuning.move_to_backup", dies),
         "after that": ("pipelines.training.fine_tuning.move_to_backup", dies_after),
         "at step 1": ("pipelines.training.flow_trainer.FlowTrainer.train_step", dies),
     }[moment]
@@ -200,10 +200,10 @@ def test_killed_while_it_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch, momen
         patch.setattr(where, how)
         with pytest.raises(Killed):
             kit.train(config, fine_tune=True)
-    old_is_there = moment in ("while it saves", "before the old one is set backup")
-    if old_is_there:  # in force as if nothing had been
+    old_is_in_place = moment in ("while it saves", "before the old one is moved")
+    if old_is_in_place:  # and still in use
         assert kit.train().path == start.path
-    resumed = kit.train(config, fine_tune=True) if old_is_there else kit.train(config)
+    resumed = kit.train(config, fine_tune=True) if old_is_in_place else kit.train(config)
     assert resumed.state["fine_tuned_from"]["weights"] == weights_digest(_field(kit, start))
     assert resumed.step == 4
     (backup,) = kit.backups
@@ -215,7 +215,7 @@ def _field(kit: Kit, start: Checkpoint) -> torch.nn.Module:
 
 
 def test_one_without_a_step_is_begun_again_in_its_place(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a batch that is too large leaves is no obstacle, and no second copy of the weights."""
+    """After a refused batch size it begins again, without a second copy of the weights."""
     start = kit.train()
     with pytest.raises(UserError, match=r"fewer than flow.training.batch_size 800: lower it"):
         kit.train(kit.config(batch_size=800), fine_tune=True)
@@ -249,7 +249,7 @@ def test_standardization_is_that_of_the_start(kit: Kit) -> None:
     ],
     ids=["width", "head", "standardised", "raw"],
 )
-def test_what_does_not_fit_the_start_is_refused(
+def test_settings_that_do_not_fit_the_start_are_refused(
     kit: Kit, trained: dict[str, Any], changed: dict[str, Any], message: str
 ) -> None:
     start = kit.train(kit.config(**trained))
@@ -283,7 +283,7 @@ def test_larger_frames_are_taken_with_a_warning(kit: Kit, capsys: pytest.Capture
     assert "was trained on latents of 2x2, and" in capsys.readouterr().err
 
 
-def test_there_has_to_be_something_to_start_from(kit: Kit) -> None:
+def test_nothing_to_start_from(kit: Kit) -> None:
     with pytest.raises(UserError, match=r"flow/checkpoints .*`import-official`.*`train-flow`"):
         kit.train(fine_tune=True)
     kit.train()
@@ -291,9 +291,7 @@ def test_there_has_to_be_something_to_start_from(kit: Kit) -> None:
         kit.train(fine_tune=True, resume="2")
 
 
-def test_a_training_that_is_not_finished_is_no_start_unless_it_is_meant(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unfinished_training_is_a_start_only_with_restart(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     def stops(self: FlowTrainer, step: int) -> None:
         raise StoppedBySignal(15, "stopped")
 
@@ -315,7 +313,7 @@ def test_a_training_that_is_not_finished_is_no_start_unless_it_is_meant(
     assert kit.train(fine_tune=True, restart=True).state["fine_tuned_from"]["step"] == 4
 
 
-def test_two_at_once_are_kept_apart(kit: Kit) -> None:
+def test_another_process_that_trains_or_begins_is_respected(kit: Kit) -> None:
     kit.train()
     with only_training_of(kit.flow), pytest.raises(UserError, match="is training here"):
         kit.train(fine_tune=True)

@@ -26,7 +26,7 @@ FEW_VALUES = {"batch_size": 1}  # of one place each: weights, gradients and the 
 def two_steps(
     model: VectorFieldConfig, training: FlowTrainingConfig, shape: tuple[int, int, int], device: str = "cpu"
 ) -> None:
-    """The real thing: two updates by the train_state, on tensors that are there."""
+    """Two real updates."""
     field = VectorField(model, shape[0]).to(device)
     train_state = TrainState(field, training, field.boundary_parameters())
     rows, parts = training.batch_size, training.accumulate
@@ -44,9 +44,9 @@ def two_steps(
 
 
 def allocated(folder: Path, *arguments: object) -> int:
-    """Most bytes that PyTorch's CPU allocator had handed out at a time, as the profiler reports each time.
+    """Peak bytes of PyTorch's CPU allocator, from the events of the profiler.
 
-    What is given back counts only if it was handed out in this call: garbage of earlier tests may go at any time.
+    Memory that was allocated before is ignored when it is freed.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -73,17 +73,14 @@ CASES = [
     ({}, {}),
     ({}, {"precision": "bf16"}),
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
-    ({"head": "bn", "dropout": 0.0}, {"grad_clip": 1.0}),
-    ({"dropout": 0.0}, {"precision": "bf16"}),
     ({"qk_norm": True, "reference": False}, {}),
-    ({}, {"accumulate": 2}),
     ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
     ({}, {"optimizer": "muon", "grad_clip": 1.0}),
 ]
 
 
 @pytest.mark.parametrize(("sizes", "settings"), CASES, ids=str)
-def test_a_step_takes_what_was_computed(tmp_path, sizes, settings):
+def test_steps_dominated_by_activations(tmp_path, sizes, settings):
     model, training = VectorFieldConfig(**SMALL | sizes), FlowTrainingConfig(**{"batch_size": 8} | settings)
     memory = estimate_memory(model, training, SHAPE)
     assert memory.total == pytest.approx(allocated(tmp_path, model, training, SHAPE), rel=0.03)
@@ -93,7 +90,6 @@ def test_a_step_takes_what_was_computed(tmp_path, sizes, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"precision": "bf16"},
         {"ema_decay": 0.9},
         {"optimizer": "muon"},
@@ -102,14 +98,14 @@ def test_a_step_takes_what_was_computed(tmp_path, sizes, settings):
     ],
     ids=str,
 )
-def test_where_weights_are_most_of_it(tmp_path, settings):
+def test_steps_dominated_by_weights(tmp_path, settings):
     model, training = VectorFieldConfig(width=128, depth=1, mid_depth=1), FlowTrainingConfig(**FEW_VALUES | settings)
     memory = estimate_memory(model, training, (4, 1, 1))
     assert memory.total == pytest.approx(allocated(tmp_path, model, training, (4, 1, 1)), rel=0.05)
     assert memory.activations < memory.parameters
 
 
-def test_the_parts_are_what_they_are_called():
+def test_the_parts_of_the_estimate():
     model = VectorFieldConfig(**SMALL, head="bn")
     field = VectorField(model, 4)
     weights = sum(value.nbytes for value in field.parameters())
@@ -134,14 +130,14 @@ def test_sum_and_words():
     assert memory.describe() == words
 
 
-def test_computing_it_takes_no_memory_of_that_size():
+def test_the_estimate_allocates_nothing():
     """A field of 12 TB."""
     giant = VectorFieldConfig(width=2**16, depth=1, mid_depth=1)
     assert estimate_memory(giant, FlowTrainingConfig(), SHAPE).parameters > 10**12 / 2
 
 
 def test_following_memory():
-    """4000 bytes each; what was there before, views and changes in place take none."""
+    """4000 bytes each; earlier tensors, views and in-place operations take none."""
     before = torch.zeros(1000)
     with LiveMemory("cpu") as memory:
         first = torch.zeros(1000)
@@ -164,7 +160,7 @@ def test_following_memory():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there():
+def test_no_gpu():
     with pytest.raises(ValueError, match="'cuda'"):
         estimate_memory(VectorFieldConfig(**SMALL), FlowTrainingConfig(), SHAPE, device="cuda")
 

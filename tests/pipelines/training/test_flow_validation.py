@@ -1,4 +1,4 @@
-"""A flow's validation: its loss on fixed draws, the clips that it predicts, and that it leaves no trace."""
+"""A flow's validation: its loss on fixed draws, predicted clips, and no effect on the training."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -222,13 +222,13 @@ def test_no_time_is_rounded_to_one(monkeypatch):
     assert t.max() > 0.9999
 
 
-def test_parts_of_the_path_without_a_pair_are_left_out(place):
+def test_bins_without_a_pair_are_left_out(place):
     validation = place.open(validation_pairs=1)
     assert len(validation.measure(network(), RAW)) == 2
 
 
 @pytest.mark.parametrize("head", ["bn", "ln"])
-def test_validation_leaves_no_trace(place, tmp_path, head):
+def test_validation_does_not_affect_the_training(place, tmp_path, head):
     field = network(head).train()
     field.project_in.eval()
     modes = [module.training for module in field.modules()]
@@ -299,7 +299,7 @@ def test_a_field_without_motion_predicts_its_noise_on_the_scale_of_the_store(pla
     torch.testing.assert_close(clips.predict(Still(), SCALED), SCALED.to_raw(noise))
 
 
-def test_what_is_given_reaches_the_field_on_its_own_scale(place):
+def test_given_frames_reach_the_field_standardized(place):
     class Recorder(Still):
         def forward(self, x_t: Tensor, reference: Tensor, condition: Tensor, *others: Tensor) -> Tensor:
             self.reference = getattr(self, "reference", reference)
@@ -439,7 +439,7 @@ def test_without_videos_there_is_no_validation(bare, capsys, lengths, split, sai
     assert said in line
 
 
-def test_a_field_gone_wild_is_shown_as_well(place, tmp_path):
+def test_a_field_that_predicts_nan(place, tmp_path):
     class Wild(Still):
         def forward(self, x_t: Tensor, *others: Tensor) -> Tensor:
             return torch.full_like(x_t, torch.nan)

@@ -1,4 +1,4 @@
-"""What the refiner is trained on, what one step of its training does, and what is refused before the first one."""
+"""The refiner's training: its clips, its step, its validation, and inputs that are refused."""
 
 from collections import Counter
 from contextlib import closing
@@ -103,7 +103,7 @@ def test_decoding_runs_ahead_and_not_beyond_the_last_step(encoded):
     assert all(stop - start == CLIP for _, start, stop in source.passes)
 
 
-def test_other_clips_take_the_place_of_videos_that_break(encoded):
+def test_other_clips_replace_broken_videos(encoded):
     encoded.splits["train"].ends["d"] = 0
     broken, again = [], []
     with closing(open_clips(encoded, broken=broken)) as clips:
@@ -121,7 +121,7 @@ def test_other_clips_take_the_place_of_videos_that_break(encoded):
     assert ATTEMPTS > 1
 
 
-def test_short_videos_are_left_out_with_a_line(encoded, capsys):
+def test_short_videos_are_ignored_with_a_message(encoded, capsys):
     with closing(open_clips(encoded, clip_frames=8)) as clips:
         assert clips.count == 6 + 15
     assert "3 of 5 videos of the train split are shorter than the 8 frames of a clip and ignored: a, c, e" in (
@@ -136,7 +136,7 @@ def test_short_videos_are_left_out_with_a_line(encoded, capsys):
         open_clips(encoded, clip_frames=23)
 
 
-def test_of_several_views_the_video_as_it_is_is_taken(kit):
+def test_augmented_videos_are_not_used(kit):
     kit.encode(views=["hflip", "identity", "jitter-1"])
     cache = latent_cache.open(kit.store)
     with closing(open_clips(kit)) as clips:
@@ -147,7 +147,7 @@ def test_of_several_views_the_video_as_it_is_is_taken(kit):
         assert np.array_equal(latents, cache.video(video, "identity")[start : start + CLIP].astype(np.float32))
 
 
-def test_refuses_a_store_without_the_videos_as_they_are(kit):
+def test_refuses_a_store_of_augmented_videos_only(kit):
     kit.encode(views=["hflip"])
     with pytest.raises(UserError, match=r"noise.zarr .*add identity to cache\.views, and encode with --overwrite"):
         open_clips(kit)
@@ -357,7 +357,7 @@ def test_validation_measures_the_averaged_weights(make_trainer, encoded):
     assert abs(trainer.validate(6)["validation_psnr"] - first) > 0.1
 
 
-def test_going_on_is_the_same_as_never_having_stopped(make_trainer, tmp_path):
+def test_resuming_is_exact(make_trainer, tmp_path):
     options = {"ema_decay": 0.9, "optimizer": "muon", "grad_clip": 1.0}
     whole, first, second = (make_trainer(**options) for _ in range(3))
     for step in range(6):

@@ -1,4 +1,4 @@
-"""How far a training is, and resuming it without contradiction."""
+"""The status of a training, and resuming it: conflicts, named checkpoints, restart, lock."""
 
 import os
 
@@ -52,13 +52,13 @@ def test_another_configuration_is_refused_with_the_way_out(trained):
     assert "--set dataset.name=" in str(error.value)
 
 
-def test_restart_sets_the_old_training_aside(trained, capsys):
+def test_restart_moves_the_old_training_to_a_backup(trained, capsys):
     checkpoints, found = resume(trained, {"seed": 1}, restart=True)
     assert found is None
     assert checkpoints.latest() is None
-    (aside,) = trained.parent.glob("flow.*")
-    assert CheckpointFolder(aside / "checkpoints").latest().step == 7
-    assert str(aside) in capsys.readouterr().out
+    (backup,) = trained.parent.glob("flow.*")
+    assert CheckpointFolder(backup / "checkpoints").latest().step == 7
+    assert str(backup) in capsys.readouterr().out
 
 
 def test_a_second_process_moves_nothing(trained):
@@ -71,26 +71,26 @@ def test_a_second_process_moves_nothing(trained):
     assert CheckpointFolder(trained / "checkpoints").latest().step == 9
 
 
-def test_going_on_from_a_name_moves_nothing_where_it_is_refused(trained, capsys):
+def test_a_refused_resume_from_a_name_moves_nothing(trained, capsys):
     CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
     with pytest.raises(UserError, match=r"b\.c: 1 -> 2"):
         resume(trained, {"seed": 0, "b": {"c": 2}}, resume="7")
     assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
     checkpoints, found = resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7")
     assert found.step == checkpoints.latest().step == 7
-    (aside,) = trained.glob("checkpoints.*")
-    assert f"flow: --resume 7; later checkpoints are kept in {aside}" in capsys.readouterr().out
-    assert CheckpointFolder(aside).latest().step == 9
+    (backup,) = trained.glob("checkpoints.*")
+    assert f"flow: --resume 7; later checkpoints are kept in {backup}" in capsys.readouterr().out
+    assert CheckpointFolder(backup).latest().step == 9
 
 
 @pytest.mark.parametrize("state", ["[", "[]", "{}"])
-def test_going_on_from_a_name_that_is_damaged(trained, state):
+def test_resuming_from_a_damaged_name(trained, state):
     (trained / "checkpoints" / "step_00000007" / "state.json").write_text(state)
     with pytest.raises(UserError, match=r"--resume 7: .*step_00000007 is not a whole checkpoint .*--resume auto"):
         resume(trained, {}, resume="7")
 
 
-def test_a_training_under_way_is_not_set_aside(trained):
+def test_a_running_training_is_not_moved(trained):
     for _ in range(2):  # the second time there is a number in the file already
         with only_training_of(trained):
             with pytest.raises(UserError, match=rf"flow: process {os.getpid()} is training here"):
