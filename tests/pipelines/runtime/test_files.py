@@ -1,0 +1,94 @@
+"""Files of a run: replaced as a whole, locked, read through their class, and sizes as text."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from pipelines.errors import UserError
+from pipelines.runtime.files import backup_path, file_sha256, locked, read_json, replacing, size_text, write_json
+from pipelines.runtime.files import write_text as write
+
+
+class Size(BaseModel):
+    width: int
+
+
+def rewrite(path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+
+
+@pytest.mark.parametrize("replace", [lambda path: write(path, "new"), rewrite], ids=["write", "replacing"])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch, replace, full) -> None:
+    """On a full disk the old file stays, and nothing beside it."""
+    path = tmp_path / "config.yaml"
+    path.write_text("old")
+
+    def fsync(descriptor: int) -> None:
+        assert path.read_text() == "old" or not full
+        if full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    if full:
+        with pytest.raises(OSError, match="No space left"):
+            replace(path)
+    else:
+        replace(path)
+    assert path.read_text() == ("old" if full else "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "needed"),
+    [(None, []), ("{", []), ("[]", []), ("{}", ["width"]), ('{"width": "wide"}', ["width"])],
+    ids=["missing", "no JSON", "a list", "a field is missing", "wrong type"],
+)
+def test_json_that_cannot_be_read(tmp_path: Path, content, needed) -> None:
+    path = tmp_path / "size.json"
+    write_json(path, Size(width=3))
+    assert read_json(path, Size, "way out") == Size(width=3)
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_json(path, Size, "measure again")
+    for part in (str(path), "measure again", *needed):
+        assert part in str(error.value)
+
+
+def test_a_lock_excludes_other_processes_until_its_process_ends(tmp_path: Path) -> None:
+    lock = tmp_path / "flow" / ".lock"
+    script = (
+        "import sys; from pathlib import Path; from pipelines.runtime.files import locked\n"
+        f"with locked(Path({str(lock)!r}), 'busy'):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, cwd=Path(__file__).parents[3])
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"held by {holder.pid}$"), locked(lock, "held by {pid}"):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with locked(lock, "busy"), pytest.raises(UserError, match=f"^{os.getpid()}$"), locked(lock, "{pid}"):
+        pass
+
+
+def test_backups_have_free_names(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(3):
+        backup_path(tmp_path / "flow").mkdir()
+        names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 3
+    assert all(name.startswith("flow.") for name in names)
+
+
+def test_digest_and_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    sizes = {12: "12 bytes", 1500: "1.5 kB", 5_700_000: "5.7 MB", 30_100_000_000: "30.1 GB"}
+    assert {size: size_text(size) for size in sizes} == sizes
