@@ -17,7 +17,7 @@ class FileServer(ThreadingHTTPServer):
         asked: path and range of each download: `/file`, `/file bytes=100-`. Requests of sizes (HEAD) are not in it.
         page: sent instead of any file.
         status: of all answers.
-        heads, ranges: whether it knows HEAD, and ranges.
+        ranges: whether it knows ranges.
         etag: the version of all files.
         break_offs: number of answers that break off, each after `keep` bytes, or in the middle.
         promised: bytes that it announces beyond those it has.
@@ -32,7 +32,7 @@ class FileServer(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.page: bytes | None = None
         self.status = 200
-        self.heads = self.ranges = True
+        self.ranges = True
         self.etag = ""
         self.break_offs = self.promised = self.sent = 0
         self.keep: int | None = None
@@ -44,10 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     server: FileServer
 
     def do_HEAD(self) -> None:
-        if self.server.heads:
-            self._answer(body=False)
-        else:
-            self.send_error(405)
+        self._answer(body=False)
 
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.path} {self.headers.get('Range', '')}".strip())

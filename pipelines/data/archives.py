@@ -5,10 +5,8 @@ refused here, before anything is written: paths outside the folder, links, devic
 that clash on file systems that ignore case.
 """
 
-import calendar
 import errno
 import lzma
-import os
 import shutil
 import stat
 import struct
@@ -16,7 +14,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,24 +28,11 @@ from pipelines.runtime.progress import progress
 from stage1_autoencoder.videos import VideoError
 
 MARKER_NAME = ".unpacked.json"  # written last into the folder
-# Larger than any zip that we download; a few kilobytes can claim any size.
-MAX_UNPACKED_BYTES = 32 << 30
+MAX_UNPACKED_BYTES = 64 << 30  # more than any archive we know; a few kilobytes can claim any size
 MAX_ENTRIES = 200_000
 _MAX_NAME_LENGTH = 500
 _MAX_HEADER_BYTES = 64 << 10  # of one entry of a tar, with its long names
 _BLOCK = 1 << 20
-
-_SIGNATURES = {
-    b"PK\x03\x04": "it begins like a zip",
-    b"\x1f\x8b": "it is gzip",
-    b"BZh": "it is bzip2",
-    b"\xfd7zXZ": "it is xz",
-    b"Rar!": "it is a RAR archive",
-    b"7z\xbc\xaf": "it is a 7z archive",
-    b"<": "it is an HTML or XML page, maybe the error page of a server",
-    b"{": "it is JSON, maybe the error message of a server",
-}
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of file managers
 
 # What zipfile and tarfile raise at damaged archives. NotImplementedError: an unknown compression; RuntimeError: an
 # entry that only its local header calls encrypted, or headers without end; the last four: impossible numbers.
@@ -66,19 +51,8 @@ class NoRoomError(ArchiveError):
 
 
 class Unpacked(BaseModel):
-    """`.unpacked.json` of a folder: the archive that was unpacked there, and its files.
+    """`.unpacked.json` of a folder: the sizes of the files that were unpacked there, by path."""
 
-    Attributes:
-        archive: name of the archive's file.
-        bytes: size of the archive.
-        sha1, sha256: of the archive; one of them.
-        files: size by path below the folder.
-    """
-
-    archive: str
-    bytes: int
-    sha1: str | None = None
-    sha256: str | None = None
     files: dict[str, int]
 
 
@@ -106,67 +80,71 @@ def check_beginning(kind: str, head: bytes) -> str | None:
             return None
         except tarfile.HeaderError:
             pass
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    unknown = f"it begins with {head[:16]!r}" if head else "it is empty"
-    meaning = next((meaning for begin, meaning in _SIGNATURES.items() if text.startswith(begin)), unknown)
-    return f"not a whole {kind} archive: {meaning}"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        return f"not a whole {kind} archive: it is an HTML or XML page, maybe the error page of a server"
+    return f"not a whole {kind} archive: " + (f"it begins with {head[:16]!r}" if head else "it is empty")
 
 
-def unpack(
-    archive: Path,
-    folder: Path,
-    *,
-    checksum: dict[str, str],
-    kind: str = "zip",
-    top: str = "",
-    expected: str = "",
-    max_bytes: int = MAX_UNPACKED_BYTES,
-) -> Unpacked:
-    """Unpack an archive into a folder and leave a marker there.
+def unpack(archive: Path, folder: Path, *, top: str = "", expected: str = "") -> Unpacked:
+    """Unpack an archive, `.zip` or `.tar`, into a folder and leave a marker there.
 
     All names, types and sizes are checked first. Files are written to a hidden folder beside `folder`, which is renamed
     at the end, so `folder` never holds a part of them. If `folder` exists, files of the same names are replaced, others
-    are kept, and the marker is moved last. Files get the times that the archive has for them.
+    are kept, and the marker is moved last. Hidden files in the archive are ignored.
 
     Args:
-        checksum: of the archive, for the marker: {"sha1": ...} or {"sha256": ...}.
-        kind: "zip" or "tar".
         top: a folder in the archive that is removed from the paths in it.
         expected: extension that at least one file must have, such as ".avi".
-        max_bytes: limit of the unpacked size.
     Raises:
         ArchiveError: not an archive of this kind, damaged, encrypted, too large, without expected files, or with
             entries that would be written elsewhere or are no plain files.
         NoRoomError: it does not fit on the disk.
     """
     clear_leftovers(folder)
-    folder = folder.resolve()
+    try:
+        with archive.open("rb") as file:
+            wrong = check_beginning(archive.suffix[1:], file.read(tarfile.BLOCKSIZE))
+        if wrong:
+            raise ArchiveError(f"{wrong}; download it again")
+        with closing(_TarReader(archive) if archive.suffix == ".tar" else _ZipReader(archive)) as reader:
+            return _unpack(archive, reader, folder.resolve(), _checked_files(reader, top, expected))
+    except ArchiveError as error:
+        raise type(error)(f"{archive}: {error}") from error
+
+
+def _unpack(archive: Path, reader: "_ZipReader | _TarReader", folder: Path, files: Mapping[str, "_Entry"]) -> Unpacked:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
-    with closing(_ZipReader(archive) if kind == "zip" else _TarReader(archive)) as reader:
-        files = _checked_files(archive, reader, top, expected, max_bytes)
-        needed, free = sum(entry.size for entry in files.values()), free_bytes(folder.parent)
-        if needed > free:
-            raise NoRoomError(
-                f"{archive}: needs {size_text(needed)} to unpack, but only {size_text(free)} are free in "
-                f"{folder.parent}; free some space, or set dataset.root to a folder on another disk"
-            )
-        try:
-            temporary.mkdir()
-            with progress(total=needed, description=f"unpack {archive.name}", unit="B") as bar:
-                for path, entry in files.items():
-                    _extract(archive, reader, entry, temporary / path, bar.update)
-            marker = Unpacked(
-                archive=archive.name,
-                bytes=archive.stat().st_size,
-                files={path: entry.size for path, entry in files.items()},
-                **checksum,
-            )
-            write_json(temporary / MARKER_NAME, marker)
-            _move(temporary, folder, [*files, MARKER_NAME])
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return marker
+    needed, free = sum(entry.size for entry in files.values()), free_bytes(folder.parent)
+    if needed > free:
+        raise NoRoomError(
+            f"needs {size_text(needed)} to unpack, but only {size_text(free)} are free in {folder.parent}; free some "
+            "space, or set dataset.root to a folder on another disk"
+        )
+    try:
+        temporary.mkdir()
+        with progress(total=needed, description=f"unpack {archive.name}", unit="B") as bar:
+            for path, entry in files.items():
+                target, written = temporary / path, 0
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    for block in reader.blocks(entry):
+                        written += file.write(block)
+                        bar.update(len(block))
+                if written != entry.size:
+                    raise ArchiveError(f"its entry {entry.name!r} is damaged: {written} bytes instead of {entry.size}")
+        unpacked = Unpacked(files={path: entry.size for path, entry in files.items()})
+        write_json(temporary / MARKER_NAME, unpacked)
+        if not folder.exists():
+            temporary.rename(folder)
+            return unpacked
+        (folder / MARKER_NAME).unlink(missing_ok=True)
+        for name in (*files, MARKER_NAME):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).replace(folder / name)
+        return unpacked
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -181,66 +159,59 @@ def _temporary(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A plain file or folder of an archive.
+    """A plain file or folder of an archive: its name as the archive has it, and its size in bytes (0 for folders).
 
-    Attributes:
-        name: as the archive has it.
-        size: in bytes; 0 for folders.
-        seconds: time of last change since 1970; None if the archive has no possible one.
-        source: where its reader finds the content.
+    `source` tells its reader where the content is.
     """
 
     name: str
     size: int
     is_folder: bool
-    seconds: int | None
     source: Any
 
 
-def _checked_files(
-    archive: Path, reader: "_ZipReader | _TarReader", top: str, expected: str, max_bytes: int
-) -> dict[str, _Entry]:
+def _checked_files(reader: "_ZipReader | _TarReader", top: str, expected: str) -> dict[str, _Entry]:
     """The files to unpack by their path below the folder. Raises ArchiveError if any entry must not be unpacked."""
     found: dict[str, _Entry] = {}
     # By the path as a file system without upper and lower case has it: the entry that needs a file or a folder there.
-    files, folders = {_folded(PurePosixPath(MARKER_NAME)): MARKER_NAME}, dict[str, str]()
+    files, folders = dict[str, str](), dict[str, str]()
     total = 0
     for number, entry in enumerate(reader.entries(), start=1):
         total += entry.size
         if number > MAX_ENTRIES:
-            raise ArchiveError(f"{archive}: refused, it has more than {MAX_ENTRIES} entries")
-        if total > max_bytes:
+            raise ArchiveError(f"refused, it has more than {MAX_ENTRIES} entries")
+        if total > MAX_UNPACKED_BYTES:
             raise ArchiveError(
-                f"{archive}: refused, it unpacks to at least {size_text(total)}, the limit is {size_text(max_bytes)}"
+                f"refused, it unpacks to at least {size_text(total)}, the limit is {size_text(MAX_UNPACKED_BYTES)}"
             )
-        path = _safe_path(archive, entry.name, top)
-        if entry.is_folder or "__MACOSX" in path.parts or path.name.startswith("._") or path.name in _LITTER:
+        path = _safe_path(entry.name, top)
+        if entry.is_folder or any(part == "__MACOSX" or part.startswith(".") for part in path.parts):
             continue
         folded, parents = _folded(path), [_folded(parent) for parent in path.parents[:-1]]
         other = files.get(folded) or folders.get(folded) or next((files[p] for p in parents if p in files), None)
         if other is not None or not path.parts:
             raise ArchiveError(
-                f"{archive}: refused, its entry {entry.name!r} clashes with {other or 'the folder itself'!r}: equal "
-                "paths, paths that differ only by case, or a file where the other needs a folder"
+                f"refused, its entry {entry.name!r} clashes with {other or 'the folder itself'!r}: equal paths, paths "
+                "that differ only by case, or a file where the other needs a folder"
             )
         files[folded] = entry.name
         folders |= dict.fromkeys(parents, entry.name)
         found[str(path)] = entry
     if not any(name.lower().endswith(expected) for name in found):
         others = f" but others such as {', '.join(map(repr, list(found)[:3]))}" if found else ""
-        raise ArchiveError(f"{archive}: it has no {expected} files{others}; is it another archive?")
+        raise ArchiveError(f"it has no {expected} files{others}; is it another archive?")
     return found
 
 
-def _safe_path(archive: Path, name: str, top: str) -> PurePosixPath:
+def _safe_path(name: str, top: str) -> PurePosixPath:
     path = PurePosixPath(name)
     drive = bool(path.parts) and ":" in path.parts[0]
     if path.is_absolute() or ".." in path.parts or "\\" in name or drive:
-        raise ArchiveError(f"{archive}: refused, its entry {name!r} would be written outside the folder")
+        raise ArchiveError(f"refused, its entry {name!r} would be written outside the folder")
     if len(name) > _MAX_NAME_LENGTH or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         raise ArchiveError(
-            f"{archive}: refused, the name of its entry {name[:100]!r} is not UTF-8, has control characters or more "
-            f"than {_MAX_NAME_LENGTH} characters"
+            f"refused, the name of its entry {name[:100]!r} is not UTF-8, has control characters or more than "
+            f"{_MAX_NAME_LENGTH} characters"
         )
     return path.relative_to(top) if path.parts[:1] == (top,) else path
 
@@ -249,33 +220,8 @@ def _folded(path: PurePosixPath) -> str:
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
-def _extract(archive: Path, reader: "_ZipReader | _TarReader", entry: _Entry, target: Path, advance: Any) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    with target.open("wb") as file:
-        for block in reader.blocks(entry):
-            written += file.write(block)
-            advance(len(block))
-    if written != entry.size:
-        raise ArchiveError(f"{archive}: its entry {entry.name!r} is damaged: {written} bytes instead of {entry.size}")
-    if entry.seconds is not None:
-        # The same times whenever it is unpacked, so that the index of the videos stays valid.
-        os.utime(target, (entry.seconds, entry.seconds))
-
-
-def _move(temporary: Path, folder: Path, names: list[str]) -> None:
-    """Move the unpacked files into place; the marker is the last of `names`."""
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    (folder / MARKER_NAME).unlink(missing_ok=True)
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (temporary / name).replace(folder / name)
-
-
 @contextmanager
-def _parsing(archive: Path, what: str) -> Iterator[None]:
+def _parsing(what: str) -> Iterator[None]:
     """Turn errors of zipfile and tarfile into an ArchiveError; errors of the disk pass."""
     try:
         yield
@@ -283,17 +229,14 @@ def _parsing(archive: Path, what: str) -> Iterator[None]:
         # bz2's OSError has no number, and a seek to an impossible place is EINVAL.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise ArchiveError(f"{archive}: {what} ({error}); download it again") from error
+        raise ArchiveError(f"{what} ({error}); download it again") from error
 
 
 class _ZipReader:
-    """An open zip archive. Raises ArchiveError if it is none, or its end is missing."""
+    """An open zip archive. Raises ArchiveError if its end is missing."""
 
     def __init__(self, archive: Path) -> None:
-        self._archive = archive
-        with archive.open("rb") as file:
-            wrong = check_beginning("zip", file.read(tarfile.BLOCKSIZE))
-        with _parsing(archive, wrong or "not a whole zip archive: its end is missing, it was cut off"):
+        with _parsing("not a whole zip archive: its end is missing, it was cut off"):
             self._zip = zipfile.ZipFile(archive)
 
     def close(self) -> None:
@@ -304,39 +247,30 @@ class _ZipReader:
             # The name as the archive has it: zipfile cuts it at a zero byte, and may turn the slashes.
             name = entry.orig_filename
             if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise ArchiveError(f"{self._archive}: refused, its entry {name!r} is a link or a device")
+                raise ArchiveError(f"refused, its entry {name!r} is a link or a device")
             if entry.flag_bits & 0x1:
-                raise ArchiveError(f"{self._archive}: its entry {name!r} is encrypted; unpack it by hand")
-            try:
-                seconds = calendar.timegm((*entry.date_time, 0, 0, 0))
-            except ValueError:
-                seconds = None  # an impossible date
-            yield _Entry(name, entry.file_size, entry.is_dir(), seconds, entry)
+                raise ArchiveError(f"its entry {name!r} is encrypted; unpack it by hand")
+            yield _Entry(name, entry.file_size, entry.is_dir(), entry)
 
     def blocks(self, entry: _Entry) -> Iterator[bytes]:
-        with _parsing(self._archive, f"its entry {entry.name!r} is damaged"), self._zip.open(entry.source) as file:
+        with _parsing(f"its entry {entry.name!r} is damaged"), self._zip.open(entry.source) as file:
             while block := file.read(_BLOCK):  # checks the CRC at the end
                 yield block
 
 
 class _TarReader:
-    """An open tar archive. Raises ArchiveError if it does not begin like one."""
+    """An open tar archive."""
 
     def __init__(self, archive: Path) -> None:
-        self._archive = archive
-        with archive.open("rb") as file:
-            wrong = check_beginning("tar", file.read(tarfile.BLOCKSIZE))
-        if wrong:
-            raise ArchiveError(f"{archive}: {wrong}; download it again")
         self._file = archive.open("rb")
 
     def close(self) -> None:
         self._file.close()
 
     def entries(self) -> Iterator[_Entry]:
-        limited = _LimitedHeaders(self._file, self._archive)
+        limited = _LimitedHeaders(self._file)
         with (
-            _parsing(self._archive, "not a whole tar archive"),
+            _parsing("not a whole tar archive"),
             tarfile.open(fileobj=limited, mode="r:", errors="surrogateescape") as opened,
         ):
             while (member := opened.next()) is not None:
@@ -347,23 +281,18 @@ class _TarReader:
         # tarfile ends at a header that it does not understand as it does at the true end, a block of zeros.
         self._file.seek(end)
         if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ArchiveError(
-                f"{self._archive}: not a whole tar archive: it is cut off or damaged at byte {end}; download it again"
-            )
+            raise ArchiveError(f"not a whole tar archive: it is cut off or damaged at byte {end}; download it again")
 
     def _entry(self, member: tarfile.TarInfo) -> _Entry:
-        plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and member.sparse is None
-        if not plain:
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or member.sparse is not None:
             target = f" to {member.linkname!r}" if member.linkname else ""
             raise ArchiveError(
-                f"{self._archive}: refused, its entry {member.name!r} is no plain file or folder but a link, device, "
-                f"pipe or sparse file (type {member.type!r}{target})"
+                f"refused, its entry {member.name!r} is no plain file or folder but a link, device, pipe or sparse "
+                f"file (type {member.type!r}{target})"
             )
         if member.size < 0:
             raise tarfile.ReadError(f"entry {member.name!r} of {member.size} bytes")
-        seconds = int(member.mtime) if 0 <= member.mtime < 1 << 40 else None
-        size = 0 if member.isdir() else member.size
-        return _Entry(member.name, size, member.isdir(), seconds, member.offset_data)
+        return _Entry(member.name, 0 if member.isdir() else member.size, member.isdir(), member.offset_data)
 
     def blocks(self, entry: _Entry) -> Iterator[bytes]:
         self._file.seek(entry.source)
@@ -376,13 +305,13 @@ class _TarReader:
 class _LimitedHeaders:
     """The file as tarfile sees it: tarfile reads headers into memory, and a header can claim any length."""
 
-    def __init__(self, file: BinaryIO, archive: Path) -> None:
-        self._file, self._archive = file, archive
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self.seek, self.tell = file.seek, file.tell
         self.left = _MAX_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= self.left:
-            raise ArchiveError(f"{self._archive}: refused, an entry's header has more than {_MAX_HEADER_BYTES} bytes")
+            raise ArchiveError(f"refused, an entry's header has more than {_MAX_HEADER_BYTES} bytes")
         self.left -= size
         return self._file.read(size)

@@ -1,5 +1,7 @@
 """The raw videos of a run: got from where they are published, indexed, summarized, opened."""
 
+from dataclasses import replace
+
 from pipelines.config import RiverConfig
 from pipelines.data.downloads import PUBLISHED, Download
 from pipelines.data.video_summary import summarize, write_video_list
@@ -70,7 +72,7 @@ def videos_status(config: RiverConfig) -> Status:
     statuses = [download.status(archive) for archive in download.published.archives]
     done = sum(status.is_done for status in statuses)
     detail = f"{done} of {len(statuses)} archives unpacked"
-    if done == len(statuses) and not (dataset.sequences and download.needs_sequences()):
+    if done == len(statuses) and not download.needs_sequences():
         return Status("done", detail, root)
     started = any(status.state != "missing" for status in statuses)
     return Status("partial" if started else "missing", f"{detail}; run `make data DATASET={dataset.name}`", root)
@@ -102,6 +104,7 @@ def preview_data(config: RiverConfig, run_context: RunContext) -> None:
         return
     for line in summarize(config, sources):
         say(line)
+    _report_skipped(sources, replace(run_context, strict=False))
 
 
 def _download(config: RiverConfig, mirror: str | None) -> Download | None:

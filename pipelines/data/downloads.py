@@ -15,9 +15,9 @@ from pipelines.data.archives import (
     read_marker,
     unpack,
 )
-from pipelines.data.fetch import FetchError, announced_size, arrived_bytes, fetch, is_url
+from pipelines.data.fetch import announced_size, arrived_bytes, fetch
 from pipelines.errors import UserError
-from pipelines.runtime.files import file_digest, file_sha256, free_bytes, locked, read_json, size_text, write_json
+from pipelines.runtime.files import file_digest, free_bytes, locked, read_json, size_text, write_json
 from pipelines.runtime.progress import say
 from pipelines.runtime.status import Status
 from stage1_autoencoder.videos import VideoError
@@ -39,8 +39,7 @@ class Archive:
         extension: of its videos.
         sha1: as published or recorded by other projects; None: the sha256 of the first download is recorded.
         top: a folder in the archive that `folder` stands for.
-        elsewhere: other folders, below the data set's, where users may have put its files themselves.
-        max_bytes: limit of the unpacked size.
+        elsewhere: another folder, below the data set's, where users may have put its files themselves.
     """
 
     path: str
@@ -48,16 +47,11 @@ class Archive:
     extension: str
     sha1: str | None = None
     top: str = ""
-    elsewhere: tuple[str, ...] = ()
-    max_bytes: int = 32 << 30
+    elsewhere: str | None = None
 
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]
-
-    @property
-    def kind(self) -> str:
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -81,8 +75,7 @@ _BAIR_TAR = Archive(
     "softmotion30_44k",
     ".tfrecords",
     top="softmotion30_44k",
-    elsewhere=("train",),
-    max_bytes=64 << 30,
+    elsewhere="train",
 )
 # By `dataset.source`.
 PUBLISHED = {
@@ -95,7 +88,7 @@ PUBLISHED = {
         "http://data.csail.mit.edu/clevrer/videos",
         (
             Archive("train/video_train.zip", "train", ".mp4"),
-            Archive("validation/video_validation.zip", "validation", ".mp4", elsewhere=("val",)),
+            Archive("validation/video_validation.zip", "validation", ".mp4", elsewhere="val"),
             Archive("test/video_test.zip", "test", ".mp4"),
         ),
     ),
@@ -135,7 +128,8 @@ class Download:
 
     @property
     def mirror_folder(self) -> Path | None:
-        return Path(self.mirror).expanduser() if self.mirror and not is_url(self.mirror) else None
+        is_url = (self.mirror or "").lower().startswith(("http://", "https://"))
+        return Path(self.mirror).expanduser() if self.mirror and not is_url else None
 
     @property
     def way_out(self) -> str:
@@ -161,14 +155,10 @@ class Download:
         """Whether an archive still has to be unpacked, and from where."""
         folder, file = self.root / archive.folder, self.file(archive)
         if marker := read_marker(folder):
-            note = ""
-            if self.mirror_folder and file.is_file() and file.stat().st_size != marker.bytes:
-                note = f", from another archive than {file}; to use that one, remove {folder}"
-            return Status("done", f"already unpacked, {len(marker.files)} files{note}", folder)
+            return Status("done", f"already unpacked, {len(marker.files)} files", folder)
         if not self.mirror:
-            # A folder without our marker is the user's own, or incomplete. Without an archive to compare it with, trust
-            # it.
-            for place in (folder, *(self.root / name for name in archive.elsewhere)):
+            # A folder without our marker is the user's own, or incomplete: trusted where no mirror can complete it.
+            for place in (folder, self.root / (archive.elsewhere or archive.folder)):
                 if videos := sum(1 for _ in place.glob(f"**/*{archive.extension}")):
                     how = "changed since they were unpacked" if (place / MARKER_NAME).exists() else "from elsewhere"
                     detail = f"{videos} {archive.extension} files {how}, used as they are ({place})"
@@ -178,14 +168,13 @@ class Download:
             return Status("missing" if self.mirror_folder else "partial", f"to unpack from {file} ({size})", file)
         if self.mirror_folder:
             return Status("missing", f"to unpack from {file}, which is missing", file)
-        have, place = arrived_bytes(file), self.place(archive.path)
-        if have:
-            return Status("partial", f"to download from {place}, {size_text(have)} of it are here", file)
-        return Status("missing", f"to download from {place}", file)
+        have = arrived_bytes(file)
+        note = f", {size_text(have)} of it are here" if have else ""
+        return Status("partial" if have else "missing", f"to download from {self.place(archive.path)}{note}", file)
 
     def needs_sequences(self) -> bool:
-        """Whether KTH's file of frame ranges is missing."""
-        return self.dataset.source == "kth" and not (self.root / SEQUENCES_FILE).is_file()
+        """Whether KTH's file of frame ranges is wanted and missing."""
+        return self.dataset.sequences and not (self.root / SEQUENCES_FILE).is_file()
 
     def plan(self) -> list[str]:
         """What `run` would do, a line per file. Asks no network."""
@@ -206,53 +195,43 @@ class Download:
                 on the disk; another process downloads into the same folder.
         """
         self.check_mirror()
+        busy = f"{self.root}: process {{pid}} downloads or unpacks here; wait for it, or stop it"
+        needed = []
         try:
-            self._run()
+            for archive in self.published.archives:
+                status = self.status(archive)
+                if status.is_done:
+                    say(f"{archive.folder}: {status.detail}")
+                else:
+                    needed.append(archive)
+            if self.mirror_folder and (missing := [a.name for a in needed if not self.file(a).is_file()]):
+                raise VideoError(f"MIRROR={self.mirror}: no {', '.join(missing)}; put them there")
+            if needed or self.needs_sequences():
+                with locked(self.root / LOCK_NAME, busy):
+                    self._get_all(needed)
         except OSError as error:
             raise VideoError(
                 f"{error.filename or self.root}: {error.strerror or error}; check permissions and free space, or set "
                 "dataset.root to another folder. Finished archives are kept, the same command resumes"
             ) from error
 
-    def _run(self) -> None:
-        needed = []
-        for archive in self.published.archives:
-            status = self.status(archive)
-            if status.is_done:
-                say(f"{archive.folder}: {status.detail}")
-            else:
-                needed.append(archive)
-        if self.mirror_folder and (missing := [a.name for a in needed if not self.file(a).is_file()]):
-            raise VideoError(f"MIRROR={self.mirror}: no {', '.join(missing)}; put them there, or name another folder")
-        needs_sequences = self.needs_sequences()
-        if not needed and not needs_sequences:
-            return
-        busy = f"{self.root}: process {{pid}} downloads or unpacks here; wait for it, or stop it"
-        with locked(self.root / LOCK_NAME, busy):
-            if needs_sequences:
-                self._get_sequences()
-            for archive in needed:
-                clear_leftovers(self.root / archive.folder)
-            self._check_space(needed)
-            for archive in needed:
-                self._get(archive)
-
-    def _get_sequences(self) -> None:
-        """Get KTH's file of frame ranges. With a mirror it may be missing, unless the configuration needs it."""
-        target, temporary = self.root / SEQUENCES_FILE, self.root / f".{SEQUENCES_FILE}"
-        try:
+    def _get_all(self, archives: list[Archive]) -> None:
+        if self.needs_sequences():
+            target, temporary = self.root / SEQUENCES_FILE, self.root / f".{SEQUENCES_FILE}"
             if self.mirror_folder:
                 shutil.copyfile(self.place(SEQUENCES_FILE), temporary)
             else:
                 fetch(self.place(SEQUENCES_FILE), temporary, way_out=self.way_out)
-            read_sequences(temporary)
-        except (FileNotFoundError, FetchError, VideoError) as error:
-            temporary.unlink(missing_ok=True)
-            if not self.mirror or self.dataset.sequences:
-                raise
-            say(f"warning: no {SEQUENCES_FILE} ({error}); it is needed only with dataset.sequences")
-            return
-        temporary.replace(target)
+            try:
+                read_sequences(temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        for archive in archives:
+            clear_leftovers(self.root / archive.folder)
+        self._check_space(archives)
+        for archive in archives:
+            self._get(archive)
 
     def _check_space(self, archives: list[Archive]) -> None:
         """Refuse before any download what the disk cannot hold, as far as servers announce sizes.
@@ -270,81 +249,60 @@ class Download:
             peak = max(peak, used + missing + size)
             used += size if self.mirror_folder else missing
             download, unpacked = download + missing, unpacked + size
-        free = free_bytes(self.root)
-        needs = f"{size_text(download)} to download and about {size_text(unpacked)} to unpack need {size_text(peak)}"
-        if peak > free:
+        if peak > (free := free_bytes(self.root)):
             raise NoRoomError(
-                f"{self.root}: {needs}, but only {size_text(free)} are free; free some space, or set dataset.root to a "
+                f"{self.root}: {size_text(download)} to download and about {size_text(unpacked)} to unpack need "
+                f"{size_text(peak)}, but only {size_text(free)} are free; free some space, or set dataset.root to a "
                 "folder on another disk"
             )
-        if peak:
-            say(f"{self.root}: {needs}, {size_text(free)} are free")
 
     def _get(self, archive: Archive) -> None:
         file, place = self.file(archive), self.place(archive.path)
         if not file.is_file():
             say(f"{archive.folder}: downloading {place}")
-            fetch(place, file, way_out=self.way_out, check_head=lambda head: check_beginning(archive.kind, head))
+            fetch(place, file, way_out=self.way_out, check_head=lambda head: check_beginning(file.suffix[1:], head))
         size = file.stat().st_size
         say(f"{archive.folder}: verifying and unpacking {place} ({size_text(size)})")
         try:
-            checksum = self._verify(archive, file)
-            unpacked = unpack(
-                file,
-                self.root / archive.folder,
-                checksum=checksum,
-                kind=archive.kind,
-                top=archive.top,
-                expected=archive.extension,
-                max_bytes=archive.max_bytes,
-            )
+            digest = self._verify(archive, file)
+            unpacked = unpack(file, self.root / archive.folder, top=archive.top, expected=archive.extension)
         except ArchiveError as error:
             # One that does not fit can be unpacked later. A damaged one has to be downloaded again.
             if not self.mirror_folder and not isinstance(error, NoRoomError):
                 file.unlink()
             raise
-        if "sha256" in checksum:
-            self._record(archive, checksum["sha256"], size)
+        if archive.sha1 is None:
+            first = {archive.name: FirstArchive(sha256=digest, bytes=size, place=place)}
+            write_json(self.root / RECORD_NAME, FirstArchives(first | self._first_archives()))
         if not self.mirror_folder:
             file.unlink()
         say(f"{archive.folder}: unpacked {len(unpacked.files)} files")
 
-    def _verify(self, archive: Archive, file: Path) -> dict[str, str]:
+    def _verify(self, archive: Archive, file: Path) -> str:
         """Compare an archive with the known or recorded checksum. One from a mirror may differ, with a warning.
 
         Returns:
-            its checksum by the algorithm's name.
+            its sha1 if one was published, its sha256 otherwise.
         Raises:
             ArchiveError: its sha1 is not the published one.
             UserError: its sha256 is not that of the archive that was unpacked first; or a damaged record.
         """
-        place = self.place(archive.path)
-        if archive.sha1 is not None:
-            sha1 = file_digest(file, "sha1")
-            differs = f"{place}: its sha1 is {sha1}, the published one {archive.sha1}"
-            if sha1 != archive.sha1 and not self.mirror:
-                raise ArchiveError(f"{differs}: the file has changed or was damaged; run again, or {self.way_out}")
-            if sha1 != archive.sha1:
-                say(f"warning: {differs}")
-            return {"sha1": sha1}
-        sha256, record = file_sha256(file), self.root / RECORD_NAME
+        record = self.root / RECORD_NAME
         first = self._first_archives().get(archive.name)
-        if first is not None and sha256 != first.sha256:
-            differs = f"{place}: its sha256 is {sha256}, that of the first archive {first.sha256} ({record})"
-            if not self.mirror:
-                raise UserError(
-                    f"{differs}: the file has changed or was damaged; remove {file} to download it again, or {record} "
-                    "to accept it"
-                )
-            say(f"warning: {differs}")
-        return {"sha256": sha256}
+        algorithm, expected = ("sha1", archive.sha1) if archive.sha1 else ("sha256", first and first.sha256)
+        digest = file_digest(file, algorithm)
+        if expected not in (None, digest):
+            origin = "published" if archive.sha1 else f"recorded in {record}"
+            differs = f"{self.place(archive.path)}: its {algorithm} is {digest}, expected {expected}, {origin}"
+            if self.mirror:
+                say(f"warning: {differs}")
+            elif archive.sha1:
+                raise ArchiveError(f"{differs}: the file has changed or was damaged; run again, or {self.way_out}")
+            else:
+                raise UserError(f"{differs}; remove {file} to download it again, or {record} to accept it")
+        return digest
 
     def _first_archives(self) -> dict[str, FirstArchive]:
         path = self.root / RECORD_NAME
         way_out = "remove it, and checksums are recorded again"
         return read_json(path, FirstArchives, way_out).root if path.exists() else {}
-
-    def _record(self, archive: Archive, sha256: str, size: int) -> None:
-        """Record the checksum of the first archive of a name."""
-        first = FirstArchive(sha256=sha256, bytes=size, place=self.place(archive.path))
-        write_json(self.root / RECORD_NAME, FirstArchives({archive.name: first} | self._first_archives()))

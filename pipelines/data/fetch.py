@@ -13,6 +13,7 @@ from pipelines.runtime.progress import progress
 from stage1_autoencoder.videos import VideoError
 
 RETRIES = 3
+RETRY_SECONDS = 2.0  # before the first retry; doubles each time
 TIMEOUT_SECONDS = 30.0
 HEAD_BYTES = 512  # enough to tell the kind of a file
 _BLOCK = 1 << 18
@@ -23,26 +24,14 @@ class FetchError(VideoError):
     """A file cannot be downloaded; the message has its URL and the way out."""
 
 
-def is_url(place: str) -> bool:
-    """Tell an http(s) URL from the path of a folder."""
-    return place.lower().startswith(("http://", "https://"))
-
-
 def announced_size(url: str) -> int | None:
-    """The size of a file in bytes as its server announces it, without downloading it; None if it does not."""
-    for method in ("HEAD", "GET"):
-        request = urllib.request.Request(url, method=method, headers=_AGENT)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                length = response.headers.get("Content-Length") or ""
-                return int(length) if length.isdigit() else None
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code not in (405, 501):  # the server does not know HEAD
-                break
-        except (http.client.HTTPException, OSError, ValueError):
-            break  # `fetch` reports what is wrong
-    return None
+    """The size of a file in bytes as its server announces it; None if it does not. `fetch` reports what is wrong."""
+    request = urllib.request.Request(url, method="HEAD", headers=_AGENT)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+            return int(response.headers["Content-Length"])
+    except (http.client.HTTPException, OSError, ValueError, TypeError):
+        return None
 
 
 def arrived_bytes(target: Path) -> int:
@@ -55,12 +44,7 @@ def _size(path: Path) -> int:
 
 
 def fetch(
-    url: str,
-    target: Path,
-    *,
-    way_out: str,
-    retry_seconds: float = 2.0,
-    check_head: Callable[[bytes], str | None] = lambda head: None,
+    url: str, target: Path, *, way_out: str, check_head: Callable[[bytes], str | None] = lambda head: None
 ) -> None:
     """Download a file. Data goes to `<target>.part`, from which this call and the next one resume.
 
@@ -68,7 +52,6 @@ def fetch(
         url: http or https.
         target: path of the complete file; its folder must exist.
         way_out: ends error messages.
-        retry_seconds: waiting time before the first retry; it doubles each time.
         check_head: is given the first bytes of the file (`HEAD_BYTES`, or all of a smaller one) before any are written;
             returns why this is not the file, or None.
     Raises:
@@ -97,7 +80,7 @@ def fetch(
         failures = 1 if _size(part) > before else failures + 1
         if failures > RETRIES:
             raise FetchError(f"{url}: {reason}, {failures} times in a row; {way_out}")
-        time.sleep(retry_seconds * 2 ** (failures - 1))
+        time.sleep(RETRY_SECONDS * 2 ** (failures - 1))
 
 
 def _part(target: Path) -> Path:

@@ -13,7 +13,6 @@ import itertools
 import os
 import re
 import shutil
-import tempfile
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 from PIL import Image
@@ -32,12 +31,11 @@ from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.files import is_full, locked, read_json, size_text, write_json
+from pipelines.runtime.files import free_bytes, is_full, locked, read_json, size_text, write_json
 from pipelines.runtime.progress import progress, say, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
 from stage1_autoencoder.videos.config import Split
-from stage1_autoencoder.videos.names import join_names
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 
 ImageFormat = Literal["png", "jpg"]
@@ -122,19 +120,18 @@ def convert(
         unfinished.mkdir()
         try:
             _record(out, settings, list(itertools.chain(*jobs.values())), asked, run_context.overwrite)
-            pending = [job for job in asked if _pictures(out / job.folder, image_format) != job.video.frames]
+            pictures = {job: sum(1 for _ in (out / job.folder).glob(f"*.{image_format}")) for job in asked}
+            pending = [job for job, count in pictures.items() if count != job.video.frames]
             writer = _Writer(out, sources, image_format, quality)
             _announce(config, asked, pending, writer)
             written = _write_all(pending, writer, run_context)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    failed = {job.folder for job in pending} - written.keys()
+    failed = {job.folder for job in pending} - written
     for split in chosen:
         there = [job for job in asked if job.split == split and job.folder not in failed]
-        new = [written[job.folder] for job in there if job.folder in written]
         frames = sum(job.video.frames for job in there)
-        note = f", {len(new)} of them new ({size_text(sum(new))})" if new else ""
-        say(f"convert: {split}: {len(there)} videos, {frames} frames in {out / split}{note}")
+        say(f"convert: {split}: {len(there)} videos, {frames} frames in {out / split}")
     say(_reading_back(out, sorted(split for split in sources if (out / split).is_dir())))
 
 
@@ -197,7 +194,7 @@ def _record(
         if job.folder not in ours and (out / job.folder).exists():
             raise UserError(f"{out / job.folder}: convert did not write it; remove it, or name another --out")
     for folder in stale:
-        _remove(out, folder)
+        _remove(out / folder, out / UNFINISHED_NAME / "removed")
         with suppress(OSError):  # other videos are in them
             for parent in Path(folder).parents[:-1]:
                 (out / parent).rmdir()
@@ -206,17 +203,11 @@ def _record(
     write_json(path, ConvertRecord(settings=settings, videos=videos))
 
 
-def _remove(out: Path, folder: str) -> None:
+def _remove(folder: Path, temporary: Path) -> None:
     """Remove a video's folder, if there is one. It is renamed first, so that no part of it is ever at its place."""
-    if (out / folder).exists():
-        temporary = Path(tempfile.mkdtemp(dir=out / UNFINISHED_NAME))
-        (out / folder).rename(temporary / "removed")
+    if folder.exists():
+        folder.rename(temporary)
         shutil.rmtree(temporary)
-
-
-def _pictures(folder: Path, image_format: ImageFormat) -> int:
-    """The number of pictures in a video's folder; 0 if there is none."""
-    return sum(1 for _ in folder.glob(f"*.{image_format}"))
 
 
 @dataclass(frozen=True)
@@ -228,31 +219,27 @@ class _Writer:
     image_format: ImageFormat
     quality: int
 
-    def write(self, job: _Job, advance: Callable[[], bool]) -> int | None:
+    def write(self, job: _Job, advance: Callable[[], bool]) -> None:
         """Write one video and move it into place.
 
         Args:
-            advance: called after each frame; whether to continue.
-        Returns:
-            the size of its pictures in bytes; None if not continued.
+            advance: called after each frame; whether to continue. If not, nothing of the video is left.
         Raises:
             BrokenVideoError: nothing of it is left.
         """
         folder = self.out / UNFINISHED_NAME / f"{job.split}-{job.index}"
         digits = max(5, len(str(job.video.frames - 1)))
-        size = count = 0
+        count = 0
         try:
             folder.mkdir()
             for count, content in enumerate(self.pictures(job), start=1):
                 (folder / f"{count - 1:0{digits}d}.{self.image_format}").write_bytes(content)
-                size += len(content)
                 if not advance():
-                    return None
+                    return
             assert count == job.video.frames, f"{count} frames of {job.folder}, which has {job.video.frames}"
-            _remove(self.out, job.folder)  # an incomplete one
+            _remove(self.out / job.folder, folder.with_suffix(".removed"))  # an incomplete one
             (self.out / job.folder).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(self.out / job.folder)
-            return size
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -269,13 +256,6 @@ class _Writer:
         except av.error.FFmpegError as error:  # such as a color space that FFmpeg cannot convert
             raise BrokenVideoError(job.video.id, f"its frames cannot be converted ({error.strerror})") from error
 
-    def picture_bytes(self, pending: Sequence[_Job]) -> int:
-        """Size of a typical picture: the first one of the first video that can be read."""
-        for job in pending[:5]:
-            with suppress(BrokenVideoError):
-                return len(next(self.pictures(job)))
-        return 3 * next(iter(self.sources.values())).dataset.image_size ** 2
-
 
 def _announce(config: RiverConfig, asked: Sequence[_Job], pending: Sequence[_Job], writer: _Writer) -> None:
     """Print what there is to do, and warn if the disk is too small for it."""
@@ -283,31 +263,26 @@ def _announce(config: RiverConfig, asked: Sequence[_Job], pending: Sequence[_Job
     done = f", {len(asked) - len(pending)} of them are there" if len(pending) < len(asked) else ""
     counts = f"{len(asked)} videos, {sum(job.video.frames for job in asked)} frames"
     say(f"convert: {config.dataset.name} -> {out}: {counts} of {side}x{side} as {writer.image_format}{done}")
-    renamed = [job for job in pending if job.folder != f"{job.split}/{job.video.id}"]
-    if renamed:
+    if renamed := [job for job in pending if job.folder != f"{job.split}/{job.video.id}"]:
         example = f"{renamed[0].video.id!r} is in {renamed[0].folder}"
         say(f"convert: {len(renamed)} ids are no safe folder names and were changed: {example}")
-    if not pending:
-        return
-    disk = os.statvfs(out)
-    free = disk.f_bavail * disk.f_frsize
-    files = sum(job.video.frames for job in pending)
-    needed = files * -(-writer.picture_bytes(pending) // disk.f_frsize) * disk.f_frsize  # in whole blocks
-    say(f"convert: {files} files, about {size_text(needed)} on the disk, which has {size_text(free)} free")
-    if needed > free:
-        warn(f"{out}: the disk may be too small; if it fills up, free some space and run the same command to resume")
-    if 0 < disk.f_files and disk.f_favail < files:
-        warn(f"{out}: its file system has room for only {disk.f_favail} more files")
+    if pending:
+        with suppress(BrokenVideoError):
+            typical, files = len(next(writer.pictures(pending[0]))), sum(job.video.frames for job in pending)
+            needed, free = files * typical, free_bytes(out)
+            say(f"convert: {files} files, about {size_text(needed)} on the disk, which has {size_text(free)} free")
+            if needed > free:
+                warn(f"{out}: the disk may be too small; if it fills up, free space: the same command resumes")
 
 
-def _write_all(pending: Sequence[_Job], writer: _Writer, run_context: RunContext) -> dict[str, int]:
-    """Write videos in parallel. Returns the size of each that was written, by folder; broken videos are skipped."""
-    cores, frames = len(os.sched_getaffinity(0)), sum(job.video.frames for job in pending)
-    lock, failed, written = threading.Lock(), threading.Event(), dict[str, int]()
+def _write_all(pending: Sequence[_Job], writer: _Writer, run_context: RunContext) -> set[str]:
+    """Write videos in parallel. Returns the folders that were written; broken videos are skipped."""
+    frames = sum(job.video.frames for job in pending)
+    lock, failed, written = threading.Lock(), threading.Event(), set[str]()
     with (
         StopRequest() as stop,
         progress(total=frames, description="convert", unit="frame") as bar,
-        ThreadPoolExecutor(cores) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
 
         def advance() -> bool:
@@ -322,7 +297,8 @@ def _write_all(pending: Sequence[_Job], writer: _Writer, run_context: RunContext
                     break
                 job = futures[future]
                 try:
-                    written[job.folder] = future.result()
+                    future.result()
+                    written.add(job.folder)
                 except BrokenVideoError as error:
                     run_context.skip(job.video.id, error.reason)
         except BaseException:
@@ -352,28 +328,26 @@ def _output_errors(out: Path) -> Iterator[None]:
 
 def _reading_back(out: Path, splits: Sequence[Split]) -> str:
     if "train" not in splits:
-        there = join_names(splits) or "nothing"
-        return f"convert: there is {there}; to train on {out} (dataset.source=videos), convert the train split too"
-    sets: dict[str, Any] = {"source": "videos", "root": out, "frame_step": 1}
-    if "val" not in splits:
-        sets["splits"] = "'{val: 0}'"  # or a tenth of the training videos is held out
-    words = " ".join(f"--set dataset.{key}={value}" for key, value in sets.items())
-    return f"convert: to read them: {words}"
+        return f"convert: to train on {out} (dataset.source=videos), convert the train split too"
+    held_out = "" if "val" in splits else " --set dataset.splits='{val: 0}'"  # or a tenth of the training videos is
+    return (
+        f"convert: to read them: --set dataset.source=videos --set dataset.root={out} --set dataset.frame_step=1"
+        f"{held_out}"
+    )
 
 
 _MAX_NAME_BYTES = 200  # file systems allow 255, and readers may want to add something
 
-# Characters that Windows, and so many network drives, refuse in names. A % would make two ids equal.
-_RESERVED = re.compile(r'[<>:"\\|?*\x00-\x1f\x7f]|%(?=[0-9A-Fa-f]{2})')
-_HIDDEN_OR_CUT = re.compile(r"^\.|[. ]$")
-_DEVICES = re.compile(r"(conin\$|conout\$|con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)
+# A dot at the beginning hides a name. The rest is what Windows, and so many network drives, refuse. A % would make two
+# ids equal.
+_RESERVED = re.compile(r'^\.|[<>:"\\|?*\x00-\x1f\x7f]|%(?=[0-9A-Fa-f]{2})|[. ]$')
 
 
 def folder_names(ids: Sequence[str]) -> list[str]:
     """The folder of each video of a split.
 
-    A `/` in an id means folders in folders. Characters that some file systems refuse become %3A and the like; names of
-    Windows' devices, and folders that would contain other videos, get a `_`; long names are cut and end in a digest.
+    A `/` in an id means folders in folders. Characters that some file systems refuse become %3A and the like; folders
+    that would contain other videos get a `_`; long names are cut and end in a digest.
 
     Raises:
         UserError: two that are equal, or differ by case alone, which many file systems ignore.
@@ -392,17 +366,12 @@ def folder_names(ids: Sequence[str]) -> list[str]:
 
 
 def _name(part: str) -> str:
-    name = _RESERVED.sub(_encoded, part.encode(errors="backslashreplace").decode())
-    name = _DEVICES.sub(r"\1_", name, count=1) if _DEVICES.match(name) else name
-    name = _HIDDEN_OR_CUT.sub(_encoded, name) or "_"
+    readable = part.encode(errors="backslashreplace").decode()
+    name = _RESERVED.sub(lambda character: f"%{ord(character[0]):02X}", readable) or "_"
     if len(name.encode()) > _MAX_NAME_BYTES:
         start = name.encode()[: _MAX_NAME_BYTES - 13].decode(errors="ignore")
-        name = f"{start}~{hashlib.sha256(part.encode(errors='backslashreplace')).hexdigest()[:12]}"
+        name = f"{start}~{hashlib.sha256(readable.encode()).hexdigest()[:12]}"
     return name
-
-
-def _encoded(character: re.Match) -> str:
-    return f"%{ord(character[0]):02X}"
 
 
 def _folded(name: str) -> str:

@@ -1,8 +1,8 @@
-"""The videos of a data set as text: number, lengths and sizes, what is skipped, warnings; and as a table in a file."""
+"""The videos of a data set as text: number, lengths and sizes, warnings; and as a table in a file."""
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,9 @@ from pipelines.runtime.files import replacing
 from pipelines.runtime.progress import duration
 from stage1_autoencoder.videos.config import Split
 from stage1_autoencoder.videos.names import join_names
-from stage1_autoencoder.videos.source import SkippedVideo, VideoInfo, VideoSource, VideoTable
+from stage1_autoencoder.videos.source import VideoSource, VideoTable
 
 COLUMNS = ("split", "id", "frames", "fps", "width", "height", "fingerprint")
-_MAX_SKIPPED = 50  # listed per split
 
 
 def write_video_list(path: Path, sources: Mapping[Split, VideoSource]) -> int:
@@ -47,53 +46,38 @@ def summarize(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
     Args:
         sources: of the splits that have videos, as `open_splits` gives them.
     """
-    return [*_describe_all(config, sources), *_describe_splits(sources), *_warnings(config, sources)]
+    return [*_describe(config, sources), *_warnings(config, sources)]
 
 
-def _describe_all(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list[str]:
-    def videos() -> Iterator[VideoInfo]:  # each pass creates them again: there may be too many for a list
-        return (video for source in sources.values() for video in source.videos)
-
-    dataset = config.dataset
-    frames = np.concatenate([VideoTable.of(source.videos).frames for source in sources.values()])
+def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list[str]:
+    # Each pass over `source.videos` creates them again: there may be too many for a list.
+    lengths = {split: VideoTable.of(source.videos).frames for split, source in sources.items()}
+    frames = np.concatenate(list(lengths.values()))
     skipped = sum(len(source.skipped) for source in sources.values())
-    ignored: Counter[str] = Counter()
+    ignored, sizes, rates, seconds = Counter[str](), Counter[str](), Counter[str](), 0.0
     for source in sources.values():
         ignored.update(source.passed_over)
+        for video in source.videos:
+            sizes["x".join(map(str, video.size)) if video.size else "drawn"] += 1
+            rates[f"{video.fps:.4g}"] += 1
+            seconds += video.frames / video.fps
     others = join_names((f"{count} {kind}" for kind, count in ignored.most_common()), 8)
     native = [source.native_frames for source in sources.values()]
     of_native = "" if None in native or sum(native) == frames.sum() else f"of {sum(native)} "
-    seconds = sum(video.frames / video.fps for video in videos())
-    sizes = _distinct(_sizes(videos()), counts=True) or "drawn"
-    rates = _distinct(_rates(videos()), counts=True)
+    dataset = config.dataset
     return [
         f"found: {_count(len(frames) + skipped, 'video')}, {len(frames)} usable, {skipped} skipped"
         + (f"; other files, ignored: {others}" if ignored else ""),
         f"  used     {frames.sum()} {of_native}frames (dataset.frame_step {dataset.frame_step}), {duration(seconds)}",
         f"  lengths  {_spread(frames)} frames",
-        f"  sizes    {sizes} -> center square, resized to {dataset.image_size}x{dataset.image_size}",
-        f"  fps      {rates}{', after frame_step' if dataset.frame_step > 1 else ''}",
+        f"  sizes    {_most_common(sizes)} -> center square, resized to {dataset.image_size}x{dataset.image_size}",
+        f"  fps      {_most_common(rates)}{', after frame_step' if dataset.frame_step > 1 else ''}",
+        *(
+            f"{split}: {_count(len(those), 'video')}, {those.sum()} frames ({_spread(those)}), "
+            f"{len(sources[split].skipped)} skipped"
+            for split, those in lengths.items()
+        ),
     ]
-
-
-def _describe_splits(sources: Mapping[Split, VideoSource]) -> list[str]:
-    lines = []
-    for split, source in sources.items():
-        side, lengths = source.dataset.image_size, VideoTable.of(source.videos).frames
-        lines.append(
-            f"{split}: {len(lengths)} videos, {lengths.sum()} frames ({_spread(lengths)}), "
-            f"{_distinct(_rates(source.videos))} fps, {_distinct(_sizes(source.videos)) or 'drawn'} -> {side}x{side}, "
-            f"skipped {len(source.skipped)}"
-        )
-        lines += _skipped(source.skipped)
-    return lines
-
-
-def _skipped(skipped: Iterable[SkippedVideo]) -> list[str]:
-    lines = [f"  skipped {video.id}: {video.reason}" for video in skipped]
-    if len(lines) > _MAX_SKIPPED:
-        lines[_MAX_SKIPPED:] = [f"  skipped {len(lines) - _MAX_SKIPPED} more"]
-    return lines
 
 
 def _warnings(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list[str]:
@@ -144,19 +128,11 @@ def _spread(lengths: np.ndarray) -> str:
     return f"{lengths.min()} to {lengths.max()}, median {np.median(lengths):g}" if len(lengths) else "none"
 
 
-def _sizes(videos: Iterable[VideoInfo]) -> Iterator[str]:
-    return (f"{video.size[0]}x{video.size[1]}" for video in videos if video.size)
-
-
-def _rates(videos: Iterable[VideoInfo]) -> Iterator[str]:
-    return (f"{video.fps:.4g}" for video in videos)
-
-
-def _distinct(values: Iterable[str], limit: int = 4, counts: bool = False) -> str:
-    """Distinct values, most frequent first: "160x120, 320x240 and 3 more"; with `counts`, the number of each."""
-    ranked = Counter(values).most_common()
-    show = counts and len(ranked) > 1
-    return join_names((f"{value} ({count})" if show else value for value, count in ranked), limit)
+def _most_common(counts: Counter[str]) -> str:
+    """Values, most frequent first: "160x120 (3), 320x240 (1) and 3 more"; a single one without its number."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return join_names((f"{value} ({count})" for value, count in counts.most_common()), 4)
 
 
 def _count(number: int, noun: str) -> str:

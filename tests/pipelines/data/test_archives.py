@@ -15,14 +15,13 @@ import pytest
 
 from pipelines.data import archives
 from pipelines.data.archives import MARKER_NAME, ArchiveError, NoRoomError, Unpacked, check_beginning, read_marker
-from pipelines.runtime.files import file_sha256
 
 TAR_FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
 def tar_entry(name: str, content: bytes = b"", **settings: object) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
-    info.size, info.mtime = len(content), 1_000_000_000
+    info.size = len(content)
     for key, value in settings.items():
         setattr(info, key, value)
     return info, content
@@ -53,13 +52,11 @@ def make(kind: str, folder: Path, entries: dict[str, bytes]) -> Path:
     return make_tar(folder, infos)
 
 
-def unpack(archive: Path, folder: Path | None = None, **settings: object) -> Unpacked:
-    folder = folder or archive.parent / "out" / "a"
-    kind = archive.suffix[1:]
-    return archives.unpack(archive, folder, checksum={"sha256": file_sha256(archive)}, kind=kind, **settings)
+def unpack(archive: Path, folder: Path | None = None, **settings: str) -> Unpacked:
+    return archives.unpack(archive, folder or archive.parent / "out" / "a", **settings)
 
 
-def refused(archive: Path, *carried: str, **settings: object) -> None:
+def refused(archive: Path, *carried: str, **settings: str) -> None:
     """Refused with a message that carries the archive's path and more, and nothing is left."""
     with pytest.raises(ArchiveError, match=re.escape(str(archive))) as caught:
         unpack(archive, **settings)
@@ -80,14 +77,7 @@ def test_unpacks_and_marks(tmp_path, kind):
     out = tmp_path / "out/a"
     assert (out / "sub/y.avi").read_bytes() == b"y"
     assert marker == read_marker(out)
-    assert marker == Unpacked(
-        archive=archive.name,
-        bytes=archive.stat().st_size,
-        sha256=file_sha256(archive),
-        files={"x.avi": 9, "sub/y.avi": 1},
-    )
-    # The time that the archive has, in any time zone; a zip of `make_zip` has 1980-01-01.
-    assert (out / "x.avi").stat().st_mtime == {"zip": 315532800, "tar": 1_000_000_000}[kind]
+    assert marker == Unpacked(files={"x.avi": 9, "sub/y.avi": 1})
     assert (out / "x.avi").stat().st_mode & 0o111 == 0
     assert os.listdir(tmp_path / "out") == ["a"]
 
@@ -128,10 +118,8 @@ def test_a_marker_does_not_hold_when_files_are_missing_or_short(tmp_path):
     [
         (b"<!DOCTYPE html><html>404</html>", "HTML or XML page"),
         (b"\xef\xbb\xbf \n<html>", "HTML or XML page"),
-        (b'{"error": 1}', "JSON"),
         (b"", "empty"),
-        (b"Rar!\x1a\x07", "RAR"),
-        (b"\x1f\x8b\x08" * 400, "gzip"),
+        (b"Rar!\x1a\x07", "Rar!"),
         (b"rubbish" * 90, "rubbish"),
         (bytes(10240), r"\x00"),
     ],
@@ -163,7 +151,6 @@ def test_entries_that_would_be_written_elsewhere(tmp_path, kind, name):
         ["n\u0303.avi", "\u00f1.avi"],
         ["x", "x/y"],
         ["x/y/z", "X/Y"],
-        [MARKER_NAME],
     ],
 )
 def test_names_that_clash(tmp_path, kind, names):
@@ -217,7 +204,9 @@ def claim(path: Path, size: int) -> Path:
 
 def test_archives_that_are_too_large(tmp_path, kind, monkeypatch):
     archive = make(kind, tmp_path, {"x": bytes(100_000)})
-    refused(archive, "100.0 kB", "50.0 kB", max_bytes=50_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, "MAX_UNPACKED_BYTES", 50_000)
+        refused(archive, "100.0 kB", "50.0 kB")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 9))
     refused(archive, "100.0 kB", "9 bytes", str(tmp_path / "out"), "dataset.root")
     with pytest.raises(NoRoomError):
@@ -226,7 +215,7 @@ def test_archives_that_are_too_large(tmp_path, kind, monkeypatch):
 
 def test_sizes_that_are_claimed(tmp_path):
     archive = make("tar", tmp_path, {"x": b"1"})
-    refused(claim(archive, 1 << 50), "1125899.9 GB", "34.4 GB")
+    refused(claim(archive, 1 << 50), "1125899.9 GB", "68.7 GB")
     refused(claim(archive, 10**6), "not a whole tar archive")
     refused(claim(archive, -512), "not a whole tar archive", "-512")
     archive = make("zip", tmp_path, {"x": bytes(100_000)})
@@ -268,14 +257,9 @@ def test_many_entries(tmp_path, kind, monkeypatch):
     refused(archive, "199 entries")
 
 
-def test_litter_of_file_managers_is_ignored(tmp_path, kind):
-    names = ["x.avi", "__MACOSX/._x.avi", "sub/._y.avi", "sub/.DS_Store", "sub/y.avi"]
+def test_hidden_files_are_ignored(tmp_path, kind):
+    names = ["x.avi", "__MACOSX/x.avi", "sub/._y.avi", "sub/.DS_Store", "sub/y.avi", MARKER_NAME, ".git/z.avi"]
     assert set(unpack(make(kind, tmp_path, dict.fromkeys(names, b"1"))).files) == {"x.avi", "sub/y.avi"}
-
-
-def test_a_top_folder_is_removed(tmp_path, kind):
-    archive = make(kind, tmp_path, {"top/": b"", "top/x.avi": b"1", "other/top/y.avi": b"1"})
-    assert set(unpack(archive, top="top").files) == {"x.avi", "other/top/y.avi"}
 
 
 def test_another_archive_than_expected(tmp_path, kind):
@@ -315,7 +299,7 @@ def test_a_flipped_byte_is_named(tmp_path, compression):
 def either_way(archive: Path) -> bool:
     """Unpacked completely, or refused with nothing left; whether it was refused."""
     try:
-        unpack(archive, max_bytes=1 << 20)
+        unpack(archive)
     except ArchiveError as error:
         assert str(archive) in str(error)  # noqa: PT017 - either way is right
         assert list((archive.parent / "out").iterdir()) == []
@@ -369,7 +353,7 @@ def test_stopped_in_the_middle(tmp_path, kind, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "utime", stop)
+        patched.setattr(archives, "write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             unpack(archive)
     assert os.listdir(tmp_path / "out") == []

@@ -99,7 +99,6 @@ def story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Story:
 def test_kth_from_a_folder(story, mirror, tmp_path):
     assert videos_status(story.config()).state == "missing"
     story.call(preview_data, mirror)
-    assert any(f"{mirror}/00sequences.txt" in line for line in story.lines)
     assert sum(f"{mirror}/{action}.zip" in line for line in story.lines for action in KTH_SHA1) == 6
     assert not (tmp_path / "data").exists()
 
@@ -108,7 +107,7 @@ def test_kth_from_a_folder(story, mirror, tmp_path):
     assert sources["train"].read(0).shape == (6, 16, 16, 3)
     assert sum(line.startswith("warning: ") and "sha1" in line for line in story.lines) == 6, "of a mirror: a warning"
     assert "boxing: unpacked 3 files" in story.lines
-    assert "train: 6 videos, 36 frames (6 to 6, median 6), 25 fps, 32x24 -> 16x16, skipped 0" in story.lines
+    assert "train: 6 videos, 36 frames (6 to 6, median 6), 0 skipped" in story.lines
     assert len((tmp_path / "runs/kth/videos.tsv").read_text().splitlines()) == 19
     assert (mirror / "boxing.zip").is_file()
     assert not list((tmp_path / "data/kth").glob("**/*.zip")), "unpacked from where they are, not copied"
@@ -119,14 +118,13 @@ def test_kth_from_a_folder(story, mirror, tmp_path):
     assert story.counts(mirror) == {"train": 6, "val": 6, "test": 6}
     assert sum("already unpacked, 3 files" in line for line in story.lines) == 6
     story.counts()  # and asks no network for what is there
-    assert story.counts(sequences=True, splits={"train": "1"}) == {"train": 12}
 
 
 def test_kth_from_a_site(story, mirror, site, tmp_path):
     assert len(story.call(open_videos, site.url + "/")["test"].videos) == 6
-    assert site.asked == ["/00sequences.txt", *(f"/{action}.zip" for action in KTH_SHA1)]
+    assert site.asked == [f"/{action}.zip" for action in KTH_SHA1]
     left = {path.name for path in (tmp_path / "data/kth").iterdir()}
-    assert {name for name in left if name[0] != "."} == {*KTH_SHA1, "00sequences.txt"}
+    assert {name for name in left if name[0] != "."} == KTH_SHA1.keys()
     assert not [name for name in left if name.endswith((".zip", ".part"))]
 
 
@@ -139,35 +137,30 @@ def test_the_publishers_site_must_have_the_known_archives(story, mirror, site, t
     monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(published, archives=tuple(known)))
     assert story.counts()["train"] == 6
     assert site.asked.count("/boxing.zip") == 2
-    assert site.asked.count("/00sequences.txt") == 1
 
 
 def test_no_network(story, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(PUBLISHED["kth"], url="http://127.0.0.1:9"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("pipelines.data.fetch.RETRIES", 0)
-    story.refused(None, "http://127.0.0.1:9/00sequences.txt", "make data DATASET=kth MIRROR=")
+    story.refused(None, "http://127.0.0.1:9/boxing.zip", "make data DATASET=kth MIRROR=")
 
 
-def test_sequences_are_needed_only_when_asked_for(story, mirror):
-    (mirror / "00sequences.txt").unlink()
+def test_sequences_are_taken_when_asked_for(story, mirror, tmp_path):
+    cut = {"sequences": True, "splits": {"train": "1"}}
     story.counts(mirror)
-    assert any(line.startswith("warning") and "00sequences.txt" in line for line in story.lines)
-    assert videos_status(story.config()).is_done
-    assert videos_status(story.config(sequences=True)).state == "partial"
-    story.refused(mirror, str(mirror / "00sequences.txt"), "No such file", sequences=True)
+    assert not (tmp_path / "data/kth/00sequences.txt").exists()
+    assert videos_status(story.config(**cut)).state == "partial"
+    story.call(preview_data, mirror, **cut)
+    assert any(f"{mirror}/00sequences.txt" in line for line in story.lines)
+    ranges = (mirror / "00sequences.txt").read_text()
     (mirror / "00sequences.txt").write_text("<html>")
-    story.refused(mirror, "00sequences.txt", sequences=True)
-
-
-def test_a_page_instead_of_an_archive(story, mirror, site, tmp_path):
-    (mirror / "jogging.zip").write_text("<!DOCTYPE html><title>Gone</title>")
-    for place in (mirror, site.url):
-        story.refused(place, "jogging.zip", "not a whole zip archive", "HTML or XML page")
-        assert not list((tmp_path / "data/kth").glob("*jogging*"))
-    status = videos_status(story.config())
-    assert (status.state, status.path) == ("partial", tmp_path / "data/kth")
-    assert "3 of 6" in status.detail
+    story.refused(mirror, "00sequences.txt", **cut)
+    (mirror / "00sequences.txt").unlink()
+    story.refused(mirror, str(mirror / "00sequences.txt"), "No such file", **cut)
+    (mirror / "00sequences.txt").write_text(ranges)
+    assert story.counts(mirror, **cut) == {"train": 12}
+    assert story.counts(**cut) == {"train": 12}
 
 
 def test_half_a_folder_is_completed(story, mirror, tmp_path):
@@ -177,25 +170,6 @@ def test_half_a_folder_is_completed(story, mirror, tmp_path):
     sources = story.call(prepare_data, mirror)
     assert len(sources["train"].videos) == 6
     assert not sources["train"].skipped
-
-
-def test_folders_that_the_user_unpacked_are_used_as_they_are(story, mirror, tmp_path):
-    for action in KTH_SHA1:
-        with zipfile.ZipFile(mirror / f"{action}.zip") as archive:
-            archive.extractall(tmp_path / "data/kth" / action)
-    (tmp_path / "data/kth/00sequences.txt").write_text((mirror / "00sequences.txt").read_text())
-    story.counts()
-    assert sum("3 .avi files" in line for line in story.lines) == 6
-    assert videos_status(story.config()).is_done
-
-
-def test_another_archive_is_noticed(story, mirror):
-    story.counts(mirror)
-    with zipfile.ZipFile(mirror / "boxing.zip", "a") as archive:
-        archive.writestr("more.txt", "more")
-    story.counts(mirror)
-    (line,) = [line for line in story.lines if "another archive" in line]
-    assert line.startswith("boxing: already unpacked, 3 files")
 
 
 def test_bair_and_clevrer_in_their_true_formats(story, tmp_path):
@@ -220,11 +194,11 @@ def test_other_sources_are_indexed_and_reported(story, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     story.call(preview_data, **mine)
     assert sorted(tmp_path.rglob("*")) == before
-    assert any(line.startswith("train: 1 videos") for line in story.lines)
+    assert sum("skipped video notes: " in line for line in story.lines) == 1
     story.counts("/somewhere", **mine)
     assert "MIRROR" in story.lines[0]
-    text = "\n".join(story.lines)
-    assert "train: 1 videos, 6 frames (6 to 6, median 6), 25 fps, 32x24 -> 8x8, skipped 1\n  skipped notes: " in text
+    assert "train: 1 video, 6 frames (6 to 6, median 6), 1 skipped" in story.lines
+    assert sum("notes" in line for line in story.lines) == 1
     assert videos_status(story.config(**mine)).is_done
 
 
@@ -241,9 +215,9 @@ def test_shapes_need_nothing(story):
     shapes = {"name": "shapes", "source": "shapes", "splits": {"train": 3, "val": 1, "test": 1}}
     assert videos_status(story.config(**shapes)).is_done
     assert story.counts(**shapes) == {"train": 3, "val": 1, "test": 1}
-    assert any("drawn -> 16x16" in line for line in story.lines)
+    assert any("drawn -> center" in line for line in story.lines)
     story.call(preview_data, **shapes)
-    assert any("drawn -> 16x16" in line for line in story.lines)
+    assert any("drawn -> center" in line for line in story.lines)
 
 
 SHARED = Path(os.environ.get("RIVER_SHARED", Path(__file__).parents[4] / "shared")) / "data" / "kth_mocap"

@@ -11,13 +11,14 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from pipelines.data.archives import read_marker
 from pipelines.data.downloads import LOCK_NAME, PUBLISHED, Download
 from pipelines.errors import UserError
-from pipelines.runtime.files import locked
+from pipelines.runtime.files import file_sha256, locked
 from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.config import DatasetConfig
 from tests.file_server import FileServer, serving
@@ -96,8 +97,8 @@ BAIR_TREE = [
 
 def test_bair_from_its_own_site(site, run, tmp_path):
     lines = run(BAIR)
-    assert [line.split(":")[0] for line in lines] == [str(tmp_path / "data/bair_64"), *["softmotion30_44k"] * 3]
-    assert f"{site.url}/{TAR}" in lines[1]
+    assert [line.split(":")[0] for line in lines] == ["softmotion30_44k"] * 3
+    assert f"{site.url}/{TAR}" in lines[0]
     assert tree(tmp_path / "data/bair_64") == BAIR_TREE
     (line,) = run(BAIR)
     assert "already unpacked, 3 files" in line
@@ -144,7 +145,7 @@ def test_the_published_places():
     assert len(urls["kth"]) == 6
     for published in PUBLISHED.values():
         assert len({a.folder for a in published.archives}) == len({a.name for a in published.archives})
-        assert {archive.kind for archive in published.archives} <= {"zip", "tar"}
+        assert {archive.name[-4:] for archive in published.archives} <= {".zip", ".tar"}
 
 
 def test_an_interrupted_download_is_resumed(site, run, tmp_path):
@@ -157,11 +158,8 @@ def test_an_interrupted_download_is_resumed(site, run, tmp_path):
 
 
 def test_what_was_stopped_while_unpacking_is_not_downloaded_again(site, run, tmp_path, monkeypatch):
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "utime", stop)
+        patched.setattr("pipelines.data.archives.write_json", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(BAIR)
     assert tree(tmp_path / "data/bair_64") == [f".{TAR}"]
@@ -170,9 +168,8 @@ def test_what_was_stopped_while_unpacking_is_not_downloaded_again(site, run, tmp
     assert tree(tmp_path / "data/bair_64") == BAIR_TREE
 
 
-@pytest.mark.parametrize("heads", [True, False])
-def test_a_page_instead_of_the_archive(site, run, tmp_path, heads):
-    site.page, site.heads = b"<!DOCTYPE html><title>Gone</title>", heads
+def test_a_page_instead_of_the_archive(site, run, tmp_path):
+    site.page = b"<!DOCTYPE html><title>Gone</title>"
     refused(run, BAIR, f"{site.url}/{TAR}", "HTML or XML page", f"make data DATASET=bair_64 MIRROR=<folder with {TAR}>")
     assert tree(tmp_path / "data/bair_64") == []
 
@@ -201,7 +198,7 @@ def test_the_first_archive_is_recorded_and_later_ones_must_equal_it(site, run, t
     record = json.loads((root / ".archives.json").read_text())
     assert record == {
         TAR: {
-            "sha256": read_marker(root / "softmotion30_44k").sha256,
+            "sha256": file_sha256(tmp_path / "site" / TAR),
             "bytes": (tmp_path / "site" / TAR).stat().st_size,
             "from": f"{site.url}/{TAR}",
         }
@@ -244,15 +241,13 @@ def small_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
 
 
-@pytest.mark.parametrize("heads", [True, False])
-def test_a_disk_that_is_too_small(site, run, tmp_path, monkeypatch, heads):
-    site.heads = heads
+def test_a_disk_that_is_too_small(site, run, tmp_path, monkeypatch):
     size = (tmp_path / "site" / TAR).stat().st_size
     small_disk(monkeypatch, 2 * size - 1)
     refused(
         run, BAIR, f"{size / 1000:.1f} kB", f"{2 * size / 1000:.1f} kB", str(tmp_path / "data/bair_64"), "dataset.root"
     )
-    assert site.asked == ([] if heads else [f"/{TAR}"])
+    assert site.asked == []
     assert tree(tmp_path / "data") == []
     small_disk(monkeypatch, 2 * size)
     run(BAIR)
@@ -320,15 +315,6 @@ def test_incomplete_mirrors(run, tmp_path):
     (tmp_path / "video_test.zip").unlink()
     refused(run, CLEVRER, f"MIRROR={tmp_path}", "video_test.zip", mirror=tmp_path)
     assert not (tmp_path / "data").exists()
-
-
-def test_another_archive_under_the_name(run, tmp_path):
-    (tmp_path / "mirror").mkdir()
-    write_zips(tmp_path / "mirror")
-    with zipfile.ZipFile(tmp_path / "mirror/video_train.zip", "w") as archive:
-        archive.writestr("proposals/1.json", "{}")
-    refused(run, CLEVRER, "video_train.zip", ".mp4", "'proposals/1.json'", mirror=tmp_path / "mirror")
-    assert tree(tmp_path / "data") == []
 
 
 def test_a_disk_that_cannot_be_written(run, tmp_path):

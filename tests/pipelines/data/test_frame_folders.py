@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-from collections import namedtuple
 from pathlib import Path
 
 import av
@@ -152,8 +151,7 @@ def test_complete_videos_are_not_written_again(noise, capsys: pytest.CaptureFixt
     assert run(noise) == {"c", "d", "e"}
     said = capsys.readouterr().out
     assert "7 videos, 61 frames of 16x16 as png, 4 of them are there" in said
-    assert re.search(r"convert: train: 5 videos, 48 frames in .*/train, 3 of them new \([\d.]+ kB\)\n", said)
-    assert f"convert: val: 2 videos, 13 frames in {noise.out / 'val'}\n" in said
+    assert f"convert: train: 5 videos, 48 frames in {noise.out / 'train'}\n" in said
     before = {path: path.stat().st_mtime_ns for path in noise.out.rglob("*.png")}
     assert run(noise) == set()
     assert {path: path.stat().st_mtime_ns for path in noise.out.rglob("*.png")} == before
@@ -400,14 +398,11 @@ def test_one_at_a_time(noise) -> None:
 
 
 def test_space_is_estimated_before(noise, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    Disk = namedtuple("Disk", "f_bavail f_frsize f_files f_favail")
-    monkeypatch.setattr("os.statvfs", lambda path: Disk(60, 4096, 100, 50))
-    noise.splits["train"].ends["a"] = 0  # the first video tells nothing
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 100))
     run(noise)
     said = capsys.readouterr()
-    assert "61 files, about 249.9 kB on the disk, which has 245.8 kB free" in said.out
-    assert said.err.count(f"warning: {noise.out}") == 2
-    assert "50 more files" in said.err
+    assert re.search(r"61 files, about [\d.]+ kB on the disk, which has 100 bytes free", said.out)
+    assert said.err.startswith(f"warning: {noise.out}: ")
 
 
 ODD = {
@@ -422,9 +417,6 @@ ODD = {
     ".hidden/..": "%2Ehidden/%2E%2E",
     "dot.": "dot%2E",
     "space ": "space%20",
-    "nul": "nul_",
-    "x/COM1.tar": "x/COM1_.tar",
-    "null": "null",
     "/root": "_/root",
     "deep": "deep_",
     "deep/er": "deep/er",
@@ -440,9 +432,7 @@ def test_odd_ids_become_safe_names() -> None:
     assert len(set(names)) == 3
 
 
-@pytest.mark.parametrize(
-    "ids", [("Clip", "clip"), ("a/B", "A/b"), ("é", "e\u0301"), ("nul", "NUL_"), ("a", "a/b", "A_")]
-)
+@pytest.mark.parametrize("ids", [("Clip", "clip"), ("a/B", "A/b"), ("é", "e\u0301"), ("a", "a/b", "A_")])
 def test_ids_that_would_be_one_folder_are_refused(ids: tuple[str, ...], noise) -> None:
     with pytest.raises(UserError, match=f"{ids[0]!r}.*{ids[-1]!r}"):
         folder_names(ids)
