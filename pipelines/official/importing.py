@@ -98,9 +98,8 @@ def download(config: RiverConfig, what: str) -> Path:
     dataset = config.dataset.name
     if dataset not in RELEASED:
         raise UserError(
-            f"--download: there are released weights for the data sets {', '.join(RELEASED)}, not for {dataset!r}: "
-            "download them with one of their configurations, and name them here, such as --model "
-            f"{config.data_root}/{next(iter(RELEASED))}/official/model.pth"
+            f"--download: there are released weights for {', '.join(RELEASED)}, not for {dataset!r}: name the files "
+            "with --model and --autoencoder"
         )
     repository, autoencoder = RELEASED[dataset]
     name = "model.pth" if what == "model" else autoencoder
@@ -124,10 +123,7 @@ def _read_parts(
     config: RiverConfig, files: OfficialFiles, may_download: bool, presets: Sequence[Path], heads: int
 ) -> list[Part]:
     """The networks of the files as parts of this run, after all checks."""
-    try:
-        networks = read_networks(files, heads)
-    except ValueError as error:
-        raise UserError(f"{error}: name their number with --heads") from None
+    networks = read_networks(files, heads)
     # The latents that flow and refiner work on: of the files' autoencoder, one imported before, or a released one.
     autoencoder, path = networks.autoencoder, networks.autoencoder_path
     if autoencoder is None:
@@ -139,38 +135,20 @@ def _read_parts(
             autoencoder = load_autoencoder(path)
             networks = replace(networks, autoencoder=autoencoder, autoencoder_path=path)
         else:
-            raise UserError(_no_autoencoder(config, files.model or files.refiner, before))
+            trained = "has none" if before is None else f"has another, {before.path}, which was trained here"
+            raise UserError(
+                f"{files.model or files.refiner} works on latents of an autoencoder, which it does not hold, and "
+                f"{config.run_path} {trained}: name the one that came with it, --autoencoder vqvae.ckpt (CLEVRER's: "
+                "vqvae.pth)" + ("" if before is None else ", with --restart or --set dataset.name=<another run>")
+            )
     if networks.field is not None:
         check_channels(networks.field, files.model, autoencoder, path)
-    found = {
-        "autoencoder": networks.autoencoder and (networks.autoencoder, path),
-        "flow": networks.field and (networks.field, files.model),
-        "refiner": networks.refiner and (networks.refiner, files.refiner),
-    }
-    found = {section: pair for section, pair in found.items() if pair is not None}
-    names = {section: source.name for section, (_, source) in found.items()}
-    check_sizes(names, {section: network.config for section, (network, _) in found.items()}, config, presets)
+    check_sizes(files, networks, config, presets)
     return list(parts_of_run(config, files, networks, weights_digest(autoencoder)))
 
 
-def _no_autoencoder(config: RiverConfig, file: Path, trained: Checkpoint | None) -> str:
-    if trained is None:
-        return (
-            f"{file} works on latents of an autoencoder, which it does not hold, and {config.run_path} has none: name "
-            "the one that came with it: --autoencoder vqvae.ckpt (CLEVRER's: vqvae.pth)"
-        )
-    return (
-        f"{file} works on latents of another autoencoder than {trained.path}, which was trained here: name the one "
-        "that came with it, --autoencoder vqvae.ckpt, and with it another run (--set dataset.name=...) or --restart"
-    )
-
-
-def _folder(config: RiverConfig, part: Part) -> CheckpointFolder:
-    return CheckpointFolder(config.run_path / part.name / "checkpoints")
-
-
 def _find(config: RiverConfig, part: Part) -> Checkpoint | None:
-    return _folder(config, part).latest()
+    return CheckpointFolder(config.run_path / part.name / "checkpoints").latest()
 
 
 def _is_imported_already(config: RiverConfig, part: Part) -> bool:
@@ -193,7 +171,8 @@ def _refusal(config: RiverConfig, part: Part) -> str:
 
 
 def _write(config: RiverConfig, part: Part) -> None:
-    path = _folder(config, part).save(part.step, {"model": part.network.state_dict()}, part.state)
+    folder = CheckpointFolder(config.run_path / part.name / "checkpoints")
+    path = folder.save(part.step, {"model": part.network.state_dict()}, part.state)
     iterations = part.state["imported"]["iterations"]
     trained = "" if iterations is None else f"{iterations} iterations, "
     millions = sum(parameter.numel() for parameter in part.network.parameters()) / 1e6

@@ -1,7 +1,8 @@
 """Networks from official weights; their sizes are read off the tensors' shapes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,18 +39,14 @@ def load_autoencoder(path: str | Path, official: OfficialCheckpoint | None = Non
     state = (official or read_official(path)).autoencoder
     if not state:
         raise OfficialFormatError(f"{path} holds no autoencoder: pass the vqvae.ckpt or vqvae.pth that it came with")
-    try:
+    with _legal_sizes(path):
         if any(name.startswith(CUSTOM_VQVAE_PREFIXES) for name in state):
             state = vqvae.from_official_keys(state)
             config = _vqvae_sizes(path, state)
         else:
             state = vqgan.from_official_keys(state)
             config = _vqgan_sizes(path, state)
-    except ValidationError as error:
-        raise _unfit(path, error) from None
-    with torch.device("meta"):
-        autoencoder = build_autoencoder(config)
-    return fill(path, autoencoder, state)
+    return _fill(path, lambda: build_autoencoder(config), state)
 
 
 def load_vector_field(
@@ -62,8 +59,8 @@ def load_vector_field(
         official: the file's content if it was read before.
         heads: attention heads, the one size that the shapes don't tell.
     Raises:
-        FileNotFoundError, OfficialFormatError: see `read_official`; missing, unexpected or misshapen tensors.
-        ValueError: heads that don't divide the width.
+        FileNotFoundError, OfficialFormatError: see `read_official`; missing, unexpected or misshapen tensors; heads
+            that don't divide the width.
     """
     state = (official or read_official(path)).vector_field
     if not state:
@@ -77,8 +74,10 @@ def load_vector_field(
             f"times the {latent_channels} latent channels of project_out.4.weight"
         )
     if heads < 1 or width % heads:
-        raise ValueError(f"{path}: its width {width} must be a multiple of heads {heads}")
-    try:
+        raise OfficialFormatError(
+            f"{path}: its width {width} must be a multiple of heads {heads}: pass heads= (--heads)"
+        )
+    with _legal_sizes(path):
         config = VectorFieldConfig(
             width=width,
             depth=_count_blocks(state, "in_blocks"),
@@ -87,11 +86,7 @@ def load_vector_field(
             head="bn" if "project_out.3.running_mean" in state else "ln",
             reference=channels_in == 3 * latent_channels,
         )
-    except ValidationError as error:
-        raise _unfit(path, error) from None
-    with torch.device("meta"):
-        field = VectorField(config, latent_channels)
-    return fill(path, field, state)
+    return _fill(path, lambda: VectorField(config, latent_channels), state)
 
 
 def load_refiner(path: str | Path) -> RCAN:
@@ -108,7 +103,7 @@ def load_refiner(path: str | Path) -> RCAN:
     head, squeeze = "head.weight", "body.0.body.0.body.3.conv_du.0.weight"
     _require(path, state, {head: 4, squeeze: 4})
     features, hidden = state[head].shape[0], state[squeeze].shape[0]
-    try:
+    with _legal_sizes(path):
         config = RefinerModelConfig(
             # The last of each is no group and no block but the closing convolution.
             groups=_count_blocks(state, "body") - 1,
@@ -117,19 +112,17 @@ def load_refiner(path: str | Path) -> RCAN:
             reduction=features // max(hidden, 1),
             tanh="tail.0.weight" in state,
         )
-    except ValidationError as error:
-        raise _unfit(path, error) from None
-    with torch.device("meta"):
-        refiner = RCAN(config)
-    return fill(path, refiner, state)
+    return _fill(path, lambda: RCAN(config), state)
 
 
-def fill(path: str | Path, network: Network, found: Mapping[str, Tensor]) -> Network:
-    """Give a network on the meta device the tensors of a file, converted to its types, and set evaluation mode.
+def _fill(path: str | Path, build: Callable[[], Network], found: Mapping[str, Tensor]) -> Network:
+    """Build a network, give it the tensors of a file, converted to its types, and set evaluation mode.
 
     Raises:
         OfficialFormatError: missing, unexpected or misshapen tensors, by name.
     """
+    with torch.device("meta"):
+        network = build()
     expected = network.state_dict()
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -192,7 +185,7 @@ def _vqvae_sizes(path: str | Path, state: Mapping[str, Tensor]) -> VQVAEConfig:
 
 
 def _count_blocks(state: Mapping[str, Tensor], name: str) -> int:
-    """One more than the highest block index, but at most the number of tensors; `fill` names what a gap lacks."""
+    """One more than the highest block index, but at most the number of tensors; `_fill` names what a gap lacks."""
     indices = [int(found.group(1)) for key in state if (found := re.match(rf"{re.escape(name)}\.(\d+)\.", key))]
     return min(max(indices, default=-1) + 1, len(state))
 
@@ -206,10 +199,14 @@ def _require(path: str | Path, state: Mapping[str, Tensor], dimensions: Mapping[
             raise OfficialFormatError(f"{path}: {name} has shape {list(state[name].shape)}, expected {ndim} dimensions")
 
 
-def _unfit(path: str | Path, error: ValidationError) -> OfficialFormatError:
-    """The error for sizes that no network of ours has."""
-    problems = [
-        ": ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
-        for problem in error.errors()
-    ]
-    return OfficialFormatError(f"{path} does not fit the official network; {'; '.join(problems)}")
+@contextmanager
+def _legal_sizes(path: str | Path) -> Iterator[None]:
+    """Turn the error of a config class into one about the file, whose sizes no network of ours has."""
+    try:
+        yield
+    except ValidationError as error:
+        problems = [
+            ": ".join([*map(str, problem["loc"]), problem["msg"].removeprefix("Value error, ")])
+            for problem in error.errors()
+        ]
+        raise OfficialFormatError(f"{path} does not fit the official network; {'; '.join(problems)}") from None

@@ -15,7 +15,6 @@ from pipelines.errors import UserError
 from pipelines.loading import PredictorParts, weights_digest
 from pipelines.official.official_networks import (
     OFFICIAL_HEADS,
-    fill,
     load_autoencoder,
     load_refiner,
     load_vector_field,
@@ -26,7 +25,6 @@ from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, VQGANConfig, VQVAEConfig
-from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.standardization import Standardization
@@ -37,8 +35,7 @@ from stage2_flow.vector_field import VectorField
 FRAMES_PER_SECOND = 25.0
 CLEVRER_FRAME_STEP = 5
 
-AutoencoderConfig = VQGANConfig | VQVAEConfig
-ModelConfig = AutoencoderConfig | VectorFieldConfig | RefinerModelConfig
+ModelConfig = VQGANConfig | VQVAEConfig | VectorFieldConfig | RefinerModelConfig
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ def read_networks(files: OfficialFiles, heads: int = OFFICIAL_HEADS) -> Official
     Args:
         heads: attention heads of the vector field, which the shapes don't tell.
     Raises:
-        OfficialFormatError: a file that the official code does not write.
-        ValueError: heads that don't divide the width.
+        OfficialFormatError: a file that the official code does not write; heads that don't divide the width.
     """
     autoencoder, path, field, iterations = None, files.autoencoder, None, None
     if files.model is not None:
@@ -127,14 +123,12 @@ def load_official(files: OfficialFiles, device: torch.device, *, heads: int = OF
     Returns:
         With raw latents, the paper's sampling, and 25 frames per second (5 with the custom VQ-VAE).
     Raises:
-        OfficialFormatError: a file that the official code does not write; a model without its autoencoder.
-        UserError: no such file; files that don't belong together; heads that don't divide the width.
+        OfficialFormatError: a file that the official code does not write; a model without its autoencoder; heads that
+            don't divide the width.
+        UserError: no such file; files that don't belong together.
     """
     files.check("")
-    try:
-        networks = read_networks(files, heads)
-    except ValueError as error:
-        raise UserError(f"{error}: pass heads=...") from None
+    networks = read_networks(files, heads)
     autoencoder, field, refiner = networks.autoencoder, networks.field, networks.refiner
     if autoencoder is None:
         raise OfficialFormatError(
@@ -184,34 +178,28 @@ def parts_of_run(
         autoencoder_digest: of the autoencoder whose latents flow and refiner work on.
     """
     if networks.autoencoder is not None:
-        model, source = config.autoencoder.model, networks.autoencoder_path
-        with torch.device("meta"):
-            autoencoder = build_autoencoder(model)
+        # A main model's iterations are the flow's, and an autoencoder's file may count other things.
         yield _part(
+            config,
             "autoencoder",
-            source,
-            fill(source, autoencoder, networks.autoencoder.state_dict()),
-            None,  # a main model's iterations are the flow's, and an autoencoder's file may count other things
-            config.autoencoder.training.steps,
+            networks.autoencoder_path,
+            networks.autoencoder,
+            None,
             identity={
-                "autoencoder": {"model": model_sizes(model)},
+                "autoencoder": {"model": model_sizes(config.autoencoder.model)},
                 "dataset": {"image_size": config.dataset.image_size},
             },
-            model=model.model_dump(mode="json"),
         )
     if networks.field is not None:
-        model, channels = config.flow.model, networks.field.latent_channels
-        with torch.device("meta"):
-            field = VectorField(model, channels)
+        channels = networks.field.latent_channels
         side = config.dataset.image_size // config.autoencoder.model.downsampling
         yield _part(
+            config,
             "flow",
             files.model,
-            fill(files.model, field, networks.field.state_dict()),
+            networks.field,
             networks.iterations,
-            config.flow.training.steps,
-            identity={"flow": {"model": model_sizes(model)}},
-            model=model.model_dump(mode="json"),
+            identity={"flow": {"model": model_sizes(config.flow.model)}},
             latent_shape=[channels, side, side],
             # Official weights work on raw latents.
             standardization={"mean": [0.0] * channels, "std": [1.0] * channels},
@@ -219,90 +207,83 @@ def parts_of_run(
             store={"path": None, "fingerprint": None, "autoencoder": autoencoder_digest},
         )
     if networks.refiner is not None:
-        model = config.refiner.model.model_dump(mode="json")
         yield _part(
+            config,
             "refiner",
             files.refiner,
             networks.refiner,
             None,
-            config.refiner.training.steps,
-            identity={"refiner": {"model": model}},
-            model=model,
+            identity={"refiner": {"model": model_sizes(config.refiner.model)}},
             autoencoder=autoencoder_digest,
             store={"fingerprint": None},
             perceptual=None,
         )
 
 
-def _part(name: str, source: Path, network: nn.Module, iterations: int | None, steps: int, **state: Any) -> Part:
+def _part(
+    config: RiverConfig, name: str, source: Path, network: nn.Module, iterations: int | None, **state: Any
+) -> Part:
+    section = getattr(config, name)
     imported = {
         "file": source.name,
         "sha256": file_sha256(source),
         "iterations": iterations,
         "weights": weights_digest(network),
     }
-    return Part(name, source, network, steps if iterations is None else iterations, {"imported": imported, **state})
+    step = section.training.steps if iterations is None else iterations
+    return Part(
+        name, source, network, step, {"imported": imported, "model": section.model.model_dump(mode="json")} | state
+    )
 
 
-def check_sizes(
-    files: Mapping[str, str], found: Mapping[str, ModelConfig], config: RiverConfig, presets: Sequence[Path]
-) -> None:
+def check_sizes(files: OfficialFiles, networks: OfficialNetworks, config: RiverConfig, presets: Sequence[Path]) -> None:
     """Refuse files whose sizes differ from the configuration's.
 
     Args:
-        files: name of the file per section: `autoencoder`, `flow`, `refiner`.
-        found: sizes in the files per section.
         presets: folders whose YAML files are searched for one that fits.
     Raises:
         UserError: the differences, and the preset that fits or the options that make the configuration fit.
     """
-    misfits = list(_misfits(files, found, config))
+    found = {
+        "autoencoder": (networks.autoencoder_path, networks.autoencoder),
+        "flow": (files.model, networks.field),
+        "refiner": (files.refiner, networks.refiner),
+    }
+    found = {section: (path.name, network.config) for section, (path, network) in found.items() if network is not None}
+    misfits = dict(_misfits(found, config))
     if not misfits:
         return
 
     def fits(preset: Path) -> bool:
         try:
-            return not any(_misfits(files, found, load_config(preset)))
+            return not any(_misfits(found, load_config(preset)))
         except UserError:
             return False
 
     fitting = [str(path) for folder in dict.fromkeys(presets) for path in sorted(folder.glob("*.yaml")) if fits(path)]
     if fitting:
-        way_out = f"{' and '.join(fitting)} {'has' if len(fitting) == 1 else 'have'} these sizes: name it with --config"
+        way_out = f"these have these sizes: --config {' or --config '.join(fitting)}"
     else:
-        way_out = (
-            f"no configuration in {' or '.join(map(str, dict.fromkeys(presets)))} has these sizes. Write them into one "
-            "of yours, or add to this and all later commands\n  "
-            + " ".join(f"--set {shlex.quote(misfit.option)}" for misfit in misfits)
+        way_out = "write these sizes into a configuration, or add to this and all later commands\n  " + " ".join(
+            f"--set {shlex.quote(option)}" for option in misfits.values()
         )
-    names = " and ".join(dict.fromkeys(files[section] for section in found))
-    raise UserError(
-        f"{names} does not fit the configuration:\n  " + "\n  ".join(misfit.text for misfit in misfits) + f"\n{way_out}"
-    )
+    names = " and ".join(dict.fromkeys(name for name, _ in found.values()))
+    raise UserError("\n".join([f"{names} does not fit the configuration:", *misfits, way_out]))
 
 
-@dataclass(frozen=True)
-class _Misfit:
-    """A difference in sizes: one line for people, and the `key=value` that makes the configuration fit."""
-
-    text: str
-    option: str
-
-
-def _misfits(files: Mapping[str, str], found: Mapping[str, ModelConfig], config: RiverConfig) -> Iterator[_Misfit]:
-    for section, sizes in found.items():
+def _misfits(found: Mapping[str, tuple[str, ModelConfig]], config: RiverConfig) -> Iterator[tuple[str, str]]:
+    """Each difference in sizes: a line for people, and the `key=value` that makes the configuration fit."""
+    for section, (file, sizes) in found.items():
         key, expected = f"{section}.model", getattr(config, section).model
-        layouts = [_layout(sizes), _layout(expected)]
-        if layouts[0] != layouts[1]:
+        if _layout(sizes) != _layout(expected):
             whole = yaml.safe_dump(model_sizes(sizes), default_flow_style=True, sort_keys=False, width=10**6).strip()
-            text = f"{key}: {layouts[0]} in {files[section]}, {layouts[1]} in the configuration"
-            yield _Misfit(text, f"{key}={whole}")
+            yield f"  {key}: {_layout(sizes)} in {file}, {_layout(expected)} in the configuration", f"{key}={whole}"
             continue
-        theirs, ours = _comparable(sizes), _comparable(expected)
-        for name, value in theirs.items():
+        ours = _comparable(expected)
+        for name, value in _comparable(sizes).items():
             if value != ours[name]:
-                text = f"{key}.{name}: {value} in {files[section]}, {ours[name]} in the configuration"
-                yield _Misfit(text, f"{key}.{name}={value}".replace(" ", ""))
+                text = f"  {key}.{name}: {value} in {file}, {ours[name]} in the configuration"
+                yield text, f"{key}.{name}={value}".replace(" ", "")
 
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:

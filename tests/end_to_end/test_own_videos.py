@@ -144,7 +144,7 @@ def test_what_is_there_before_any_work(own, story: ModuleType) -> None:
     used = sum((length + 1) // 2 for length in frames)
     assert f"used     {used} of {sum(frames)} frames (dataset.frame_step 2)" in out
     assert "48x40" in out
-    assert "skipped broken: cannot be opened as a video" in out
+    assert "skipped video broken: cannot be opened as a video" in out
 
     outcome = own.run("data")
     assert outcome.code == 3

@@ -85,9 +85,9 @@ def test_archives_that_are_none(place, story: ModuleType) -> None:
     place.run("data", "--mirror", str(mirror)).refused(2, "jogging.zip: its entry", "damaged")
     with zipfile.ZipFile(mirror / "jogging.zip", "w") as archive:
         archive.writestr("../outside.avi", b"x")
-    place.run("data", "--mirror", str(mirror)).refused(2, "refused", "'../outside.avi' would land outside")
+    place.run("data", "--mirror", str(mirror)).refused(2, "refused", "'../outside.avi'")
     (mirror / "jogging.zip").unlink()
-    place.run("data", "--mirror", str(mirror)).refused(2, "lacks jogging.zip")
+    place.run("data", "--mirror", str(mirror)).refused(2, "MIRROR=", "jogging.zip")
 
     # Nothing of the bad ones was left behind, and what was good is not unpacked again.
     assert not (place.data / "jogging").exists()

@@ -128,23 +128,6 @@ def test_a_folder_of_videos_there_and_back(tmp_path: Path, capsys: pytest.Captur
     assert "--set dataset.frame_step=1 --set dataset.splits='{val: 0}'" in capsys.readouterr().out
 
 
-def test_frame_folders_there_and_back(tmp_path: Path) -> None:
-    for number in range(4):
-        for split in ("train", "val"):
-            folder = tmp_path / "data" / "tiny" / split / f"v{number}"
-            folder.mkdir(parents=True)
-            for frame in range(3):
-                pixels = np.random.default_rng([number, frame]).integers(0, 256, (16, 20, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{frame}.png")
-    config = settings(tmp_path, source="videos")
-    convert(config, run_context(), tmp_path / "out")
-    assert_same(open_splits(config.dataset, config.data_root), read_back(tmp_path / "out"))
-    # And again, from there.
-    again = settings(tmp_path, source="videos", root=str(tmp_path / "out"))
-    convert(again, run_context(), tmp_path / "again")
-    assert files(tmp_path / "again") == files(tmp_path / "out")
-
-
 def test_complete_videos_are_not_written_again(noise, capsys: pytest.CaptureFixture[str]) -> None:
     run(noise, videos=2)
     assert {name.rpartition("/")[0] for name in files(noise.out)} == {"train/a", "train/b", "val/v", "val/w"}
