@@ -29,7 +29,7 @@ def decode_measurements(bench: Workbench) -> Iterator[Measurement]:
     for number, kind in enumerate(bench.videos):
         root = bench.folder / f"decode_{number}"
         paths = write_videos(root / "train", kind, kind.copies * cores)
-        source = open_source(dataset_of(root, kind), root, "train")
+        source = open_source(dataset_of(root, kind.image_size, kind.frame_step), root, "train")
         ours, *bare = bench.in_turn(
             lambda source=source: decode_source(source, cores),
             lambda paths=paths: decode_bare(paths, cores),
@@ -45,14 +45,14 @@ def decode_measurements(bench: Workbench) -> Iterator[Measurement]:
         shutil.rmtree(root)
 
 
-def dataset_of(root: Path, kind: VideoKind) -> DatasetConfig:
+def dataset_of(root: Path, image_size: int, frame_step: int = 1) -> DatasetConfig:
     """All videos of a folder as the training split."""
     return DatasetConfig(
         name="bench",
         source="videos",
         root=str(root),
-        image_size=kind.image_size,
-        frame_step=kind.frame_step,
+        image_size=image_size,
+        frame_step=frame_step,
         splits={"val": 0.0, "test": 0.0},
     )
 
@@ -130,7 +130,7 @@ def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
     write_videos(folder / "videos" / "train", kind, videos)
     config = config.model_copy(
         update={
-            "dataset": dataset_of(folder / "videos", kind).model_copy(update={"image_size": side, "frame_step": 1}),
+            "dataset": dataset_of(folder / "videos", side),
             "paths": config.paths.model_copy(update={"latents": str(folder), "runs": str(folder / "runs")}),
             "cache": config.cache.model_copy(update={"views": ("identity",), "compile": False}),
         }

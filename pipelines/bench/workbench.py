@@ -67,11 +67,6 @@ class Workbench:
         return self.run_context.device
 
     @property
-    def calls(self) -> int:
-        """Calls of a short function that are timed together, so that a GPU is synchronized rarely."""
-        return 1 if self.device.type == "cpu" else 20
-
-    @property
     def cores(self) -> int:
         return len(os.sched_getaffinity(0))
 
@@ -81,15 +76,13 @@ class Workbench:
         model, side = self.config.autoencoder.model, self.config.dataset.image_size
         return model.latent_channels, side // model.downsampling, side // model.downsampling
 
-    def in_turn(self, *functions: Callable[[], object], calls: int = 1) -> list[float]:
+    def in_turn(self, *functions: Callable[[], object]) -> list[float]:
         """Measure functions one after another, again and again, so that a disturbance hits all of them.
 
         At least two turns are made, because the first one warms up.
 
-        Args:
-            calls: of each function that are timed together, with one synchronization.
         Returns:
-            The least seconds per call of each function.
+            The least seconds of each function.
         """
         least = [float("inf")] * len(functions)
         started, turns = time.perf_counter(), 0
@@ -97,9 +90,8 @@ class Workbench:
             turns += 1
             for number, function in enumerate(functions):
                 start = time.perf_counter()
-                for _ in range(calls):
-                    function()
+                function()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
-                least[number] = min(least[number], (time.perf_counter() - start) / calls)
+                least[number] = min(least[number], time.perf_counter() - start)
         return least
