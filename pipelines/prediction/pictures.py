@@ -20,6 +20,8 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 BORDER = 3
 LABEL_HEIGHT = 16
 MIN_SIDE = 96
+# At most, on contact sheets, on sheets of reconstructions, and in animations.
+FRAMES_PER_ROW, IMAGES_PER_ROW, CLIPS_PER_ROW = 16, 8, 4
 # How long a GIF rests on its last frame.
 LAST_FRAME_MS = 1000
 # White around a clip of an animation: above and below, left and right.
@@ -77,17 +79,16 @@ def framed(strip: Strip, scale: int) -> np.ndarray:
     return out
 
 
-def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_columns: int = 16) -> Image.Image:
+def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str) -> Image.Image:
     """Clips on one page: one row per strip, one column per frame; long clips by evenly spaced frames.
 
     Args:
         clips: (name, strips) of each, all of equal length.
         title: what the page shows.
-        max_columns: frames per clip at most; the first and the last one are always shown.
     """
     first = clips[0][1][0]
     length = len(first.video)
-    columns = np.unique(np.linspace(0, length - 1, min(max_columns, length)).round().astype(int))
+    columns = np.unique(np.linspace(0, length - 1, min(FRAMES_PER_ROW, length)).round().astype(int))
     given, scale = int((columns < first.context).sum()), enlargement(first.video.shape[2])
     blocks = [
         [(strip.label, framed(Strip(strip.label, strip.video[columns], given, strip.rest), scale)) for strip in strips]
@@ -107,13 +108,12 @@ def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str, max_
     return page
 
 
-def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, columns: int = 8) -> Image.Image:
+def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str) -> Image.Image:
     """Images, their reconstruction by an autoencoder, and four times the difference, below each other.
 
     Args:
         truth, reconstructed: [n, 3, h, w] in [-1, 1].
         title: what the page shows.
-        columns: images per block; further ones are shown below.
     """
     # A difference of 0 is -1, which is black.
     difference = 4 * (reconstructed - truth).abs() - 1
@@ -121,12 +121,13 @@ def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str, colum
     scale = enlargement(truth.shape[3])
     cells = [(label, _enlarged(to_video(images), scale)) for label, images in rows.items()]
     blocks = [
-        [(label, images[start : start + columns]) for label, images in cells] for start in range(0, len(truth), columns)
+        [(label, images[start : start + IMAGES_PER_ROW]) for label, images in cells]
+        for start in range(0, len(truth), IMAGES_PER_ROW)
     ]
     return _sheet(title, blocks, head=LABEL_HEIGHT + 14)[0]
 
 
-def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) -> np.ndarray:
+def animation(clips: Sequence[tuple[str, Sequence[Strip]]]) -> np.ndarray:
     """Clips that play side by side, each strip with its label: [n, h, w, 3] uint8."""
     scale = enlargement(clips[0][1][0].video.shape[2])
     tiles = []
@@ -141,7 +142,7 @@ def animation(clips: Sequence[tuple[str, Sequence[Strip]]], columns: int = 4) ->
         above, beside = TILE_MARGINS
         margins = ((0, 0), (above, above), (beside, beside), (0, 0))
         tiles.append(np.pad(np.concatenate(parts, axis=2), margins, constant_values=255))
-    width = min(columns, len(tiles))
+    width = min(CLIPS_PER_ROW, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % width)
     return np.concatenate([np.concatenate(tiles[i : i + width], axis=2) for i in range(0, len(tiles), width)], axis=1)
 

@@ -62,35 +62,25 @@ class FieldRollouts:
             ValueError: shapes or draws that do not fit.
             UserError: not enough memory for `sampling.batch_size`, or for a single clip.
         """
-        size = options.batch_size
+        size, precision = options.batch_size, sampling_precision(options, self.device)
         if size == "auto":
             size = clips_that_fit(self.field, context, num_frames, self.device)
         parts: list[Tensor] = []
         first = 0
         while first < len(context):
             rows = slice(first, min(first + size, len(context)))
+            clips = rows.stop - rows.start
             part = SamplingDraws(draws.noise[:, rows], draws.condition_indices[:, :, rows])
+            on_frame = None if on_frames is None else lambda _, clips=clips: on_frames(clips)
             try:
-                parts.append(self._generate_batch(context[rows], num_frames, options, part, on_frames))
+                with computing_in(precision, self.device):
+                    rollout = self._prepare(context[rows], num_frames, options, precision)
+                    parts.append(rollout.run(context[rows], part, past_horizon=options.past_horizon, on_frame=on_frame))
             except torch.OutOfMemoryError:
-                size = self._smaller(rows.stop - rows.start, options)
+                size = self._smaller(clips, options)
                 continue
             first = rows.stop
         return torch.cat(parts)
-
-    def _generate_batch(
-        self,
-        context: Tensor,
-        num_frames: int,
-        options: SamplingConfig,
-        draws: SamplingDraws,
-        on_frames: Callable[[int], None] | None,
-    ) -> Tensor:
-        precision = sampling_precision(options, self.device)
-        on_frame = None if on_frames is None else lambda _: on_frames(len(context))
-        with computing_in(precision, self.device):
-            rollout = self._prepare(context, num_frames, options, precision)
-            return rollout.run(context, draws, past_horizon=options.past_horizon, on_frame=on_frame)
 
     def _prepare(self, context: Tensor, num_frames: int, options: SamplingConfig, precision: str) -> Rollout:
         """The rollout of the last batch, if it was like this one, else a new one."""
@@ -211,7 +201,7 @@ def refine_frames(refiner: RCAN, last_context: Tensor, decoded: Tensor) -> Tenso
     Args:
         refiner: in eval mode, on the device of the frames.
         last_context: [b, 3, h, w] float in [-1, 1], the last real frame.
-        decoded: [b, n, 3, h, w] float, the frames after it as the decoder returned them, not clamped.
+        decoded: [b, n, 3, h, w] float, the frames after it as the decoder returned them, not clamped; n >= 1.
     Returns:
         [b, n, 3, h, w] float32 in [-1, 1].
     """
@@ -220,4 +210,4 @@ def refine_frames(refiner: RCAN, last_context: Tensor, decoded: Tensor) -> Tenso
     for frame in decoded.to(dtype).unbind(1):
         previous = refiner(previous, frame)
         refined.append(previous.float().clamp(-1, 1))
-    return torch.stack(refined, 1) if refined else decoded.float()
+    return torch.stack(refined, 1)

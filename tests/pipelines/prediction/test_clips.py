@@ -1,7 +1,7 @@
 """Which clips the protocol takes, how they are read, and the end of a user's video."""
 
-import itertools
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,11 @@ from PIL import Image
 
 from pipelines.config import EvaluationConfig, RiverConfig, parse_config
 from pipelines.errors import UserError
-from pipelines.prediction.clips import Clip, Window, choose_windows, most_moving, open_clips, read_video
+from pipelines.prediction.clips import Clip, ClipReader, Window, choose_windows, most_moving, open_clips, read_video
 from pipelines.runtime.context import RunContext
 from stage1_autoencoder.videos import open_source
-from stage1_autoencoder.videos.shapes import ShapesSource
-from stage1_autoencoder.videos.source import BrokenVideoError, VideoError
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource
 
 LENGTHS = [20, 9, 10, 35, 3, 12]
 
@@ -137,61 +137,56 @@ def test_short_videos_are_left_out_with_a_message(tmp_path, run_context, capsys)
     assert "1 of 3 videos" in capsys.readouterr().out
 
 
-def break_videos(monkeypatch, broken: set[int]) -> None:
-    read = ShapesSource.read
+class GrayVideos(VideoSource):
+    """Videos of gray frames; None: a frame that can't be decoded. `decoded` has (video, frame) of each decoded one."""
 
-    def torn(self, index, positions=None):
-        if index in broken:
-            raise BrokenVideoError(self.videos[index].id, "torn")
-        return read(self, index, positions)
+    def __init__(self, *videos: list[int | None]) -> None:
+        self.dataset, self.skipped = DatasetConfig(name="gray", source="videos", image_size=4), []
+        self.videos = [VideoInfo(f"v{n}", len(video), 10.0, "") for n, video in enumerate(videos)]
+        self.levels, self.decoded = videos, []
 
-    monkeypatch.setattr(ShapesSource, "read", torn)
-
-
-def test_broken_videos_are_skipped_and_others_keep_their_key(tmp_path, run_context, monkeypatch):
-    break_videos(monkeypatch, {1})
-    clips = load_clips(config(tmp_path), run_context, 4)
-    assert [(clip.name, clip.key) for clip in clips] == [("test_00000", 0), ("test_00002", 2), ("test_00003", 3)]
-    assert run_context.skipped == {"test_00001": "torn"}
-
-
-def test_only_broken_videos_are_an_error(tmp_path, run_context, monkeypatch):
-    break_videos(monkeypatch, {0, 1, 2, 3})
-    with pytest.raises(UserError, match="none of 4 videos"):
-        load_clips(config(tmp_path), run_context, 4)
+    def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        for number in range(*self.check_range(index, start, stop)):
+            level = self.levels[index][number]
+            if level is None:
+                raise BrokenVideoError(self.videos[index].id, "torn")
+            self.decoded.append((index, number))
+            yield np.full((4, 4, 3), level, np.uint8)
 
 
-def test_moving_clips_are_read_from_where_they_start(tmp_path, run_context, monkeypatch):
-    still, jump = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 200, np.uint8)
-
-    def iterate(self, index, start=0, stop=None):
-        return iter(([still] * (3 + index // 3) + [jump] * 9)[:12][start:stop])
-
-    monkeypatch.setattr(ShapesSource, "iterate", iterate)
-    clips = load_clips(config(tmp_path, window="moving"), run_context, 2)
-    # The second given frame is the first bright one.
-    assert [clip.name for clip in clips] == ["test_00000@2", "test_00003@3"]
+def read_clips(source: GrayVideos, run_context: RunContext, **evaluation) -> ClipReader:
+    settings = EvaluationConfig(**{"context": 2, "horizon": 1} | evaluation)
+    windows = choose_windows([video.frames for video in source.videos], settings, 10)
+    return ClipReader(source, windows, settings, run_context)
 
 
-def test_clips_are_read_when_they_are_asked_for(tmp_path, run_context, monkeypatch):
-    read, seen = ShapesSource.read, []
+def test_broken_videos_are_skipped_and_others_keep_their_key(run_context):
+    source = GrayVideos([0, 0, 0], [0, None, 0], [0, 0, 0])
+    assert [(clip.name, clip.key) for clip in read_clips(source, run_context)] == [("v0", 0), ("v2", 2)]
+    assert run_context.skipped == {"v1": "torn"}
 
-    def noted(self, index, positions=None):
-        seen.append(index)
-        return read(self, index, positions)
 
-    monkeypatch.setattr(ShapesSource, "read", noted)
-    reader = open_clips(config(tmp_path), run_context, 4)
-    assert (len(reader), seen) == (4, [])
-    batches = []
+def test_only_broken_videos_are_an_error(run_context):
+    with pytest.raises(UserError, match="none of 2 videos"):
+        list(read_clips(GrayVideos([None] * 3, [0, 0, None]), run_context))
+
+
+def test_moving_clips_are_read_from_where_they_start(run_context):
+    source = GrayVideos([0, 0, 0, 200, 200, 200], [9, 0, 0, 0, 0, 99])
+    clips = list(read_clips(source, run_context, window="moving"))
+    assert [clip.name for clip in clips] == ["v0@2", "v1"]
+    assert [clip.frames[1, 0, 0, 0].item() for clip in clips] == pytest.approx([200 / 127.5 - 1, -1])
+
+
+def test_clips_are_read_when_they_are_asked_for(run_context):
+    source = GrayVideos(*[[number] * 3 for number in range(4)])
+    reader = read_clips(source, run_context)
+    assert (len(reader), source.decoded) == (4, [])
+    sizes = []
     for batch in reader.batches(3):
-        batches.append(batch)
-        assert len(seen) == sum(map(len, batches))
-    assert [len(batch) for batch in batches] == [3, 1]
-    whole = load_clips(config(tmp_path), run_context, 4)
-    for ours, clip in zip(itertools.chain(*batches), whole, strict=True):
-        assert (ours.name, ours.key) == (clip.name, clip.key)
-        assert torch.equal(ours.frames, clip.frames)
+        sizes.append(len(batch))
+        assert len(source.decoded) == 3 * sum(sizes)
+    assert sizes == [3, 1]
 
 
 def test_a_users_video_is_read_whole_and_must_hold_the_context(tmp_path):

@@ -84,15 +84,10 @@ def test_a_contact_sheet_shows_all_frames_of_short_clips():
 
 
 def test_a_contact_sheet_of_long_clips_keeps_first_and_last_frame():
-    page = contact_sheet([("a", clip_strips(numbered(40), numbered(40), 10))], "title", max_columns=6)
+    page = contact_sheet([("a", clip_strips(numbered(46), numbered(46), 10))], "title")
     truth, prediction = shown_numbers(page, rows=2)
-    assert [number for number, _ in truth] == [0, 8, 16, 23, 31, 39]
-    assert [color for _, color in prediction] == [GREEN, GREEN, RED, RED, RED, RED]
-
-
-def test_a_contact_sheet_of_single_frames():
-    page = contact_sheet([("a", clip_strips(numbered(1), numbered(1), 1))], "title")
-    assert shown_numbers(page, rows=2) == [[(0, GREEN)], [(0, GREEN)]]
+    assert [number for number, _ in truth] == list(range(0, 46, 3))
+    assert [color for _, color in prediction] == [GREEN] * 4 + [RED] * 12
 
 
 @pytest.mark.parametrize(("clips", "tiles"), [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (5, (2, 4))])
@@ -130,10 +125,7 @@ def test_a_gif_of_equal_frames_plays_as_long(tmp_path):
     assert sum(durations(tmp_path / "a.gif")) == 5 * 100 + 1000  # equal neighbors may become one frame
 
 
-def test_a_gif_of_one_frame_and_one_of_many_a_second(tmp_path):
-    save_gif(tmp_path / "one.gif", video(1), fps=10)
-    with Image.open(tmp_path / "one.gif") as image:
-        assert image.n_frames == 1
+def test_gif_frames_are_not_shorter_than_viewers_play_them(tmp_path):
     save_gif(tmp_path / "fast.gif", video(5), fps=120)
     assert durations(tmp_path / "fast.gif")[:4] == [20] * 4
 
