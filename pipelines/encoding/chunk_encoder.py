@@ -4,12 +4,10 @@ import contextlib
 import math
 import os
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -33,18 +31,17 @@ GPU_ENCODERS = 2
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """All that a process needs to make any chunk of a store. It is sent to each worker once.
+    """All that a process needs to encode any chunk of a store. It is sent to each worker once.
 
-    Args:
+    Attributes:
         splits: videos of each split.
         cache: settings of the store.
         checkpoint: of the autoencoder, with an absolute path.
         digest: of the autoencoder's weights.
         device: auto, cpu, cuda or cuda:1; each worker resolves it.
-        writer: of the store.
+        latent_shape: (channels, height, width) of a frame's latent.
         psnr_stride: by split, stride of the frames that are decoded again to measure round-trip PSNR.
         chunk_frames: frames of the largest chunk.
-        network_batch: frames per batch of the network; None: chosen by `FrameEncoder`.
     """
 
     splits: dict[str, VideoSource]
@@ -52,21 +49,9 @@ class EncodeJob:
     checkpoint: Checkpoint
     digest: str
     device: str
-    writer: ChunkWriter
+    latent_shape: tuple[int, int, int]
     psnr_stride: dict[str, int]
     chunk_frames: int
-    network_batch: int | None = None
-
-
-@dataclass(frozen=True)
-class EncodedChunk:
-    """A chunk that was written, and when it was started and ended (seconds of the wall clock)."""
-
-    split: str
-    chunk: ChunkPlan
-    marker: ChunkMarker
-    started: float
-    ended: float
 
 
 class BrokenVideosError(Exception):
@@ -86,68 +71,53 @@ class EncodingStopped(Exception):
 
 
 class ChunkEncoder:
-    """Encodes chunks. One per process, shared by all tasks in it."""
+    """Encodes chunks. One per process, shared by all tasks in it.
+
+    Args:
+        stop_asked: all tasks stop when it becomes true.
+    Attributes:
+        tasks: number of chunks that are encoded at the same time.
+        on_frames: called with the number of frames just encoded, from one thread at a time.
+        closing: set it to stop all tasks.
+    Raises:
+        UserError: `cache.memory_budget` is too small for one chunk.
+    """
 
     def __init__(
-        self,
-        job: EncodeJob,
-        autoencoder: Autoencoder,
-        device: torch.device,
-        on_done: Callable[[EncodedChunk], object] = lambda encoded: None,
-        on_frames: Callable[[int], object] = lambda frames: None,
-        stop_asked: object = False,
+        self, job: EncodeJob, autoencoder: Autoencoder, device: torch.device, stop_asked: object = False
     ) -> None:
-        """Prepare the network and the thread pools; threads start with the first chunk.
-
-        Args:
-            on_done: called with each chunk after it was written, from any thread.
-            on_frames: called with the number of frames just encoded, from one thread at a time.
-            stop_asked: all tasks stop when it becomes true.
-        Raises:
-            UserError: `cache.memory_budget` is too small for one chunk.
-        """
-        self.job, self.device, self.on_done, self.on_frames = job, device, on_done, on_frames
-        self.autoencoder = autoencoder
-        self.stop_asked, self.closing = stop_asked, False
+        self.job, self.device, self.stop_asked, self.closing = job, device, stop_asked, False
+        self.on_frames: Callable[[int], object] = lambda frames: None
+        self.rows = video_rows(job.splits)
         side = next(iter(job.splits.values())).dataset.image_size
-        latent_side = side // autoencoder.downsampling
-        self.latent_shape = (autoencoder.config.latent_channels, latent_side, latent_side)
         self.frame_encoder = FrameEncoder(
-            autoencoder,
-            device,
-            side,
-            precision=job.cache.precision,
-            compile=job.cache.compile,
-            frames=job.network_batch,
+            autoencoder, device, side, precision=job.cache.precision, compile=job.cache.compile
         )
         # Frames that one encoding thread takes at once: whole batches of the network.
         self.block_frames = -(-job.cache.batch_frames // self.frame_encoder.frames) * self.frame_encoder.frames
-        threads = self._threads_in_budget(3 * side**2 * self.block_frames)
-        self.tasks = threads.tasks
-        self.slots = threading.Semaphore(threads.tasks)
-        self.decoders = ThreadPoolExecutor(threads.decoders, "decode")
-        self.encoders = ThreadPoolExecutor(threads.encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
-        self.waiting = threading.Semaphore(2 * threads.encoders)  # blocks that are decoded and not yet encoded
+        decoders, encoders, self.tasks = self._threads_in_budget(3 * side**2 * self.block_frames)
+        self.slots = threading.Semaphore(self.tasks)
+        # Threads start with the first chunk.
+        self.decoders = ThreadPoolExecutor(decoders, "decode")
+        self.encoders = ThreadPoolExecutor(encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
+        self.waiting = threading.Semaphore(2 * encoders)  # blocks that are decoded and not yet encoded
         self.progress = threading.Lock()
         self._threads_before = torch.get_num_threads()
         self._kernels = contextlib.ExitStack()
         self._kernels.enter_context(exact_kernels(job.cache.precision))
 
-    def encode(self, split: str, chunk: ChunkPlan) -> EncodedChunk:
+    def encode(self, writer: ChunkWriter, split: str, chunk: ChunkPlan) -> ChunkMarker:
         """Encode a chunk and write it.
 
         Raises:
             BrokenVideosError: names all videos of the chunk that cannot be decoded.
-            EncodingStopped: `stop_asked` became true, or `close` was called.
+            EncodingStopped: `stop_asked` or `closing` became true.
             UserError: out of GPU memory.
             StoreError: latents that cannot be stored.
             NoSpaceError: the disk is full.
         """
         with self.slots:
-            task = ChunkTask(self, split, chunk)
-            encoded = EncodedChunk(split, chunk, task.run(), task.started, time.time())
-            self.on_done(encoded)
-            return encoded
+            return ChunkTask(self, split, chunk).run(writer)
 
     def close(self) -> None:
         """Stop running tasks and end the threads."""
@@ -157,19 +127,15 @@ class ChunkEncoder:
         torch.set_num_threads(self._threads_before)
         self._kernels.close()
 
-    @cached_property
-    def rows(self) -> dict[str, dict[str, int]]:
-        """Index of a video in its source, by split and id."""
-        tables = {split: VideoTable.of(source.videos) for split, source in self.job.splits.items()}
-        return {split: {video_id: row for row, video_id in enumerate(table.ids)} for split, table in tables.items()}
-
-    def _threads_in_budget(self, block: int) -> "_Threads":
+    def _threads_in_budget(self, block: int) -> tuple[int, int, int]:
         """One decoder and one encoder per core and two chunks at once, or as few of them as the budget allows.
 
         Two chunks, so that one is written while the next one is encoded.
 
         Args:
             block: bytes of `block_frames` frames.
+        Returns:
+            Numbers of decoding threads, encoding threads, and chunks.
         """
         cores = len(os.sched_getaffinity(0))
         budget, views = self.job.cache.memory_budget_bytes, len(self.job.cache.views)
@@ -178,30 +144,25 @@ class ChunkEncoder:
         decoder = 2 * views * block  # a decoder fills at most two blocks per view at once
         # Bytes per value of a chunk: float32 from the network, the store's type, and two copies as bytes of the file.
         value = 4 + 3 * np.dtype(self.job.cache.dtype).itemsize
-        chunk = value * math.prod(self.latent_shape) * self.job.chunk_frames
+        chunk = value * math.prod(self.job.latent_shape) * self.job.chunk_frames
         most = cores if self.device.type == "cpu" else GPU_ENCODERS
         encoders = min(most, max(1, min(budget // 2, budget - chunk - decoder) // encoder))
         left = budget - encoders * encoder - chunk
         decoders = min(cores, left // decoder)
         if decoders < 1:
-            needed, computing, frames, latents = (
-                f"{math.ceil(size / 2**20)} MiB"
-                for size in (encoder + chunk + decoder, self.frame_encoder.memory, 3 * block + decoder, chunk)
-            )
+            needed, latents = (math.ceil(size / 2**20) for size in (encoder + chunk + decoder, chunk))
             raise UserError(
                 f"cache.memory_budget: {self.job.cache.memory_budget} is too little for one chunk, which needs "
-                f"{needed} ({computing} to compute, {frames} of frames, {latents} of latents): raise it, or lower "
-                "cache.batch_frames or cache.chunk_frames"
+                f"{needed} MiB ({latents} MiB of them for its latents): raise it, or lower cache.batch_frames or "
+                "cache.chunk_frames"
             )
-        return _Threads(decoders=decoders, encoders=encoders, tasks=2 if left - decoders * decoder >= chunk else 1)
+        return decoders, encoders, 2 if left - decoders * decoder >= chunk else 1
 
 
-class _Threads(NamedTuple):
-    """Numbers of decoding threads, encoding threads, and chunks that are encoded at the same time."""
-
-    decoders: int
-    encoders: int
-    tasks: int
+def video_rows(splits: Mapping[str, VideoSource]) -> dict[str, dict[str, int]]:
+    """Index of a video in its source, by split and id."""
+    tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
+    return {split: {video_id: row for row, video_id in enumerate(table.ids)} for split, table in tables.items()}
 
 
 _encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding they belong to
@@ -209,23 +170,23 @@ _running: Counter[ChunkWriter] = Counter()
 _encoders_lock = threading.RLock()
 
 
-def encode_chunk(job: EncodeJob, split: str, chunk: ChunkPlan) -> EncodedChunk:
+def encode_chunk(job: EncodeJob, writer: ChunkWriter, split: str, chunk: ChunkPlan) -> ChunkMarker:
     """Encode one chunk in a worker, with the worker's own `ChunkEncoder`. Safe to run twice.
 
     Raises:
         As `ChunkEncoder.encode`, and UserError when the worker sees another autoencoder than the job's.
     """
     with _encoders_lock:
-        close_idle_encoders(keep=job.writer)
-        if job.writer not in _encoders:
-            _encoders[job.writer] = _make_encoder(job)
-        encoder = _encoders[job.writer]
-        _running[job.writer] += 1
+        close_idle_encoders(keep=writer)
+        if writer not in _encoders:
+            _encoders[writer] = _make_encoder(job)
+        encoder = _encoders[writer]
+        _running[writer] += 1
     try:
-        return encoder.encode(split, chunk)
+        return encoder.encode(writer, split, chunk)
     finally:
         with _encoders_lock:
-            _running[job.writer] -= 1
+            _running[writer] -= 1
 
 
 def close_idle_encoders(keep: ChunkWriter | None = None) -> None:
@@ -250,7 +211,7 @@ def _make_encoder(job: EncodeJob) -> ChunkEncoder:
 class Target(NamedTuple):
     """Where frames `start` to `stop` (excluded) of one view of a video go: from `place` on in the chunk."""
 
-    view: str
+    view: ViewTransform
     start: int
     stop: int
     place: int
@@ -273,28 +234,21 @@ class Block:
 
 
 class ChunkTask:
-    """One chunk while it is being encoded.
-
-    Args:
-        encoder: its threads do the work.
-        split: of the chunk.
-        chunk: from `StoreWriter.pending`.
-    """
+    """One chunk while the threads of a `ChunkEncoder` encode it."""
 
     def __init__(self, encoder: ChunkEncoder, split: str, chunk: ChunkPlan) -> None:
         self.encoder, self.split, self.chunk = encoder, split, chunk
-        self.latents = np.empty((chunk.frames, *encoder.latent_shape), np.float32)
-        self.codes = np.empty((chunk.frames, *encoder.latent_shape[1:]), np.int32)
+        self.latents = np.empty((chunk.frames, *encoder.job.latent_shape), np.float32)
+        self.codes = np.empty((chunk.frames, *encoder.job.latent_shape[1:]), np.int32)
         self.codes_held, self.codes_changed = 0, 0
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
         self.cancelled = False
-        self.started = math.inf  # until a thread decodes its first video
         self.lock = threading.Lock()
         self.blocks: dict[int, Block] = {}
         self.encoding: list[Future[None]] = []
 
-    def run(self) -> ChunkMarker:
+    def run(self, writer: ChunkWriter) -> ChunkMarker:
         """Decode, encode and write the chunk. Errors as in `ChunkEncoder.encode`."""
         decoding = [self.encoder.decoders.submit(self.decode, *video) for video in self.targets().items()]
         try:
@@ -308,12 +262,13 @@ class ChunkTask:
             self.cancelled = True
             for future in decoding:
                 future.cancel()
-            _wait_for(decoding)  # no thread works on this task after it has ended
-            _wait_for(self.encoding)
-            cause = self.cause_of(error)
-            if cause is error:  # an error that is its own cause makes an endless chain
+            # No thread works on this task after it has ended.
+            _errors_of(decoding)
+            # When encoding fails, decoding threads end with `EncodingStopped`.
+            causes = [cause for cause in _errors_of(self.encoding) if not isinstance(cause, EncodingStopped)]
+            if not causes or causes[0] is error:  # an error that is its own cause makes an endless chain
                 raise
-            raise cause from error
+            raise causes[0] from error
         measured = {
             "code_counts": np.bincount(self.codes.ravel()).tolist(),
             "codes_held": self.codes_held,
@@ -321,19 +276,15 @@ class ChunkTask:
             "psnr": [self.psnr[position] for position in sorted(self.psnr)],
         }
         codes = self.codes if self.encoder.job.cache.codes else None
-        return self.encoder.job.writer.write(self.split, self.chunk, self.latents, codes, measured)
-
-    def cause_of(self, error: BaseException) -> BaseException:
-        """The error that made the task fail: when encoding fails, decoding threads end with `EncodingStopped`."""
-        found = [future.exception() for future in self.encoding]
-        return next((cause for cause in found if cause and not isinstance(cause, EncodingStopped)), error)
+        return writer.write(self.split, self.chunk, self.latents, codes, measured)
 
     def targets(self) -> dict[str, list[Target]]:
         """Where the frames of each video go. Its views are adjacent, so that one pass over it serves them all."""
         place = 0
         targets: dict[str, list[Target]] = {}
         for piece, video_id, view in zip(self.chunk.pieces, self.chunk.video_ids, self.chunk.video_views, strict=True):
-            targets.setdefault(video_id, []).append(Target(view, piece.start, piece.stop, place))
+            target = Target(view_transform(view, video_id), piece.start, piece.stop, place)
+            targets.setdefault(video_id, []).append(target)
             place += piece.stop - piece.start
         return targets
 
@@ -344,17 +295,15 @@ class ChunkTask:
     def decode(self, video_id: str, targets: list[Target]) -> None:
         """Decode a video once, and put its frames into their places."""
         self.check()
-        self.started = min(self.started, time.time())
         source = self.encoder.job.splits[self.split]
         index = self.encoder.rows[self.split][video_id]
-        transforms = [view_transform(target.view, video_id) for target in targets]
         first, end = min(target.start for target in targets), max(target.stop for target in targets)
         try:
             for number, frame in enumerate(source.iterate(index, first, end), first):
                 self.check()
-                for target, transform in zip(targets, transforms, strict=True):
+                for target in targets:
                     if target.start <= number < target.stop:
-                        self.put(target.place + number - target.start, frame, transform)
+                        self.put(target.place + number - target.start, frame, target.view)
         except BrokenVideoError as error:
             with self.lock:
                 self.broken[error.video_id] = error.reason
@@ -421,8 +370,10 @@ class ChunkTask:
             self.psnr |= psnr
 
 
-def _wait_for(futures: Sequence[Future[None]]) -> None:
-    """Wait until all futures have ended, with or without an error."""
+def _errors_of(futures: Sequence[Future[None]]) -> list[BaseException]:
+    """Wait until all futures have ended; the errors of those that failed."""
+    errors = []
     for future in futures:
         with contextlib.suppress(CancelledError):
-            future.exception()
+            errors.append(future.exception())
+    return [error for error in errors if error is not None]

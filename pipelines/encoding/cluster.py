@@ -2,49 +2,59 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import dask.threaded
 
-from latent_cache import ChunkPlan
+from latent_cache import ChunkPlan, StoreWriter
 from latent_cache.writing.chunk_writer import session_path
-from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodedChunk, EncodeJob, EncodingStopped, encode_chunk
+from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped, encode_chunk
 from pipelines.errors import UserError
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
 
-Task = tuple[str, ChunkPlan]
+Task = tuple[str, ChunkPlan]  # (split, chunk)
 CONNECT_SECONDS = 15
 
 
-def _build_graph(job: EncodeJob, call: tuple[Any, ...], tasks: list[Task]) -> tuple[dict[Any, Any], list[Any]]:
+def _build_graph(call: tuple[Any, ...], tasks: Sequence[Task], session: str) -> tuple[dict[Any, Any], list[Any]]:
     """A dask graph and the keys of its results. No task needs the result of another one.
 
     Args:
         call: function of each task and its first arguments; split and chunk follow.
+        session: of the encoding, to tell its tasks from those of others.
     """
     # dask starts independent tasks in descending order of their keys. So keys count down, and chunks are written in
-    # their order, as people expect who look into a store that grows.
+    # order.
     keys = [
-        f"encode-{job.writer.session}-{len(tasks) - number:08d}-{split}-{chunk.index}"
+        f"encode-{session}-{len(tasks) - number:08d}-{split}-{chunk.index}"
         for number, (split, chunk) in enumerate(tasks)
     ]
-    return {key: (*call, split, chunk) for key, (split, chunk) in zip(keys, tasks, strict=True)}, keys
+    return {key: (*call, *task) for key, task in zip(keys, tasks, strict=True)}, keys
 
 
-def run_here(encoder: ChunkEncoder, tasks: list[Task]) -> list[EncodedChunk]:
+def run_here(
+    encoder: ChunkEncoder, writer: StoreWriter, tasks: Sequence[Task], on_frames: Callable[[int], object]
+) -> None:
     """Run the graph with threads of this process.
 
+    Args:
+        on_frames: called with the number of frames just encoded.
     Raises:
         As `ChunkEncoder.encode`.
     """
-    graph, keys = _build_graph(encoder.job, (encoder.encode,), tasks)
+    encoder.on_frames = on_frames
+
+    def encode(split: str, chunk: ChunkPlan) -> None:
+        writer.accept(split, chunk, encoder.encode(writer.chunk_writer, split, chunk))
+
+    graph, keys = _build_graph((encode,), tasks, writer.chunk_writer.session)
     with ThreadPoolExecutor(encoder.tasks, thread_name_prefix="chunk") as pool:
         try:
-            return list(dask.threaded.get(graph, keys, pool=pool))
+            dask.threaded.get(graph, keys, pool=pool)
         except BaseException:
             encoder.closing = True  # stops the other tasks, which the pool waits for
             raise
@@ -68,14 +78,19 @@ def connect(address: str) -> Iterator[Any]:
 
 
 def run_on_cluster(
-    client: Any, job: EncodeJob, tasks: list[Task], on_done: Callable[[EncodedChunk], object], stop_asked: object
-) -> list[EncodedChunk]:
+    client: Any,
+    job: EncodeJob,
+    stop_asked: object,
+    writer: StoreWriter,
+    tasks: Sequence[Task],
+    on_frames: Callable[[int], object],
+) -> None:
     """Run the graph on a dask.distributed cluster whose workers see the same paths as this machine.
 
     Args:
         client: from `connect`.
-        on_done: called with each chunk when it is done.
         stop_asked: checked several times a second.
+        on_frames: called with the number of frames just encoded.
     Raises:
         UserError: workers see other files or have other libraries; workers die; the connection is lost.
         EncodingStopped: `stop_asked` became true.
@@ -84,19 +99,18 @@ def run_on_cluster(
     from distributed.client import CancelledError  # nobody cancels our tasks: they end so when the scheduler is lost
     from distributed.scheduler import KilledWorker
 
-    address = client.scheduler.address
+    address, session = client.scheduler.address, writer.chunk_writer.session
     _wait_for_workers(client, address, stop_asked)
-    check_workers(client, job.writer.path)
-    job_key = f"encode-job-{job.writer.session}"  # in the graph as a node of its own, so that it is sent only once
-    graph, keys = _build_graph(job, (encode_chunk, job_key), tasks)
-    pending = client.get({job_key: job} | graph, keys, sync=False)
-    done: list[EncodedChunk] = []
+    check_workers(client, writer.path)
+    job_key = f"encode-job-{session}"  # in the graph as a node of its own, so that it is sent only once
+    graph, keys = _build_graph((encode_chunk, job_key, writer.chunk_writer), tasks, session)
+    pending = dict(enumerate(client.get({job_key: job} | graph, keys, sync=False)))
     try:
         while pending:
-            for future in [future for future in pending if future.done()]:
-                pending.remove(future)
-                done.append(future.result())
-                on_done(done[-1])
+            for number in [number for number, future in pending.items() if future.done()]:
+                split, chunk = tasks[number]
+                writer.accept(split, chunk, pending.pop(number).result())
+                on_frames(chunk.frames)
             if stop_asked:
                 raise EncodingStopped
             time.sleep(0.1)
@@ -107,8 +121,7 @@ def run_on_cluster(
             raise UserError(f"--scheduler {address}: lost the connection ({error})") from error
         raise
     finally:
-        client.cancel(pending)
-    return done
+        client.cancel(list(pending.values()))
 
 
 def _wait_for_workers(client: Any, address: str, stop_asked: object) -> None:

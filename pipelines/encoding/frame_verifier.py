@@ -13,11 +13,12 @@ import torch
 
 from latent_cache import CorruptStoreError, LatentCache
 from latent_cache.reading.frame_reader import FrameReader
+from pipelines.encoding.chunk_encoder import video_rows
 from pipelines.encoding.store_checks import stored_precision
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
-from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource, VideoTable
-from stage1_autoencoder.views import ViewTransform, view_transform
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
+from stage1_autoencoder.views import view_transform
 
 # A frame is wrong when its latents deviate by more than this share of the channels' standard deviation (rms over the
 # frame), beyond the rounding of the store's dtype. Measured on the autoencoder of tests/fixtures: fp32 against fp64
@@ -81,12 +82,12 @@ class FrameCheck:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What frames are encoded to now.
+    """What a frame is encoded to now.
 
     Attributes:
-        latents: [..., c, h, w] float32.
+        latents: [c, h, w] float32.
         rounded: the same in the dtype of the store, as they would be stored.
-        codes: [..., h, w] int64.
+        codes: [h, w] int64.
     """
 
     latents: np.ndarray
@@ -119,7 +120,6 @@ class FrameVerifier:
     Args:
         splits: videos of each split.
         device: where the autoencoder is.
-        network_batch: frames per batch of the network; bits are equal only in the batch size of the store's encoder.
     """
 
     def __init__(
@@ -128,15 +128,12 @@ class FrameVerifier:
         splits: Mapping[str, VideoSource],
         autoencoder: Autoencoder,
         device: torch.device,
-        network_batch: int | None = None,
     ) -> None:
-        self.splits = splits
+        self.splits, self.rows = splits, video_rows(splits)
         self.codebook = autoencoder.quantizer.codebook.detach().cpu().numpy()
-        tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
-        self.rows = {split: {name: row for row, name in enumerate(table.ids)} for split, table in tables.items()}
         self.precision = stored_precision(caches[0].metadata)
         side = next(iter(splits.values())).dataset.image_size
-        self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision, frames=network_batch)
+        self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision)
         self.dtype = getattr(torch, caches[0].latents.dtype.name)
         self.encoders = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         # Frames come in the order of the store: each chunk of latents and of codes is read and checked once.
@@ -147,35 +144,25 @@ class FrameVerifier:
         threads = torch.get_num_threads()
         # Each thread computes alone, as when the store was written: see `frame_encoder`.
         pool = ThreadPoolExecutor(self.encoders, "verify", initializer=torch.set_num_threads, initargs=(1,))
-        pending: deque[tuple[list[DrawnFrame], Future[Encoded]]] = deque()
-        frames, pixels = [], []
-
-        def submit() -> None:
-            views = [view_transform(frame.view, frame.video[1]) for frame in frames]
-            pending.append((frames.copy(), pool.submit(self._encode, np.stack(pixels), views)))
-            frames.clear(), pixels.clear()
-
+        broken: list[FrameCheck] = []
+        decoded = self._decode(drawn, broken)
+        pending: deque[tuple[list[DrawnFrame], Future[list[Encoded]]]] = deque()
         try:
             with exact_kernels(self.precision):
-                for frame, decoded in self._decode(drawn):
-                    if isinstance(decoded, BrokenVideoError):
-                        problem = f"{frame}: cannot be decoded here, though it was encoded: {decoded.reason}"
-                        yield FrameCheck(frame.video, compared=False, problem=problem)
-                        continue
-                    frames.append(frame), pixels.append(decoded)
-                    if len(frames) == self.frame_encoder.frames:
-                        submit()
+                while batch := list(itertools.islice(decoded, self.frame_encoder.frames)):
+                    frames, pixels = zip(*batch, strict=True)
+                    pending.append((frames, pool.submit(self._encode, frames, np.stack(pixels))))
                     if len(pending) > 2 * self.encoders:
                         yield from self._compare(*pending.popleft())
-                if frames:
-                    submit()
                 while pending:
                     yield from self._compare(*pending.popleft())
+            yield from broken
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
 
-    def _decode(self, drawn: Sequence[DrawnFrame]) -> Iterator[tuple[DrawnFrame, np.ndarray | BrokenVideoError]]:
+    def _decode(self, drawn: Sequence[DrawnFrame], broken: list[FrameCheck]) -> Iterator[tuple[DrawnFrame, np.ndarray]]:
+        """Frames with their pixels; those that cannot be decoded are appended to `broken`."""
         # Views of a video are adjacent, so that one pass over the video serves them all.
         for (split, video_id), group in itertools.groupby(drawn, key=lambda frame: frame.video):
             frames = list(group)
@@ -183,20 +170,20 @@ class FrameVerifier:
             try:
                 pixels = dict(zip(numbers, self.splits[split].read(self.rows[split][video_id], numbers), strict=True))
             except BrokenVideoError as error:
-                yield from ((frame, error) for frame in frames)
+                problem = f"cannot be decoded here, though it was encoded: {error.reason}"
+                broken += [FrameCheck(frame.video, compared=False, problem=f"{frame}: {problem}") for frame in frames]
             else:
                 yield from ((frame, pixels[frame.number]) for frame in frames)
 
     @torch.inference_mode()
-    def _encode(self, pixels: np.ndarray, views: Sequence[ViewTransform]) -> Encoded:
-        encoded = self.frame_encoder.encode(pixels, views)
+    def _encode(self, frames: Sequence[DrawnFrame], pixels: np.ndarray) -> list[Encoded]:
+        encoded = self.frame_encoder.encode(pixels, [view_transform(frame.view, frame.video[1]) for frame in frames])
         rounded = self.frame_encoder.rounded(encoded, self.dtype).latents
-        return Encoded(*(values.cpu().numpy() for values in (encoded.latents, rounded, encoded.codes)))
+        arrays = (values.cpu().numpy() for values in (encoded.latents, rounded, encoded.codes))
+        return [Encoded(*values) for _, *values in zip(frames, *arrays, strict=False)]  # padding has no frame
 
-    def _compare(self, frames: Sequence[DrawnFrame], encoding: Future[Encoded]) -> Iterator[FrameCheck]:
-        fresh = encoding.result()
-        for row, frame in enumerate(frames):
-            yield self._compare_frame(frame, Encoded(fresh.latents[row], fresh.rounded[row], fresh.codes[row]))
+    def _compare(self, frames: Sequence[DrawnFrame], encoding: Future[list[Encoded]]) -> Iterator[FrameCheck]:
+        return map(self._compare_frame, frames, encoding.result())
 
     def _compare_frame(self, frame: DrawnFrame, fresh: Encoded) -> FrameCheck:
         cache, codes = frame.cache, None

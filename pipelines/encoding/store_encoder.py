@@ -1,34 +1,30 @@
 """From videos to a complete store: plans the chunks of all splits, has them encoded, summarizes the result."""
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import RootModel
 
 import latent_cache
-from latent_cache import ChunkWriter, NoSpaceError, SplitPlan, StoreWriter
+from latent_cache import NoSpaceError, SplitPlan, StoreWriter
 from latent_cache.schema import IDENTITY_VIEW, PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
-from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkEncoder, EncodedChunk, EncodeJob, EncodingStopped
+from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkEncoder, EncodeJob, EncodingStopped
 from pipelines.encoding.cluster import connect, run_here, run_on_cluster
-from pipelines.encoding.store_checks import (
-    check_layout,
-    check_sources,
-    store_metadata,
-    store_status,
-)
+from pipelines.encoding.store_checks import check_layout, check_sources, store_metadata, store_status
 from pipelines.encoding.store_summary import perplexity
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json, size_text, write_json
-from pipelines.runtime.progress import progress, say, warn
+from pipelines.runtime.progress import duration, progress, say, warn
 from pipelines.runtime.runs import write_run_files
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import Autoencoder
@@ -37,6 +33,9 @@ from stage1_autoencoder.videos.source import VideoSource, VideoTable
 
 # Warn when storing in `cache.dtype` changes the nearest code of more than this share of the latents.
 MOST_CODES_CHANGED = 1e-3
+# Every PSNR_STRIDE-th frame of a split is decoded again to measure the round trip, but at most PSNR_FRAMES of them.
+PSNR_STRIDE = 64
+PSNR_FRAMES = 32
 
 
 def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint) -> Path:
@@ -63,10 +62,10 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
     write_run_files(config, run_context.device)
     for summary in StoreEncoder(config, run_context, checkpoint, autoencoder, splits).run():
         say(summary.line())
-        if summary.codes_changed > MOST_CODES_CHANGED:
+        if (changed := summary.measured["codes_changed"]) > MOST_CODES_CHANGED:
             warn(
                 f"store: {summary.split}: storing latents as {config.cache.dtype} changed the nearest code of "
-                f"{summary.codes_changed:.2%} of them: set cache.dtype to float32 and encode again with --overwrite, "
+                f"{changed:.2%} of them: set cache.dtype to float32 and encode again with --overwrite, "
                 "or train an autoencoder with smaller latents"
             )
     say(f"store: complete, {path}")
@@ -84,41 +83,30 @@ def _check_complete(config: RiverConfig, run_context: RunContext) -> None:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """Summary of encoding one split.
+    """Summary of an encoded split.
 
     Attributes:
-        frames_per_second: of the frames that this command encoded; None when all were encoded before.
-        code_perplexity: exp of the entropy of the code frequencies; at most `codes`.
-        round_trip_psnr: dB, mean over a sample of frames, of the decoded stored latent against the frame.
-        codes_changed: share of latents whose nearest code changes when they are rounded to the store's type.
-        codes_held: share of latents that were moved by a few last places towards their code, so that it stays.
+        measured: what is also written to the store's notes. `codes_used`; `code_perplexity`: exp of the entropy of the
+            code frequencies; `round_trip_psnr`: dB, mean over a sample of frames, of the decoded stored latent against
+            the frame; `codes_changed`: share of latents whose nearest code changes when they are rounded to the store's
+            type; `codes_held`: share that was moved by a few last places towards their code, so that it stays.
     """
 
     split: str
     videos: int
     frames: int
     megabytes: float
-    frames_per_second: float | None
-    codes_used: int
     codes: int
-    code_perplexity: float
-    round_trip_psnr: float
-    codes_changed: float
-    codes_held: float
+    measured: dict[str, float]
 
     def line(self) -> str:
-        rate = "" if self.frames_per_second is None else f"{self.frames_per_second:.0f} frames/s, "
+        measured = self.measured
         return (
             f"store: {self.split}: {self.videos} videos, {self.frames} frames, {self.megabytes:.1f} MB of latents, "
-            f"{rate}{self.codes_used} of {self.codes} codes used (perplexity {self.code_perplexity:.0f}), round trip "
-            f"{self.round_trip_psnr:.2f} dB, {self.codes_changed:.3%} of codes changed by rounding "
-            f"({self.codes_held:.3%} held)"
+            f"{measured['codes_used']} of {self.codes} codes used (perplexity {measured['code_perplexity']:.0f}), "
+            f"round trip {measured['round_trip_psnr']:.2f} dB, {measured['codes_changed']:.3%} of codes changed by "
+            f"rounding ({measured['codes_held']:.3%} held)"
         )
-
-    def notes(self) -> dict[str, Any]:
-        """The part that is written to the store: all that does not depend on when and where it was encoded."""
-        kept = ("codes_used", "code_perplexity", "round_trip_psnr", "codes_changed", "codes_held")
-        return {name: value for name, value in asdict(self).items() if name in kept}
 
 
 class BrokenVideos(RootModel[dict[str, dict[str, tuple[str, str]]]]):
@@ -130,9 +118,6 @@ class StoreEncoder:
 
     Args:
         splits: videos of each split.
-        network_batch: frames per batch of the network; None: chosen by `FrameEncoder`.
-        psnr_every: smallest stride of the frames that are decoded again to measure round-trip PSNR.
-        psnr_frames: most frames per split that are measured.
     """
 
     def __init__(
@@ -142,14 +127,10 @@ class StoreEncoder:
         checkpoint: Checkpoint,
         autoencoder: Autoencoder,
         splits: dict[str, VideoSource],
-        *,
-        network_batch: int | None = None,
-        psnr_every: int = 64,
-        psnr_frames: int = 32,
     ) -> None:
         self.config, self.run_context, self.checkpoint, self.autoencoder = config, run_context, checkpoint, autoencoder
         self.splits, self.metadata = splits, store_metadata(config, autoencoder, splits)
-        self.network_batch, self.psnr_every, self.psnr_frames = network_batch, psnr_every, psnr_frames
+        self.tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
         self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # split -> id -> reason
         side = config.dataset.image_size // autoencoder.downsampling
         self.latent_shape = (autoencoder.config.latent_channels, side, side)
@@ -164,9 +145,7 @@ class StoreEncoder:
                 return self._attempt(overwrite)
             except BrokenVideosError as error:
                 # The plan had frames of these videos. Chunks before them stay, the others are planned again.
-                for video_id, reason in error.reasons.items():
-                    self.broken[error.split][video_id] = reason
-                    self.run_context.skip(video_id, reason)
+                self._skip(error.split, error.reasons)
                 self._note_broken()
                 # A store can lose videos, but no split: when a split lost its last video, start again.
                 overwrite = not self._videos(error.split)
@@ -176,23 +155,24 @@ class StoreEncoder:
         if "train" not in plans:
             raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
         options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
-        path = self.config.store_path.absolute()
-        job = self._job(ChunkWriter(path, session="none yet"), plans)
-        # Whatever refuses to encode must do so before an old store is deleted.
+        path, scheduler = self.config.store_path.absolute(), self.run_context.scheduler
+        job, stop = self._job(plans), StopRequest()
         with contextlib.ExitStack() as stack:
-            if self.run_context.scheduler is None:
-                ChunkEncoder(job, self.autoencoder, self.run_context.device).close()
-                cluster = None
+            # Whatever refuses to encode must do so before an old store is deleted.
+            if scheduler is None:
+                encoder = ChunkEncoder(job, self.autoencoder, self.run_context.device, stop)
+                stack.enter_context(contextlib.closing(encoder))
+                encode_chunks = functools.partial(run_here, encoder)
             else:
-                cluster = stack.enter_context(connect(self.run_context.scheduler))
+                client = stack.enter_context(connect(scheduler))
+                encode_chunks = functools.partial(run_on_cluster, client, job, stop)
             writer = stack.enter_context(StoreWriter.open(path, self.metadata, plans, **options))
-            stop = stack.enter_context(StopRequest())
+            stack.enter_context(stop)
             writer.check_space()
             try:
-                done = self._encode(writer, replace(job, writer=writer.chunk_writer), cluster, stop)
-                summaries = [self._summary(writer, split, plan, done) for split, plan in plans.items()]
-                notes = {summary.split: summary.notes() for summary in summaries}
-                writer.finish(notes, {"skipped": self._skipped()})
+                self._encode_pending(writer, encode_chunks)
+                summaries = [self._summary(writer, split) for split in plans]
+                writer.finish({summary.split: summary.measured for summary in summaries}, {"skipped": self._skipped()})
             except EncodingStopped:
                 raise StoppedBySignal(
                     stop.signal_number, f"stopped; {self.config.store_path} keeps its finished chunks, `encode` resumes"
@@ -223,23 +203,24 @@ class StoreEncoder:
         noted: dict[str, dict[str, tuple[str, str]]] = {}
         with contextlib.suppress(UserError):  # without the file they are found broken again
             noted = read_json(self._broken_file, BrokenVideos, "").root
-        for split in noted.keys() & self.splits.keys():
-            for video in self.splits[split].videos:
-                fingerprint, reason = noted[split].get(video.id, (None, ""))
-                if fingerprint == video.fingerprint:
-                    self.broken[split][video.id] = reason
-                    self.run_context.skip(video.id, reason)
+        for split, table in self.tables.items():
+            now = dict(zip(table.ids, table.fingerprints, strict=True))
+            broken = noted.get(split, {}).items()
+            self._skip(split, {video: reason for video, (before, reason) in broken if now.get(video) == before})
+
+    def _skip(self, split: str, reasons: dict[str, str]) -> None:
+        self.broken[split] |= reasons
+        for video_id, reason in reasons.items():
+            self.run_context.skip(video_id, reason)
 
     def _videos(self, split: str) -> VideoTable:
-        videos = VideoTable.of(self.splits[split].videos)
-        if not self.broken[split]:
-            return videos
-        return videos.select(np.flatnonzero([video_id not in self.broken[split] for video_id in videos.ids]))
+        table = self.tables[split]
+        return table.select(np.flatnonzero([video_id not in self.broken[split] for video_id in table.ids]))
 
     def _skipped(self) -> dict[str, dict[str, str]]:
-        """Fingerprints of the videos that cannot be decoded, by split and id."""
+        """Fingerprints of the videos that cannot be decoded, by split and id, in the order of the index."""
         return {
-            split: {video.id: video.fingerprint for video in self.splits[split].videos if video.id in ids}
+            split: {video.id: video.fingerprint for video in self.tables[split] if video.id in ids}
             for split, ids in self.broken.items()
             if ids
         }
@@ -252,7 +233,7 @@ class StoreEncoder:
 
         It decides the chunk size and which frames are measured, and finished chunks are kept.
         """
-        return int(VideoTable.of(self.splits[split].videos).frames.sum()) * len(self._views(split))
+        return int(self.tables[split].frames.sum()) * len(self._views(split))
 
     def _plan(self, split: str) -> SplitPlan:
         cache = self.config.cache
@@ -272,7 +253,7 @@ class StoreEncoder:
             shard_chunks=latent_cache.default_shard_chunks(frames, chunk_frames),
         )
 
-    def _job(self, writer: ChunkWriter, plans: dict[str, SplitPlan]) -> EncodeJob:
+    def _job(self, plans: dict[str, SplitPlan]) -> EncodeJob:
         run_context = self.run_context
         return EncodeJob(
             splits=self.splits,
@@ -281,59 +262,48 @@ class StoreEncoder:
             digest=self.metadata.autoencoder["sha256"],
             # Each worker finds its own device, unless the user named one.
             device=str(run_context.device) if run_context.scheduler is None else run_context.asked_device,
-            writer=writer,
-            psnr_stride={
-                split: max(self.psnr_every, -(-self._index_frames(split) // self.psnr_frames)) for split in plans
-            },
+            latent_shape=self.latent_shape,
+            psnr_stride={split: max(PSNR_STRIDE, -(-self._index_frames(split) // PSNR_FRAMES)) for split in plans},
             chunk_frames=max(plan.file_frames for plan in plans.values()),
-            network_batch=self.network_batch,
         )
 
-    def _encode(self, writer: StoreWriter, job: EncodeJob, cluster: Any, stop: StopRequest) -> list[EncodedChunk]:
-        plans = writer.plans
-        pending = {split: writer.pending(split) for split in plans}
-        for split, plan in plans.items():
-            if len(pending[split]) < len(plan.chunks):
-                finished = len(plan.chunks) - len(pending[split])
+    def _encode_pending(self, writer: StoreWriter, encode_chunks: Callable[..., None]) -> None:
+        """Call `encode_chunks(writer, [(split, chunk), ...], on_frames)` with the pending chunks, if there are any."""
+        tasks = []
+        for split, plan in writer.plans.items():
+            pending = writer.pending(split)
+            tasks += [(split, chunk) for chunk in pending]
+            if len(pending) < len(plan.chunks):
+                finished = len(plan.chunks) - len(pending)
                 say(f"store: {split}: {finished} of {len(plan.chunks)} chunks are already encoded")
-        tasks = [(split, chunk) for split in plans for chunk in pending[split]]
         if not tasks:
-            return []
-        frames = sum(plan.frames for plan in plans.values())
-        finished = frames - sum(chunk.frames for _, chunk in tasks)
-        with progress(total=frames, initial=finished, description="encode", unit="frame") as bar:
+            return
+        total, frames = sum(plan.frames for plan in writer.plans.values()), sum(chunk.frames for _, chunk in tasks)
+        started = time.monotonic()
+        with progress(total=total, initial=total - frames, description="encode", unit="frame") as bar:
+            encode_chunks(writer, tasks, bar.update)
+        seconds = time.monotonic() - started
+        say(f"store: {frames} frames encoded in {duration(seconds)}, {frames / seconds:.0f} frames/s")
 
-            def accept(encoded: EncodedChunk) -> None:
-                writer.accept(encoded.split, encoded.chunk, encoded.marker)
-                if cluster is not None:
-                    bar.update(encoded.chunk.frames)
-
-            if cluster is not None:
-                return run_on_cluster(cluster, job, tasks, accept, stop)
-            encoder = ChunkEncoder(job, self.autoencoder, self.run_context.device, accept, bar.update, stop)
-            try:
-                return run_here(encoder, tasks)
-            finally:
-                encoder.close()
-
-    def _summary(self, writer: StoreWriter, split: str, plan: SplitPlan, done: list[EncodedChunk]) -> SplitSummary:
-        """Summary from the markers of all chunks, and the rate of those that this command encoded (`done`)."""
+    def _summary(self, writer: StoreWriter, split: str) -> SplitSummary:
+        """Summary from the markers of all chunks."""
+        plan = writer.plans[split]
         markers = [marker.measured for marker in writer.markers(split)]
         counts = np.zeros(self.autoencoder.config.codes, np.int64)
         for measured in markers:
             counts[: len(measured["code_counts"])] += measured["code_counts"]
-        mine = [encoded for encoded in done if encoded.split == split]
-        seconds = max(encoded.ended for encoded in mine) - min(encoded.started for encoded in mine) if mine else None
+        latents = int(counts.sum())
         return SplitSummary(
             split=split,
             videos=len(set(plan.video_ids)),
             frames=plan.frames,
             megabytes=plan.frames * np.prod(self.latent_shape) * np.dtype(self.config.cache.dtype).itemsize / 1e6,
-            frames_per_second=sum(encoded.chunk.frames for encoded in mine) / max(seconds, 1e-9) if mine else None,
-            codes_used=int((counts > 0).sum()),
             codes=len(counts),
-            code_perplexity=perplexity(counts),
-            round_trip_psnr=float(np.mean([value for measured in markers for value in measured["psnr"]])),
-            codes_changed=sum(measured["codes_changed"] for measured in markers) / int(counts.sum()),
-            codes_held=sum(measured["codes_held"] for measured in markers) / int(counts.sum()),
+            measured={
+                "codes_used": int((counts > 0).sum()),
+                "code_perplexity": perplexity(counts),
+                "round_trip_psnr": float(np.mean([value for measured in markers for value in measured["psnr"]])),
+                "codes_changed": sum(measured["codes_changed"] for measured in markers) / latents,
+                "codes_held": sum(measured["codes_held"] for measured in markers) / latents,
+            },
         )

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -143,27 +142,13 @@ def _summary_of_split(cache: LatentCache) -> Iterator[str]:
         + f"; latents {'x'.join(map(str, latents.shape))} {latents.dtype}, {reader.chunk_count} chunks of "
         f"{chunk} frames{shards}, {cache.nbytes / 1e6:.1f} MB"
     )
-    try:
-        usage = cache.notes if "code_perplexity" in cache.notes else _code_usage(cache)
-    except CorruptStoreError as error:
-        yield f"         codes cannot be counted: {error}"
-        return
-    if usage:
-        total = cache.metadata.autoencoder.get("codes", "?")
-        text = f"{usage['codes_used']} of {total} codes used, perplexity {usage['code_perplexity']:.0f}"
-        if "round_trip_psnr" in usage:
-            text += f"; round trip {usage['round_trip_psnr']:.2f} dB"
-        if "codes_changed" in usage:
-            text += f"; {usage['codes_changed']:.3%} of codes changed by rounding"
-        yield f"         {text}"
-
-
-def _code_usage(cache: LatentCache) -> Mapping[str, Any]:
-    """Number of codes that a split uses, and their perplexity; empty for a store without codes."""
-    if cache.code_reader is None:
-        return {}
-    counts = count_codes(cache)
-    return {"codes_used": int((counts > 0).sum()), "code_perplexity": perplexity(counts)}
+    notes = cache.notes
+    if "codes_used" in notes:
+        yield (
+            f"         {notes['codes_used']} of {cache.metadata.autoencoder['codes']} codes used, perplexity "
+            f"{notes['code_perplexity']:.0f}; round trip {notes['round_trip_psnr']:.2f} dB; "
+            f"{notes['codes_changed']:.3%} of codes changed by rounding"
+        )
 
 
 def count_codes(cache: LatentCache) -> np.ndarray:

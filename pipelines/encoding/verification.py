@@ -1,6 +1,7 @@
 """`encode --verify`: all checksums of a store, and some of its frames encoded again. Writes nothing."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,30 +90,32 @@ def check_checksums(store: str) -> ChecksumReport:
         except CorruptStoreError as error:
             damages, names_are_sound = damages + 1, False
             _print_finding(f"{error}. The other files of {split} were not checked")
-    readers = {
-        cache.split: [reader for reader in (cache.latent_reader, cache.code_reader) if reader is not None]
-        for cache in caches
-    }
+    readers = {cache: [reader for reader in (cache.latent_reader, cache.code_reader) if reader] for cache in caches}
     chunks = sum(reader.chunk_count for group in readers.values() for reader in group)
     size = sum(reader.array.nbytes for group in readers.values() for reader in group)
     with progress(total=chunks, description="checksums", unit="chunk") as bar:
+
+        def cause(damage: DamagedFramesError | None) -> tuple[str, str] | None:
+            bar.update()
+            return None if damage is None else (damage.file, damage.what)
+
         for cache in caches:
             index_damages = list(cache.index_damages())
             for error in index_damages:
                 _print_finding(str(error))
             damages += len(index_damages)
             names_are_sound &= not index_damages
-            for reader in readers[cache.split]:
-                found = []
-                for damage in reader.damages():
-                    bar.update()
-                    found += [damage] if damage is not None else []
-                for damage in _joined(found):
+            for reader in readers[cache]:
+                # Adjacent chunks in one file with one cause, such as a missing shard, are one damage.
+                for found, group in itertools.groupby(reader.damages(), cause):
+                    if found is None:
+                        continue
                     damages += 1
-                    videos = "videos of unknown names" if index_damages else _name_videos(cache, damage)
+                    joined = list(group)
+                    start, stop = joined[0].start, joined[-1].stop
+                    videos = "videos of unknown names" if index_damages else _name_videos(cache, start, stop)
                     _print_finding(
-                        f"{damage.file} {damage.what}. It carries frames {damage.start} to {damage.stop - 1} of "
-                        f"{cache.split}, of {videos}"
+                        f"{' '.join(found)}. It carries frames {start} to {stop - 1} of {cache.split}, of {videos}"
                     )
     if damages:
         return ChecksumReport(caches, names_are_sound, f"{damages} damaged file(s) or chunk(s), listed above")
@@ -195,21 +198,9 @@ def _explain_rounding(compared: Sequence[FrameCheck], cache: LatentCache) -> str
     return text + (f" (the store was written with {'; '.join(others)})" if others else "")
 
 
-def _joined(damages: Sequence[DamagedFramesError]) -> list[DamagedFramesError]:
-    """Join the damages of adjacent chunks in one file that have one cause, such as a missing shard."""
-    joined: list[DamagedFramesError] = []
-    for damage in damages:
-        last = joined[-1] if joined else None
-        if last is not None and (last.file, last.what, last.stop) == (damage.file, damage.what, damage.start):
-            joined[-1] = DamagedFramesError(str(last), last.file, last.what, last.start, damage.stop)
-        else:
-            joined.append(damage)
-    return joined
-
-
-def _name_videos(cache: LatentCache, damage: DamagedFramesError) -> str:
-    """Names of the videos whose frames a damaged chunk carries."""
-    first, last = (int(row) for row in cache.offsets.searchsorted([damage.start, damage.stop - 1], side="right") - 1)
+def _name_videos(cache: LatentCache, start: int, stop: int) -> str:
+    """Names of the videos that frames `start` to `stop` (excluded) of a split belong to."""
+    first, last = (int(row) for row in cache.offsets.searchsorted([start, stop - 1], side="right") - 1)
     rows = range(first, last + 1)
 
     def name(row: int) -> str:

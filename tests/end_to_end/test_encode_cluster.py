@@ -255,15 +255,15 @@ def test_a_worker_sees_a_store_only_while_it_is_written(place, monkeypatch) -> N
 
 
 @pytest.fixture
-def jobs(place, monkeypatch) -> Callable[..., list[tuple[EncodeJob, list[Any]]]]:
+def jobs(place, monkeypatch) -> Callable[..., Any]:
     """Calls a function with the job and the tasks that workers would get; the encoding is open until it returns."""
 
-    def with_jobs(use: Callable[[StoreWriter, EncodeJob, list[Any]], Any], at: Any = place) -> Any:
+    def with_jobs(use: Callable[[EncodeJob, list[Any]], Any], at: Any = place) -> Any:
         answers = []
 
-        def run_here(encoder: Any, tasks: list[Any]) -> list[Any]:
+        def run_here(encoder: Any, writer: StoreWriter, tasks: list[Any], on_frames: Any) -> None:
             encoder.close()
-            answers.append(use(encoder.job, tasks))
+            answers.append(use(encoder.job, [(writer.chunk_writer, *task) for task in tasks]))
             raise EncodingStopped
 
         with monkeypatch.context() as patch:
@@ -286,7 +286,7 @@ def test_tasks_that_run_twice_and_at_once(jobs, place, whole) -> None:
             twice = [pool.submit(encode_chunk, job, *task) for task in tasks for _ in range(2)]
             encoded = [future.result() for future in twice]
         for one, other in zip(encoded[::2], encoded[1::2], strict=True):
-            assert one.marker == other.marker
+            assert one == other
         before = chunk_files(place.store)
         for task in tasks:
             encode_chunk(job, *task)

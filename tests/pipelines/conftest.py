@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from pipelines.encoding.store_encoder import SplitSummary, StoreEncoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import VQGANConfig
+from stage1_autoencoder.frame_encoder import PASS_PIXELS
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoInfo, VideoSource
 from stage1_autoencoder.vqgan import VQGAN
@@ -110,8 +111,6 @@ class EncodingKit:
     )
     model: VQGAN = field(default_factory=random_autoencoder)
     run_context: RunContext = field(default_factory=lambda: RunContext(torch.device("cpu")))
-    # The network sees 8 frames at once, and round-trip PSNR is measured on every 8th frame.
-    sizes: dict[str, int] = field(default_factory=lambda: {"network_batch": 8, "psnr_every": 8})
     Source = NoiseSource
 
     def config(self, **cache: Any) -> RiverConfig:
@@ -134,7 +133,7 @@ class EncodingKit:
         """The encoder of the store; `cache` has its settings."""
         checkpoint = Checkpoint(self.folder / "none", {"step": 0})
         context = replace(self.run_context, overwrite=overwrite)
-        return StoreEncoder(self.config(**cache), context, checkpoint, self.model, self.splits, **self.sizes)
+        return StoreEncoder(self.config(**cache), context, checkpoint, self.model, self.splits)
 
     def encode(self, overwrite: bool = False, **cache: Any) -> dict[str, SplitSummary]:
         """Encode what is pending; the summaries by split."""
@@ -163,13 +162,26 @@ class EncodingKit:
 
     def another(self, name: str) -> "EncodingKit":
         """The same videos and autoencoder, another folder."""
-        return EncodingKit(self.folder / name, self.splits, self.model, self.run_context, self.sizes)
+        return EncodingKit(self.folder / name, self.splits, self.model, self.run_context)
 
 
 @pytest.fixture
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncodingKit:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # nothing waits for the disk
+    monkeypatch.setattr("pipelines.encoding.store_encoder.PSNR_STRIDE", 8)
+    set_network_batch(monkeypatch, 8)
     return EncodingKit(tmp_path / "kit")
+
+
+def set_network_batch(monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+    """How many frames of the kit the network sees at once."""
+    monkeypatch.setitem(PASS_PIXELS, "cpu", frames * SIDE**2)
+
+
+@pytest.fixture
+def network_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set how many frames of the kit the network sees at once."""
+    return lambda frames: set_network_batch(monkeypatch, frames)
 
 
 @pytest.fixture(scope="session")

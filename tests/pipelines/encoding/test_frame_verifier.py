@@ -28,7 +28,7 @@ def open_splits(kit) -> list[LatentCache]:
 
 
 def verifier_of(kit, caches: list[LatentCache]) -> FrameVerifier:
-    return FrameVerifier(caches, kit.splits, kit.model, torch.device("cpu"), kit.sizes["network_batch"])
+    return FrameVerifier(caches, kit.splits, kit.model, torch.device("cpu"))
 
 
 # Drawing
@@ -107,9 +107,9 @@ def test_a_broken_video_is_a_finding_and_the_others_are_compared(kit) -> None:
     assert all(check.bit_equal for check in checks if check.compared)
 
 
-def test_memory_does_not_grow_with_the_number_of_frames(kit, monkeypatch) -> None:
+def test_memory_does_not_grow_with_the_number_of_frames(kit, network_batch, monkeypatch) -> None:
     """Frames are compared while others are still to be decoded."""
-    kit.sizes["network_batch"] = 4
+    network_batch(4)
     kit.splits = {"train": kit.Source({f"v{row:02d}": 4 for row in range(40)})}
     kit.encode(views=VIEWS)
     caches = open_splits(kit)

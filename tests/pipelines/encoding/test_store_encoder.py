@@ -51,7 +51,7 @@ def frames_of(source, video: str) -> np.ndarray:
 
 def encoded_alone(kit, frames: np.ndarray) -> list:
     """Frames, each encoded in a batch of nothing but itself."""
-    encoder = FrameEncoder(kit.model, torch.device("cpu"), frames.shape[1], frames=kit.sizes["network_batch"])
+    encoder = FrameEncoder(kit.model, torch.device("cpu"), frames.shape[1])
     return [encoder.encode(frame[None], [IDENTITY]) for frame in frames]
 
 
@@ -77,8 +77,8 @@ def make_codes_dense(kit) -> None:
     ("cache", "threads"),
     [({"batch_frames": 7}, 1), ({"batch_frames": 500, "memory_budget": "1 TiB"}, 2), ({"batch_frames": 1}, 4)],
 )
-def test_the_same_bytes_whatever_batches_and_threads(kit, cache: dict, threads: int) -> None:
-    kit.sizes["network_batch"] = 3
+def test_the_same_bytes_whatever_batches_and_threads(kit, network_batch, cache: dict, threads: int) -> None:
+    network_batch(3)
     kit.encode(batch_frames=3)
     other = kit.another("other")
     before = torch.get_num_threads()
@@ -90,8 +90,8 @@ def test_the_same_bytes_whatever_batches_and_threads(kit, cache: dict, threads: 
 
 
 @pytest.mark.parametrize("slow", [{"a": 0.01, "d": 0.003}, {"c": 0.02, "e": 0.002, "v": 0.005}])
-def test_the_same_bytes_whatever_is_decoded_first(kit, slow: dict[str, float]) -> None:
-    kit.sizes["network_batch"] = 3
+def test_the_same_bytes_whatever_is_decoded_first(kit, network_batch, slow: dict[str, float]) -> None:
+    network_batch(3)
     kit.encode(batch_frames=3, views=VIEWS)
     other = kit.another("other")
     other.splits = {split: kit.Source({v.id: v.frames for v in s.videos}) for split, s in kit.splits.items()}
@@ -149,12 +149,12 @@ def in_flight(monkeypatch) -> SimpleNamespace:
 
     run = ChunkTask.run
 
-    def watched_run(self: ChunkTask) -> object:
+    def watched_run(self: ChunkTask, writer: ChunkWriter) -> object:
         with state.lock:
             state.tasks += 1
             state.most_tasks = max(state.most_tasks, state.tasks)
         try:
-            return run(self)
+            return run(self, writer)
         finally:
             with state.lock:
                 state.tasks -= 1
@@ -165,9 +165,9 @@ def in_flight(monkeypatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("views", [["identity"], VIEWS])
-def test_memory_does_not_grow_with_the_videos(kit, monkeypatch, in_flight, views: list[str]) -> None:
+def test_memory_does_not_grow_with_the_videos(kit, network_batch, monkeypatch, in_flight, views: list[str]) -> None:
     """Encoding is slower than decoding, which must wait for it."""
-    kit.sizes["network_batch"] = 4
+    network_batch(4)
     count_calls(monkeypatch, FrameEncoder, "encode", seconds=0.002)
     encoders = count_calls(monkeypatch, ChunkEncoder, "close")
     most = {}
@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_the_videos(kit, monkeypatch, in_flight, views
 
 def encoder_with(kit, chunk_frames: int = 10, **cache: object) -> ChunkEncoder:
     settings = kit.config(**cache).cache
-    job = EncodeJob(kit.splits, settings, None, "", "cpu", None, {}, chunk_frames, kit.sizes["network_batch"])
+    job = EncodeJob(kit.splits, settings, None, "", "cpu", (4, 4, 4), {}, chunk_frames)
     return ChunkEncoder(job, kit.model, torch.device("cpu"))
 
 
@@ -389,11 +389,11 @@ def test_notes_on_broken_videos_are_dropped_when_damaged_or_out_of_date(kit) -> 
     assert kit.files() == whole.files()
 
 
-def test_an_error_in_an_encoding_thread_is_the_error_that_is_raised(kit, monkeypatch) -> None:
+def test_an_error_in_an_encoding_thread_is_the_error_that_is_raised(kit, network_batch, monkeypatch) -> None:
     def fails(*arguments: object) -> None:
         raise ZeroDivisionError("no latent")
 
-    kit.sizes["network_batch"] = 2
+    network_batch(2)
     kit.splits["train"].seconds = dict.fromkeys("abcde", 0.01)  # decoding goes on, and must stop
     monkeypatch.setattr(FrameEncoder, "encode", fails)
     with pytest.raises(ZeroDivisionError, match="no latent"):
@@ -413,7 +413,7 @@ def test_tasks_of_a_closed_encoder_stop(kit) -> None:
     encoder.close()
     plan = SplitPlan(["a"], ["identity"], [7], (4, 4, 4), 10)
     with pytest.raises((EncodingStopped, RuntimeError)):
-        encoder.encode("train", plan.chunk(0))
+        encoder.encode(ChunkWriter(kit.store, "over"), "train", plan.chunk(0))
 
 
 def test_a_signal_after_the_last_chunk_finds_a_complete_store(kit, monkeypatch) -> None:
@@ -455,11 +455,13 @@ def round_trip(kit, split: str, stride: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("cache", "network_batch", "interrupted"),
+    ("cache", "batch", "interrupted"),
     [({}, 2, None), ({}, 8, 4), ({"views": VIEWS, "batch_frames": 3}, 2, 4), ({"views": VIEWS}, 8, None)],
 )
-def test_summaries_say_what_is_in_the_store(kit, cache: dict, network_batch: int, interrupted: int | None) -> None:
-    kit.sizes["network_batch"] = network_batch
+def test_summaries_say_what_is_in_the_store(
+    kit, network_batch, cache: dict, batch: int, interrupted: int | None
+) -> None:
+    network_batch(batch)
     if interrupted is not None:
         kit.interrupt(interrupted, **cache)
     for split, summary in kit.encode(**cache).items():
@@ -467,28 +469,27 @@ def test_summaries_say_what_is_in_the_store(kit, cache: dict, network_batch: int
         codes = store.codes[:]
         counts = np.bincount(codes.ravel(), minlength=64)
         share = counts[counts > 0] / counts.sum()
-        assert summary.codes_used == np.count_nonzero(counts) > 8
-        assert summary.code_perplexity == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-12)
+        assert summary.measured["codes_used"] == np.count_nonzero(counts) > 8
+        assert summary.measured["code_perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-12)
         assert summary.frames == store.frames
         assert summary.videos == len(kit.splits[split].videos)
         assert summary.megabytes == pytest.approx(store.nbytes / 1e6)
         codebook = kit.model.quantizer.embedding.weight.numpy().astype(np.float64)
         vectors = rearrange(store.load().numpy().astype(np.float64), "n c y x -> n y x 1 c")
         nearest = np.square(vectors - codebook).sum(-1).argmin(-1)
-        assert summary.codes_changed == pytest.approx(np.mean(nearest != codes), abs=1e-9)
-        assert summary.round_trip_psnr == pytest.approx(round_trip(kit, split, 8), abs=2e-3)
-        assert store.notes["code_perplexity"] == summary.code_perplexity
-        assert store.notes["round_trip_psnr"] == summary.round_trip_psnr
+        assert summary.measured["codes_changed"] == pytest.approx(np.mean(nearest != codes), abs=1e-9)
+        assert summary.measured["round_trip_psnr"] == pytest.approx(round_trip(kit, split, 8), abs=2e-3)
+        assert store.notes == summary.measured
 
 
 def test_a_broken_video_does_not_change_which_frames_are_measured(kit, monkeypatch) -> None:
     """Chunks that are kept were measured before. The whole index decides, as it decides the size of the chunks."""
-    kit.sizes["psnr_frames"] = 4
+    monkeypatch.setattr("pipelines.encoding.store_encoder.PSNR_FRAMES", 4)
     kit.splits = {"train": kit.Source({f"v{row}": 16 for row in range(7)})}
     kit.splits["train"].ends["v3"] = 3
     summary = kit.encode()["train"]
     assert summary.frames == 96
-    assert summary.round_trip_psnr == pytest.approx(round_trip(kit, "train", 112 // 4), abs=2e-3)
+    assert summary.measured["round_trip_psnr"] == pytest.approx(round_trip(kit, "train", 112 // 4), abs=2e-3)
     measured = count_calls(monkeypatch, FrameEncoder, "round_trip_psnr")
     kit.another("again").encode()
     assert 0 < len(measured) <= 2 * 4  # of the plan with the broken video, and of the one without
@@ -506,12 +507,12 @@ def test_codes_that_rounding_would_change_are_counted(kit) -> None:
     moved = quantizer.nearest(latents.half().float()) != exact
     changed = quantizer.nearest(store.load().float()) != exact
     assert moved.float().mean() > 0.001
-    assert summary.codes_changed == pytest.approx(float(changed.float().mean()), rel=1e-6)
-    assert summary.codes_held == pytest.approx(float((moved & ~changed).float().mean()), rel=1e-6)
-    assert summary.codes_held > 0
-    assert summary.codes_changed > 0
-    exactly = kit.another("exactly").encode(dtype="float32")["train"]
-    assert (exactly.codes_changed, exactly.codes_held) == (0, 0)
+    assert summary.measured["codes_changed"] == pytest.approx(float(changed.float().mean()), rel=1e-6)
+    assert summary.measured["codes_held"] == pytest.approx(float((moved & ~changed).float().mean()), rel=1e-6)
+    assert summary.measured["codes_held"] > 0
+    assert summary.measured["codes_changed"] > 0
+    exactly = kit.another("exactly").encode(dtype="float32")["train"].measured
+    assert (exactly["codes_changed"], exactly["codes_held"]) == (0, 0)
 
 
 @pytest.mark.parametrize("cache", [{"batch_frames": 500, "chunk_frames": 48}, {"chunk_frames": 3}])
@@ -525,32 +526,21 @@ def test_codes_are_held_whatever_the_batches(kit, cache: dict) -> None:
     assert ours.notes["codes_held"] == theirs.notes["codes_held"] > 0
 
 
-def test_the_rate_is_of_what_this_command_encoded(kit) -> None:
-    interrupt_at_the_end(kit)
-    summaries = kit.encode()  # every chunk was there
-    for summary in summaries.values():
-        assert summary.frames_per_second is None
-        assert "frames/s" not in summary.line()
-    again = kit.another("again")
-    again.interrupt(after=5, memory_budget=f"{needed_bytes(kit)} B")  # all of train
-    fresh = again.encode()
-    assert fresh["train"].frames_per_second is None
-    assert fresh["val"].frames_per_second > 0
-    assert re.search(r"[1-9]\d* frames/s, ", fresh["val"].line())
-    for split, summary in summaries.items():
-        assert summary.notes() == fresh[split].notes()
-
-
-def test_a_clock_that_is_set_back_gives_no_negative_rate(kit, monkeypatch) -> None:
-    clock = iter(range(10**6, 0, -1))
-    monkeypatch.setattr("time.time", lambda: float(next(clock)))
-    for summary in kit.encode().values():
-        assert summary.frames_per_second > 0
+def test_the_rate_is_of_what_this_command_encoded(kit, capsys) -> None:
+    whole = kit.encode()
+    assert re.search(r"store: 61 frames encoded in \d+ s, [1-9]\d* frames/s\n", capsys.readouterr().out)
+    resumed = kit.another("resumed")
+    resumed.interrupt(after=5, memory_budget=f"{needed_bytes(kit)} B")  # all of train, 48 frames
+    assert resumed.encode() == whole
+    assert "store: 13 frames encoded" in capsys.readouterr().out
+    finished = kit.another("finished")
+    interrupt_at_the_end(finished)
+    capsys.readouterr()
+    assert finished.encode() == whole
+    assert "frames/s" not in capsys.readouterr().out
 
 
 def test_a_store_without_codes_has_the_same_summary(kit) -> None:
     other = kit.another("other")
-    without = other.encode(codes=False)
-    for split, summary in kit.encode().items():
-        assert summary.notes() == without[split].notes()
+    assert other.encode(codes=False) == kit.encode()
     assert latent_cache.open(other.store).codes is None

@@ -91,7 +91,6 @@ def test_a_complete_store(write, inspect) -> None:
         "7 of 64 codes used, perplexity 5; round trip 31.25 dB; 0.125% of codes changed by rounding",
         "7 video(s) that could not be decoded: torn0, torn1, torn2, torn3, torn4, ...",
         "test   1 videos of 3 to 3 frames; latents 3x2x3x4 float16, 1 chunks of 3 frames",
-        "3 of 64 codes used, perplexity 3",  # of test, which has no notes: computed
         "per channel    mean [14.5 14.5], std [8.655 8.655]",
     ):
         assert text in outcome.out, f"{text!r} is not in\n{outcome.out}"
@@ -99,7 +98,8 @@ def test_a_complete_store(write, inspect) -> None:
 
 def test_a_store_without_notes_and_with_shards(write, inspect) -> None:
     outcome = inspect(write(notes=False, shard_chunks=2))
-    assert "4 of 64 codes used, perplexity 4" in outcome.out
+    assert outcome.code == 0
+    assert "codes used" not in outcome.out
     assert "torn" not in outcome.out
     assert "8 chunks of 4 frames in shards of 2" in outcome.out
 
@@ -163,9 +163,7 @@ def test_verify(write, inspect) -> None:
     assert re.search(rf"{first} is damaged.* frames 4 to 7 of train, .*'walk', 'walk' \(hflip\)", outcome.err)
     assert re.search(rf"{second} is missing.* frames 0 to 2 of test, .*'wave'", outcome.err)
     assert f"inspect: {path}: 2 damaged" in outcome.err
-    outcome = inspect(path)
-    assert outcome.code == 0  # nobody asked
-    assert f"{second} is missing" in outcome.out  # instead of the usage of its codes
+    assert inspect(path).code == 0  # nobody asked
 
     (path / "train/video_id/c/0").unlink()
     assert inspect(path).code == 2
