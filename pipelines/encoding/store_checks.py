@@ -87,21 +87,15 @@ def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[s
             "latent_channels": autoencoder.config.latent_channels,
             "codes": autoencoder.config.codes,
         }
-        | how_computed(config),
+        # Settings that change the last digits of latents, without those at their defaults.
+        | ({} if config.cache.precision == "fp32" else {"precision": config.cache.precision})
+        | ({"compiled": True} if config.cache.compile else {}),
         software=software_versions(),
     )
 
 
-def how_computed(config: RiverConfig) -> dict[str, Any]:
-    """Settings that change the last digits of latents, without those at their defaults."""
-    cache = config.cache
-    return ({} if cache.precision == "fp32" else {"precision": cache.precision}) | (
-        {"compiled": True} if cache.compile else {}
-    )
-
-
 def stored_precision(metadata: StoreMetadata) -> Precision:
-    """Precision that the latents of a store were computed in; the inverse of `how_computed`."""
+    """Precision that the latents of a store were computed in."""
     return metadata.autoencoder.get("precision", "fp32")
 
 

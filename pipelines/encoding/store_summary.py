@@ -1,7 +1,7 @@
 """What `inspect` shows of a store: a summary, how far an incomplete one is, and a video decoded from its latents."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ def inspect_store(
             say(line)
         if verify or gif is not None:
             raise IncompleteStoreError(f"{store}: the store is not complete: finish it with `make encode`, then repeat")
-    if verify and (problem := check_checksums(store).problem):
+    if verify and (problem := check_checksums(store)[0]):
         raise CheckFailed(f"{store}: {problem}: {WAY_OUT}")
     if gif is not None:
         _save_video(config, run_context, store, video, view or IDENTITY_VIEW, gif)
@@ -111,24 +111,17 @@ def summary_of_incomplete(store: str) -> Iterator[str]:
     if local_path(store) is None:
         yield "  its progress is visible only on the machine that writes it"
         return
-    splits = latent_cache.open_progress(store)
-    for split, progress in splits.items():
+    for split, progress in latent_cache.open_progress(store).items():
         last = "" if progress.last_write is None else f", the last one {_ago(progress.last_write)}"
         yield (
             f"  {split:<6} {progress.written} of {progress.chunks} chunks are written{last}; {progress.frames} frames, "
             f"{progress.frames_per_chunk} per chunk"
         )
-    written, chunks = (sum(getattr(part, name) for part in splits.values()) for name in ("written", "chunks"))
-    yield f"  in total {written} of {chunks} chunks"
 
 
 def _origin(metadata: latent_cache.StoreMetadata) -> Iterator[str]:
-    for title, values in (
-        ("preprocessing", metadata.preprocessing),
-        ("autoencoder", metadata.autoencoder),
-        ("software", metadata.software),
-    ):
-        yield f"  {title:<14} " + ", ".join(f"{key} {_text(value)}" for key, value in values.items())
+    for title in ("preprocessing", "autoencoder", "software"):
+        yield f"  {title:<14} " + ", ".join(f"{key} {value}" for key, value in getattr(metadata, title).items())
 
 
 def _summary_of_split(cache: LatentCache) -> Iterator[str]:
@@ -201,13 +194,3 @@ def _save_video(
 
 def _ago(moment: float) -> str:
     return f"{duration(max(0.0, time.time() - moment))} ago"
-
-
-def _text(value: object) -> str:
-    """An attribute of the store in one line: digests shortened, lists and mappings without brackets and quotes."""
-    if isinstance(value, Mapping):
-        return "(" + ", ".join(f"{key} {_text(part)}" for key, part in value.items()) + ")"
-    if isinstance(value, list):
-        return " ".join(map(_text, value))
-    text = str(value)
-    return f"{text[:12]}..." if len(text) == 64 and " " not in text else text

@@ -3,8 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -49,37 +48,23 @@ def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> No
         autoencoder, splits = _load_autoencoder(config, run_context), _open_videos(config)
         with contextlib.suppress(CorruptStoreError):  # damaged names are listed below, with all other damage
             check_sources(config, splits)
-    sums = check_checksums(str(path))
-    found = [sums.problem] if sums.problem else []
+    problem, caches = check_checksums(str(path))
+    problems = [problem]
     if not count:
         say("verify: 0 frames encoded again")
-    elif not sums.names_are_sound:
-        found.append("no frame was encoded again, since names or offsets of videos are damaged")
+    elif not caches:
+        problems.append("no frame was encoded again, since names or offsets of videos are damaged")
     else:
-        problem = _check_frames(config, run_context, sums.caches, splits, autoencoder, count)
-        found += [problem] if problem else []
-    if found:
-        raise CheckFailed(f"{path}: {'; '.join(found)}: {WAY_OUT}")
+        problems += _check_frames(config, caches, FrameVerifier(caches, splits, autoencoder, run_context.device), count)
+    if any(problems):
+        raise CheckFailed(f"{path}: {'; '.join(filter(None, problems))}: {WAY_OUT}")
 
 
-@dataclass(frozen=True)
-class ChecksumReport:
-    """Result of reading a whole store.
-
-    Attributes:
-        caches: the splits that can be opened.
-        names_are_sound: whether every split can be opened and its names and offsets are sound.
-        problem: what is wrong; empty when nothing is.
-    """
-
-    caches: list[LatentCache]
-    names_are_sound: bool
-    problem: str
-
-
-def check_checksums(store: str) -> ChecksumReport:
+def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
     """Read all chunks, names and offsets of a complete store. Each damage is printed on stderr, with file and videos.
 
+    Returns:
+        What is wrong, empty when nothing is; and all splits, or none when names or offsets of videos are damaged.
     Raises:
         StoreError: no complete store, or one that cannot be reached.
     """
@@ -118,12 +103,12 @@ def check_checksums(store: str) -> ChecksumReport:
                         f"{' '.join(found)}. It carries frames {start} to {stop - 1} of {cache.split}, of {videos}"
                     )
     if damages:
-        return ChecksumReport(caches, names_are_sound, f"{damages} damaged file(s) or chunk(s), listed above")
+        return f"{damages} damaged file(s) or chunk(s), listed above", caches if names_are_sound else []
     say(
         f"verify: {store}: all {chunks} chunks of latents and codes, {size_text(size)}, and the names and offsets of "
         "all videos match their checksums"
     )
-    return ChecksumReport(caches, True, "")
+    return "", caches
 
 
 def _load_autoencoder(config: RiverConfig, run_context: RunContext) -> Autoencoder:
@@ -150,52 +135,37 @@ def _open_videos(config: RiverConfig) -> dict[str, VideoSource]:
 
 
 def _check_frames(
-    config: RiverConfig,
-    run_context: RunContext,
-    caches: Sequence[LatentCache],
-    splits: dict[str, VideoSource],
-    autoencoder: Autoencoder,
-    count: int,
-) -> str:
-    """Encode drawn frames again. Returns what is wrong with them, empty when nothing is."""
+    config: RiverConfig, caches: Sequence[LatentCache], verifier: FrameVerifier, count: int
+) -> Iterator[str]:
+    """Encode drawn frames again. Yields what is wrong with them."""
     drawn = draw_frames(caches, count, config.seed)
     checks: list[FrameCheck] = []
     with progress(total=len(drawn), description="encode again", unit="frame") as bar:
-        for check in FrameVerifier(caches, splits, autoencoder, run_context.device).check(drawn):
+        for check in verifier.check(drawn):
             bar.update()
             checks.append(check)
             if check.problem:
                 _print_finding(check.problem)
     compared = [check for check in checks if check.compared]
-    wrong = [check for check in compared if check.problem]
-    equal = sum(check.bit_equal for check in compared)
-    total = sum(cache.frames for cache in caches)
-    frames = f"all {total} frames" if len(drawn) == total else f"{len(drawn)} of {total} frames"
-    videos, number = len({check.video for check in checks}), "all" if equal == len(drawn) else equal
-    say(
-        f"verify: {frames}, of {videos} video(s), encoded again: {number} equal bit for bit"
-        + _explain_rounding(compared, caches[0])
-    )
-    problems = []
-    if wrong:
-        problems.append(f"{len(wrong)} of {len(compared)} frames differ from what their videos encode to, listed above")
-    if len(compared) < len(drawn):
-        problems.append(f"{len(drawn) - len(compared)} frame(s) could not be compared, listed above")
-    return "; ".join(problems)
-
-
-def _explain_rounding(compared: Sequence[FrameCheck], cache: LatentCache) -> str:
-    close = [check for check in compared if not check.bit_equal and not check.problem]
-    if not close:
-        return ""
-    largest = max(check.deviation for check in close)
+    wrong = sum(bool(check.problem) for check in compared)
+    rounded = [check.deviation for check in compared if not check.bit_equal and not check.problem]
     text = (
-        f", {len(close)} within the tolerance: they deviate by at most {largest:.1%} of it, which another device, "
-        "processor or library version explains"
+        f"verify: {len(drawn)} of {sum(cache.frames for cache in caches)} frames, of "
+        f"{len({check.video for check in checks})} video(s), encoded again: "
+        f"{sum(check.bit_equal for check in compared)} equal bit for bit"
     )
-    here, there = software_versions(), cache.metadata.software
-    others = [f"{name} {there[name]}, here {here.get(name)}" for name in there if there[name] != here.get(name)]
-    return text + (f" (the store was written with {'; '.join(others)})" if others else "")
+    if rounded:
+        here, there = software_versions(), caches[0].metadata.software
+        others = [f"{name} {there[name]}, here {here.get(name)}" for name in there if there[name] != here.get(name)]
+        text += (
+            f", {len(rounded)} within the tolerance: they deviate by at most {max(rounded):.1%} of it, which another "
+            f"device or library version explains (the store's libraries: {'; '.join(others) or 'the same as here'})"
+        )
+    say(text)
+    if wrong:
+        yield f"{wrong} of {len(compared)} frames differ from what their videos encode to, listed above"
+    if len(compared) < len(drawn):
+        yield f"{len(drawn) - len(compared)} frame(s) could not be compared, listed above"
 
 
 def _name_videos(cache: LatentCache, start: int, stop: int) -> str:

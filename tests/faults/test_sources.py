@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import latent_cache
-from latent_cache import ChunkWriter
 
 SPLITS = ("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
 NAMES = ("train/a", "train/b", "train/c", "train/d", "val/v", "test/t")
@@ -27,21 +26,6 @@ def encoded_once(tmp_path_factory: pytest.TempPathFactory, story: ModuleType) ->
 @pytest.fixture
 def encoded(encoded_once, tmp_path: Path) -> Any:
     return encoded_once.copy(tmp_path / "encoded", "data", "latents", "runs")
-
-
-def interrupted(place, story: ModuleType, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Let `encode` die after so many chunks were written."""
-    write, calls = ChunkWriter.write, [0]
-
-    def fails(*arguments: Any) -> Any:
-        calls[0] += 1
-        if calls[0] > after:
-            raise OSError(5, "Input/output error")
-        return write(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ChunkWriter, "write", fails)
-        place.run("encode").refused(1, "Input/output error")
 
 
 def test_videos_added_removed_and_replaced(encoded, story: ModuleType) -> None:
@@ -62,23 +46,10 @@ def test_videos_added_removed_and_replaced(encoded, story: ModuleType) -> None:
     assert "store: done" in encoded.run("encode").ok().out
 
 
-@pytest.mark.parametrize("change", ["one frame", "one frame less", "a split", "many"])
-def test_small_changes(encoded, story: ModuleType, change: str) -> None:
-    match change:
-        case "one frame":
-            frame = encoded.data / "train" / "d" / "frame0.png"
-            shutil.copyfile(encoded.data / "train" / "a" / "frame0.png", frame)
-            needed = ["train: 1 replaced: d"]
-        case "one frame less":
-            (encoded.data / "test" / "t" / "frame11.png").unlink()
-            needed = ["test: 1 replaced: t"]
-        case "a split":
-            shutil.rmtree(encoded.data / "test")
-            needed = ["test: 1 removed: t"]
-        case "many":
-            story.write_videos(encoded.data / "train", [f"x{number}" for number in range(7)], frames=2)
-            needed = ["train: 7 added: x0, x1, x2, x3, x4, ..."]
-    encoded.run("encode").refused(2, *needed, "--overwrite")
+def test_one_frame_more_or_less(encoded) -> None:
+    shutil.copyfile(encoded.data / "train/a/frame0.png", encoded.data / "train/d/frame0.png")
+    (encoded.data / "test" / "t" / "frame11.png").unlink()
+    encoded.run("encode").refused(2, "train: 1 replaced: d", "test: 1 replaced: t", "--overwrite")
 
 
 def test_a_copy_with_other_times_is_no_change(encoded, tmp_path: Path, story: ModuleType) -> None:
@@ -101,52 +72,6 @@ def test_a_store_whose_videos_are_gone(encoded, story: ModuleType) -> None:
     outcome = encoded.run("encode").ok()
     assert f"store: done, {encoded.store}" in outcome.out
     assert story.tree(encoded.store) == before
-
-
-def test_an_interrupted_store_whose_videos_change(encoded, story: ModuleType, monkeypatch) -> None:
-    """Only the chunks of the changed video are made again; a to d are 12, 13, 14 and 12 frames, chunks are of 10."""
-    shutil.rmtree(encoded.store)
-    interrupted(encoded, story, monkeypatch, after=6)
-    done = {(file.parent.name, int(file.stem)) for file in encoded.store.glob(".encoding/*/*.json")}
-    assert len(done) == 6
-    shutil.rmtree(encoded.data / "train" / "d")
-    story.write_video(encoded.data / "train" / "d", story.moving_square(12, 60))
-    # d's frames are 39 to 50: chunks 3, 4 and 5.
-    kept = done - {("train", 3), ("train", 4), ("train", 5)}
-    with monkeypatch.context() as patch:
-        written = story.count_calls(patch, ChunkWriter, "write")
-        encoded.run("encode").ok()
-    assert written[0] == 6 + 2 + 2 - len(kept)
-    fresh = encoded.copy(encoded.folder.with_name("fresh"), "data", "runs")
-    fresh.run("encode").ok()
-    assert story.tree(fresh.store) == story.tree(encoded.store)
-
-
-def test_a_video_that_was_skipped_is_no_change(encoded, story: ModuleType) -> None:
-    frame = encoded.data / "train" / "b" / "frame9.png"
-    frame.write_bytes(frame.read_bytes()[:60])
-    encoded.run("encode", "--overwrite").refused(3, "\n  b: ")
-    assert "store: done" in encoded.run("encode").ok().out
-    shutil.rmtree(encoded.data / "train" / "b")
-    story.write_video(encoded.data / "train" / "b", story.moving_square(13, 1))
-    encoded.run("encode").refused(2, "train: 1 replaced: b")
-    shutil.rmtree(encoded.data / "train" / "b")
-    encoded.run("encode").refused(2, "train: 1 removed: b")
-
-
-def test_what_was_encoded_past_a_broken_video_is_kept(encoded, story: ModuleType, monkeypatch) -> None:
-    """A second interruption does not find the broken video out anew, at the cost of all chunks after it."""
-    shutil.rmtree(encoded.store)
-    frame = encoded.data / "train" / "a" / "frame9.png"
-    frame.write_bytes(frame.read_bytes()[:60])
-    interrupted(encoded, story, monkeypatch, after=5)
-    done = len(list(encoded.store.glob(".encoding/*/*.json")))
-    assert done >= 3
-    with monkeypatch.context() as patch:
-        written = story.count_calls(patch, ChunkWriter, "write")
-        encoded.run("encode").refused(3, "\n  a: frame9.png")
-    assert written[0] == 4 + 2 + 2 - done
-    assert list(latent_cache.open(encoded.store).video_ids) == ["b", "c", "d"]
 
 
 def test_the_same_name_in_several_places(place, story: ModuleType) -> None:
@@ -181,7 +106,7 @@ def test_names_of_any_kind(place, story: ModuleType) -> None:
     place.run("encode").refused(2, "train: 1 removed: \N{ROCKET}")
 
 
-@pytest.mark.parametrize("folder", ["train", "val", ""])
+@pytest.mark.parametrize("folder", ["train", ""])
 def test_a_name_that_is_no_utf8(place, story: ModuleType, folder: str) -> None:
     """A clear message or a skipped video; never a traceback, and never a store that cannot be finished."""
     if folder:
@@ -208,18 +133,3 @@ def test_a_video_file_whose_name_is_no_utf8(place, story: ModuleType) -> None:
     assert set(cache.video_ids) == {"a", "b", "c", r"caf\xe9"}
     assert (cache.video(r"caf\xe9") == cache.video("a")).all()
     assert "store: done" in place.run("encode").ok().out
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("cache.dtype=float32", "cache.dtype: float16 in the store, float32 in the configuration"),
-        ("cache.codes=false", "cache.codes: True in the store, False in the configuration"),
-        ("cache.chunk_frames=7", "cache.chunk_frames: 50 in the store, 7 in the configuration"),
-    ],
-)
-def test_a_complete_store_of_another_layout_is_refused(trained, tmp_path, change: str, message: str) -> None:
-    place = trained.copy(tmp_path / "copy", "runs").with_sets("cache.chunk_frames=50")
-    place.run("encode").ok()
-    place.run("encode", sets=[change]).refused(2, message, "--overwrite")
-    assert "store: done" in place.run("encode", sets=["cache.chunk_frames=null"]).ok().out

@@ -150,6 +150,7 @@ def test_defaults_leave_no_mark_in_the_metadata(kit) -> None:
 def test_another_layout_is_refused(kit, there: dict, here: dict, key: str) -> None:
     kit.encode(**there)
     check_layout(kit.config(**there))
+    check_layout(kit.config(**there | {"chunk_frames": None}))
     with pytest.raises(UserError) as raised:
         check_layout(kit.config(**here))
     for text in (str(kit.store), f"cache.{key}: {there[key]} in the store, {here[key]}", "--overwrite"):
@@ -169,11 +170,14 @@ def test_a_partial_store_of_other_settings_is_not_resumed(kit, change: dict, key
 
 
 def test_changed_videos_are_refused_by_name(kit) -> None:
-    kit.splits["train"].ends["c"] = 0  # cannot be decoded, which is no change
+    kit.splits["train"].ends |= {"c": 0, "e": 2}  # cannot be decoded, which is no change
     kit.encode()
     check_sources(kit.config(), kit.splits)
-    now = {"a": 7, "b": 13, "c": 1, "e": 5, "new": 2}
+    now = {"a": 7, "b": 13, "c": 1} | {f"new{number}": 2 for number in range(7)}
     with pytest.raises(UserError) as raised:
-        check_sources(kit.config(), kit.splits | {"train": kit.Source(now, b="other")})
-    for text in (str(kit.store), "train: 1 added: new", "1 removed: d", "1 replaced: b", "--overwrite"):
+        check_sources(kit.config(), {"train": kit.Source(now, b="other", c="mended")})
+    for text in (
+        str(kit.store), "train: 7 added: new0, new1, new2, new3, new4, ...", "train: 2 removed: d, e",
+        "train: 2 replaced: b, c", "val: 2 removed: v, w", "--overwrite",
+    ):  # fmt: skip
         assert text in str(raised.value)

@@ -351,14 +351,16 @@ def test_a_video_that_changed_is_encoded_again_and_no_other(kit, monkeypatch) ->
 
 @pytest.mark.parametrize("broken", ["a", "c", "d", "e"])
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_broken_video_leaves_the_store_of_the_others(kit, broken: str, interrupted: bool) -> None:
+def test_a_broken_video_leaves_the_store_of_the_others(kit, monkeypatch, broken: str, interrupted: bool) -> None:
     kit.splits["train"].ends[broken] = 0 if broken == "c" else 4
     if interrupted:
         interrupt_at_the_end(kit, views=VIEWS)
         assert list(kit.run_context.skipped) == [broken]
         kit.run_context.skipped.clear()
         kit.splits["train"].ends.clear()  # what is remembered is not decoded again
+    written = count_calls(monkeypatch, ChunkWriter, "write")
     kit.encode(views=VIEWS)
+    assert interrupted == (not written)  # all that was encoded past the broken video is kept
     whole = kit.another("whole")
     whole.splits = {
         "train": kit.Source({v.id: v.frames for v in kit.splits["train"].videos if v.id != broken}),
