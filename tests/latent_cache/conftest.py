@@ -111,15 +111,9 @@ def numbered(kit: StoreKit, tmp_path: Path) -> Callable[..., LatentCache]:
         path = tmp_path / f"{name}.zarr"
         with StoreWriter.open(path, kit.metadata, {"train": plan}, codes=False, **options) as writer:
             for chunk in writer.pending("train"):
-                numbers = np.concatenate(
-                    [
-                        np.stack([np.full(piece.stop - piece.start, piece.video), np.arange(piece.start, piece.stop)])
-                        for piece in chunk.pieces
-                    ],
-                    axis=1,
-                )
+                numbers = [(video, frame) for video, start, stop in chunk.pieces for frame in range(start, stop)]
                 latents = np.zeros((chunk.frames, *kit.shape), np.float32)
-                latents[:, :2] = numbers.T[:, :, None, None]
+                latents[:, :2] = np.array(numbers)[:, :, None, None]
                 writer.write_chunk("train", chunk, latents, None)
             writer.finish()
         return latent_cache.open(path)

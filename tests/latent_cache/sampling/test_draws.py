@@ -131,7 +131,7 @@ def test_a_permutation_has_every_number_once(count):
     assert count < 100 or not np.array_equal(served, np.arange(count))
 
 
-@pytest.mark.parametrize("count", [2, 5, 7, 16])
+@pytest.mark.parametrize("count", [5, 7, 16])
 def test_two_places_of_a_permutation_are_uniform_and_independent(count):
     keys = np.random.default_rng(7).integers(0, 2**64, (3000, ROUNDS), np.uint64)
     first, second = np.stack([permute(np.array([0, count - 1]), count, key) for key in keys]).T

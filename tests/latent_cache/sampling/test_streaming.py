@@ -167,9 +167,7 @@ def test_any_split_is_served_whole(lengths, chunk_frames, clip_frames, groups, g
     sampler.close()
 
 
-@pytest.mark.parametrize(
-    ("groups", "epochs", "past_horizon"), [(4, 300, None), (50, 3000, None), (4, 300, 4), (50, 3000, 3), (4, 300, 50)]
-)
+@pytest.mark.parametrize(("groups", "epochs", "past_horizon"), [(4, 300, None), (4, 300, 4), (50, 3000, 3)])
 def test_conditions_have_their_exact_probability(groups, epochs, past_horizon):
     lengths, clip_frames = [1, 5, 2, 3, 12, 1, 4], 6
     sampler = make_sampler(imagined(lengths, 4), 1000, clip_frames, groups=groups, past_horizon=past_horizon)

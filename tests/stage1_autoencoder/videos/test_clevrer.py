@@ -16,7 +16,8 @@ def config(**settings) -> DatasetConfig:
 @pytest.fixture
 def data(tmp_path, make_video):
     for number in NUMBERS:
-        make_video(f"somewhere/video_{number // 1000:05d}-x/video_{number:05d}.mp4", 11, "libx264")
+        # Folders whose order is not that of the numbers.
+        make_video(f"somewhere/{9 - number % 10}-x/video_{number:05d}.mp4", 11, "libx264")
     return tmp_path
 
 
@@ -51,12 +52,6 @@ def test_other_names_and_broken_files_are_skipped_once(data, make_video):
     assert "video_00000.mp4" in reasons["mine"]
     assert [len(source.skipped) for source in sources.values()] == [2, 0, 0]
     assert [dict(source.passed_over) for source in sources.values()] == [{".txt": 1}, {}, {}]
-
-
-def test_videos_are_in_the_order_of_their_numbers(tmp_path, make_video):
-    for name in ("b/video_00002.mp4", "a/video_00010.mp4", "c/video_00001.mp4"):
-        make_video(name, 2)
-    assert ids(open_splits(config(), tmp_path))["train"] == ["video_00001", "video_00002", "video_00010"]
 
 
 def test_folders_that_contain_something_else(tmp_path, make_video):

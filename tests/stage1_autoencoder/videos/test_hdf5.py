@@ -99,13 +99,6 @@ def test_videos_need_not_be_square(tmp_path):
     np.testing.assert_array_equal(source.read(0)[:, :, :-1], video[:, :, 1:])  # the middle begins at column 6
 
 
-def test_splits_in_folders(tmp_path):
-    for split, count in (("train", 10), ("validation", 2)):
-        write_shard(tmp_path / split / "shard_0001.hdf5", noise(*[3] * count))
-    sources = open_splits(config(splits={"test": 0.1}), tmp_path)
-    assert {split: len(source.videos) for split, source in sources.items()} == {"train": 9, "val": 2, "test": 1}
-
-
 def test_splits_of_several_shards(tmp_path):
     names = ["shard_2.hdf5", "shard_3.h5", "shard_10.hdf5"]  # in natural order, as are their videos
     videos = {f"{name.split('.')[0]}/{i}": video for name in names for i, video in enumerate(noise(*[3] * 11, 12))}
