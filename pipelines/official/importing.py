@@ -41,15 +41,13 @@ def import_official(
     presets: Sequence[Path] = (Path("configs"),),
     *,
     heads: int = OFFICIAL_HEADS,
-) -> list[Path]:
+) -> None:
     """Write official weights as finished trainings into the configuration's run.
 
     Args:
         files: at least one, unless downloads are allowed.
         presets: folders of configurations; if this one does not fit the files, they are searched for one that does.
         heads: attention heads of the vector field, which the shapes don't tell.
-    Returns:
-        The checkpoints of the parts, whether they were imported now or before.
     Raises:
         UserError: no files; files that don't belong together or to the configuration; another training is there.
         FetchError: a download fails.
@@ -83,7 +81,6 @@ def import_official(
         say(f"import-official: {source}: sha256 {sha256}")
     say(f"import-official: {LICENSE}")
     _say_next_steps(config)
-    return [_find(config, part).path for part in parts]
 
 
 def download(config: RiverConfig, what: str) -> Path:

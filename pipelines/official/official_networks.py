@@ -10,12 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipelines.official.weight_files import OfficialCheckpoint, OfficialFormatError, listed, read_official
+from pipelines.official.weight_files import OfficialCheckpoint, OfficialFormatError, read_official
 from stage1_autoencoder import vqgan, vqvae
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, VQGANConfig, VQVAEConfig
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
+from stage1_autoencoder.videos.names import join_names
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.vector_field import VectorField
 
@@ -134,7 +135,7 @@ def _fill(path: str | Path, build: Callable[[], Network], found: Mapping[str, Te
         ],
     }
     if any(problems.values()):
-        described = "; ".join(f"{problem}: {listed(names)}" for problem, names in problems.items() if names)
+        described = "; ".join(f"{problem}: {join_names(names)}" for problem, names in problems.items() if names)
         raise OfficialFormatError(f"{path} does not fit the official network; {described}")
     # The files may be in half precision. All tensors of a network are in its state dict, so nothing is left on meta.
     tensors = {name: tensor.to(expected[name].dtype) for name, tensor in found.items()}

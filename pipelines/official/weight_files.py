@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
+from stage1_autoencoder.videos.names import join_names
 
 VECTOR_FIELD_PREFIX = "vector_field_regressor."
 AUTOENCODER_PREFIXES = ("ae.backbone.", "ae.")  # the custom VQ-VAE, a Taming one; the longer is tried first
@@ -59,7 +60,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
     known = ("model", "state_dict", "refiner")
     holder = next((key for key in known if isinstance(content, Mapping) and key in content), None)
     if holder is None:
-        found = listed(content) if isinstance(content, Mapping) else type(content).__name__
+        found = join_names(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise OfficialFormatError(
             f"{path} holds none of 'model' (RIVER), 'state_dict' (Taming) and 'refiner', but {found}: "
             "pass a released model.pth, vqvae.pth or vqvae.ckpt, or a refiner's .pth"
@@ -90,7 +91,7 @@ def _split(path: str | Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tens
         elif not name.startswith(LOSS_PREFIX, len(prefix)):
             autoencoder[name.removeprefix(prefix)] = tensor
     if unknown:
-        raise OfficialFormatError(f"{path} has keys of neither autoencoder nor vector field: {listed(unknown)}")
+        raise OfficialFormatError(f"{path} has keys of neither autoencoder nor vector field: {join_names(unknown)}")
     return autoencoder, vector_field
 
 
@@ -141,10 +142,3 @@ def foreign_content(head: bytes) -> str | None:
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer instead of a checkpoint (`git lfs pull` downloads the file)"
     return None
-
-
-def listed(names: Iterable[Any], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
