@@ -152,7 +152,7 @@ def test_each_command_alone_recognises_what_is_done(trained, story: ModuleType) 
 
 
 @pytest.mark.slow
-def test_restart_makes_each_stage_anew_once(trained, copied, story: ModuleType) -> None:
+def test_restart_runs_each_stage_again_once(trained, copied, story: ModuleType) -> None:
     outcome = copied.run("demo", "--restart", "--overwrite").ok()
     names = sorted(path.name.partition(".")[0] for path in copied.runs.iterdir() if path.is_dir())
     assert names == ["autoencoder", "autoencoder", "flow", "flow", "samples"]
@@ -163,7 +163,7 @@ def test_restart_makes_each_stage_anew_once(trained, copied, story: ModuleType) 
     assert weights.read_bytes() == (trained.checkpoint("flow") / "model.safetensors").read_bytes()
 
 
-def test_more_steps_go_on_from_what_is_there(copied, story: ModuleType) -> None:
+def test_more_steps_resume_from_the_last_one(copied, story: ModuleType) -> None:
     outcome = copied.run("train-flow", sets=["flow.training.steps=12"]).ok()
     assert "steps 8 to 12" in outcome.out
     assert [record["step"] for record in story.read_log(copied, "flow")] == [2, 4, 6, 8, 10, 12]
@@ -268,7 +268,7 @@ def test_sample_shows_several_samples(copied) -> None:
     assert "samples" not in again
 
 
-def test_predict_trains_what_lacks(trained, tmp_path: Path, story: ModuleType) -> None:
+def test_predict_trains_a_missing_flow(trained, tmp_path: Path, story: ModuleType) -> None:
     place = trained.copy(tmp_path / "store_and_autoencoder", "latents")
     shutil.copytree(trained.runs / "autoencoder", place.runs / "autoencoder")
     story.write_video(place.folder / "clip.mp4", story.moving_square(5, 1))

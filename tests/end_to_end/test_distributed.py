@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.distributed import Processes
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -150,22 +152,14 @@ def test_processes_do_not_make_the_store(place) -> None:
     assert 'File "<string>"' not in done.stderr
 
 
-def test_a_flow_batch_that_cannot_be_shared_out(trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "multiple"), [("flow", "such as 9"), ("autoencoder", "such as 3")])
+def test_a_batch_that_cannot_be_split_evenly(trained, tmp_path: Path, what: str, multiple: str) -> None:
     place = trained.copy(tmp_path / "parts", "latents")
-    place.run("train-flow", sets=["flow.training.accumulate=3"]).refused(
-        2, "flow.training.batch_size: a batch of 8", "in 3 part(s) each", "such as 9"
+    place.run(f"train-{what}", sets=[f"{what}.training.accumulate=3"]).refused(
+        2, f"{what}.training.batch_size: ", "in 3 part(s) each", multiple
     )
-
-
-def test_a_batch_that_cannot_be_shared_out(place) -> None:
-    from pipelines.errors import UserError
-    from pipelines.runtime.distributed import Processes
-
     with pytest.raises(UserError, match=r"autoencoder.training.batch_size: .*10 .* 4 .* multiple of 8, such as 8"):
         Processes(0, 4).check_batch(10, 2, "autoencoder.training.batch_size")
-    place.run("train-autoencoder", sets=["autoencoder.training.accumulate=3"]).refused(
-        2, "autoencoder.training.batch_size: a batch of 4", "in 3 part(s) each", "such as 3"
-    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Official weights on own videos: imported, used to encode, fine-tuned, sampled, evaluated, and resumed."""
+"""Official weights on own videos: imported, used to encode, fine-tuned, sampled, and evaluated."""
 
 import json
 import re
@@ -11,7 +11,6 @@ import torch
 
 from pipelines.loading import weights_digest
 from pipelines.predictor import VideoPredictor
-from pipelines.training.flow_trainer import FlowTrainer
 from stage1_autoencoder.config import VQVAEConfig
 from stage1_autoencoder.vqvae import VQVAE
 from stage2_flow.config import VectorFieldConfig
@@ -114,22 +113,3 @@ def test_what_does_not_go_together_is_refused(imported, story: ModuleType) -> No
     imported.run("train-flow", "--fine-tune", "--resume", "4").refused(2, "--resume 4", "--fine-tune")
     imported.run("train-autoencoder", "--fine-tune").refused(2, "unrecognized arguments: --fine-tune")
     assert story.stamps(imported.runs) == before
-
-
-def test_a_stopped_fine_tuning_resumes(imported, tmp_path: Path, story: ModuleType, monkeypatch) -> None:
-    halves = imported.copy(tmp_path / "halves", "latents", "runs")
-    imported.run("train-flow", "--fine-tune").ok()
-    story.send_at(monkeypatch, FlowTrainer, "train_step", call=3)
-    stopped = halves.run("train-flow", "--fine-tune").refused(143, "stopped at step 3")
-    assert "steps 0 to 8" in stopped.out
-    assert "steps 3 to 8" in halves.run("train-flow", "--fine-tune").ok().out
-    assert_same(halves, imported, story)
-
-
-def assert_same(ours, theirs, story: ModuleType) -> None:
-    found, files = (story.tree(place.checkpoint("flow")) for place in (ours, theirs))
-    assert found.keys() == files.keys() >= {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
-    for name in files.keys() - {"state.json"}:  # which has the path of the store
-        assert found[name] == files[name], f"{name} differs"
-    logs = [story.timeless(story.read_log(place, "flow")) for place in (ours, theirs)]
-    assert logs[0] == logs[1]

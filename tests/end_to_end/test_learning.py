@@ -1,4 +1,4 @@
-"""Both trainings learn: the bounds are such that a step that does nothing, or the wrong thing, misses them."""
+"""Both trainings learn: a step that does nothing, or the wrong thing, misses the bounds."""
 
 from types import ModuleType
 
@@ -25,8 +25,8 @@ def test_flow_loss_goes_down(trained, tmp_path, story: ModuleType) -> None:
     place = trained.copy(tmp_path / "flow", "latents").with_sets(*FLOW)
     place.run("train-flow").ok()
     losses = [record["loss"] for record in story.read_log(place, "flow")]
-    # On standardised latents, saying 0 costs 2, and pi / 2 is the best for Gaussian latents when only x_t is looked at:
-    # below it the reference frame is made use of.
+    # On standardized latents, predicting 0 costs 2, and pi / 2 is the minimum for Gaussian latents given x_t alone:
+    # below it the reference frame is used.
     assert losses[0] > 1.4
     assert sum(losses[-4:]) / 4 < 1.2
 
@@ -37,8 +37,8 @@ def test_autoencoder_loss_goes_down(place, story: ModuleType) -> None:
     place.run("train-autoencoder").ok()
     records = story.read_log(place, "autoencoder")
     assert records[-1]["l1"] < 0.7 * records[0]["l1"]
-    # Better than the best picture of one colour, which is what a decoder makes that pays no heed to its codes.
+    # Better than the best picture of one color, which a decoder that ignores its codes makes.
     source = open_source(load_config(place.runs / "config.yaml").dataset, "", "val")
     pixels = np.concatenate([source.read(video) for video in range(len(source.videos))]) / 127.5 - 1
-    one_colour = 10 * np.log10(4 / pixels.var(axis=(0, 1, 2)).mean())
-    assert records[-1]["validation_psnr"] > one_colour + 0.5
+    one_color = 10 * np.log10(4 / pixels.var(axis=(0, 1, 2)).mean())
+    assert records[-1]["validation_psnr"] > one_color + 0.5

@@ -111,7 +111,7 @@ def test_kth_from_a_mirror(place, kth_mirror: Path, story: ModuleType) -> None:
     assert len(list((place.runs / "samples").glob("person06_*.mp4"))) == 3
 
 
-def test_encoding_fetches_what_lacks_from_a_mirror_that_is_named(place, kth_mirror: Path) -> None:
+def test_encoding_fetches_missing_archives_from_a_mirror(place, kth_mirror: Path) -> None:
     place = place.with_sets(*KTH)
     place.run("encode").refused(2, "no such folder", "MIRROR=")
     outcome = place.run("encode", "--mirror", str(kth_mirror)).ok()

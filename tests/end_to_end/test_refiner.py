@@ -217,13 +217,6 @@ def test_another_store_is_not_gone_on_with(refined, tmp_path) -> None:
     assert len(latent_cache.open(place.store).video_ids) == 48
 
 
-def test_two_trainings_in_one_folder_are_refused(story_place) -> None:
-    from pipelines.runtime.runs import only_training_of
-
-    with only_training_of(story_place.runs / "refiner"):
-        story_place.run("train-refiner").refused(2, "is training here")
-
-
 def test_with_validation_videos_that_are_too_short_it_trains_all_the_same(place, story: ModuleType) -> None:
     story.write_videos(place.data / "train", ["a.mp4", "b.mp4", "c.mp4"])
     story.write_videos(place.data / "val", ["d.mp4"], frames=4)

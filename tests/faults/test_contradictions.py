@@ -38,7 +38,7 @@ def test_checkpoint_of_another_configuration(trained, story: ModuleType, command
     assert story.stamps(trained.store, trained.runs) == before
 
 
-def test_restart_sets_the_old_flow_aside(copied, trained, story: ModuleType) -> None:
+def test_restart_moves_the_old_flow_to_a_backup(copied, trained, story: ModuleType) -> None:
     outcome = copied.run("train-flow", "--restart", sets=["flow.model.width=64"]).ok()
     (aside,) = copied.runs.glob("flow.*")
     assert str(aside) in outcome.out
@@ -172,7 +172,7 @@ def test_damaged_newest_checkpoint(copied, trained, story: ModuleType, what: str
     assert "done" in copied.run(f"train-{what}").ok().out
 
 
-def test_no_whole_checkpoint_at_all_begins_anew(copied, story: ModuleType) -> None:
+def test_without_a_whole_checkpoint_training_starts_from_scratch(copied, story: ModuleType) -> None:
     for state in (copied.runs / "flow").rglob("state.json"):
         state.unlink()
     assert "steps 0 to 8" in copied.run("train-flow").ok().out
