@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from latent_cache import ChunkPlan, ChunkWriter
 from latent_cache.writing.markers import ChunkMarker
 from pipelines.config import CacheConfig
 from pipelines.errors import UserError
-from pipelines.loading import load_trained_autoencoder, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint
-from pipelines.runtime.context import resolve_device
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource, VideoTable
@@ -163,49 +160,6 @@ def video_rows(splits: Mapping[str, VideoSource]) -> dict[str, dict[str, int]]:
     """Index of a video in its source, by split and id."""
     tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
     return {split: {video_id: row for row, video_id in enumerate(table.ids)} for split, table in tables.items()}
-
-
-_encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding they belong to
-_running: Counter[ChunkWriter] = Counter()
-_encoders_lock = threading.RLock()
-
-
-def encode_chunk(job: EncodeJob, writer: ChunkWriter, split: str, chunk: ChunkPlan) -> ChunkMarker:
-    """Encode one chunk in a worker, with the worker's own `ChunkEncoder`. Safe to run twice.
-
-    Raises:
-        As `ChunkEncoder.encode`, and UserError when the worker sees another autoencoder than the job's.
-    """
-    with _encoders_lock:
-        close_idle_encoders(keep=writer)
-        if writer not in _encoders:
-            _encoders[writer] = _make_encoder(job)
-        encoder = _encoders[writer]
-        _running[writer] += 1
-    try:
-        return encoder.encode(writer, split, chunk)
-    finally:
-        with _encoders_lock:
-            _running[writer] -= 1
-
-
-def close_idle_encoders(keep: ChunkWriter | None = None) -> None:
-    """Close the encoders that `encode_chunk` made in this process, except that of `keep` and those in use."""
-    with _encoders_lock:
-        for writer in [writer for writer in _encoders if writer != keep and not _running[writer]]:
-            _encoders.pop(writer).close()
-
-
-def _make_encoder(job: EncodeJob) -> ChunkEncoder:
-    device = resolve_device(job.device)
-    autoencoder = load_trained_autoencoder(job.checkpoint, device)
-    digest = weights_digest(autoencoder)
-    if digest != job.digest:
-        raise UserError(
-            f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, expected {job.digest[:12]}...: "
-            "workers must see the same run folder as the command"
-        )
-    return ChunkEncoder(job, autoencoder, device)
 
 
 class Target(NamedTuple):

@@ -1,7 +1,9 @@
 """The dask graph of encoding, one task per chunk: run by threads of this process, or by a dask.distributed cluster."""
 
 import contextlib
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any
 
 import dask.threaded
 
-from latent_cache import ChunkPlan, StoreWriter
+from latent_cache import ChunkPlan, ChunkWriter, StoreWriter
 from latent_cache.writing.chunk_writer import session_path
-from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped, encode_chunk
+from latent_cache.writing.markers import ChunkMarker
+from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped
 from pipelines.errors import UserError
+from pipelines.loading import load_trained_autoencoder, weights_digest
+from pipelines.runtime.context import resolve_device
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
 
@@ -156,3 +161,48 @@ def check_workers(client: Any, store: Path) -> None:
 
 def _introduce(store: Path) -> tuple[dict[str, str], bool]:
     return software_versions(), session_path(store).exists()
+
+
+# On a worker
+
+_encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding they belong to
+_running: Counter[ChunkWriter] = Counter()
+_encoders_lock = threading.RLock()
+
+
+def encode_chunk(job: EncodeJob, writer: ChunkWriter, split: str, chunk: ChunkPlan) -> ChunkMarker:
+    """Encode one chunk in a worker, with the worker's own `ChunkEncoder`. Safe to run twice.
+
+    Raises:
+        As `ChunkEncoder.encode`, and UserError when the worker sees another autoencoder than the job's.
+    """
+    with _encoders_lock:
+        close_idle_encoders(keep=writer)
+        if writer not in _encoders:
+            _encoders[writer] = _make_encoder(job)
+        encoder = _encoders[writer]
+        _running[writer] += 1
+    try:
+        return encoder.encode(writer, split, chunk)
+    finally:
+        with _encoders_lock:
+            _running[writer] -= 1
+
+
+def close_idle_encoders(keep: ChunkWriter | None = None) -> None:
+    """Close the encoders that `encode_chunk` made in this process, except that of `keep` and those in use."""
+    with _encoders_lock:
+        for writer in [writer for writer in _encoders if writer != keep and not _running[writer]]:
+            _encoders.pop(writer).close()
+
+
+def _make_encoder(job: EncodeJob) -> ChunkEncoder:
+    device = resolve_device(job.device)
+    autoencoder = load_trained_autoencoder(job.checkpoint, device)
+    digest = weights_digest(autoencoder)
+    if digest != job.digest:
+        raise UserError(
+            f"{job.checkpoint.path} holds autoencoder {digest[:12]}... here, expected {job.digest[:12]}...: "
+            "workers must see the same run folder as the command"
+        )
+    return ChunkEncoder(job, autoencoder, device)

@@ -22,13 +22,8 @@ import pytest
 import latent_cache
 from latent_cache import ChunkWriter, StaleWriterError, StoreWriter
 from pipelines.encoding import cluster as cluster_module
-from pipelines.encoding.chunk_encoder import (
-    EncodeJob,
-    EncodingStopped,
-    close_idle_encoders,
-    encode_chunk,
-)
-from pipelines.encoding.cluster import check_workers
+from pipelines.encoding.chunk_encoder import EncodeJob, EncodingStopped
+from pipelines.encoding.cluster import check_workers, close_idle_encoders, encode_chunk
 from pipelines.errors import UserError
 from pipelines.runtime.runs import software_versions
 
@@ -42,9 +37,7 @@ def cluster() -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["pipelines.encoding.chunk_encoder", "distributed"]
-    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipelines.encoding.cluster", "distributed"])
     settings = {"distributed.worker.multiprocessing-method": "forkserver", "distributed.admin.log-length": 0}
     with (
         dask.config.set(settings),

@@ -294,10 +294,6 @@ def test_changed_videos(place, story: ModuleType) -> None:
     place.run("encode", "--verify", "3").refused(2, "1 replaced: a")
 
 
-def test_other_preprocessing(place) -> None:
-    place.run("encode", "--verify", "3", sets=["cache.views=[identity]"]).refused(2, "views")
-
-
 def test_no_store(place, monkeypatch) -> None:
     shutil.rmtree(place.store)
     place.run("encode", "--verify", "3").refused(2, str(place.store), "make encode")
