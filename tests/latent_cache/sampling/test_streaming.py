@@ -469,7 +469,7 @@ from latent_cache.reading.frame_reader import FrameReader
 
 sampler = StreamingSampler(latent_cache.open(sys.argv[1]), "cpu", 0, 8, 6, int(sys.argv[2]))
 sampler.batch(0)
-time.sleep(1)  # for the next window
+time.sleep(2)  # for the next window
 read_chunk = FrameReader.read_chunk
 FrameReader.read_chunk = lambda *arguments: time.sleep(1) or read_chunk(*arguments)
 sampler.batch(int(sampler.plan.window(0).targets[-1]) // 8)
@@ -479,11 +479,11 @@ print(time.time(), flush=True)
 
 @pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends(numbered):
-    """It doesn't wait for the window that is being read, which takes more than ten seconds."""
+    """It does not wait for the window that is being read: 90 reads of a second by at most four threads."""
     cache = numbered([300] * 10, 4)
     budget = str(budget_of(30, 4, 6, 300))
     done = subprocess.run(
         [sys.executable, "-c", FORGETFUL, cache.url, budget], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.time() - float(done.stdout) < 4
+    assert time.time() - float(done.stdout) < 8
