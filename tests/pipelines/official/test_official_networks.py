@@ -43,54 +43,70 @@ def test_the_recorded_autoencoders_sizes(autoencoder):
     assert [len(level.attn) for level in autoencoder.encoder.down] == [0, 0, 2, 0]
 
 
-def test_the_recorded_autoencoders_latents(autoencoder, recorded):
-    assert off(autoencoder.encode(recorded["images"]), recorded["latents"]) < 1e-5
+@pytest.fixture(scope="module")
+def noise(recorded) -> dict[str, float]:
+    """Ten times the rounding of the recorded fp32 outputs, which is known: they were recorded in float64, too."""
+    return {name: 10 * off(recorded[name].double(), recorded[f"{name}_f64"]) for name in ("latents", "decoded")}
 
 
-def test_the_recorded_autoencoders_codes(autoencoder, recorded):
+def test_the_recorded_autoencoders_latents(autoencoder, recorded, noise):
+    assert off(autoencoder.encode(recorded["images"]), recorded["latents"]) < noise["latents"]
+
+
+def test_the_recorded_autoencoders_codes(autoencoder, recorded, noise):
     quantized, codes = autoencoder.quantize(autoencoder.encode(recorded["images"]))
-    clear = recorded["index_margin"] >= 1e-6
+    # Latents that are off by the noise may have another nearest code where two are about equally near.
+    clear = recorded["index_margin"] >= noise["latents"]
     assert clear.float().mean() > 0.9
     assert (codes == recorded["indices"].reshape(codes.shape))[clear].all()
-    assert off(quantized.movedim(1, -1)[clear], recorded["quantized"].movedim(1, -1)[clear]) < 1e-5
+    assert off(quantized.movedim(1, -1)[clear], recorded["quantized"].movedim(1, -1)[clear]) < noise["latents"]
 
 
-def test_the_recorded_autoencoders_decoded_images(autoencoder, recorded):
-    assert off(autoencoder.decode(recorded["latents"]), recorded["decoded"]) < 1.3e-4
+def test_the_recorded_autoencoders_decoded_images(autoencoder, recorded, noise):
+    assert off(autoencoder.decode(recorded["latents"]), recorded["decoded"]) < noise["decoded"]
 
 
-def test_the_recorded_autoencoders_decoding_without_quantizing(autoencoder, recorded):
-    assert off(autoencoder.decode_quantized(recorded["latents"]), recorded["decoded_force_not_quantize"]) < 1.3e-4
+def test_the_recorded_autoencoders_decoding_without_quantizing(autoencoder, recorded, noise):
+    decoded = autoencoder.decode_quantized(recorded["latents"])
+    assert off(decoded, recorded["decoded_force_not_quantize"]) < noise["decoded"]
     # The test could fail: quantizing moves these random latents far.
     assert off(recorded["decoded"], recorded["decoded_force_not_quantize"]) > 0.01
 
 
-def test_the_recorded_autoencoders_decoding_codes(autoencoder, recorded):
+def test_the_recorded_autoencoders_decoding_codes(autoencoder, recorded, noise):
     codes = recorded["indices"].reshape(recorded["latents"][:, 0].shape)
-    assert (
-        off(autoencoder.decode_quantized(autoencoder.embed(codes)), recorded["decoded_from_codebook_entries"]) < 1.3e-4
-    )
-    assert off(autoencoder.embed(codes), recorded["quantized"]) < 1e-6
+    embedded = autoencoder.embed(codes)
+    decoded = autoencoder.decode_quantized(embedded)
+    assert off(decoded, recorded["decoded_from_codebook_entries"]) < noise["decoded"]
+    # The official straight-through estimator returns z + (e - z), which rounds twice.
+    assert off(embedded, recorded["quantized"]) < 2 * torch.finfo(torch.float32).eps * embedded.abs().max()
 
 
 def test_the_legacy_loss_is_ours_with_beta_on_the_other_term(autoencoder, recorded):
     output = autoencoder(recorded["images"])
     # Taming: mean((sg[e] - z)^2) + 0.25 mean((e - sg[z])^2).
     legacy = output.commitment_loss + 0.25 * output.codebook_loss
-    assert legacy.item() == pytest.approx(recorded["vq_loss_legacy"].item(), abs=1e-6)
+    # Means of 768 squares each: summed in fp32 they round to within n eps / 2 of their value.
+    assert legacy.item() == pytest.approx(
+        recorded["vq_loss_legacy"].item(), rel=768 * torch.finfo(torch.float32).eps / 2
+    )
 
 
-def test_the_recorded_autoencoders_float64(recorded):
+def test_the_recorded_autoencoders_float64(recorded, noise):
     exact = load_autoencoder(TAMING).requires_grad_(False).double()
+    # float64 rounds 2^29 times finer than float32, and so do the recorded outputs: a margin of 2^9 is left.
     latents = exact.encode(recorded["images"].double())
-    assert off(latents, recorded["latents_f64"]) < 1e-11
-    assert off(exact.decode(latents), recorded["decoded_f64"]) < 1e-11
+    assert off(latents, recorded["latents_f64"]) < noise["latents"] / 2**20
+    assert off(exact.decode(latents), recorded["decoded_f64"]) < noise["decoded"] / 2**20
 
 
 def test_the_recorded_vector_field():
     field, recorded = load_vector_field(MAIN), load_arrays(FIXTURES / "regressor_ln.npz")
-    names = ("input_latents", "reference_latents", "conditioning_latents", "index_distances", "timestamps")
-    assert off(field(*(recorded[name] for name in names)), recorded["output"]) < 1e-5
+    names = ("input_latents", "reference_latents", "conditioning_latents", "index_distances")
+    with torch.no_grad():
+        # Given the recorded time code: fp32 angles of 200 rad differ between processors.
+        output = field.trunk(field.embed(*(recorded[name] for name in names)), recorded["temb"], 8, 8)
+    assert off(output, recorded["output"]) < 10 * off(recorded["output"].double(), recorded["output_f64"])
     assert all(parameter.requires_grad for parameter in field.parameters())
 
 
@@ -99,7 +115,11 @@ def test_the_recorded_refiner():
     assert refiner.config == RefinerModelConfig(groups=3, blocks=3, features=16, reduction=4)
     previous, decoded = recorded["net_input"].split(3, dim=1)
     with torch.no_grad():
-        assert off(refiner(previous, decoded), recorded["net_output"]) < 5e-6
+        exact = refiner.double()(previous.double(), decoded.double())
+        # Their fp32 rounding, which ours may exceed tenfold; by itself it must be one of fp32: below 100 eps.
+        rounding = off(recorded["net_output"].double(), exact)
+        assert rounding < 100 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert off(refiner.float()(previous, decoded), recorded["net_output"]) < 10 * rounding
         assert off(refiner(decoded, previous), recorded["net_output"]) > 0.1
 
 

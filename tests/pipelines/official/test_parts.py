@@ -64,11 +64,18 @@ def test_the_recorded_rollout_is_replayed(recorded_model, recorded):
         noise=noise,
         condition_indices=recorded["conditioning_indices"],
     )
-    assert (latents - expected).abs().max() < 1e-5
-    frames = recorded_model.decode_videos(latents)
-    assert (frames - recorded["frames"].clamp(-1, 1)).abs().max() < 1.3e-4
+    # Two fp32 evaluations of the field lie at most 3.3e-5 apart, and a rollout of two frames amplifies that by less
+    # than 4: tests/stage2_flow/conftest.py and test_rollout.py derive both.
+    tolerance = 1.3e-4
+    assert (latents - expected).abs().max() < tolerance
+    # Ten times the rounding of the decoder's recorded fp32 output, which was recorded in float64, too.
+    decoder = np.load(FIXTURES / "vqgan_f8s_ch32.npz")
+    noise = 10 * np.abs(decoder["decoded"] - decoder["decoded_f64"]).max()
+    frames = recorded_model.decode_videos(expected)
+    assert (frames - recorded["frames"].clamp(-1, 1)).abs().max() < noise
+    # Latents between two codes may be off to the other one.
     codes = recorded_model.autoencoder.quantize(latents.flatten(0, 1))[1].flatten()
-    expected_codes, clear = recorded["decoded_indices"].flatten(), recorded["index_margin"].flatten() > 1e-5
+    expected_codes, clear = recorded["decoded_indices"].flatten(), recorded["index_margin"].flatten() > 2 * tolerance
     assert clear.float().mean() > 0.9
     assert (codes[clear] == expected_codes[clear]).all()
 
