@@ -169,6 +169,17 @@ def official() -> RCAN:
     return load_refiner(FIXTURES / "rcan_s3_b3_c16_r4.pth")
 
 
+@pytest.fixture(scope="module")
+def noise(official, recorded) -> float:
+    """Ten times the rounding of the recorded fp32 frames, told by the network in float64."""
+    previous, decoded = recorded["video"][:, :-1].flatten(0, 1).double(), recorded["recon"].flatten(0, 1).double()
+    with torch.no_grad():
+        exact = copy.deepcopy(official).double()(previous, decoded)
+    rounding = (recorded["refined_video"].flatten(0, 1) - exact).abs().max().item()
+    assert rounding < 100 * torch.finfo(torch.float32).eps * exact.abs().max()
+    return 10 * rounding
+
+
 def test_each_frame_is_given_the_unclamped_refined_one_before():
     refiner = Recorder()
     last, decoded = torch.full((2, 3, 4, 4), -0.25), torch.rand(2, 3, 3, 4, 4) * 2.4 - 1.2
@@ -184,25 +195,25 @@ def test_each_frame_is_given_the_unclamped_refined_one_before():
     assert (refiner.given[1][0] > 1).any()
 
 
-def test_the_first_refined_frame_is_the_official_one(official, recorded):
+def test_the_first_refined_frame_is_the_official_one(official, recorded, noise):
     refined = refine_frames(official, recorded["video"][:, 0], recorded["recon"])
-    assert (refined[:, 0] - recorded["refined_video"][:, 0]).abs().max() < 5e-6
+    assert (refined[:, 0] - recorded["refined_video"][:, 0]).abs().max() < noise
     # The recorded clip is one of training, where each later frame is given the real one before. In use that one is
     # not there, and the refined one takes its place.
     assert (refined[:, 1:] - recorded["refined_video"][:, 1:]).abs().amax((0, 2, 3, 4)).min() > 0.01
 
 
-def test_given_the_real_frames_before_all_refined_frames_are_the_official_ones(official, recorded):
+def test_given_the_real_frames_before_all_refined_frames_are_the_official_ones(official, recorded, noise):
     for number in range(3):
         one = recorded["recon"][:, number : number + 1]
         refined = refine_frames(official, recorded["video"][:, number], one)
-        assert (refined[:, 0] - recorded["refined_video"][:, number]).abs().max() < 5e-6
+        assert (refined[:, 0] - recorded["refined_video"][:, number]).abs().max() < noise
 
 
-def test_a_clip_is_refined_alike_in_any_batch(official, recorded):
+def test_a_clip_is_refined_alike_in_any_batch(official, recorded, noise):
     together = refine_frames(official, recorded["video"][:, 0], recorded["recon"])
     alone = refine_frames(official, recorded["video"][1:, 0], recorded["recon"][1:])
-    assert (together[1:] - alone).abs().max() < 1e-5
+    assert (together[1:] - alone).abs().max() < 3 * noise  # three frames, each refined from the one before
 
 
 def test_a_half_precision_refiner_gives_floats_in_range(official, recorded):
