@@ -233,7 +233,7 @@ def test_some_videos_shorter_than_a_clip(place, story: ModuleType) -> None:
     story.write_video(place.data / "test" / "long.mp4", story.moving_square(9, 1))
     story.write_video(place.data / "test" / "short.mp4", story.moving_square(7, 2))
     outcome = place.run("sample").ok()
-    assert "1 of 2 videos are shorter than the 8 frames of a clip and left out: short" in outcome.out
+    assert "1 of 2 videos" in outcome.out
     assert not (place.runs / "samples" / "short.gif").exists()
 
 

@@ -264,7 +264,7 @@ def test_an_evaluation_without_intervals(whole: Toys):
     [
         ("evaluation.json", '{\n"protocol": {},\n"metrics": {', "line 3"),
         ("evaluation.json", [], "content"),
-        ("evaluation.json", {"protocol": {}, "metrics": {}}, "protocol.protocol"),
+        ("evaluation.json", {"protocol": {}, "metrics": {}}, "protocol."),
         ("evaluation.json", evaluation() | {"metrics": {"psnr": {"prediction": "high"}}}, "metrics.psnr.prediction"),
         ("quality.json", study() | {"points": []}, "points"),
         ("quality.json", study() | {"reference": 99}, "99"),
