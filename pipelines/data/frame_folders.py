@@ -338,7 +338,7 @@ def _reading_back(out: Path, splits: Sequence[Split]) -> str:
 
 _MAX_NAME_BYTES = 200  # file systems allow 255, and readers may want to add something
 
-# A dot at the beginning hides a name. The rest is what Windows, and so many network drives, refuse. A % would make two
+# A dot at the beginning hides a name. The rest is what Windows and many network drives refuse. A % would make two
 # ids equal.
 _RESERVED = re.compile(r'^\.|[<>:"\\|?*\x00-\x1f\x7f]|%(?=[0-9A-Fa-f]{2})|[. ]$')
 

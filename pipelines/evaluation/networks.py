@@ -43,7 +43,7 @@ class PublicFile:
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
     def find(self, configured: str | Path | None, setting: str, *, download: bool) -> Path | None:
-        """The file to use: the configured one, else the verified one in torch's folder; None where there is none.
+        """The file to use: the configured one, else the verified one in torch's folder; None if there is none.
 
         Args:
             configured: the value of the setting; not verified.

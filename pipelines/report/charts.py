@@ -192,7 +192,7 @@ def tick_text(value: float) -> str:
 
 
 def number_text(value: float | None, digits: int | None = None) -> str:
-    """A number with this many digits after the point, or with four significant ones; `-` where there is none."""
+    """A number with this many digits after the point, or with four significant ones; `-` without one."""
     if value is None or math.isnan(value):
         return "-"
     if digits is not None:

@@ -54,7 +54,7 @@ def predictions_section(run: Run) -> dict[str, Any]:
 
 
 def _regular(count: int, most: int) -> np.ndarray:
-    """Indices of at most so many of `count` things, regularly chosen, with the first and the last."""
+    """Indices of at most `most` of `count` things, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 

@@ -74,12 +74,12 @@ class Run:
 
     @cached_property
     def logs(self) -> dict[str, Log | None]:
-        """The log of each training; None where there is none."""
+        """The log of each training; None if there is none."""
         return {training: read_log(self.path / training / "log.jsonl") for training in TRAININGS}
 
     @cached_property
     def checkpoints(self) -> dict[str, Checkpoint | None]:
-        """The checkpoint in use of each training; None where there is none."""
+        """The checkpoint in use of each training; None if there is none."""
         return {training: chosen_checkpoint(self.path / training) for training in TRAININGS}
 
     def damaged_checkpoints(self, training: str) -> list[str]:
