@@ -61,6 +61,9 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+# Pixels per side of SSIM's window: smaller images have no SSIM.
+SSIM_WINDOW = 11
+
 ProtocolName = Literal["kth_10_30", "kth_10_40", "bair_1_15", "clevrer_2_14"]
 
 # SRVP, SLAMP, MCVD and RaMViD prepend the given frames to the predicted ones and pass whole clips to the I3D.
@@ -130,8 +133,8 @@ class EvaluationConfig(BaseModel):
     )
     resamples: NonNegativeInt = Field(
         1000,
-        description="bootstrap resamples over videos for 95 % intervals; 0: no intervals. At most 200 are used for the "
-        "Fréchet video distance",
+        description="bootstrap resamples over recordings for 95 % intervals; 0: no intervals. At most 200 are used for "
+        "the Fréchet video distance",
     )
 
     @model_validator(mode="before")
@@ -255,6 +258,11 @@ class RiverConfig(_Section):
                 f"autoencoder.training.adversarial.layers: {adversarial.layers} layers need images of at least "
                 f"{adversarial.smallest_side} pixels per side, and dataset.image_size is {self.dataset.image_size}: "
                 "use fewer layers"
+            )
+        if self.autoencoder.training.best_by == "ssim" and self.dataset.image_size < SSIM_WINDOW:
+            raise ValueError(
+                f"autoencoder.training.best_by: ssim needs images of at least {SSIM_WINDOW} pixels per side, and "
+                f"dataset.image_size is {self.dataset.image_size}: use psnr"
             )
         for key, size in (
             ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "quality against the number of evaluations, for each solver and option: quality.json and a plot"
+HELP = "quality against the number of evaluations, per solver and option, on the validation split"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.evaluation.sampler_study import study
+    from pipelines.evaluation.sampler_study import open_study_clips, study
 
+    clips = open_study_clips(config, run_context, options.videos)  # errors are reported before a training
     stages.run_to("flow", config, run_context)
-    study(config, run_context, options.videos, options.most_evaluations)
+    study(config, run_context, clips, options.most_evaluations)

@@ -20,6 +20,7 @@ from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import progress, say
+from stage1_autoencoder.videos.source import Recording
 
 I3D_SETTING = "evaluation.video_network"
 SUBJECTS = ("prediction", "copy_last", "reconstruction")
@@ -51,8 +52,7 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
     vgg, i3d = find_networks(config, run_context)
     predictor = load_predictor(config, run_context)
     clips = open_clips(config, run_context, evaluation.videos)
-    metrics, no_lpips = load_frame_metrics(config, run_context)
-    missing = {} if no_lpips is None else {"lpips": no_lpips}
+    metrics, missing = load_frame_metrics(config, run_context)
     distances = None
     try:
         segments = Segments.choose(evaluation)
@@ -65,20 +65,19 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
             distances = VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments)
 
     videos: list[int] = []
+    recordings: list[Recording] = []
     parts = defaultdict(list)  # (metric, subject) -> [b, samples, horizon] of each batch
     with progress(total=len(clips) * evaluation.samples, description="evaluate", unit="prediction") as bar:
         for batch in clips.batches(evaluation.batch_size):
             videos += [clip.video for clip in batch]
+            recordings += [clip.recording for clip in batch]
             for key, values in _measure_batch(config, predictor, batch, metrics, distances, refine, bar.update).items():
                 parts[key].append(torch.stack(values, dim=1))
 
-    counts = None
-    if not evaluation.resamples:
-        missing["interval"] = "evaluation.resamples is 0"
-    elif len(set(videos)) < 2:
-        missing["interval"] = "it needs clips of two videos or more, and there is one video"
-    else:
-        counts = draw_counts(videos, evaluation.resamples, evaluation.seed)
+    try:
+        counts = draw_counts(recordings, evaluation.resamples, evaluation.seed)
+    except ValueError as error:
+        counts, missing["interval"] = None, str(error)
     measured = {}
     for metric in metrics:
         values = {subject: torch.cat(tensors) for (name, subject), tensors in parts.items() if name == metric.name}
@@ -88,7 +87,7 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
             measured["fvd"] = distances.results(counts)
         except ValueError as error:
             missing["fvd"] = str(error)
-    protocol = describe_protocol(config, predictor, videos, missing, refine=refine, vgg=vgg, i3d=i3d)
+    protocol = describe_protocol(config, predictor, videos, recordings, missing, refine=refine, vgg=vgg, i3d=i3d)
     result = Evaluation(protocol=protocol, metrics=measured)
     path = config.run_path / "evaluation.json"
     write_json(path, result)

@@ -1,6 +1,6 @@
-"""Intervals of 95 % by a bootstrap over videos: clips of one video are not independent of each other."""
+"""Intervals of 95 % by a bootstrap over recordings: clips of one recording are not independent of each other."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -9,24 +9,29 @@ from torch import Tensor
 LEVEL = 0.95
 # 95 % of a normal distribution lie within this many standard deviations.
 HALF_WIDTH = 1.959964
+# With fewer, a bootstrap's intervals are much too short.
+MIN_RECORDINGS = 10
 
 
-def draw_counts(videos: Sequence[int], resamples: int, seed: int) -> Tensor:
-    """How often each clip is in each bootstrap resample: as often as its video was drawn.
+def draw_counts(recordings: Sequence[Hashable], resamples: int, seed: int) -> Tensor:
+    """How often each clip is in each bootstrap resample: as often as its recording was drawn.
 
     Args:
-        videos: the video of each clip, n in all.
-        resamples: number of resamples; each draws as many videos as there are, with replacement.
+        recordings: the recording of each clip, n in all.
+        resamples: number of resamples; each draws as many recordings as there are, with replacement.
     Returns:
         [resamples, n] float64.
     Raises:
-        ValueError: fewer than two videos, whose variance is unknown.
+        ValueError: no resamples, or fewer than ten recordings.
     """
-    kinds, membership = np.unique(np.asarray(videos), return_inverse=True)
-    if len(kinds) < 2:
-        raise ValueError(f"a bootstrap over videos needs two or more, not {len(kinds)}")
-    drawn = np.random.default_rng(seed).multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), size=resamples)
-    return torch.from_numpy(drawn[:, membership].astype(np.float64))
+    number = {recording: index for index, recording in enumerate(dict.fromkeys(recordings))}
+    count = len(number)
+    if not resamples:
+        raise ValueError("evaluation.resamples is 0")
+    if count < MIN_RECORDINGS:
+        raise ValueError(f"a bootstrap needs clips of {MIN_RECORDINGS} recordings or more, and there are {count}")
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return torch.from_numpy(drawn[:, [number[recording] for recording in recordings]].astype(np.float64))
 
 
 def mean_interval(values: Tensor, counts: Tensor) -> Tensor:

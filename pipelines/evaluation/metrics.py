@@ -6,15 +6,18 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from pipelines.config import RiverConfig
+from pipelines.config import SSIM_WINDOW, RiverConfig
 from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.runtime.context import RunContext, computing_in
 from stage1_autoencoder.lpips import SMALLEST_SIDE
 
 # Pixels per call of a metric: LPIPS holds some kB for each.
 PIXELS_AT_ONCE = 2**18
+SSIM_SIGMA = 1.5
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
+SSIM_DEFINITION = "Gaussian windows 11x11, sigma 1.5, inside the image; values in [0, 1], k1 0.01, k2 0.03"
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -33,12 +36,38 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each image (11x11 Gaussian, sigma 1.5, mirrored edges), for signals in [-1, 1].
+    """Structural similarity of each image, by the standard definition: mean over channels and windows.
 
-    Args, returns: as `psnr`; values in [-1, 1].
+    Windows are Gaussian (11x11, sigma 1.5) and lie inside the image; values are in [0, 1], the data range is 1. It
+    equals scikit-image's `structural_similarity` cropped by the window's radius. In float64, because variances are
+    small differences of large numbers.
+
+    Args:
+        images: [n, 3, h, w] float; clamped to [-1, 1].
+        truth: [n, 3, h, w] float in [-1, 1].
+    Returns:
+        [n] float64 in [-1, 1].
+    Raises:
+        ValueError: images smaller than the window.
     """
-    values = structural_similarity_index_measure(images.clamp(-1, 1), truth, data_range=2.0, reduction="none")
-    return torch.atleast_1d(torch.as_tensor(values))
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of {SSIM_WINDOW} pixels a side, not {list(images.shape)}")
+    x, y = (images.clamp(-1, 1).double() + 1) / 2, (truth.double() + 1) / 2
+    rows, columns = (_window_weights(side, x) for side in x.shape[-2:])
+    mean_x, mean_y, square_x, square_y, product = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ columns.T
+    variance_x, variance_y, covariance = square_x - mean_x**2, square_y - mean_y**2, product - mean_x * mean_y
+    # Eq. 13 of Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    structure = (2 * covariance + SSIM_C2) / (variance_x + variance_y + SSIM_C2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def _window_weights(side: int, like: Tensor) -> Tensor:
+    """[side - 10, side] weights of the pixels of a line in each window inside it; a 2-D window is their product."""
+    pixel = torch.arange(side, device=like.device, dtype=like.dtype)
+    offset = pixel - pixel[: side - SSIM_WINDOW + 1, None] - SSIM_WINDOW // 2
+    weights = torch.exp(-0.5 * (offset / SSIM_SIGMA) ** 2) * (offset.abs() <= SSIM_WINDOW // 2)
+    return weights / weights.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -64,31 +93,37 @@ def lpips_metric(network: Callable[[Tensor, Tensor], Tensor]) -> Metric:
     return Metric("lpips", lambda images, truth: network(images.clamp(-1, 1), truth), False)
 
 
-def load_frame_metrics(config: RiverConfig, run_context: RunContext) -> tuple[list[Metric], str | None]:
-    """PSNR, SSIM, and LPIPS if it can be measured; with the reason if it cannot.
+def load_frame_metrics(config: RiverConfig, run_context: RunContext) -> tuple[list[Metric], dict[str, str]]:
+    """PSNR, and SSIM and LPIPS if they can be measured; metric -> reason if they cannot.
 
     Raises:
         UserError, FetchError: see `load_lpips`.
     """
-    if config.dataset.image_size < SMALLEST_SIDE:
-        return [PSNR, SSIM], f"LPIPS needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
-    lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
-    if lpips is None:
-        return [PSNR, SSIM], NO_VGG16
-    return [PSNR, SSIM, lpips_metric(lpips)], None
+    side, metrics, missing = config.dataset.image_size, [PSNR], {}
+    if side < SSIM_WINDOW:
+        missing["ssim"] = f"it is not defined for images of less than {SSIM_WINDOW} pixels a side (dataset.image_size)"
+    else:
+        metrics.append(SSIM)
+    lpips = None
+    if side < SMALLEST_SIDE:
+        missing["lpips"] = f"it needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
+    else:
+        lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
+        if lpips is None:
+            missing["lpips"] = NO_VGG16
+    return metrics + ([] if lpips is None else [lpips_metric(lpips)]), missing
 
 
 def measure_frames(metric: Metric, videos: Tensor, truth: Tensor) -> Tensor:
-    """A metric of every frame, in float32 on the device of the videos.
+    """A metric of every frame, from float32 frames on the device of the videos.
 
     Args:
         videos, truth: [b, n, 3, h, w] in [-1, 1].
     Returns:
-        [b, n] float32, on the CPU.
+        [b, n] float, on the CPU.
     """
     images, targets = flatten(videos).float(), flatten(truth).float()
     size = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
-    # SSIM subtracts nearly equal sums, for which TF32 is too coarse.
     with computing_in("fp32", images.device), torch.inference_mode():
         parts = [metric.function(*pair) for pair in zip(images.split(size), targets.split(size), strict=True)]
     return torch.cat(parts).view(videos.shape[:2]).cpu()

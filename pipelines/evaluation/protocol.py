@@ -7,12 +7,14 @@ import torch
 
 from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
 from pipelines.evaluation.frechet import MAX_RESAMPLES, Segments
+from pipelines.evaluation.metrics import SSIM_DEFINITION
 from pipelines.evaluation.results import EvaluationProtocol
 from pipelines.loading import find_flow, find_refiner, weights_digest
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import sampling_precision
 from pipelines.runtime.files import file_sha256
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
+from stage1_autoencoder.videos.source import Recording
 from stage2_flow.sampling_plan import SamplingPlan
 
 
@@ -20,6 +22,7 @@ def describe_protocol(
     config: RiverConfig,
     predictor: VideoPredictor,
     videos: list[int],
+    recordings: list[Recording],
     missing: dict[str, str],
     *,
     refine: bool,
@@ -29,17 +32,16 @@ def describe_protocol(
     """Everything that decides the numbers.
 
     Args:
-        videos: the video of each measured clip.
-        missing: metric that was not measured -> reason.
+        videos, recordings: the video and the recording of each measured clip.
+        missing: metric, or `interval`, that was not measured -> reason.
         vgg, i3d: files of the networks.
     """
     evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
     flow, refiner = find_flow(config.run_path), find_refiner(config.run_path) if refine else None
     assert flow is not None
-    interval = f"95 %, bootstrap over videos: percentiles of {evaluation.resamples} resamples, seed {evaluation.seed}"
     best_of = "per clip and metric, the sample with the best mean over the horizon by that metric"
     return EvaluationProtocol(
-        **common_protocol(config, predictor),
+        **common_protocol(config, predictor, recordings, missing, evaluation.resamples),
         protocol=describe_preset(config),
         clips=len(videos),
         videos=len(set(videos)),
@@ -47,8 +49,7 @@ def describe_protocol(
         samples=evaluation.samples,
         aggregation="mean over clips, samples and predicted frames",
         best_of=best_of if evaluation.samples > 1 else None,
-        interval=None if "interval" in missing else interval,
-        pixels="clamped to [-1, 1], compared as floats with data range 2",
+        pixels="clamped and compared as floats; data range 1 for values in [0, 1]",
         frame_step=config.dataset.frame_step,
         resize={
             "filter": frames["resize_filter"],
@@ -68,17 +69,33 @@ def describe_protocol(
         vgg_sha256=None if vgg is None or "lpips" in missing else file_sha256(vgg),
         fvd=None if i3d is None or "fvd" in missing else _describe_fvd(config, i3d, "interval" not in missing),
         torch=torch.__version__,
-        missing=missing,
     )
 
 
-def common_protocol(config: RiverConfig, predictor: VideoPredictor) -> dict[str, Any]:
-    """The fields of `Protocol`."""
-    flow = find_flow(config.run_path)
+def common_protocol(
+    config: RiverConfig,
+    predictor: VideoPredictor,
+    recordings: list[Recording],
+    missing: dict[str, str],
+    resamples: int,
+) -> dict[str, Any]:
+    """The fields of `Protocol`.
+
+    Args:
+        recordings: the recording of each measured clip.
+        resamples: of the bootstrap.
+    """
+    flow, seed = find_flow(config.run_path), config.evaluation.seed
     assert flow is not None
+    interval = f"95 %, bootstrap over recordings: percentiles of {resamples} resamples, seed {seed}"
     return {
         **config.evaluation.model_dump(include={"split", "window", "context", "horizon"}),
         "dataset": config.dataset.name,
+        "recordings": len(set(recordings)),
+        "persons": len({recording.person for recording in recordings} - {None}) or None,
+        "ssim": None if "ssim" in missing else SSIM_DEFINITION,
+        "interval": None if "interval" in missing else interval,
+        "missing": missing,
         "image_size": config.dataset.image_size,
         "flow_step": flow.step,
         "flow_sha256": weights_digest(predictor.vector_field),

@@ -51,7 +51,7 @@ class MetricValues(Distances):
 
     Attributes:
         per_frame: subject -> [horizon] means over clips and samples; None for a distance between sets (FVD).
-        interval, per_frame_interval: subject -> 95 % interval(s); None where clips of one video cannot be resampled.
+        interval, per_frame_interval: subject -> 95 % interval(s); None where there are too few recordings.
         best_of: None where there is one sample per clip.
         autoencoded: of FVD, the distances to autoencoded instead of real videos.
     """
@@ -64,10 +64,23 @@ class MetricValues(Distances):
 
 
 class Protocol(Result):
-    """What decides the numbers of an evaluation and of a study: the frames, and the networks that predict them."""
+    """What decides the numbers of an evaluation and of a study: the frames, and the networks that predict them.
+
+    Attributes:
+        recordings: number of files or drawn videos that the clips were cut from.
+        persons: number of people in them; None where the data set does not say.
+        ssim: its definition; None where it was not measured.
+        interval: how intervals were made; None where there are none.
+        missing: metric, or `interval`, that was not measured -> reason.
+    """
 
     dataset: str
     split: str
+    recordings: int
+    persons: int | None
+    ssim: str | None
+    interval: str | None
+    missing: dict[str, str]
     window: str
     context: int
     horizon: int
@@ -78,16 +91,18 @@ class Protocol(Result):
     precision: str
     device: str
 
+    def describe_recordings(self) -> str:
+        """What the clips were cut from: `60 recordings of 5 persons`."""
+        return f"{self.recordings} recordings" + (f" of {self.persons} persons" if self.persons else "")
+
 
 class EvaluationProtocol(Protocol):
     """Everything that decides the numbers of an evaluation.
 
     Attributes:
         protocol: preset of `evaluation.protocol`, with the settings that differ from it.
-        clips, videos: how many were measured.
-        interval: how intervals were made; None where there are none.
+        clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
         nfe: evaluations of the vector field per predicted frame.
-        missing: metric that was not measured -> reason.
     """
 
     protocol: str | None
@@ -97,7 +112,6 @@ class EvaluationProtocol(Protocol):
     samples: int
     aggregation: str
     best_of: str | None
-    interval: str | None
     pixels: str
     frame_step: int
     resize: dict[str, Any]
@@ -113,7 +127,6 @@ class EvaluationProtocol(Protocol):
     vgg_sha256: str | None
     fvd: dict[str, Any] | None
     torch: str
-    missing: dict[str, str]
 
 
 class Evaluation(Result):
@@ -129,7 +142,8 @@ class StudyPoint(Result):
     Attributes:
         key: the setting as JSON; a point is kept by a later study that measures the same key.
         nfe: evaluations of the vector field per predicted frame.
-        *_difference: mean difference to the reference point on the same clips; lpips is None where it is not measured.
+        *_difference: mean difference to the reference point on the same clips; None, as the metric, if not measured.
+        *_interval: None where there are too few recordings.
         per_clip: metric -> [clips].
         frechet_resampled: the distance of each bootstrap resample.
         milliseconds_per_frame: of predicting all clips at once, without decoding.
@@ -144,25 +158,25 @@ class StudyPoint(Result):
     steps: int
     nfe: int = Field(gt=0)
     psnr: float
-    psnr_interval: Interval
+    psnr_interval: Interval | None
     psnr_difference: float
-    psnr_difference_interval: Interval
-    ssim: float
-    ssim_interval: Interval
-    ssim_difference: float
-    ssim_difference_interval: Interval
+    psnr_difference_interval: Interval | None
+    ssim: float | None = None
+    ssim_interval: Interval | None = None
+    ssim_difference: float | None = None
+    ssim_difference_interval: Interval | None = None
     lpips: float | None = None
     lpips_interval: Interval | None = None
     lpips_difference: float | None = None
     lpips_difference_interval: Interval | None = None
     sharpness: float
-    sharpness_interval: Interval
+    sharpness_interval: Interval | None
     sharpness_difference: float
-    sharpness_difference_interval: Interval
+    sharpness_difference_interval: Interval | None
     frechet: float
-    frechet_interval: Interval
+    frechet_interval: Interval | None
     frechet_difference: float
-    frechet_difference_interval: Interval
+    frechet_difference_interval: Interval | None
     frechet_resampled: list[float]
     per_clip: dict[str, list[float]]
     milliseconds_per_frame: float
@@ -186,14 +200,12 @@ class StudyProtocol(Protocol):
 
     Attributes:
         clips: names of the clips.
-        lpips: whether LPIPS was measured.
     """
 
     clips: list[str]
     past_horizon: int | None
     frechet: str
     sharpness: str
-    lpips: bool
 
 
 class Study(Result):
@@ -201,17 +213,17 @@ class Study(Result):
 
     Attributes:
         reference: index of the point with the paper's 396 evaluations, or the one that replaces it.
-        cheapest: index of the point with the fewest evaluations that loses nothing measurable.
+        cheapest: index of the point with the fewest evaluations that loses nothing measurable; None without intervals.
     """
 
     protocol: StudyProtocol
     points: list[StudyPoint] = Field(min_length=1)
     reference: int = Field(ge=0)
-    cheapest: int = Field(ge=0)
+    cheapest: int | None = Field(ge=0)
 
     @model_validator(mode="after")
     def _points_exist(self) -> Self:
-        if max(self.reference, self.cheapest) >= len(self.points):
+        if max(self.reference, self.cheapest or 0) >= len(self.points):
             raise ValueError(
                 f"reference {self.reference} or cheapest {self.cheapest} is no index of {len(self.points)} points"
             )

@@ -1,4 +1,7 @@
-"""`study`: how many evaluations of the vector field a prediction needs, for each solver and option of a trained run."""
+"""`study`: how many evaluations of the vector field a prediction needs, for each solver and option of a trained run.
+
+It measures on the validation split: what is chosen here must not have been chosen by the test split.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +10,17 @@ from matplotlib.figure import Figure
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
+from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import load_frame_metrics
 from pipelines.evaluation.protocol import common_protocol
 from pipelines.evaluation.results import Study, StudyPoint, StudyProtocol
 from pipelines.evaluation.study_points import StudyClips, point_key
-from pipelines.prediction.clips import open_clips
+from pipelines.prediction.clips import ClipReader, open_clips
 from pipelines.predictor import load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json, replacing, write_json
 from pipelines.runtime.progress import progress, say
+from stage1_autoencoder.videos.source import VideoError
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.solvers import SOLVERS
@@ -27,6 +32,8 @@ MANY_EVALUATIONS = 32
 WARM_STARTS = (0.1, 0.3, 0.5)
 # Further seeds, which show how much a metric varies with the random draws only.
 OTHER_SEEDS = 2
+# Of the bootstrap.
+RESAMPLES = 2000
 # dB of PSNR that a setting may lose against the paper's 396 evaluations.
 PSNR_MARGIN = 0.1
 
@@ -48,43 +55,72 @@ PANELS = {
 TICKS = (1, 2, 4, 8, 16, 32, 64, 128, 396)
 
 
-def study(config: RiverConfig, run_context: RunContext, clips: int, most_evaluations: int | None = None) -> Study:
-    """Predict the protocol's clips with all of `sampler_settings`, and compare the predictions.
+def study_config(config: RiverConfig) -> RiverConfig:
+    """The configuration with the protocol's clips taken from the validation split, whatever `evaluate` takes."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"split": "val"})})
+
+
+def open_study_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> ClipReader:
+    """The clips that are predicted, of the validation split.
+
+    Raises:
+        UserError: fewer than two, or no validation videos.
+    """
+    try:
+        clips = open_clips(study_config(config), run_context, wanted)
+    except VideoError as error:
+        raise UserError(
+            f"settings are compared on the validation split, and the test split decides nothing: {error}"
+        ) from None
+    if len(clips) < 2:
+        raise UserError(f"sets of clips are compared, and {len(clips)} clip is no set: take two or more with --videos")
+    return clips
+
+
+def study(
+    config: RiverConfig, run_context: RunContext, clips: ClipReader, most_evaluations: int | None = None
+) -> Study:
+    """Predict clips with all of `sampler_settings`, and compare the predictions.
 
     Writes `quality.json` after each setting, and `quality.png` at the end, to the run's folder. Settings that an
     earlier call measured with the same weights, clips and reference are not measured again.
 
     Args:
-        clips: number of clips.
+        clips: of `open_study_clips`.
         most_evaluations: per predicted frame; settings with more are left out, and rk4-38 with that many (a multiple of
             four) replaces the paper's 396.
     Raises:
-        UserError: all clips are of one video.
+        UserError: fewer than two clips can be decoded.
     """
     predictor = load_predictor(config, run_context)
-    metrics, no_lpips = load_frame_metrics(config, run_context)
-    if no_lpips is not None:
-        say(f"study: continuing without LPIPS: {no_lpips}")
-    chosen = list(open_clips(config, run_context, clips))
-    if len({clip.video for clip in chosen}) < 2:
-        raise UserError("study: intervals over videos need clips of two or more videos; take more with --videos")
+    metrics, missing = load_frame_metrics(config, run_context)
+    chosen = list(clips)
+    if len(chosen) < 2:
+        raise UserError("sets of clips are compared, and only one clip can be decoded: take more with --videos")
+    recordings = [clip.recording for clip in chosen]
+    try:
+        counts = draw_counts(recordings, RESAMPLES, config.evaluation.seed)
+    except ValueError as error:
+        counts, missing["interval"] = None, str(error)
+    for what, reason in missing.items():
+        say(f"study: continuing without {what}: {reason}")
     evaluation, path = config.evaluation, config.run_path / "quality.json"
     protocol = StudyProtocol(
-        **common_protocol(config, predictor),
+        **common_protocol(study_config(config), predictor, recordings, missing, RESAMPLES),
         clips=[clip.name for clip in chosen],
         past_horizon=config.sampling.past_horizon,
         frechet="of means over 2x2 parts of each frame's latents and of their change to the frame before",
         sharpness="mean difference of neighboring pixels, as a share of the decoded real latents'",
-        lpips=no_lpips is None,
     )
     settings = sampler_settings(config.sampling, most_evaluations)
     known = _known_points(path, protocol, point_key(settings[0]))
     resumed = sum(point_key(options) in known for options in settings)
     say(
-        f"study: {len(chosen)} clips, {evaluation.context} frames given, {evaluation.horizon} predicted, "
+        f"study: {len(chosen)} clips of the {protocol.split} split, {evaluation.context} frames given, "
+        f"{evaluation.horizon} predicted, "
         f"{len(settings)} sampler settings" + (f", {resumed} of them measured before" if resumed else "")
     )
-    measured = StudyClips(predictor, chosen, evaluation.context, evaluation.seed, metrics)
+    measured = StudyClips(predictor, chosen, evaluation.context, counts, metrics)
     points: list[StudyPoint] = []
     total = sum(SamplingPlan.from_config(options).evaluations for options in settings)
     with progress(total=total, description="study", unit="NFE") as bar:
@@ -138,12 +174,14 @@ def sampler_settings(sampling: SamplingConfig, most_evaluations: int | None = No
     return [reference, *(options for options in fewer if options != reference)]
 
 
-def cheapest(points: list[StudyPoint]) -> int:
+def cheapest(points: list[StudyPoint]) -> int | None:
     """The index of the point with the fewest evaluations that loses nothing measurable against the first.
 
     That is: at most `PSNR_MARGIN` of mean PSNR, and neither the Fréchet distance nor LPIPS (where it was measured) is
-    worse on the same clips by more than its interval.
+    worse on the same clips by more than its interval. None without intervals.
     """
+    if points[0].frechet_interval is None:
+        return None
 
     def loses_nothing(point: StudyPoint) -> bool:
         intervals = [point.frechet_difference_interval, point.lpips_difference_interval]
@@ -156,45 +194,53 @@ def cheapest(points: list[StudyPoint]) -> int:
 
 def format_study(study: Study) -> str:
     """The points as a table: the reference first, and below it the cheapest that loses nothing."""
-    points, lpips = study.points, study.protocol.lpips
+    points, missing = study.points, study.protocol.missing
     lines = [
         f"  {'':<30}{'NFE':>5}{'PSNR':>8}{'to first':>9}{'95 %':>17}{'SSIM':>8}{'LPIPS':>8}{'Frechet':>9}{'sharp':>7}"
         f"{'ms':>9}"
     ]
     for point in points:
-        low, high = point.psnr_difference_interval
+        ends = point.psnr_difference_interval
+        interval = "-" if ends is None else f"{ends[0]:+.2f} .. {ends[1]:+.2f}"
+        ssim = "-" if point.ssim is None else f"{point.ssim:.3f}"
+        lpips = "-" if point.lpips is None else f"{point.lpips:.4f}"
         name = point.describe() + (f", seed {point.seed}" if point.seed != points[0].seed else "")
         lines.append(
             f"  {name:<30}{point.nfe:>5}{point.psnr:>8.2f}{point.psnr_difference:>+9.2f}"
-            f"{f'{low:+.2f} .. {high:+.2f}':>17}{point.ssim:>8.3f}{f'{point.lpips:.4f}' if lpips else '-':>8}"
+            f"{interval:>17}{ssim:>8}{lpips:>8}"
             f"{point.frechet:>9.3f}{point.sharpness:>7.3f}{point.milliseconds_per_frame:>9.3g}"
         )
+    if study.cheapest is None:
+        return "\n".join(lines) + f"\n\n  Which setting loses nothing is not decided: {missing['interval']}."
     best, first = points[study.cheapest], points[study.reference]
+    lpips = "" if "lpips" in missing else " and LPIPS"
     return "\n".join(lines) + (
         f"\n\n  Fewest evaluations that lose nothing measurable: {best.nfe} ({best.describe()}), "
         f"{first.nfe / best.nfe:.3g} times fewer than {first.nfe}\n"
-        f"  (PSNR within {PSNR_MARGIN} dB, Frechet distance of latents{' and LPIPS' if lpips else ''} not worse by "
-        "more than the interval over videos)."
+        f"  (PSNR within {PSNR_MARGIN} dB, Frechet distance of latents{lpips} not worse by more than the "
+        "interval over recordings)."
     )
 
 
 def plot_study(study: Study, path: Path) -> None:
     """Write the plot: quality against evaluations, one line per solver; the band is the interval of the reference."""
     protocol, points = study.protocol, study.points
-    reference, best = points[study.reference], points[study.cheapest]
+    reference = points[study.reference]
     panels = {name: label for name, label in PANELS.items() if getattr(reference, name) is not None}
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(10.4, 3.6 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flatten()
     for axis, (name, label) in zip(axes, panels.items(), strict=False):
-        axis.axhspan(*getattr(reference, f"{name}_interval"), color="#999999", alpha=0.18, linewidth=0)
+        if (interval := getattr(reference, f"{name}_interval")) is not None:
+            axis.axhspan(*interval, color="#999999", alpha=0.18, linewidth=0)
         axis.axhline(getattr(reference, name), color="#666666", linewidth=1, linestyle="--")
         for solver, (color, marker) in STYLES.items():
             line = study.solver_line(solver)
             nfes, values = [point.nfe for point in line], [getattr(point, name) for point in line]
             axis.plot(nfes, values, color=color, marker=marker, markersize=4, linewidth=1.4, label=solver)
-        circle = {"markersize": 11, "fillstyle": "none", "color": "black"}
-        axis.plot(best.nfe, getattr(best, name), "o", label="cheapest that loses nothing", **circle)
+        if study.cheapest is not None:
+            best, circle = points[study.cheapest], {"markersize": 11, "fillstyle": "none", "color": "black"}
+            axis.plot(best.nfe, getattr(best, name), "o", label="cheapest that loses nothing", **circle)
         axis.set_xscale("log", base=2)
         axis.set_xticks(TICKS, [str(tick) for tick in TICKS])
         if name == "frechet":
@@ -207,7 +253,8 @@ def plot_study(study: Study, path: Path) -> None:
     axes[0].legend(fontsize=8, ncols=2)
     figure.suptitle(
         f"{protocol.dataset}, {protocol.split} split: {len(protocol.clips)} clips, {protocol.context} frames given, "
-        f"{protocol.horizon} predicted; dashed: {reference.nfe} evaluations, band: 95 %",
+        f"{protocol.horizon} predicted; dashed: {reference.nfe} evaluations"
+        + (", band: 95 %" if protocol.interval else ""),
         fontsize=10,
     )
     with replacing(path) as temporary:

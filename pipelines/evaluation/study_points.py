@@ -1,4 +1,4 @@
-"""One sampler setting of a study: metrics of its predictions, with intervals over videos."""
+"""One sampler setting of a study: metrics of its predictions, with intervals over recordings."""
 
 import json
 import time
@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.evaluation.frechet import fit_gaussian, frechet_distance
-from pipelines.evaluation.intervals import draw_counts, half_width, mean_interval, normal_interval
+from pipelines.evaluation.intervals import half_width, mean_interval, normal_interval
 from pipelines.evaluation.metrics import Metric, flatten, measure_frames
-from pipelines.evaluation.results import StudyPoint
+from pipelines.evaluation.results import Interval, StudyPoint
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
-RESAMPLES = 2000
 # Of the Fréchet distance, where each resample takes a singular value decomposition.
 DISTANCE_RESAMPLES = 200
 # Side to which maps of latents are averaged before their statistics are taken.
@@ -35,17 +34,31 @@ class StudyClips:
     """The clips that all settings predict, and everything about them that does not depend on the setting."""
 
     def __init__(
-        self, predictor: VideoPredictor, clips: Sequence[Clip], context: int, seed: int, metrics: list[Metric]
+        self,
+        predictor: VideoPredictor,
+        clips: Sequence[Clip],
+        context: int,
+        counts: Tensor | None,
+        metrics: list[Metric],
     ) -> None:
+        """Encode the clips.
+
+        Args:
+            clips: two or more.
+            context: number of given frames.
+            counts: [resamples, clips] of the bootstrap; None: no intervals.
+        """
         self.predictor, self.context, self.metrics = predictor, context, metrics
         self.keys = [(clip.key, 0) for clip in clips]
         frames = torch.stack([clip.frames for clip in clips])
         latents = predictor.encode_videos(frames)
         self.given, self.truth = latents[:, :context], frames[:, context:]
         self.edges = mean_gradient(predictor.decode_videos(latents[:, context:]).cpu())
-        self.counts = draw_counts([clip.video for clip in clips], RESAMPLES, seed)
+        self.counts = counts
         # All frames of all clips once, then the resamples.
-        self.draws = [None, *self.counts[:DISTANCE_RESAMPLES].repeat_interleave(self.truth.shape[1], dim=1)]
+        self.draws: list[Tensor | None] = [None]
+        if counts is not None:
+            self.draws += counts[:DISTANCE_RESAMPLES].repeat_interleave(self.truth.shape[1], dim=1)
         real = self._features(latents)
         self.real = [fit_gaussian(real, draw) for draw in self.draws]
 
@@ -69,25 +82,26 @@ class StudyClips:
         features = self._features(latents)
         pairs = zip(self.draws, self.real, strict=True)
         distance, *resampled = [frechet_distance(fit_gaussian(features, draw), real) for draw, real in pairs]
-        difference, half = 0.0, 0.0
-        if reference is not None:
+        difference = 0.0 if reference is None else distance - reference.frechet
+        interval, difference_interval = None, None
+        if resampled:
             # Over differences of resamples: both distances change in the same way with the drawn clips.
-            difference = distance - reference.frechet
-            half = half_width(np.subtract(resampled, reference.frechet_resampled))
+            half = half_width(np.subtract(resampled, resampled if reference is None else reference.frechet_resampled))
+            interval, difference_interval = normal_interval(distance, resampled), (difference - half, difference + half)
         measured = {
             "frechet": distance,
-            "frechet_interval": normal_interval(distance, resampled),
+            "frechet_interval": interval,
             "frechet_difference": difference,
-            "frechet_difference_interval": (difference - half, difference + half),
+            "frechet_difference_interval": difference_interval,
         }
         for name, values in clips.items():
             of_reference = values.tolist() if reference is None else reference.per_clip[name]
             differences = values - torch.tensor(of_reference, dtype=torch.float64)
             measured |= {
                 name: float(values.mean()),
-                f"{name}_interval": mean_interval(values, self.counts).tolist(),
+                f"{name}_interval": self._interval(values),
                 f"{name}_difference": float(differences.mean()),
-                f"{name}_difference_interval": mean_interval(differences, self.counts).tolist(),
+                f"{name}_difference_interval": self._interval(differences),
             }
         plan = SamplingPlan.from_config(options)
         return StudyPoint(
@@ -101,6 +115,9 @@ class StudyClips:
             milliseconds_per_frame=1000 * seconds / (len(self.keys) * self.truth.shape[1]),
             **measured,
         )
+
+    def _interval(self, values: Tensor) -> Interval | None:
+        return None if self.counts is None else tuple(mean_interval(values, self.counts).tolist())
 
     def _features(self, latents: Tensor) -> Tensor:
         """[clips x horizon, d] of raw latents [clips, context + horizon, c, h, w]."""

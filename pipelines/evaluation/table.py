@@ -7,7 +7,7 @@ from pipelines.evaluation.results import Distances, Evaluation, EvaluationProtoc
 TITLES = {
     "prediction": "prediction",
     "copy_last": "copying the last frame",
-    "reconstruction": "autoencoder's reconstruction (upper bound)",
+    "reconstruction": "autoencoder's reconstruction",
 }
 # Metric -> heading, digits
 METRICS = {
@@ -22,7 +22,7 @@ def format_table(evaluation: Evaluation) -> str:
     """The metrics, what is needed to measure them again, and what was not measured; at most 120 characters a line."""
     protocol, metrics = evaluation.protocol, evaluation.metrics
     lines = _wrap(
-        f"{protocol.dataset}, {protocol.split} split: {protocol.clips} clips of {protocol.videos} videos, "
+        f"{protocol.dataset}, {protocol.split} split: {protocol.clips} clips of {protocol.describe_recordings()}, "
         f"{protocol.context} frames given, {protocol.horizon} predicted, {protocol.samples} sample(s) per clip, "
         f"{protocol.description}",
         "",
@@ -71,7 +71,7 @@ def _fvd_table(values: MetricValues) -> list[str]:
             value = getattr(distances, subject)
             if value is not None:
                 cells += [f"{value:.{digits}f}", _interval((distances.interval or {}).get(subject), digits)]
-        lines.append(_row(title.removesuffix(" (upper bound)"), *cells, widths=widths))
+        lines.append(_row(title, *cells, widths=widths))
     return lines
 
 
@@ -99,6 +99,7 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
         "protocol": protocol.protocol or "none of the literature's (evaluation.protocol)",
         "clips": f"{window}, {step}, resized to {size}x{size} (filter {resize['filter']})",
         "FVD": protocol.fvd and protocol.fvd["clips_of_frames"],
+        "SSIM": protocol.ssim,
         "interval": protocol.interval,
         "sampling": f"{protocol.description}, {protocol.precision}, seed {protocol.seed}",
         "weights": ", ".join(f"{name} {digest[:12]}" for name, digest in weights.items() if digest),

@@ -16,7 +16,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source, open_video
-from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource, VideoTable
+from stage1_autoencoder.videos.source import BrokenVideoError, Recording, VideoSource, VideoTable
 
 # Frames of a user's video that are held in memory and shown before the prediction.
 MAX_FRAMES_SHOWN = 1000
@@ -32,15 +32,22 @@ class Window:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: its name, the key of its random draws, and its frames [context + horizon, 3, h, w] in [-1, 1]."""
+    """One clip.
+
+    Attributes:
+        key: of its random draws.
+        recording: what it was cut from; clips of one recording are not independent.
+        frames: [context + horizon, 3, h, w] in [-1, 1].
+    """
 
     name: str
     key: int
+    recording: Recording
     frames: Tensor
 
     @property
     def video(self) -> int:
-        """The number of its video in the split: clips of one video are not independent."""
+        """The number of its video in the split."""
         return self.key & 0xFFFFFFFF
 
 
@@ -128,8 +135,9 @@ class ClipReader:
                 continue
             found, name = True, self.source.videos[video].id
             # The same clip has the same key and so the same prediction, however many clips are asked for.
-            key = start << 32 | video
-            yield Clip(f"{name}@{start}" if start else name, key, image_to_unit(torch.from_numpy(pixels)))
+            key, recording = start << 32 | video, self.source.recording(video)
+            frames = image_to_unit(torch.from_numpy(pixels))
+            yield Clip(f"{name}@{start}" if start else name, key, recording, frames)
         if not found:
             raise UserError(
                 f"split {self.evaluation.split} of {self.source.dataset.name}: none of {len(self.windows)} videos can "

@@ -144,8 +144,8 @@ def study_section(run: Run) -> dict[str, Any]:
         cells = [q.cell(getattr(point, q.key), getattr(point, f"{q.key}_interval", None)) for q in measured]
         rows.append([point.describe() + (f", seed {point.seed}" if point.seed else ""), point.nfe, *cells])
     return {
-        "clips": study.protocol.clips,
-        "cheapest": study.points[study.cheapest],
+        "protocol": study.protocol,
+        "cheapest": None if study.cheapest is None else study.points[study.cheapest],
         "reference": study.points[study.reference],
         "charts": [_study_chart(study, quantity) for quantity in measured],
         "head": ["sampler", "NFE", *(quantity.label for quantity in measured)],
@@ -163,7 +163,7 @@ def _study_chart(study: Study, quantity: Quantity) -> Chart:
     lines = []
     for solver, style in SOLVERS.items():
         points = sorted((point for point in plain if point.solver == solver), key=lambda point: point.nfe)
-        band = [getattr(point, f"{quantity.key}_interval", (None, None)) for point in points]
+        band = [getattr(point, f"{quantity.key}_interval", None) or (None, None) for point in points]
         lines.append(Line(solver, [p.nfe for p in points], [*map(value, points)], style, band))
     ends = [min(point.nfe for point in plain), max(point.nfe for point in plain)] if plain else []
     if quantity is not TIME:

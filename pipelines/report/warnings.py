@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pipelines.bench.measurement import Benchmark
+from pipelines.evaluation.intervals import MIN_RECORDINGS
 from pipelines.evaluation.results import Evaluation
 from pipelines.report.charts import number_text
 from pipelines.report.quality import METRICS
@@ -14,7 +15,6 @@ from pipelines.runtime.logs import Log
 LOSS_RISE = 0.05
 # dB that the validation PSNR may be below its maximum.
 PSNR_FALL = 0.5
-MIN_CLIPS = 20
 # Below these shares of the codes, the codebook has collapsed.
 MIN_USED, MIN_PERPLEXITY = 0.5, 0.1
 
@@ -25,8 +25,8 @@ def run_warnings(run: Run) -> Iterator[str]:
     if evaluation is not None:
         yield from _no_better_than_copying(evaluation)
         yield from _out_of_date(run, evaluation)
-        if evaluation.protocol.clips < MIN_CLIPS:
-            yield f"The metrics are measured on {evaluation.protocol.clips} clips only: expect large scatter."
+        if evaluation.protocol.recordings < MIN_RECORDINGS:
+            yield f"The metrics are measured on {evaluation.protocol.recordings} recordings only: expect large scatter."
     for name, status in run.stages.items():
         if status.state == "conflicting":
             yield f"Stage {name}: {status.detail}"

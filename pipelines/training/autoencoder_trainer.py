@@ -1,6 +1,7 @@
 """Stage 1's training: from videos to a trained autoencoder."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_cache import step_generator
-from pipelines.config import RiverConfig, parse_size, result_settings
+from pipelines.config import SSIM_WINDOW, RiverConfig, parse_size, result_settings
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
@@ -247,14 +248,15 @@ class AutoencoderTrainer(Trainer):
 
     def _distances(self, reconstructed: Tensor) -> dict[str, float]:
         """Mean metrics of reconstructed validation images [n, 3, h, w]."""
-        values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        values = defaultdict[str, list[Tensor]](list)
         parts = zip(reconstructed.split(FRAMES_AT_ONCE), self.validation.images.split(FRAMES_AT_ONCE), strict=True)
         for images, truth in parts:
             values["psnr"].append(psnr(images, truth))
-            values["ssim"].append(ssim(images, truth))
+            if min(truth.shape[-2:]) >= SSIM_WINDOW:
+                values["ssim"].append(ssim(images, truth))
             if self.perceptual is not None:
                 lpips = self.perceptual(images.to(self.device), truth.to(self.device))
-                values.setdefault("lpips", []).append(lpips.cpu())
+                values["lpips"].append(lpips.cpu())
         return {f"validation_{name}": torch.cat(each).mean().item() for name, each in values.items()}
 
     def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
@@ -390,9 +392,9 @@ class _Adversary:
 
 
 def _in_words(measured: dict[str, float]) -> str:
-    words = [f"PSNR {measured['validation_psnr']:.2f} dB", f"SSIM {measured['validation_ssim']:.3f}"]
-    if "validation_lpips" in measured:
-        words.append(f"LPIPS {measured['validation_lpips']:.3f}")
+    words = [f"PSNR {measured['validation_psnr']:.2f} dB"]
+    others = {"SSIM": "validation_ssim", "LPIPS": "validation_lpips"}
+    words += [f"{title} {measured[name]:.3f}" for title, name in others.items() if name in measured]
     return ", ".join([*words, f"{measured['validation_codes']} codes in use"])
 
 

@@ -20,6 +20,7 @@ from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.source import (
     BrokenVideoError,
     DivisibleSource,
+    Recording,
     SkippedVideo,
     VideoError,
     VideoInfo,
@@ -139,6 +140,10 @@ class FolderSource(DivisibleSource):
             for frame in frames:
                 yield preprocess(frame)
 
+    def recording(self, index: int) -> Recording:
+        """The file or frame folder, of which a video may be a cut."""
+        return Recording(self._names[index])
+
     def probe(self, index: int) -> Probe:
         """What decoding needs to know about a file; of a cut, the number of frames is its end."""
         video = self.videos[index]
@@ -185,12 +190,13 @@ def open_divided(
     split_of: Callable[[str], Split | None],
     remember: bool = True,
     cut: CutVideo | None = None,
+    kind: type[FolderSource] = FolderSource,
 ) -> dict[Split, FolderSource]:
     """Divide the videos of a listing into splits by their ids, and index them; splits without videos are omitted.
 
     Args:
         split_of: maps an id to its split; None for a video that is not used.
-        cut: see `index_listings`.
+        cut, kind: see `index_listings`.
     """
     rows: dict[Split, list[int]] = {split: [] for split in SPLITS}
     for row, video_id in enumerate(listing.ids):
@@ -199,7 +205,7 @@ def open_divided(
     listings = {split: listing.select(rows[split]) for split in SPLITS}
     for split in ("val", "test"):  # what was skipped is counted once
         listings[split] = replace(listings[split], skipped=[], passed_over={})
-    sources = index_listings(dataset, listing.folder, listings, remember, cut)
+    sources = index_listings(dataset, listing.folder, listings, remember, cut, kind)
     return {split: source for split, source in sources.items() if source.videos}
 
 
@@ -209,6 +215,7 @@ def index_listings(
     listings: Mapping[Split, Listing],
     remember: bool = True,
     cut: CutVideo | None = None,
+    kind: type[FolderSource] = FolderSource,
 ) -> dict[Split, FolderSource]:
     """Index the videos of all splits as one, since one file in `root` stores the index.
 
@@ -216,6 +223,7 @@ def index_listings(
         listings: their names are relative to `root`.
         remember: see `index_videos`.
         cut: maps a video's id and number of frames to its cuts; without it, videos are used as a whole.
+        kind: class of the sources.
     """
     indexed = index_videos(root, [name for listing in listings.values() for name in listing.names], remember)
 
@@ -236,7 +244,7 @@ def index_listings(
     with contextlib.closing(indexed):
         for split, listing in listings.items():
             skipped = list(listing.skipped)
-            sources[split] = FolderSource(dataset, root, clips(listing, skipped), skipped, listing.passed_over)
+            sources[split] = kind(dataset, root, clips(listing, skipped), skipped, listing.passed_over)
     return sources
 
 

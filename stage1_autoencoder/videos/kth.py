@@ -7,7 +7,7 @@ from pathlib import Path
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.folders import Cut, FolderSource, open_divided
 from stage1_autoencoder.videos.listing import find_named_videos
-from stage1_autoencoder.videos.source import SkippedVideo, VideoError
+from stage1_autoencoder.videos.source import Recording, SkippedVideo, VideoError
 from stage1_autoencoder.videos.splits import assign_numbers
 
 ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
@@ -19,6 +19,14 @@ _WAY_OUT = (
     "download the data with `make data DATASET=kth`, or unpack archives with "
     "`make data DATASET=kth MIRROR=<folder with the zips>`"
 )
+
+
+class KthSource(FolderSource):
+    """Videos or sequences of KTH, whose recordings know the person."""
+
+    def recording(self, index: int) -> Recording:
+        """The AVI file, and the person's number."""
+        return Recording(super().recording(index).name, str(_person(self.videos[index].id)))
 
 
 def open_kth(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
@@ -53,7 +61,12 @@ def open_kth(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[
                 yield SkippedVideo(sequence.id, f"lies outside the video's {frames} frames")
 
     sources = open_divided(
-        dataset, listing, lambda video_id: owner.get(_person(video_id)), remember, cut if dataset.sequences else None
+        dataset,
+        listing,
+        lambda video_id: owner.get(_person(video_id)),
+        remember,
+        cut if dataset.sequences else None,
+        KthSource,
     )
     if "train" not in sources:
         raise VideoError(

@@ -61,6 +61,19 @@ class VideoInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Recording:
+    """What was filmed in one go. Videos that were cut from it are alike, and no independent evidence of anything.
+
+    Attributes:
+        name: unique in its split.
+        person: who was filmed; None where the data set does not say.
+    """
+
+    name: str
+    person: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SkippedVideo:
     """A video that exists but cannot be used, and the reason."""
 
@@ -138,6 +151,10 @@ class VideoSource(abc.ABC):
         if not 0 <= start <= stop <= video.frames:
             raise IndexError(f"frames {start}..{stop} of {video.id}, which has {video.frames}")
         return start, stop
+
+    def recording(self, index: int) -> Recording:
+        """The recording that a video is, or was cut from."""
+        return Recording(self.videos[index].id)
 
     @property
     def native_frames(self) -> int | None:

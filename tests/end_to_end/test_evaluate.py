@@ -65,7 +65,7 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
     outcome = copied.run("evaluate", sets=[*everything, "evaluation.samples=2", "evaluation.batch_size=3"]).ok()
     result = result_of(copied)
     protocol, metrics = result["protocol"], result["metrics"]
-    assert protocol["missing"] == {}
+    assert protocol["missing"].keys() == {"interval"}  # of 4 recordings there is none
     assert metrics.keys() == {"psnr", "ssim", "lpips", "fvd"}
 
     config = load_config(copied.folder / "tiny.yaml", LONG)
@@ -140,6 +140,7 @@ def test_the_protocol_tells_weights_and_settings(copied, everything, weights) ->
     assert protocol["fvd"]["context"] is False
     assert protocol["fvd"]["frames"] == 10
     assert (protocol["clips"], protocol["videos"], protocol["window"], protocol["window_seed"]) == (4, 4, "random", 0)
+    assert (protocol["split"], protocol["recordings"], protocol["persons"]) == ("test", 4, None)
     assert (protocol["nfe"], protocol["seed"]) == (2, 0)
     assert protocol["resize"]["filter"] == "area"
     assert protocol["resize"]["size"] == 32
@@ -158,15 +159,15 @@ def test_what_is_not_here_is_said_and_the_rest_is_measured(copied) -> None:
     outcome = copied.run("evaluate", sets=LONG).ok()
     result = result_of(copied)
     assert result["metrics"].keys() == {"psnr", "ssim"}
-    assert result["protocol"]["missing"].keys() == {"lpips", "fvd"}
+    assert result["protocol"]["missing"].keys() == {"lpips", "fvd", "interval"}
     lines = [line for line in outcome.out.splitlines() if "was not measured" in line]
-    assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False]
-    assert ["evaluation.video_network" in line for line in lines] == [False, True]
-    assert all("--download" in line for line in lines)
+    assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False, False]
+    assert ["evaluation.video_network" in line for line in lines] == [False, True, False]
+    assert ["--download" in line for line in lines] == [True, True, False]
     assert outcome.err == ""
 
 
-def test_clips_too_short_for_the_i3d_and_one_video_alone(copied, everything) -> None:
+def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> None:
     copied.run("evaluate", sets=[*everything, "evaluation.horizon=6"]).ok()
     assert "needs 10 frames or more, and the clips have 8" in result_of(copied)["protocol"]["missing"]["fvd"]
     outcome = copied.run("evaluate", sets=[*everything, "evaluation.videos=1"]).ok()

@@ -120,12 +120,19 @@ def test_encoding_fetches_missing_archives_from_a_mirror(place, kth_mirror: Path
 
 
 def test_kth_cut_into_sequences(place, kth_mirror: Path) -> None:
-    place = place.with_sets(*KTH, "dataset.sequences=true")
+    splits = "dataset.splits={train: 1-3, val: 4, test: 5-6}"
+    place = place.with_sets(*KTH, splits, "dataset.sequences=true", "evaluation.videos=100")
     place.run("data", "--mirror", str(kth_mirror)).ok()
     place.run("encode").ok()
     cache = latent_cache.open(place.store, "val")
-    assert cache.video_ids[:2] == ["person05_boxing_d1_1-6", "person05_boxing_d1_8-14"]
+    assert cache.video_ids[:2] == ["person04_boxing_d1_1-6", "person04_boxing_d1_8-14"]
     assert list(cache.lengths) == [6, 7] * 6
+    # Two sequences of one file are one recording.
+    outcome = place.run("evaluate").ok()
+    assert "24 clips of 12 recordings of 2 persons" in outcome.out
+    protocol = json.loads((place.runs / "evaluation.json").read_text())["protocol"]
+    assert (protocol["clips"], protocol["videos"], protocol["recordings"], protocol["persons"]) == (24, 24, 12, 2)
+    assert protocol["interval"] is not None
 
 
 def test_what_is_there_before_any_work(own, story: ModuleType) -> None:

@@ -181,13 +181,13 @@ def test_distances_of_all_subjects_from_both_sets(segments):
 
 
 def test_a_resample_draws_clips_with_all_their_segments():
-    subjects = {key: clips(number, 12, 22) for number, key in enumerate(KEYS)}
-    counts = draw_counts([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], 30, 0)
+    subjects = {key: clips(number, 20, 22) for number, key in enumerate(KEYS)}
+    counts = draw_counts([*range(10), *range(10)], 30, 0)
     found = collect(Segments(2, 20, 11, 2), subjects).results(counts)
     copies, real = subjects["real", "copy_last", 0], subjects[REAL]
     values = []
     for row in counts:
-        chosen = torch.arange(12).repeat_interleave(row.long())
+        chosen = torch.arange(20).repeat_interleave(row.long())
         values.append(between(copies[chosen].reshape(-1, 11, 3, 2, 2), real[chosen].reshape(-1, 11, 3, 2, 2)))
     expected = between(copies.reshape(-1, 11, 3, 2, 2), real.reshape(-1, 11, 3, 2, 2))
     assert found.copy_last == pytest.approx(expected)

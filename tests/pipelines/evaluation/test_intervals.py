@@ -1,4 +1,4 @@
-"""Intervals: that videos are drawn whole, and that they cover what they promise."""
+"""Intervals: that recordings are drawn whole, and that they cover what they promise."""
 
 import math
 
@@ -7,55 +7,59 @@ import pytest
 import torch
 
 from pipelines.evaluation.intervals import draw_counts, mean_interval, normal_interval
+from stage1_autoencoder.videos.source import Recording
 
-VIDEOS = [7, 7, 7, 2, 5, 5]
+# Twelve clips of ten recordings: the first of three clips, and one of each other.
+RECORDINGS = [Recording(f"{number}.avi", "21") for number in (7, 0, 7, 2, 7, 5, 1, 3, 4, 6, 8, 9)]
 
 
-def test_clips_of_one_video_are_drawn_together():
-    counts = draw_counts(VIDEOS, 500, seed=0)
-    assert counts.shape == (500, 6)
-    assert (counts[:, 0] == counts[:, 1]).all()
+def test_clips_of_one_recording_are_drawn_together():
+    counts = draw_counts(RECORDINGS, 2000, seed=0)
+    assert counts.shape == (2000, 12)
     assert (counts[:, 0] == counts[:, 2]).all()
-    assert (counts[:, 4] == counts[:, 5]).all()
-    # As many videos as there are, and each as often as any other.
-    of_videos = counts[:, [0, 3, 4]]
-    assert (of_videos.sum(1) == 3).all()
-    assert of_videos.mean(0).tolist() == pytest.approx([1, 1, 1], abs=0.12)
-    assert len(of_videos.unique(dim=0)) == 10  # all multisets of three
+    assert (counts[:, 0] == counts[:, 4]).all()
+    # As many recordings as there are, and each as often as any other.
+    of_recordings = counts[:, [0, 1, 3, 5, 6, 7, 8, 9, 10, 11]]
+    assert (of_recordings.sum(1) == 10).all()
+    assert of_recordings.mean(0).tolist() == pytest.approx([1] * 10, abs=4 * math.sqrt(0.9 / 2000))
+    assert of_recordings.var(0).tolist() == pytest.approx([0.9] * 10, abs=0.2)  # of a multinomial draw
 
 
 def test_draws_are_a_function_of_the_seed():
-    assert torch.equal(draw_counts(VIDEOS, 20, 3), draw_counts(VIDEOS, 20, 3))
-    assert not torch.equal(draw_counts(VIDEOS, 20, 3), draw_counts(VIDEOS, 20, 4))
+    assert torch.equal(draw_counts(RECORDINGS, 20, 3), draw_counts(RECORDINGS, 20, 3))
+    assert not torch.equal(draw_counts(RECORDINGS, 20, 3), draw_counts(RECORDINGS, 20, 4))
 
 
-def test_one_video_has_no_interval():
-    with pytest.raises(ValueError, match="two or more, not 1"):
-        draw_counts([4, 4, 4], 10, 0)
+@pytest.mark.parametrize(
+    ("resamples", "reason"), [(10, "10 recordings or more, and there are 9"), (0, "resamples is 0")]
+)
+def test_few_recordings_have_no_interval_however_many_clips_there_are(resamples, reason):
+    with pytest.raises(ValueError, match=reason):
+        draw_counts(9 * RECORDINGS[:-1], resamples, 0)
 
 
 def test_the_interval_holds_the_percentiles_of_resampled_means():
-    values = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
-    counts = draw_counts(VIDEOS, 300, 1)
+    values = torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0))
+    counts = draw_counts(RECORDINGS, 300, 1)
     ends = mean_interval(values, counts)
     assert ends.shape == (2, 2, 3)
     # The definition, set by set: each clip as often as it was drawn.
     means = [values.double().repeat_interleave(row.long(), dim=0).mean(0).numpy() for row in counts]
     np.testing.assert_allclose(ends.numpy(), np.percentile(means, [2.5, 97.5], axis=0), rtol=1e-10)
-    equal = mean_interval(torch.full((6,), 3.5), counts)
+    equal = mean_interval(torch.full((12,), 3.5), counts)
     assert equal.tolist() == pytest.approx([3.5, 3.5])
 
 
 def test_intervals_cover_the_truth_and_those_over_clips_do_not():
     generator = np.random.default_rng(0)
-    videos = np.repeat(np.arange(30), 6)
-    covered = {"videos": 0, "clips": 0}
+    recordings = np.repeat(np.arange(30), 6)
+    covered = {"recordings": 0, "clips": 0}
     for trial in range(300):
-        values = generator.normal(size=30)[videos] + 0.5 * generator.normal(size=180)  # the truth is 0
-        for over, groups in (("videos", videos), ("clips", np.arange(180))):
+        values = generator.normal(size=30)[recordings] + 0.5 * generator.normal(size=180)  # the truth is 0
+        for over, groups in (("recordings", recordings), ("clips", np.arange(180))):
             low, high = mean_interval(torch.from_numpy(values), draw_counts(groups, 200, trial)).tolist()
             covered[over] += low <= 0 <= high
-    assert 0.88 * 300 <= covered["videos"] <= 0.99 * 300
+    assert 0.88 * 300 <= covered["recordings"] <= 0.99 * 300
     assert covered["clips"] < 0.75 * 300
 
 

@@ -3,9 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from pipelines.evaluation.metrics import PSNR, Metric, choose_best, lpips_metric, measure_frames, psnr, ssim
+from pipelines.config import parse_config
+from pipelines.errors import UserError
+from pipelines.evaluation.metrics import (
+    PSNR,
+    Metric,
+    choose_best,
+    load_frame_metrics,
+    lpips_metric,
+    measure_frames,
+    psnr,
+    ssim,
+)
+from pipelines.runtime.context import RunContext
 
 
 @pytest.fixture
@@ -27,11 +39,11 @@ def test_psnr_without_error_is_100_db(truth):
 
 
 def test_ssim_of_flat_images_has_a_closed_form():
-    # Without variance only the luminance term is left: (2 a b + c1) / (a^2 + b^2 + c1), c1 = (0.01 x 2)^2.
-    a, b, c1 = 0.5, -0.2, 0.02**2
-    first, second = torch.full((2, 3, 32, 32), a), torch.full((2, 3, 32, 32), b)
+    # Without variance only the luminance term is left: (2 a b + c1) / (a^2 + b^2 + c1), of images in [0, 1].
+    a, b, c1 = 0.75, 0.4, 0.01**2
+    first, second = (torch.full((2, 3, 32, 32), 2 * value - 1) for value in (a, b))
     expected = (2 * a * b + c1) / (a * a + b * b + c1)
-    assert ssim(first, second).tolist() == pytest.approx([expected] * 2, abs=1e-3)
+    assert ssim(first, second).tolist() == pytest.approx([expected] * 2, abs=1e-6)  # float32 values in
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
@@ -44,23 +56,44 @@ def test_every_image_has_its_own_number(metric, truth, images):
     assert metric(images[:1], truth[:1]).shape == (1,)
 
 
-def test_psnr_equals_the_definition_in_double(truth, images):
-    error = (images.clamp(-1, 1).double() - truth.double()).square().mean((1, 2, 3))
-    torch.testing.assert_close(psnr(images, truth).double(), 10 * torch.log10(4 / error), rtol=1e-6, atol=0)
+@pytest.fixture(params=["noise", "edges", "flat", "smallest"])
+def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sets of images [4, 3, h, w] in [-1, 1]: textured, or smooth, where variances are small differences."""
+    generator = torch.Generator().manual_seed(2)
+    side = (11, 11) if request.param == "smallest" else (40, 24)
+    truth = torch.rand(4, 3, *side, generator=generator)
+    if request.param == "edges":  # mirrored edges would count the pattern at the border twice
+        truth = (torch.arange(side[1]) // 3 % 2).float().expand(truth.shape).clone()
+    elif request.param == "flat":
+        truth = 0.9 + 0.01 * truth
+    images = truth + 0.1 * truth.std() * torch.randn(truth.shape, generator=generator)
+    return images.clamp(0, 1) * 2 - 1, truth * 2 - 1
 
 
-def test_ssim_equals_scipys_filters(truth, images):
-    x, y = images.clamp(-1, 1).double().numpy(), truth.double().numpy()
+def test_psnr_and_ssim_are_those_of_scikit_image(pair):
+    unit = [((images.double() + 1) / 2).numpy() for images in pair]
+    # As in float64, but for the rounding of PSNR's float32.
+    expected = [peak_signal_noise_ratio(y, x, data_range=1) for x, y in zip(*unit, strict=True)]
+    np.testing.assert_allclose(psnr(*pair).numpy(), expected, rtol=1e-6)
+    expected = []
+    for x, y in zip(*unit, strict=True):
+        options = {"gaussian_weights": True, "use_sample_covariance": False, "sigma": 1.5, "data_range": 1}
+        _, similarity = structural_similarity(x, y, channel_axis=0, full=True, **options)
+        expected.append(similarity[:, 5:-5, 5:-5].mean())  # windows inside the image
+    np.testing.assert_allclose(ssim(*pair).numpy(), expected, rtol=1e-9)
 
-    def mean(values: np.ndarray) -> np.ndarray:
-        # 11 taps: 5 to each side, cut at 3.5 deviations of 1.5; edges mirrored without repeating the last pixel.
-        return gaussian_filter(values, sigma=(0, 0, 1.5, 1.5), truncate=3.5, mode="mirror")
 
-    mx, my = mean(x), mean(y)
-    vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    c1, c2 = 0.02**2, 0.06**2
-    expected = ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean((1, 2, 3))
-    np.testing.assert_allclose(ssim(images, truth).numpy(), expected, atol=2e-5)
+def test_ssim_is_not_defined_for_images_smaller_than_its_window():
+    for side in ((10, 32), (32, 10)):
+        with pytest.raises(ValueError, match="11"):
+            ssim(*torch.zeros(2, 1, 3, *side))
+    config = {"dataset": {"name": "toy", "source": "shapes", "image_size": 8}}
+    metrics, missing = load_frame_metrics(parse_config(config, "test"), RunContext(torch.device("cpu")))
+    assert [metric.name for metric in metrics] == ["psnr"]
+    assert missing.keys() == {"ssim", "lpips"}
+    assert all("dataset.image_size" in reason for reason in missing.values())
+    with pytest.raises(UserError, match=r"autoencoder\.training\.best_by: .*ssim.*11.*dataset\.image_size"):
+        parse_config(config | {"autoencoder": {"training": {"best_by": "ssim"}}}, "test")
 
 
 def test_frames_of_videos_have_each_their_number():

@@ -61,13 +61,22 @@ def test_the_cheapest_loses_nothing(change, chosen):
     assert cheapest(points) == chosen
 
 
-def study(points: list[StudyPoint]) -> Study:
+def without_intervals(found: StudyPoint) -> StudyPoint:
+    """As it is measured on few recordings."""
+    return found.model_copy(update=dict.fromkeys(name for name in StudyPoint.model_fields if name.endswith("interval")))
+
+
+def test_without_intervals_none_is_chosen():
+    assert cheapest([without_intervals(point(nfe)) for nfe in (396, 16, 4)]) is None
+
+
+def study(points: list[StudyPoint], **missing: str) -> Study:
     protocol = StudyProtocol(
-        dataset="toy", split="test", window="first", clips=["a"], context=2, horizon=3, image_size=16, flow_step=1,
+        dataset="toy", split="val", window="first", clips=["a"], context=2, horizon=3, image_size=16, flow_step=1,
         flow_sha256="f", autoencoder_sha256="a", past_horizon=None, precision="fp32", device="cpu", frechet="",
-        sharpness="", lpips=False,
+        sharpness="", recordings=12, persons=None, ssim="", interval=None, missing={"lpips": "no weights"} | missing,
     )  # fmt: skip
-    return Study(protocol=protocol, points=points, reference=0, cheapest=1)
+    return Study(protocol=protocol, points=points, reference=0, cheapest=None if missing else 1)
 
 
 def test_the_line_of_a_solver_has_its_plain_points_in_order():
@@ -87,6 +96,12 @@ def test_table_and_plot(tmp_path):
     for part in ("rk4-38, official grid", "euler, warm start 0.3, one condition per frame, seed 3", "-2.50",
                  "measurable: 2 (euler), 4 times fewer than 8"):  # fmt: skip
         assert part in table
+    assert "LPIPS not worse" not in table
+    few = study(
+        [without_intervals(found).model_copy(update={"ssim": None}) for found in points], interval="of 3 videos"
+    )
+    assert "of 3 videos" in format_study(few)
+    plot_study(few, tmp_path / "few.png")
     plot_study(study(points), tmp_path / "quality.png")
     with Image.open(tmp_path / "quality.png") as picture:
         assert picture.width > 800

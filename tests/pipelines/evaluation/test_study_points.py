@@ -4,22 +4,26 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, SSIM, lpips_metric
+from pipelines.evaluation.results import StudyPoint
 from pipelines.evaluation.study_points import StudyClips, latent_features, mean_gradient, point_key
 from pipelines.prediction.clips import Clip
+from stage1_autoencoder.videos.source import Recording
 from stage2_flow.config import SamplingConfig
 from tests.pipelines.test_predictor import predictor
 
 
 def clips(count: int) -> list[Clip]:
     generator = torch.Generator().manual_seed(0)
-    return [Clip(f"clip {n}", n, torch.rand(5, 3, 16, 16, generator=generator) * 2 - 1) for n in range(count)]
+    frames = torch.rand(count, 5, 3, 16, 16, generator=generator) * 2 - 1
+    return [Clip(f"clip {n}", n, Recording(str(n)), frames[n]) for n in range(count)]
 
 
 @pytest.fixture(scope="module")
 def measured() -> StudyClips:
     metrics = [PSNR, SSIM, lpips_metric(lambda images, truth: (images - truth).abs().mean((1, 2, 3)))]
-    return StudyClips(predictor(), clips(4), 2, 0, metrics)
+    return StudyClips(predictor(), clips(10), 2, draw_counts(range(10), 300, 0), metrics)
 
 
 def test_a_point_has_the_metrics_of_its_predictions(measured):
@@ -27,7 +31,7 @@ def test_a_point_has_the_metrics_of_its_predictions(measured):
     found = measured.measure(options, None)
     latents = measured.predictor.generate_latents(measured.given, 3, sampling=options, keys=measured.keys)
     frames = measured.predictor.decode_videos(latents)[:, 2:].double()
-    truth = torch.stack([clip.frames for clip in clips(4)])[:, 2:].double()
+    truth = torch.stack([clip.frames for clip in clips(10)])[:, 2:].double()
     errors = (frames - truth).square().mean((2, 3, 4))
     assert found.psnr == pytest.approx((10 * torch.log10(4 / errors)).mean().item(), rel=1e-5)
     assert found.lpips == pytest.approx((frames - truth).abs().mean().item(), rel=1e-5)
@@ -47,12 +51,24 @@ def test_differences_to_the_reference_are_taken_clip_by_clip(measured):
     other = measured.measure(SamplingConfig(nfe=2, seed=3), reference)
     pairs = zip(other.per_clip["psnr"], reference.per_clip["psnr"], strict=True)
     per_clip = [ours - theirs for ours, theirs in pairs]
-    assert other.psnr_difference == pytest.approx(sum(per_clip) / 4, abs=1e-9)
+    assert other.psnr_difference == pytest.approx(sum(per_clip) / 10, abs=1e-9)
     assert min(per_clip) - 1e-9 <= other.psnr_difference_interval[0] <= other.psnr_difference
     assert other.frechet_difference == pytest.approx(other.frechet - reference.frechet)
     low, high = other.frechet_difference_interval
     half = 1.959964 * np.subtract(other.frechet_resampled, reference.frechet_resampled).std(ddof=1)
     assert (high - low) / 2 == pytest.approx(half)
+
+
+def test_few_recordings_have_differences_without_intervals(measured):
+    few = StudyClips(measured.predictor, clips(3), 2, None, [PSNR])
+    reference = few.measure(SamplingConfig(nfe=4), None)
+    other = few.measure(SamplingConfig(nfe=2), reference)
+    assert other.psnr_difference == pytest.approx(other.psnr - reference.psnr)
+    assert other.frechet_difference == pytest.approx(other.frechet - reference.frechet)
+    assert other.ssim is None
+    ends = [value for name, value in other.model_dump().items() if name.endswith("interval")]
+    assert set(ends) == {None}
+    assert StudyPoint.model_validate_json(other.model_dump_json()) == other
 
 
 def test_features_are_means_of_places_and_of_changes():

@@ -10,9 +10,10 @@ from pipelines.evaluation.results import Distances, Evaluation, EvaluationProtoc
 from pipelines.evaluation.table import format_table
 
 PROTOCOL = EvaluationProtocol(
-    protocol="kth_10_30, with videos=64", dataset="kth", split="test", clips=64, videos=60, window="random",
-    window_seed=3, context=10, horizon=30, samples=2, aggregation="mean over clips, samples and predicted frames",
-    best_of="per clip the best", interval="95 %", pixels="floats", image_size=64, frame_step=5,
+    protocol="kth_10_30, with videos=64", dataset="kth", split="test", clips=64, videos=60, recordings=40, persons=5,
+    window="random", window_seed=3, ssim="Gaussian windows", context=10, horizon=30, samples=2,
+    aggregation="mean over clips, samples and predicted frames", best_of="per clip the best",
+    interval="95 %", pixels="floats", image_size=64, frame_step=5,
     resize={"filter": "area", "upscale_filter": "bicubic", "crop": "centred square of the short side, offset "
             "(long - short) // 2", "size": 64},
     sampling={}, seed=7, precision="fp32", nfe=396, description="rk4-38, 396 evaluations per frame, warm start 0",
@@ -26,7 +27,7 @@ PROTOCOL = EvaluationProtocol(
 def values(samples: int, counts: torch.Tensor | None) -> MetricValues:
     generator = torch.Generator().manual_seed(0)
     subjects = {"prediction": samples, "copy_last": 1, "reconstruction": 1}
-    numbers = {name: 20 * torch.rand(6, count, 30, generator=generator) for name, count in subjects.items()}
+    numbers = {name: 20 * torch.rand(12, count, 30, generator=generator) for name, count in subjects.items()}
     return summarize(PSNR, numbers, counts)
 
 
@@ -37,15 +38,16 @@ def everything() -> Evaluation:
         prediction=2345.6, copy_last=1.5, reconstruction=0.5, interval=interval,
         autoencoded=Distances(prediction=99.9, copy_last=1.0, interval=interval),
     )  # fmt: skip
-    metrics = {"psnr": values(2, draw_counts(range(6), 50, 0)), "ssim": values(2, None), "fvd": fvd}
+    metrics = {"psnr": values(2, draw_counts(range(12), 50, 0)), "ssim": values(2, None), "fvd": fvd}
     return Evaluation(protocol=PROTOCOL, metrics=metrics)
 
 
 def test_the_table_tells_everything_that_is_needed_to_measure_again(everything):
     text = format_table(everything)
     assert max(len(line) for line in text.splitlines()) <= 120
-    for part in ("64 clips of 60 videos", "10 frames given, 30 predicted", "kth_10_30, with videos=64", "seed 3",
-                 "one frame in 5", "396 evaluations", "seed 7", "filter area", "fp32", "a" * 12, "f" * 12, "b" * 12,
+    for part in ("64 clips of 40 recordings of 5 persons", "10 frames given, 30 predicted",
+                 "kth_10_30, with videos=64", "seed 3", "one frame in 5",
+                 "396 evaluations", "seed 7", "filter area", "fp32", "a" * 12, "f" * 12, "b" * 12,
                  "c" * 12, "d" * 12, "best of 2", "+15", "+30", "2345.6", "[1234.5, 12345.6]"):  # fmt: skip
         assert part in text, part
     assert "not measured" not in text
@@ -53,7 +55,7 @@ def test_the_table_tells_everything_that_is_needed_to_measure_again(everything):
 
 
 def test_the_table_says_what_is_missing_and_leaves_no_trace_of_it():
-    nothing = {"protocol", "best_of", "interval", "fvd", "vgg_sha256", "refiner_sha256"}
+    nothing = {"protocol", "persons", "ssim", "best_of", "interval", "fvd", "vgg_sha256", "refiner_sha256"}
     protocol = PROTOCOL.model_copy(
         update=dict.fromkeys(nothing)
         | {"samples": 1, "frame_step": 1, "refine": False, "missing": {"lpips": "no weights", "fvd": "no network"}}
@@ -63,7 +65,7 @@ def test_the_table_says_what_is_missing_and_leaves_no_trace_of_it():
         "lpips was not measured: no weights",
         "fvd was not measured: no network",
     ]
-    for part in ("best of", "FVD", "VGG16", "refiner", "LPIPS"):
+    for part in ("best of", "FVD", "VGG16", "refiner", "LPIPS", "SSIM", "person"):
         assert part not in text
 
 

@@ -108,6 +108,8 @@ def test_random_clips_have_their_start_in_name_and_key(tmp_path, run_context):
         expected = source.read(number, [start])[0].astype(np.float32) / 127.5 - 1
         assert np.abs(clip.frames[0].movedim(0, -1).numpy() - expected).max() < 1e-6
     assert len({clip.video for clip in clips}) == 4
+    assert all(clip.recording == source.recording(clip.video) for clip in clips)
+    assert len({clip.recording for clip in clips}) == 4  # each drawn video is a recording
 
 
 def test_too_long_a_protocol_tells_the_lengths_of_the_videos(tmp_path, run_context):

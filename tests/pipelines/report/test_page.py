@@ -46,8 +46,8 @@ def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
     fvd = {"prediction": 120.5, "copy_last": 300.25, "reconstruction": 40.0, "interval": {"prediction": [110.0, 131.0]}}
     fvd["autoencoded"] = {"prediction": 77.25, "copy_last": 250.0, "interval": {"prediction": [70.0, 85.0]}}
     whole = filled(
-        EvaluationProtocol, clips=64, videos=60, context=CONTEXT, horizon=HORIZON, samples=3, nfe=5, flow_step=400,
-        interval="95 %, bootstrap over videos", sampling={"solver": "euler", "steps": 5},
+        EvaluationProtocol, clips=64, recordings=60, persons=5, context=CONTEXT, horizon=HORIZON, samples=3, nfe=5,
+        flow_step=400, interval="95 %, bootstrap over recordings", sampling={"solver": "euler", "steps": 5},
         autoencoder_sha256="cd" * 32, missing={"lpips": "the weights of VGG16 are not here"},
     )  # fmt: skip
     return {"protocol": whole | protocol, "metrics": {"psnr": psnr, "fvd": fvd}}
@@ -64,7 +64,7 @@ def study() -> dict[str, Any]:
     points = [point("rk4-38", 396, 21.0, preset="official"), point("rk4-38", 32, 9.75, seed=1)]
     points += [point("euler", nfe, 20 + nfe / 8) for nfe in (1, 4, 8)]
     points += [point("midpoint", nfe, 20 + nfe / 4) for nfe in (2, 4)] + [point("euler", 2, 3.25, warm_start=0.5)]
-    protocol = filled(StudyProtocol, clips=["a", "b"], device="cpu")
+    protocol = filled(StudyProtocol, clips=["a", "b"], device="cpu", recordings=2, missing={})
     return {"protocol": protocol, "points": points, "reference": 0, "cheapest": 3}
 
 
@@ -259,12 +259,32 @@ def test_an_evaluation_without_intervals(whole: Toys):
     assert "<polygon" not in section(text, "quality")
 
 
+def test_a_study_of_few_recordings_chooses_no_setting(whole: Toys):
+    content = study() | {"cheapest": None}
+    content["protocol"]["missing"] = {"interval": "of two files only"}
+    for point in content["points"]:
+        point["psnr_interval"] = None
+    whole.write("quality.json", content)
+    part = section(whole.page(), "study")
+    assert "of two files only" in part
+    assert "PSNR against NFE" in part
+    assert "<polygon" not in part
+    assert whole.notes("problem") == []
+
+
+def older(result: dict[str, Any]) -> dict[str, Any]:
+    """As it was written when SSIM was another function."""
+    return result | {"protocol": {name: value for name, value in result["protocol"].items() if name != "ssim"}}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "place"),
     [
         ("evaluation.json", '{\n"protocol": {},\n"metrics": {', "line 3"),
         ("evaluation.json", [], "content"),
         ("evaluation.json", {"protocol": {}, "metrics": {}}, "protocol."),
+        ("evaluation.json", older(evaluation()), "protocol.ssim"),
+        ("quality.json", older(study()), "protocol.ssim"),
         ("evaluation.json", evaluation() | {"metrics": {"psnr": {"prediction": "high"}}}, "metrics.psnr.prediction"),
         ("quality.json", study() | {"points": []}, "points"),
         ("quality.json", study() | {"reference": 99}, "99"),
@@ -315,7 +335,7 @@ def test_text_of_files_is_escaped(whole: Toys):
          ["codebook", "perplexity of 3"]),
         (lambda toys: toys.write("evaluation.json", evaluation(flow_step=300)), ["step 300", "step 400"]),
         (lambda toys: toys.write("evaluation.json", evaluation(autoencoder_sha256="0" * 64)), ["0" * 12, "cd" * 6]),
-        (lambda toys: toys.write("evaluation.json", evaluation(clips=4)), ["4 clips"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(recordings=4)), ["4 recordings"]),
         (lambda toys: toys.write("benchmark.json", BENCHMARK), ["load"]),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latent_cache import step_generator
 from pipelines.config import parse_config
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import Processes
@@ -345,7 +345,7 @@ def test_validation_measures_the_averaged_model(validation):
     frequencies = frequencies[frequencies > 0] / frequencies.sum()
     entropy = -(frequencies * frequencies.log()).sum()
     assert measured["validation_perplexity"] == pytest.approx(entropy.exp().item())
-    assert -1 <= measured["validation_ssim"] <= 1
+    assert measured["validation_ssim"] == pytest.approx(ssim(decoded, validation.images).mean().item(), rel=1e-5)
     assert not model.training
     with Image.open(validation.folder / "step_00000003.png") as sheet:
         assert sheet.width > 8 * 96
@@ -361,6 +361,13 @@ def test_validation_measures_clamped_images(validation):
     white = (1 - validation.images).abs().mean().item()
     assert trainer.validate(1)["validation_lpips"] == pytest.approx(white, rel=1e-5)
     assert make().validate(1) == {}
+
+
+def test_frames_smaller_than_the_window_of_ssim_are_measured_without_it(validation):
+    small = Validation(validation.images[..., :8, :8], validation.folder)
+    measured = make(small).validate(1)
+    assert "validation_psnr" in measured
+    assert "validation_ssim" not in measured
 
 
 def test_metrics_of_the_codes_in_use():

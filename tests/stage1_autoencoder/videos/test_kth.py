@@ -43,6 +43,17 @@ def test_default_splits(data):
     }
 
 
+def test_sequences_of_one_file_are_one_recording_of_its_person(data):
+    train = open_splits(config(sequences=True, splits={"train": "1-2", "test": 20}), data)["train"]
+    recordings = {video.id.removeprefix("person01_boxing_"): train.recording(i) for i, video in enumerate(train.videos)}
+    assert recordings["d1_1-4"] == recordings["d1_5-8"]
+    assert recordings["d2_2-3"] == recordings["d2_4-99"]
+    assert len(set(recordings.values())) == 2
+    assert {recording.person for recording in recordings.values()} == {"1"}
+    whole = open_splits(config(), data)["test"]
+    assert (whole.recording(0).name, whole.recording(0).person) == ("running/person21_running_d3_uncomp.avi", "21")
+
+
 def test_given_splits_replace_the_default(data):
     def counts(**splits) -> dict[str, int]:
         return {split: len(names) for split, names in ids(open_splits(config(splits=splits), data)).items()}
