@@ -57,6 +57,7 @@ class CodebookCare:
         start: Literal["kmeans", "sample", "uniform"],
         restart_every: int,
         window: int,
+        last_restart: int | None = None,
         average: VectorQuantizer | None = None,
         reduce: Callable[[Tensor], None] = lambda counts: None,
         gather: Callable[[Tensor], Tensor] = lambda vectors: vectors,
@@ -68,6 +69,7 @@ class CodebookCare:
             start: initialize codes at cluster centers of latents, at latents, or not at all.
             restart_every: number of steps after which codes that were not used in them are moved; 0: never.
             window: number of steps that `usage` covers, an epoch.
+            last_restart: number of steps after which no code is moved any more; None: there is no end.
             average: the quantizer of the averaged weights. Codes move in it too, since the average would take long to
                 follow, through places without latents.
             reduce: sums a [codes] int64 tensor over all processes, in place; called in each step.
@@ -79,6 +81,7 @@ class CodebookCare:
         self.quantizer = quantizer
         self.copies = (quantizer,) if average is None else (quantizer, average)
         self.how_to_start, self.restart_every, self.window = start, restart_every, window
+        self.last_restart = last_restart
         self.reduce, self.gather = reduce, gather
         weight = quantizer.embedding.weight
         none = torch.zeros(3, len(weight), dtype=torch.int64, device=weight.device)
@@ -110,7 +113,9 @@ class CodebookCare:
         return "sample"
 
     @torch.no_grad()
-    def after_step(self, step: int, codes: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor | None:
+    def after_step(
+        self, step: int, codes: Tensor, latents: Tensor, generator: torch.Generator, finite: Tensor | None = None
+    ) -> Tensor | None:
         """Count the step's codes; every `restart_every` steps move unused ones to latents of the batch.
 
         Does not synchronize with the device.
@@ -120,19 +125,26 @@ class CodebookCare:
             codes: [b, h, w] int64, of this process.
             latents: [b, c, h, w], before quantization, of this process.
             generator: on the latents' device.
+            finite: scalar bool on the device; where it is False, the step counts nothing and moves nothing.
         Returns:
             [codes] bool, the moved ones, whose optimizer state is to be reset by `forget`; None in other steps.
         """
         counts = _count(codes.flatten(), len(self.since_restart))
         self.reduce(counts)
+        counts = counts if finite is None else counts * finite
         self.since_restart += counts
         self.this_window += counts
         if (step + 1) % self.window == 0:
             self.last_window.copy_(self.this_window)
             self.this_window.zero_()
-        if not self.restart_every or (step + 1) % self.restart_every:
+        done = step + 1
+        if not self.restart_every or done % self.restart_every:
+            return None
+        if self.last_restart is not None and done > self.last_restart:
             return None
         unused = self.since_restart == 0
+        if finite is not None:
+            unused &= finite
         self._place(_spread(unused, self._vectors(latents), generator), unused)
         self.since_restart.zero_()
         return unused

@@ -231,9 +231,17 @@ class AutoencoderTrainingConfig(_Settings):
         description="initialize codes at cluster centers of the first latents, at some of them, or as in taming",
     )
     restart_every: NonNegativeInt = Field(
-        100, description="number of steps after which unused codes move to latents of the batch; 0: never"
+        100,
+        description="number of steps after which unused codes move to latents of the batch, except in the last tenth "
+        "of the training; 0: never",
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
+    max_bad_steps: PositiveInt = Field(
+        10,
+        description="stop after this many consecutive steps whose loss or gradients are not finite; such steps change "
+        "nothing",
+        json_schema_extra=NO_EFFECT,
+    )
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = Field(
         False,
@@ -310,6 +318,12 @@ class RefinerTrainingConfig(_Settings):
         "copy", description="copy: the untrained network returns the decoded frame; random: as in the official training"
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
+    max_bad_steps: PositiveInt = Field(
+        10,
+        description="stop after this many consecutive steps whose loss or gradients are not finite; such steps change "
+        "nothing",
+        json_schema_extra=NO_EFFECT,
+    )
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     checkpoint_every: PositiveInt = Field(1000, json_schema_extra=NO_EFFECT)
     keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)

@@ -72,12 +72,8 @@ class FlowTrainingConfig(BaseModel):
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="torch.compile the vector field; takes a minute at the start. auto: on a GPU",
-        json_schema_extra=NO_EFFECT,
-    )
-    cuda_graphs: bool | Literal["auto"] = Field(
-        "auto",
-        description="record a training step as a CUDA graph and replay it. auto: on a single GPU with adamw",
+        description="torch.compile the vector field, on a single GPU with CUDA graphs; takes a minute at the start. "
+        "auto: on a GPU",
         json_schema_extra=NO_EFFECT,
     )
     standardize: bool = Field(
@@ -99,8 +95,8 @@ class FlowTrainingConfig(BaseModel):
     )
     max_bad_steps: PositiveInt = Field(
         10,
-        description="stop after this many consecutive steps whose loss or gradients are not finite; "
-        "such steps are skipped",
+        description="stop after this many consecutive steps whose loss or gradients are not finite; such steps change "
+        "nothing",
         json_schema_extra=NO_EFFECT,
     )
     validate_every: PositiveInt = Field(5000, json_schema_extra=NO_EFFECT)

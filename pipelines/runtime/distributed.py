@@ -65,6 +65,14 @@ class Processes:
             dist.all_reduce(tensor)
             tensor /= self.count
 
+    def all_true(self, flag: Tensor) -> Tensor:
+        """Whether a flag (scalar bool) is True in all processes; the host does not wait for it."""
+        if self.count == 1:
+            return flag
+        flags = flag.float()
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        return flags.bool()
+
     def gather(self, rows: Tensor) -> Tensor:
         """The rows [n, ...] of all processes in order of rank: [count n, ...]."""
         if self.count == 1:

@@ -1,11 +1,11 @@
 """A model in training: its optimizers, its averaged copy, one update, and what resuming needs of them."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.runtime.checkpoints import Checkpoint, Tensors, pack_optimizers, unpack_optimizers
 
@@ -52,7 +52,6 @@ def build_optimizers(
     betas: tuple[float, float],
     weight_decay: float,
     never_matrices: Iterable[nn.Parameter] = (),
-    recordable: bool = False,
 ) -> Optimizers:
     """Build the optimizers of a model; each group keeps its full learning rate as `base_lr`.
 
@@ -61,17 +60,11 @@ def build_optimizers(
     Args:
         name: `adamw`, or `muon`: Muon for the weights of linear layers and convolutions.
         never_matrices: parameters that Muon must not update, such as embeddings and input and output layers.
-        recordable: learning rates are tensors on the device, so that an update captured as a CUDA graph follows them;
-            `adamw` only.
     """
 
     def adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-        rate = torch.tensor(learning_rate, device=parameters[0].device) if recordable else learning_rate
-        return torch.optim.AdamW(
-            parameters, lr=rate, betas=betas, weight_decay=weight_decay, fused=True, capturable=recordable
-        )
+        return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
 
-    assert name == "adamw" or not recordable, name
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
         optimizers: Optimizers = [adamw(parameters)]
@@ -85,7 +78,7 @@ def build_optimizers(
             optimizers.append(adamw(rest))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["base_lr"] = float(group["lr"])
+            group["base_lr"] = group["lr"]
     return optimizers
 
 
@@ -93,10 +86,7 @@ def set_learning_rate(optimizers: Optimizers, factor: float) -> None:
     """Set every learning rate to `factor` of its full value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(group["base_lr"] * factor)
-            else:
-                group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * factor
 
 
 class OptimizerSettings(Protocol):
@@ -111,11 +101,54 @@ class OptimizerSettings(Protocol):
     ema_decay: float | None
 
 
+class AveragedModel:
+    """An exponential moving average of a model's weights, with a warm-up.
+
+    Before update n = 0, 1, ... the average keeps min(decay, (1 + n) / (10 + n)) of itself (the rule of TensorFlow's
+    `ExponentialMovingAverage`). A fixed decay of 0.999 would keep 92 % of the random start for 80 steps; with the
+    warm-up the average of a short training spans its last tenth. The rule needs no state but the number of the step.
+
+    Attributes:
+        module: the averaged model, in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self._norms = [part for part in self.module.modules() if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)]
+        averaged = list(self.module.parameters())
+        self._share = averaged[0].new_zeros(())
+        self._shares = [self._share.expand_as(parameter) for parameter in averaged]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:
+        """Move towards the model's weights, unless `finite` (scalar bool on the device) is False."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch.mul(finite, share, out=self._share)
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), self._shares)
+
+    @torch.no_grad()
+    def observe(self, forward: Callable[[nn.Module], object]) -> None:
+        """Let BatchNorm layers, if there are any, gather statistics of the averaged model's own activations.
+
+        Args:
+            forward: calls the given model on a batch.
+        """
+        if not self._norms:
+            return
+        for norm in self._norms:
+            norm.train()
+        forward(self.module)
+        for norm in self._norms:
+            norm.eval()
+
+
 class TrainState:
     """Updates a model by its gradients.
 
     Attributes:
         model: the trained model.
+        average: its averaged copy, if the settings have an `ema_decay`.
         learning_rate: of the last update (of AdamW; Muon's follows the same schedule).
     """
 
@@ -126,7 +159,6 @@ class TrainState:
         never_matrices: list[nn.Parameter],
         *,
         name: str = "model",
-        recordable: bool = False,
     ) -> None:
         """Build optimizers and average.
 
@@ -134,9 +166,8 @@ class TrainState:
             model: already on its device.
             never_matrices: parameters that Muon leaves to AdamW.
             name: of the file with the weights; prefixes the other files unless it is `model`.
-            recordable: updates may be captured as a CUDA graph; AdamW only.
         """
-        self.model, self.settings, self.name, self.recordable = model, settings, name, recordable
+        self.model, self.settings, self.name = model, settings, name
         self.optimizers = build_optimizers(
             model,
             name=settings.optimizer,
@@ -145,10 +176,10 @@ class TrainState:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             never_matrices=never_matrices,
-            recordable=recordable,
         )
-        decay = settings.ema_decay
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        self.average = AveragedModel(model, settings.ema_decay) if settings.ema_decay else None
+        self._buffers = [*model.buffers(), *([] if self.average is None else self.average.module.buffers())]
+        self._kept = [buffer.clone() for buffer in self._buffers]
         self.learning_rate = 0.0
 
     @property
@@ -156,50 +187,44 @@ class TrainState:
         """The model that the training delivers: the averaged one if there is one."""
         return self.model if self.average is None else self.average.module
 
-    def update(self, loss: Tensor, factor: float) -> Tensor:
-        """One update by a scalar loss; see `apply`."""
-        loss.backward()
-        return self.apply(factor)
+    def observe(self, forward: Callable[[nn.Module], object]) -> None:
+        """See `AveragedModel.observe`; nothing without an average."""
+        if self.average is not None:
+            self.average.observe(forward)
 
-    def apply(self, factor: float) -> Tensor:
-        """One update by the accumulated gradients, with `factor` of the full learning rates; see `step`."""
-        self.set_rate(factor)
-        return self.step()
+    def gradient_norm(self) -> Tensor:
+        """Scalar on the device: the L2 norm of all accumulated gradients."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients, foreach=True)
 
-    def set_rate(self, factor: float) -> None:
-        """Set the learning rates to `factor` of their full values."""
+    def update(self, step: int, factor: float, norm: Tensor, finite: Tensor) -> None:
+        """One update by the accumulated gradients, which are cleared.
+
+        If `finite` is False, nothing changes: weights, average, optimizers and BatchNorm's statistics are as they were
+        before the step. Only Muon makes the host wait for the device.
+
+        Args:
+            step: its number, from 0.
+            factor: of the full learning rates.
+            norm: of the gradients, from `gradient_norm`.
+            finite: scalar bool on the device: whether loss and gradients are finite.
+        """
         set_learning_rate(self.optimizers, factor)
         self.learning_rate = self.settings.learning_rate * factor
-
-    def step(self) -> Tensor:
-        """One update by the accumulated gradients.
-
-        Non-finite gradients update nothing (on a GPU the average still moves towards the weights). Only Muon on a GPU
-        makes the host wait for the device.
-
-        Returns:
-            Scalar bool on the device: whether all gradients were finite.
-        """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        finite = norm.isfinite()
-        on_device = finite.is_cuda and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers)
-        skipping = self.recordable or on_device
-        if skipping:
-            # Fused AdamW reads this flag on the device, as it does for gradient scaling.
-            for optimizer in self.optimizers:
-                optimizer.found_inf = (~finite).float()
-                optimizer.grad_scale = torch.ones((), device=finite.device)
-        if skipping or finite:
+        # Fused AdamW reads a flag on the device, as it does for gradient scaling; Muon has none.
+        if all(isinstance(optimizer, torch.optim.AdamW) for optimizer in self.optimizers) or finite:
             if self.settings.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.grad_clip, norm)
             for optimizer in self.optimizers:
+                optimizer.found_inf = (~finite).float()
                 optimizer.step()
             if self.average is not None:
-                self.average.update_parameters(self.model)
+                self.average.update(self.model, step, finite)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return finite
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            kept.copy_(torch.where(finite, buffer, kept))
+            buffer.copy_(kept)
 
     def files(self) -> dict[str, Tensors]:
         """The files of a checkpoint."""
@@ -207,7 +232,6 @@ class TrainState:
         files = {self.name: self.model.state_dict(), f"{prefix}optimizer": pack_optimizers(self.optimizers)}
         if self.average is not None:
             files[f"{prefix}ema"] = self.average.module.state_dict()
-            files[f"{prefix}average"] = {"n_averaged": self.average.n_averaged}
         return files
 
     def load(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -217,4 +241,5 @@ class TrainState:
         unpack_optimizers(self.optimizers, checkpoint.tensors(f"{prefix}optimizer", device))
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint.tensors(f"{prefix}ema", device))
-            self.average.n_averaged.copy_(checkpoint.tensors(f"{prefix}average", device)["n_averaged"])
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            kept.copy_(buffer)

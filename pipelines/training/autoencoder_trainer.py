@@ -39,6 +39,8 @@ from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 
 # Latent vectors per code for the start of the codebook.
 VECTORS_A_CODE = 4
+# Share of the training, at its end, in which unused codes stay where they are: a moved one has to be trained.
+UNTOUCHED_AT_THE_END = 0.1
 # Frames on a sheet, and batch size in validation.
 SHEET_FRAMES = 16
 FRAMES_AT_ONCE = 32
@@ -166,6 +168,7 @@ class AutoencoderTrainer(Trainer):
             self.model.quantizer,
             start=self.training.codebook_start,
             restart_every=self.training.restart_every,
+            last_restart=self.training.steps - math.ceil(self.training.steps * UNTOUCHED_AT_THE_END),
             window=math.ceil(int(pool.lengths.sum()) / self.training.batch_size),
             average=None if average is None else average.module.quantizer,
             reduce=processes.sum_,
@@ -205,19 +208,22 @@ class AutoencoderTrainer(Trainer):
                     )
                 )
             passes.append((output.codes, output.latents.detach(), output.images.detach().float()))
-        factor = learning_rate_factor(step, warmup=training.warmup_steps, total=training.steps)
-        finite = self.train_state.apply(factor)
+            self.train_state.observe(lambda average, part=part: average(part))
         codes, latents, reconstructed = (torch.cat(tensors) for tensors in zip(*passes, strict=True))
+        means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
+        norms = {self.train_state: self.train_state.gradient_norm()}
         if judged:
-            judgement, told_apart = self.adversary.train_step(images, reconstructed, factor, self._autocast)
-            terms = [part | judgement for part in terms]
-            finite = finite & told_apart
-        moved = self.care.after_step(step, codes, latents, self._draws(step, "codes"))
+            means |= self.adversary.backward(images, reconstructed, self._autocast)
+            norms[self.adversary.train_state] = self.adversary.train_state.gradient_norm()
+        finite = self.processes.all_true(torch.stack([means["loss"], *norms.values()]).isfinite().all())
+        factor = learning_rate_factor(step, warmup=training.warmup_steps, total=training.steps)
+        for train_state, norm in norms.items():
+            train_state.update(step, factor, norm, finite)
+        moved = self.care.after_step(step, codes, latents, self._draws(step, "codes"), finite)
         if moved is not None:
             for optimizer in self.train_state.optimizers:
                 forget(optimizer, self.model.quantizer.embedding.weight, moved)
-        means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
-        return StepResult(means, finite)
+        return StepResult(means | {"gradient_norm": norms[self.train_state]}, finite)
 
     def describe_batch(self, step: int) -> str:
         return self.pool.describe(step)
@@ -373,10 +379,10 @@ class _Adversary:
         self.train_state = TrainState(discriminator, settings, [], name="discriminator")
         self.step = processes.distribute(DiscriminatorStep(discriminator), device)
 
-    def train_step(
-        self, images: Tensor, reconstructed: Tensor, factor: float, autocast: Callable[[], AbstractContextManager[None]]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """One update of the discriminator; returns terms for the log and whether gradients were finite."""
+    def backward(
+        self, images: Tensor, reconstructed: Tensor, autocast: Callable[[], AbstractContextManager[None]]
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of the discriminator's loss; returns terms for the log."""
         self.discriminator.train()
         parts = list(zip(images.chunk(self.accumulate), reconstructed.chunk(self.accumulate), strict=True))
         seen = []
@@ -386,9 +392,8 @@ class _Adversary:
                     loss, real, fake = self.step(*part)
                 (loss / len(parts)).backward()
             seen.append(torch.stack([loss.detach(), real, fake]))
-        finite = self.train_state.apply(factor)
         names = ("discriminator", "logits_real", "logits_fake")
-        return dict(zip(names, torch.stack(seen).mean(0), strict=True)), finite
+        return dict(zip(names, torch.stack(seen).mean(0), strict=True))
 
 
 def _in_words(measured: dict[str, float]) -> str:

@@ -144,8 +144,7 @@ def _begin(config: RiverConfig, start: Checkpoint, cache: LatentCache, flow_stat
     # No moments: the optimizer starts from scratch, as does the warm-up.
     files: dict[str, Tensors] = {"model": weights, "optimizer": {}}
     if config.flow.training.ema_decay is not None:
-        # Counted as one update: the first update of an average replaces it.
-        files |= {"ema": weights, "average": {"n_averaged": torch.tensor(1)}}
+        files["ema"] = weights
     # The statistics that the weights were trained with, not those of this store.
     state = flow_state(config, cache, standardization_in(start))
     if _is_start(start):

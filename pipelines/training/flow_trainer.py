@@ -17,7 +17,6 @@ from pipelines.errors import UserError
 from pipelines.loading import standardization_in
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext, resolve_precision, use_precision
-from pipelines.runtime.cuda_graph_step import CudaGraphStep
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import is_fine_tuned, is_imported
@@ -105,7 +104,6 @@ def flow_plan(config: RiverConfig) -> TrainingPlan:
         "flow",
         config,
         inputs={} if cache is None else {"store": _origin(cache)},
-        max_bad_steps=config.flow.training.max_bad_steps,
         less_memory=", or keep the latents elsewhere (cache.residency=host)",
         way_out="fine-tune the existing weights (`train-flow --fine-tune --restart`), ",
     )
@@ -133,10 +131,6 @@ def check_flow(config: RiverConfig, run_context: RunContext) -> None:
     on_cpus = processes.count > 1 and run_context.device.type == "cpu"
     if on_cpus and config.flow.model.head == "bn" and processes.is_first:
         warn("flow.model.head: bn: on CPUs each process normalizes with the statistics of its own rows")
-    try:
-        records_steps(training, run_context.device, processes)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if run_context.fine_tune:
         check_fine_tuning(config, run_context)
 
@@ -185,15 +179,12 @@ class FlowTrainer(Trainer):
         if processes.count > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(device)
-        recorded = records_steps(self.training, device, processes)
-        self.train_state = TrainState(self.model, self.training, self.model.boundary_parameters(), recordable=recorded)
-        self.compiled = compiles(self.training, device)
+        self.train_state = TrainState(self.model, self.training, self.model.boundary_parameters())
+        self.compile_mode = compile_mode(self.training, device, processes)
         network = self.model
-        if self.compiled:
-            # SyncBatchNorm's exchange breaks the graph.
-            network = torch.compile(self.model, fullgraph=processes.count == 1, dynamic=False)
+        if self.compile_mode is not None:
+            network = torch.compile(self.model, dynamic=False, mode=self.compile_mode)
         self.network = processes.distribute(network, device)
-        self.update = CudaGraphStep(self._update) if recorded else self._update
         self._step_flops = step_flops(config.flow.model, latents.latent_shape, self.training.batch_size)
         self._waited, self._steps = 0.0, 0
 
@@ -219,28 +210,30 @@ class FlowTrainer(Trainer):
             warmup=training.warmup_steps,
             total=training.steps,
         )
-        self.train_state.set_rate(rate / training.learning_rate)
-        self.model.train()
-        loss, finite = self.update(batch.target, batch.reference, batch.condition, batch.distance, draws.noise, draws.t)
-        return StepResult({"loss": loss}, finite)
+        loss = self._backward(batch, draws)
+        norm = self.train_state.gradient_norm()
+        finite = processes.all_true(norm.isfinite() & loss.isfinite())
+        self.train_state.update(step, rate / training.learning_rate, norm, finite)
+        return StepResult({"loss": loss, "gradient_norm": norm}, finite)
 
-    def _update(
-        self, target: Tensor, reference: Tensor, condition: Tensor, distance: Tensor, noise: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Everything that the device does in a step, given raw latents: the loss, and whether weights were updated."""
-        final = (self.standardization.to_final(frames) for frames in (target, reference, condition))
-        batch = FlowBatch(*final, distance)
+    def _backward(self, batch: FlowBatch, draws: FlowDraws) -> Tensor:
+        """Accumulate the gradients of the loss; `batch` has raw latents. Returns the loss, a scalar."""
+        final = (self.standardization.to_final(frames) for frames in (batch.target, batch.reference, batch.condition))
         count = self.training.accumulate
-        columns = (batch.target, batch.reference, batch.condition, batch.distance, noise, t)
+        columns = (*final, batch.distance, draws.noise, draws.t)
+        self.model.train()
         losses = []
         for number, (*frames, noise, t) in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
+            part = FlowBatch(*frames), FlowDraws(noise, t)
+            if self.compile_mode == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()
             with self.processes.without_exchange(self.network, number < count - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    loss = flow_matching_loss(self.network, FlowBatch(*frames), FlowDraws(noise, t))
+                    loss = flow_matching_loss(self.network, *part)
                 (loss / count).backward()
             losses.append(loss.detach())
-        finite = self.train_state.step()
-        return torch.stack(losses).mean(), finite
+            self.train_state.observe(lambda average, part=part: flow_matching_loss(average, *part))
+        return torch.stack(losses).mean()
 
     def describe_batch(self, step: int) -> str:
         return self.sampler.describe_batch(step)
@@ -288,24 +281,17 @@ def standardization_of(latents: LatentCache, wanted: bool) -> Standardization:
     return Standardization(torch.from_numpy(latents.mean), torch.where(std > 0, std, torch.ones_like(std)))
 
 
-def compiles(training: FlowTrainingConfig, device: torch.device) -> bool:
-    """Whether the vector field is compiled."""
-    return device.type == "cuda" if training.compile == "auto" else training.compile
+def compile_mode(training: FlowTrainingConfig, device: torch.device, processes: Processes) -> str | None:
+    """The mode of `torch.compile` for the vector field; None: it is not compiled.
 
-
-def records_steps(training: FlowTrainingConfig, device: torch.device, processes: Processes) -> bool:
-    """Whether steps are captured as a CUDA graph.
-
-    Raises:
-        ValueError: `cuda_graphs: true` without a single GPU and AdamW.
+    On a single GPU the compiled passes are CUDA graphs (`reduce-overhead`). Not with `accumulate`, whose gradients
+    would have to outlive a replay, nor with several processes, whose exchange runs between the kernels.
     """
-    possible = device.type == "cuda" and processes.count == 1 and training.optimizer == "adamw"
-    if training.cuda_graphs is True and not possible:
-        raise ValueError(
-            f"flow.training.cuda_graphs: true needs a single GPU and optimizer adamw; this is {device}, "
-            f"{processes.count} process(es), {training.optimizer}: set it to auto or false"
-        )
-    return possible and training.cuda_graphs is not False
+    wanted = device.type == "cuda" if training.compile == "auto" else training.compile
+    if not wanted:
+        return None
+    graphs = device.type == "cuda" and processes.count == 1 and training.accumulate == 1
+    return "reduce-overhead" if graphs else "default"
 
 
 def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCache) -> Sampler:
@@ -325,8 +311,7 @@ def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCac
 def _describe(config: RiverConfig, trainer: FlowTrainer, sampler: Sampler) -> str:
     """What is trained, on what, and how."""
     switches = [trainer.precision]
-    switches += ["compiled"] if trainer.compiled else []
-    switches += ["CUDA graph"] if isinstance(trainer.update, CudaGraphStep) else []
+    switches += [] if trainer.compile_mode is None else [f"compiled ({trainer.compile_mode})"]
     return (
         f"{trainer.model.parameter_count / 1e6:.1f} M parameters, batch {config.flow.training.batch_size} of "
         f"{sampler.legal_targets} targets, {sampler.describe()}, {', '.join(switches)}"

@@ -332,8 +332,12 @@ class RefinerTrainer(Trainer):
             with self.processes.without_exchange(self.network, number < count - 1):
                 terms.append(self._backward(example, 1 / count))
         training = self.training
-        finite = self.train_state.apply(learning_rate_factor(step, warmup=training.warmup, total=training.steps))
-        return StepResult({name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}, finite)
+        means = {name: torch.stack([part[name] for part in terms]).mean() for name in terms[0]}
+        norm = self.train_state.gradient_norm()
+        finite = self.processes.all_true(norm.isfinite() & means["loss"].isfinite())
+        factor = learning_rate_factor(step, warmup=training.warmup, total=training.steps)
+        self.train_state.update(step, factor, norm, finite)
+        return StepResult(means | {"gradient_norm": norm}, finite)
 
     def _backward(self, example: RefinerExample, scale: float) -> dict[str, Tensor]:
         """Backward pass of the loss times `scale`; returns its terms."""

@@ -1,5 +1,6 @@
 """The loop of every training: steps, log, validation, checkpoints, stopping. The trainer does the steps."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ class StepResult:
     """Result of one step, on the device.
 
     Attributes:
-        terms: terms of the loss, scalars of this process; `loss` is their weighted sum.
-        finite: scalar bool: whether the gradients were finite, and so the update was made.
+        terms: what the log shows the mean of, scalars of this process: `loss`, the terms of which it is the weighted
+            sum, and `gradient_norm`, the L2 norm before clipping.
+        finite: scalar bool, equal in all processes: whether loss and gradients were finite, and so the update was made.
     """
 
     terms: dict[str, Tensor]
@@ -90,7 +92,7 @@ class LoopSettings:
         steps, checkpoint_every, validate_every, log_every: in steps.
         best: name of the validated value that selects the best checkpoint; None: no best checkpoint.
         lowest: whether lower is better.
-        max_bad_steps: consecutive non-finite steps, each without an update, that end the training.
+        max_bad_steps: consecutive non-finite steps, which change nothing, that end the training.
         less_memory: a further way to use less memory, a phrase that begins with a comma.
     """
 
@@ -105,28 +107,85 @@ class LoopSettings:
     less_memory: str = ""
 
 
+class RunningMeans:
+    """Means of a step's terms since the last line of the log; non-finite steps do not count.
+
+    Sums stay on the device until they are read. They are part of a checkpoint, so that the log after a resume is that
+    of an uninterrupted training.
+
+    Attributes:
+        skipped: non-finite steps of the whole training, as of the last `read`.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None, device: torch.device | None = None) -> None:
+        """Start at zero, or from the result of `state`."""
+        state = state or {"steps": 0, "skipped": 0, "sums": []}
+        self._steps, self.skipped = state["steps"], state["skipped"]
+        # Names of terms -> [names + 1] float64: their sums, then the number of steps. Terms appear during a training.
+        self._sums = {
+            tuple(part["names"]): torch.tensor(part["values"], dtype=torch.float64, device=device)
+            for part in state["sums"]
+        }
+
+    def add(self, result: StepResult) -> None:
+        """Count a step; the host does not wait for the device."""
+        self._steps += 1
+        values = torch.stack([value.detach().float() for value in result.terms.values()]).double()
+        counted = torch.where(result.finite, torch.cat([values, torch.ones_like(values[:1])]), 0.0)
+        names = tuple(result.terms)
+        self._sums[names] = self._sums[names] + counted if names in self._sums else counted
+
+    def share(self, processes: Processes) -> None:
+        """Average the sums over all processes, which took the same steps."""
+        for sums in self._sums.values():
+            processes.mean_(sums)
+
+    def read(self) -> dict[str, float]:
+        """The means of all terms, NaN if every step was skipped; begin again at zero."""
+        totals: dict[str, tuple[float, float]] = {}
+        counted = 0.0
+        for names, sums in self._sums.items():
+            *values, count = sums.tolist()
+            counted += count
+            for name, value in zip(names, values, strict=True):
+                before, steps = totals.get(name, (0.0, 0.0))
+                totals[name] = before + value, steps + count
+        self.skipped += self._steps - round(counted)
+        self._steps, self._sums = 0, {}
+        return {name: value / steps if steps else math.nan for name, (value, steps) in totals.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, as JSON."""
+        sums = [{"names": list(names), "values": values.tolist()} for names, values in self._sums.items()]
+        return {"steps": self._steps, "skipped": self.skipped, "sums": sums}
+
+
 def run_training(
     trainer: Trainer,
     settings: LoopSettings,
     log: TrainingLog | None,
     checkpoints: CheckpointFolder,
-    first_step: int,
+    found: Checkpoint | None = None,
     processes: Processes = ALONE,
 ) -> None:
-    """Train from `first_step` to the last one.
+    """Train to the last step.
 
     Args:
         log: of rank 0; None in the others.
+        found: the checkpoint that the trainer was loaded from; None: it begins.
     Raises:
-        UserError: non-finite loss or gradients, `max_bad_steps` times in a row, which updated nothing; out of memory.
+        UserError: non-finite loss or gradients, `max_bad_steps` times in a row, which changed nothing; out of memory.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
+    first_step, logged = (0, None) if found is None else (found.step, found.state.get("logged"))
+    means = RunningMeans(logged, trainer.device)
     timer, guard = StepTimer(), _FiniteGuard(trainer, settings, processes)
     announced = False
     bar = progress(total=settings.steps, initial=first_step, description=settings.name, unit="step")
     with StopRequest() as stop, explain_out_of_memory(settings), bar:
         for step in range(first_step, settings.steps):
             result = trainer.train_step(step)
+            means.add(result)
             guard.check(step, result)
             timer.step()
             bar.update()
@@ -139,6 +198,7 @@ def run_training(
             # The only places where the host waits for the device. A step is checked before it is saved.
             if logs or saves:
                 guard.settle()
+                means.share(processes)
             if step == first_step and not logs:
                 timer.rate()  # the first step compiles, allocates and warms up
             rate = timer.rate() if logs else None if announced else timer.rate_after(FIRST_WORD_SECONDS)
@@ -147,9 +207,9 @@ def run_training(
                 announced = True
             measured: dict[str, float] = {}
             if logs:
-                terms = _mean_over(processes, result.terms)
+                terms = means.read()
                 record = {"step": done, **terms, "learning_rate": trainer.learning_rate, "steps_per_second": rate}
-                record |= trainer.metrics(done, terms, rate)
+                record |= {"skipped_steps": means.skipped} | trainer.metrics(done, terms, rate)
                 if processes.is_first and validates:
                     measured = trainer.validate(done)
                     timer.rate()  # validation does not count
@@ -162,7 +222,8 @@ def run_training(
                 )
                 if saves or best:
                     value = {settings.best: measured[settings.best]} if best else None
-                    path = checkpoints.save(done, trainer.files(), trainer.state(), best=value)
+                    state = trainer.state() | {"logged": means.state()}
+                    path = checkpoints.save(done, trainer.files(), state, best=value)
             if saves or validates:
                 processes.wait()
             if stopped_by:
@@ -206,7 +267,7 @@ class _FiniteGuard:
         most = self.settings.max_bad_steps
         message = (
             f"{self.settings.name}: the loss or its gradients are not finite at step {step + 1} ({terms}), on "
-            f"{self.trainer.describe_batch(step)}. No weights were updated"
+            f"{self.trainer.describe_batch(step)}. The step changed nothing"
         )
         if self.bad_steps < most:
             if self.processes.is_first:
@@ -252,9 +313,3 @@ def explain_out_of_memory(settings: LoopSettings) -> Iterator[None]:
 def _advice(name: str) -> str:
     key = f"{name}.training"
     return f"Lower {key}.learning_rate, set {key}.grad_clip=1, or use {key}.precision=fp32"
-
-
-def _mean_over(processes: Processes, terms: dict[str, Tensor]) -> dict[str, float]:
-    values = torch.stack([value.detach().float() for value in terms.values()])
-    processes.mean_(values)
-    return dict(zip(terms, values.tolist(), strict=True))

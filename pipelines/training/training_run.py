@@ -69,7 +69,6 @@ def plan_training(
     *,
     identity: dict[str, Any] | None = None,
     inputs: dict[str, Any] | None = None,
-    max_bad_steps: int = 1,
     less_memory: str = "",
     way_out: str = "",
 ) -> TrainingPlan:
@@ -79,7 +78,7 @@ def plan_training(
         name: of the section.
         identity: settings of other sections that the result depends on.
         inputs, way_out: see `TrainingPlan`.
-        max_bad_steps, less_memory: see `LoopSettings`.
+        less_memory: see `LoopSettings`.
     """
     section = getattr(config, name)
     training = section.training
@@ -89,7 +88,7 @@ def plan_training(
         checkpoint_every=training.checkpoint_every,
         validate_every=training.validate_every,
         log_every=config.logging.every,
-        max_bad_steps=max_bad_steps,
+        max_bad_steps=training.max_bad_steps,
         less_memory=less_memory,
     )
     return TrainingPlan(
@@ -144,7 +143,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
             if found is not None and first_step == 0:
                 trainer.validate(0)  # of a fine-tuning: measures the weights that it starts from
             log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step)))
-        run_training(trainer, loop, log, checkpoints, first_step, processes)
+        run_training(trainer, loop, log, checkpoints, found, processes)
     return chosen_checkpoint(plan.folder)
 
 

@@ -56,12 +56,6 @@ def test_settings_out_of_range(flowless, setting: str) -> None:
     flowless.run("train-flow", sets=[f"flow.training.{setting}"]).refused(2, f"flow.training.{key}")
 
 
-def test_cuda_graphs_without_a_gpu(flowless) -> None:
-    flowless.run("train-flow", sets=["flow.training.cuda_graphs=true"]).refused(
-        2, "flow.training.cuda_graphs: true needs a single GPU", "this is cpu", "auto or false"
-    )
-
-
 @pytest.mark.parametrize("where", ["update", "load"])
 @pytest.mark.parametrize(
     "error",

@@ -61,7 +61,7 @@ def test_a_run_keeps_its_resolved_configuration_and_environment(tmp_path):
     ("training", "changes"),
     [
         ({"steps": 5, "checkpoint_every": 3, "keep_checkpoints": 9, "validate_every": 4, "compile": True}, False),
-        ({"cuda_graphs": False, "best_by": "last", "max_bad_steps": 3, "validation_pairs": 7}, False),
+        ({"compile": False, "best_by": "last", "max_bad_steps": 3, "validation_pairs": 7}, False),
         ({"validation_samples": 0}, False),
         ({"learning_rate": 0.5}, True),
         ({"batch_size": 3}, True),

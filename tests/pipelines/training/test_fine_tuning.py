@@ -108,7 +108,7 @@ def test_the_average_moves_from_the_start(kit: Kit) -> None:
     tuned = kit.train(kit.config(steps=1, ema_decay=0.9, warmup_steps=0), fine_tune=True)
     assert not same(tuned.tensors("model"), averaged)
     for name, start in averaged.items():
-        expected = start + 0.1 * (tuned.tensors("model")[name] - start)
+        expected = start + 0.9 * (tuned.tensors("model")[name] - start)
         torch.testing.assert_close(tuned.tensors("ema")[name], expected, atol=1e-6, rtol=1e-5)
 
 

@@ -40,7 +40,8 @@ def two_steps(
                 batch = FlowBatch(target, reference, condition, part_distance)
                 loss = flow_matching_loss(field, batch, FlowDraws(part_noise, part_times))
             (loss / parts).backward()
-        assert train_state.apply(1.0)
+        norm = train_state.gradient_norm()
+        train_state.update(0, 1.0, norm, norm.isfinite())
 
 
 def allocated(folder: Path, *arguments: object) -> int:

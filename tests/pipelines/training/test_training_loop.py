@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from typing import Any
 
@@ -27,6 +28,7 @@ class Counter(Trainer):
         self.validated: list[int] = []
 
     learning_rate = 0.5
+    device = torch.device("cpu")
 
     def train_step(self, step: int) -> StepResult:
         self.steps.append(step)
@@ -57,12 +59,13 @@ def train(tmp_path):
     """Run a trainer; gives the checkpoints and the log's lines."""
     config = parse_config({"dataset": {"name": "toy", "source": "shapes", "image_size": 16}}, "test")
 
-    def run(trainer: Trainer, first_step: int = 0, keep: int = 2, **settings: Any):
+    def run(trainer: Trainer, resume: bool = False, keep: int = 2, **settings: Any):
         values = {"steps": 10, "checkpoint_every": 4, "validate_every": 3, "log_every": 5} | settings
         checkpoints = CheckpointFolder(tmp_path / "checkpoints", keep)
-        log = TrainingLog(tmp_path, config, "counter", first_step)
+        found = checkpoints.latest() if resume else None
+        log = TrainingLog(tmp_path, config, "counter", 0 if found is None else found.step)
         try:
-            run_training(trainer, LoopSettings(name="counter", **values), log, checkpoints, first_step)
+            run_training(trainer, LoopSettings(name="counter", **values), log, checkpoints, found)
         finally:
             log.close()
         return checkpoints, [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -82,8 +85,10 @@ def test_all_happens_when_it_should(train):
     assert steps_of(checkpoints) == [4, 8, 10]
     assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
     assert lines[0] | {"steps_per_second": 0} == {
-        "step": 3, "loss": 2.0, "learning_rate": 0.5, "twice": 4.0, "steps_per_second": 0,
+        "step": 3, "loss": 1.0, "learning_rate": 0.5, "twice": 2.0, "steps_per_second": 0, "skipped_steps": 0,
     }  # fmt: skip
+    # Each line has the mean since the one before.
+    assert [line["loss"] for line in lines] == [1.0, 3.5, 5.0, 7.0, 9.0]
     assert checkpoints.best() is None
 
 
@@ -106,7 +111,7 @@ def test_the_best_is_kept_beside_the_last_ones(train, scores, lowest, expected):
 
 def test_a_resumed_training_remembers_the_best(train):
     train(Counter({3: 5.0, 6: 2.0}), steps=6, best="score")
-    checkpoints, lines = train(Counter({9: 4.0, 10: 3.0}), first_step=6, best="score")
+    checkpoints, lines = train(Counter({9: 4.0, 10: 3.0}), resume=True, best="score")
     assert checkpoints.best().step == 3
     assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
 
@@ -156,7 +161,33 @@ def test_a_signal_saves_and_names_the_checkpoint(train, tmp_path):
 def test_a_bad_step_counts_once_where_it_is_logged_and_saved(train, capsys):
     _, lines = train(Counter(breaks_at=4), max_bad_steps=2, checkpoint_every=5)
     assert [line["step"] for line in lines] == [3, 5, 6, 9, 10]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1, 1]
+    assert [line["loss"] for line in lines] == [1.0, 3.0, 5.0, 7.0, 9.0]
     assert capsys.readouterr().err.count("1 such steps in a row, 2 end the training") == 1
+
+
+def test_after_a_resume_the_log_is_that_of_an_uninterrupted_training(train, tmp_path):
+    """Also where a checkpoint lies between two lines, and terms appear in the course of the training."""
+
+    class Growing(Counter):
+        def train_step(self, step: int) -> StepResult:
+            result = super().train_step(step)
+            late = {"late": torch.tensor(0.1 * step)} if step >= 2 else {}
+            return StepResult({"loss": result.terms["loss"] / 3} | late, result.finite)
+
+    settings = {"log_every": 7, "validate_every": 7, "checkpoint_every": 5, "max_bad_steps": 2, "steps": 14}
+
+    def values(lines: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+        return [tuple(line[name] for name in ("step", "loss", "late", "skipped_steps")) for line in lines]
+
+    _, whole = train(Growing(breaks_at=1), **settings)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(StoppedBySignal):
+        train(Growing(breaks_at=1, stops_at=3), **settings)
+    _, lines = train(Growing(), resume=True, **settings)
+    assert len(lines) == 2
+    assert values(lines) == values(whole)
 
 
 class Second(Processes):
@@ -174,7 +205,7 @@ class Second(Processes):
 
 def test_a_second_process_is_silent_and_writes_nothing(tmp_path, capsys):
     trainer, settings = Counter(breaks_at=4), LoopSettings("counter", 10, 4, 3, 5, max_bad_steps=2)
-    run_training(trainer, settings, None, CheckpointFolder(tmp_path / "checkpoints"), 0, Second(1, 2))
+    run_training(trainer, settings, None, CheckpointFolder(tmp_path / "checkpoints"), None, Second(1, 2))
     assert trainer.steps == list(range(10))
     assert trainer.validated == []
     assert capsys.readouterr().err == ""
