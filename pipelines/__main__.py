@@ -85,7 +85,8 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
             say(dump_config(config))
             say(describe(config, run_context.device))
         return EXIT_DONE
-    command.run(config, run_context, options)
+    with processes.sharing_failures():
+        command.run(config, run_context, options)
     leave_processes()
     if run_context.skipped and processes.is_first:
         print(f"{options.command}: finished; {len(run_context.skipped)} video(s) were skipped:", file=sys.stderr)

@@ -83,7 +83,13 @@ class VQGANConfig(_Sizes):
         64, description="side of the input for attention_resolutions: architecture, not image size"
     )
     codes: int = Field(16384, ge=1, le=65536, description="entries of the codebook")
-    dropout: float = Field(0.0, ge=0, lt=1, json_schema_extra=NO_SHAPE)
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        json_schema_extra=NO_SHAPE,
+        description="share of activations set to 0; masks depend on the number of processes and on training.accumulate",
+    )
 
     @model_validator(mode="before")
     @classmethod

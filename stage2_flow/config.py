@@ -35,7 +35,13 @@ class VectorFieldConfig(BaseModel):
     heads: PositiveInt = 8
     head: Literal["ln", "bn"] = Field("ln", description="output head with LayerNorm (ln) or BatchNorm (bn)")
     reference: bool = Field(True, description="condition on the previous frame in addition to the random past frame")
-    dropout: float = Field(0.05, ge=0, lt=1, json_schema_extra=NO_SHAPE)
+    dropout: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        json_schema_extra=NO_SHAPE,
+        description="share of activations set to 0; masks depend on the number of processes and on training.accumulate",
+    )
     qk_norm: bool = Field(False, description="normalize queries and keys of every head; the paper does not")
 
     @model_validator(mode="after")

@@ -50,9 +50,12 @@ class RunContext:
         """From a parsed command line, whose command need not have all options; joins torchrun's processes.
 
         Raises:
-            UserError: no such device on this machine.
+            UserError: no such device on this machine; another process failed or did not start.
         """
-        processes, device = join_processes(resolve_device(options.device))
+        processes = join_processes()
+        with processes.sharing_failures():
+            device = processes.own_device(resolve_device(options.device))
+            processes.connect(device)
         taken = ("strict", "overwrite", "restart", "resume", "fine_tune", "mirror", "scheduler", "download")
         given = {name: getattr(options, name) for name in taken if hasattr(options, name)}
         return cls(device=device, processes=processes, asked_device=options.device, **given)

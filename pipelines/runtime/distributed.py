@@ -2,9 +2,10 @@
 
 import datetime
 import os
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 
+# Timeout until all processes have started.
+START = datetime.timedelta(minutes=10)
 # Timeout while rank 0 indexes videos and validates.
 PATIENCE = datetime.timedelta(hours=2)
 
@@ -23,10 +26,14 @@ class Processes:
     Attributes:
         rank: of this process, from 0.
         count: world size.
+        here: number of them on this machine.
+        store: keys and values that all of them see; None for a single one.
     """
 
     rank: int = 0
     count: int = 1
+    here: int = 1
+    store: "dist.Store | None" = field(default=None, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -90,6 +97,10 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=_control_group())
         return int(shared)
 
+    def agree(self, answer: bool) -> bool:
+        """Whether all processes answer yes."""
+        return self.any_asks(int(not answer)) == 0
+
     def wait(self) -> None:
         """Barrier."""
         if self.count > 1:
@@ -108,46 +119,155 @@ class Processes:
         """The model to call in training: DDP, which averages gradients over all processes."""
         if self.count == 1:
             return model
+        self.wait()  # rank 0 may have prepared its validation for longer than the timeout of what follows
         return nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     def without_exchange(self, model: nn.Module, active: bool) -> AbstractContextManager[None]:
         """Skip the gradient exchange in the block if `active`: for all parts of a batch but the last."""
         return model.no_sync() if active and self.count > 1 else nullcontext()
 
+    def own_device(self, device: torch.device) -> torch.device:
+        """Make this process's device the current one.
+
+        Args:
+            device: as the user asked for.
+        Returns:
+            The device: of several processes, each has a GPU of its own.
+        Raises:
+            UserError: fewer GPUs than processes on this machine, or one GPU named for all of them.
+        """
+        if device.type == "cuda" and self.count > 1:
+            if device.index is not None:
+                raise UserError(
+                    f"--device {device} names one GPU, and each of {self.count} processes needs its own: use --device "
+                    "cuda, and choose the GPUs by CUDA_VISIBLE_DEVICES"
+                )
+            if self.here > torch.cuda.device_count():
+                raise UserError(
+                    f"{self.here} processes on this machine, but {torch.cuda.device_count()} GPU(s): start one process "
+                    f"per GPU (NUM_GPUS={torch.cuda.device_count()}), or use --device cpu"
+                )
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
+
+    def connect(self, device: torch.device) -> None:
+        """Connect the processes: by NCCL between GPUs, else by gloo.
+
+        Args:
+            device: of this process.
+        Raises:
+            UserError: a process did not start, failed before, or runs on another type of device.
+        """
+        if self.count == 1 or dist.is_initialized():
+            return
+        self.store.set(f"device/{self.rank}", device.type)
+        types = self._values("device")
+        if len(set(types)) > 1:
+            where = ", ".join(f"process {rank} on {name}" for rank, name in enumerate(types))
+            raise UserError(f"the processes need devices of one type, but run {where}: name it by --device")
+        # A step's exchange begins at the same time everywhere and has PyTorch's timeout of some minutes. Whatever waits
+        # for rank 0 uses the control group.
+        groups = dist.PrefixStore("groups", self.store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=groups, rank=self.rank, world_size=self.count)
+        _groups["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    @contextmanager
+    def sharing_failures(self) -> Iterator[None]:
+        """Tell the other processes why the block failed in this one.
+
+        They notice the failure because this process closes its connections, which ends whatever they exchange with it.
+
+        Raises:
+            UserError: another process failed or was lost; says why it failed, as far as it is known.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.count == 1:
+                raise
+            lost, reason = _is_lost(error), str(error) or type(error).__name__
+            told = None
+            with suppress(RuntimeError):  # the store may be gone with the process that held it
+                if not lost:
+                    self.store.compare_set(_FAILURE, "", f"process {self.rank} of {self.count} failed: {reason}")
+                told = self._failure()
+            _close_control_group()
+            if not lost:
+                raise
+            raise UserError(
+                told
+                or f"lost the connection to another of {self.count} processes ({reason}): its output may say why, or "
+                "the kernel's log if memory ran out; the same command resumes from the last checkpoint"
+            ) from error
+
+    def _failure(self) -> str | None:
+        """The first failure of any process, as a sentence."""
+        return self.store.get(_FAILURE).decode() if self.store.check([_FAILURE]) else None
+
+    def _values(self, name: str) -> list[str]:
+        """What each process has set under `name/<rank>`, once all have.
+
+        Raises:
+            UserError: a process failed meanwhile, or has set nothing by `START`.
+        """
+        keys, end = [f"{name}/{rank}" for rank in range(self.count)], time.monotonic() + START.total_seconds()
+        while missing := [rank for rank, key in enumerate(keys) if not self.store.check([key])]:
+            if failure := self._failure():
+                raise UserError(failure)
+            if time.monotonic() > end:
+                names = ", ".join(map(str, missing))
+                raise UserError(f"process {names} of {self.count} did not start within {START}")
+            time.sleep(0.05)
+        return [self.store.get(key).decode() for key in keys]
+
 
 ALONE = Processes()
 
 
-def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the process group if torchrun started this process.
+def join_processes() -> Processes:
+    """The processes that torchrun started, this one among them, with their store; not yet connected.
 
-    Args:
-        device: as the user asked for.
-    Returns:
-        The processes, and the device of this one: its own GPU.
+    Raises:
+        UserError: their store can't be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return ALONE, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Processes(dist.get_rank(), dist.get_world_size()), device
+        return ALONE
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=START))
+    except dist.DistError as error:
+        raise UserError(
+            f"not all of {os.environ['WORLD_SIZE']} processes started within {START}, or their store can't be reached: "
+            f"{error}"
+        ) from error
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    return Processes(rank, count, here, dist.PrefixStore("river", store))
 
 
 def leave_processes() -> None:
-    """Destroy the process group."""
+    """Destroy the process groups."""
     if dist.is_available() and dist.is_initialized():
         _groups.clear()
         dist.destroy_process_group()
 
 
-_groups: dict[str, object] = {}
+# Key of the first failure.
+_FAILURE = "failure"
+_groups: dict[str, "dist.ProcessGroup"] = {}
 
 
-def _control_group() -> object:
+def _control_group() -> "dist.ProcessGroup":
     """A gloo group of all processes."""
-    if "control" not in _groups:
-        _groups["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _groups["control"]
+
+
+def _close_control_group() -> None:
+    if "control" in _groups:
+        dist.destroy_process_group(_groups.pop("control"))
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an exchange ended because another process is gone, or did not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -305,6 +305,8 @@ def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCac
         residency=config.cache.residency,
         memory_budget=config.cache.memory_budget_bytes,
         past_horizon=training.past_horizon,
+        agree=run_context.processes.agree,
+        sharing=run_context.processes.here,
     )
 
 

@@ -143,6 +143,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
             if found is not None and first_step == 0:
                 trainer.validate(0)  # of a fine-tuning: measures the weights that it starts from
             log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step)))
+        processes.wait()
         run_training(trainer, loop, log, checkpoints, found, processes)
     return chosen_checkpoint(plan.folder)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,19 +90,38 @@ def test_adversarial_training_in_two_processes_is_stopped_and_goes_on(place, sto
 
 
 FLOW = (
-    "flow.training.batch_size=16", "flow.training.accumulate=2", "flow.training.ema_decay=0.9", "logging.every=1",
-    "flow.training.time_sampling=logit_normal", "flow.training.grad_clip=1.0",
+    "flow.training.batch_size=18", "flow.training.accumulate=3", "flow.training.ema_decay=0.9", "logging.every=1",
+    "flow.training.time_sampling=logit_normal", "flow.training.grad_clip=1.0", "flow.model.dropout=0",
 )  # fmt: skip
+# Writes the weights after each step, one line per process, and leaves no room on the device of the second process.
+WATCHED = """
+from pipelines.loading import weights_digest
+from pipelines.training.flow_trainer import FlowTrainer
+from latent_cache.sampling import residency
+step = FlowTrainer.train_step
+def watched(self, number):
+    result = step(self, number)
+    with open(os.path.join(os.path.dirname(__file__), "weights." + os.environ["RANK"]), "a") as file:
+        print(number, weights_digest(self.model), weights_digest(self.train_state.average.module), file=file)
+    return result
+FlowTrainer.train_step = watched
+if os.environ["RANK"] == "1":
+    residency.USABLE_FRACTION["device"] = 0.0
+"""
 
 
 @pytest.mark.slow
 def test_two_processes_train_a_flow_as_one(trained, tmp_path: Path, story) -> None:
     alone, together = (trained.copy(tmp_path / name, "latents").with_sets(*FLOW) for name in ("alone", "together"))
     alone.run("train-flow").ok()
-    done = torchrun(together, "train-flow")
+    done = torchrun(together, "train-flow", WATCHED)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("flow: step 8: validation") == 1  # the second process is silent
     assert "cpu x 2" in done.stdout
+    assert "fits into 70%" in done.stdout  # of the host's memory: both keep the latents where there is room in both
+    first, second = ((together.folder / f"weights.{rank}").read_text().splitlines() for rank in (0, 1))
+    assert first == second
+    assert len(first) == 8
     ours, theirs = story.read_log(together, "flow"), story.read_log(alone, "flow")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, 9))
     for one, other in zip(ours, theirs, strict=True):
@@ -142,6 +162,29 @@ def test_a_killed_process_ends_the_job_and_the_rest_goes_on_from_its_checkpoint(
     ours, theirs = story.read_log(place, "flow"), story.read_log(trained, "flow")
     for one, other in zip(ours, theirs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5), one["step"]
+
+
+FAILED = """
+from pipelines.training import flow_trainer
+from pipelines.errors import UserError
+check = flow_trainer.check_data
+def failed(*arguments):
+    if os.environ["RANK"] == "1":
+        raise UserError("the disk of this machine is broken")
+    check(*arguments)
+flow_trainer.check_data = failed
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_while_it_starts_ends_the_job(trained, tmp_path: Path) -> None:
+    place = trained.copy(tmp_path / "failed", "latents")
+    started = time.monotonic()
+    failed = torchrun(place, "train-flow", FAILED)
+    assert failed.returncode != 0
+    assert "[process 1 of 2]: the disk of this machine is broken" in failed.stderr
+    assert 'File "<string>"' not in failed.stderr
+    assert time.monotonic() - started < 100  # nearly all of it starts Python
 
 
 def test_processes_do_not_make_the_store(place) -> None:

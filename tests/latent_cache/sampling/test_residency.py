@@ -1,5 +1,8 @@
 """Which tier a split is read in, and what is said about it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -87,6 +90,76 @@ def test_a_budget_beyond_the_free_memory(cache, monkeypatch):
     set_free_memory(monkeypatch, 1000, 1000)
     with pytest.raises(StoreError, match=rf"{cache.url}.*0\.0 GiB.*lower cache\.memory_budget"):
         open_tier(cache, "stream")
+
+
+def in_processes(monkeypatch, memories, call):
+    """Call `call(agree)` in one thread per process, each with its own free memory (device, host); the results."""
+    here, answers = threading.local(), [True] * len(memories)
+    barrier = threading.Barrier(len(memories), timeout=30)
+
+    def agree(answer):
+        answers[here.rank] = answer
+        barrier.wait()
+        agreed = all(answers)
+        barrier.wait()
+        return agreed
+
+    def run(rank):
+        here.rank, (here.cuda, here.cpu) = rank, memories[rank]
+        try:
+            return call(agree)
+        except StoreError as error:
+            return error
+
+    monkeypatch.setattr("latent_cache.sampling.residency.free_memory", lambda device: getattr(here, device.type))
+    with ThreadPoolExecutor(len(memories)) as pool:
+        return list(pool.map(run, range(len(memories))))
+
+
+MUCH = 10**6
+
+
+@pytest.mark.parametrize(
+    ("memories", "expected"),
+    [
+        ([(MUCH, MUCH), (MUCH, MUCH)], "device"),
+        ([(MUCH, MUCH), (2687, MUCH)], "host"),
+        ([(MUCH, 1919), (2687, MUCH)], "stream"),  # the first has no room on the host, the second none on the device
+        ([(MUCH, MUCH), (MUCH, MUCH), (0, 0)], "stream"),
+    ],
+)
+def test_residency_is_one_decision_of_all_processes(cache, monkeypatch, memories, expected):
+    chosen = in_processes(monkeypatch, memories, lambda agree: choose_residency(cache, "cuda", "auto", agree=agree))
+    assert [choice.tier for choice in chosen] == [expected] * len(memories)
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "stream"])
+def test_what_does_not_fit_in_one_process_is_refused_in_all(cache, monkeypatch, residency):
+    def opened(agree):
+        return open_sampler(cache, "cpu", 3, 8, 6, residency=residency, memory_budget=10**6, agree=agree)
+
+    errors = in_processes(monkeypatch, [(MUCH, MUCH), (0, 0)], opened)
+    assert [type(error) for error in errors] == [StoreError, StoreError]
+    assert "less in another process" in str(errors[0])
+    assert "less in another process" not in str(errors[1])
+
+
+def test_processes_of_one_machine_share_its_memory(cache, monkeypatch):
+    set_free_memory(monkeypatch, 10**6, 2 * 1920)
+    assert choose_residency(cache, "cuda", "host", sharing=2).tier == "host"
+    with pytest.raises(StoreError, match="per process"):
+        choose_residency(cache, "cuda", "host", sharing=3)
+    assert choose_residency(cache, "cuda", "auto", sharing=3).tier == "device"  # each has its own GPU
+    assert choose_residency(cache, "cpu", "auto", sharing=3).tier == "stream"
+    set_free_memory(monkeypatch, 10**6, 10**6)
+    sampler = open_tier(cache, "stream")
+    size = sampler.plan.nbytes
+    sampler.close()
+    set_free_memory(monkeypatch, 10**6, 2 * size)
+    options = {"residency": "stream", "memory_budget": 10**6}
+    open_sampler(cache, "cpu", 3, 8, 6, sharing=2, **options).close()
+    with pytest.raises(StoreError, match=r"per process.*cache\.memory_budget"):
+        open_sampler(cache, "cpu", 3, 8, 6, sharing=3, **options)
 
 
 def test_free_memory_is_known_here(cache):
