@@ -22,7 +22,7 @@ from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.pictures import to_video
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
-from pipelines.runtime.context import RunContext, resolve_device
+from pipelines.runtime.context import RunContext, in_full_precision, resolve_device
 from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.rcan import RCAN
@@ -227,6 +227,7 @@ class VideoPredictor(PredictorParts):
         return FieldRollouts(self.vector_field, self.device)
 
     @torch.inference_mode()
+    @in_full_precision
     def encode_videos(self, images: Tensor) -> Tensor:
         """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents."""
         frames = rearrange(images, "b n c h w -> (b n) c h w")
@@ -235,6 +236,7 @@ class VideoPredictor(PredictorParts):
         return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
 
     @torch.inference_mode()
+    @in_full_precision
     def decode_videos(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
         """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1].
 

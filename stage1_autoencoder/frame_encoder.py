@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
+from stage1_autoencoder.precision import float32_products
 from stage1_autoencoder.quantizer import Rounded
 from stage1_autoencoder.views import ViewTransform, apply_views
 
@@ -33,15 +34,18 @@ Precision = Literal["fp32", "tf32", "bf16"]
 def exact_kernels(precision: Precision = "fp32") -> Iterator[None]:
     """Make CUDA kernels a function of the shapes, with TF32 only if `precision` says so. Affects all threads.
 
-    TF32 loses as many digits as storing latents in fp16.
+    TF32 loses as many digits as storing latents in fp16. It is for convolutions alone: nearest codes need full matrix
+    products, and threads cannot have different settings. Kernels are not chosen by measuring (`cudnn.benchmark`): the
+    same frames would get other bits in another process.
     """
-    before, tf32 = torch.get_float32_matmul_precision(), precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    with float32_products(matrices=True, convolutions=precision != "tf32"):
+        cudnn.benchmark, cudnn.deterministic = False, True
+        try:
             yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class FrameEncoder:
     Args:
         autoencoder: on `device`; its weights must not change afterwards.
         image_size: side of the frames.
-        precision: fp32; tf32: the same here, but `exact_kernels` enables it in CUDA; bf16: convolutions and attention
-            in bf16, latents still in float32.
+        precision: fp32; tf32: the same here, but `exact_kernels` enables it for CUDA's convolutions; bf16:
+            convolutions and attention in bf16, latents still in float32.
         compile: compile the encoder at its first batch.
         frames: batch size; by default chosen by image size, width of the network, and type of device.
 

@@ -7,6 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stage1_autoencoder.precision import exact_matrix_products
+
 # Distances between positions and codes per block: on a CPU they fit into its cache (three times faster at 16384 codes),
 # elsewhere they take 256 MiB.
 BLOCK_OF_DISTANCES = {"cpu": 2**19}
@@ -81,8 +83,8 @@ class VectorQuantizer(nn.Module):
 
     def _nearest(self, vectors: Tensor) -> Tensor:
         """Codes [n] of vectors [n, c]."""
-        # Distances of neighboring codes may differ in the last digits only: never in half precision.
-        with torch.autocast(vectors.device.type, enabled=False):
+        # Distances of neighboring codes may differ in the last digits only: never in half precision, never in TF32.
+        with torch.autocast(vectors.device.type, enabled=False), exact_matrix_products():
             codebook = self.codebook.to(torch.promote_types(vectors.dtype, torch.float32))
             # |z - e|^2 = |z|^2 - 2 z.e + |e|^2; the first term does not depend on the code.
             squared, transposed = codebook.square().sum(1), codebook.T.contiguous()

@@ -23,7 +23,7 @@ from pipelines.bench.autoencoder_speed import random_autoencoder
 from pipelines.bench.measurement import Measurement
 from pipelines.bench.workbench import Workbench
 from pipelines.prediction.rollouts import FieldRollouts
-from pipelines.runtime.context import computing_in, sampling_precision
+from pipelines.runtime.context import computing_in, sampling_precision, training_in
 from pipelines.runtime.cuda_graph_step import WARM_UP_STEPS
 from pipelines.training.flow_trainer import FlowTrainer
 from stage1_autoencoder.frame_encoder import exact_kernels
@@ -99,7 +99,7 @@ def _step_seconds(bench: Workbench, cache: LatentCache, precision: Literal["fp32
     config = config.model_copy(update={"flow": config.flow.model_copy(update={"training": training})})
     sampler = ResidentSampler(cache, device, config.seed, training.batch_size, training.clip_frames)
     trainer = FlowTrainer(config, device, cache, sampler)
-    with computing_in("fp32" if precision == "fp32" else "tf32", device):
+    with training_in(precision):
         for _ in range(WARM_UP_STEPS + 2 if device.type == "cuda" else 0):
             trainer.train_step(next(steps))  # compiles and records
         (seconds,) = bench.in_turn(lambda: [trainer.train_step(next(steps)) for _ in range(calls)])

@@ -15,7 +15,7 @@ from pipelines.encoding.verification import WAY_OUT, check_checksums
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.pictures import save_gif, to_video
-from pipelines.runtime.context import RunContext
+from pipelines.runtime.context import RunContext, computing_in
 from pipelines.runtime.progress import duration, say
 
 DECODE_FRAMES = 64  # frames per batch of the decoder
@@ -184,7 +184,7 @@ def _save_video(
         examples = ", ".join(caches[0].video_ids[:MOST_NAMES])
         raise UserError(f"{store} has no video {video!r}; some that it has: {examples}")
     name = cache.video_ids[0] if video is None else video
-    with torch.inference_mode():
+    with torch.inference_mode(), computing_in("fp32", run_context.device):
         latents = torch.from_numpy(cache.video(name, view).astype(np.float32)).to(run_context.device)
         frames = torch.cat([autoencoder.decode(part) for part in latents.split(DECODE_FRAMES)])
     save_gif(gif, to_video(frames), cache.metadata.fps)

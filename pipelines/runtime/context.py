@@ -1,16 +1,21 @@
 """Options of a command besides its configuration, the videos it skipped, its device and precision."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from pipelines.errors import UserError
 from pipelines.runtime.distributed import ALONE, Processes, join_processes
 from pipelines.runtime.progress import say
+from stage1_autoencoder.precision import float32_products
 from stage2_flow.config import SamplingConfig
+
+Method, Result = ParamSpec("Method"), TypeVar("Result")
 
 
 @dataclass
@@ -84,16 +89,13 @@ def image_memory_format(device: torch.device) -> torch.memory_format:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` to bf16 on a GPU that has it and fp32 elsewhere; others as they are."""
+    """`auto` to bf16 on a GPU that computes in it and fp32 elsewhere; others as they are."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def use_precision(precision: str) -> None:
-    """Multiply float32 matrices and convolutions of this process's training in TF32, unless `fp32` is asked for."""
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    # Emulated, as on GPUs before Ampere, it is slower than fp32.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -121,14 +123,38 @@ def sampling_precision(options: SamplingConfig, device: torch.device) -> str:
 
 
 @contextmanager
-def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Matrix products in `fp32`, `tf32` or `bf16` inside; the previous settings are restored afterwards."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    try:
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+def training_in(precision: str, *, measure_kernels: bool = False) -> Iterator[None]:
+    """Float32 products of a training inside: in full for `fp32`, else in TF32. What was set before is restored.
+
+    Autocast is left to the steps: held around several of them it would keep casts of weights that have changed.
+
+    Args:
+        measure_kernels: choose cuDNN's convolutions by measuring each new shape. Faster where shapes are fixed, but the
+            last digits then vary from process to process.
+    """
+    before = torch.backends.cudnn.benchmark
+    full = precision == "fp32"
+    with float32_products(matrices=full, convolutions=full):
+        torch.backends.cudnn.benchmark = measure_kernels
+        try:
             yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Inference in `fp32`, `tf32` or `bf16` inside, whatever was set before, which is restored afterwards."""
+    with training_in(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+def in_full_precision(method: Callable[Method, Result]) -> Callable[Method, Result]:
+    """Decorate a method of an object with a `device`: what it computes is `computing_in` fp32."""
+
+    @wraps(method)
+    def computed(*arguments: Method.args, **options: Method.kwargs) -> Result:
+        with computing_in("fp32", arguments[0].device):
+            return method(*arguments, **options)
+
+    return computed

@@ -19,7 +19,7 @@ from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.prediction.pictures import reconstruction_sheet, save_picture
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
-from pipelines.runtime.context import RunContext, image_memory_format, use_precision
+from pipelines.runtime.context import RunContext, image_memory_format, in_full_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.status import Status
@@ -75,7 +75,7 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
         validation = (
             _open_validation(config, run_context, splits.get("val"), plan.folder) if processes.is_first else None
         )
-        use_precision(training.precision)
+        held.enter_context(training_in(training.precision, measure_kernels=True))
         trainer = AutoencoderTrainer(
             config,
             run_context.device,
@@ -229,6 +229,7 @@ class AutoencoderTrainer(Trainer):
         return self.pool.describe(step)
 
     @torch.no_grad()
+    @in_full_precision
     def validate(self, step: int) -> dict[str, float]:
         """PSNR, SSIM and LPIPS of reconstructions, the number of codes in use, and a sheet of pictures."""
         if self.validation is None:

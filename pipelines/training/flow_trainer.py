@@ -16,7 +16,7 @@ from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import standardization_in
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.context import RunContext, resolve_precision, use_precision
+from pipelines.runtime.context import RunContext, resolve_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.runs import is_fine_tuned, is_imported
@@ -63,7 +63,7 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
         sampler = held.enter_context(closing(_open_sampler(config, run_context, cache)))
         check_data(config, cache, sampler, found)
         validation = open_flow_validation(config, cache.url, run_context.device) if processes.is_first else None
-        use_precision(resolve_precision(config.flow.training.precision, run_context.device))
+        held.enter_context(training_in(resolve_precision(config.flow.training.precision, run_context.device)))
         wanted = config.flow.training.standardize
         standardization = standardization_of(cache, wanted) if found is None else standardization_in(found)
         state = {"order": sampler.order, **flow_state(config, cache, standardization)}

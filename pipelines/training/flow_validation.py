@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.pictures import animation, clip_strips, contact_sheet, save_gif, save_picture, to_video
+from pipelines.runtime.context import computing_in, in_full_precision
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage2_flow.conditioning import known_frames, make_draws
@@ -193,7 +194,8 @@ def decode(autoencoder: Autoencoder, latents: Tensor, device: torch.device) -> T
     frames = rearrange(latents, "k n c h w -> (k n) c h w")
     pixels = frames.shape[-2] * frames.shape[-1] * autoencoder.downsampling**2
     parts = frames.split(max(1, PIXELS_AT_ONCE // pixels))
-    images = torch.cat([autoencoder.decode(part.to(device)).float().clamp(-1, 1).cpu() for part in parts])
+    with computing_in("fp32", device):
+        images = torch.cat([autoencoder.decode(part.to(device)).float().clamp(-1, 1).cpu() for part in parts])
     return rearrange(images, "(k n) c h w -> k n c h w", k=len(latents))
 
 
@@ -222,6 +224,7 @@ class FlowValidation:
     pairs_at_once: int
     clips: ValidationClips | None = None
 
+    @in_full_precision
     def measure(self, field: nn.Module, standardization: Standardization) -> dict[str, float]:
         """The flow matching loss.
 
@@ -263,6 +266,7 @@ class FlowValidation:
         # As `flow_matching_loss`, but per pair: the mean then does not depend on the batch size.
         return (predicted.double() - sample.velocity.double()).square().flatten(1).mean(1)
 
+    @in_full_precision
     def write_samples(
         self, field: nn.Module, standardization: Standardization, step: int, folder: Path
     ) -> dict[str, float]:

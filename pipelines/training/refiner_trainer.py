@@ -26,7 +26,7 @@ from pipelines.evaluation.networks import VideoNetwork
 from pipelines.loading import autoencoder_digest, find_autoencoder, load_trained_autoencoder
 from pipelines.prediction.rollouts import refine_frames
 from pipelines.runtime.checkpoints import Checkpoint
-from pipelines.runtime.context import RunContext, image_memory_format, use_precision
+from pipelines.runtime.context import RunContext, computing_in, image_memory_format, in_full_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say
@@ -77,7 +77,7 @@ def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
             )
         clips = held.enter_context(closing(_open_clips(config, run_context, splits["train"], "train")))
         validation = _open_validation(config, run_context, splits.get("val")) if processes.is_first else None
-        use_precision(training.precision)
+        held.enter_context(training_in(training.precision, measure_kernels=True))
         trainer = RefinerTrainer(
             config,
             run_context.device,
@@ -359,6 +359,7 @@ class RefinerTrainer(Trainer):
         return self.clips.describe(step)
 
     @torch.no_grad()
+    @in_full_precision
     def validate(self, step: int) -> dict[str, float]:
         """PSNR of fixed clips refined as in use (each frame given the refined previous one), and unrefined."""
         if self.validation is None:
@@ -396,7 +397,8 @@ def make_example(autoencoder: Autoencoder, pixels: Tensor, latents: Tensor) -> R
     """
     frames = image_to_unit(pixels)
     wanted = rearrange(latents[:, 1:], "b n c y x -> (b n) c y x")
-    decoded = torch.cat([autoencoder.decode(part) for part in wanted.split(FRAMES_AT_ONCE)])
+    with computing_in("fp32", wanted.device):
+        decoded = torch.cat([autoencoder.decode(part) for part in wanted.split(FRAMES_AT_ONCE)])
     return RefinerExample(
         previous=frames[:, :-1],
         decoded=rearrange(decoded, "(b n) c h w -> b n c h w", b=len(frames)),

@@ -177,12 +177,16 @@ def test_precision_of_a_rollout_is_its_own(tiny):
 
 @pytest.mark.parametrize(
     ("options", "device", "expected"),
-    [({}, "cpu", "fp32"), ({}, "cuda", "bf16"), ({"preset": "official"}, "cuda", "fp32"),
+    [({}, "cpu", "fp32"), ({}, "cuda", "bf16"), ({}, "old cuda", "fp32"), ({"preset": "official"}, "cuda", "fp32"),
      ({"precision": "tf32"}, "cuda", "tf32"),
-     ({"preset": "official", "precision": "bf16"}, "cpu", "bf16")],
+     ({"preset": "official", "precision": "bf16"}, "cpu", "bf16"), ({"precision": "bf16"}, "old cuda", "bf16")],
 )  # fmt: skip
 def test_sampling_precision(monkeypatch, options, device, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    """PyTorch emulates bf16 on GPUs that do not compute in it, and counts that as support."""
+    *old, device = device.split()
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: not old or including_emulation
+    )
     assert sampling_precision(SamplingConfig(**options), torch.device(device)) == expected
 
 

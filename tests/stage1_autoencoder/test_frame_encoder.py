@@ -185,29 +185,29 @@ def test_wide_networks_and_large_frames_make_small_batches():
     assert batch(64, 32).memory == batch(64, 64).memory == 6 * 2**23  # six feature maps of 8 MiB
 
 
-def matmul_settings() -> tuple[str, bool, bool]:
+def kernel_settings() -> tuple[str, bool, bool, bool]:
     """Settings of all threads."""
     cudnn = torch.backends.cudnn
-    return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
+    return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
 
 
 @pytest.mark.parametrize("around", ["high", "highest"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_tf32_is_enabled_only_on_request(precision, around):
+def test_tf32_is_enabled_only_on_request_and_for_convolutions(precision, around):
     def fail_inside() -> None:
         with exact_kernels(precision):
-            assert matmul_settings() == (("high", True, True) if precision == "tf32" else ("highest", False, True))
+            assert kernel_settings() == ("highest", precision == "tf32", True, False)
             raise KeyError
 
     default = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(around)
-    before = matmul_settings()
+    before = kernel_settings()
     try:
         with exact_kernels(precision):
             pass
-        assert matmul_settings() == before
+        assert kernel_settings() == before
         with pytest.raises(KeyError):
             fail_inside()
-        assert matmul_settings() == before
+        assert kernel_settings() == before
     finally:
         torch.set_float32_matmul_precision(default)

@@ -1,0 +1,110 @@
+"""The same command gives the same digits, whatever its process did before, and leaves its process as it was."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.predictor import VideoPredictor
+
+BACKENDS = torch.backends
+
+
+def settings() -> dict[str, Any]:
+    """What a process can set about digits."""
+    places = {"cuda": BACKENDS.cuda.matmul, "cudnn": BACKENDS.cudnn.conv,
+              "matrices": BACKENDS.mkldnn.matmul, "convolutions": BACKENDS.mkldnn.conv}  # fmt: skip
+    return {
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": BACKENDS.cudnn.allow_tf32,
+        "benchmark": BACKENDS.cudnn.benchmark,
+        "autocast": torch.is_autocast_enabled("cpu"),
+    } | {name: place.fp32_precision for name, place in places.items()}
+
+
+@contextmanager
+def rough() -> Iterator[None]:
+    """A process that trades digits for speed wherever it can, and leaves all that to whoever computes in it."""
+    before = settings()
+    torch.set_float32_matmul_precision("medium")
+    BACKENDS.cudnn.allow_tf32 = BACKENDS.cudnn.benchmark = True
+    BACKENDS.mkldnn.conv.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            during = settings()
+            yield
+            assert settings() == during
+    finally:
+        torch.set_float32_matmul_precision(before["matmul"])
+        BACKENDS.cudnn.allow_tf32, BACKENDS.cudnn.benchmark = before["tf32"], before["benchmark"]
+        BACKENDS.mkldnn.conv.fp32_precision = before["convolutions"]
+
+
+def test_evaluation(copied) -> None:
+    file = copied.runs / "evaluation.json"
+    copied.run("evaluate").ok()
+    clean = json.loads(file.read_text())
+    with rough():
+        copied.run("evaluate").ok()
+    assert json.loads(file.read_text()) == clean
+
+
+def test_encoding(trained, tmp_path, story: ModuleType) -> None:
+    place = trained.copy(tmp_path / "place", "runs")
+    with rough():
+        place.run("encode").ok()
+        place.run("encode", "--verify", "16").ok()
+    expected, found = story.tree(trained.store), story.tree(place.store)
+    chunks = {name for name in expected if "/c/" in name}
+    assert len(chunks) >= 6
+    assert all(found[name] == expected[name] for name in chunks)
+
+
+def test_the_python_api(trained) -> None:
+    predictor = VideoPredictor.from_run(trained.runs, "cpu")
+    images = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = predictor.generate_frames(images, 4)
+    with rough():
+        assert torch.equal(predictor.generate_frames(images, 4), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("what", ["autoencoder", "flow"])
+def test_a_training_leaves_its_process_as_it_was(trained, tmp_path, what, precision) -> None:
+    place = trained.copy(tmp_path / "place", "latents")
+    before = settings()
+    place.run(f"train-{what}", sets=(f"{what}.training.precision={precision}", f"{what}.training.steps=1")).ok()
+    assert settings() == before
+
+
+SETTINGS = {
+    "autoencoder": ("autoencoder.training.codebook_start=uniform",),  # not from latents, in the training's precision
+    "flow": (),
+    "refiner": ("refiner.model={groups: 1, blocks: 1, features: 4, reduction: 2}", "refiner.training.clip_frames=3",
+                "refiner.training.batch_size=2", "refiner.training.validation_clips=2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_inference_during_a_training_is_in_full_precision(trained, tmp_path, what) -> None:
+    """Validation, and whatever the autoencoder decodes; passes with gradients are in the training's precision."""
+    place = trained.copy(tmp_path / "place", "latents", "runs")
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def note(module: torch.nn.Module, inputs: object) -> None:
+        if any(
+            type(parameter) is torch.nn.Parameter for parameter in module.parameters()
+        ):  # FLOPs are counted on fakes
+            seen[torch.is_grad_enabled()].add(torch.get_float32_matmul_precision())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        sets = (f"{what}.training.precision=tf32", f"{what}.training.steps=1", *SETTINGS[what])
+        place.run(f"train-{what}", *(("--restart",) if what != "refiner" else ()), sets=sets).ok()
+    finally:
+        hook.remove()
+    assert seen == {True: {"high"}, False: {"highest"}}
