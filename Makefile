@@ -84,7 +84,7 @@ evaluate: setup  ## measure PSNR, SSIM, LPIPS and FVD beside two baselines (DOWN
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(ARGS)
 
-study: setup  ## measure quality against the number of evaluations, per solver: quality.json and quality.png
+study: setup  ## measure quality against the number of evaluations, per solver, on the validation split: quality.json and quality.png
 	$(remember)
 	@$(RIVER) study $(CONFIG) $(ARGS)
 

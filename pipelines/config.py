@@ -104,7 +104,7 @@ class EvaluationConfig(BaseModel):
         description="a protocol of the literature, which sets the keys below; keys set explicitly win, and the result "
         "reports them",
     )
-    split: Split = "test"
+    split: Split = Field("test", description="split that `evaluate` measures and `sample` shows; `study` takes val")
     context: PositiveInt = Field(10, description="frames given")
     horizon: PositiveInt = Field(30, description="frames predicted")
     videos: PositiveInt = Field(256, description="number of clips; with window: random a video can give several")
