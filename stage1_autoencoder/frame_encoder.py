@@ -76,7 +76,7 @@ class FrameEncoder:
 
     Attributes:
         frames: batch size.
-        memory: approximate bytes that encoding one batch takes.
+        memory: approximate bytes of the host's memory that encoding one batch takes.
     """
 
     def __init__(
@@ -99,7 +99,9 @@ class FrameEncoder:
             if device.type == "cpu":
                 frames = min(frames, PASS_BYTES // feature_map)
         self.frames = max(1, frames)
-        self.memory = LIVE_FEATURE_MAPS * feature_map * self.frames
+        # On a GPU feature maps are in its own memory, and the host has the bytes of the frames.
+        each = LIVE_FEATURE_MAPS * feature_map if device.type == "cpu" else 3 * image_size**2
+        self.memory = each * self.frames
 
     @torch.inference_mode()
     def encode(self, frames: np.ndarray, views: Sequence[ViewTransform]) -> EncodedFrames:

@@ -67,13 +67,21 @@ class EncodingStopped(Exception):
     """Encoding was asked to stop. Unfinished chunks were not written, finished ones stay."""
 
 
+class Threads(NamedTuple):
+    """How many threads decode, how many encode, and how many chunks are in work at the same time."""
+
+    decoders: int
+    encoders: int
+    chunks: int
+
+
 class ChunkEncoder:
     """Encodes chunks. One per process, shared by all tasks in it.
 
     Args:
         stop_asked: all tasks stop when it becomes true.
     Attributes:
-        tasks: number of chunks that are encoded at the same time.
+        threads: as many as cores, or as the memory budget allows.
         on_frames: called with the number of frames just encoded, from one thread at a time.
         closing: set it to stop all tasks.
     Raises:
@@ -92,12 +100,14 @@ class ChunkEncoder:
         )
         # Frames that one encoding thread takes at once: whole batches of the network.
         self.block_frames = -(-job.cache.batch_frames // self.frame_encoder.frames) * self.frame_encoder.frames
-        decoders, encoders, self.tasks = self._threads_in_budget(3 * side**2 * self.block_frames)
-        self.slots = threading.Semaphore(self.tasks)
+        self.threads = self._threads_in_budget(3 * side**2 * self.block_frames)
+        self.slots = threading.Semaphore(self.threads.chunks)
         # Threads start with the first chunk.
-        self.decoders = ThreadPoolExecutor(decoders, "decode")
-        self.encoders = ThreadPoolExecutor(encoders, "encode", initializer=torch.set_num_threads, initargs=(1,))
-        self.waiting = threading.Semaphore(2 * encoders)  # blocks that are decoded and not yet encoded
+        self.decoders = ThreadPoolExecutor(self.threads.decoders, "decode")
+        self.encoders = ThreadPoolExecutor(
+            self.threads.encoders, "encode", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self.waiting = threading.Semaphore(2 * self.threads.encoders)  # blocks that are decoded and not yet encoded
         self.progress = threading.Lock()
         self._threads_before = torch.get_num_threads()
         self._kernels = contextlib.ExitStack()
@@ -124,15 +134,13 @@ class ChunkEncoder:
         torch.set_num_threads(self._threads_before)
         self._kernels.close()
 
-    def _threads_in_budget(self, block: int) -> tuple[int, int, int]:
+    def _threads_in_budget(self, block: int) -> Threads:
         """One decoder and one encoder per core and two chunks at once, or as few of them as the budget allows.
 
         Two chunks, so that one is written while the next one is encoded.
 
         Args:
             block: bytes of `block_frames` frames.
-        Returns:
-            Numbers of decoding threads, encoding threads, and chunks.
         """
         cores = len(os.sched_getaffinity(0))
         budget, views = self.job.cache.memory_budget_bytes, len(self.job.cache.views)
@@ -153,7 +161,7 @@ class ChunkEncoder:
                 f"{needed} MiB ({latents} MiB of them for its latents): raise it, or lower cache.batch_frames or "
                 "cache.chunk_frames"
             )
-        return decoders, encoders, 2 if left - decoders * decoder >= chunk else 1
+        return Threads(decoders, encoders, chunks=2 if left - decoders * decoder >= chunk else 1)
 
 
 def video_rows(splits: Mapping[str, VideoSource]) -> dict[str, dict[str, int]]:

@@ -1,6 +1,10 @@
 """The dask graph of encoding, one task per chunk: run by threads of this process, or by a dask.distributed cluster."""
 
 import contextlib
+import functools
+import getpass
+import itertools
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dask.threaded
+import torch
 
 from latent_cache import ChunkPlan, ChunkWriter, StoreWriter
 from latent_cache.writing.chunk_writer import session_path
@@ -18,6 +23,7 @@ from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingSt
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_autoencoder, weights_digest
 from pipelines.runtime.context import resolve_device
+from pipelines.runtime.files import locked
 from pipelines.runtime.progress import say
 from pipelines.runtime.runs import software_versions
 
@@ -57,7 +63,7 @@ def run_here(
         writer.accept(split, chunk, encoder.encode(writer.chunk_writer, split, chunk))
 
     graph, keys = _build_graph((encode,), tasks, writer.chunk_writer.session)
-    with ThreadPoolExecutor(encoder.tasks, thread_name_prefix="chunk") as pool:
+    with ThreadPoolExecutor(encoder.threads.chunks, thread_name_prefix="chunk") as pool:
         try:
             dask.threaded.get(graph, keys, pool=pool)
         except BaseException:
@@ -196,8 +202,40 @@ def close_idle_encoders(keep: ChunkWriter | None = None) -> None:
             _encoders.pop(writer).close()
 
 
+@functools.cache
+def _worker_device(asked: str) -> torch.device:
+    """The device of this worker, the same for all its encodings."""
+    return claim_device(asked, _held)
+
+
+_held = contextlib.ExitStack()  # until the process ends
+
+
+def claim_device(asked: str, held: contextlib.ExitStack) -> torch.device:
+    """The device of a worker: of the GPUs that it sees, the first one with the fewest workers on this machine.
+
+    GPUs are known by their UUID, so workers may see them in different orders (`CUDA_VISIBLE_DEVICES`, dask-cuda).
+
+    Args:
+        asked: auto, cpu, cuda or cuda:1; an index is not changed.
+        held: keeps the claim until it is closed or the process ends.
+    Raises:
+        UserError: no such device on this machine.
+    """
+    device = resolve_device(asked)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    gpus = [torch.cuda.get_device_properties(index).uuid for index in range(torch.cuda.device_count())]
+    folder = Path(tempfile.gettempdir(), f"river-workers-{getpass.getuser()}")
+    for seat in itertools.count():
+        for index, gpu in enumerate(gpus):
+            with contextlib.suppress(UserError):  # another worker has this seat
+                held.enter_context(locked(folder / f"{gpu}.{seat}", ""))
+                return torch.device("cuda", index)
+
+
 def _make_encoder(job: EncodeJob) -> ChunkEncoder:
-    device = resolve_device(job.device)
+    device = _worker_device(job.device)
     autoencoder = load_trained_autoencoder(job.checkpoint, device)
     digest = weights_digest(autoencoder)
     if digest != job.digest:

@@ -146,6 +146,17 @@ def test_fingerprint_changes_with_what_is_stored_and_nothing_else(kit, tmp_path)
     assert len({first.fingerprint, *others}) == 4
 
 
+def test_fingerprint_depends_on_where_videos_begin(kit, tmp_path, monkeypatch):
+    """The same latents, names, statistics and metadata, cut into videos at another place."""
+    monkeypatch.setattr(kit, "latents", lambda plan, chunk: np.full((chunk.frames, *kit.shape), 2.0, np.float32))
+    lengths = {"a": [3, 7], "b": [3, 7], "c": [4, 6]}
+    made = [
+        latent_cache.open(kit.build(tmp_path / f"{name}.zarr", {"train": kit.plan(each)}))
+        for name, each in lengths.items()
+    ]
+    assert made[0].fingerprint == made[1].fingerprint != made[2].fingerprint
+
+
 def test_metadata_must_be_json_and_name_the_autoencoder():
     with pytest.raises(ValueError, match=r"metadata\.preprocessing"):
         StoreMetadata("toys", 25.0, {"size": Path("a")}, {"sha256": "3f9a"}, {})

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import latent_cache
-from latent_cache import CorruptStoreError, StoreError, StoreWriter, StreamingSampler
+from latent_cache import CorruptStoreError, StoreError, StoreWriter, StreamingSampler, open_sampler
 from latent_cache.sampling.draws import LegalTargets
 from latent_cache.sampling.windows import WindowPlan
 from tests.latent_cache.sampling.test_sampler import exact_probabilities
@@ -270,6 +270,26 @@ def test_a_step_is_a_function_of_seed_and_step(numbered, batch_size):
     assert not same(late, expected[0])
     for each in (sampler, fresh, other):
         each.close()
+
+
+def test_every_draw_depends_on_the_seed(numbered):
+    """The order of groups, the order of targets within a window, and conditions; each alone."""
+    cache = numbered(RAGGED)
+    budget = budget_of(4, cache.latent_reader.chunk_frames, 6, cache.lengths.max())
+    orders, keys, samples = [], [], []
+    for seed in (3, 4):
+        sampler = open_sampler(cache, "cpu", seed, 8, 6, residency="stream", memory_budget=budget)
+        windows = [sampler.plan.window(number) for number in range(3 * sampler.plan.windows_per_epoch)]
+        orders.append([window.groups.tolist() for window in windows])
+        keys.append(windows[0].key.tolist())
+        samples.append(served(sampler.batch(step) for step in range(30)))
+        sampler.close()
+    assert orders[0] != orders[1]
+    assert keys[0] != keys[1]
+    # Where a whole clip precedes both targets, a distance is a function of its random numbers alone.
+    (_, targets, conditions), (_, others, their_conditions) = (rows.T for rows in samples)
+    far = (targets >= 5) & (others >= 5)
+    assert ((targets - conditions)[far] != (others - their_conditions)[far]).any()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

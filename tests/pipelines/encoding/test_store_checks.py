@@ -19,6 +19,8 @@ from pipelines.encoding.store_checks import (
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.status import Status
+from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.shapes import FRAMES_PER_SECOND, ShapesSource
 
 
 def save_autoencoder(kit, scale: float = 1) -> None:
@@ -33,6 +35,14 @@ def edit_attributes(store: Path, **values: object) -> None:
     content = json.loads(root.read_text())
     content["attributes"] |= values
     root.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_the_rate_of_a_store_is_that_of_the_frames_in_it(kit, step: int) -> None:
+    dataset = DatasetConfig(name="toy", source="shapes", image_size=16, frame_step=step, splits={"train": 1})
+    splits = {"train": ShapesSource(dataset, "train")}
+    config = kit.config().model_copy(update={"dataset": dataset})
+    assert store_metadata(config, kit.model, splits).fps == pytest.approx(FRAMES_PER_SECOND / step)
 
 
 # The status

@@ -3,9 +3,9 @@
 Both run this file; they train all cases, write what they measured, and at last one of them fails.
 """
 
+import importlib
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -44,14 +44,14 @@ class Judge(nn.Module):
 def build(case: str, folder: Path, processes: Processes) -> Trainer:
     kind, accumulate = case.split()
     accumulate = int(accumulate)
-    helpers = runpy.run_path(str(Path(__file__).with_name(f"test_{kind}_trainer.py")))
+    helpers = importlib.import_module(f"tests.pipelines.training.test_{kind}_trainer")
     training = {"accumulate": accumulate, "ema_decay": 0.9, "grad_clip": 1.0}
     if kind == "flow":
-        store = helpers["write_store"](folder / f"{processes.rank} {processes.count} {case}.zarr", [12, 9, 7])
-        settings = helpers["config"](**training, batch_size=4 * accumulate)
-        return helpers["trainer"](latent_cache.open(store, "train"), settings, processes)
+        store = helpers.write_store(folder / f"{processes.rank} {processes.count} {case}.zarr", [12, 9, 7])
+        settings = helpers.config(**training, batch_size=4 * accumulate)
+        return helpers.trainer(latent_cache.open(store, "train"), settings, processes)
     adversarial = {"weight": 0.5, "start": START, "layers": 1, "filters": 8}
-    made = helpers["make"](**training, batch_size=12, adversarial=adversarial, restart_every=1, processes=processes)
+    made = helpers.make(**training, batch_size=12, adversarial=adversarial, restart_every=1, processes=processes)
     made.pool.batch_size = 12
     return made
 

@@ -114,6 +114,7 @@ def test_splits_of_several_shards(tmp_path):
     for source in sources.values():
         assert source.native_frames == sum(whole.videos[rows[video.id]].frames for video in source.videos)
         for index, video in enumerate(source.videos):
+            assert video.fps == whole.videos[rows[video.id]].fps / 2
             np.testing.assert_array_equal(source.read(index), whole.read(rows[video.id])[::2])
 
 
