@@ -93,7 +93,9 @@ class Protocol(Result):
 
     def describe_recordings(self) -> str:
         """What the clips were cut from: `60 recordings of 5 persons`."""
-        return f"{self.recordings} recordings" + (f" of {self.persons} persons" if self.persons else "")
+        parts = [f"{self.recordings} recording{'s' if self.recordings > 1 else ''}"]
+        parts += [f"{self.persons} person{'s' if self.persons > 1 else ''}"] if self.persons else []
+        return " of ".join(parts)
 
 
 class EvaluationProtocol(Protocol):

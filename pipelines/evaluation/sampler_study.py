@@ -116,7 +116,8 @@ def study(
     known = _known_points(path, protocol, point_key(settings[0]))
     resumed = sum(point_key(options) in known for options in settings)
     say(
-        f"study: {len(chosen)} clips of the {protocol.split} split, {evaluation.context} frames given, "
+        f"study: {protocol.split} split: {len(chosen)} clips of {protocol.describe_recordings()}, "
+        f"{evaluation.context} frames given, "
         f"{evaluation.horizon} predicted, "
         f"{len(settings)} sampler settings" + (f", {resumed} of them measured before" if resumed else "")
     )

@@ -127,12 +127,24 @@ def test_kth_cut_into_sequences(place, kth_mirror: Path) -> None:
     cache = latent_cache.open(place.store, "val")
     assert cache.video_ids[:2] == ["person04_boxing_d1_1-6", "person04_boxing_d1_8-14"]
     assert list(cache.lengths) == [6, 7] * 6
-    # Two sequences of one file are one recording.
+    # Two sequences of one file are one recording: there are enough in the test split, and too few in the other.
     outcome = place.run("evaluate").ok()
-    assert "24 clips of 12 recordings of 2 persons" in outcome.out
-    protocol = json.loads((place.runs / "evaluation.json").read_text())["protocol"]
-    assert (protocol["clips"], protocol["videos"], protocol["recordings"], protocol["persons"]) == (24, 24, 12, 2)
-    assert protocol["interval"] is not None
+    assert "test split: 24 clips of 12 recordings of 2 persons" in outcome.out
+    result = json.loads((place.runs / "evaluation.json").read_text())
+    counts = [result["protocol"][name] for name in ("clips", "videos", "recordings", "persons")]
+    assert counts == [24, 24, 12, 2]
+    for values in result["metrics"].values():
+        low, high = values["interval"]["prediction"]
+        assert low < values["prediction"] < high
+    outcome = place.run("evaluate", sets=["evaluation.split=val"]).ok()
+    assert "val split: 12 clips of 6 recordings of 1 person," in outcome.out
+    result = json.loads((place.runs / "evaluation.json").read_text())
+    assert "interval" in result["protocol"]["missing"]
+    assert "interval" not in result["metrics"]["psnr"]
+    outcome = place.run("study", "--most-evaluations", "4").ok()
+    assert "val split: 12 clips of 6 recordings of 1 person," in outcome.out
+    study = json.loads((place.runs / "quality.json").read_text())
+    assert (study["protocol"]["recordings"], study["points"][0]["psnr_interval"]) == (6, None)
 
 
 def test_what_is_there_before_any_work(own, story: ModuleType) -> None:

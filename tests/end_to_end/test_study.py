@@ -33,7 +33,10 @@ def test_an_interrupted_study_resumes_and_is_plotted(copied, monkeypatch) -> Non
     assert result["cheapest"] is None  # of three recordings
     assert {point["psnr_difference_interval"] for point in result["points"]} == {None}
     assert (copied.runs / "quality.png").stat().st_size > 10_000
-    # Other clips, another reference.
+    # Other clips, another reference, a file from before SSIM was the standard one.
+    del result["protocol"]["ssim"]
+    path.write_text(json.dumps(result))
+    assert "measured before" not in copied.run(*FEW, "--videos", "3").ok().out
     assert "measured before" not in copied.run(*FEW, "--videos", "2").ok().out
     assert "measured before" not in copied.run("study", "--most-evaluations", "8", "--videos", "2").ok().out
 
