@@ -15,7 +15,7 @@ TITLES = {
     "refiner": "The refiner (optional)",
 }
 # Logged at every line: shown as means over parts of the training, with a band between their extremes.
-NOISY = ("loss", "l1", "l2", "perceptual", "codebook", "adversarial", "logits_real", "logits_fake")
+NOISY = ("loss", "l1", "l2", "perceptual", "codebook", "adversarial", "logits_real", "logits_fake", "gradient_norm")
 NOISY_POINTS = 60
 
 
@@ -35,6 +35,7 @@ class Panel:
 
 
 LOSS = Panel("Loss", "loss", {"loss": "training", "validation_loss": "validation"}, "lower", log_y=True)
+GRADIENTS = Panel("Gradient norm", "L2 norm", {"gradient_norm": "before clipping"}, log_y=True)
 IMAGE_METRICS = [
     Panel("Validation PSNR", "PSNR [dB]", {"validation_psnr": "PSNR"}, "higher"),
     Panel("Validation SSIM", "SSIM", {"validation_ssim": "SSIM"}, "higher"),
@@ -57,6 +58,7 @@ PANELS = {
             {f"validation_loss_t{number}": name for number, name in enumerate(PATH_TIMES)}, "lower", log_y=True,
         ),
         Panel("PSNR of clips predicted during training", "PSNR [dB]", {"validation_sample_psnr": "PSNR"}, "higher"),
+        GRADIENTS,
     ],
     "autoencoder": [
         LOSS,
@@ -64,8 +66,9 @@ PANELS = {
         *IMAGE_METRICS,
         Panel("Codes in use", "codes", CODES, "higher"),
         Panel("Discriminator", "logit", LOGITS),
+        GRADIENTS,
     ],
-    "refiner": [LOSS, *IMAGE_METRICS],
+    "refiner": [LOSS, *IMAGE_METRICS, GRADIENTS],
 }  # fmt: skip
 
 # Key in the log -> name, factor and unit of its median.

@@ -328,6 +328,7 @@ def test_text_of_files_is_escaped(whole: Toys):
         (lambda toys: toys.write("evaluation.json", evaluation(14.0)), ["PSNR", "14.00", "15.00"]),
         (lambda toys: toys.write("evaluation.json", evaluation(15.5)), ["PSNR", "intervals overlap"]),
         (lambda toys: toys.write_log("flow", *rising(1.2)), ["validation loss rises", "20 %", "step 200"]),
+        (lambda toys: toys.write_log("flow", {"step": 9, "loss": 1.0, "skipped_steps": 3}), ["3 steps of the flow"]),
         (lambda toys: toys.write_log("flow", *falling(20.0, 19.0)), ["19.00 dB", "20.00 dB"]),
         (lambda toys: toys.write_log("autoencoder", {"step": 400, "codes_used": 30, "code_perplexity": 20.0}),
          ["codebook", "30 of 100 codes"]),
