@@ -80,7 +80,7 @@ def _out_of_date(run: Run, evaluation: Evaluation) -> Iterator[str]:
 
 def _getting_worse(training: str, log: Log) -> Iterator[str]:
     if skipped := max((count for count, _ in log.finite("skipped_steps")), default=0):
-        yield f"{skipped:g} steps of the {training}'s training had a loss or gradients that are not finite: not counted."
+        yield f"{skipped:g} steps of the {training} had a loss or gradients that are not finite, and changed nothing."
     losses, psnrs = log.finite("validation_loss"), log.finite("validation_psnr")
     if losses and losses[-1][0] > min(losses)[0] * (1 + LOSS_RISE):
         (least, best), (last, step) = min(losses), losses[-1]
