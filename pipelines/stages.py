@@ -16,7 +16,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
 from pipelines.training.flow_memory import describe_costs
-from pipelines.training.flow_trainer import check_flow, flow_status, train_flow
+from pipelines.training.flow_trainer import check_flow, flow_status, train_flow, with_precision
 from pipelines.training.refiner_trainer import refiner_status, train_refiner
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
@@ -102,7 +102,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
         "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens",
         "refiner": f"{refiner.parameter_count / 1e6:.2f} M parameters, optional",
     }
-    costs = {"flow": describe_costs(config, (field.latent_channels, side, side), device)}
+    costs = {"flow": describe_costs(with_precision(config, device), (field.latent_channels, side, side), device)}
     lines = []
     for stage in STAGES.values():
         status = stage.status(config)

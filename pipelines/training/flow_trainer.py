@@ -50,9 +50,11 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     folder, processes = config.run_path / "flow", run_context.processes
     with processes.first_before_others():
         finish_beginning(folder)
-    asked = run_context.fine_tune
+    asked, device = run_context.fine_tune, run_context.device
     if asked:
-        run_context = fine_tune(config, run_context, flow_state)
+        run_context = fine_tune(with_precision(config, device, anew=True), run_context, flow_state)
+    wanted_precision = config.flow.training.precision
+    config = with_precision(config, device, anew=run_context.restart)
     newest = CheckpointFolder(folder / "checkpoints").latest()
     if newest is not None and is_imported(newest):
         _warn_of_another_store(newest, config.store_path)
@@ -63,7 +65,10 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
         sampler = held.enter_context(closing(_open_sampler(config, run_context, cache)))
         check_data(config, cache, sampler, found)
         validation = open_flow_validation(config, cache.url, run_context.device) if processes.is_first else None
-        held.enter_context(training_in(resolve_precision(config.flow.training.precision, run_context.device)))
+        precision, best_here = config.flow.training.precision, resolve_precision(wanted_precision, device)
+        if precision != best_here and processes.is_first:
+            say(f"flow: precision {precision}, as this training began; auto would choose {best_here} on {device}")
+        held.enter_context(training_in(precision))
         wanted = config.flow.training.standardize
         standardization = standardization_of(cache, wanted) if found is None else standardization_in(found)
         state = {"order": sampler.order, **flow_state(config, cache, standardization)}
@@ -96,6 +101,7 @@ def flow_status(config: RiverConfig) -> Status:
 
 def flow_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration on this store."""
+    config = with_precision(config)
     try:
         cache = latent_cache.open(config.store_path, "train") if latent_cache.is_complete(config.store_path) else None
     except StoreError:  # the store's own status reports it
@@ -107,6 +113,28 @@ def flow_plan(config: RiverConfig) -> TrainingPlan:
         less_memory=", or keep the latents elsewhere (cache.residency=host)",
         way_out="fine-tune the existing weights (`train-flow --fine-tune --restart`), ",
     )
+
+
+def with_precision(config: RiverConfig, device: torch.device | None = None, *, anew: bool = False) -> RiverConfig:
+    """The configuration with `flow.training.precision: auto` resolved, since the result depends on it.
+
+    An existing training goes on in the precision in which it began, on any device.
+
+    Args:
+        device: chooses the precision of a new training; None: it stays `auto`.
+        anew: whether a new training begins even if there is one.
+    """
+    training, precision = config.flow.training, None
+    if training.precision != "auto":
+        return config
+    newest = CheckpointFolder(config.run_path / "flow" / "checkpoints").latest()
+    if newest is not None and not anew:
+        # An imported flow was not trained here, and has none.
+        precision = newest.state.get("identity", {}).get("flow", {}).get("training", {}).get("precision")
+    if precision is None:
+        precision = training.precision if device is None else resolve_precision(training.precision, device)
+    training = training.model_copy(update={"precision": precision})
+    return config.model_copy(update={"flow": config.flow.model_copy(update={"training": training})})
 
 
 def flow_state(config: RiverConfig, cache: LatentCache, standardization: Standardization) -> dict[str, Any]:

@@ -108,3 +108,33 @@ def test_inference_during_a_training_is_in_full_precision(trained, tmp_path, wha
     finally:
         hook.remove()
     assert seen == {True: {"high"}, False: {"highest"}}
+
+
+def recorded_precision(place) -> str:
+    state = json.loads((place.checkpoint("flow") / "state.json").read_text())
+    found = {state[part]["flow"]["training"]["precision"] for part in ("identity", "settings")}
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_auto_is_resolved_before_it_is_recorded(trained) -> None:
+    assert recorded_precision(trained) == "fp32"
+
+
+def test_auto_goes_on_in_the_precision_of_the_existing_training(trained, tmp_path) -> None:
+    """As a training that began on a GPU, whose choice is bf16."""
+    place = trained.copy(tmp_path / "place", "latents", "runs")
+    bf16, half = "flow.training.precision=bf16", "flow.training.steps=4"
+    place.run("train-flow", "--restart", sets=(bf16, half)).ok()
+    resumed = place.run("train-flow").ok()
+    assert "steps 4 to 8" in resumed.out
+    assert [line for line in resumed.out.splitlines() if {"bf16,", "fp32"} <= {*line.split()}]
+    assert recorded_precision(place) == "bf16"
+    assert "flow: done" in place.run("train-flow").ok().out
+    place.run("evaluate").ok()
+    place.run("train-flow", sets=("flow.training.precision=fp32",)).refused(2, "flow.training.precision: bf16 -> fp32")
+    place.run("train-flow", "--fine-tune", sets=(half,)).ok()
+    assert recorded_precision(place) == "fp32"
+    place.run("train-flow", "--restart", sets=(bf16, half)).ok()
+    place.run("train-flow", "--restart", sets=(half,)).ok()
+    assert recorded_precision(place) == "fp32"
