@@ -23,7 +23,7 @@ from latent_cache.reading.reader import (
     splits,
 )
 from latent_cache.reading.reader import open_cache as open
-from latent_cache.sampling.draws import step_generator
+from latent_cache.sampling.draws import longest_distance, step_generator
 from latent_cache.sampling.residency import Residency, choose_residency, open_sampler
 from latent_cache.sampling.resident import FlowIndices, ResidentSampler
 from latent_cache.sampling.sampler import FlowBatch, Sampler
@@ -59,6 +59,7 @@ __all__ = [
     "default_chunk_frames",
     "default_shard_chunks",
     "is_complete",
+    "longest_distance",
     "open",
     "open_metadata",
     "open_notes",

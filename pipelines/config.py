@@ -179,8 +179,8 @@ class CacheConfig(_Section):
     codes: bool = Field(True, description="store the nearest codes beside the latents")
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
-        description="of the encoder: on a GPU tf32 adds an error about as large as that of fp16 storage, bf16 one ten "
-        "times as large",
+        description="of the encoder: on a GPU tf32 (convolutions) adds an error about as large as that of fp16 "
+        "storage, bf16 one ten times as large",
     )
     compile: bool = Field(False, description="torch.compile the encoder, which takes about a minute")
     batch_frames: PositiveInt = Field(

@@ -32,6 +32,8 @@ class PredictorParts:
         standardization: between the raw latents of the autoencoder and the final latents of the field.
         sampling: the default sampler settings.
         fps: frames per second of the training videos.
+        longest_distance: largest number of frames between condition and reference in the field's training; None:
+            unknown, as for imported weights.
         refiner: used on request only; None: the run has none.
         no_refiner: why the refiner is missing, and the way out.
     """
@@ -42,6 +44,7 @@ class PredictorParts:
     sampling: SamplingConfig
     fps: float
     device: torch.device
+    longest_distance: int | None = None
     refiner: RCAN | None = None
     no_refiner: str = "this predictor was built without a refiner: pass refiner=..., or train one for a run"
 
@@ -85,6 +88,7 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
         sampling=sampling,
         fps=flow.state["fps"],
         device=device,
+        longest_distance=flow.state.get("longest_distance"),
         refiner=refiner,
         no_refiner=no_refiner,
     )

@@ -22,11 +22,11 @@ from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.pictures import to_video
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
-from pipelines.runtime.context import RunContext, in_full_precision, resolve_device
+from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.rcan import RCAN
-from stage2_flow.conditioning import make_draws
+from stage2_flow.conditioning import known_frames, make_draws, past_window
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
@@ -185,14 +185,16 @@ class VideoPredictor(PredictorParts):
         options = self.sampling_with(sampling)
         if context.ndim != 5:
             raise UserError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
-        if samples < 1:
-            raise UserError(f"samples must be at least 1, not {samples}")
+        if min(num_frames, samples) < 1:
+            raise UserError(f"num_frames {num_frames} and samples {samples} must be at least 1")
         keys = [(row, 0) for row in range(len(context))] if keys is None else keys
         if len(keys) != len(context):
             raise UserError(f"{len(keys)} keys for {len(context)} videos: each row needs its own (video, sample)")
         context = context.to(self.device).repeat_interleave(samples, dim=0)
         total = num_frames * len(context)
         try:
+            if condition_indices is None:
+                options = self.resolved_sampling(options, context.shape[1], num_frames)
             draws = make_draws(
                 options.seed,
                 [(video, first + number) for video, first in keys for number in range(samples)],
@@ -221,6 +223,37 @@ class VideoPredictor(PredictorParts):
         raw = self.standardization.to_raw(final)
         raw[:, : context.shape[1]] = context  # bit for bit, without rounding
         return raw
+
+    def resolved_sampling(self, options: SamplingConfig, context: int, num_frames: int) -> SamplingConfig:
+        """Sampling options as a prediction uses them: in which precision, and from how many past frames.
+
+        Conditions are not farther away than the field was trained for, which is said once. With preset official they
+        may be, since the official code draws from all frames.
+
+        Args:
+            context: number of given frames.
+            num_frames: number of frames to predict.
+        """
+        options = options.model_copy(update={"precision": sampling_precision(options, self.device)})
+        longest = self.longest_distance
+        reached = past_window(known_frames(context) + num_frames - 1, options.past_horizon).count
+        if longest is None or reached <= longest:
+            return options
+        far = f"conditions up to {reached} frames before the reference, and the flow was trained up to {longest}"
+        if options.preset == "official":
+            self._say_once(f"sampling.preset official: {far}")
+            return options
+        self._say_once(f"predictions draw conditions from the last {longest + 1} frames: the rollout reaches {far}")
+        return options.model_copy(update={"past_horizon": longest + 1})
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            say(message)
+
+    @cached_property
+    def _said(self) -> set[str]:
+        return set()
 
     @cached_property
     def _rollouts(self) -> FieldRollouts:
@@ -317,7 +350,7 @@ def sample_clips(
         clips=[clip.name for clip in clips],
         context=context,
         horizon=horizon,
-        sampling=config.sampling.model_dump(mode="json"),
+        sampling=predictor.resolved_sampling(config.sampling, context, horizon).model_dump(mode="json"),
         samples=samples,
         refine=refine,
     )

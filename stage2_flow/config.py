@@ -73,8 +73,8 @@ class FlowTrainingConfig(BaseModel):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto",
-        description="precision of matrix products; weights and sums are always fp32. auto: bf16 on a GPU, fp32 on a "
-        "CPU",
+        description="precision of matrix products; weights and sums are always fp32. auto: that of the existing "
+        "training; of a new one bf16 on a GPU that computes in it, else fp32",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
@@ -143,7 +143,10 @@ class SamplingConfig(BaseModel):
         0.0, ge=0, lt=1, description="start from the previous frame's latent, at this time of the path"
     )
     past_horizon: int | None = Field(
-        None, ge=2, description="draw the condition from the last past_horizon frames; null: from all frames"
+        None,
+        ge=2,
+        description="draw the condition from the last past_horizon frames; null: from all frames, as far back as the "
+        "training went (preset official: farther as well)",
     )
     condition: ConditionTiming = Field(
         "per-evaluation", description="draw a condition at every evaluation (the paper), or once per frame"

@@ -101,6 +101,16 @@ def draw_distance(
     return 1 + to_integer(uniform_condition, known_frames - 1)
 
 
+def longest_distance(lengths: np.ndarray, clip_frames: int, past_horizon: int | None = None) -> int:
+    """The largest distance that `draw_distance` draws from videos of these lengths, one of which has 3 frames or more.
+
+    Args:
+        lengths: [videos] frames of each; the others as in `draw_distance`.
+    """
+    last, largest = np.array([lengths.max() - 1]), np.nextafter([1.0], 0.0)
+    return int(draw_distance(largest, largest, last, clip_frames, past_horizon)[0])
+
+
 def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:
     """Map float64 in [0, 1) to int64 in 0 .. limit - 1; the bias is below limit / 2^53."""
     return (uniform * limit).astype(np.int64)

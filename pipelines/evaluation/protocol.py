@@ -57,7 +57,9 @@ def describe_protocol(
             "crop": frames["crop"],
             "size": config.dataset.image_size,
         },
-        sampling=config.sampling.model_dump(mode="json"),
+        sampling=predictor.resolved_sampling(config.sampling, evaluation.context, evaluation.horizon).model_dump(
+            mode="json"
+        ),
         seed=config.sampling.seed,
         nfe=SamplingPlan.from_config(config.sampling).evaluations,
         description=predictor.describe_sampling(refine),

@@ -112,7 +112,9 @@ def study(
         frechet="of means over 2x2 parts of each frame's latents and of their change to the frame before",
         sharpness="mean difference of neighboring pixels, as a share of the decoded real latents'",
     )
-    settings = sampler_settings(config.sampling, most_evaluations)
+    # One precision for all settings, also where auto means another for preset official.
+    sampling = config.sampling.model_copy(update={"precision": protocol.precision})
+    settings = sampler_settings(sampling, most_evaluations)
     known = _known_points(path, protocol, point_key(settings[0]))
     resumed = sum(point_key(options) in known for options in settings)
     say(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import latent_cache
-from latent_cache import FlowBatch, LatentCache, Sampler, StoreError, open_sampler, step_generator
+from latent_cache import FlowBatch, LatentCache, Sampler, StoreError, longest_distance, open_sampler, step_generator
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import standardization_in
@@ -139,11 +139,13 @@ def with_precision(config: RiverConfig, device: torch.device | None = None, *, a
 
 def flow_state(config: RiverConfig, cache: LatentCache, standardization: Standardization) -> dict[str, Any]:
     """What each checkpoint records: what the training depends on, and what sampling needs."""
+    training = config.flow.training
     return flow_plan(config).state | {
         "model": config.flow.model.model_dump(mode="json"),
         "latent_shape": list(cache.latent_shape),
         "standardization": {"mean": standardization.mean.tolist(), "std": standardization.std.tolist()},
         "fps": cache.metadata.fps,
+        "longest_distance": longest_distance(cache.lengths, training.clip_frames, training.past_horizon),
         "store": {"path": str(cache.url), **_origin(cache)},
     }
 
@@ -377,12 +379,6 @@ def check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found:
         say(
             f"flow: clip_frames is {training.clip_frames}, but the longest video has {longest} frames: conditions are "
             f"at most {longest - 2} frames before the reference"
-        )
-    horizon, sampled = training.past_horizon, config.sampling.past_horizon
-    if horizon is not None and (sampled is None or sampled > horizon):
-        warn(
-            f"flow.training.past_horizon is {horizon}, and sampling.past_horizon {sampled}: predictions would use "
-            f"conditions that the field was not trained on; set sampling.past_horizon={horizon}"
         )
     order = sampler.order if found is None else found.state.get("order", sampler.order)
     if order != sampler.order:

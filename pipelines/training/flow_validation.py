@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import latent_cache
-from latent_cache import FlowBatch, LatentCache, open_sampler, step_generator
+from latent_cache import FlowBatch, LatentCache, longest_distance, open_sampler, step_generator
 from latent_cache.schema import IDENTITY_VIEW
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
@@ -125,6 +125,10 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
         return None
     rows = np.flatnonzero([view == IDENTITY_VIEW for view in split.video_views])
     longest = int(split.lengths[rows].max(initial=0))
+    training = config.flow.training
+    # No distance that the field does not learn, as in `VideoPredictor.generate_latents`.
+    lengths = latent_cache.open(split.url, "train").lengths
+    trained = longest_distance(lengths, training.clip_frames, training.past_horizon) + 1
     if longest <= context:
         _say_none(f"evaluation.context is {context}, and the longest video of the val split has {longest} frames")
         return None
@@ -153,7 +157,7 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
             solver=SOLVER,
             steps=SOLVER_STEPS,
             seed=config.sampling.seed,
-            past_horizon=config.sampling.past_horizon,
+            past_horizon=min(horizon for horizon in (config.sampling.past_horizon, trained) if horizon is not None),
             condition=config.sampling.condition,
         ),
         autoencoder=autoencoder,

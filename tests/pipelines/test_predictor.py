@@ -198,6 +198,48 @@ def test_options_of_conditions_reach_the_draws(tiny):
         assert not torch.equal(changed[:, -1], usual[:, -1]), options
 
 
+def test_conditions_are_not_farther_away_than_in_training(tiny, capsys):
+    """A rollout of 2 + 6 frames, whose last one could have a condition 6 frames before its reference."""
+    context = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+
+    class Distances(nn.Module):
+        def forward(self, x_t, reference, condition, distance, t):
+            seen.append(int(distance.max()))
+            return torch.zeros_like(x_t)
+
+    seen: list[int] = []
+    far = dataclasses.replace(tiny, vector_field=Distances(), longest_distance=6)
+    trained = dataclasses.replace(tiny, vector_field=Distances(), longest_distance=3)
+    several = {"steps": 16}
+    far.generate_latents(context, 6, sampling=several)
+    assert max(seen) == 6
+    assert capsys.readouterr().out == ""
+
+    for _ in range(2):  # it is said once
+        seen.clear()
+        trained.generate_latents(context, 6, sampling=several)
+        assert (min(seen), max(seen)) == (1, 3)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert re.search(r"last 4 frames.* 6 .* 3", said)
+    trained.generate_latents(context, 3, sampling=several)
+    trained.generate_latents(context, 6, sampling=several | {"past_horizon": 2})
+    assert capsys.readouterr().out == ""
+
+    # As the official code does; and draws that are given are used as they are.
+    for options in ({"sampling": {"preset": "official"}},
+                    {"sampling": several, "condition_indices": torch.zeros(6, 16, 1, dtype=torch.int64)}):  # fmt: skip
+        seen.clear()
+        trained.generate_latents(context, 6, **options)
+        assert max(seen) == 6
+
+
+def test_a_short_rollout_begins_a_longer_one_of_limited_distances(tiny):
+    context = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    limited = dataclasses.replace(tiny, longest_distance=3)
+    torch.testing.assert_close(limited.generate_latents(context, 8)[:, :5], limited.generate_latents(context, 3))
+
+
 class Brighter(nn.Module):
     """A refiner that adds a step to the decoded frame, beyond [-1, 1], and keeps what it was given."""
 

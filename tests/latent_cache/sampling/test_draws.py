@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_cache import step_generator
+from latent_cache import longest_distance, step_generator
 from latent_cache.sampling.draws import LegalTargets, draw_distance, to_integer, uniform_block
 from latent_cache.sampling.windows import ROUNDS, permute
 from stage2_flow.conditioning import past_window
@@ -73,6 +73,17 @@ def test_every_legal_distance_is_drawn_alike_given_the_place_in_the_clip(place, 
         wanted = found.sum() / len(legal)
         chi_square = ((found[1:] - wanted) ** 2 / wanted).sum()
         assert chi_square < len(legal) - 1 + 6 * np.sqrt(2 * len(legal))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "clip_frames", "past_horizon", "expected"),
+    [([50, 7], 40, None, 38), ([50, 7], 40, 10, 9), ([12, 7], 40, None, 10), ([12, 3], 40, 30, 10), ([3], 40, None, 1),
+     ([50], 3, None, 1), ([50], 40, 2, 1)],
+)  # fmt: skip
+def test_the_longest_distance_is_the_largest_that_is_drawn(lengths, clip_frames, past_horizon, expected):
+    assert longest_distance(np.array(lengths), clip_frames, past_horizon) == expected
+    u, v = np.random.default_rng(1).random((2, 200_000))
+    assert draw_distance(u, v, np.full(200_000, max(lengths) - 1), clip_frames, past_horizon).max() == expected
 
 
 def test_without_a_horizon_the_draws_are_what_they_were():

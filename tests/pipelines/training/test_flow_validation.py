@@ -99,7 +99,7 @@ class Place:
         """A split `train` of one video, and another with videos of these lengths."""
         names = [f"clip-{row}" for row in range(len(lengths))]
         plans = {
-            "train": SplitPlan(["a"], ["identity"], [4], SHAPE, 8),
+            "train": SplitPlan(["a"], ["identity"], [9], SHAPE, 8),
             split: SplitPlan(names, views or ["identity"] * len(names), list(lengths), SHAPE, 8),
         }
         metadata = StoreMetadata("toy", 12.5, {}, {"sha256": weights_digest(self.model), "codes": 8}, {})
@@ -321,6 +321,9 @@ def test_the_run_decides_seed_and_past_horizon_of_predictions_and_nothing_else(p
     place.clips(sampling={"past_horizon": 2}).predict(near, RAW)
     assert len(far.rows) == 3 * 10  # Euler: ten evaluations a frame
     assert (far.farthest, near.farthest) == (3, 1)
+    trained = Formula()
+    place.clips(clip_frames=4).predict(trained, RAW)
+    assert trained.farthest == 2  # the field learns no distance beyond
 
 
 def test_a_clip_is_predicted_alike_among_many_and_few_and_in_parts(place, monkeypatch):
