@@ -25,7 +25,7 @@ from latent_cache.reading.reader import (
 from latent_cache.reading.reader import open_cache as open
 from latent_cache.sampling.draws import longest_distance, step_generator
 from latent_cache.sampling.residency import Residency, choose_residency, open_sampler
-from latent_cache.sampling.resident import FlowIndices, ResidentSampler
+from latent_cache.sampling.resident import FlowIndices, ResidentSampler, first_batch
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 from latent_cache.sampling.streaming import StreamingSampler
 from latent_cache.schema import StoreMetadata
@@ -58,6 +58,7 @@ __all__ = [
     "choose_residency",
     "default_chunk_frames",
     "default_shard_chunks",
+    "first_batch",
     "is_complete",
     "longest_distance",
     "open",

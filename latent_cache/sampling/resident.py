@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import draw_distance, steps_per_block, to_integer, uniform_block
+from latent_cache.sampling.draws import LegalTargets, draw_distance, steps_per_block, to_integer, uniform_block
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 
 
@@ -103,10 +103,39 @@ class ResidentSampler(Sampler):
 
     def _draw(self, block: int) -> np.ndarray:
         """[steps, 4, batch_size] int64, see `_drawn`."""
-        uniform = uniform_block(self.seed, "frames", block, (3, self._block_steps * self.batch_size))
-        place_in_video, target = self._legal.locate(to_integer(uniform[0], self._legal.count))
-        distance = draw_distance(uniform[1], uniform[2], place_in_video, self.clip_frames, self.past_horizon)
-        drawn = np.empty((self._block_steps, 4, self.batch_size), np.int64)
-        for column, values in enumerate((target, target - 1, target - 1 - distance, distance)):
-            drawn[:, column] = values.reshape(self._block_steps, self.batch_size)
-        return drawn
+        return _draw(self._legal, self.seed, block, self.batch_size, self.clip_frames, self.past_horizon)
+
+
+def first_batch(
+    cache: LatentCache, seed: int, batch_size: int, clip_frames: int, past_horizon: int | None = None
+) -> FlowBatch:
+    """The batch of step 0 of a `ResidentSampler`, float32 on the CPU, whatever fits into memory: one chunk at a time.
+
+    Args:
+        As `Sampler`; the split has a video of three frames.
+    Raises:
+        CorruptStoreError: a chunk of the batch cannot be read.
+    """
+    drawn = _draw(LegalTargets(cache.offsets), seed, 0, batch_size, clip_frames, past_horizon)[0]
+    numbers, size = drawn[:3].reshape(-1), cache.latent_reader.chunk_frames
+    frames = torch.empty(len(numbers), *cache.latent_shape)
+    for chunk in np.unique(numbers // size):
+        start = int(chunk) * size
+        read = torch.from_numpy(cache.latent_reader.read(start, min(start + size, cache.frames)))
+        rows = np.flatnonzero(numbers // size == chunk)
+        frames[rows] = read[numbers[rows] - start].float()
+    return FlowBatch(*frames.chunk(3), torch.from_numpy(drawn[3].copy()))
+
+
+def _draw(
+    legal: LegalTargets, seed: int, block: int, batch_size: int, clip_frames: int, past_horizon: int | None
+) -> np.ndarray:
+    """[steps, 4, batch_size] int64 targets, references, conditions and distances of a block of steps."""
+    steps = steps_per_block(batch_size)
+    uniform = uniform_block(seed, "frames", block, (3, steps * batch_size))
+    place_in_video, target = legal.locate(to_integer(uniform[0], legal.count))
+    distance = draw_distance(uniform[1], uniform[2], place_in_video, clip_frames, past_horizon)
+    drawn = np.empty((steps, 4, batch_size), np.int64)
+    for column, values in enumerate((target, target - 1, target - 1 - distance, distance)):
+        drawn[:, column] = values.reshape(steps, batch_size)
+    return drawn

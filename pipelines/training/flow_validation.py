@@ -1,6 +1,5 @@
 """Validation of the flow in training: the loss on fixed draws, and predicted clips."""
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import latent_cache
-from latent_cache import FlowBatch, LatentCache, longest_distance, open_sampler, step_generator
+from latent_cache import FlowBatch, LatentCache, first_batch, longest_distance, step_generator
 from latent_cache.schema import IDENTITY_VIEW
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
@@ -307,18 +306,9 @@ def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: tor
             f"{split.lengths.max()}"
         )
         return None
-    sampler = open_sampler(
-        split,
-        "cpu",
-        config.seed,
-        training.validation_pairs,
-        training.clip_frames,
-        residency="auto",
-        memory_budget=config.cache.memory_budget_bytes,
-        past_horizon=training.past_horizon,
+    batch = first_batch(
+        split, config.seed, training.validation_pairs, training.clip_frames, past_horizon=training.past_horizon
     )
-    with closing(sampler):
-        batch = sampler.batch(0)
     return FlowValidation(
         batch=batch,
         draws=validation_draws(tuple(batch.target.shape), config.seed),

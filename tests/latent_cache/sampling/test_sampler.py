@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import latent_cache
-from latent_cache import ResidentSampler, StoreError, StreamingSampler
+from latent_cache import ResidentSampler, StoreError, StreamingSampler, first_batch
 from latent_cache.sampling.draws import steps_per_block
 
 LENGTHS = [1, 5, 2, 3, 12, 1, 4]
@@ -166,3 +166,14 @@ def test_steps_are_served_in_any_order(cache, batch_size):
         assert len(found.target) == batch_size
     assert not torch.equal(forwards.indices(0).target, forwards.indices(2).target)
     assert not torch.equal(forwards.indices(0).target, make_sampler(cache, batch_size, seed=4).indices(0).target)
+
+
+@pytest.mark.parametrize("past_horizon", [None, 2])
+def test_the_first_batch_needs_no_memory_for_the_split(numbered, past_horizon, monkeypatch):
+    cache = numbered(LENGTHS)
+    expected = make_sampler(cache, 40, past_horizon=past_horizon).batch(0)
+    monkeypatch.delattr(type(cache), "load")  # nothing but the frames' chunks is read
+    batch = first_batch(cache, 3, 40, 6, past_horizon=past_horizon)
+    for name, tensor in vars(expected).items():
+        assert torch.equal(getattr(batch, name), tensor)
+        assert getattr(batch, name).dtype == tensor.dtype

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import latent_cache
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
+from latent_cache.sampling.residency import USABLE_FRACTION
 from pipelines.config import RiverConfig, parse_config
 from pipelines.loading import weights_digest
 from pipelines.prediction.pictures import BORDER, GRAY, GREEN, RED, enlargement, to_video
@@ -137,6 +138,17 @@ def place(bare: Place) -> Place:
     bare.save_autoencoder()
     bare.write_store([9, 3, 5, 7, 2, 6])
     return bare
+
+
+def test_pairs_do_not_depend_on_the_free_memory(bare: Place, monkeypatch) -> None:
+    bare.write_store([9] * 20)
+    batches = []
+    for usable in (1.0, 0.0):
+        for where in ("device", "host"):
+            monkeypatch.setitem(USABLE_FRACTION, where, usable)
+        batches.append(bare.open().batch)
+    for one, other in zip(*(vars(batch).values() for batch in batches), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_loss_by_hand(place):

@@ -118,9 +118,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         for rank in (0, 1)
     ]
-    for process in started:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], errors
     return json.loads((folder / "measured.json").read_text())
 
 
