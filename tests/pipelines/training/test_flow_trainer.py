@@ -14,9 +14,10 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_field
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import resolve_precision
+from pipelines.runtime.context import RunContext, resolve_precision
 from pipelines.runtime.distributed import Processes
 from pipelines.runtime.throughput import step_flops
+from pipelines.training import flow_trainer
 from pipelines.training.flow_trainer import (
     FlowTrainer,
     check_data,
@@ -376,3 +377,27 @@ def test_the_averaged_weights_predict(store, tmp_path, decay):
     assert not field.training
     for name, tensor in field.state_dict().items():
         assert torch.equal(tensor, made.train_state.best_model.state_dict()[name]), name
+
+
+class Opened(Exception):
+    """A trainer would be made with this sampler."""
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "stream"])
+def test_batches_are_drawn_with_the_seed_of_the_run(tmp_path, monkeypatch, residency):
+    write_store(tmp_path / "toy.zarr", [12, 9, 3])
+
+    def opened(*arguments, **options):
+        raise Opened(arguments[3].targets(0).tolist())
+
+    monkeypatch.setattr(flow_trainer, "FlowTrainer", opened)
+    targets = []
+    for seed in (1, 2, 1):
+        values = config().model_dump(mode="json") | {
+            "seed": seed, "paths": dict.fromkeys(("data", "latents", "runs"), str(tmp_path)),
+            "cache": {"residency": residency},
+        }  # fmt: skip
+        with pytest.raises(Opened) as raised:
+            flow_trainer.train_flow(parse_config(values, "test"), RunContext(CPU))
+        targets.append(raised.value.args[0])
+    assert targets[0] == targets[2] != targets[1]
