@@ -24,7 +24,6 @@ from pipelines.bench.measurement import Measurement
 from pipelines.bench.workbench import Workbench
 from pipelines.prediction.rollouts import FieldRollouts
 from pipelines.runtime.context import computing_in, sampling_precision, training_in
-from pipelines.runtime.cuda_graph_step import WARM_UP_STEPS
 from pipelines.training.flow_trainer import FlowTrainer
 from stage1_autoencoder.frame_encoder import exact_kernels
 from stage1_autoencoder.vqgan import VQGAN
@@ -36,6 +35,8 @@ from stage2_flow.vector_field import FEED_FORWARD, TransformerBlock, VectorField
 VIDEO_FRAMES, CHUNKS = 100, 16
 # Of the store, that the streaming tier may hold in memory: two windows of a third.
 BUDGET_SHARE = 2 / 3
+# Training steps on a GPU before those that are measured: they compile, and record CUDA graphs.
+WARM_UP_STEPS = 5
 # Of sampling: given frames, and predicted frames per clip.
 CONTEXT, PREDICTED = 10, {"cpu": 1, "cuda": 4}
 
@@ -100,8 +101,8 @@ def _step_seconds(bench: Workbench, cache: LatentCache, precision: Literal["fp32
     sampler = ResidentSampler(cache, device, config.seed, training.batch_size, training.clip_frames)
     trainer = FlowTrainer(config, device, cache, sampler)
     with training_in(precision):
-        for _ in range(WARM_UP_STEPS + 2 if device.type == "cuda" else 0):
-            trainer.train_step(next(steps))  # compiles and records
+        for _ in range(WARM_UP_STEPS if device.type == "cuda" else 0):
+            trainer.train_step(next(steps))
         (seconds,) = bench.in_turn(lambda: [trainer.train_step(next(steps)) for _ in range(calls)])
     sampler.close()
     return seconds / calls

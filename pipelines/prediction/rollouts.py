@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.runtime.context import computing_in, sampling_precision
-from pipelines.runtime.cuda_graph_step import CudaGraphStep
 from pipelines.runtime.progress import warn
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws
@@ -24,6 +24,8 @@ MAX_CLIPS = {"cpu": 32, "cuda": 512}
 MEMORY_SHARE = 0.6
 # Activations of a block that are alive together, as multiples of its tokens: qkv, attention, feed-forward, skips.
 LIVE_ACTIVATIONS = 24
+# Solver steps that run eagerly before one is recorded: they compile, tune kernels and allocate workspaces.
+WARM_UP_STEPS = 3
 # Evaluations per call from which compilation, which takes a minute, pays.
 MIN_EVALUATIONS_TO_COMPILE = 10_000
 
@@ -92,7 +94,7 @@ class FieldRollouts:
             self._prepared = None  # frees its memory before the new one is allocated
             field = self._field_in(precision)
             trunk = self._compiled_trunk(field, precision) if compiles else None
-            record = _record if records else None
+            record = partial(RecordedStep, device=self.device) if records else None
             rollout = Rollout(field, plan, shape, num_frames, context.dtype, self.device, trunk=trunk, record=record)
             self._prepared = (key, rollout)
         return self._prepared[1]
@@ -106,7 +108,9 @@ class FieldRollouts:
 
     def _compiled_trunk(self, field: nn.Module, precision: str) -> Callable[..., Tensor]:
         if precision not in self._trunks:
-            self._trunks[precision] = torch.compile(field.trunk, fullgraph=True, dynamic=False)
+            # Shapes that vary become dynamic. Beyond torch's limit of versions of one function, which all predictors of
+            # a process share, it runs uncompiled; with `fullgraph` that would be an error.
+            self._trunks[precision] = torch.compile(field.trunk)
         return self._trunks[precision]
 
     def _smaller(self, clips: int, options: SamplingConfig) -> int:
@@ -183,12 +187,52 @@ def with_matrices_in(field: VectorField, dtype: torch.dtype) -> VectorField:
     return copied
 
 
-def _record(step: Callable[[], None]) -> Callable[[], object]:
-    def without_result() -> tuple[Tensor, ...]:
-        step()
-        return ()
+class RecordedStep:
+    """A solver step as a CUDA graph: a few calls run it, the next one captures it, and from then on it is replayed.
 
-    return CudaGraphStep(without_result)
+    For steps without gradients that read and write the same tensors at each call.
+    """
+
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+        self.step, self.device, self.warm_up = step, device, WARM_UP_STEPS
+        self.stream = torch.cuda.Stream(device)  # the default one can't be captured
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Do the step.
+
+        Raises:
+            UserError: CUDA refuses to capture it.
+        """
+        if self.warm_up:
+            self.warm_up -= 1
+            self._run_eagerly()
+            return
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def _run_eagerly(self) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self.step()
+        current.wait_stream(self.stream)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as a loader's, may use the GPU meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"CUDA cannot record a solver step as a graph ({reason}): use --set sampling.cuda_graphs=false"
+            ) from error
+        return graph
 
 
 @torch.inference_mode()

@@ -145,7 +145,9 @@ def training_in(precision: str, *, measure_kernels: bool = False) -> Iterator[No
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """Inference in `fp32`, `tf32` or `bf16` inside, whatever was set before, which is restored afterwards."""
-    with training_in(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    # Without the cache of casts: a CUDA graph recorded inside would go on reading it when it is gone.
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with training_in(precision), autocast:
         yield
 
 

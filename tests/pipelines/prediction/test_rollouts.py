@@ -1,12 +1,17 @@
 """Rollouts in batches, with recorded steps and compiled trunks emulated on a CPU; frames refined as official ones."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipelines.errors import UserError
 from pipelines.official import load_refiner
@@ -26,7 +31,6 @@ from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.rollout import Rollout
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
-from tests.pipelines.runtime.test_cuda_graph_step import played  # noqa: F401  (a fixture)
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SHAPE, CPU, GPU = (2, 4, 4), torch.device("cpu"), torch.device("cuda")
@@ -47,8 +51,68 @@ def generate(
     return rollouts.generate(context, frames, options, draws, on_frames)
 
 
+class Operations(TorchDispatchMode):
+    """Notes operations with the tensors that they work on, as a CUDA graph does with kernels and addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, tuple, dict, list[Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        outputs = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, tree_leaves(outputs)))
+        return outputs
+
+
+class Graph:
+    """Instead of `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        self.recorder = Operations()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, before in self.recorder.operations:
+            for old, new in zip(before, tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """CUDA's recording on a CPU. The list takes the tensors that recording must leave as they are."""
+    state: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def record(graph: Graph, **options: Any) -> Iterator[None]:
+        before = [tensor.detach().clone() for tensor in state]
+        with graph.recorder:
+            yield
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return state
+
+
+def record_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(rollouts_module, "uses_cuda_graphs", lambda *_: True)
+
+
 @pytest.mark.parametrize("options", [{"solver": "euler", "nfe": 3}, {"solver": "rk4-38", "nfe": 8, "warm_start": 0.2}])
-def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):  # noqa: F811
+def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):
     """One record serves all steps, frames and batches of a shape."""
     options, made = SamplingConfig(**options, batch_size=3), []
     expected = [generate(FieldRollouts(field, CPU), options, rows=6, seed=seed) for seed in (0, 1)]
@@ -60,11 +124,81 @@ def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):  # n
         played.extend([rollout.y, rollout.step])
 
     monkeypatch.setattr(Rollout, "__init__", init)
-    monkeypatch.setattr(rollouts_module, "uses_cuda_graphs", lambda *_: True)
+    record_steps(monkeypatch)
     recorded = FieldRollouts(field, CPU)
     for seed in (0, 1):
         torch.testing.assert_close(generate(recorded, options, rows=6, seed=seed), expected[seed])
     assert len(made) == 1
+
+
+def refuse(monkeypatch, error: RuntimeError, times: int) -> None:
+    """Let the next captures fail."""
+    record = torch.cuda.graph
+    errors = [error] * times
+
+    @contextlib.contextmanager
+    def fails(graph: Graph, **options: Any) -> Iterator[None]:
+        with record(graph, **options):
+            if errors:
+                raise errors.pop()
+            yield
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+
+
+def test_a_step_that_cannot_be_captured_is_refused_with_the_way_out(field, monkeypatch, played):
+    refuse(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors"), 1)
+    record_steps(monkeypatch)
+    options = SamplingConfig(solver="euler", nfe=8)
+    with pytest.raises(UserError, match=r"operation not permitted.*sampling\.cuda_graphs=false") as caught:
+        generate(FieldRollouts(field, CPU), options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_cannot_be_captured_for_memory_is_made_smaller(field, monkeypatch, played, capsys):
+    options = SamplingConfig(solver="euler", nfe=2)
+    expected = generate(FieldRollouts(field, CPU), options, rows=4)
+    record_steps(monkeypatch)
+    refuse(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), 1)
+    original = Rollout.__init__
+
+    def init(rollout, *arguments, **others):
+        original(rollout, *arguments, **others)
+        played[:] = [rollout.y, rollout.step]
+
+    monkeypatch.setattr(Rollout, "__init__", init)
+    torch.testing.assert_close(generate(FieldRollouts(field, CPU), options, rows=4), expected)
+    assert "4 clips" in capsys.readouterr().err
+
+
+def test_many_predictors_of_a_process_may_compile(monkeypatch):
+    """More sizes than torch compiles versions of one function: the rest is predicted all the same."""
+    compiled = torch.compile
+    monkeypatch.setattr(rollouts_module.torch, "compile", lambda f, **options: compiled(f, backend="eager", **options))
+    torch._dynamo.reset()
+    options = SamplingConfig(solver="euler", nfe=1)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            field = VectorField(VectorFieldConfig(width=8, depth=1, mid_depth=number, heads=2), SHAPE[0]).eval()
+            usual = generate(FieldRollouts(field, CPU), options, frames=1)
+            fast = generate(FieldRollouts(field, CPU), options.model_copy(update={"compile": True}), frames=1)
+            torch.testing.assert_close(fast, usual, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_one_compiled_trunk_serves_all_batch_sizes(field, monkeypatch):
+    compiled, graphs = torch.compile, []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(rollouts_module.torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
+    torch._dynamo.reset()
+    options, rollouts = SamplingConfig(solver="euler", nfe=1, compile=True), FieldRollouts(field, CPU)
+    for rows in range(2, 14):
+        generate(rollouts, options, rows=rows, frames=1)
+    assert len(graphs) <= 2  # of the first size, and of all others
 
 
 def test_a_compiled_trunk_is_one_graph_and_gives_the_same(field, monkeypatch):
