@@ -55,7 +55,8 @@ class RunContext:
         """From a parsed command line, whose command need not have all options; joins torchrun's processes.
 
         Raises:
-            UserError: no such device on this machine; another process failed or did not start.
+            UserError: no such device on this machine.
+            ConnectionError, TimeoutError: another process failed, or did not start.
         """
         processes = join_processes()
         with processes.sharing_failures():

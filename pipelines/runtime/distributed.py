@@ -158,7 +158,8 @@ class Processes:
         Args:
             device: of this process.
         Raises:
-            UserError: a process did not start, failed before, or runs on another type of device.
+            UserError: a process runs on another type of device.
+            ConnectionError, TimeoutError: a process failed, or did not start.
         """
         if self.count == 1 or dist.is_initialized():
             return
@@ -181,7 +182,7 @@ class Processes:
         They notice the failure because this process closes its connections, which ends whatever they exchange with it.
 
         Raises:
-            UserError: another process failed or was lost; says why it failed, as far as it is known.
+            ConnectionError: another process failed or was lost; says why it failed, as far as it is known.
         """
         try:
             yield
@@ -197,10 +198,11 @@ class Processes:
             _close_control_group()
             if not lost:
                 raise
-            raise UserError(
+            what = reason.partition("\n")[0].partition(". ")[0]  # advice for programmers follows
+            raise ConnectionError(
                 told
-                or f"lost the connection to another of {self.count} processes ({reason}): its output may say why, or "
-                "the kernel's log if memory ran out; the same command resumes from the last checkpoint"
+                or f"lost the connection to another of {self.count} processes ({what}): its output may say why, or the "
+                "kernel's log if memory ran out; the same command resumes from the last checkpoint"
             ) from error
 
     def _failure(self) -> str | None:
@@ -211,15 +213,16 @@ class Processes:
         """What each process has set under `name/<rank>`, once all have.
 
         Raises:
-            UserError: a process failed meanwhile, or has set nothing by `START`.
+            ConnectionError: a process failed meanwhile.
+            TimeoutError: a process has set nothing within `START`.
         """
         keys, end = [f"{name}/{rank}" for rank in range(self.count)], time.monotonic() + START.total_seconds()
         while missing := [rank for rank, key in enumerate(keys) if not self.store.check([key])]:
             if failure := self._failure():
-                raise UserError(failure)
+                raise ConnectionError(failure)
             if time.monotonic() > end:
                 names = ", ".join(map(str, missing))
-                raise UserError(f"process {names} of {self.count} did not start within {START}")
+                raise TimeoutError(f"process {names} of {self.count} did not start within {START}")
             time.sleep(0.05)
         return [self.store.get(key).decode() for key in keys]
 
@@ -231,14 +234,14 @@ def join_processes() -> Processes:
     """The processes that torchrun started, this one among them, with their store; not yet connected.
 
     Raises:
-        UserError: their store can't be reached.
+        TimeoutError: not all of them started, or their store can't be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=START))
     except dist.DistError as error:
-        raise UserError(
+        raise TimeoutError(
             f"not all of {os.environ['WORLD_SIZE']} processes started within {START}, or their store can't be reached: "
             f"{error}"
         ) from error

@@ -90,11 +90,11 @@ def main(folder: Path) -> None:
             if not processes.is_first:
                 raise UserError("the disk of the other process is broken")
             processes.wait()
-    except UserError as error:
+    except UserError:
+        time.sleep(5)  # the process ends long after its failure
+    except ConnectionError as error:
         measured["failure"] = str(error)
         measured["seconds"] = time.monotonic() - started
-        if not processes.is_first:
-            time.sleep(5)  # ends long after its failure
     if processes.is_first:
         (folder / "measured.json").write_text(json.dumps(measured))
 
