@@ -1,5 +1,7 @@
 """Rollouts: the official one replayed, sampling plans, cached embeddings, and what a rollout leaves unchanged."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from stage2_flow.path import SIGMA_MIN
 from stage2_flow.rollout import CachedEvaluator, PlainEvaluator, Rollout, generate_latents
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
+from tests.no_host_sync import NoHostSync
 
 SHAPE = (2, 3, 4)
 
@@ -333,3 +336,24 @@ def test_a_solver_step_can_be_recorded_and_batches_follow_one_another():
     assert not torch.equal(*results)  # what was returned first has not been overwritten
     assert calls == ["step"] * (2 * 3 * 3)
     assert frames == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("options", [{"solver": "rk4-38", "steps": 2}, {"nfe": 4, "warm_start": 0.2}])
+def test_the_host_does_not_wait_for_the_device_from_frame_to_frame(options):
+    """Draws are checked before the first frame, which reads them once per rollout."""
+    checked = ExitStack()
+
+    def on_frame(done: int) -> None:
+        if done == 1:
+            checked.enter_context(NoHostSync())
+        elif done == 4:
+            checked.close()
+
+    draws = draws_for(plan(**options), [(0, 0), (1, 0)], 4, 2)
+    field, context = small_field(), numbered_context(2, 2)
+    assert generate_latents(field, context, 4, plan(**options), draws, on_frame=on_frame).shape[1] == 6
+
+
+def test_a_read_value_is_noticed():
+    with pytest.raises(AssertionError, match="makes the host wait"), NoHostSync():
+        torch.ones(()).item()
