@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.vector_field import (
     QK_NORM_EPS,
+    SelfAttention,
     TransformerBlock,
     VectorField,
     attention,
@@ -189,6 +190,21 @@ def test_attention_drops_weights_in_bfloat16():
     mixed = attention(one, one, one, dropout=0.5)
     assert (mixed.float() - 1).abs().max() > 0.1
     assert abs(mixed.float().mean() - 1) < 0.05
+
+
+def test_attention_weights_are_dropped_in_training_as_in_pytorchs_layer():
+    """Their mean is what evaluation computes, within standard errors of 20000 drops."""
+    torch.manual_seed(0)
+    attends, tokens = SelfAttention(8, heads=2, dropout=0.5, qk_norm=False).double(), torch.randn(1, 5, 8).double()
+    many = tokens.expand(20_000, -1, -1)
+    with torch.no_grad():
+        exact, dropped = attends.eval()(tokens), attends.train()(many)
+        layer = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True).double()
+        layer.load_state_dict(attends.state_dict())
+        theirs = layer(many, many, many, need_weights=False)[0]
+    assert (dropped.mean(0) - exact).abs().max() < 6 * dropped.std(0).max() / 20_000**0.5
+    torch.testing.assert_close(dropped.std(0), theirs.std(0), rtol=0.05, atol=0)
+    assert dropped.std(0).min() > 0
 
 
 def block_with_scales(width: int = 32, heads: int = 4) -> TransformerBlock:

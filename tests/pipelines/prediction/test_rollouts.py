@@ -186,6 +186,33 @@ def test_many_predictors_of_a_process_may_compile(monkeypatch):
     torch._dynamo.reset()
 
 
+class Products(TorchDispatchMode):
+    """Notes the dtypes in which matrices are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        words = ("mm", "linear", "convolution", "attention")
+        if any(word in function.__name__ for word in words) and "weight" not in function.__name__:
+            self.dtypes |= {x.dtype for x in tree_leaves(args) if isinstance(x, Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_trunk_multiplies_in_the_precision_asked_for(field, monkeypatch, precision, dtype):
+    trunk, products = VectorField.trunk, Products()
+
+    def noted(*arguments: Any) -> Tensor:
+        with products:
+            return trunk(*arguments)
+
+    monkeypatch.setattr(VectorField, "trunk", noted)
+    generate(FieldRollouts(field, CPU), SamplingConfig(nfe=2, precision=precision))
+    assert products.dtypes == {dtype}
+
+
 def test_one_compiled_trunk_serves_all_batch_sizes(field, monkeypatch):
     compiled, graphs = torch.compile, []
 

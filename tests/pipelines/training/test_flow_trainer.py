@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import latent_cache
-from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter, open_sampler
+from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter, open_sampler, step_generator
 from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_field
@@ -27,6 +27,7 @@ from pipelines.training.flow_trainer import (
 )
 from stage2_flow.config import FlowTrainingConfig
 from stage2_flow.loss import draw_flow, flow_matching_loss
+from stage2_flow.path import path_sample
 from stage2_flow.vector_field import POSITIONS
 from tests.no_host_sync import NoHostSync
 
@@ -90,6 +91,22 @@ def loss_of(field: torch.nn.Module, made: FlowTrainer) -> float:
 
 def weights(made: FlowTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
+
+
+def test_all_frames_are_standardized(store):
+    """Target (seen in x_t), reference and condition; the store's latents have mean 3 and deviation 2."""
+    made = trainer(store, config(standardize=True))
+    batch, seen = made.sampler.batch(0), inputs_of(made)
+    made.train_step(0)
+    draws = draw_flow(tuple(batch.target.shape), step_generator(0, 0, CPU, "flow"), CPU)
+    ((x_t, reference, condition, distance, t),) = seen
+    mean, std = (torch.from_numpy(values)[:, None, None] for values in (store.mean, store.std))
+    target = (batch.target - mean) / std
+    torch.testing.assert_close(x_t, path_sample(target, draws.noise, draws.t).x_t)
+    torch.testing.assert_close(reference, (batch.reference - mean) / std)
+    torch.testing.assert_close(condition, (batch.condition - mean) / std)
+    assert torch.equal(distance, batch.distance)
+    assert torch.equal(t, draws.t)
 
 
 def test_a_batch_in_parts_is_the_batch(store):
