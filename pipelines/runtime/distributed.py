@@ -15,7 +15,9 @@ from pipelines.errors import UserError
 
 # Timeout until all processes have started.
 START = datetime.timedelta(minutes=10)
-# Timeout while rank 0 indexes videos and validates.
+# Timeout of an exchange within a step, before which a slower process may have decoded videos.
+STEP = datetime.timedelta(minutes=30)
+# Timeout while rank 0 indexes videos and validates, which the control group waits for.
 PATIENCE = datetime.timedelta(hours=2)
 
 
@@ -168,11 +170,9 @@ class Processes:
         if len(set(types)) > 1:
             where = ", ".join(f"process {rank} on {name}" for rank, name in enumerate(types))
             raise UserError(f"the processes need devices of one type, but run {where}: name it by --device")
-        # A step's exchange begins at the same time everywhere and has PyTorch's timeout of some minutes. Whatever waits
-        # for rank 0 uses the control group.
         groups = dist.PrefixStore("groups", self.store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=groups, rank=self.rank, world_size=self.count)
+        dist.init_process_group(backend, store=groups, rank=self.rank, world_size=self.count, timeout=STEP)
         _groups["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @contextmanager
