@@ -354,6 +354,8 @@ def test_the_host_does_not_wait_for_the_device_from_frame_to_frame(options):
     assert generate_latents(field, context, 4, plan(**options), draws, on_frame=on_frame).shape[1] == 6
 
 
-def test_a_read_value_is_noticed():
-    with pytest.raises(AssertionError, match="makes the host wait"), NoHostSync():
-        torch.ones(()).item()
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("read", [Tensor.item, Tensor.tolist, bool, float, int, Tensor.nonzero])
+def test_a_read_value_is_noticed(read, inference):
+    with pytest.raises(AssertionError, match="makes the host wait"), torch.inference_mode(inference), NoHostSync():
+        read(torch.ones(()))
