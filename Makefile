@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+# PyPI's torch is built for CUDA 13.0: TORCH_INDEX=https://download.pytorch.org/whl/cu126 takes a build for older drivers.
+TORCH_INDEX ?=
 DATASET ?= $(shell cat .last_dataset 2>/dev/null || echo shapes)
 ARGS ?=
 export DEVICE MIRROR SCHEDULER DOWNLOAD
@@ -18,7 +20,7 @@ CONFIG = --config configs/$(DATASET).yaml
 # DATASET is remembered as the default of the next targets.
 remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
 
-.PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect verify bench
+.PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect verify bench gpu-check
 
 help:  ## list all targets
 	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
@@ -33,7 +35,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("RIVER needs python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@echo "setting up .venv; this takes a minute or more"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) )torch
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -108,3 +110,6 @@ verify: setup  ## check every checksum of the store and encode N=64 frames again
 bench: setup  ## measure this machine: decoding, encoding, store, flow; runs/<dataset>/benchmark.json
 	$(remember)
 	@$(RIVER) bench $(CONFIG) $(ARGS)
+
+gpu-check: setup  ## compare this machine's GPU with its CPU and measure it, in minutes (DEVICE=cpu: a rehearsal)
+	@$(RIVER) gpu-check --config configs/shapes.yaml $(ARGS)

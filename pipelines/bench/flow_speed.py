@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from math import prod
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ def flow_measurements(bench: Workbench) -> Iterator[Measurement]:
     """Measure the store and the configuration's training, from random latents and weights."""
     cache, size = random_store(bench), bench.config.flow.training.batch_size
     yield _loading(bench, cache)
-    fp32, bf16 = (_step_seconds(bench, cache, precision) for precision in ("fp32", "bf16"))
+    fp32, bf16 = (step_seconds(bench, cache, precision=precision) for precision in ("fp32", "bf16"))
     yield _stored_compared_to_encoding(bench, fp32)
     yield Measurement(
         f"flow: step, batch {size}, bf16", 1 / bf16, "steps/s", f"fp32: {1 / fp32:.3g} steps/s", fp32 / bf16
@@ -92,19 +94,26 @@ def _loading(bench: Workbench, cache: LatentCache) -> Measurement:
     )  # fmt: skip
 
 
-def _step_seconds(bench: Workbench, cache: LatentCache, precision: Literal["fp32", "bf16"]) -> float:
-    """Seconds per training step of the configuration, precision aside."""
-    config, device, steps = bench.config, bench.device, itertools.count()
-    calls = 20 if device.type == "cuda" else 1  # per synchronization
-    training = config.flow.training.model_copy(update={"precision": precision})
-    config = config.model_copy(update={"flow": config.flow.model_copy(update={"training": training})})
-    sampler = ResidentSampler(cache, device, config.seed, training.batch_size, training.clip_frames)
-    trainer = FlowTrainer(config, device, cache, sampler)
-    with training_in(precision):
-        for _ in range(WARM_UP_STEPS if device.type == "cuda" else 0):
-            trainer.train_step(next(steps))
-        (seconds,) = bench.in_turn(lambda: [trainer.train_step(next(steps)) for _ in range(calls)])
-    sampler.close()
+def step_seconds(bench: Workbench, cache: LatentCache, **training: Any) -> float:
+    """Seconds per training step of the configuration, with other settings of `flow.training` where they are given."""
+    flow, device, steps = bench.config.flow, bench.device, itertools.count()
+    flow = flow.model_copy(update={"training": flow.training.model_copy(update=training)})
+    config = bench.config.model_copy(update={"flow": flow})
+    sampler = ResidentSampler(cache, device, config.seed, flow.training.batch_size, flow.training.clip_frames)
+    with closing(sampler):
+        trainer = FlowTrainer(config, device, cache, sampler)
+        with training_in(trainer.precision):
+            calls = 1
+            if device.type == "cuda":
+                for _ in range(WARM_UP_STEPS):
+                    trainer.train_step(next(steps))  # compiles and records
+                torch.cuda.synchronize(device)
+                started = time.perf_counter()
+                trainer.train_step(next(steps))
+                torch.cuda.synchronize(device)
+                # Of a GPU that is faster than its launches, several steps per synchronization.
+                calls = max(1, min(20, int(0.25 / (time.perf_counter() - started))))
+            (seconds,) = bench.in_turn(lambda: [trainer.train_step(next(steps)) for _ in range(calls)])
     return seconds / calls
 
 

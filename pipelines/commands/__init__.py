@@ -20,4 +20,5 @@ COMMANDS = (
     "inspect",
     "import-official",
     "bench",
+    "gpu-check",
 )

@@ -171,6 +171,7 @@ class FlowTrainer(Trainer):
     Attributes:
         model: the vector field.
         network: the field as training calls it: compiled, distributed, or neither.
+        draw_device: device that noise and times are drawn on; a CPU and a GPU draw different numbers.
         standardization: between the store's raw latents and those that the field is trained on.
     """
 
@@ -198,6 +199,7 @@ class FlowTrainer(Trainer):
             standardization: of the training that is resumed; None: by the configuration, from the split.
         """
         self.config, self.training, self.device = config, config.flow.training, device
+        self.draw_device = device
         self.sampler, self.validation, self.samples = sampler, validation, samples
         self.checkpoint_state, self.processes = state or {}, processes
         self.precision = resolve_precision(self.training.precision, device)
@@ -228,7 +230,7 @@ class FlowTrainer(Trainer):
         # Drawn for the global batch, so that draws don't depend on the number of processes.
         draws = draw_flow(
             (training.batch_size, *batch.target.shape[1:]),
-            step_generator(seed, step, self.device, "flow"),
+            step_generator(seed, step, self.draw_device, "flow"),
             self.device,
             times=training.time_sampling,
         ).rows(processes.rows(training.batch_size))
