@@ -137,7 +137,8 @@ class ChunkEncoder:
     def _threads_in_budget(self, block: int) -> Threads:
         """One decoder and one encoder per core and two chunks at once, or as few of them as the budget allows.
 
-        Two chunks, so that one is written while the next one is encoded.
+        Two chunks, so that one is written while the next one is encoded; more where a chunk has fewer videos than there
+        are decoders, each of which decodes another video.
 
         Args:
             block: bytes of `block_frames` frames.
@@ -161,7 +162,10 @@ class ChunkEncoder:
                 f"{needed} MiB ({latents} MiB of them for its latents): raise it, or lower cache.batch_frames or "
                 "cache.chunk_frames"
             )
-        return Threads(decoders, encoders, chunks=2 if left - decoders * decoder >= chunk else 1)
+        lengths = [VideoTable.of(source.videos).frames.mean() for source in self.job.splits.values() if source.videos]
+        videos = max(1, int(self.job.chunk_frames / (max(lengths) * views)))  # of a chunk
+        further = min(math.ceil(decoders / videos), (left - decoders * decoder) // chunk)
+        return Threads(decoders, encoders, chunks=1 + further)
 
 
 def video_rows(splits: Mapping[str, VideoSource]) -> dict[str, dict[str, int]]:

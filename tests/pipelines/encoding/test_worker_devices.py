@@ -1,9 +1,12 @@
 """Encoding on GPUs, decided without one: which GPU a cluster's worker takes, and how many threads feed it."""
 
+import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,5 +60,26 @@ def test_all_cores_decode_for_a_gpu_whatever_its_network_needs(kit, monkeypatch)
     monkeypatch.setattr("stage1_autoencoder.frame_encoder.LIVE_FEATURE_MAPS", 10**6)  # far beyond the host's memory
     job = EncodeJob(kit.splits, kit.config(memory_budget="1 GiB").cache, None, "", "cuda", (4, 4, 4), {}, 10)
     encoder = ChunkEncoder(job, kit.model, torch.device("cuda"))
-    assert encoder.threads == (48, 2, 2)
+    assert (encoder.threads.decoders, encoder.threads.encoders) == (48, 2)
     encoder.close()
+
+
+def test_all_cores_decode_where_a_chunk_has_few_videos(kit, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    kit.splits = {"train": kit.Source({"long": 400, "longer": 420})}
+    source = kit.splits["train"]
+    source.seconds = {"long": 1e-3, "longer": 1e-3}
+    decoding, most = [0], [0]
+    iterate, lock = source.iterate, threading.Lock()
+
+    def counted(*arguments: int) -> Iterator[np.ndarray]:
+        with lock:
+            decoding[0] += 1
+            most[0] = max(most[0], decoding[0])
+        yield from iterate(*arguments)
+        with lock:
+            decoding[0] -= 1
+
+    monkeypatch.setattr(type(source), "iterate", lambda self, *arguments: counted(*arguments))
+    kit.encode(chunk_frames=20)
+    assert most[0] == 6
