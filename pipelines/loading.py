@@ -27,7 +27,8 @@ class PredictorParts:
     """Networks that were trained together, on the device, in eval mode, frozen.
 
     Attributes:
-        autoencoder: `.encode(images)`, `.quantize(latents)`, `.decode(latents)`.
+        autoencoder: `.encode(images)`, `.quantize(latents)`, `.decode(latents)`; called directly, these compute as the
+            process is set.
         vector_field: called with final latents: (x_t, reference, condition, distance, t) -> velocity.
         standardization: between the raw latents of the autoencoder and the final latents of the field.
         sampling: the default sampler settings.

@@ -239,11 +239,10 @@ class VideoPredictor(PredictorParts):
         reached = past_window(known_frames(context) + num_frames - 1, options.past_horizon).count
         if longest is None or reached <= longest:
             return options
-        far = f"conditions up to {reached} frames before the reference, and the flow was trained up to {longest}"
         if options.preset == "official":
-            self._say_once(f"sampling.preset official: {far}")
+            self._say_once(f"preset official: conditions up to {reached} frames back, and training knew {longest}")
             return options
-        self._say_once(f"predictions draw conditions from the last {longest + 1} frames: the rollout reaches {far}")
+        self._say_once(f"conditions are drawn from the last {longest + 1} frames: training knew none farther back")
         return options.model_copy(update={"past_horizon": longest + 1})
 
     def _say_once(self, message: str) -> None:

@@ -144,10 +144,10 @@ def test_auto_goes_on_in_the_precision_of_the_existing_training(trained, tmp_pat
 def test_predictions_stay_within_the_distances_of_the_training(copied) -> None:
     """Clips of 8 frames in training: a condition is at most 6 frames before its reference."""
     usual = copied.run("sample").ok()
-    assert "draw conditions from" not in usual.out
+    assert "drawn from the last" not in usual.out
     longer = copied.run("sample", sets=("evaluation.horizon=9",)).ok()
-    assert longer.out.count("draw conditions from the last 7 frames") == 1
+    assert longer.out.count("drawn from the last 7 frames") == 1
     listed = json.loads((copied.runs / "samples" / "samples.json").read_text())
     assert (listed["sampling"]["past_horizon"], listed["sampling"]["precision"]) == (7, "fp32")
     official = ("evaluation.horizon=9", "sampling.preset=official", "sampling.solver=euler", "sampling.steps=4")
-    assert "draw conditions from" not in copied.run("sample", sets=official).ok().out
+    assert "drawn from the last" not in copied.run("sample", sets=official).ok().out

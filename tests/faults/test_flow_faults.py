@@ -1,6 +1,7 @@
 """Training a flow: wrong settings, too little memory, losses that are not finite."""
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -36,10 +37,13 @@ def test_clips_longer_than_the_videos(flowless) -> None:
 
 
 def test_a_horizon_that_sampling_ignores(flowless) -> None:
-    words = "set sampling.past_horizon=4"
-    sets = ["flow.training.past_horizon=4"]
-    assert words in flowless.run("train-flow", sets=sets).ok().err
-    assert words not in flowless.run("train-flow", "--restart", sets=[*sets, "sampling.past_horizon=4"]).ok().err
+    """Predictions keep to the horizon of the training."""
+    flowless.run("train-flow", sets=["flow.training.past_horizon=4"]).ok()
+    for ignored, expected in (("null", 4), ("5", 4), ("3", 3)):
+        sets = ["flow.training.past_horizon=4", f"sampling.past_horizon={ignored}"]
+        flowless.run("sample", sets=sets).ok()
+        listed = json.loads((flowless.runs / "samples" / "samples.json").read_text())
+        assert listed["sampling"]["past_horizon"] == expected
 
 
 def test_a_horizon_is_trained_with(flowless, story, monkeypatch) -> None:
