@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import av
 from PIL import Image
 from pydantic import BaseModel
 
@@ -248,13 +247,10 @@ class _Writer:
         options = {"format": "PNG", "compress_level": PNG_LEVEL}
         if self.image_format == "jpg":
             options = {"format": "JPEG", "quality": self.quality, "subsampling": 0}
-        try:
-            for frame in self.sources[job.split].iterate(job.index):
-                content = io.BytesIO()
-                Image.fromarray(frame).save(content, **options)
-                yield content.getvalue()
-        except av.error.FFmpegError as error:  # such as a color space that FFmpeg cannot convert
-            raise BrokenVideoError(job.video.id, f"its frames cannot be converted ({error.strerror})") from error
+        for frame in self.sources[job.split].iterate(job.index):
+            content = io.BytesIO()
+            Image.fromarray(frame).save(content, **options)
+            yield content.getvalue()
 
 
 def _announce(config: RiverConfig, asked: Sequence[_Job], pending: Sequence[_Job], writer: _Writer) -> None:

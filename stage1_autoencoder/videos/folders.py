@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import av
 import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
-from stage1_autoencoder.videos.image_folders import decode_folder, list_frames
+from stage1_autoencoder.videos.display import Display
+from stage1_autoencoder.videos.image_folders import decode_folder, decode_webp, is_webp, list_frames
 from stage1_autoencoder.videos.index import Indexed, examine_video, index_videos
-from stage1_autoencoder.videos.listing import Listing, find_videos
+from stage1_autoencoder.videos.listing import Listing, count_videos, find_videos
 from stage1_autoencoder.videos.names import join_names
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.source import (
@@ -26,7 +28,7 @@ from stage1_autoencoder.videos.source import (
     VideoInfo,
     VideoTable,
 )
-from stage1_autoencoder.videos.splits import SPLITS, choose_fractions, split_folders, split_training
+from stage1_autoencoder.videos.splits import SPLITS, choose_fractions, skip_beside, split_folders, split_training
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, decode_video
 
 
@@ -45,14 +47,14 @@ CutVideo = Callable[[str, int], Iterable[Cut | SkippedVideo]]
 class Clip(NamedTuple):
     """A video or a cut of one: its path below the source's folder, first and one-past-last frame before `frame_step`.
 
-    `keyframes` are those of the file at which decoding may start.
+    `probe` is that of the whole video.
     """
 
     info: VideoInfo
     name: str
     first: int
     stop: int
-    keyframes: tuple[Keyframe, ...]
+    probe: Probe
 
 
 def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None) -> Clip:
@@ -72,9 +74,9 @@ def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: 
         frames=(stop - first - 1) // frame_step + 1,
         fps=probe.fps / frame_step,
         fingerprint=fingerprint if cut is None else f"{fingerprint} {first}:{stop}",
-        size=(probe.width, probe.height),
+        size=probe.display.size(probe.width, probe.height),
     )
-    return Clip(info, name, first, stop, probe.keyframes)
+    return Clip(info, name, first, stop, probe)
 
 
 class FolderSource(DivisibleSource):
@@ -92,14 +94,18 @@ class FolderSource(DivisibleSource):
         self.dataset = dataset
         self.root = root
         self._names: list[str] = []
+        self._pictures: list[tuple[int, int, Display]] = []  # size and display of the decoded frames
         ends, keyframes, per_video = array("q"), array("q"), array("q")
+        shared: dict[tuple[int, int, Display], tuple[int, int, Display]] = {}  # most videos are alike
 
         def infos() -> Iterator[VideoInfo]:
             for clip in clips:
                 self._names.append(clip.name)
+                pictures = (clip.probe.width, clip.probe.height, clip.probe.display)
+                self._pictures.append(shared.setdefault(pictures, pictures))
                 ends.extend((clip.first, clip.stop))
-                keyframes.extend(itertools.chain.from_iterable(clip.keyframes))
-                per_video.append(len(clip.keyframes))
+                keyframes.extend(itertools.chain.from_iterable(clip.probe.keyframes))
+                per_video.append(len(clip.probe.keyframes))
                 yield clip.info
 
         self.videos = VideoTable(infos())
@@ -117,6 +123,7 @@ class FolderSource(DivisibleSource):
     def select(self, rows: np.ndarray) -> Self:
         source = super().select(rows)
         source._names = [self._names[row] for row in rows.tolist()]
+        source._pictures = [self._pictures[row] for row in rows.tolist()]
         source._ends = self._ends[rows]
         starts, counts = self._keyframe_offsets[rows], np.diff(self._keyframe_offsets)[rows]
         source._keyframe_offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -131,14 +138,21 @@ class FolderSource(DivisibleSource):
         video, path, step = self.videos[index], self.root / self._names[index], self.dataset.frame_step
         first = int(self._ends[index, 0]) + start * step
         last = first + (stop - 1 - start) * step
+        probe = self.probe(index)
         if path.is_dir():
             decode = decode_folder
+        elif is_webp(path):
+            decode = decode_webp
         else:
-            decode = partial(decode_video, probe=self.probe(index))
-        preprocess = FramePreprocessor(self.dataset.image_size)
+            decode = partial(decode_video, probe=probe)
+        preprocess = FramePreprocessor(self.dataset.image_size, display=probe.display)
         with contextlib.closing(decode(path, video.id, first, last + 1, step)) as frames:
             for frame in frames:
-                yield preprocess(frame)
+                try:
+                    pixels = preprocess(frame)
+                except av.error.FFmpegError as error:  # such as a color space that FFmpeg cannot convert
+                    raise BrokenVideoError(video.id, f"its frames cannot be converted ({error.strerror})") from error
+                yield pixels
 
     def recording(self, index: int) -> Recording:
         """The file or frame folder, of which a video may be a cut."""
@@ -146,10 +160,10 @@ class FolderSource(DivisibleSource):
 
     def probe(self, index: int) -> Probe:
         """What decoding needs to know about a file; of a cut, the number of frames is its end."""
-        video = self.videos[index]
+        width, height, display = self._pictures[index]
         keyframes = self._keyframes[self._keyframe_offsets[index] : self._keyframe_offsets[index + 1]].tolist()
-        stop = int(self._ends[index, 1])
-        return Probe(stop, video.fps, *video.size, tuple(Keyframe(*pair) for pair in keyframes))
+        stop, chosen = int(self._ends[index, 1]), tuple(Keyframe(*pair) for pair in keyframes)
+        return Probe(stop, self.videos[index].fps, width, height, chosen, display)
 
 
 def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
@@ -160,7 +174,8 @@ def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> di
     the fraction `dataset.splits.test` if it is set, and otherwise there is no test split. If `root` has no such
     folders, both fractions (0.1 each unless set) are taken of all videos. See `rows_by_fractions`.
 
-    Unusable videos are listed as `skipped` in the split of their folder, or in train.
+    Unusable videos are listed as `skipped` in the split of their folder, or in train, and there too what lies beside
+    these folders.
 
     Args:
         remember: False writes nothing; see `index_videos`.
@@ -169,13 +184,16 @@ def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> di
     """
     if not root.is_dir():
         raise VideoError(f"{root}: no such folder; put the videos of {dataset.name!r} there, or set dataset.root")
-    folders = split_folders(root) or {"train": root}
-    fractions = choose_fractions(dataset, has_folders=folders["train"] != root)
+    named = split_folders(root)
+    folders = named or {"train": root}
+    fractions = choose_fractions(dataset, has_folders=bool(named))
     listings = {}
     for split, folder in folders.items():
         listing = find_videos(folder)
         inside = "" if folder == root else f"{folder.relative_to(root)}/"
         listings[split] = replace(listing, folder=root, names=[inside + name for name in listing.names])
+    skipped = [*listings["train"].skipped, *skip_beside(root, named, count_videos)]
+    listings["train"] = replace(listings["train"], skipped=skipped)
     sources = index_listings(dataset, root, listings, remember)
     for split, source in sources.items():
         if not source.videos:

@@ -16,7 +16,7 @@ from stage1_autoencoder.videos.index import Entry, IndexCache, stamp
 from stage1_autoencoder.videos.names import natural_order
 from stage1_autoencoder.videos.shards import ShardError, ShardSource, open_shards
 from stage1_autoencoder.videos.source import UNKNOWN_FPS, VideoError, VideoInfo
-from stage1_autoencoder.videos.splits import choose_fractions, split_folders, split_training
+from stage1_autoencoder.videos.splits import choose_fractions, skip_beside, split_folders, split_training
 from stage1_autoencoder.videos.video_files import Probe
 
 _NOT_VIDEOS = frozenset({"len", "videos"})
@@ -204,8 +204,10 @@ def open_hdf5(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict
     way_out = f"put the shards of {dataset.name!r} there, in folders train, val and test, or set dataset.root"
     if not root.is_dir():
         raise VideoError(f"{root}: no such folder; {way_out}")
-    folders = split_folders(root) or {"train": root}
-    fractions = choose_fractions(dataset, has_folders=folders["train"] != root)
+    named = split_folders(root)
+    fractions = choose_fractions(dataset, has_folders=bool(named))
     with IndexCache(root, remember) as cache:
-        sources = open_shards(Hdf5Source, dataset, folders, way_out, cache)
+        sources = open_shards(Hdf5Source, dataset, named or {"train": root}, way_out, cache)
+    beside = skip_beside(root, named, lambda path: int(path.suffix.lower() in Hdf5Source.extensions))
+    sources["train"].skipped.extend(beside)
     return split_training(dataset, root, sources, fractions)

@@ -14,26 +14,30 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
-from stage1_autoencoder.videos.image_folders import list_frames, probe_folder
+from stage1_autoencoder.videos.display import Display
+from stage1_autoencoder.videos.image_folders import is_webp, list_frames, probe_folder, probe_webp
 from stage1_autoencoder.videos.source import BrokenVideoError
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
 
 CACHE_NAME = ".river_index.sqlite"
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 _WORKERS = 8  # opening files is mostly waiting, and FFmpeg releases Python's lock
 _AHEAD = 16 * _WORKERS  # videos examined ahead of the one whose result is taken
 _COMMIT_SECONDS = 5.0  # longest time for which results may be lost by a crash
 _TABLE = """CREATE TABLE video (
-    name BLOB PRIMARY KEY, bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, frames INTEGER NOT NULL,
-    fps REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL, keyframes TEXT NOT NULL, digest TEXT NOT NULL
+    name BLOB PRIMARY KEY, stamp TEXT NOT NULL, frames INTEGER NOT NULL, fps REAL NOT NULL, width INTEGER NOT NULL,
+    height INTEGER NOT NULL, keyframes TEXT NOT NULL, orientation INTEGER NOT NULL, aspect TEXT NOT NULL,
+    digest TEXT NOT NULL
 ) WITHOUT ROWID"""
+_COLUMNS = "stamp, frames, fps, width, height, keyframes, orientation, aspect, digest"
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,10 @@ class Indexed:
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """What reveals a change of a file; of a frame folder: the total size and the newest time of its frames."""
-
-    bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
 class Entry:
     """A usable video: its stamp when it was probed, the probe, and the digest of its content."""
 
-    stamp: Stamp
+    stamp: str
     probe: Probe
     digest: str
 
@@ -65,7 +61,7 @@ class Entry:
 def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Iterator[Indexed]:
     """Probe videos below `root`, except those that an earlier call has probed.
 
-    Results are kept in the folder (see `IndexCache`) and hold as long as a file's size and mtime do; so an interrupted
+    Results are kept in the folder (see `IndexCache`) and hold as long as a video's `stamp` does; so an interrupted
     call is resumed. If the folder is read-only, videos are probed each time; so are unusable videos.
 
     Args:
@@ -75,9 +71,9 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
         one result per name, in order.
     """
 
-    def examine(name: str, known: Entry | None) -> tuple[Stamp, Indexed, bool]:
+    def examine(name: str, known: Entry | None) -> tuple[str, Indexed, bool]:
         """The stamp, the result, and whether it is new."""
-        path, seen = root / name, Stamp(0, 0)
+        path, seen = root / name, ""
         try:
             seen = stamp(path)
             if known is not None and known.stamp == seen:
@@ -119,7 +115,8 @@ def examine_video(path: Path, video_id: str) -> Indexed:
         BrokenVideoError: it cannot be used.
     """
     try:
-        probe = probe_folder(path, video_id) if path.is_dir() else probe_video(path, video_id)
+        probe_kind = probe_folder if path.is_dir() else probe_webp if is_webp(path) else probe_video
+        probe = probe_kind(path, video_id)
         return Indexed(probe, digest(path))
     except OSError as error:
         raise BrokenVideoError(video_id, f"cannot be read ({error.strerror})") from error
@@ -142,12 +139,16 @@ def digest(path: Path) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def stamp(path: Path) -> Stamp:
-    """Size and modification time of a file, or of the frames of a folder."""
-    if path.is_dir():
-        stats = [frame.stat() for frame in list_frames(path)]
-        return Stamp(sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats))
-    return Stamp(path.stat().st_size, path.stat().st_mtime_ns)
+def stamp(path: Path) -> str:
+    """What reveals a change: size and time of a file; a digest of names, sizes and times of the frames of a folder."""
+    if not path.is_dir():
+        stat = path.stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    frames = hashlib.sha256()
+    for frame in list_frames(path):
+        stat = frame.stat()
+        frames.update(b"%b/%d %d\n" % (os.fsencode(frame.name), stat.st_size, stat.st_mtime_ns))
+    return frames.hexdigest()
 
 
 class IndexCache:
@@ -180,14 +181,15 @@ class IndexCache:
         if self._database is None:
             return None
         try:
-            query = "SELECT bytes, mtime_ns, frames, fps, width, height, keyframes, digest FROM video WHERE name = ?"
+            query = f"SELECT {_COLUMNS} FROM video WHERE name = ?"
             row = self._database.execute(query, (os.fsencode(name),)).fetchone()
             if row is None:
                 return None
-            size, mtime_ns, frames, fps, width, height, keyframes, digest = row
+            seen, frames, fps, width, height, keyframes, orientation, aspect, digest = row
             chosen = tuple(Keyframe(*pair) for pair in json.loads(keyframes))
-            return Entry(Stamp(size, mtime_ns), Probe(frames, fps, width, height, chosen), digest)
-        except (sqlite3.Error, ValueError, TypeError):
+            display = Display(orientation, Fraction(aspect))
+            return Entry(seen, Probe(frames, fps, width, height, chosen, display), digest)
+        except (sqlite3.Error, ValueError, TypeError, ZeroDivisionError):
             self._give_up()
             return None
 
@@ -196,10 +198,10 @@ class IndexCache:
         if self._database is None or not self._writes:
             return
         probe = entry.probe
-        row = (os.fsencode(name), entry.stamp.bytes, entry.stamp.mtime_ns, probe.frames, probe.fps, probe.width)
-        row += (probe.height, json.dumps(probe.keyframes), entry.digest)
+        row = (os.fsencode(name), entry.stamp, probe.frames, probe.fps, probe.width, probe.height)
+        row += (json.dumps(probe.keyframes), probe.display.orientation, str(probe.display.aspect), entry.digest)
         try:
-            self._database.execute("INSERT OR REPLACE INTO video VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._database.execute(f"INSERT OR REPLACE INTO video VALUES ({', '.join('?' * len(row))})", row)
         except sqlite3.Error:
             self._give_up()
             return

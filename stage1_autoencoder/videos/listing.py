@@ -90,6 +90,16 @@ def find_videos(folder: Path) -> Listing:
     return listing.select(natural_order(listing.ids))
 
 
+def count_videos(path: Path) -> int:
+    """The number of videos that a file or folder is or holds; 0 if there are none."""
+    if not path.is_dir():
+        return int(path.suffix.lower() in VIDEO_EXTENSIONS)
+    try:
+        return len(find_videos(path))
+    except VideoError:  # there are none in it, but it may be a folder of frames itself
+        return int(any(map(is_frame, os.listdir(path))))
+
+
 def find_named_videos(root: Path, id_of: Callable[[str], str | None], example: str, way_out: str) -> Listing:
     """Find the videos below `root` that are named as their data set names them, in any folder.
 

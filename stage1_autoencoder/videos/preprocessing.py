@@ -3,8 +3,9 @@
 Every decoded frame counts once, in presentation order, whatever its timestamp; frames 0, k, 2k... are kept
 (k = frame_step). A frame is cropped to the centered square of its short side (offset (long - short) // 2), then resized
 to image_size with an area filter (the mean over each output pixel's footprint, including fractions of source pixels),
-or with a bicubic filter if it is smaller than image_size. Grayscale becomes three equal channels. Rotation metadata and
-transparency are ignored.
+or with a bicubic filter if it is smaller than image_size. Square and offset are those of the frame as it is shown, with
+square pixels and turned the right way up (`Display`); it is turned after resizing, when it is smallest. Grayscale
+becomes three equal channels. What is transparent shows black behind it.
 
 swscale resizes and converts to RGB in one pass, with 15 bits in between. With the flags below it agrees with float64
 area averaging up to rounding (0.6 levels; the tests check this) where color is stored at the output's resolution or
@@ -17,6 +18,7 @@ edges of its samples. Large frames have left the processor's cache when they arr
 """
 
 import math
+from functools import cache
 
 import av
 import av.filter
@@ -24,6 +26,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.display import AS_STORED, Display, Region
 
 # Full chroma resolution and exact rounding, without which swscale takes every other chroma sample and truncates.
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -66,13 +69,14 @@ class FramePreprocessor:
         uses_graph: the last frame took the filter graph.
     """
 
-    def __init__(self, image_size: int, graph_after: int = GRAPH_AFTER) -> None:
+    def __init__(self, image_size: int, graph_after: int = GRAPH_AFTER, display: Display = AS_STORED) -> None:
         """Prepare for any frames.
 
         Args:
             graph_after: number of frames of a kind (size, format, color tags) before a filter graph is built.
+            display: how the frames are shown.
         """
-        self.image_size, self.graph_after = image_size, graph_after
+        self.image_size, self.graph_after, self.display = image_size, graph_after, display
         # One per conversion, because each holds swscale's tables for the last size and format.
         self._to_planar = VideoReformatter()
         self._to_square = VideoReformatter()
@@ -97,14 +101,16 @@ class FramePreprocessor:
         if kind != self._kind:
             self._kind, self._seen, self._graph = kind, 0, None
         self._seen += 1
-        if self._seen == self.graph_after + 1 and frame.width * frame.height <= _GRAPH_PIXELS and _cut_by_slices(frame):
-            self._graph = _SquareGraph(frame, self.image_size)
+        if self._seen == self.graph_after + 1 and frame.width * frame.height <= _GRAPH_PIXELS:
+            square = self.display.square(frame.width, frame.height)
+            if _cut_by_slices(frame, square):
+                self._graph = _SquareGraph(frame, square, self.image_size)
         packed = self._convert(frame) if self._graph is None else self._graph.convert(frame)
         # A copy, because rows may be padded, and the array would keep FFmpeg's memory alive.
         pixels = np.frombuffer(packed.planes[0], np.uint8).reshape(self.image_size, -1)
         result = np.empty((self.image_size, self.image_size, 3), np.uint8)
         result.reshape(self.image_size, -1)[:] = pixels[:, : 3 * self.image_size]
-        return result
+        return self.display.turn(result)
 
     @property
     def uses_graph(self) -> bool:
@@ -113,7 +119,7 @@ class FramePreprocessor:
     def _convert(self, frame: av.VideoFrame) -> av.VideoFrame:
         """The general path: [image_size, image_size] rgb24."""
         side = self.image_size
-        if (frame.format.name, frame.width, frame.height) == ("rgb24", side, side):
+        if (frame.format.name, frame.width, frame.height, self.display.aspect) == ("rgb24", side, side, 1):
             return frame
         square = self._crop(frame)
         # Through planes: the scaler's packed RGB output takes twice the time.
@@ -122,7 +128,8 @@ class FramePreprocessor:
             side,
             side,
             "gbrp",
-            interpolation=_EXACT | (Interpolation.AREA if square.width >= side else Interpolation.BICUBIC),
+            interpolation=_EXACT
+            | (Interpolation.AREA if min(square.width, square.height) >= side else Interpolation.BICUBIC),
             threads=1,  # a small frame takes less time than starting threads
         )
         return self._to_packed.reformat(picture, format="rgb24", interpolation=_EXACT, threads=1)
@@ -130,30 +137,43 @@ class FramePreprocessor:
     def _crop(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Cut the centered square out of a frame, to the pixel, as a planar 8-bit frame (valid until the next call)."""
         if frame.format.name not in _CROPPABLE:
-            frame = self._to_planar.reformat(frame, format="gbrp", interpolation=_EXACT, threads=1)
+            planar = "gbrap" if _has_alpha(frame.format.name) else "gbrp"
+            frame = self._to_planar.reformat(frame, format=planar, interpolation=_EXACT, threads=1)
         layout = (frame.format.name, frame.width, frame.height)
         if layout != self._layout:
             self._layout = layout
-            self._cuts, square_format = _cuts(frame)
-            side = min(frame.width, frame.height)
-            self._square = av.VideoFrame(side, side, square_format) if self._cuts else None
+            square = self.display.square(frame.width, frame.height)
+            self._cuts, square_format = _cuts(frame, square)
+            self._square = av.VideoFrame(square.width, square.height, square_format) if self._cuts else None
             self._targets = [_pixels(plane) for plane in self._square.planes] if self._square else []
         if self._square is None:
             return frame
         self._square.color_range = frame.color_range
         self._square.colorspace = frame.colorspace
-        for target, source, cut in zip(self._targets, frame.planes, self._cuts, strict=True):
-            target[:] = _pixels(source)[cut]
+        planes = [_pixels(plane)[cut] for plane, cut in zip(frame.planes, self._cuts, strict=True)]
+        alpha = planes.pop() if len(planes) > len(self._targets) else None
+        if alpha is not None and alpha.min() == 255:  # as of most frames
+            alpha = None
+        for target, source in zip(self._targets, planes, strict=True):
+            target[:] = source if alpha is None else _over_black(source, alpha)
         return self._square
+
+
+def _over_black(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return ((color.astype(np.uint16) * alpha + 127) // 255).astype(np.uint8)
+
+
+@cache
+def _has_alpha(name: str) -> bool:
+    pixel_format = av.VideoFormat(name)
+    return pixel_format.has_palette or any(component.is_alpha for component in pixel_format.components)
 
 
 class _SquareGraph:
     """A filter graph from frames of one kind (size, format, color tags) to squares of [image_size, image_size]."""
 
-    def __init__(self, frame: av.VideoFrame, image_size: int) -> None:
-        side = min(frame.width, frame.height)
-        left, top = (frame.width - side) // 2, (frame.height - side) // 2
-        flags = f"{'area' if side >= image_size else 'bicubic'}+{_EXACT_NAMES}"
+    def __init__(self, frame: av.VideoFrame, square: Region, image_size: int) -> None:
+        flags = f"{'area' if min(square.width, square.height) >= image_size else 'bicubic'}+{_EXACT_NAMES}"
         self._graph = graph = av.filter.Graph()
         graph.threads = 1
         self._source = graph.add(
@@ -168,7 +188,7 @@ class _SquareGraph:
         plain = graph.add(
             "setparams", "field_mode=prog:chroma_location=unspecified:color_primaries=unknown:color_trc=unknown"
         )
-        crop = graph.add("crop", f"{side}:{side}:{left}:{top}:exact=1")
+        crop = graph.add("crop", f"{square.width}:{square.height}:{square.left}:{square.top}:exact=1")
         resize = graph.add("scale", f"{image_size}:{image_size}:flags={flags}")
         planar = graph.add("format", "gbrp")
         pack, packed = graph.add("scale", f"flags={flags}"), graph.add("format", "rgb24")
@@ -180,27 +200,33 @@ class _SquareGraph:
         return self._sink.pull()
 
 
-def _cut_by_slices(frame: av.VideoFrame) -> bool:
+def _cut_by_slices(frame: av.VideoFrame, square: Region) -> bool:
     """Whether a frame has to be cropped to a square, and can be at the edges of its chroma samples."""
     if frame.format.name not in _CROPPABLE:
         return False
-    cuts, _ = _cuts(frame)
+    cuts, _ = _cuts(frame, square)
     return bool(cuts) and isinstance(cuts[0][0], slice)
 
 
-def _cuts(frame: av.VideoFrame) -> tuple[list[tuple], str]:
-    """Numpy indices that cut the centered square out of each plane (none for a square), and the result's format."""
-    name, side = frame.format.name, min(frame.width, frame.height)
-    left, top = (frame.width - side) // 2, (frame.height - side) // 2
+def _cuts(frame: av.VideoFrame, square: Region) -> tuple[list[tuple], str]:
+    """Numpy indices that cut a part out of each plane (none if it is all of an opaque frame), and the result's format.
+
+    Args:
+        frame: planar, 8 bit.
+    """
+    left, top, width, height = square
+    name = frame.format.name
+    opaque = name.replace("gbrap", "gbrp")
     # Pixels per sample of each plane, across and down.
     steps = [(_step(frame.width, plane.width), _step(frame.height, plane.height)) for plane in frame.planes]
-    if all(left % x == top % y == side % x == side % y == 0 for x, y in steps):
-        if frame.width == frame.height:
+    if all(left % x == top % y == width % x == height % y == 0 for x, y in steps):
+        if (frame.width, frame.height) == (width, height) and opaque == name:
             return [], name
-        return [np.s_[top // y : (top + side) // y, left // x : (left + side) // x] for x, y in steps], name
+        cuts = [np.s_[top // y : (top + height) // y, left // x : (left + width) // x] for x, y in steps]
+        return cuts, opaque
     # With odd sizes or offsets, where chroma cannot be cut at the edges of its samples, each pixel gets its own sample.
-    rows, columns = np.arange(top, top + side)[:, None], np.arange(left, left + side)
-    return [(rows // y, columns // x) for x, y in steps], _CROPPABLE[name]
+    rows, columns = np.arange(top, top + height)[:, None], np.arange(left, left + width)
+    return [(rows // y, columns // x) for x, y in steps], _CROPPABLE[opaque]
 
 
 def _step(pixels: int, samples: int) -> int:

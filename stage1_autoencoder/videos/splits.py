@@ -2,8 +2,9 @@
 
 import hashlib
 import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.names import join_names
-from stage1_autoencoder.videos.source import DivisibleSource, VideoError
+from stage1_autoencoder.videos.source import DivisibleSource, SkippedVideo, VideoError
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 # Fractions that are held out where the config does not set them.
@@ -45,6 +46,24 @@ def split_folders(root: Path) -> dict[Split, Path]:
             "add one, or rename the others"
         )
     return folders
+
+
+def skip_beside(root: Path, folders: Mapping[Split, Path], count: Callable[[Path], int]) -> list[SkippedVideo]:
+    """What lies in `root` beside its split folders and holds videos, as skipped; such a file was meant for one of them.
+
+    Args:
+        folders: as `split_folders` finds them; if there are none, nothing lies beside them.
+        count: gives the number of videos in a file or folder.
+    """
+    skipped = []
+    others = [path for path in sorted(root.iterdir()) if path not in folders.values() and path.name[0] != "."]
+    for path in others if folders else []:
+        if videos := count(path):
+            what = f"its {videos} videos lie" if path.is_dir() else "lies"
+            name = os.fsencode(path.name).decode(errors="backslashreplace")
+            where = f"{what} beside {join_names(folder.name for folder in folders.values())}, so in no split"
+            skipped.append(SkippedVideo(name, f"{where}; move it into one of them"))
+    return skipped
 
 
 def choose_fractions(dataset: DatasetConfig, has_folders: bool) -> dict[Split, float]:

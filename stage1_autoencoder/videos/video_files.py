@@ -1,4 +1,7 @@
-"""Video files, through PyAV: counting frames without decoding them, and decoding frames in order.
+"""Video files, through PyAV: counting frames, and decoding frames in order.
+
+The number of frames is that of the decoder. Where each packet is known to give one frame, or to give none, packets are
+counted; other files are decoded once, for the index (see `gives_frames`).
 
 Decoding starts at a keyframe close to the first requested frame if this gives, bit for bit, the same frames as decoding
 from the start of the file. `can_restart` and `choose_keyframes` have the conditions. If one of them is not met, or if
@@ -16,17 +19,31 @@ from typing import NamedTuple
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from stage1_autoencoder.videos.display import AS_STORED, Display
 from stage1_autoencoder.videos.source import UNKNOWN_FPS, BrokenVideoError
 
-VIDEO_EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".webm", ".gif", ".mkv"})
+VIDEO_EXTENSIONS = frozenset(
+    ".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .asf .flv .ogv .mpg .mpeg .vob .ts .mts .m2ts .mxf .y4m "
+    ".gif .apng .webp".split()
+)
+
+SINGLE_PICTURE = "a single picture; put the frames of a video into a folder of its own, as .png or .jpg"
 
 # Smallest distance of the keyframes in the index, so that short videos have none and long ones a short list.
 KEYFRAME_SPACING = 64
 
 # Containers whose demuxer finds the same packets with the same timestamps after seeking.
 _SEEKABLE = frozenset({"mov", "matroska"})
+
+# Codecs, beside intra-only ones, of which each packet gives one frame if all before it were decoded.
+_ONE_FRAME_EACH = frozenset({"h264", "hevc", "av1", "gif", "apng", "png", "ffv1"})
+
+# Bytes of the largest packet of MPEG-4 part 2 that may say that nothing is coded: 9, and 7 for the header of a group.
+# A picture needs a bit for each of its blocks of 16x16, and so 19 bytes at 160x120.
+_NOT_CODED_BYTES = 16
 
 
 class Keyframe(NamedTuple):
@@ -43,8 +60,9 @@ class Probe:
     Attributes:
         frames: number of frames before `frame_step`.
         fps: frames per second.
-        width, height: native size in pixels.
+        width, height: size of the decoded frames in pixels.
         keyframes: those at which decoding may start, in order; none where this may not be exact.
+        display: how the frames are shown.
     """
 
     frames: int
@@ -52,12 +70,13 @@ class Probe:
     width: int
     height: int
     keyframes: tuple[Keyframe, ...] = ()
+    display: Display = AS_STORED
 
 
-def _open(path: Path, video_id: str, **options: str) -> InputContainer:
+def _open(path: Path, video_id: str) -> InputContainer:
     try:
         # Metadata in unknown encodings does not affect frames.
-        return av.open(os.path.abspath(path), metadata_errors="ignore", options=options)
+        return av.open(os.path.abspath(path), metadata_errors="ignore")
     except (av.error.FFmpegError, OSError) as error:
         if isinstance(error, av.error.InvalidDataError) and _begins_as_mp4(path):
             reason = "cannot be opened as a video: it begins as an mp4, but its index is missing, so it is cut off"
@@ -75,7 +94,7 @@ def _begins_as_mp4(path: Path) -> bool:
 
 def _video_stream(container: InputContainer, video_id: str) -> VideoStream:
     stream = container.streams.best("video")
-    if stream is None:
+    if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a piece of music
         raise BrokenVideoError(video_id, "has no video stream")
     if stream.codec_context is None:
         raise BrokenVideoError(video_id, "uses a codec that this build of FFmpeg cannot decode")
@@ -85,7 +104,7 @@ def _video_stream(container: InputContainer, video_id: str) -> VideoStream:
 
 
 def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPACING) -> Probe:
-    """Count the frames of a video file by reading its packets; only the first frame is decoded.
+    """Count the frames of a video file by reading its packets; it is decoded only if these do not tell.
 
     Frame counts in headers are ignored, because they can be wrong.
 
@@ -96,8 +115,11 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
     """
     with _open(path, video_id) as container:
         stream = _video_stream(container, video_id)
+        if container.format.name.endswith("_pipe"):
+            raise BrokenVideoError(video_id, f"is {SINGLE_PICTURE}")
         codec, extradata = stream.codec_context.codec, stream.codec_context.extradata or b""
-        packets, shown, first = 0, 0, None
+        packets, first, begun = 0, None, False
+        frames: int | None = 0  # None: unknown until they are decoded
         timestamps: list[int | None] = []
         restarts: list[int | None] = []
         steady = not _SEEKABLE.isdisjoint(container.format.name.split(","))
@@ -105,41 +127,100 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
             for packet in container.demux(stream):
                 if packet.size > 0:  # the last one is empty and flushes the decoder
                     packets += 1
-                    shown += not packet.is_discard
-                    if packet.is_corrupt:
+                    begun = begun or packet.is_keyframe
+                    if begun and packet.is_corrupt:
                         raise BrokenVideoError(video_id, f"is cut off or damaged at frame {packets}")
+                    given = gives_frames(codec, extradata, packet, first=packets == 1)
+                    frames = None if frames is None or given is None else frames + given
                     # Seeking may skip edits, and new parameters for the decoder.
-                    steady = steady and not packet.is_discard and not packet.has_sidedata("new_extradata")
+                    steady = steady and given == 1 and not packet.has_sidedata("new_extradata")
                     timestamps.append(packet.pts)
                     if steady and packet.is_keyframe and can_restart(codec, extradata, packet):
                         restarts.append(packet.pts)
                 if first is None:
-                    first = next(iter(packet.decode()), None)
+                    first = next(iter(_decode(packet, begun)), None)
         except av.error.FFmpegError as error:
             raise BrokenVideoError(video_id, f"is damaged after {packets} frames ({error.strerror})") from error
         if first is None:
             raise BrokenVideoError(video_id, "has no frame that can be decoded")
-        in_mp4_table = stream.frames if "mp4" in container.format.name else 0
-        # An edit list may drop whole groups of pictures, which the demuxer then skips.
-        if packets < in_mp4_table and (packets := _unedited_packets(path, video_id)) < in_mp4_table:
-            raise BrokenVideoError(video_id, f"is cut off: it has {packets} of its {in_mp4_table} frames")
         rate = float(stream.average_rate or stream.guessed_rate or UNKNOWN_FPS)
+        display = Display.of(stream, first)
     if missing := _missing_bytes(path):
         raise BrokenVideoError(video_id, f"is cut off: {missing}")
-    # A field of an interlaced frame may have a packet of its own.
-    seekable = steady and not first.interlaced_frame
-    keyframes = choose_keyframes(timestamps, restarts, keyframe_spacing) if seekable else ()
-    return Probe(shown, rate, first.width, first.height, keyframes)
+    if first.interlaced_frame:  # a field may have a packet of its own
+        frames = None
+    keyframes = choose_keyframes(timestamps, restarts, keyframe_spacing) if steady and frames is not None else ()
+    if frames is None:
+        frames = _count_decoded(path, video_id)
+    return Probe(frames, rate, first.width, first.height, keyframes, display)
 
 
-def _unedited_packets(path: Path, video_id: str) -> int:
-    """Count the packets of an mp4 file, including those that its edit list drops."""
-    with _open(path, video_id, ignore_editlist="1") as container:
-        stream = _video_stream(container, video_id)
+def gives_frames(codec: av.Codec, extradata: bytes, packet: av.Packet, first: bool) -> int | None:
+    """How many frames the decoder gives for a packet after all before it, 0 or 1; None if only decoding tells.
+
+    Hidden frames of VP8 (alternate references) give none. Nothing is said about pictures that may refer to missing ones
+    (a start that is no instantaneous refresh, leading pictures of a broken link), packets of MPEG-4 part 2 that are so
+    small that nothing may be coded in them, packets that are not to be shown (edit lists), and all other codecs.
+
+    Args:
+        first: it is the first packet of the file.
+    """
+    name = codec.canonical_name
+    if packet.is_discard:
+        return None
+    if codec.intra_only:
+        return 1
+    if first and not packet.is_keyframe:
+        return None
+    if name in ("h264", "hevc") and packet.is_keyframe:
+        kinds = _slice_kinds(name, extradata, packet)
+        if kinds & _BROKEN_LINKS[name] or (first and not (kinds and kinds <= _REFRESHES[name])):
+            return None
+    if name in _ONE_FRAME_EACH:
+        return 1
+    data = memoryview(packet)
+    if name == "vp8":
+        return data[0] >> 4 & 1
+    if name == "vp9":
+        # Several frames in one packet, of which one is shown, have an index at the end. Of a single one, bit 3 shows an
+        # earlier frame, and bit 1 this one; profile 3, with both bits of 0x30 set, has another bit before them.
+        several, shown = data[-1] & 0xE0 == 0xC0, data[0] & 0x30 != 0x30 and data[0] & 0x0A
+        return 1 if several or shown else None
+    if name == "mpeg4":
+        return 1 if packet.size > _NOT_CODED_BYTES else None
+    return None
+
+
+def _count_decoded(path: Path, video_id: str) -> int:
+    with _open(path, video_id) as container:
+        frames = 0
         try:
-            return sum(packet.size > 0 and not packet.is_corrupt for packet in container.demux(stream))
-        except av.error.FFmpegError:
-            return 0
+            for _ in _decoded(container, _video_stream(container, video_id)):
+                frames += 1
+        except av.error.FFmpegError as error:
+            raise BrokenVideoError(video_id, f"is damaged after {frames} frames ({error.strerror})") from error
+        return frames
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """All frames of an open file, in presentation order."""
+    for packet in container.demux(stream):
+        yield from _decode(packet, packet.is_keyframe)
+        if packet.is_keyframe:
+            break
+    else:
+        return
+    yield from container.decode(stream)
+
+
+def _decode(packet: av.Packet, begun: bool) -> list[av.VideoFrame]:
+    """Decode a packet. Before the first keyframe some cannot be, where a file was cut out of another."""
+    try:
+        return packet.decode()
+    except av.error.InvalidDataError:
+        if begun:
+            raise
+        return []
 
 
 def can_restart(codec: av.Codec, extradata: bytes, packet: av.Packet | bytes) -> bool:
@@ -153,20 +234,31 @@ def can_restart(codec: av.Codec, extradata: bytes, packet: av.Packet | bytes) ->
         extradata: the configuration of the decoder, from the container.
         packet: the keyframe, or its bytes.
     """
-    if codec.canonical_name in ("vp9", "av1") or codec.intra_only:
+    name = codec.canonical_name
+    if name in ("vp9", "av1") or codec.intra_only:
         return True
+    kinds = _slice_kinds(name, extradata, packet)
+    return bool(kinds) and kinds <= _ACCESS_POINTS[name]
+
+
+# Kinds of slices from which decoding can start. H.264: of instantaneous refreshes. HEVC: of random access points;
+# pictures that depend on earlier ones are shown before it, and pictures that are shown after it refer to neither.
+_ACCESS_POINTS = {"h264": frozenset({5}), "hevc": frozenset(range(16, 22))}
+# Those that are followed by no picture which depends on earlier ones; and those where such pictures are dropped.
+_REFRESHES = {"h264": frozenset({5}), "hevc": frozenset({19, 20})}
+_BROKEN_LINKS = {"h264": frozenset[int](), "hevc": frozenset({16, 17, 18})}
+
+
+def _slice_kinds(name: str, extradata: bytes, packet: av.Packet | bytes) -> frozenset[int]:
+    """The kinds of slices in a packet of H.264 or HEVC as mp4 has them; none if they are not known."""
     # Each unit of the stream follows its size; the decoder's configuration has the number of bytes of the size.
-    if codec.canonical_name == "h264" and len(extradata) > 6 and extradata[0] == 1:
-        kinds = [unit[0] & 31 for unit in _units(memoryview(packet), (extradata[4] & 3) + 1)]
-        slices = [kind for kind in kinds if 1 <= kind <= 5]
-        return bool(slices) and all(kind == 5 for kind in slices)  # of an instantaneous refresh
-    if codec.canonical_name == "hevc" and len(extradata) > 22 and extradata[0] == 1:
-        kinds = [unit[0] >> 1 & 63 for unit in _units(memoryview(packet), (extradata[21] & 3) + 1)]
-        slices = [kind for kind in kinds if kind < 32]
-        # Of random access points: pictures that depend on earlier ones are shown before it, and pictures that are shown
-        # after it refer to neither.
-        return bool(slices) and all(16 <= kind <= 21 for kind in slices)
-    return False
+    if name == "h264" and len(extradata) > 6 and extradata[0] == 1:
+        kinds = (unit[0] & 31 for unit in _units(memoryview(packet), (extradata[4] & 3) + 1))
+        return frozenset(kind for kind in kinds if 1 <= kind <= 5)
+    if name == "hevc" and len(extradata) > 22 and extradata[0] == 1:
+        kinds = (unit[0] >> 1 & 63 for unit in _units(memoryview(packet), (extradata[21] & 3) + 1))
+        return frozenset(kind for kind in kinds if kind < 32)
+    return frozenset()
 
 
 def _units(data: memoryview, size_bytes: int) -> Iterator[memoryview]:
@@ -203,7 +295,7 @@ def choose_keyframes(
 
 
 def _missing_bytes(path: Path) -> str | None:
-    """How much of a file is missing, by the size in its header (AVI, Matroska) or its end mark (GIF)."""
+    """How much of a file is missing, by the sizes of its parts (AVI, Matroska, mp4) or its end mark (GIF)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(128)
@@ -222,7 +314,26 @@ def _missing_bytes(path: Path) -> str | None:
             claimed = segment + 4 + width + length
     elif head.startswith(b"GIF8") and not tail.rstrip(b"\0").endswith(b";"):
         return "the end mark of a GIF is missing"
+    elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        claimed = _mp4_bytes(path)
     return f"it has {size} of {claimed} bytes" if claimed > size + 1 else None
+
+
+def _mp4_bytes(path: Path) -> int:
+    """Where the last box of an mp4 file ends that has frames or tells where they are."""
+    end = at = 0
+    with path.open("rb") as file:
+        while len(header := file.read(16)) >= 8 and header[4:8].isalnum():
+            size = int.from_bytes(header[:4], "big")
+            if size == 1:
+                size = int.from_bytes(header[8:], "big")
+            if size < 8:  # 0: up to the end of the file
+                break
+            at += size
+            if header[4:8] in (b"moov", b"moof", b"mdat"):
+                end = at
+            file.seek(at)
+    return end
 
 
 def decode_video(
@@ -248,7 +359,7 @@ def decode_video(
             numbered, size = frames_from(container, video_id, before[-1]), (probe.width, probe.height)
         if numbered is None:
             container = stack.enter_context(_open(path, video_id))
-            numbered, size = enumerate(container.decode(_video_stream(container, video_id))), None
+            numbered, size = enumerate(_decoded(container, _video_stream(container, video_id))), None
         try:
             for position, frame in numbered:
                 if frame.is_corrupt:

@@ -273,18 +273,6 @@ def test_strict_stops_at_a_broken_video(noise) -> None:
     assert not any("/b/" in name for name in files(noise.out))
 
 
-def test_frames_that_ffmpeg_cannot_convert_are_broken(noise, monkeypatch: pytest.MonkeyPatch) -> None:
-    def iterate(index: int, start: int = 0, stop: int | None = None):
-        raise av.error.FFmpegError(95, "Operation not supported")
-        yield
-
-    monkeypatch.setattr(noise.splits["val"], "iterate", iterate)
-    asked = run_context()
-    run(noise, asked, splits=["val"])
-    assert asked.skipped.keys() == {"v", "w"}
-    assert "Operation not supported" in asked.skipped["v"]
-
-
 def test_jpg(noise) -> None:
     run(noise, image_format="jpg", splits=["val"])
     small = noise.folder / "small"

@@ -61,6 +61,23 @@ def numbers(frames: Sequence[np.ndarray] | np.ndarray) -> list[int]:
     return [round((float(np.mean(frame)) - 20) / 14) for frame in frames]
 
 
+def area_weights(source: int, target: int) -> np.ndarray:
+    """[target, source]: the share of each source pixel in the footprint of each target pixel."""
+    edges, pixels = np.linspace(0, source, target + 1), np.arange(source)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.clip(overlap, 0, None) * target / source
+
+
+def centered_square(rgb: np.ndarray, size: int) -> np.ndarray:
+    """Centre crop and exact area average of [h, w, 3] in float64."""
+    height, width = rgb.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    weights = area_weights(side, size)
+    square = rgb[top : top + side, left : left + side].astype(np.float64)
+    return np.clip(np.einsum("yi,ijc,xj->yxc", weights, square, weights, optimize=True), 0, 255)
+
+
 @pytest.fixture
 def make_video(tmp_path: Path) -> Callable[..., Path]:
     """Encode `count` brightening frames into a file below the test's folder."""

@@ -181,6 +181,25 @@ def test_one_video_from_anywhere(make_video, make_frames, read_numbers, tmp_path
         open_video(config(), tmp_path / "text.mp4")
 
 
+def test_colors_that_ffmpeg_cannot_convert_break_the_video(tmp_path, make_video):
+    make_video("a.mkv", 3, "libx264", **{"x264-params": "colormatrix=YCgCo"})
+    with pytest.raises(BrokenVideoError, match=r"a: .*converted.*not supported"):
+        open_source(config(), tmp_path, "train").read(0)
+
+
+def test_what_lies_beside_split_folders_is_named(three_splits, make_video, make_frames):
+    make_video("clip.mp4", 3)
+    make_video("more/deep/one.avi", 3)
+    make_frames("frames", 3)
+    (three_splits / "notes.txt").write_text("no video")
+    (three_splits / "papers").mkdir()
+    (three_splits / ".hidden.mp4").write_text("hidden")
+    sources = open_splits(config(), three_splits)
+    assert ids(sources) == {"train": ["a", "b2", "b10"], "val": ["a"], "test": ["c"]}
+    assert [video.id for video in sources["train"].skipped] == ["clip.mp4", "frames", "more"]
+    assert all("train" in video.reason and "validation" in video.reason for video in sources["train"].skipped)
+
+
 def test_a_selection_reads_the_same_frames(tmp_path, encode_frames):
     """With the keyframes of its own files."""
     keyints = [200, 64, 200, 72, 200]

@@ -75,6 +75,14 @@ def test_an_empty_last_shard(tmp_path):
     assert (len(source.videos), source.skipped) == (1, [])
 
 
+def test_a_shard_beside_split_folders_is_named(tmp_path):
+    write_shard(tmp_path / "train/shard_0001.hdf5", noise(4))
+    write_shard(tmp_path / "shard_0009.hdf5", noise(4))
+    (skipped,) = open_source(config(), tmp_path, "train").skipped
+    assert skipped.id == "shard_0009.hdf5"
+    assert "train" in skipped.reason
+
+
 def test_a_shard_without_lengths(tmp_path):
     videos = noise(4, 11)
     write_shard(tmp_path / "train/shard_0001.hdf5", videos)

@@ -7,10 +7,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 
+from stage1_autoencoder.videos.display import Display
 from stage1_autoencoder.videos.index import CACHE_NAME, Indexed, digest, index_videos
 
 
@@ -55,6 +58,25 @@ def test_results_are_stored_until_a_file_changes(tmp_path, make_video, make_fram
         os.utime(changed, ns=(1, time.time_ns() + 10**9))
     assert counts(tmp_path, paths) == [None, 6, None]
     assert capfd.readouterr() == ("", "")  # no progress bar without a terminal
+
+
+@pytest.mark.parametrize("change", ["order", "times", "older"])
+def test_changes_that_neither_total_size_nor_newest_time_reveal(tmp_path, make_frames, change):
+    folder = make_frames("c", 4)
+    for number in range(4):
+        os.utime(folder / f"{number}.png", ns=(10**18, 10**18 + number))
+    (before,) = indexed(tmp_path, [folder]).values()
+    if change == "order":
+        for old, new in (("0", "x"), ("2", "0"), ("x", "2")):
+            (folder / f"{old}.png").rename(folder / f"{new}.png")
+    else:
+        frame = folder / "0.png"
+        content = bytearray(frame.read_bytes())
+        content[-1] ^= 1
+        frame.write_bytes(content)
+        os.utime(frame, ns=(10**18, 10**18 + (1 if change == "times" else -1)))
+    (after,) = indexed(tmp_path, [folder]).values()
+    assert after.digest == digest(folder) != before.digest
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"SQLite format 3\0 and more", "of version 99"])
@@ -127,6 +149,21 @@ def test_an_index_that_cannot_be_written_is_done_without(tmp_path, make_video):
     for _ in range(2):
         assert counts(tmp_path, [path]) == [3]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [CACHE_NAME, "a.avi"]
+
+
+def test_how_a_video_is_shown_is_stored(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        stream.set_display_rotation(90)
+        container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    first = indexed(tmp_path, [path])
+    assert first["a.mp4"].probe.display == Display(orientation=8, aspect=Fraction(4, 3))
+    damage(path)
+    assert indexed(tmp_path, [path]) == first
 
 
 def test_unusable_videos_have_a_reason_and_are_probed_again(tmp_path, make_video):
@@ -205,7 +242,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 os.walk, index.examine_video = walk, examine
-index.stamp = lambda path: index.Stamp(1000, 5)
+index.stamp = lambda path: "1000 5"
 before = peak()
 dataset = DatasetConfig(name="many", source="videos", root=sys.argv[1])
 sources = open_splits(dataset, "")

@@ -7,6 +7,7 @@ import pytest
 
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor, preprocessing_description
+from tests.stage1_autoencoder.videos.conftest import centered_square
 
 BT601 = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 BT709 = np.array([[1, 0, 1.5748], [1, -0.187324, -0.468124], [1, 1.8556, 0]])
@@ -15,23 +16,6 @@ BT709 = np.array([[1, 0, 1.5748], [1, -0.187324, -0.468124], [1, 1.8556, 0]])
 ROUNDING = 0.6
 CROPPABLE = [f"yuv{jpeg}{chroma}p" for jpeg in ("", "j") for chroma in (420, 422, 440, 444)]
 CROPPABLE += ["yuv410p", "yuv411p", "gray", "gbrp"]
-
-
-def area_weights(source: int, target: int) -> np.ndarray:
-    """[target, source]: the share of each source pixel in the footprint of each target pixel."""
-    edges, pixels = np.linspace(0, source, target + 1), np.arange(source)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return np.clip(overlap, 0, None) * target / source
-
-
-def expected(rgb: np.ndarray, size: int) -> np.ndarray:
-    """Centre crop and exact area average of [h, w, 3] in float64."""
-    height, width = rgb.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    weights = area_weights(side, size)
-    square = rgb[top : top + side, left : left + side].astype(np.float64)
-    return np.clip(np.einsum("yi,ijc,xj->yxc", weights, square, weights, optimize=True), 0, 255)
 
 
 def pixels_of(plane) -> np.ndarray:
@@ -71,18 +55,18 @@ def to_rgb(yuv: np.ndarray, matrix: np.ndarray, full_range: bool) -> np.ndarray:
 def test_yuv_is_averaged_exactly(pixel_format, width, height, kind):
     """Odd sizes and odd crop offsets included, where chroma samples cannot be cut at their own edges."""
     frame, yuv = yuv_frame(pixel_format, width, height, kind)
-    difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT601, "j" in pixel_format), 64)
+    difference = FramePreprocessor(64)(frame) - centered_square(to_rgb(yuv, BT601, "j" in pixel_format), 64)
     assert np.abs(difference).max() < ROUNDING
     assert abs(difference.mean()) < 0.05
     frame.colorspace = 1  # AVCOL_SPC_BT709
-    difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT709, "j" in pixel_format), 64)
+    difference = FramePreprocessor(64)(frame) - centered_square(to_rgb(yuv, BT709, "j" in pixel_format), 64)
     assert np.abs(difference).max() < ROUNDING
 
 
 @pytest.mark.parametrize(("kind", "mean_square"), [("smooth", 0.5), ("noise", 2.5)])
 def test_chroma_coarser_than_the_output_is_interpolated(kind, mean_square):
     frame, yuv = yuv_frame("yuv420p", 160, 120, kind)  # 60 chroma samples become 64
-    difference = FramePreprocessor(64)(frame) - expected(to_rgb(yuv, BT601, False), 64)
+    difference = FramePreprocessor(64)(frame) - centered_square(to_rgb(yuv, BT601, False), 64)
     assert np.sqrt(np.mean(difference**2)) < mean_square
 
 
@@ -92,7 +76,7 @@ def test_rgb_is_averaged_exactly(pixel_format, size):
     rgb = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     frame = av.VideoFrame.from_ndarray(rgb, "rgb24").reformat(format=pixel_format)
     frame.color_range = size[0] % 3  # a tag that means nothing for RGB: unknown, limited or full
-    assert np.abs(FramePreprocessor(32)(frame) - expected(rgb, 32)).max() < ROUNDING
+    assert np.abs(FramePreprocessor(32)(frame) - centered_square(rgb, 32)).max() < ROUNDING
 
 
 @pytest.mark.parametrize(("tag", "full_range"), [(None, False), (1, False), (2, True)])
@@ -116,7 +100,7 @@ def test_gray_pictures_have_three_equal_channels():
     pixels_of(frame.planes[0])[:] = noise
     result = FramePreprocessor(64)(frame)
     assert (result == result[..., :1]).all()
-    assert np.abs(result - expected(np.repeat(noise[..., None], 3, 2), 64)).max() < ROUNDING
+    assert np.abs(result - centered_square(np.repeat(noise[..., None], 3, 2), 64)).max() < ROUNDING
 
 
 def test_crop_is_exact_to_the_pixel():

@@ -6,10 +6,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
+from PIL import Image
 
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.source import BrokenVideoError
-from stage1_autoencoder.videos.video_files import decode_video, probe_video
+from stage1_autoencoder.videos.video_files import decode_video, gives_frames, probe_video
 from tests.stage1_autoencoder.videos.conftest import write_pictures
 
 CODECS = [
@@ -57,6 +59,35 @@ def test_a_wrong_count_in_the_header_is_ignored(make_video, wrong):
     assert probe_video(path, "v").frames == 9
 
 
+def test_an_intact_mp4_whose_table_claims_more_frames(make_video, read_numbers):
+    path = make_video("v.mp4", 6, "libx264")
+    content = bytearray(path.read_bytes())
+    table = content.index(b"stts") + 8  # number of entries, then frames and duration of each
+    assert struct.unpack_from(">II", content, table) == (1, 6)
+    struct.pack_into(">I", content, table + 4, 9)
+    path.write_bytes(content)
+    assert probe_video(path, "v").frames == 6
+    assert read_numbers(decoded(path, 0, 6)) == list(range(6))
+
+
+@pytest.mark.parametrize("movflags", ["faststart", "frag_keyframe+empty_moov"])
+@pytest.mark.parametrize("share", [0.5, 0.97])
+def test_an_mp4_that_begins_with_its_table_and_is_cut_off(tmp_path, share, movflags):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
+    path = tmp_path / "v.mp4"
+    with av.open(str(path), "w", options={"movflags": movflags}) as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for pixels in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        container.mux(stream.encode())
+    assert probe_video(path, "v").frames == 12
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(BrokenVideoError, match=r"v: .*(cut off|damaged)"):
+        probe_video(path, "v")
+
+
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
 @pytest.mark.parametrize(
     ("name", "codec"),
@@ -94,6 +125,52 @@ def test_a_file_with_sound_alone(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(BrokenVideoError, match=r"sound: .*no video stream"):
         probe_video(path, "sound")
+
+
+def test_pictures_and_music_with_a_cover_are_no_videos(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "picture.jpg")
+    (tmp_path / "picture.jpg").rename(tmp_path / "picture.mp4")
+    with pytest.raises(BrokenVideoError, match=r"picture: .*single picture"):
+        probe_video(tmp_path / "picture.mp4", "picture")
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 16, 16, "yuvj420p", Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.rate, silence.pts = 8000, 0
+        for packet in (*sound.encode(silence), *sound.encode(), *cover.encode(av.VideoFrame(16, 16, "yuvj420p"))):
+            container.mux(packet)
+    with pytest.raises(BrokenVideoError, match=r"song: .*no video stream"):
+        probe_video(path, "song")
+
+
+def flat_packet(size: int, start: int, end: int = 0) -> av.Packet:
+    return av.Packet(bytes([start, *bytes(size - 2), end]))
+
+
+@pytest.mark.parametrize(
+    ("codec", "packet", "frames"),
+    [
+        ("vp8", flat_packet(50, 0x10), 1),
+        ("vp8", flat_packet(50, 0x00), 0),
+        ("vp9", flat_packet(50, 0x82), 1),  # shown
+        ("vp9", flat_packet(50, 0x88), 1),  # an earlier one is shown
+        ("vp9", flat_packet(50, 0x80), None),
+        ("vp9", flat_packet(50, 0x80, 0xC9), 1),  # several in one packet
+        ("vp9", flat_packet(50, 0xB2), None),  # profile 3
+        ("mpeg4", flat_packet(17, 0), 1),
+        ("mpeg4", flat_packet(16, 0), None),
+        ("mjpeg", flat_packet(50, 0), 1),
+        ("gif", flat_packet(50, 0), 1),
+        ("h264", flat_packet(50, 0), 1),
+        ("mpeg2video", flat_packet(50, 0), None),
+        ("wmv2", flat_packet(50, 0), None),
+    ],
+)
+def test_how_many_frames_a_packet_gives(codec, packet, frames):
+    assert gives_frames(av.Codec(codec, "r"), b"", packet, first=False) == frames
+    if codec != "mjpeg":  # it is no keyframe, and the first
+        assert gives_frames(av.Codec(codec, "r"), b"", packet, first=True) is None
 
 
 def test_damage_inside_is_noticed_when_decoding(encode_frames, tmp_path):

@@ -1,0 +1,89 @@
+"""How a decoded frame is shown: which way up, and how wide its pixels are."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.stream import VideoStream
+
+
+class Region(NamedTuple):
+    """A part of a decoded frame, in its pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Display:
+    """What a player does to a decoded frame.
+
+    Attributes:
+        orientation: as EXIF numbers it: 1 as it is, 2 mirrored, 3 turned by 180 degrees, 4 upside down, 5 transposed,
+            6 turned clockwise, 7 transposed along the other diagonal, 8 turned counterclockwise.
+        aspect: width of a decoded pixel over its height, before turning.
+    """
+
+    orientation: int = 1
+    aspect: Fraction = Fraction(1)
+
+    @classmethod
+    def of(cls, stream: VideoStream, frame: av.VideoFrame) -> "Display":
+        """The display of a video by the tags of its container, or those of the codec where it has none."""
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+        orientation = 1 if matrix is None else orientation_of(np.frombuffer(matrix, np.int32))
+        return cls(orientation, Fraction(stream.sample_aspect_ratio or 1))
+
+    @property
+    def _turns(self) -> tuple[bool, bool, bool]:
+        """Whether rows become columns, whether then left and right change places, and top and bottom."""
+        return self.orientation >= 5, self.orientation in (2, 3, 6, 7), self.orientation in (3, 4, 7, 8)
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The size at which decoded frames are shown: (width, height) in square pixels, as players round it."""
+        wide = max(1, round(width * self.aspect))
+        return (height, wide) if self._turns[0] else (wide, height)
+
+    def square(self, width: int, height: int) -> Region:
+        """The part of a decoded frame that is shown as the centered square of the short side.
+
+        Its offset is (long - short) // 2 from the left and the top as shown, to the nearest decoded pixel.
+        """
+        side = min(width * self.aspect, Fraction(height))
+        across, down = max(1, round(side / self.aspect)), max(1, round(side))
+        transposed, mirrored, flipped = self._turns
+        from_right, from_bottom = (flipped, mirrored) if transposed else (mirrored, flipped)
+        left, top = (width - across) // 2, (height - down) // 2
+        if from_right:
+            left = width - across - left
+        if from_bottom:
+            top = height - down - top
+        return Region(left, top, across, down)
+
+    def turn(self, pixels: np.ndarray) -> np.ndarray:
+        """Turn decoded pixels [h, w, ...] the way they are shown; the same array if they are already."""
+        if self.orientation == 1:
+            return pixels
+        transposed, mirrored, flipped = self._turns
+        shown = pixels.swapaxes(0, 1) if transposed else pixels
+        return np.ascontiguousarray(shown[:: -1 if flipped else 1, :: -1 if mirrored else 1])
+
+
+AS_STORED = Display()
+
+
+def orientation_of(matrix: np.ndarray) -> int:
+    """The EXIF number of a display matrix [9] int32, as mp4 files have it.
+
+    A matrix maps a decoded point (p, q) to (a p + c q, b p + d q), with a, b, c, d its numbers 0, 1, 3, 4; p goes right
+    and q down. Angles between the quarter turns become the nearest of them.
+    """
+    a, b, c, d = (int(matrix[place]) for place in (0, 1, 3, 4))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return {(False, False): 1, (True, False): 2, (True, True): 3, (False, True): 4}[a < 0, d < 0]
+    return {(False, False): 5, (False, True): 6, (True, True): 7, (True, False): 8}[b < 0, c < 0]
