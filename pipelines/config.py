@@ -3,13 +3,16 @@
 import difflib
 import hashlib
 import json
+import math
+import os
 import re
-import types
+import reprlib
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,16 +23,19 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from pipelines.errors import UserError
+from pipelines.yaml_files import DEEPEST, parse_yaml, read_yaml, write_yaml
 from stage1_autoencoder.config import (
     AutoencoderModelConfig,
     AutoencoderTrainingConfig,
     RefinerModelConfig,
     RefinerTrainingConfig,
     VQGANConfig,
-    VQVAEConfig,
 )
+from stage1_autoencoder.setting_types import FilePath, Seed, Size
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
@@ -58,7 +64,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise UserError(f"{text!r} is not a size of memory: expected for example 4 GiB or 512 MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= size < 2**63:
+        raise UserError(f"{text!r} is not a size of memory: expected 1 byte or more, and less than 8388608 TiB")
+    return int(size)
 
 
 # Pixels per side of SSIM's window: smaller images have no SSIM.
@@ -105,17 +114,17 @@ class EvaluationConfig(BaseModel):
         "reports them",
     )
     split: Split = Field("test", description="split that `evaluate` measures and `sample` shows; `study` takes val")
-    context: PositiveInt = Field(10, description="frames given")
-    horizon: PositiveInt = Field(30, description="frames predicted")
-    videos: PositiveInt = Field(256, description="number of clips; with window: random a video can give several")
-    samples: PositiveInt = Field(1, description="predictions per clip, each with its own sampling seed")
+    context: Size = Field(10, description="frames given")
+    horizon: Size = Field(30, description="frames predicted")
+    videos: Size = Field(256, description="number of clips; with window: random a video can give several")
+    samples: Size = Field(1, description="predictions per clip, each with its own sampling seed")
     window: Literal["first", "random", "moving"] = Field(
         "first",
         description="where a clip starts: at frame 0, at a random frame, or where the given frames move most",
     )
-    batch_size: PositiveInt = Field(32, description="clips per batch; changes only memory and speed")
-    seed: NonNegativeInt = Field(0, description="of random windows and of the bootstrap")
-    video_network: str | None = Field(
+    batch_size: Size = Field(32, description="clips per batch; changes only memory and speed")
+    seed: Seed = Field(0, description="of random windows and of the bootstrap")
+    video_network: FilePath | None = Field(
         None,
         description="path of the I3D, i3d_torchscript.pt, for the Fréchet video distance; null: the copy in torch's "
         "download folder (--download downloads it)",
@@ -133,6 +142,7 @@ class EvaluationConfig(BaseModel):
     )
     resamples: NonNegativeInt = Field(
         1000,
+        le=100_000,
         description="bootstrap resamples over recordings for 95 % intervals; 0: no intervals. At most 200 are used for "
         "the Fréchet video distance",
     )
@@ -149,11 +159,11 @@ class _Section(BaseModel):
 
 
 class PathsConfig(_Section):
-    """Root folders; the data set's name is appended to each."""
+    """Root folders; the data set's name is appended to each. The defaults are in the working folder."""
 
-    data: str = Field("data", description="raw videos: <data>/<name>")
-    latents: str = Field("latents", description="stores: <latents>/<name>.zarr")
-    runs: str = Field("runs", description="checkpoints, logs, samples: <runs>/<name>")
+    data: FilePath = Field("data", description="raw videos: <data>/<name>")
+    latents: FilePath = Field("latents", description="stores: <latents>/<name>.zarr")
+    runs: FilePath = Field("runs", description="checkpoints, logs, samples: <runs>/<name>")
 
 
 class AutoencoderConfig(_Section):
@@ -170,7 +180,7 @@ class CacheConfig(_Section):
         "a part at a time within memory_budget; auto: the first of these that fits into free memory",
     )
     dtype: Literal["float16", "float32"] = "float16"
-    chunk_frames: PositiveInt | None = Field(None, description="frames per chunk; null: about 8 MiB")
+    chunk_frames: PositiveInt | None = Field(None, le=2**24, description="frames per chunk; null: about 8 MiB")
     views: tuple[str, ...] = Field(
         ("identity",),
         description="augmented versions of the training videos to store: identity, hflip, jitter-1, jitter-2, ... "
@@ -183,7 +193,7 @@ class CacheConfig(_Section):
         "storage, bf16 one ten times as large",
     )
     compile: bool = Field(False, description="torch.compile the encoder, which takes about a minute")
-    batch_frames: PositiveInt = Field(
+    batch_frames: Size = Field(
         1,
         description="minimum number of frames encoded at once, rounded up to whole batches of the network; changes "
         "memory and speed, not the store",
@@ -226,14 +236,14 @@ class LoggingConfig(_Section):
     @field_validator("wandb", mode="before")
     @classmethod
     def _accept_yaml_booleans(cls, value: Any) -> Any:
-        # YAML reads a bare `off` as false.
+        # Readers of YAML 1.1 write a bare `off` as false.
         return {True: "offline", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class RiverConfig(_Section):
     """Everything a run depends on."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     paths: PathsConfig = Field(default_factory=PathsConfig)
     dataset: DatasetConfig
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
@@ -295,73 +305,87 @@ def preset_folders(path: str | Path | None = None) -> list[Path]:
     return list(dict.fromkeys([*beside, Path("configs"), *(folder for folder in shipped if folder.is_dir())]))
 
 
-def find_preset(name: str | Path) -> Path:
+def find_preset(name: str | Path, beside: Path | None = None) -> Path:
     """A configuration file by its path, or a preset by its name: `configs/kth.yaml`, `kth.yaml`, `kth`.
 
+    Args:
+        beside: folder of a file that names this one; it comes before the presets. None: the working folder, in which a
+            bare name such as `kth` means the preset.
     Raises:
         UserError: no such file; names the presets.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
+    path = Path(os.path.expanduser(name))
+    presets = []
     if path.name == str(name) or path.parent == Path("configs"):
-        for folder in preset_folders():
-            found = folder / f"{path.stem if path.suffix == '.yaml' else path.name}.yaml"
-            if found.is_file():
-                return found
+        presets = [folder / f"{path.name.removesuffix('.yaml')}.yaml" for folder in preset_folders()]
+    if beside is not None:
+        files = [beside / path, beside / f"{path}.yaml", *presets]
+    else:
+        files = [path, *presets] if path.suffix else [*presets, path]
+    for file in files:
+        if file.is_file():
+            return file
     known = sorted({preset.stem for folder in preset_folders(path) for preset in folder.glob("*.yaml")})
     raise UserError(f"{path}: no such config file; presets: {', '.join(known)}")
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RiverConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RiverConfig:
     """Read a YAML file or preset and its `base` files; apply `key.path=value` overrides; check everything.
+
+    `null` gives a section, or a key that cannot be null, its default again. Paths expand `~` and `$NAME`. Relative ones
+    are relative to the file that has them, or to the working folder if an override has them.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown (names the closest known one), a value has the
             wrong type or is out of range.
     """
-    values = _read_yaml(find_preset(path), seen=())
+    values = _read_config(find_preset(path), seen=())
     origin = {}
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key.strip():
+        key = key.strip()
+        if not separator or not key:
             raise UserError(f"--set {override}: expected key.path=value, for example --set flow.training.steps=1000")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override}: the value is not YAML: {error}") from None
-        _assign(values, key.strip().split("."), value, override)
-        origin[key.strip()] = f"--set {override}"
+        value = parse_yaml(text, f"--set {override}: the value is not YAML", comments=False)
+        values = _assign(values, key.split("."), value, override)
+        origin[key] = f"--set {override}"
     return parse_config(values, str(path), origin)
 
 
 def parse_config(values: dict[str, Any], source: str, origin: dict[str, str] | None = None) -> RiverConfig:
     """Check a mapping against the schema; `source` and `origin` (key path -> where it was set) appear in errors."""
+    if isinstance(values, dict):
+        values = _without_nulls(RiverConfig, values)
     try:
-        return RiverConfig.model_validate(values)
+        config = RiverConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, source, origin or {}) for problem in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        problems = _by_key(error.errors(), values)
+    else:
+        problems = list(_odd_numbers(values, config.model_dump()))
+    if problems:
+        raise UserError("\n".join(_explain(problem, values, source, origin or {}) for problem in problems))
+    return config
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_config(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file over those of its `base`, with paths that hold in any folder."""
     if path.resolve() in seen:
         raise UserError(f"{path}: `base` refers back to this file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {error}") from None
-    if isinstance(values, dict):
-        values = {key: value for key, value in values.items() if value is not None}  # a section left empty
-    else:
-        raise UserError(f"{path}: expected sections such as `dataset:`, found {type(values).__name__}")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(f"{path}: expected sections such as `dataset:`, found {found}")
+    values = _anchor_paths(RiverConfig, values, path.parent)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
-        raise UserError(f"{path}: base: {base!r} is not the name of a config file or preset")
-    beside = path.parent / base
-    return _merge(_read_yaml(beside if beside.is_file() else find_preset(base), (*seen, path.resolve())), values)
+        raise UserError(f"{path}: base: {_show(base)} is not the name of a config file or preset")
+    try:
+        found = find_preset(base, path.parent)
+    except UserError as error:
+        raise UserError(f"{path}: base: {error}") from None
+    return _merge(_read_config(found, (*seen, path.resolve())), values)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -372,70 +396,195 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {override}: {key} is a value, not a section")
-    values[keys[-1]] = value
+def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
+    """A copy of the values with one of them set."""
+    if len(keys) > DEEPEST:
+        raise UserError(f"--set {override}: a key has at most {DEEPEST} parts")
+    first, *others = keys
+    if others:
+        section = values.get(first)
+        if section is not None and not isinstance(section, dict):
+            raise UserError(f"--set {override}: {first} is a value, not a section")
+        value = _assign(section or {}, others, value, override)
+    return values | {first: value}
 
 
-def _explain(problem: typing.Any, source: str, origin: dict[str, str]) -> str:
-    """One of pydantic's errors as one line: file or option, key, value, what is allowed."""
-    location, family = _without_family([str(part) for part in problem["loc"]])
-    key = ".".join(location)
-    message = problem["msg"].removeprefix("Value error, ")
-    unknown = problem["type"] == "extra_forbidden"
-    where = ", ".join(text for name, text in origin.items() if _concerns(name, key, unknown, message)) or source
+def _section_of(field: FieldInfo | None, values: Any) -> type[BaseModel] | None:
+    """The model of a section, of the architecture that its values name; None: the field is no section."""
+    kinds = () if field is None else (field.annotation, *typing.get_args(field.annotation))
+    bare = [typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind for kind in kinds]
+    models = [kind for kind in bare if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    for model in models[1:]:
+        if isinstance(values, dict) and model.model_fields["architecture"].default == values.get("architecture"):
+            return model
+    return models[0] if models else None
+
+
+def _without_nulls(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """The values without nulls of sections and of keys that cannot be null."""
+    kept = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if value is None and field is not None and NoneType not in typing.get_args(field.annotation):
+            continue
+        if isinstance(value, dict) and field is not None:
+            section = _section_of(field, value)
+            value = _without_nulls(section, value) if section else {k: v for k, v in value.items() if v is not None}
+        kept[name] = value
+    return kept
+
+
+def _anchor_paths(model: type[BaseModel], values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values with relative paths made absolute in a folder.
+
+    Defaults stay: `data`, `latents` and `runs` are folders of the working folder, wherever they are written.
+    """
+    anchored = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        if isinstance(value, dict) and (section := _section_of(field, value)):
+            value = _anchor_paths(section, value, folder)
+        elif isinstance(value, str) and field is not None and _is_path(field) and value != field.default:
+            # What begins with a variable is not known yet.
+            if not value.startswith(("~", "$", "{data}")):
+                value = os.path.abspath(folder / value)
+        anchored[name] = value
+    return anchored
+
+
+def _is_path(field: FieldInfo) -> bool:
+    (expands,) = FilePath.__metadata__
+    return expands in field.metadata or FilePath in typing.get_args(field.annotation)
+
+
+class _Problem(typing.NamedTuple):
+    """What is wrong with a key: its path, pydantic's type of the error, the value, and what is allowed."""
+
+    path: list[str]
+    type: str
+    value: Any
+    message: str
+
+
+def _by_key(errors: list[ErrorDetails], values: Any) -> list[_Problem]:
+    """One problem per key. Pydantic has one per type that a key may have, and one per section around a wrong key."""
+    problems: dict[str, _Problem] = {}
+    for error in errors:
+        path = _path_of(error["loc"], values, error["type"])
+        message = _IN_YAML.get(error["type"], error["msg"]).removeprefix("Value error, ")
+        key = ".".join(path)
+        if path and key in problems:
+            message = f"{problems[key].message}, or {message.removeprefix('Input should be ')}"
+        problems[key if path else message] = _Problem(path, error["type"], error["input"], message)
+    return [
+        problem
+        for key, problem in problems.items()
+        if not problem.path or not any(other.startswith(f"{key}.") for other in problems)
+    ]
+
+
+# Pydantic's messages that speak of Python.
+_IN_YAML = dict.fromkeys(("model_type", "dict_type"), "Input should be a section of keys") | {
+    "tuple_type": "Input should be a list",
+    "bool_parsing": "Input should be true or false",
+    "bool_type": "Input should be true or false",
+}
+
+
+def _path_of(location: tuple[int | str, ...], values: Any, kind: str) -> list[str]:
+    """The path of a key as users write it: without the types that pydantic adds where there are several."""
+    path = []
+    for part in location:
+        if (inner := _item(values, part)) is not _ABSENT:
+            values = inner
+            path.append(str(part))
+    return [*path, str(location[-1])] if kind == "missing" else path
+
+
+_ABSENT = object()
+
+
+def _item(values: Any, key: int | str) -> Any:
+    """What a mapping or a list has at a key."""
+    if isinstance(values, dict):
+        return values.get(key, _ABSENT)
+    return values[key] if isinstance(values, list) and key in range(len(values)) else _ABSENT
+
+
+def _odd_numbers(values: Any, checked: Any, path: tuple[str, ...] = ()) -> Iterator[_Problem]:
+    """Numbers that no key can have, although its type has them: `true`, infinity, and integers of more than 64 bits."""
+    if isinstance(checked, dict | list | tuple):
+        for key, inner in checked.items() if isinstance(checked, dict) else enumerate(checked):
+            yield from _odd_numbers(_item(values, key), inner, (*path, str(key)))
+    elif isinstance(checked, int | float) and not isinstance(checked, bool):
+        if isinstance(values, bool):
+            yield _Problem([*path], "number", values, "Input should be a number")
+        elif not math.isfinite(checked):
+            yield _Problem([*path], "number", values, "Input should be a finite number")
+        elif isinstance(checked, int) and not -(2**63) <= checked < 2**63:
+            yield _Problem([*path], "number", values, f"Input should be less than or equal to {2**63 - 1}")
+
+
+class _YamlRepr(reprlib.Repr):
+    """Values of a message: in YAML's words, and no longer than a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 100, 100
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
+_show = _YamlRepr().repr
+
+
+def _explain(problem: _Problem, values: Any, source: str, origin: dict[str, str]) -> str:
+    """A problem as one line: file or option, key, value, what is allowed."""
+    path, message = problem.path, problem.message
+    key = ".".join(path)
+    unknown = problem.type == "extra_forbidden"
+    # An error about several keys of a section names them in its message; the value would be the whole section.
+    of_section = problem.type in ("value_error", "architecture") and isinstance(problem.value, dict)
+    named = message if of_section else None
+    where = ", ".join(text for name, text in origin.items() if _concerns(name, key, named)) or source
     if unknown:
-        known = sorted(family.model_fields if family else _fields_at(RiverConfig, location[:-1]))
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        section = ".".join(location[:-1])
+        known = _known_keys(path[:-1], values)
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        section = ".".join(path[:-1])
         hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key{' in ' + section if section else ''}; {hint}"
-    # An error about several keys of a section names them in its message; the value would be the whole section.
-    of_section = problem["type"] in ("value_error", "architecture") and isinstance(problem["input"], dict)
     if of_section and re.match(r"\w+: ", message):
         return f"{where}: {key}.{message}"
-    if not key or problem["type"] == "missing" or of_section:
+    if not key or problem.type == "missing" or of_section:
         return f"{where}: {key + ': ' if key else ''}{message}"
-    return f"{where}: {key}: {problem['input']!r} is not allowed: {message}"
+    return f"{where}: {key}: {_show(problem.value)} is not allowed: {message}"
 
 
-def _without_family(location: list[str]) -> tuple[list[str], type[BaseModel] | None]:
-    """The path of a key as users write it, and the model family that pydantic adds to the path, if any."""
-    families = {"vqgan": VQGANConfig, "vqvae": VQVAEConfig}
-    if location[:2] == ["autoencoder", "model"] and len(location) > 2 and location[2] in families:
-        family = families[location[2]]
-        return location[:2] + location[3:], family if len(location) == 4 else None
-    return location, None
-
-
-def _concerns(override: str, key: str, unknown: bool, message: str) -> bool:
-    """Whether an override of this key path can have caused an error at `key`, a key or a section."""
+def _concerns(override: str, key: str, named: str | None) -> bool:
+    """Whether an override of this key path can have caused an error at `key`; `named`: the keys that it is about."""
     if key and (key == override or key.startswith(f"{override}.")):
         return True
     if key and not override.startswith(f"{key}."):
         return False
-    return unknown or override.rpartition(".")[2] in message
+    return named is None or override.rpartition(".")[2] in named
 
 
-def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    for name in location:
-        field = model.model_fields.get(name)
-        candidates = typing.get_args(field.annotation) if field else ()
-        annotation = field.annotation if field else None
-        if isinstance(annotation, types.UnionType):
-            annotation = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+def _known_keys(path: list[str], values: Any) -> list[str]:
+    """The keys of a section."""
+    model: type[BaseModel] | None = RiverConfig
+    for name in path:
+        values = values.get(name)
+        model = _section_of(model.model_fields.get(name), values) if model else None
+    return sorted(model.model_fields) if model else []
 
 
 def dump_config(config: RiverConfig) -> str:
-    """The resolved configuration as YAML that `load_config` takes back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML that `load_config` takes back, in whatever folder it then is."""
+    return write_yaml(_anchor_paths(RiverConfig, config.model_dump(mode="json"), Path.cwd()))
 
 
 def fingerprint(*parts: Any) -> str:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.runs import chosen_checkpoint
+from pipelines.yaml_files import read_yaml
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder
@@ -67,8 +67,8 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
             "`train-autoencoder`, `encode --overwrite` and `train-flow --restart`"
         )
     try:
-        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(run / "config.yaml")
+    except OSError as error:
         raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
     autoencoder = load_trained_autoencoder(autoencoder_checkpoint, device)
     trained_on, here = flow.state["store"]["autoencoder"], weights_digest(autoencoder)

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from stage1_autoencoder.setting_types import LARGEST_WIDTH, Betas, Depth, FilePath, Halvings, Size, Width
+
 # Metadata of fields that change how a training is monitored, stored or computed, not its result.
 NO_EFFECT: JsonDict = {"changes_results": False}
 # Metadata of fields of a network that do not change the shapes of its weights.
@@ -41,8 +43,8 @@ class _Settings(BaseModel):
 class _Sizes(_Settings, ABC):
     """Sizes that both families of autoencoders have."""
 
-    latent_channels: PositiveInt = Field(4, description="channels of a latent, dimensions of a code")
-    norm_groups: PositiveInt = Field(32, description="groups of every GroupNorm")
+    latent_channels: Width = Field(4, description="channels of a latent, dimensions of a code")
+    norm_groups: Width = Field(32, description="groups of every GroupNorm")
     normalize_codes: bool = Field(
         False, description="latents and codes have length 1: the nearest code is the one at the smallest angle"
     )
@@ -53,8 +55,10 @@ class _Sizes(_Settings, ABC):
         """All numbers of channels inside, each normalized in groups."""
 
     @model_validator(mode="after")
-    def _groups_divide(self) -> "_Sizes":
+    def _widths_fit(self) -> "_Sizes":
         for width in self.widths:
+            if width > LARGEST_WIDTH:
+                raise ValueError(f"channels: {self.channels} give a level of {width}, more than {LARGEST_WIDTH}")
             if width % self.norm_groups:
                 raise ValueError(f"norm_groups: {self.norm_groups} does not divide the {width} channels of a level")
         return self
@@ -67,17 +71,16 @@ class VQGANConfig(_Sizes):
     preset: Literal["f8_small", "f8", "f16"] | None = Field(
         None, exclude=True, description="the sizes of a public model; other keys take precedence"
     )
-    channels: PositiveInt = Field(128, description="channels at full resolution (taming: ch)")
-    channel_multipliers: tuple[PositiveInt, ...] = Field(
+    channels: Width = Field(128, description="channels at full resolution (taming: ch)")
+    channel_multipliers: tuple[Width, ...] = Field(
         (1, 2, 2, 4),
         min_length=1,
+        max_length=9,
         description="channels of a level as multiples of `channels`; each level after the "
         "first halves the side (taming: ch_mult)",
     )
-    blocks: PositiveInt = Field(2, description="residual blocks per level of the encoder (taming: num_res_blocks)")
-    decoder_blocks: PositiveInt | None = Field(
-        None, description="residual blocks per level of the decoder; default blocks+1"
-    )
+    blocks: Depth = Field(2, description="residual blocks per level of the encoder (taming: num_res_blocks)")
+    decoder_blocks: Depth | None = Field(None, description="residual blocks per level of the decoder; default blocks+1")
     attention_resolutions: tuple[PositiveInt, ...] = Field((16,), description="sides of the levels with attention")
     resolution: PositiveInt = Field(
         64, description="side of the input for attention_resolutions: architecture, not image size"
@@ -123,8 +126,8 @@ class VQVAEConfig(_Sizes):
     """Sizes of RIVER's custom VQ-VAE. The defaults are those of CLEVRER."""
 
     architecture: Literal["vqvae"] = "vqvae"
-    channels: PositiveInt = Field(32, description="channels at full resolution; each level doubles them")
-    levels: PositiveInt = Field(3, description="number of times that the side is halved")
+    channels: Width = Field(32, description="channels at full resolution; each level doubles them")
+    levels: Halvings = Field(3, description="number of times that the side is halved")
     codes: int = Field(8192, ge=1, le=65536, description="entries of the codebook")
 
     @property
@@ -148,7 +151,10 @@ class VQVAEConfig(_Sizes):
 
 
 def _architecture(values: Any) -> str:
-    name = values.get("architecture", "vqgan") if isinstance(values, dict) else values.architecture
+    if isinstance(values, dict):
+        name = values.get("architecture")
+    else:
+        name = getattr(values, "architecture", None)
     return name if isinstance(name, str) else "vqgan"
 
 
@@ -193,9 +199,9 @@ class AdversarialConfig(_Settings):
     start: NonNegativeInt = Field(0, description="first step of the discriminator's training; late is safer")
     warm_in: NonNegativeInt = Field(0, description="number of steps over which the weight rises to its full value")
     learning_rate: PositiveFloat = Field(1e-4, description="learning rate of the discriminator's AdamW; same schedule")
-    betas: tuple[float, float] = (0.5, 0.9)
-    filters: PositiveInt = 64
-    layers: PositiveInt = Field(3, description="number of times that the discriminator halves the side")
+    betas: Betas = (0.5, 0.9)
+    filters: Width = 64
+    layers: Halvings = Field(3, description="number of times that the discriminator halves the side")
 
     @property
     def smallest_side(self) -> int:
@@ -207,7 +213,7 @@ class AutoencoderTrainingConfig(_Settings):
     """Training of the autoencoder: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
 
     steps: PositiveInt = Field(100_000, json_schema_extra=NO_EFFECT)
-    batch_size: PositiveInt = Field(16, description="images per update, over all processes")
+    batch_size: Size = Field(16, description="images per update, over all processes")
     accumulate: PositiveInt = Field(1, description="number of parts in which a batch is computed, to save memory")
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 500
@@ -215,14 +221,14 @@ class AutoencoderTrainingConfig(_Settings):
         "adamw", description="muon: Muon on weight matrices (convolutions flattened), AdamW on the rest"
     )
     muon_learning_rate: PositiveFloat = Field(5e-3, description="learning rate of the matrices with optimizer: muon")
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: PositiveFloat | None = Field(1.0, description="largest gradient norm; null: no clipping")
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = Field(0.0, description="weight of the mean squared error; helps short trainings")
     perceptual: Literal["none", "lpips"] = Field("none", description="lpips needs the weights of VGG16")
     perceptual_weight: NonNegativeFloat = 1.0
-    vgg_weights: str | None = Field(
+    vgg_weights: FilePath | None = Field(
         None,
         description="path of vgg16-397923af.pth; null: torch's download folder, or downloaded with --download",
         json_schema_extra=NO_EFFECT,
@@ -275,9 +281,9 @@ OFFICIAL_LEARNING_RATE_BATCH = 256
 class RefinerModelConfig(_Settings):
     """Sizes of the RCAN; by default the official ones, 0.8 M parameters."""
 
-    groups: PositiveInt = Field(3, description="residual groups, each with a convolution and a skip at its end")
-    blocks: PositiveInt = Field(3, description="channel-attention blocks per group")
-    features: int = Field(64, ge=3, description="channels of all feature maps")
+    groups: Depth = Field(3, description="residual groups, each with a convolution and a skip at its end")
+    blocks: Depth = Field(3, description="channel-attention blocks per group")
+    features: Width = Field(64, ge=3, description="channels of all feature maps")
     reduction: PositiveInt = Field(8, description="divisor of the channels inside the channel attention")
     tanh: bool = Field(False, description="end with a tanh")
 
@@ -294,11 +300,11 @@ class RefinerTrainingConfig(_Settings):
     """Training of the refiner, on clips of real frames and their decoded latents."""
 
     steps: PositiveInt = Field(20_000, json_schema_extra=NO_EFFECT)
-    batch_size: PositiveInt = Field(24, description="clips per update, over all processes")
+    batch_size: Size = Field(24, description="clips per update, over all processes")
     accumulate: PositiveInt = Field(
         1, description="number of parts in which a batch is computed, to save memory", json_schema_extra=NO_EFFECT
     )
-    clip_frames: int = Field(17, ge=2, description="frames per clip; the first is only a previous frame")
+    clip_frames: Size = Field(17, ge=2, description="frames per clip; the first is only a previous frame")
     learning_rate: PositiveFloat | None = Field(
         None, description="null: 3e-4 x batch_size / 256, as in the official training"
     )
@@ -310,11 +316,11 @@ class RefinerTrainingConfig(_Settings):
         "adamw", description="muon: Muon on the convolutions between first and last, AdamW on the rest"
     )
     muon_learning_rate: PositiveFloat = Field(5e-3, description="learning rate of the matrices with optimizer: muon")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 5e-4
     grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
     loss: Literal["mse", "l1"] = "mse"
-    perceptual_network: str | None = Field(
+    perceptual_network: FilePath | None = Field(
         None,
         description="path of a TorchScript video network, i3d_torchscript.pt; null: no perceptual term",
         json_schema_extra=NO_EFFECT,

@@ -1,6 +1,6 @@
 """Settings of the flow: the vector field, its training, and sampling."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,6 +21,11 @@ NO_SHAPE: JsonDict = {"changes_shapes": False}
 
 TimeSampling = Literal["uniform", "logit_normal"]
 ConditionTiming = Literal["per-evaluation", "per-frame"]
+# Bounds that no machine's memory reaches, so that a mistyped size is refused at once.
+Width = Annotated[PositiveInt, Field(le=8192)]
+Depth = Annotated[NonNegativeInt, Field(le=256)]
+Size = Annotated[PositiveInt, Field(le=65536)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 SolverName = Literal["euler", "midpoint", "heun", "rk4", "rk4-38"]
 
 
@@ -29,9 +34,9 @@ class VectorFieldConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    width: PositiveInt = Field(768, description="features per token")
-    depth: PositiveInt = Field(4, description="number of in-blocks, and of out-blocks")
-    mid_depth: NonNegativeInt = Field(5, description="number of blocks between in-blocks and out-blocks")
+    width: Width = Field(768, description="features per token")
+    depth: Depth = Field(4, ge=1, description="number of in-blocks, and of out-blocks")
+    mid_depth: Depth = Field(5, description="number of blocks between in-blocks and out-blocks")
     heads: PositiveInt = 8
     head: Literal["ln", "bn"] = Field("ln", description="output head with LayerNorm (ln) or BatchNorm (bn)")
     reference: bool = Field(True, description="condition on the previous frame in addition to the random past frame")
@@ -57,7 +62,7 @@ class FlowTrainingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: PositiveInt = Field(300_000, json_schema_extra=NO_EFFECT)
-    batch_size: PositiveInt = Field(16, description="global batch size, over all processes")
+    batch_size: Size = Field(16, description="global batch size, over all processes")
     accumulate: PositiveInt = Field(
         1, description="number of parts a batch is computed in, to save memory", json_schema_extra=NO_EFFECT
     )
@@ -66,7 +71,7 @@ class FlowTrainingConfig(BaseModel):
     warmup_steps: NonNegativeInt = 5000
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon on weight matrices, AdamW on the rest")
     muon_learning_rate: PositiveFloat = Field(2e-2, description="learning rate of weight matrices with optimizer: muon")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 5e-6
     grad_clip: PositiveFloat | None = Field(None, description="maximum gradient norm; null: no clipping")
     time_sampling: TimeSampling = Field("uniform", description="distribution of t; the paper uses uniform")
@@ -85,7 +90,7 @@ class FlowTrainingConfig(BaseModel):
     standardize: bool = Field(
         False, description="train on latents standardized with the store's per-channel statistics (paper: raw latents)"
     )
-    clip_frames: int = Field(40, ge=3, description="a condition is at most clip_frames - 1 frames before its target")
+    clip_frames: Size = Field(40, ge=3, description="a condition is at most clip_frames - 1 frames before its target")
     past_horizon: int | None = Field(
         None,
         ge=2,
@@ -106,7 +111,7 @@ class FlowTrainingConfig(BaseModel):
         json_schema_extra=NO_EFFECT,
     )
     validate_every: PositiveInt = Field(5000, json_schema_extra=NO_EFFECT)
-    validation_pairs: PositiveInt = Field(
+    validation_pairs: Size = Field(
         512, description="number of fixed draws for the validation loss", json_schema_extra=NO_EFFECT
     )
     validation_samples: NonNegativeInt = Field(
@@ -129,12 +134,12 @@ class SamplingConfig(BaseModel):
         None,
         description="null: midpoint; with preset official rk4-38 (Kutta's 3/8 rule, called rk4 in the official code)",
     )
-    steps: PositiveInt | None = Field(
+    steps: Size | None = Field(
         None,
         description="solver steps from warm start to 1 (null: 8 evaluations); with preset official the paper's "
         "number of time points, of which a share of 1 - warm_start is used (null: 100)",
     )
-    nfe: PositiveInt | None = Field(
+    nfe: Size | None = Field(
         None,
         description="evaluations of the field per frame, a multiple of the solver's evaluations per step: 1 (euler), "
         "2 (midpoint, heun) or 4 (rk4, rk4-38); overrides steps",
@@ -151,11 +156,11 @@ class SamplingConfig(BaseModel):
     condition: ConditionTiming = Field(
         "per-evaluation", description="draw a condition at every evaluation (the paper), or once per frame"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     weights: Literal["ema", "raw"] = Field(
         "ema", description="ema: averaged weights, if there are any; raw: weights of the last step"
     )
-    batch_size: PositiveInt | Literal["auto"] = Field(
+    batch_size: Size | Literal["auto"] = Field(
         "auto", description="clips predicted at once; does not change predictions. auto: as many as fit"
     )
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(

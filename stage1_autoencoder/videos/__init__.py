@@ -26,7 +26,7 @@ def dataset_root(dataset: DatasetConfig, data_root: str | Path) -> Path:
     """The folder of the raw videos: `dataset.root` with "{data}" replaced by `data_root`, or <data_root>/<name>."""
     if dataset.root is None:
         return Path(data_root) / dataset.name
-    return Path(dataset.root.replace("{data}", str(data_root))).expanduser()
+    return Path(dataset.root.replace("{data}", str(data_root)))
 
 
 def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = True) -> dict[Split, VideoSource]:

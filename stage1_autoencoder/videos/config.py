@@ -4,7 +4,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from stage1_autoencoder.setting_types import FilePath, Seed, Size, Width
+
 Split = Literal["train", "val", "test"]
+# Videos of one split of `shapes`, whose trajectories are all in memory.
+MOST_SHAPES_VIDEOS = 1_000_000
 
 
 class ShapesConfig(BaseModel):
@@ -12,7 +16,7 @@ class ShapesConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    frames: PositiveInt = Field(20, description="frames per video")
+    frames: Size = Field(20, description="frames per video")
     min_objects: PositiveInt = Field(2, description="smallest number of shapes in a video")
     max_objects: PositiveInt = Field(3, description="largest number of shapes in a video")
     radius: PositiveFloat = Field(
@@ -37,6 +41,7 @@ class DatasetConfig(BaseModel):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=200,
         description="names latents/<name>.zarr and runs/<name>",
         json_schema_extra={"changes_results": False},
     )
@@ -44,12 +49,12 @@ class DatasetConfig(BaseModel):
         description="shapes: procedural; videos: a folder of video files or frame folders; kth, bair, clevrer: the "
         "unpacked archives of these data sets; hdf5: shards of the official code"
     )
-    root: str | None = Field(
+    root: FilePath | None = Field(
         None,
         description="folder of the raw videos; '{data}' is replaced by paths.data; default {data}/<name>",
         json_schema_extra={"changes_results": False},
     )
-    image_size: PositiveInt = Field(64, description="side of the square frames, in pixels")
+    image_size: Width = Field(64, description="side of the square frames, in pixels")
     frame_step: PositiveInt = Field(1, description="use every frame_step-th frame")
     splits: dict[Split, int | float | str] = Field(
         default_factory=dict,
@@ -57,7 +62,7 @@ class DatasetConfig(BaseModel):
         "train/val/test folders; kth: persons per split, e.g. '1-19'; clevrer: numbers of videos per split, e.g. "
         "'0-9999'; bair: val, the fraction of training videos that is held out",
     )
-    split_seed: int = Field(0, ge=0, description="seed of the split by fractions")
+    split_seed: Seed = Field(0, description="seed of the split by fractions")
     sequences: bool = Field(False, description="kth: cut videos into the frame ranges of 00sequences.txt")
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of source: shapes")
 
@@ -65,8 +70,11 @@ class DatasetConfig(BaseModel):
     def _splits_fit_source(self) -> "DatasetConfig":
         for split, value in self.splits.items():
             match self.source:
-                case "shapes" if not isinstance(value, int) or value < 1:
-                    raise ValueError(f"splits.{split}: {value!r} is not a positive number of videos (source: shapes)")
+                case "shapes" if not isinstance(value, int) or not 1 <= value <= MOST_SHAPES_VIDEOS:
+                    raise ValueError(
+                        f"splits.{split}: {value!r} is not a number of videos from 1 to {MOST_SHAPES_VIDEOS} "
+                        "(source: shapes)"
+                    )
                 case "videos" | "hdf5" | "bair" if not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: {self.source})")
                 case "bair" if split != "val":

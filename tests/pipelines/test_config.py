@@ -1,12 +1,13 @@
 """The configuration: what loads, and errors that name the key, the value and the way out."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from pipelines.config import differences, dump_config, fingerprint, load_config
+from pipelines.config import differences, dump_config, find_preset, fingerprint, load_config
 from pipelines.errors import UserError
 from stage1_autoencoder.families import build_autoencoder
 from stage2_flow.vector_field import VectorField
@@ -150,6 +151,10 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(write):
         ),
         ("cache.codes=false", lambda c: c.cache.codes, False),
         ("flow.training.grad_clip=null", lambda c: c.flow.training.grad_clip, None),
+        ("seed=017", lambda c: c.seed, 17),
+        ("flow.training.steps=1e3", lambda c: c.flow.training.steps, 1000),
+        ("dataset.root='/videos/take #2'", lambda c: c.dataset.root, "/videos/take #2"),
+        (f"seed={2**63 - 1}", lambda c: c.seed, 2**63 - 1),
         ("dataset.name=a=b", None, None),
         ("logging={every: 3}", lambda c: c.logging.every, 3),
         ("paths.runs=somewhere/else", lambda c: str(c.run_path), str(Path("somewhere/else/toy"))),
@@ -177,6 +182,9 @@ def test_override_values_are_yaml(write, override, read, value):
         ("=3", ["--set =3: expected key.path=value"]),
         ("flow.training.steps=[1", ["--set flow.training.steps=[1: the value is not YAML"]),
         ("seed.x=1", ["--set seed.x=1: seed is a value, not a section"]),
+        ("dataset.root=/videos/take #2", ["--set dataset.root=/videos/take #2:", "comment"]),
+        ("a." * 50 + "b=1", ["at most"]),
+        ("flow.training={steps: 3, steps: 4}", ["--set flow.training={steps: 3, steps: 4}:", "'steps'"]),
     ],
 )
 def test_mistakes_in_overrides_name_the_override(write, override, expected):
@@ -237,3 +245,205 @@ def test_differences_are_told_by_key():
 )
 def test_wandb_modes_survive_yaml(text, mode):
     assert load_config(CONFIGS / "shapes.yaml", [f"logging.wandb={text}"]).logging.wandb == mode
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=yes", "'yes'"),
+        ("seed=on", "'on'"),
+        ("seed=1:30", "'1:30'"),
+        ("seed=true", "true"),
+        (f"seed={2**63}", str(2**63)),
+        ("seed=-1", "-1"),
+        ("seed=.inf", "inf"),
+        (f"sampling.seed={2**63}", str(2**63)),
+        (f"evaluation.seed={2**63}", str(2**63)),
+        (f"dataset.split_seed={2**63}", str(2**63)),
+        (f"flow.training.steps={2**63}", str(2**63)),
+        ("dataset.image_size=1000000", "1000000"),
+        ("flow.model.width=1000000", "1000000"),
+        ("flow.model.depth=1000000", "1000000"),
+        ("flow.training.batch_size=100000000", "100000000"),
+        ("autoencoder.model={architecture: vqvae, levels: 1000000}", "1000000"),
+        ("autoencoder.model.channels=1000000", "1000000"),
+        ("autoencoder.training.adversarial.layers=1000000", "1000000"),
+        ("evaluation.resamples=1000000000000", "1000000000000"),
+        ("cache.memory_budget=99999999999 TiB", "'99999999999 TiB'"),
+        ("cache.memory_budget='" + "9" * 400 + "'", "9999"),
+        ("cache.memory_budget=0 GiB", "'0 GiB'"),
+        ("flow.training.betas.0=1.0", None),
+        ("flow.training.betas=[1.0, 0.9]", "1.0"),
+        ("autoencoder.training.betas=[0.9, -0.1]", "-0.1"),
+        ("autoencoder.training.adversarial.betas=[0.9, 2]", "2"),
+        ("refiner.training.betas=[0.9, .nan]", "nan"),
+        ("flow.training.learning_rate=.inf", "inf"),
+        ("flow.training.learning_rate=1e400", "inf"),
+        ("flow.training.weight_decay=.nan", "nan"),
+        ("flow.training.weight_decay='nan'", "nan"),
+        ("flow.training.weight_decay=true", "true"),
+        ("autoencoder.training.l1_weight=-.inf", "inf"),
+        ("flow.training.compile=maybe", "'maybe'"),
+        ("sampling.batch_size=true", "true"),
+        ("sampling.batch_size=big", "'big'"),
+        ("dataset.splits={train: [1]}", "[1]"),
+        ("dataset.splits={train: true}", "true"),
+        ("dataset.splits={foo: 1}", "foo"),
+        ("dataset.splits.train=100000000000", "100000000000"),
+        ("dataset.name=" + "x" * 300, "xxx"),
+        ("autoencoder.model=3", "3"),
+        ("autoencoder.model.channel_multipliers=[null]", "null"),
+        ("flow=true", "true"),
+        ("seed=" + "9" * 5000, None),
+        ("flow.training.learning_rate=" + "9" * 5000, None),
+        ("seed.a.b.c.d.e.f=1", "{"),
+        ("seed=!!python/name:os.system x", None),
+    ],
+)
+def test_a_refusal_is_one_line_with_key_and_value(override, value):
+    message = refused(CONFIGS / "shapes.yaml", override)
+    assert len(message.splitlines()) == 1
+    assert override.partition("=")[0] in message
+    if value is not None:
+        told = message.replace(f"--set {override}", "", 1)
+        assert value in told
+        assert len(told) < 700
+
+
+@pytest.mark.parametrize("word", ["none", "None", "yes", "no"])
+def test_words_that_are_no_numbers_in_a_file(write, word):
+    assert f"seed: '{word}'" in refused(write(f"dataset: {{name: toy, source: shapes}}\nseed: {word}\n"))
+
+
+def test_the_smallest_and_largest_betas(write):
+    assert load_config(write(), ["flow.training.betas=[0, 0.9999]"]).flow.training.betas == (0, 0.9999)
+
+
+def test_null_is_the_default_again(write):
+    base = write(
+        {
+            "dataset": {"name": "people", "source": "kth", "image_size": 32, "splits": {"train": "1-19", "test": 20}},
+            "seed": 3,
+            "flow": {"model": {"width": 32}, "training": {"grad_clip": 2.0, "steps": 5}},
+            "autoencoder": {"model": {"channels": 32}},
+        },
+        "people.yaml",
+    )
+    own = write(
+        "base: people\ndataset: {name: own, source: videos, splits: null}\nseed: null\nflow: null\n", "own.yaml"
+    )
+    config, fresh = load_config(own), load_config(write())
+    assert (config.dataset.splits, config.dataset.image_size) == ({}, 32)
+    assert (config.seed, config.flow) == (0, fresh.flow)
+    assert config.autoencoder.model.channels == 32
+    assert load_config(base, ["dataset.splits=null"]).dataset.splits == {}
+    assert load_config(base, ["dataset.splits={test: null}"]).dataset.splits == {}
+    assert load_config(base, ["dataset.splits.test=null"]).dataset.splits == {"train": "1-19"}
+    assert load_config(base, ["flow=null", "flow.training.steps=7"]).flow.training.steps == 7
+    # Null is itself a value of grad_clip.
+    assert load_config(base, ["flow.training.grad_clip=null"]).flow.training == load_config(
+        base, ["flow.training=null", "flow.training.steps=5"]
+    ).flow.training.model_copy(update={"grad_clip": None})
+    for override in ("dataset=null", "dataset.name=null"):
+        assert f"{override.partition('=')[0]}: " in refused(base, override)
+    assert "nothing: unknown key" in refused(base, "nothing=null")
+
+
+def test_a_mapping_that_two_sections_share_is_set_in_one(write):
+    text = "dataset: {name: toy, source: shapes}\nautoencoder: {training: &t {steps: 5}}\nflow: {training: *t}\n"
+    config = load_config(write(text), ["flow.training.steps=9"])
+    assert (config.autoencoder.training.steps, config.flow.training.steps) == (5, 9)
+
+
+PATH_KEYS = (
+    "paths.data",
+    "paths.latents",
+    "paths.runs",
+    "dataset.root",
+    "autoencoder.training.vgg_weights",
+    "refiner.training.perceptual_network",
+    "evaluation.video_network",
+)
+
+
+def value_at(config, key):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_paths_expand(write, key, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DISK", str(tmp_path / "disk"))
+    path = write()
+    for text, expected in (("~/x", "home/x"), ("$DISK/x", "disk/x"), ("${DISK}s/x", "disks/x")):
+        for config in (load_config(path, [f"{key}={text}"]), load_config(write(nested(key, text), "other.yaml"))):
+            assert value_at(config, key) == str(tmp_path / expected)
+    for text, missing in (("$NO_SUCH_DISK/x", "NO_SUCH_DISK"), ("~nobody-of-this-name/x", "nobody-of-this-name")):
+        message = refused(path, f"{key}={text}")
+        assert f"{key}: '{text}' is not allowed" in message
+        assert missing in message.partition("is not allowed")[2]
+
+
+def nested(key: str, value: object) -> dict:
+    """BASIC with one more key."""
+    values = {name: dict(section) for name, section in BASIC.items()}
+    inner, (*sections, last) = values, key.split(".")
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = value
+    return values
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_relative_paths_belong_to_their_file(write, key, tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    write(nested(key, "../disk/x"), "project/base.yaml")
+    own = write({"base": "project/base.yaml"}, "own.yaml")
+    monkeypatch.chdir(tmp_path / "project")
+    for path in (own, "base.yaml", "../own.yaml"):
+        assert value_at(load_config(path), key) == str(tmp_path / "disk" / "x")
+    # On the command line they belong to the working folder.
+    assert os.path.abspath(value_at(load_config(own, [f"{key}=y"]), key)) == str(tmp_path / "project" / "y")
+    # A written configuration holds wherever it is put.
+    dumped = write(dump_config(load_config(own, [f"{key}=y"])), "dumped.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert value_at(load_config(dumped), key) == str(tmp_path / "project" / "y")
+
+
+def test_default_roots_are_in_the_working_folder(write):
+    written = write(BASIC | {"paths": {"data": "data", "latents": "./latents"}})
+    config = load_config(written)
+    assert (config.data_root, config.run_path) == (Path("data"), Path("runs/toy"))
+    assert config.store_path == written.parent / "latents" / "toy.zarr"
+
+
+def test_a_root_below_the_root_of_data_stays(write):
+    config = load_config(write(nested("dataset.root", "{data}/kth")), ["paths.data=/disk"])
+    assert config.dataset.root == "{data}/kth"
+
+
+def test_a_base_is_beside_its_file_then_among_the_presets(write, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    write(with_section(seed=5), "kth.yaml")
+    write(with_section(seed=6), "work/kth.yaml")
+    monkeypatch.chdir(tmp_path / "work")
+    for base in ("kth.yaml", "kth", "./kth.yaml"):
+        assert load_config(write({"base": base}, "own.yaml")).seed == 5
+    (tmp_path / "kth.yaml").unlink()
+    for base in ("kth.yaml", "kth", "configs/kth.yaml"):
+        assert load_config(write({"base": base}, "own.yaml")).dataset.source == "kth"
+    message = refused(write({"base": "khts"}, "own.yaml"))
+    assert "own.yaml: base: khts" in message
+    assert "kth" in message
+
+
+def test_a_bare_name_is_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").write_text("no configuration")
+    (tmp_path / "kth.yaml").write_text("dataset: {name: mine, source: kth}")
+    assert load_config("shapes").dataset.name == "shapes"
+    assert load_config("kth").dataset.name == "kth"
+    assert load_config("kth.yaml").dataset.name == "mine"
+    assert find_preset("./kth.yaml") == Path("kth.yaml")

@@ -1,0 +1,147 @@
+"""YAML 1.2 as it is written: `017` is 17, `yes` and `1:30` are words, and no key stands twice."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.errors import UserError
+
+# More levels than a configuration has; deeper ones would exhaust Python's stack.
+DEEPEST = 32
+# More digits than any number of a configuration has.
+LONGEST_NUMBER = 100
+
+# The core schema, https://yaml.org/spec/1.2.2/#1032-tag-resolution. PyYAML's own is that of YAML 1.1.
+_TAG = "tag:yaml.org,2002:"
+_CORE = {
+    f"{_TAG}{name}": re.compile(rf"(?:{pattern})\Z")
+    for name, pattern in {
+        "null": r"~|null|Null|NULL|",
+        "bool": r"true|True|TRUE|false|False|FALSE",
+        "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+        "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "merge": r"<<",
+    }.items()
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser with the types of YAML 1.2 and no others."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own way)
+    yaml_constructors: dict = {}  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {DEEPEST} levels", problem_mark=self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is not a word", problem_mark=key.start_mark)
+            if key.value in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is repeated, on lines {lines[key.value]} and {line}",
+                    problem_mark=key.start_mark,
+                )
+            lines[key.value] = line
+        return node
+
+    def read_scalar(self, node: yaml.ScalarNode) -> Any:
+        tag, text = node.tag, node.value
+        if tag in _CORE and not _CORE[tag].match(text):
+            raise yaml.MarkedYAMLError(
+                problem=f"{text!r} is not of type {tag.removeprefix(_TAG)}", problem_mark=node.start_mark
+            )
+        if tag in (f"{_TAG}int", f"{_TAG}float") and len(text) > LONGEST_NUMBER:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number of more than {LONGEST_NUMBER} characters", problem_mark=node.start_mark
+            )
+        match tag.removeprefix(_TAG):
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+            case "float":
+                return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+        return text
+
+    def read_list(self, node: yaml.SequenceNode) -> list[Any]:
+        return self.construct_sequence(node, deep=True)
+
+    def read_mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that YAML 1.1 or YAML 1.2 would take for something else."""
+
+
+for _name, _pattern in _CORE.items():
+    _Loader.add_implicit_resolver(_name, _pattern, None)
+    _Dumper.add_implicit_resolver(_name, _pattern, None)
+for _name in ("null", "bool", "int", "float", "merge", "str"):
+    _Loader.add_constructor(f"{_TAG}{_name}", _Loader.read_scalar)
+_Loader.add_constructor(f"{_TAG}seq", _Loader.read_list)
+_Loader.add_constructor(f"{_TAG}map", _Loader.read_mapping)
+_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        UserError: not YAML, a key that is repeated, or too deep; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a YAML file: byte {error.start} is not UTF-8") from None
+    return parse_yaml(text, f"{path}: not a YAML file")
+
+
+def parse_yaml(text: str, complaint: str, comments: bool = True) -> Any:
+    """The content of a YAML text; `complaint` begins the message of an error.
+
+    Args:
+        comments: whether ` #` begins a comment; False refuses it.
+    Raises:
+        UserError: as `read_yaml`.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if not comments and text[node.end_mark.index :].lstrip().startswith("#"):
+            raise UserError(f"{complaint}: ` #` begins a comment in YAML; write KEY='\"VALUE\"'")
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{complaint}: {place}{error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{complaint}: character {error.position + 1} is not allowed in YAML") from None
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """The YAML text of plain data, which readers of YAML 1.1 and 1.2 understand alike."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
