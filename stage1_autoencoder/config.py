@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from stage1_autoencoder.setting_types import LARGEST_WIDTH, Betas, Depth, FilePath, Halvings, Size, Width
+from stage1_autoencoder.setting_types import LARGEST_WIDTH, MOST_HALVINGS, Betas, Depth, FilePath, Halvings, Size, Width
 
 # Metadata of fields that change how a training is monitored, stored or computed, not its result.
 NO_EFFECT: JsonDict = {"changes_results": False}
@@ -75,7 +75,7 @@ class VQGANConfig(_Sizes):
     channel_multipliers: tuple[Width, ...] = Field(
         (1, 2, 2, 4),
         min_length=1,
-        max_length=9,
+        max_length=1 + MOST_HALVINGS,
         description="channels of a level as multiples of `channels`; each level after the "
         "first halves the side (taming: ch_mult)",
     )

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field, PositiveInt
 LARGEST_WIDTH = 8192
 Width = Annotated[PositiveInt, Field(le=LARGEST_WIDTH)]  # channels of a layer, pixels of a side
 Depth = Annotated[PositiveInt, Field(le=256)]  # blocks one after another
-Halvings = Annotated[PositiveInt, Field(le=8)]
+MOST_HALVINGS = 8
+Halvings = Annotated[PositiveInt, Field(le=MOST_HALVINGS)]
 Size = Annotated[PositiveInt, Field(le=65536)]  # frames or clips at once
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -23,7 +23,7 @@ TimeSampling = Literal["uniform", "logit_normal"]
 ConditionTiming = Literal["per-evaluation", "per-frame"]
 # Bounds that no machine's memory reaches, so that a mistyped size is refused at once.
 Width = Annotated[PositiveInt, Field(le=8192)]
-Depth = Annotated[NonNegativeInt, Field(le=256)]
+Depth = Annotated[PositiveInt, Field(le=256)]
 Size = Annotated[PositiveInt, Field(le=65536)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SolverName = Literal["euler", "midpoint", "heun", "rk4", "rk4-38"]
@@ -35,8 +35,8 @@ class VectorFieldConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     width: Width = Field(768, description="features per token")
-    depth: Depth = Field(4, ge=1, description="number of in-blocks, and of out-blocks")
-    mid_depth: Depth = Field(5, description="number of blocks between in-blocks and out-blocks")
+    depth: Depth = Field(4, description="number of in-blocks, and of out-blocks")
+    mid_depth: NonNegativeInt = Field(5, le=256, description="number of blocks between in-blocks and out-blocks")
     heads: PositiveInt = 8
     head: Literal["ln", "bn"] = Field("ln", description="output head with LayerNorm (ln) or BatchNorm (bn)")
     reference: bool = Field(True, description="condition on the previous frame in addition to the random past frame")

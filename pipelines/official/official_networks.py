@@ -16,6 +16,7 @@ from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, VQGANConfig, VQVAEConfig
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
+from stage1_autoencoder.setting_types import MOST_HALVINGS
 from stage1_autoencoder.videos.names import join_names
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.vector_field import VectorField
@@ -173,9 +174,8 @@ def _vqvae_sizes(path: str | Path, state: Mapping[str, Tensor]) -> VQVAEConfig:
     names = ("encoder.conv_in.weight", "encoder.out_conv.weight", "quantizer.embedding.weight")
     _require(path, state, dict(zip(names, (4, 4, 2), strict=True)))
     channels, latent_channels, codes = (state[name].shape[0] for name in names)
-    levels = _count_blocks(state, "encoder.residuals")
+    levels = min(_count_blocks(state, "encoder.residuals"), MOST_HALVINGS)
     config = VQVAEConfig(channels=channels, levels=levels, latent_channels=latent_channels, codes=codes, norm_groups=32)
-    # Each level doubles the channels, so a wrong number of levels could ask for any amount of memory.
     deepest = state["encoder.out_conv.weight"].shape[1]
     if channels * 2**levels != deepest:
         raise OfficialFormatError(
