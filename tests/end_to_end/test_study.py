@@ -30,6 +30,8 @@ def test_an_interrupted_study_resumes_and_is_plotted(copied, monkeypatch) -> Non
     assert result["protocol"]["split"] == "val"
     assert result["protocol"]["clips"] == ["val_00000", "val_00002", "val_00003"]
     assert result["protocol"]["missing"].keys() == {"lpips", "interval"}
+    # All points in the one precision that the protocol names.
+    assert {json.loads(point["key"])["precision"] for point in result["points"]} == {result["protocol"]["precision"]}
     assert result["cheapest"] is None  # of three recordings
     assert {point["psnr_difference_interval"] for point in result["points"]} == {None}
     assert (copied.runs / "quality.png").stat().st_size > 10_000
