@@ -128,8 +128,8 @@ def check_device(
     """
     started, device = time.perf_counter(), run_context.device
     sizes = sizes or (CheckSizes() if device.type == "cuda" else REHEARSAL)
-    # Read when cuBLAS starts: without it, its sums have no fixed order.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.type == "cuda":  # read when cuBLAS starts: without it, its sums have no fixed order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rehearsal = "" if device.type == "cuda" else "; a rehearsal: the CPU is compared with itself"
     say(f"gpu-check: {hardware(device)}{rehearsal}")
     checks: list[CheckRow] = []
