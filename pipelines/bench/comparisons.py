@@ -50,8 +50,8 @@ TIERS: tuple[Tier, ...] = ("device", "host", "stream")
 SAME_FP32 = 2.0**-16
 # Four times what bf16 changes in 50 steps, measured likewise (1.3e-2).
 BF16 = 0.05
-# Another order of fp32 sums changes about as much as fp32 changes against fp64, which is measured. TF32 changes 45 times
-# that in latents and 800 times that in predictions (its rounding imitated on a CPU, at the demo's sizes).
+# Another order of fp32 sums changes about as much as fp32 changes against fp64, which is measured. TF32 changes 45
+# times as much in latents, 800 times as much in predictions (its rounding imitated on a CPU, at the demo's sizes).
 ROUNDINGS = 10
 # Of means over clips, in dB and in SSIM. A code that is one of two equally near ones may be the other one elsewhere: in
 # some thousand latents it moves the mean by 1e-3 dB.
@@ -61,6 +61,7 @@ HELD_SHARE = 1e-3
 # Steps whose batches are compared: the first ones, and some far away.
 DRAWN_STEPS = (0, 1, 2, 3, 1000, 999_999)
 FRAMES_COMPARED = 64
+NO_COMPILING = "left out of a rehearsal: takes a minute on a CPU"
 PREDICTED = 4
 
 
@@ -322,7 +323,7 @@ def same_compiled(story: Story) -> Iterator[CheckRow]:
         compiled = story.losses(story.device, compile=True)
         yield compared(name, relative(compiled, story.losses(story.device)), SAME_FP32, "as for the losses")
     else:
-        yield skipped(name, "left out")
+        yield skipped(name, NO_COMPILING)
     predictor, on_cpu = story.predictor(story.device), story.predictor(CPU)
     options: dict[str, Any] = {"compile": False, "cuda_graphs": False}
 
@@ -337,7 +338,7 @@ def same_compiled(story: Story) -> Iterator[CheckRow]:
     yield compared("predicted latents against the CPU, in standard deviations", deviation(eager, reference), bound, why)
     for name, change, possible, reason in (
         ("CUDA graph", {"cuda_graphs": True}, story.on_gpu, "needs CUDA"),
-        ("compiled", {"compile": True}, story.compiles, "left out"),
+        ("compiled", {"compile": True}, story.compiles, NO_COMPILING),
     ):
         name = f"predicted latents, {name} against eager, in standard deviations"
         if possible:
