@@ -21,7 +21,7 @@ from pipelines.bench.flow_speed import predict, random_store, step_seconds
 from pipelines.bench.measurement import Benchmark, Measurement
 from pipelines.bench.workbench import Workbench
 from pipelines.config import RiverConfig, load_config
-from pipelines.errors import CheckFailed, StoppedBySignal
+from pipelines.errors import CheckFailed, StoppedBySignal, UserError
 from pipelines.prediction.rollouts import FieldRollouts
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json, write_text
@@ -125,8 +125,15 @@ def check_device(
         sizes: by default those of the device's type.
     Raises:
         CheckFailed: a deviation outside its bound, or an exception in a check; the files are written.
+        UserError: the machine has a GPU that PyTorch cannot use, and nobody asked for a rehearsal.
     """
     started, device = time.perf_counter(), run_context.device
+    if device.type == "cpu" and run_context.asked_device == "auto" and (driver := driver_version()) is not None:
+        raise UserError(
+            f"this machine has an NVIDIA driver, version {driver}, but torch {torch.__version__} finds no GPU: install "
+            "a build of torch for that driver (remove .venv, then `make setup TORCH_INDEX=...`), or rehearse on the "
+            "CPU with DEVICE=cpu"
+        )
     sizes = sizes or (CheckSizes() if device.type == "cuda" else REHEARSAL)
     if device.type == "cuda":  # read when cuBLAS starts: without it, its sums have no fixed order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -255,8 +262,12 @@ def gpu_versions(device: torch.device) -> dict[str, str]:
     """Versions of CUDA and of the driver; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"CUDA": str(torch.version.cuda), "driver": driver or "unknown"}
+    return {"CUDA": str(torch.version.cuda), "driver": driver_version() or "unknown"}
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver; None without one."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def commit() -> str | None:

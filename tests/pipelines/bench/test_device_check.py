@@ -1,6 +1,7 @@
 """`gpu-check` as a rehearsal on a CPU: all checks, that each finds a device that computes otherwise, and its files."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipelines.bench import comparisons, device_check
 from pipelines.bench.comparisons import CHECKS, CheckRow, Story, compared, run_checks, skipped, story_config
 from pipelines.bench.device_check import CheckSizes, GpuCheck, check_device
 from pipelines.config import RiverConfig, parse_config
-from pipelines.errors import CheckFailed
+from pipelines.errors import CheckFailed, UserError
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json
@@ -70,7 +71,7 @@ def states(rows: Iterator[CheckRow]) -> set[str]:
 
 def test_a_rehearsal(tmp_path):
     config = config_of(tmp_path / "runs")
-    result = check_device(config, RunContext(CPU), 5, SIZES)
+    result = check_device(config, RunContext(CPU, asked_device="cpu"), 5, SIZES)
     assert read_json(config.run_path / "gpu_check.json", GpuCheck, "way out") == result
     table = (config.run_path / "gpu_check.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
@@ -142,9 +143,9 @@ def test_tf32_that_was_left_on_is_found(fresh, monkeypatch):
 
     monkeypatch.setattr(FlowTrainer, "train_step", train_step)
     monkeypatch.setattr(Linear, "forward", rounded)
-    (row,) = CHECKS["losses against the CPU"](fresh)
-    assert row.state == "failed"
-    assert row.measured < 1e-2
+    with_adamw, _ = CHECKS["losses against the CPU"](fresh)
+    assert with_adamw.state == "failed"
+    assert with_adamw.measured < 1e-2
 
 
 def test_a_resume_that_forgets_is_found(fresh, monkeypatch):
@@ -214,12 +215,25 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert len(result.measurements) == 6
 
     with pytest.raises(CheckFailed):
-        check_device(config_of(tmp_path), RunContext(CPU), 0)
+        check_device(config_of(tmp_path), RunContext(CPU, asked_device="cpu"), 0)
     result = read_json(tmp_path / "none" / "gpu_check.json", GpuCheck, "way out")
     assert len(result.checks) == 4
     assert not result.measurements
     assert len(result.left_out) == 6
     assert all(name in result.table() for name in result.left_out)
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_rehearsal(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 123.45")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(comparisons, "CHECKS", {"two": good})
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match=r"123\.45.*TORCH_INDEX.*DEVICE=cpu"):
+        check_device(config, RunContext(CPU), 0, SIZES)
+    assert check_device(config, RunContext(CPU, asked_device="cpu"), 0, SIZES).checks
+    assert device_check.gpu_versions(torch.device("cuda"))["driver"] == "123.45"
 
 
 def test_a_speed_that_cannot_be_measured_is_named(tmp_path, monkeypatch):
@@ -228,7 +242,7 @@ def test_a_speed_that_cannot_be_measured_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(comparisons, "CHECKS", {"two": good})
     monkeypatch.setattr(device_check, "step_seconds", full)
-    result = check_device(config_of(tmp_path), RunContext(CPU), 1, SIZES)
+    result = check_device(config_of(tmp_path), RunContext(CPU, asked_device="cpu"), 1, SIZES)
     assert len(result.measurements) == 2
     assert len(result.left_out) == 2
     assert all("too large" in why for why in result.left_out.values())
