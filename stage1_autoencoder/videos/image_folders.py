@@ -17,6 +17,7 @@ from stage1_autoencoder.videos.names import natural_order
 from stage1_autoencoder.videos.source import UNKNOWN_FPS, BrokenVideoError
 from stage1_autoencoder.videos.video_files import SINGLE_PICTURE, Probe
 
+WEBP = ".webp"
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -27,7 +28,18 @@ def is_frame(name: str) -> bool:
 
 def is_webp(path: Path) -> bool:
     """Whether a video file is one that Pillow decodes."""
-    return path.suffix.lower() == ".webp"
+    return path.suffix.lower() == WEBP
+
+
+def is_still_webp(path: str | Path) -> bool:
+    """Whether a WebP file is a single picture, by its header; a file that cannot be read is not known to be one."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(21)
+    except OSError:
+        return False
+    # Animations have the extended format, and a flag.
+    return header[:4] == b"RIFF" and header[8:12] == b"WEBP" and not (header[12:16] == b"VP8X" and header[20] & 2)
 
 
 def list_frames(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stage1_autoencoder.videos.image_folders import IMAGE_EXTENSIONS, is_frame
+from stage1_autoencoder.videos.image_folders import IMAGE_EXTENSIONS, WEBP, is_frame, is_still_webp
 from stage1_autoencoder.videos.names import join_names, natural_order
 from stage1_autoencoder.videos.source import SkippedVideo, VideoError
 from stage1_autoencoder.videos.video_files import VIDEO_EXTENSIONS
@@ -44,7 +44,7 @@ def find_videos(folder: Path) -> Listing:
 
     An id is the path relative to `folder` without the extension; files whose ids would be equal keep their extensions.
     Hidden files and unknown extensions are ignored, and so are pictures beside video files (thumbnails) or directly in
-    `folder`.
+    `folder`. Of WebP files, the only ones that may be either, the header is read.
 
     Raises:
         VideoError: no folder, no videos in it, or two videos with equal ids, also if only upper and lower case differ.
@@ -71,16 +71,16 @@ def find_videos(folder: Path) -> Listing:
         here = os.path.relpath(place, folder)
         inside = "" if here == os.curdir else here + os.sep
         names = [name for name in names if not name.startswith(".")]
-        videos = [name for name in names if os.path.splitext(name)[1].lower() in VIDEO_EXTENSIONS]
+        videos = [name for name in names if _is_video(os.path.join(place, name))]
         found += [inside + name for name in videos]
         if not videos and inside and any(map(is_frame, names)):
             found.append(here)
             folders_of_frames.add(here)
             names = [name for name in names if not is_frame(name)]
+        counted = set(videos)
         for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if extension not in VIDEO_EXTENSIONS:
-                kind = extension or name
+            if name not in counted:
+                kind = os.path.splitext(name)[1].lower() or name
                 others[kind if kind in others or len(others) < _MOST_KINDS else "others"] += 1
     if not found:
         for video in unreadable:
@@ -93,7 +93,7 @@ def find_videos(folder: Path) -> Listing:
 def count_videos(path: Path) -> int:
     """The number of videos that a file or folder is or holds; 0 if there are none."""
     if not path.is_dir():
-        return int(path.suffix.lower() in VIDEO_EXTENSIONS)
+        return int(_is_video(path))
     try:
         return len(find_videos(path))
     except VideoError:  # there are none in it, but it may be a folder of frames itself
@@ -126,6 +126,12 @@ def find_named_videos(root: Path, id_of: Callable[[str], str | None], example: s
     if not names:
         raise VideoError(f"{root}: none of its {len(found)} videos is named like {example}; {way_out}")
     return replace(found, ids=list(names), names=list(names.values()), skipped=skipped)
+
+
+def _is_video(path: str | Path) -> bool:
+    """Whether a file is a video by its extension; of WebP files, animated ones are, and thumbnails are not."""
+    extension = os.path.splitext(path)[1].lower()
+    return extension in VIDEO_EXTENSIONS and (extension != WEBP or not is_still_webp(path))
 
 
 def _nothing_found(folder: Path, extensions: Iterable[str]) -> str:

@@ -204,17 +204,16 @@ def _count_decoded(path: Path, video_id: str) -> int:
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
     """All frames of an open file, in presentation order."""
+    begun = False
     for packet in container.demux(stream):
-        yield from _decode(packet, packet.is_keyframe)
-        if packet.is_keyframe:
-            break
-    else:
-        return
-    yield from container.decode(stream)
+        begun = begun or packet.is_keyframe
+        yield from _decode(packet, begun)
 
 
 def _decode(packet: av.Packet, begun: bool) -> list[av.VideoFrame]:
     """Decode a packet. Before the first keyframe some cannot be, where a file was cut out of another."""
+    if packet.size == 0 and packet.dts is not None:  # Theora repeats a frame; the last packet flushes the decoder
+        return []
     try:
         return packet.decode()
     except av.error.InvalidDataError:

@@ -281,6 +281,14 @@ def not_coded(path: Path) -> None:
     copy_packets(path.with_name("coded.avi"), path, lambda number, data: nothing if number in (2, 4) else data)
 
 
+def empty(path: Path) -> None:
+    """Empty packets, which repeat a frame, as Theora has them; of the formats that we can write, NUT keeps them."""
+    write(path.with_name("full.nut"), "mjpeg", pictures(6), pixel_format="yuvj420p", qmin="1", qmax="2")
+    change = lambda number, data: b"" if number in (1, 4) else data  # noqa: E731
+    copy_packets(path.with_name("full.nut"), path.with_suffix(".nut"), change)
+    path.with_suffix(".nut").rename(path)
+
+
 def trimmed(path: Path) -> None:
     """An edit list that begins to play at the third frame, as trimming without encoding does."""
     whole = path.with_name("whole.mp4")
@@ -302,6 +310,7 @@ OPEN_265 = {"x265-params": f"{X265}:open-gop=1"}
 KINDS += [
     Kind("VP8 with hidden frames", "v.webm", hidden, [0, 1, 3, 5]),
     Kind("MPEG-4 with frames that are not coded", "v.avi", not_coded, [0, 1, 3, 5]),
+    Kind("empty packets", "v.ogv", empty, [0, 2, 3, 5]),
     Kind("edit list", "v.mp4", trimmed, range(3, 9)),
     Kind("open groups, cut", "v.mkv", without_first(15, "v.mkv", "libx264", 0, **OPEN), range(6, 15)),
     Kind("open groups, cut, MP4", "v.mp4", without_first(15, "v.mp4", "libx264", 0, **OPEN), range(6, 15)),
@@ -389,7 +398,7 @@ def shown_by_libraries(kind: Kind, path: Path) -> list[np.ndarray]:
         for packet in container.demux(video=0):
             try:
                 decoded = packet.decode()
-            except av.error.InvalidDataError:  # a cut stream; the program goes on too
+            except (av.error.InvalidDataError, av.error.ArgumentError):  # cut streams and empty packets
                 continue
             for frame in decoded:
                 if graph is None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stage1_autoencoder.videos.listing import find_named_videos, find_videos
 from stage1_autoencoder.videos.source import SkippedVideo, VideoError
@@ -25,6 +26,23 @@ def test_files_and_frame_folders_in_natural_order(tmp_path, make_frames):
     assert found.names == ["clip2.AVI", "clip10.mp4", "deep/er/clip1.mkv", "deep/frames", "frames3"]
     assert found.passed_over == {".txt": 1, ".png": 1, ".jpg": 1}
     assert not found.skipped
+
+
+def test_of_webp_files_animations_are_videos_and_thumbnails_are_not(tmp_path):
+    touch(tmp_path, "clip.mp4", "damaged.webp")
+    still, other = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "red")
+    still.save(tmp_path / "clip.webp")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 9)).save(tmp_path / "faded.webp")
+    still.save(tmp_path / "moving.WEBP", save_all=True, append_images=[other])
+    found = find_videos(tmp_path)
+    assert found.names == ["clip.mp4", "damaged.webp", "moving.WEBP"]
+    assert found.passed_over == {".webp": 2}
+
+
+def test_every_kind_that_people_have_is_found(tmp_path):
+    kinds = "mp4 m4v mov avi mkv webm gif ts mts m2ts mpg mpeg wmv flv ogv webp apng 3gp MP4"
+    touch(tmp_path, *(f"{number}.{kind}" for number, kind in enumerate(kinds.split())))
+    assert len(find_videos(tmp_path)) == len(kinds.split())
 
 
 def test_equal_ids_keep_their_extensions(tmp_path, make_frames):
