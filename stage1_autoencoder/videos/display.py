@@ -9,6 +9,9 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 
+# Pixels that are wider or narrower are a mistake of the header.
+MOST_ASPECT = 8
+
 
 class Region(NamedTuple):
     """A part of a decoded frame, in its pixels."""
@@ -37,7 +40,8 @@ class Display:
         """The display of a video by the tags of its container, or those of the codec where it has none."""
         matrix = frame.side_data.get(Type.DISPLAYMATRIX)
         orientation = 1 if matrix is None else orientation_of(np.frombuffer(matrix, np.int32))
-        return cls(orientation, Fraction(stream.sample_aspect_ratio or 1))
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        return cls(orientation, aspect if 1 / MOST_ASPECT <= aspect <= MOST_ASPECT else Fraction(1))
 
     @property
     def _turns(self) -> tuple[bool, bool, bool]:

@@ -85,7 +85,8 @@ def decode_folder(folder: Path, video_id: str, first: int, stop: int, step: int)
     size = None
     for path in frames[first:stop:step]:
         with _open(path, video_id) as image:
-            pixels = _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = _to_rgb(image)
         if pixels.shape != (size := size or pixels.shape):
             raise BrokenVideoError(
                 video_id,
