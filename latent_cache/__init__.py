@@ -16,6 +16,7 @@ from latent_cache.errors import (
 from latent_cache.reading.reader import (
     LatentCache,
     SplitProgress,
+    codebook_damages,
     is_complete,
     open_metadata,
     open_notes,
@@ -56,6 +57,7 @@ __all__ = [
     "StoreWriter",
     "StreamingSampler",
     "choose_residency",
+    "codebook_damages",
     "default_chunk_frames",
     "default_shard_chunks",
     "first_batch",

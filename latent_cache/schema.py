@@ -26,8 +26,10 @@ MOST_FILES, SHARD_CHUNKS = 5000, 8
 # Names and offsets per chunk, so that one name is read without all the others.
 NAME_CHUNK, OFFSET_CHUNK = 2**14, 2**20
 
-LATENTS, CODES = "latents", "codes"
+LATENTS, CODES, CODEBOOK = "latents", "codes", "codebook"
 VIDEO_OFFSET, VIDEO_ID, VIDEO_VIEW, VIDEO_FINGERPRINT = "video_offset", "video_id", "video_view", "video_fingerprint"
+VIDEO_FPS, VIDEO_SIZE = "video_fps", "video_size"
+# Stores that were written before these arrays existed have none of them.
 DIMENSIONS = {
     LATENTS: ("frame", "channel", "y", "x"),
     CODES: ("frame", "y", "x"),
@@ -35,6 +37,23 @@ DIMENSIONS = {
     VIDEO_ID: ("video",),
     VIDEO_VIEW: ("video",),
     VIDEO_FINGERPRINT: ("video",),
+    VIDEO_FPS: ("video",),
+    VIDEO_SIZE: ("video", "width_height"),
+    CODEBOOK: ("code", "channel"),
+}
+DESCRIPTIONS = {
+    LATENTS: "Outputs of the autoencoder's encoder before quantization, one per frame; the videos lie end to end. The "
+    "attributes mean and std are those of each channel over the training split, in every split: (latents - mean) / std "
+    "is what a flow with flow.training.standardize sees. To decode: nearest code of each position, then the decoder.",
+    CODES: "Row of the nearest vector in /codebook for each position of the latents.",
+    VIDEO_OFFSET: "Video i is frames video_offset[i] to video_offset[i + 1], the latter excluded.",
+    VIDEO_ID: "Name of each video.",
+    VIDEO_VIEW: "View of each video: identity is the video itself, others are augmented copies.",
+    VIDEO_FINGERPRINT: "Digest of each source video when it was encoded.",
+    VIDEO_FPS: "Frames per second of each video, after preprocessing.frame_step.",
+    VIDEO_SIZE: "Width and height of each source video in pixels, before preprocessing; 0 where it is drawn, not read.",
+    CODEBOOK: "Vector of each code, as the decoder takes it: codebook[codes] with the channels moved to axis 1 are the "
+    "quantized latents.",
 }
 
 TRAIN = "train"  # the split whose statistics standardize all splits
@@ -50,10 +69,11 @@ class StoreMetadata:
 
     Args:
         dataset: name of the data set.
-        fps: frames per second of the stored frames, after the frame step.
+        fps: the most common rate of the training videos, in frames per second after the frame step. Each video's own
+            is in the array `video_fps`; in stores without it, all videos have this one.
         preprocessing: image size, resize filter, crop, frame step.
         autoencoder: at least `sha256` of the weights; also architecture and down-sampling factor.
-        software: versions that wrote it. Stores that differ only here have the same content.
+        software: versions that wrote it. Stores that differ only here, or in `fps`, have the same latents.
     Raises:
         ValueError: a value that JSON cannot represent, or no `autoencoder.sha256`.
     """
@@ -102,7 +122,7 @@ class StoreMetadata:
         return [
             f"{key}: {here.get(key)!r} here, {there.get(key)!r} there"
             for key in sorted(here.keys() | there.keys())
-            if not key.startswith("software") and here.get(key) != there.get(key)
+            if not key.startswith(("software", "fps")) and here.get(key) != there.get(key)
         ]
 
 
@@ -167,6 +187,7 @@ def create_array(
         compressors=[Crc32cCodec() if is_latents else ZstdCodec(level=3, checksum=True)],
         filters=None,
         fill_value=float("nan") if is_latents else "" if dtype.kind == "T" else 0,
+        attributes={"description": DESCRIPTIONS[name]},
         dimension_names=DIMENSIONS[name],
         config={"write_empty_chunks": True},
         overwrite=True,

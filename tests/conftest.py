@@ -1,5 +1,6 @@
 """What all tests share: one thread, no waiting for the disk, and networks and settings small enough to test with."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def _loud() -> None:
 @pytest.fixture
 def repository() -> Path:
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def first_store(tmp_path: Path) -> Path:
+    """A store as the first writer of format_version 1 left it: `shapes` in 32x32, three videos in train, one in each
+    other split; its autoencoder is lost."""
+    shutil.unpack_archive(FIXTURES / "store_format_1.zip", tmp_path / "first")
+    return tmp_path / "first" / "tiny.zarr"
 
 
 @pytest.fixture

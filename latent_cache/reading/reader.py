@@ -154,17 +154,45 @@ class LatentCache:
     @cached_property
     def fingerprints(self) -> list[str]:
         """[videos] fingerprints of the source videos when they were encoded; empty strings if the writer had none."""
-        array = self._group.get(schema.VIDEO_FINGERPRINT)
+        values = self._per_video(schema.VIDEO_FINGERPRINT)
+        return [""] * len(self.video_ids) if values is None else [str(value) for value in values]
+
+    @cached_property
+    def video_fps(self) -> np.ndarray:
+        """[videos] float32 frames per second of each video; of the whole store, if it does not tell them apart."""
+        values = self._per_video(schema.VIDEO_FPS)
+        return np.full(len(self.video_ids), self.metadata.fps, np.float32) if values is None else values
+
+    @cached_property
+    def video_sizes(self) -> np.ndarray:
+        """[videos, 2] int32 width and height of each source video in pixels; 0 where unknown."""
+        values = self._per_video(schema.VIDEO_SIZE)
+        return np.zeros((len(self.video_ids), 2), np.int32) if values is None else values
+
+    @cached_property
+    def codebook(self) -> np.ndarray | None:
+        """[code, channel] float32 vectors that `codes` are rows of; None in a store without them.
+
+        `codebook[codes]`, its last axis moved to axis 1, are the quantized latents, which a decoder takes.
+        """
+        array = schema.open_group(self.url).get(schema.CODEBOOK)
+        return None if array is None else _read_small(array, self.url)
+
+    def _per_video(self, name: str) -> np.ndarray | None:
+        array = self._group.get(name)
         if array is None:
-            return [""] * len(self.video_ids)
-        for damage in _index_damages(array, self.url):
-            raise damage
-        return [str(value) for value in array[:]]
+            return None
+        values = _read_small(array, self.url)
+        if len(values) != len(self.video_ids):
+            raise CorruptStoreError(
+                f"{self.url}/{array.path}: {len(values)} values for {len(self.video_ids)} videos: {RESTORE}"
+            )
+        return values
 
     def index_damages(self) -> Iterator[CorruptStoreError]:
-        """Read all names and offsets of the videos; yield an error for each damaged file."""
-        for name in (schema.VIDEO_OFFSET, schema.VIDEO_ID, schema.VIDEO_VIEW, schema.VIDEO_FINGERPRINT):
-            if isinstance(array := self._group.get(name), zarr.Array):
+        """Read all that is stored for each video, such as names and offsets; yield an error for each damaged file."""
+        for name, dimensions in schema.DIMENSIONS.items():
+            if dimensions[0].startswith("video") and isinstance(array := self._group.get(name), zarr.Array):
                 yield from _index_damages(array, self.url)
 
     @property
@@ -242,6 +270,12 @@ def open_metadata(url: str | Path) -> StoreMetadata:
 def open_notes(url: str | Path) -> dict[str, Any]:
     """JSON that the writer stored with a complete store. Raises as `schema.open_group`."""
     return dict(schema.open_group(url).attrs.get("notes", {}))
+
+
+def codebook_damages(url: str | Path) -> Iterator[CorruptStoreError]:
+    """Read the codebook of a store, if it has one; yield an error for each damaged file."""
+    if isinstance(array := schema.open_group(url).get(schema.CODEBOOK), zarr.Array):
+        yield from _index_damages(array, str(url).rstrip("/"))
 
 
 def splits(url: str | Path) -> list[str]:
@@ -380,10 +414,17 @@ class Names(Sequence[str]):
         return CorruptStoreError(f"{self._url}/{self._array.path}/c/{index} {what}: {RESTORE}")
 
 
+def _read_small(array: zarr.Array, url: str) -> np.ndarray:
+    """A whole array. Raises CorruptStoreError for a missing or damaged chunk."""
+    for damage in _index_damages(array, url):
+        raise damage
+    return array[:]
+
+
 def _index_damages(array: zarr.Array, url: str) -> Iterator[CorruptStoreError]:
-    """Errors of the chunks of an array of videos. zarr reads a missing chunk as zeros or empty names."""
+    """Errors of the chunks, along the first axis, of an array. zarr reads a missing one as zeros or empty names."""
     for index in range(array.nchunks):
-        key = f"{array.path}/{array.metadata.encode_chunk_key((index,))}"
+        key = f"{array.path}/{array.metadata.encode_chunk_key((index,) + (0,) * (array.ndim - 1))}"
         start = index * array.chunks[0]
         try:
             if sync(array.store.getsize(key)) == 0:

@@ -63,6 +63,8 @@ class SplitPlan:
         chunk_frames: frames per chunk, see `default_chunk_frames`.
         fingerprints: [videos] fingerprints of the source videos; a chunk is written again when one of its videos has
             changed. None: changes of the sources are not detected.
+        fps: [videos] frames per second, after the frame step; None: all videos have the store's rate.
+        sizes: [videos, 2] width and height of the source videos, 0 where unknown; None: all are unknown.
         shard_chunks: chunks per file, see `default_shard_chunks`.
     Raises:
         StoreError: no videos, a video without name or frames, a repeated (name, view).
@@ -75,6 +77,8 @@ class SplitPlan:
     latent_shape: tuple[int, int, int]
     chunk_frames: int
     fingerprints: Sequence[str] | None = None
+    fps: Sequence[float] | np.ndarray | None = None
+    sizes: Sequence[tuple[int, int]] | np.ndarray | None = None
     shard_chunks: int = 1
     offsets: np.ndarray = field(init=False, repr=False)  # [videos + 1] int64, first frame of each video
 
@@ -90,6 +94,9 @@ class SplitPlan:
                 f"{len(self.video_ids)} video ids, {len(self.video_views)} views, {len(self.fingerprints)} "
                 f"fingerprints and {len(lengths)} lengths: expected one of each per video"
             )
+        for name, values, shape in (("fps", self.fps, ()), ("sizes", self.sizes, (2,))):
+            if values is not None and np.shape(values) != (len(lengths), *shape):
+                raise ValueError(f"{name} has shape {np.shape(values)}: expected {(len(lengths), *shape)}")
         if len(self.latent_shape) != 3 or min(self.latent_shape) < 1:
             raise ValueError(f"latent_shape = {self.latent_shape}: expected (channels, height, width), each >= 1")
         if self.chunk_frames < 1 or self.shard_chunks < 1:

@@ -166,13 +166,17 @@ class StoreWriter:
             )
 
     def finish(
-        self, notes: Mapping[str, Mapping[str, Any]] | None = None, store_notes: Mapping[str, Any] | None = None
+        self,
+        notes: Mapping[str, Mapping[str, Any]] | None = None,
+        store_notes: Mapping[str, Any] | None = None,
+        codebook: np.ndarray | None = None,
     ) -> None:
         """Write names, offsets and statistics, flush everything, and mark the store as complete.
 
         Args:
             notes: by split, JSON for the attributes of its group.
             store_notes: JSON for the attribute `notes` of the root group.
+            codebook: [code, channel] vectors of the codes; None: not stored.
         Raises:
             IncompleteStoreError: chunks are pending.
             CorruptStoreError: written chunks have been removed.
@@ -186,6 +190,8 @@ class StoreWriter:
                 self._frame_reader(split, name).check_files()
         try:
             self._write_index(notes or {})
+            if codebook is not None:
+                _write_small(self._group, schema.CODEBOOK, np.asarray(codebook, np.float32), len(codebook))
             flush_tree(self.path)
             self._group.update_attributes({"notes": dict(store_notes or {}), "complete": True})
             flush(self.path / "zarr.json")
@@ -206,17 +212,21 @@ class StoreWriter:
             assert isinstance(group, zarr.Group)
             group.update_attributes(dict(notes.get(split, {})))
             group[LATENTS].update_attributes(statistics)
-            offsets = np.asarray(plan.offsets)
-            chunk = min(len(offsets), schema.OFFSET_CHUNK)
-            schema.create_array(group, schema.VIDEO_OFFSET, offsets.shape, (chunk,), offsets.dtype)[:] = offsets
+            videos = len(plan.video_ids)
+            fps = np.full(videos, self.metadata.fps) if plan.fps is None else plan.fps
+            sizes = np.zeros((videos, 2)) if plan.sizes is None else plan.sizes
+            for name, values in (
+                (schema.VIDEO_OFFSET, np.asarray(plan.offsets)),
+                (schema.VIDEO_FPS, np.asarray(fps, np.float32)),
+                (schema.VIDEO_SIZE, np.asarray(sizes, np.int32)),
+            ):
+                _write_small(group, name, values, schema.OFFSET_CHUNK)
             for name, texts in (
                 (schema.VIDEO_ID, plan.video_ids),
                 (schema.VIDEO_VIEW, plan.video_views),
                 (schema.VIDEO_FINGERPRINT, plan.fingerprints),
             ):
-                values = np.array(texts, dtype=np.dtypes.StringDType())
-                chunk = min(len(values), schema.NAME_CHUNK)
-                schema.create_array(group, name, values.shape, (chunk,), values.dtype)[:] = values
+                _write_small(group, name, np.array(texts, dtype=np.dtypes.StringDType()), schema.NAME_CHUNK)
 
     def close(self) -> None:
         """Release the lock, and stop late tasks of this writer. Written chunks are kept; safe to call twice."""
@@ -233,7 +243,8 @@ class StoreWriter:
     def _check_agreement(self, group: zarr.Group) -> None:
         existing = StoreMetadata.from_attrs(group.attrs, str(self.path))
         differences = self.metadata.differences(existing)
-        others = sorted({file.parent.name for file in self.path.glob("*/zarr.json")} - self.plans.keys())
+        named = {file.parent.name for file in self.path.glob("*/zarr.json")}
+        others = sorted(named - self.plans.keys() - {schema.CODEBOOK})
         if others:
             differences.append(f"splits: {sorted(self.plans)} here, also {others} there")
         for split, plan in self.plans.items():
@@ -311,6 +322,12 @@ class StoreWriter:
     def _frame_reader(self, split: str, name: str) -> FrameReader:
         plan = self.plans[split]
         return FrameReader(self._group[f"{split}/{name}"], str(self.path), plan.video_ids, plan.offsets)
+
+
+def _write_small(group: zarr.Group, name: str, values: np.ndarray, rows: int) -> None:
+    """Write a whole array, chunked along its first axis by at most so many rows."""
+    chunks = (min(len(values), rows), *values.shape[1:])
+    schema.create_array(group, name, values.shape, chunks, values.dtype)[:] = values
 
 
 def _refuse_foreign(folder: Path) -> None:

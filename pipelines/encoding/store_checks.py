@@ -1,5 +1,6 @@
 """The store of a configuration: what it must say about itself, how far it is, and whether it is the right one."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,10 +76,9 @@ def _check_origin(config: RiverConfig) -> None:
 
 def store_metadata(config: RiverConfig, autoencoder: Autoencoder, splits: dict[str, VideoSource]) -> StoreMetadata:
     """Attributes of a store that is about to be written."""
-    fps = next(iter(splits.values())).videos[0].fps
     return StoreMetadata(
         dataset=config.dataset.name,
-        fps=fps,
+        fps=statistics.mode(VideoTable.of(next(iter(splits.values())).videos).fps.tolist()),
         preprocessing=store_preprocessing(config),
         autoencoder={
             "architecture": autoencoder.config.architecture,

@@ -172,7 +172,8 @@ class StoreEncoder:
             try:
                 self._encode_pending(writer, encode_chunks)
                 summaries = [self._summary(writer, split) for split in plans]
-                writer.finish({summary.split: summary.measured for summary in summaries}, {"skipped": self._skipped()})
+                notes = {summary.split: summary.measured for summary in summaries}
+                writer.finish(notes, {"skipped": self._skipped()}, self._codebook())
             except EncodingStopped:
                 raise StoppedBySignal(
                     stop.signal_number, f"stopped; {self.config.store_path} keeps its finished chunks, `encode` resumes"
@@ -250,8 +251,15 @@ class StoreEncoder:
             latent_shape=self.latent_shape,
             chunk_frames=chunk_frames,
             fingerprints=[videos.fingerprints[row] for row in each],
+            fps=np.repeat(videos.fps, len(views)),
+            sizes=np.repeat(videos.sizes, len(views), axis=0),
             shard_chunks=latent_cache.default_shard_chunks(frames, chunk_frames),
         )
+
+    def _codebook(self) -> np.ndarray | None:
+        """What codes stand for, if they are stored: [code, channel] float32."""
+        codebook = self.autoencoder.quantizer.codebook
+        return codebook.detach().float().cpu().numpy() if self.config.cache.codes else None
 
     def _job(self, plans: dict[str, SplitPlan]) -> EncodeJob:
         run_context = self.run_context

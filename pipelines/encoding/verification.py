@@ -75,6 +75,9 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
         except CorruptStoreError as error:
             damages, names_are_sound = damages + 1, False
             _print_finding(f"{error}. The other files of {split} were not checked")
+    for error in latent_cache.codebook_damages(store):
+        damages += 1
+        _print_finding(str(error))
     readers = {cache: [reader for reader in (cache.latent_reader, cache.code_reader) if reader] for cache in caches}
     chunks = sum(reader.chunk_count for group in readers.values() for reader in group)
     size = sum(reader.array.nbytes for group in readers.values() for reader in group)

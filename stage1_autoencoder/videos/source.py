@@ -179,11 +179,15 @@ class VideoTable(Sequence[VideoInfo]):
     Attributes:
         ids, fingerprints: one string per video.
         frames: [n] int64, after `frame_step`.
+        fps: [n] float64, after `frame_step`.
+        sizes: [n, 2] int32, native width and height; 0 where frames are drawn at the requested size.
     """
 
     ids: list[str]
     fingerprints: list[str]
     frames: np.ndarray
+    fps: np.ndarray
+    sizes: np.ndarray
 
     def __init__(self, videos: Iterable[VideoInfo] = ()) -> None:
         """Consume a stream of videos, one at a time."""
@@ -196,8 +200,8 @@ class VideoTable(Sequence[VideoInfo]):
             fps.append(video.fps)
             sizes.extend(video.size or (0, 0))
         self.frames = np.frombuffer(frames, np.int64) if frames else np.empty(0, np.int64)
-        self._fps = np.frombuffer(fps, np.float64) if fps else np.empty(0, np.float64)
-        self._sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2) if sizes else np.empty((0, 2), np.int32)
+        self.fps = np.frombuffer(fps, np.float64) if fps else np.empty(0, np.float64)
+        self.sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2) if sizes else np.empty((0, 2), np.int32)
 
     @classmethod
     def of(cls, videos: Sequence[VideoInfo]) -> "VideoTable":
@@ -209,7 +213,7 @@ class VideoTable(Sequence[VideoInfo]):
         table = VideoTable()
         table.ids = [self.ids[row] for row in rows.tolist()]
         table.fingerprints = [self.fingerprints[row] for row in rows.tolist()]
-        table.frames, table._fps, table._sizes = self.frames[rows], self._fps[rows], self._sizes[rows]
+        table.frames, table.fps, table.sizes = self.frames[rows], self.fps[rows], self.sizes[rows]
         return table
 
     def __len__(self) -> int:
@@ -225,11 +229,11 @@ class VideoTable(Sequence[VideoInfo]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         video_id = self.ids[index]  # raises the IndexError that ends iteration
-        width, height = self._sizes[index].tolist()
+        width, height = self.sizes[index].tolist()
         return VideoInfo(
             id=video_id,
             frames=int(self.frames[index]),
-            fps=float(self._fps[index]),
+            fps=float(self.fps[index]),
             fingerprint=self.fingerprints[index],
             size=(width, height) if width else None,
         )

@@ -347,7 +347,7 @@ def test_every_picture_is_shown() -> None:
 
 def test_readers_of_the_store_agree(inside: Path) -> None:
     """zarr, xarray, dask and latent_cache read the same."""
-    plain, named, chunked, checked = run_python(REPOSITORY / "docs" / "store_format.md")
+    plain, named, chunked, looked_up, checked = run_python(REPOSITORY / "docs" / "store_format.md")
     train, test = (latent_cache.open("latents/shapes.zarr", split) for split in ("train", "test"))
     np.testing.assert_array_equal(plain["first_video"], train.video(0))
     assert str(plain["names"][0]) == train.video_ids[0]
@@ -355,6 +355,7 @@ def test_readers_of_the_store_agree(inside: Path) -> None:
     assert named["video"].dims == ("frame", "channel", "y", "x")
     named["split"].close()
     np.testing.assert_allclose([chunked["mean"], chunked["std"]], [train.mean, train.std], rtol=1e-5)
+    np.testing.assert_array_equal(looked_up["quantized"], train.codebook[train.video_codes(0)].transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(checked["video"], test.video(3))
     assert len(checked["everything"]) == test.frames
 
@@ -367,7 +368,7 @@ def test_drawn_layout(inside: Path) -> None:
     assert arrays.keys() == dict(store["train"].arrays()).keys()
     for name in ("latents", "codes"):
         assert ", ".join(store[f"train/{name}"].metadata.dimension_names) == arrays[name]
-    assert set(re.findall(r"^[├└]── (\w+)", drawn, re.MULTILINE)) == set(store.group_keys())
+    assert set(re.findall(r"^[├└]── (\w+)", drawn, re.MULTILINE)) == {*store.group_keys(), *store.array_keys()}
     for attribute in re.findall(r"\w+", re.sub(r"\(.*?\)", "", drawn.splitlines()[0].partition("attributes:")[2])):
         assert attribute in store.attrs
 

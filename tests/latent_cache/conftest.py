@@ -68,8 +68,13 @@ class StoreKit:
             for split, chunk in todo[:stop_after]:
                 self.write(writer, split, chunk)
             if stop_after is None:
-                writer.finish()
+                writer.finish(codebook=self.codebook if codes else None)
         return path
+
+    @property
+    def codebook(self) -> np.ndarray:
+        """[code, channel] float32, of fewer codes than there may be."""
+        return np.random.default_rng(0).normal(size=(8, self.shape[0])).astype(np.float32)
 
     def expected(self, plan: SplitPlan) -> np.ndarray:
         """[frame, c, h, w] float32, before rounding to the store's dtype."""

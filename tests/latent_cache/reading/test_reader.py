@@ -89,9 +89,70 @@ def test_layout_is_the_documented_one(toys):
         "video_id": ("video",),
         "video_view": ("video",),
         "video_fingerprint": ("video",),
+        "video_fps": ("video",),
+        "video_size": ("video", "width_height"),
     }
     assert group["train/video_offset"].dtype == np.int64
+    assert (group["train/video_fps"].dtype, group["train/video_size"].dtype) == (np.float32, np.int32)
+    assert (group["codebook"].dtype, group["codebook"].metadata.dimension_names) == (np.float32, ("code", "channel"))
+    assert all(array.attrs["description"] for _, array in [*group["test"].arrays(), *group.arrays()])
     assert not (toys / ".encoding").exists()
+
+
+def test_rate_and_size_belong_to_the_video(kit, tmp_path):
+    plan = kit.plan([3, 5, 2], fps=[10, 29.97, 0.5], sizes=[(160, 120), (0, 0), (1920, 1080)])
+    path = kit.build(tmp_path / "rates.zarr", {"train": plan, "test": kit.plan([4])})
+    train, test = latent_cache.open(path), latent_cache.open(path, "test")
+    np.testing.assert_array_equal(train.video_fps, np.float32([10, 29.97, 0.5]))
+    np.testing.assert_array_equal(train.video_sizes, [(160, 120), (0, 0), (1920, 1080)])
+    assert train.video_fps.dtype == np.float32
+    # A plan without rates: all videos have the store's.
+    assert (test.video_fps.tolist(), test.video_sizes.tolist()) == ([25.0], [[0, 0]])
+    for wrong in ({"fps": [10]}, {"fps": [[10]] * 3}, {"sizes": [1, 2, 3]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            kit.plan([3, 5, 2], **wrong)
+
+
+def test_codes_can_be_looked_up_in_the_store(kit, toys, tmp_path):
+    np.testing.assert_array_equal(latent_cache.open(toys, "test").codebook, kit.codebook)
+    assert latent_cache.open(kit.build(tmp_path / "none.zarr", codes=False)).codebook is None
+
+
+def test_damage_of_the_new_arrays_is_found(toys, damage):
+    for file in ("train/video_fps/c/0", "train/video_size/c/0/0", "codebook/c/0/0"):
+        damage(toys / file)
+    cache = latent_cache.open(toys)
+    for name, file in (("video_fps", "video_fps"), ("video_sizes", "video_size"), ("codebook", "codebook")):
+        with pytest.raises(CorruptStoreError, match=rf"{toys}.*/{file}/c/0"):
+            getattr(cache, name)
+    found = [str(error) for error in (*cache.index_damages(), *latent_cache.codebook_damages(toys))]
+    assert len(found) == 3
+    assert latent_cache.open(toys, "test").video_fps.tolist() == [25.0]
+
+
+def test_a_store_without_the_later_arrays_is_the_same_store(first_store):
+    """It was written before `video_fps`, `video_size` and `codebook` existed: digests are those of then."""
+    fingerprints = {
+        "train": "f0b1b0eb06ecfc72e09a1581ea32b6e93a4d7adff6e7dc74e93a9a150bad2457",
+        "val": "f58a4fc89c42a4096801a8437db83d8af52708c5b72e79b6d342cb8d0f6034a1",
+        "test": "225d4aa363f72ca5f6ebb8ddfcff79ba522641e0ab74b04be46e0b344c5f706b",
+    }
+    assert latent_cache.splits(first_store) == list(fingerprints)
+    for split, fingerprint in fingerprints.items():
+        cache = latent_cache.open(first_store, split)
+        assert cache.fingerprint == fingerprint
+        assert cache.video_fps.tolist() == [10.0] * len(cache.video_ids)
+        assert not cache.video_sizes.any()
+        assert cache.codebook is None
+        assert not [*cache.index_damages(), *latent_cache.codebook_damages(first_store)]
+        assert torch.isfinite(cache.load()).all()
+
+
+def test_the_later_arrays_leave_the_fingerprint_as_it_is(kit, tmp_path):
+    def fingerprint(name: str, **options: object) -> str:
+        return latent_cache.open(kit.build(tmp_path / name, {"train": kit.plan([3, 5], **options)})).fingerprint
+
+    assert fingerprint("a.zarr") == fingerprint("b.zarr", fps=[10, 30], sizes=[(4, 3)] * 2)
 
 
 def test_other_programs_can_open_it(kit, toys):

@@ -167,7 +167,6 @@ def test_a_failed_rewrite_makes_the_chunk_pending_again(kit, path, monkeypatch):
     [
         ({"autoencoder": {"architecture": "vqgan", "sha256": "77c1"}}, "sha256: '77c1' .*'3f9a'"),
         ({"preprocessing": {"image_size": 32, "resize": "area"}}, r"preprocessing\.image_size: 32 .*24"),
-        ({"fps": 5.0}, r"fps: 5\.0 .*25\.0"),
     ],
 )
 @pytest.mark.parametrize("stop_after", [2, None])
@@ -178,6 +177,16 @@ def test_another_origin_is_refused_with_both_sides_and_the_way_out(kit, path, ch
         kit.build(path)
     kit.build(path, overwrite=True)
     assert latent_cache.open_metadata(path) == kit.metadata
+
+
+def test_another_rate_is_no_other_origin(kit, tmp_path, path, all_files):
+    """Latents do not depend on it: what was written is kept, and the last rate is recorded."""
+    kit.build(path, stop_after=5)
+    kit.metadata = replace(kit.metadata, fps=5.0)
+    with StoreWriter.open(path, kit.metadata, {"train": kit.plan([3, 7, 2, 1, 9]), "test": kit.plan([5])}, codes=True):
+        pass
+    assert all_files(kit.build(path)) == all_files(kit.build(tmp_path / "fresh.zarr"))
+    assert latent_cache.open_metadata(path).fps == 5
 
 
 def test_other_arrays_or_splits_are_refused(kit, path):
@@ -237,7 +246,7 @@ def test_threads_may_write_different_chunks_and_each_twice(kit, tmp_path, path, 
             with ThreadPoolExecutor(4) as pool:
                 list(pool.map(lambda chunk: kit.write(writer, "train", chunk), chunks))
             assert writer.pending("train") == []
-        writer.finish()
+        writer.finish(codebook=kit.codebook)
     assert all_files(path) == all_files(kit.build(tmp_path / "one by one.zarr", plans))
 
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -539,6 +540,31 @@ def test_the_rate_is_of_what_this_command_encoded(kit, capsys) -> None:
     capsys.readouterr()
     assert finished.encode() == whole
     assert "frames/s" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_codes_alone_decode_to_what_the_latents_do(kit, normalize: bool) -> None:
+    kit.model.config = kit.model.config.model_copy(update={"normalize_codes": normalize})
+    kit.model.quantizer.normalize = normalize
+    kit.encode(dtype="float32")
+    cache = latent_cache.open(kit.store)
+    vectors = torch.from_numpy(cache.codebook[cache.video_codes("d")]).movedim(-1, 1)
+    latents = torch.from_numpy(cache.video("d"))
+    assert torch.equal(vectors, kit.model.quantize(latents)[0])
+    assert torch.equal(kit.model.decode_quantized(vectors), kit.model.decode(latents))
+
+
+def test_each_video_has_its_rate_and_size(kit) -> None:
+    rates = {"a": 10.0, "b": 30.0, "c": 25.0, "d": 30.0, "e": 0.5}
+    source = kit.splits["train"]
+    source.videos = [replace(video, fps=rates[video.id], size=(40, 30)) for video in source.videos]
+    source.ends["c"] = 0  # broken, and not in the store
+    kit.encode(views=["identity", "hflip"])
+    cache = latent_cache.open(kit.store)
+    assert cache.video_fps.tolist() == [rates[video] for video in cache.video_ids]
+    assert cache.video_sizes.tolist() == [[40, 30]] * len(cache.video_ids)
+    assert cache.metadata.fps == 30.0
+    assert latent_cache.open(kit.store, "val").video_fps.tolist() == [10.0, 10.0]
 
 
 def test_a_store_without_codes_has_the_same_summary(kit) -> None:
