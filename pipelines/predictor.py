@@ -347,6 +347,7 @@ def sample_clips(
     folder = config.run_path / "samples"
     listed = Samples(
         clips=[clip.name for clip in clips],
+        fps=[clip.fps for clip in clips],
         context=context,
         horizon=horizon,
         sampling=predictor.resolved_sampling(config.sampling, context, horizon).model_dump(mode="json"),
@@ -359,7 +360,7 @@ def sample_clips(
     predicted = np.concatenate(pixels)
     predicted = predicted.reshape(len(clips), samples, *predicted.shape[1:])
     raw = torch.cat(latents).unflatten(0, (len(clips), samples))
-    write_samples(folder, listed, clips, predicted, raw, title, predictor.fps)
+    write_samples(folder, listed, clips, predicted, raw, title)
     say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
     return folder
 
@@ -373,7 +374,9 @@ def continue_video(
     marked: bool = False,
     samples: int = 1,
 ) -> Path:
-    """Continue a user's video from its last `evaluation.context` frames; write it to the run's folder `predictions`.
+    """Continue a user's video from its last `evaluation.context` frames.
+
+    It is written to the run's folder `predictions`, see `write_continuation`.
 
     Args:
         frames: to predict; None: `evaluation.horizon`.
@@ -397,5 +400,5 @@ def continue_video(
     title = f"{video.path.name}: {context} frames given, {horizon} predicted{', refined' if refine else ''}"
     gif = write_continuation(config.run_path / "predictions", video, predicted, context, title, marked)
     h, w = predicted.shape[2:4]
-    say(f"predict: {gif.with_suffix('')}.mp4, .gif and .png: {video.length} + {horizon} frames of {w}x{h}")
+    say(f"predict: {gif.parent}/{gif.stem}.mp4, .gif and .png: {video.length} + {horizon} frames of {w}x{h}")
     return gif

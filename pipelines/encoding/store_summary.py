@@ -1,7 +1,7 @@
 """What `inspect` shows of a store: a summary, how far an incomplete one is, and a video decoded from its latents."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from pipelines.config import RiverConfig
 from pipelines.encoding.verification import WAY_OUT, check_checksums
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
-from pipelines.prediction.pictures import save_gif, to_video
+from pipelines.prediction.pictures import LEGIBLE_SIDE, enlargement, save_gif, to_video
 from pipelines.runtime.context import RunContext, computing_in
 from pipelines.runtime.progress import duration, say
 
@@ -77,14 +77,14 @@ def summary_of_complete(store: str) -> Iterator[str]:
     """
     metadata = latent_cache.open_metadata(store)
     path = local_path(store)
+    notes = latent_cache.open_notes(store)
+    caches = [latent_cache.open(store, split) for split in latent_cache.splits(store)]
     written = ""
     if path is not None:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         written = f", written {_ago((path / 'zarr.json').stat().st_mtime)}, {size / 1e6:.1f} MB on disk"
-    yield f"{store}: latents of {metadata.dataset}, {metadata.fps:g} frames/s; complete{written}"
+    yield f"{store}: latents of {metadata.dataset}, {rates_text(caches)} frames/s; complete{written}"
     yield from _origin(metadata)
-    notes = latent_cache.open_notes(store)
-    caches = [latent_cache.open(store, split) for split in latent_cache.splits(store)]
     for cache in caches:
         yield from _summary_of_split(cache)
         skipped = list(notes.get("skipped", {}).get(cache.split, {}))
@@ -117,6 +117,13 @@ def summary_of_incomplete(store: str) -> Iterator[str]:
             f"  {split:<6} {progress.written} of {progress.chunks} chunks are written{last}; {progress.frames} frames, "
             f"{progress.frames_per_chunk} per chunk"
         )
+
+
+def rates_text(caches: Sequence[LatentCache]) -> str:
+    """Frames per second of the videos: one number, or the lowest and the highest."""
+    rates = np.concatenate([cache.video_fps for cache in caches])
+    low, high = rates.min(), rates.max()
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _origin(metadata: latent_cache.StoreMetadata) -> Iterator[str]:
@@ -184,10 +191,12 @@ def _save_video(
         examples = ", ".join(caches[0].video_ids[:MOST_NAMES])
         raise UserError(f"{store} has no video {video!r}; some that it has: {examples}")
     name = cache.video_ids[0] if video is None else video
+    row = cache.row(name, view)
     with torch.inference_mode(), computing_in("fp32", run_context.device):
-        latents = torch.from_numpy(cache.video(name, view).astype(np.float32)).to(run_context.device)
+        latents = torch.from_numpy(cache.video(row).astype(np.float32)).to(run_context.device)
         frames = torch.cat([autoencoder.decode(part) for part in latents.split(DECODE_FRAMES)])
-    save_gif(gif, to_video(frames), cache.metadata.fps)
+    scale = enlargement(frames.shape[3], LEGIBLE_SIDE)
+    save_gif(gif, to_video(frames), float(cache.video_fps[row]), scale)
     of_view = "" if view == IDENTITY_VIEW else f", view {view},"
     say(f"inspect: {name}{of_view} of {cache.split} decoded to {gif}")
 

@@ -37,12 +37,14 @@ class Clip:
     Attributes:
         key: of its random draws.
         recording: what it was cut from; clips of one recording are not independent.
+        fps: frames per second.
         frames: [context + horizon, 3, h, w] in [-1, 1].
     """
 
     name: str
     key: int
     recording: Recording
+    fps: float
     frames: Tensor
 
     @property
@@ -133,11 +135,11 @@ class ClipReader:
             except BrokenVideoError as error:
                 self.run_context.skip(error.video_id, error.reason)
                 continue
-            found, name = True, self.source.videos[video].id
+            found, info = True, self.source.videos[video]
             # The same clip has the same key and so the same prediction, however many clips are asked for.
             key, recording = start << 32 | video, self.source.recording(video)
             frames = image_to_unit(torch.from_numpy(pixels))
-            yield Clip(f"{name}@{start}" if start else name, key, recording, frames)
+            yield Clip(f"{info.id}@{start}" if start else info.id, key, recording, info.fps, frames)
         if not found:
             raise UserError(
                 f"split {self.evaluation.split} of {self.source.dataset.name}: none of {len(self.windows)} videos can "
@@ -189,12 +191,14 @@ class GivenVideo:
         frames: [n, h, w, 3] uint8, all frames or the last thousand.
         length: frames of the whole video.
         fps: frames per second.
+        fingerprint: of its content.
     """
 
     path: Path
     frames: np.ndarray
     length: int
     fps: float
+    fingerprint: str
 
 
 def read_video(config: RiverConfig, path: Path) -> GivenVideo:
@@ -205,11 +209,12 @@ def read_video(config: RiverConfig, path: Path) -> GivenVideo:
         VideoError: it does not exist, or cannot be decoded.
     """
     source, context = open_video(config.dataset, path), config.evaluation.context
-    length = source.videos[0].frames
+    info = source.videos[0]
+    length = info.frames
     if length < context:
         raise UserError(
             f"{path}: {length} frames after dataset.frame_step {config.dataset.frame_step}, but evaluation.context is "
             f"{context}: take a longer video or --set evaluation.context={length}"
         )
     frames = source.read(0, range(max(0, length - MAX_FRAMES_SHOWN), length))
-    return GivenVideo(path, frames, length, source.videos[0].fps)
+    return GivenVideo(path, frames, length, info.fps, info.fingerprint)

@@ -1,7 +1,10 @@
 """Pictures: labelled sheets, GIFs and MP4s, in which given frames have a green border and predicted ones a red one."""
 
+import itertools
+import math
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,11 +22,18 @@ GREEN, RED, GRAY = (46, 204, 113), (231, 76, 60), (150, 150, 150)
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 BORDER = 3
 LABEL_HEIGHT = 16
-MIN_SIDE = 96
+# About the width that frames have on sheets and in animations of several strips, and on their own.
+MIN_SIDE, LEGIBLE_SIDE = 96, 256
 # At most, on contact sheets, on sheets of reconstructions, and in animations.
 FRAMES_PER_ROW, IMAGES_PER_ROW, CLIPS_PER_ROW = 16, 8, 4
 # How long a GIF rests on its last frame.
 LAST_FRAME_MS = 1000
+# GIF counts time in hundredths of a second, in 16 bits. Viewers slow down frames that are shorter than two of them.
+GIF_MAX_FPS, GIF_MAX_MS = 50, 655_350
+# Of the 256 colors of a GIF, so many go by how often colors occur.
+FREQUENT_COLORS = 192
+# Bytes of a file name without its suffix; file systems allow 255 in all.
+NAME_BYTES = 200
 # White around a clip of an animation: above and below, left and right.
 TILE_MARGINS = (4, 6)
 # Of a sheet: around it, for the labels of rows, below each block, and between cells.
@@ -64,9 +74,9 @@ def clip_strips(truth: np.ndarray, prediction: np.ndarray, context: int) -> list
     return [Strip("truth", truth, context, GRAY), Strip("prediction", prediction, context, RED)]
 
 
-def enlargement(side: int) -> int:
+def enlargement(side: int, wanted: int = MIN_SIDE) -> int:
     """The factor by which frames of this width are enlarged."""
-    return max(1, round(MIN_SIDE / side))
+    return max(1, round(wanted / side))
 
 
 def framed(strip: Strip, scale: int) -> np.ndarray:
@@ -153,40 +163,151 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(temporary)
 
 
-def save_gif(path: Path, video: np.ndarray, fps: float) -> None:
-    """Write [n, h, w, 3] uint8 as a GIF that loops and rests on its last frame, as a whole or not at all."""
-    # GIF counts time in hundredths of a second; viewers slow down frames that are shorter than two of them.
-    duration = max(20, round(100 / fps) * 10)
-    durations = [duration] * (len(video) - 1) + [max(duration, LAST_FRAME_MS)]
-    # One palette for all frames, from a sample of them: a palette per frame flickers.
-    palette = Image.fromarray(np.concatenate(list(video[:: max(1, len(video) // 8)]), axis=0)).quantize(256)
-    frames = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in video]
+def gif_frames(length: int, fps: float) -> tuple[np.ndarray, np.ndarray]:
+    """How a GIF plays a video at its rate: without some frames if that is too fast for viewers.
+
+    Returns:
+        [n] int64 frames that are shown, with the first and the last; and [n] int64 milliseconds of each.
+    """
+    rate = min(fps, GIF_MAX_FPS)
+    count = math.ceil((length - 1) * rate / fps) + 1
+    frames = np.minimum(np.arange(count) * fps / rate + 1e-6, length - 1).astype(np.int64)
+    # Rounded times, not rounded durations, whose errors would add up.
+    durations = np.diff(np.round(np.arange(count + 1) * 100 / rate)) * 10
+    durations[-1] = max(durations[-1], LAST_FRAME_MS)
+    return frames, np.minimum(durations, GIF_MAX_MS).astype(np.int64)
+
+
+def save_gif(path: Path, video: np.ndarray, fps: float, scale: int = 1) -> None:
+    """Write [n, h, w, 3] uint8 as a GIF that loops and rests on its last frame, as a whole or not at all.
+
+    Args:
+        fps: frames per second; above 50 frames are left out, see `gif_frames`.
+        scale: factor by which frames are enlarged (nearest neighbor).
+    """
+    numbers, durations = gif_frames(len(video), fps)
+    # One palette for all frames: a palette per frame flickers.
+    palette, nearest = _palette(video)
+    h, w = video.shape[1:3]
+    frames, shown, before = [], [], None
+    for number, duration in zip(numbers.tolist(), durations.tolist(), strict=True):
+        indices = nearest[_cells(video[number])].reshape(h, w)
+        if np.array_equal(indices, before):
+            shown[-1] = min(shown[-1] + duration, GIF_MAX_MS)
+            continue
+        before = indices
+        frame = Image.fromarray(indices)
+        frame.putpalette(palette.tobytes())
+        frames.append(frame.resize((w * scale, h * scale), Image.Resampling.NEAREST))
+        shown.append(duration)
     with replacing(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False)
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False)
 
 
-def save_mp4(path: Path, video: np.ndarray, fps: float) -> None:
+def save_mp4(path: Path, video: np.ndarray, fps: float, scale: int = 1) -> None:
     """Write [n, h, w, 3] uint8 as H.264 (MPEG-4 without that encoder), as a whole or not at all.
 
     Odd sides are padded by one line.
+
+    Args:
+        fps: frames per second.
+        scale: factor by which frames are enlarged (nearest neighbor).
     """
-    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    # 1001 is the denominator of NTSC rates. Slow rates are fractions of their period.
+    rate = Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / Fraction(1 / fps).limit_denominator(1001)
+    h, w = (side * scale for side in video.shape[1:3])
     with replacing(path) as temporary, av.open(str(temporary), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = video.shape[1:3]
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = h + h % 2, w + w % 2
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "16"} if codec == "libx264" else {"qscale": "2"}
         for frame in video:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
+            whole = np.pad(_enlarged(frame[None], scale)[0], ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(whole), format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
 
 
-def file_name(video_id: str) -> str:
-    """A video's id as a file name that every file system accepts."""
-    return re.sub(r"[^\w.@-]+", "_", video_id).strip("._") or "video"
+def file_name(name: str) -> str:
+    """A name, such as a video's id, as a file name that every file system accepts. Different names may become one."""
+    safe = re.sub(r"[^\w.@-]+", "_", unicodedata.normalize("NFC", name)).encode()[:NAME_BYTES].decode(errors="ignore")
+    return safe.strip("._") or "video"
+
+
+def file_names(names: Sequence[str], taken: Iterable[str] = (), endings: Sequence[str] = ("",)) -> list[str]:
+    """Names as file names that differ, also where upper and lower case are the same: by `_2`, `_3` and so on.
+
+    Args:
+        taken: file names that are not to be used.
+        endings: each name is used with all of these after it.
+    """
+    used, found = {_folded(name) for name in taken}, []
+    for name in names:
+        stem = file_name(name)
+        for candidate in itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2))):
+            wanted = {_folded(candidate + ending) for ending in endings}
+            if not wanted & used:
+                break
+        used |= wanted
+        found.append(candidate)
+    return found
+
+
+def _folded(name: str) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _cells(frames: np.ndarray) -> np.ndarray:
+    """[n] int32: for each pixel of [..., 3] uint8 the cell of its color, of 7 bits per channel."""
+    red, green, blue = (frames.reshape(-1, 3) >> 1).T.astype(np.int32)
+    return red << 14 | green << 7 | blue
+
+
+def _palette(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most 256 colors for all frames.
+
+    Most of them are chosen by how often colors occur in the video. The others are, one by one, the color farthest from
+    those before: so the colors of a single frame are there, too.
+
+    Returns:
+        [k, 3] uint8 colors; and [2^21] uint8: of each cell (see `_cells`), which color is nearest.
+    """
+    counts, color_of = np.zeros(2**21, np.int64), np.zeros((2**21, 3), np.uint8)
+    for frame in video:
+        cells = _cells(frame)
+        found, times = np.unique(cells, return_counts=True)
+        counts[found] += times
+        color_of[cells] = frame.reshape(-1, 3)
+    occupied = counts.nonzero()[0]
+    colors, counts = color_of[occupied], counts[occupied]
+    palette = colors
+    if len(colors) > 256:
+        # A picture in which every color occurs, in the proportions of the video, and which is small.
+        sample = np.repeat(colors, 1 + counts * 2**16 // counts.sum(), axis=0)
+        frequent = Image.fromarray(sample[None]).quantize(FREQUENT_COLORS).getpalette()
+        palette = np.unique(np.reshape(frequent, (-1, 3))[:FREQUENT_COLORS], axis=0).astype(np.uint8)
+        distances = _nearest(colors, palette)[1]
+        while len(palette) < 256:
+            farthest = colors[distances.argmax()][None]
+            palette = np.concatenate([palette, farthest])
+            distances = np.minimum(distances, _nearest(colors, farthest)[1])
+    nearest = np.zeros(2**21, np.uint8)
+    nearest[occupied] = _nearest(colors, palette)[0]
+    return palette, nearest
+
+
+def _nearest(colors: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each color [n, 3] uint8 the nearest one in a palette [k, 3] uint8, and the squared distance to it."""
+    squares, found = (palette.astype(np.float32) ** 2).sum(1), []
+    for part in np.array_split(colors.astype(np.float32), 1 + len(colors) // 2**14):
+        distances = squares - 2 * part @ palette.T.astype(np.float32)
+        index = distances.argmin(1)
+        found.append((index, distances[np.arange(len(part)), index] + (part**2).sum(1)))
+    indices, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return indices, distances
 
 
 def _sheet(

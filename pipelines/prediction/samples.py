@@ -1,23 +1,28 @@
 """Files of predicted clips: `samples/` of a run by `sample`, `predictions/` by `predict`."""
 
-from collections.abc import Sequence
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, computed_field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
 from pipelines.prediction.clips import Clip, GivenVideo
 from pipelines.prediction.pictures import (
+    LEGIBLE_SIDE,
     RED,
     Strip,
     animation,
     clip_strips,
     contact_sheet,
-    file_name,
+    enlargement,
+    file_names,
     framed,
     save_gif,
     save_mp4,
@@ -28,13 +33,15 @@ from pipelines.runtime.files import read_json, replacing, write_json
 from pipelines.runtime.progress import progress
 
 SHEET_CLIPS = 8
+OVERVIEW = "overview"
 
 
 class Samples(BaseModel):
-    """`samples.json`: each clip's pictures are beside it, as `file_name(clip)` with `.gif` and `.mp4`.
+    """`samples.json`: each clip's pictures are beside it, as one of `files` with `.gif` and `.mp4`.
 
     Attributes:
         clips: names.
+        fps: frames per second of each clip.
         context, horizon: given and predicted frames of each clip.
         sampling: the settings as dumped from the configuration.
         samples: predictions per clip.
@@ -44,11 +51,45 @@ class Samples(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     clips: list[str] = Field(min_length=1)
+    fps: list[PositiveFloat]
     context: int = Field(ge=1)
     horizon: int = Field(ge=1)
     sampling: dict[str, Any]
     samples: int
     refine: bool
+
+    @computed_field
+    @property
+    def files(self) -> list[str]:
+        """Names of each clip's files, without suffix."""
+        return file_names(self.clips, taken=[OVERVIEW])
+
+
+class Continuation(BaseModel):
+    """`<name>.json`: the video that the files of this name continue.
+
+    Attributes:
+        video: path of the file or folder.
+        fingerprint: of its content.
+        fps: frames per second.
+        frames: of the whole video; the last `context` were given.
+        horizon: predicted frames.
+        samples: continuations; the files of the second one end in `-2`, and so on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    video: Path
+    fingerprint: str
+    fps: PositiveFloat
+    frames: PositiveInt
+    context: PositiveInt
+    horizon: PositiveInt
+    samples: PositiveInt
+
+    def files(self, name: str) -> list[str]:
+        """Names of each sample's files, without suffix, if those of the first are called `name`."""
+        return [name, *(f"{name}-{number}" for number in range(2, self.samples + 1))]
 
 
 def write_samples(
@@ -58,9 +99,10 @@ def write_samples(
     predicted: np.ndarray,
     latents: Tensor,
     title: str,
-    fps: float,
 ) -> None:
     """Write `contact_sheet.png`, `overview.gif`, a GIF and an MP4 per clip, the latents, and `samples.json`.
+
+    Each clip plays at its own rate; the overview shows all of them frame by frame, at the most common one.
 
     `predictions.safetensors` holds raw latents: `latents` [clip, context + horizon, c, h, w] of the first sample, and
     with several samples `samples` [clip, sample, context + horizon, c, h, w].
@@ -79,9 +121,10 @@ def write_samples(
         rows.append((clip.name, strips))
     shown = rows[:SHEET_CLIPS]
     save_picture(folder / "contact_sheet.png", contact_sheet(shown, title))
-    save_gif(folder / "overview.gif", animation(shown), fps)
-    for row in progress(rows, description="pictures", unit="clip"):
-        video, stem = animation([row]), file_name(row[0])
+    save_gif(folder / f"{OVERVIEW}.gif", animation(shown), statistics.mode(samples.fps[:SHEET_CLIPS]))
+    pictures = zip(rows, samples.files, samples.fps, strict=True)
+    for row, stem, fps in progress(pictures, total=len(rows), description="pictures", unit="clip"):
+        video = animation([row])
         save_gif(folder / f"{stem}.gif", video, fps)
         save_mp4(folder / f"{stem}.mp4", video, fps)
     tensors = {"latents": latents[:, 0].cpu().contiguous()}
@@ -95,18 +138,23 @@ def write_samples(
 def _remove_clips(folder: Path) -> None:
     """Remove the clips of an earlier call: they may be of another model."""
     try:
-        names = read_json(folder / "samples.json", Samples, "").clips
+        names = read_json(folder / "samples.json", Samples, "").files
     except UserError:
         return
-    for name in names:
-        for suffix in ("gif", "mp4"):
-            (folder / f"{file_name(name)}.{suffix}").unlink(missing_ok=True)
+    _remove_files(folder, names, "gif", "mp4")
+
+
+def _remove_files(folder: Path, names: Iterable[str], *suffixes: str) -> None:
+    for name, suffix in itertools.product(names, suffixes):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def write_continuation(
     folder: Path, video: GivenVideo, predicted: np.ndarray, context: int, title: str, marked: bool
 ) -> Path:
-    """Write the continued video as GIF and MP4, and a contact sheet of context and prediction.
+    """Write the continued video as GIF and MP4, a contact sheet of context and prediction, and a `Continuation`.
+
+    Small frames are enlarged. Files of the same video are replaced; those of another one of the same name stay.
 
     Args:
         video: the written files are named after it, with `-2` and so on for further samples.
@@ -116,14 +164,43 @@ def write_continuation(
     Returns:
         The GIF of the first sample.
     """
-    stem = file_name(video.path.stem)
+    listed = Continuation(
+        video=video.path.absolute(),
+        fingerprint=video.fingerprint,
+        fps=video.fps,
+        frames=video.length,
+        context=context,
+        horizon=predicted.shape[1] - context,
+        samples=len(predicted),
+    )
+    stem, old = _choose_name(folder, listed)
+    # First, so that these names are taken, whatever happens next.
+    write_json(folder / f"{stem}.json", listed)
     labels = [f"sample {n}" for n in range(1, len(predicted) + 1)] if len(predicted) > 1 else ["prediction"]
     strips = [Strip(label, frames, context, RED) for label, frames in zip(labels, predicted, strict=True)]
     save_picture(folder / f"{stem}.png", contact_sheet([(video.path.name, strips)], title))
-    for number, frames in enumerate(predicted, start=1):
+    scale = enlargement(predicted.shape[3], LEGIBLE_SIDE)
+    for name, frames in zip(listed.files(stem), predicted, strict=True):
         whole = np.concatenate([video.frames, frames[context:]])
         shown = framed(Strip("", whole, len(video.frames), RED), scale=1) if marked else whole
-        name = stem if number == 1 else f"{stem}-{number}"
-        save_gif(folder / f"{name}.gif", shown, video.fps)
-        save_mp4(folder / f"{name}.mp4", shown, video.fps)
+        save_gif(folder / f"{name}.gif", shown, video.fps, scale)
+        save_mp4(folder / f"{name}.mp4", shown, video.fps, scale)
+    _remove_files(folder, old - set(listed.files(stem)), "gif", "mp4")
     return folder / f"{stem}.gif"
+
+
+def _choose_name(folder: Path, listed: Continuation) -> tuple[str, set[str]]:
+    """Choose the name of a continuation's files.
+
+    Returns:
+        Its video's name, with `_2` and so on where others have it; and the names of the same video's files so far.
+    """
+    own: set[str] = set()
+    for file in folder.glob("*.json"):
+        with suppress(UserError):  # a file that cannot be read keeps its name
+            other = read_json(file, Continuation, "")
+            if (other.fingerprint, other.video.name) == (listed.fingerprint, listed.video.name):
+                own |= {*other.files(file.stem)}
+    taken = {file.stem for file in folder.glob("*")} - own
+    (stem,) = file_names([listed.video.stem], taken, endings=listed.files(""))
+    return stem, own

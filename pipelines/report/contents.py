@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.encoding.store_summary import count_codes, perplexity
+from pipelines.encoding.store_summary import count_codes, perplexity, rates_text
 from pipelines.errors import UserError
 from pipelines.report.charts import Chart, Line
 from pipelines.report.predictions import picture_url
@@ -72,6 +72,7 @@ def contents_section(run: Run) -> dict[str, Any]:
             for name, checkpoint in run.checkpoints.items()
             if checkpoint is not None
         ],
+        "rates": rates_text(run.splits) if run.splits else "",
         "environment": environment,
         "config_text": config,
     }

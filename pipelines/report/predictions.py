@@ -2,13 +2,14 @@
 
 import base64
 import io
+import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageSequence
 
-from pipelines.prediction.pictures import BORDER, LABEL_HEIGHT, LAST_FRAME_MS, TILE_MARGINS, enlargement, file_name
+from pipelines.prediction.pictures import BORDER, LABEL_HEIGHT, TILE_MARGINS, enlargement, gif_frames
 from pipelines.prediction.samples import Samples
 from pipelines.report.run_files import Missing, Run
 
@@ -31,15 +32,15 @@ def predictions_section(run: Run) -> dict[str, Any]:
         raise Missing(f"No clip is predicted yet: `{run.command('sample')}` predicts some.")
     length, side = samples.context + samples.horizon, run.config.dataset.image_size
     frames, clips, problems = _regular(length, MAX_SHEET_WIDTH // side), [], []
-    for name in (samples.clips[index] for index in _regular(len(samples.clips), MAX_CLIPS)):
-        path = run.path / "samples" / f"{file_name(name)}.gif"
+    shown = [(samples.clips[i], samples.files[i], samples.fps[i]) for i in _regular(len(samples.clips), MAX_CLIPS)]
+    for name, stem, fps in shown:
+        path = run.path / "samples" / f"{stem}.gif"
         try:
-            videos = _with_difference(read_clip(path, side, length))
+            videos = _with_difference(read_clip(path, side, length, fps))
             sheet = np.concatenate([np.concatenate(list(video[frames]), axis=1) for video in videos.values()])
-            clips.append({"name": name, "titles": list(videos), "sheet": picture_url(sheet)})
+            clips.append({"name": name, "fps": fps, "titles": list(videos), "sheet": picture_url(sheet)})
         except (OSError, ValueError) as error:
             problems.append(f"{path}: {error}; `{run.command('sample')}` writes the clips again")
-    flow = run.checkpoints["flow"]
     return {
         "samples": samples,
         "gain": DIFFERENCE_GAIN,
@@ -49,7 +50,7 @@ def predictions_section(run: Run) -> dict[str, Any]:
         "all_frames": len(frames) == length,
         "given": int((frames < samples.context).sum()),
         "side": side,
-        "fps": 10.0 if flow is None else flow.state.get("fps", 10.0),
+        "fps": statistics.mode(fps for _, _, fps in shown),
     }
 
 
@@ -71,7 +72,7 @@ def _with_difference(strips: list[np.ndarray]) -> dict[str, np.ndarray]:
     return videos | {f"sample {number}": video for number, video in enumerate(others, start=2)}
 
 
-def read_clip(path: Path, side: int, length: int) -> list[np.ndarray]:
+def read_clip(path: Path, side: int, length: int, fps: float) -> list[np.ndarray]:
     """The strips of a clip's GIF as `save_gif` wrote an `animation` of one clip.
 
     Of the pictures that `sample` writes, GIFs are nearest to the frames: 256 colors, but no blur between neighbors.
@@ -79,14 +80,16 @@ def read_clip(path: Path, side: int, length: int) -> list[np.ndarray]:
     Args:
         side: of the frames, before they were enlarged.
         length: frames of the clip.
+        fps: its frames per second.
     Returns:
-        Per strip (truth, prediction, further samples) [length, side, side, 3] uint8.
+        Per strip (truth, prediction, further samples) [length, side, side, 3] uint8. Frames that the GIF leaves out are
+        the ones before them.
     Raises:
         OSError, ValueError: no GIF, or none of strips of this side and length.
     """
     with Image.open(path) as image:
         shown = [(np.asarray(f.convert("RGB")), f.info.get("duration", 0)) for f in ImageSequence.Iterator(image)]
-    frames = _with_repeats(shown, length)
+    frames = _with_repeats(shown, length, fps)
     scale, (above, beside) = enlargement(side), TILE_MARGINS
     cell, top = side * scale + 2 * BORDER, above + LABEL_HEIGHT + BORDER
     strips, rest = divmod(frames.shape[2] - 2 * beside, cell)
@@ -99,18 +102,21 @@ def read_clip(path: Path, side: int, length: int) -> list[np.ndarray]:
     return [frames[:, top : top + side * scale : scale, left : left + side * scale : scale] for left in lefts]
 
 
-def _with_repeats(shown: list[tuple[np.ndarray, int]], length: int) -> np.ndarray:
-    """[n, h, w, 3] frames of a GIF in which equal neighbors became one that is shown for longer.
+def _with_repeats(shown: list[tuple[np.ndarray, int]], length: int, fps: float) -> np.ndarray:
+    """All frames of a video whose GIF shows equal neighbors as one frame, and leaves frames out if it is fast.
 
     Args:
-        shown: pixels and milliseconds of each; the last one rests for `LAST_FRAME_MS`.
+        shown: pixels and milliseconds of each frame of the GIF.
+    Returns:
+        [length, h, w, 3], or the frames of the GIF if it does not play for as long as such a video.
     """
-    frames, durations = np.stack([pixels for pixels, _ in shown]), np.array([duration for _, duration in shown], float)
-    if len(frames) == length or length < 2:
+    frames, durations = np.stack([pixels for pixels, _ in shown]), np.array([duration for _, duration in shown])
+    numbers, expected = gif_frames(length, fps)
+    if durations.sum() != expected.sum():
         return frames
-    one = max(1.0, (durations.sum() - LAST_FRAME_MS) / (length - 1))
-    durations[-1] -= LAST_FRAME_MS - one
-    return np.repeat(frames, (durations / one).round().astype(int).clip(1, length), axis=0)
+    # Of each frame: the one that is shown for it, and when that one begins.
+    begin = (expected.cumsum() - expected)[numbers.searchsorted(np.arange(length), side="right") - 1]
+    return frames[(durations.cumsum() - durations).searchsorted(begin, side="right") - 1]
 
 
 def picture_url(picture: np.ndarray) -> str:

@@ -1,5 +1,6 @@
 """Validation of the flow in training: the loss on fixed draws, and predicted clips."""
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class ValidationClips:
         latents: [k, n, c, h, w] float32 raw latents on the CPU.
         truth: [k, n, 3, h f, w f] in [-1, 1] on the CPU: the decoded latents.
         context: number of given frames; the others are predicted.
-        fps: frames per second.
+        fps: the most common rate of their videos.
         sampling: solver, steps, seed and past horizon.
         autoencoder: on `device`.
         title: of the pictures.
@@ -151,7 +152,7 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
         latents=latents,
         truth=decode(autoencoder, latents, device),
         context=context,
-        fps=split.metadata.fps,
+        fps=statistics.mode(split.video_fps[rows].tolist()),
         sampling=SamplingConfig(
             solver=SOLVER,
             steps=SOLVER_STEPS,

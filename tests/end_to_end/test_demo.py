@@ -220,7 +220,7 @@ def test_inspect(copied, command) -> None:
     assert f"val_00003 of val decoded to {gif}" in outcome.out
     with Image.open(gif) as animation:
         assert animation.n_frames == 12
-        assert animation.size == (32, 32)
+        assert animation.size == (256, 256)
     copied.run("inspect", "--video", "val_99", "--gif", str(gif)).refused(2, "no video 'val_99'")
     copied.run("inspect", "--video", "val_00003").refused(2, "--video val_00003", "--gif val_00003.gif")
     copied.run("inspect", "--gif", "video").refused(2, "must end in .gif")
@@ -234,7 +234,7 @@ def test_predict_continues_any_video(copied, story: ModuleType, name: str) -> No
     copied.run("predict", str(copied.folder / name), "--frames", "3").ok()
     with Image.open(copied.runs / "predictions" / "clip.gif") as animation:
         assert animation.n_frames == 5 + 3
-        assert animation.size == (32, 32)
+        assert animation.size == (256, 256)
     assert (copied.runs / "predictions" / "clip.mp4").stat().st_size > 0
     assert (copied.runs / "predictions" / "clip.png").stat().st_size > 0
 
@@ -248,7 +248,7 @@ def test_predict_marks_what_was_given_and_samples_differ(copied, story: ModuleTy
             videos.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     for frames in videos:
         corners = np.stack([frame[0, 0].astype(int) for frame in frames])
-        assert frames[0].shape == (38, 38, 3)
+        assert frames[0].shape == (38 * 8, 38 * 8, 3)
         assert (corners[:5, 1] > corners[:5, 0]).all()  # green
         assert (corners[5:, 0] > corners[5:, 1]).all()  # red
     # The frames that were there are shown as they are, the predicted ones differ.
@@ -266,6 +266,24 @@ def test_sample_shows_several_samples(copied) -> None:
     again = load_file(copied.runs / "samples" / "predictions.safetensors")
     assert torch.equal(again["latents"], tensors["latents"])
     assert "samples" not in again
+
+
+def test_a_store_of_the_first_writer_trains_and_samples(trained, first_store: Path, story: ModuleType) -> None:
+    """It tells one rate for all videos, and has no codebook. Its autoencoder is lost: here it is the trained one."""
+    place = trained.copy(first_store.parent / "place")
+    shutil.copytree(trained.runs / "autoencoder", place.runs / "autoencoder")
+    root = json.loads((first_store / "zarr.json").read_text())
+    root["attributes"]["autoencoder"]["sha256"] = latent_cache.open_metadata(trained.store).autoencoder["sha256"]
+    (first_store / "zarr.json").write_text(json.dumps(root))
+    shutil.copytree(first_store, place.store)
+    before = story.tree(place.store)
+    place.run("sample").ok()
+    assert "10 frames/s" in place.run("inspect", "--verify").ok().out
+    with av.open(str(place.runs / "samples" / "test_00000.mp4")) as container:
+        assert container.streams.video[0].average_rate == 10
+    place.run("inspect", "--gif", str(place.folder / "a.gif")).ok()
+    place.run("report").ok()
+    assert story.tree(place.store) == before
 
 
 def test_predict_trains_a_missing_flow(trained, tmp_path: Path, story: ModuleType) -> None:

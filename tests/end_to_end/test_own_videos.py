@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 import latent_cache
 from pipelines.config import load_config
@@ -84,6 +86,30 @@ def test_root_elsewhere_and_frame_step(place, story: ModuleType, tmp_path: Path)
     shutil.rmtree(root)
     shutil.rmtree(place.runs / "autoencoder")
     place.run("train-flow", sets=["flow.training.steps=10"]).ok()
+
+
+def test_each_video_keeps_its_rate(place, story: ModuleType) -> None:
+    """In the store, in `sample` and in `predict`; videos of 10 and of 30 frames per second in one folder."""
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "dataset.frame_step=2")
+    for split, names in {"train": "abc", "val": "d", "test": "ef"}.items():
+        for number, name in enumerate(names):
+            rate = (10, 30)[number % 2]
+            story.write_video(place.data / split / f"{name}.mp4", story.moving_square(20, ord(name)), fps=rate)
+    place.run("sample").ok()
+    cache = latent_cache.open(place.store)
+    assert (cache.video_fps.tolist(), cache.metadata.fps) == ([5.0, 15.0, 5.0], 5.0)
+    assert cache.video_sizes.tolist() == [[48, 40]] * 3
+    assert latent_cache.open(place.store, "test").video_fps.tolist() == [5.0, 15.0]
+    assert "5 to 15 frames/s" in place.run("inspect").ok().out
+    place.run("predict", str(place.data / "test" / "f.mp4")).ok()
+    for file, rate in (("samples/e.mp4", 5), ("samples/f.mp4", 15), ("predictions/f.mp4", 15)):
+        with av.open(str(place.runs / file)) as container:
+            assert container.streams.video[0].average_rate == rate
+    place.run("inspect", "--video", "b", "--gif", str(place.folder / "b.gif")).ok()
+    with Image.open(place.folder / "b.gif") as image:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(image)]
+    assert sum(durations[:-1]) / 1000 == pytest.approx(9 / 15, abs=0.005)
+    assert "5 to 15" in place.run("report").ok().err + (place.runs / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,10 @@ function clips() {
     }
   }
   function play() {
-    const duration = 1000 / (player.dataset.fps * speed.value);
+    const column = Number(slider.value), last = column === frames.length - 1;
+    const duration = (1000 * (last ? 1 : frames[column + 1] - frames[column])) / (player.dataset.fps * speed.value);
     // Pause for a second on the last frame, as the GIFs do.
-    const rest = Number(slider.value) === frames.length - 1 ? Math.max(1000, duration) : duration;
+    const rest = last ? Math.max(1000, duration) : duration;
     timer = setTimeout(() => {
       slider.value = (Number(slider.value) + 1) % frames.length;
       draw();

@@ -37,7 +37,11 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     """Write a store: train has 2 videos in 2 views, 30 frames in chunks of 4; test has one video of 3 frames."""
 
     def build(
-        name: str = "toys.zarr", stop_after: int | None = None, notes: bool = True, shard_chunks: int = 1
+        name: str = "toys.zarr",
+        stop_after: int | None = None,
+        notes: bool = True,
+        shard_chunks: int = 1,
+        fps: list[float] | None = None,
     ) -> Path:
         metadata = StoreMetadata(
             dataset="toys",
@@ -47,7 +51,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
             software={"zarr": "3.1.6"},
         )
         plans = {
-            "train": SplitPlan(NAMES, VIEWS, [5, 5, 10, 10], (2, 3, 4), 4, shard_chunks=shard_chunks),
+            "train": SplitPlan(NAMES, VIEWS, [5, 5, 10, 10], (2, 3, 4), 4, fps=fps, shard_chunks=shard_chunks),
             "test": SplitPlan(["wave"], ["identity"], [3], (2, 3, 4), 3),
         }
         path = tmp_path / name
@@ -86,6 +90,11 @@ def test_a_complete_store(write, inspect) -> None:
         "per channel    mean [14.5 14.5], std [8.655 8.655]",
     ):
         assert text in outcome.out, f"{text!r} is not in\n{outcome.out}"
+
+
+def test_rates_that_differ_are_told(write, inspect) -> None:
+    path = write(fps=[10, 10, 29.97, 29.97])
+    assert f"{path}: latents of toys, 10 to 29.97 frames/s; complete" in inspect(path).ok().out
 
 
 def test_a_store_without_notes_and_with_shards(write, inspect) -> None:
@@ -212,6 +221,7 @@ def test_any_view_is_decoded(story: ModuleType, tmp_path: Path) -> None:
         assert re.search(rf"train_00002.* of train decoded to {gif}", outcome.out)
         with Image.open(gif) as animation:
             assert animation.n_frames == 12
+            assert animation.size == (256, 256)
             frames[view] = np.asarray(animation.convert("RGB"))
     assert not np.array_equal(frames["identity"], frames["hflip"])
     place.run("inspect", "--video", "train_00002", "--view", "jitter-3", "--gif", str(tmp_path / "x.gif")).refused(

@@ -17,7 +17,7 @@ from tests.pipelines.test_predictor import predictor
 def clips(count: int) -> list[Clip]:
     generator = torch.Generator().manual_seed(0)
     frames = torch.rand(count, 5, 3, 16, 16, generator=generator) * 2 - 1
-    return [Clip(f"clip {n}", n, Recording(str(n)), frames[n]) for n in range(count)]
+    return [Clip(f"clip {n}", n, Recording(str(n)), 10.0, frames[n]) for n in range(count)]
 
 
 @pytest.fixture(scope="module")

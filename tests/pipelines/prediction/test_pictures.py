@@ -14,6 +14,7 @@ from pipelines.prediction.pictures import (
     animation,
     clip_strips,
     contact_sheet,
+    file_names,
     framed,
     save_gif,
     save_mp4,
@@ -125,12 +126,86 @@ def test_a_gif_of_equal_frames_plays_as_long(tmp_path):
     assert sum(durations(tmp_path / "a.gif")) == 5 * 100 + 1000  # equal neighbors may become one frame
 
 
-def test_gif_frames_are_not_shorter_than_viewers_play_them(tmp_path):
-    save_gif(tmp_path / "fast.gif", video(5), fps=120)
-    assert durations(tmp_path / "fast.gif")[:4] == [20] * 4
+@pytest.mark.parametrize("fps", [0.2, 0.75, 1, 7, 12.5, 24, 29.97, 30, 48, 50, 60, 100, 120, 240])
+def test_a_gif_plays_at_its_rate_as_far_as_gif_can(tmp_path, fps):
+    """Within half of a hundredth of a second, the unit of GIF, or above 50 within the two that a frame is shown."""
+    save_gif(tmp_path / "a.gif", video(40), fps)
+    found = durations(tmp_path / "a.gif")
+    assert min(found) >= 20  # viewers slow down shorter ones
+    assert found[-1] == max(1000, found[-2])
+    assert sum(found[:-1]) / 1000 == pytest.approx(39 / fps, abs=0.005 if fps <= 50 else 0.02)
+    with Image.open(tmp_path / "a.gif") as image:
+        shown = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+    assert len(shown) == 40 if fps <= 50 else 1 <= len(shown) - 39 * 50 / fps < 2
+    for frame, expected in ((shown[0], video(40)[0]), (shown[-1], video(40)[-1])):
+        assert np.abs(frame.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width", "fps"), [(64, 64, 10), (37, 51, 25), (64, 64, 29.97)])
+def test_a_still_gif_rests_for_as_long_as_gif_can_count(tmp_path):
+    save_gif(tmp_path / "a.gif", np.concatenate([video(1)] * 30), fps=0.01)
+    assert sum(durations(tmp_path / "a.gif")) == 65535 * 10
+
+
+@pytest.mark.parametrize("place", [0, 13, 37, 39])
+def test_one_odd_frame_keeps_its_colors_in_a_gif(tmp_path, place):
+    """Whatever the other frames are: here with far more colors than a GIF has, none of them like these."""
+    generator = np.random.default_rng(0)
+    ground = generator.integers(0, 256, (1, 32, 32, 3)) * (0.3, 1, 0.3)
+    original = (ground + generator.normal(0, 3, (40, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+    original[place] = 20
+    original[place, 5:9, 5:9], original[place, 20:22, 20:22] = (250, 10, 240), (255, 130, 10)
+    save_gif(tmp_path / "a.gif", original, fps=10)
+    with Image.open(tmp_path / "a.gif") as image:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    assert np.abs(frames[place].astype(int) - original[place]).max() <= 1
+    # The others are no worse than a palette of the nearest few hundred colors makes them.
+    assert np.sqrt(np.square(frames.astype(float) - original).mean()) < 12
+
+
+def test_few_colors_are_kept_as_they_are(tmp_path):
+    original = np.random.default_rng(0).choice(np.arange(0, 256, 2, np.uint8), (3, 16, 16, 1)).repeat(3, axis=-1)
+    save_gif(tmp_path / "a.gif", original, fps=10)
+    with Image.open(tmp_path / "a.gif") as image:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    np.testing.assert_array_equal(frames, original)
+
+
+def test_small_frames_can_be_enlarged(tmp_path):
+    original = video(4, 20, 15)
+    save_gif(tmp_path / "a.gif", original, 10, scale=3)
+    save_mp4(tmp_path / "a.mp4", original, 10, scale=3)
+    with Image.open(tmp_path / "a.gif") as image:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    np.testing.assert_array_equal(frames[:, 1::3, 1::3], original)
+    assert frames.shape == (4, 60, 45, 3)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        (stream,) = container.streams.video
+        assert (stream.width, stream.height) == (46, 60)
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert np.abs(np.stack(shown)[:, 1::3, 1:45:3].astype(int) - original).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["a/b", "a_b", "a_b_2", "c"], ["a_b", "a_b_2", "a_b_2_2", "c"]),
+        (["Clip", "clip", "CLIP"], ["Clip", "clip_2", "CLIP_3"]),
+        (["overview", "overview@3"], ["overview_2", "overview@3"]),
+        (["///", "..", ""], ["video", "video_2", "video_3"]),
+        (["x" * 300, "x" * 299], ["x" * 200, "x" * 200 + "_2"]),
+        (["\u00e9", "e\u0301"], ["\u00e9", "\u00e9_2"]),
+    ],
+)
+def test_names_become_files_that_differ(names, files):
+    assert file_names(names, taken=["overview"]) == files
+
+
+def test_a_name_is_used_with_all_its_endings():
+    assert file_names(["clip"], ["clip-2"], endings=["", "-2", "-3"]) == ["clip_2"]
+    assert file_names(["clip"], ["clip-4"], endings=["", "-2", "-3"]) == ["clip"]
+
+
+@pytest.mark.parametrize(("height", "width", "fps"), [(64, 64, 10), (37, 51, 25), (64, 64, 29.97), (64, 64, 0.4)])
 def test_an_mp4_plays_back(tmp_path, height, width, fps):
     original = video(12, height, width)
     save_mp4(tmp_path / "a.mp4", original, fps)

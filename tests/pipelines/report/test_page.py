@@ -82,7 +82,7 @@ class Toys:
     """A run that is written part by part."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, folder / "runs" / "toys"
+        self.folder, self.run, self.fps = folder, folder / "runs" / "toys", 12.0
         content = {
             "paths": {name: str(folder / name) for name in ("data", "latents", "runs")},
             "dataset": {"name": "toys", "source": "shapes", "image_size": SIDE},
@@ -101,12 +101,12 @@ class Toys:
         return self.write(f"{training}/log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def write_samples(self, *names: str, frames: int = CONTEXT + HORIZON) -> None:
-        listed = {"clips": names, "context": CONTEXT, "horizon": frames - CONTEXT, "sampling": {}, "samples": 1}
-        self.write("samples/samples.json", listed | {"refine": False})
+        listed = {"clips": names, "fps": [self.fps] * len(names), "context": CONTEXT, "horizon": frames - CONTEXT}
+        self.write("samples/samples.json", listed | {"sampling": {}, "samples": 1, "refine": False})
         for seed, name in enumerate(names):
             videos = np.random.default_rng(seed).integers(0, 256, (2, frames, SIDE, SIDE, 3), dtype=np.uint8)
             strips = clip_strips(videos[0], videos[1], CONTEXT)
-            save_gif(self.run / "samples" / f"{file_name(name)}.gif", animation([(name, strips)]), 10)
+            save_gif(self.run / "samples" / f"{file_name(name)}.gif", animation([(name, strips)]), self.fps)
 
     def save_flow(self, step: int, **state: Any) -> None:
         whole = flow_plan(self.config).state | state
@@ -146,7 +146,7 @@ def whole(toys: Toys) -> Toys:
     for training in ("autoencoder", "flow"):
         losses = [{"step": step, "loss": 1 / step, "validation_loss": 2 / step} for step in range(10, 401, 10)]
         toys.write_log(training, *losses)
-    toys.save_flow(400, fps=12.0, store={"fingerprint": "ab" * 32, "autoencoder": "cd" * 32})
+    toys.save_flow(400, store={"fingerprint": "ab" * 32, "autoencoder": "cd" * 32})
     return toys
 
 
@@ -178,6 +178,20 @@ def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[
     assert 'data-fps="12"' in text
     assert not re.search(r'="[^"]*\b(nan|inf|None)\b', text)
     assert "undefined" not in text_of(re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)).lower()
+
+
+def test_a_clip_of_another_rate_says_so(whole: Toys):
+    path = whole.run / "samples" / "samples.json"
+    whole.write_samples("walk", "jump", "wave")
+    content = json.loads(path.read_text())
+    save = dict(content, fps=[12.0, 3.0, 12.0])
+    video = np.random.default_rng(0).integers(0, 256, (CONTEXT + HORIZON, SIDE, SIDE, 3), dtype=np.uint8)
+    save_gif(path.with_name("jump.gif"), animation([("jump", clip_strips(video, video, CONTEXT))]), 3)
+    whole.write("samples/samples.json", save)
+    text = section(whole.page(), "predictions")
+    assert whole.notes("problem") == []
+    assert 'data-fps="12"' in text
+    assert re.findall(r"([\d.]+) frames per second", text) == ["3"]
 
 
 def test_other_seeds_and_settings_are_no_part_of_a_solvers_line(whole: Toys):
