@@ -20,6 +20,7 @@ from typing import NamedTuple
 import av
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from stage1_autoencoder.videos.display import AS_STORED, Display
@@ -117,12 +118,13 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
         stream = _video_stream(container, video_id)
         if container.format.name.endswith("_pipe"):
             raise BrokenVideoError(video_id, f"is {SINGLE_PICTURE}")
-        codec, extradata = stream.codec_context.codec, stream.codec_context.extradata or b""
+        decoder = _decoder(stream)
+        codec, extradata = decoder.codec, decoder.extradata or b""
         packets, first, begun = 0, None, False
         frames: int | None = 0  # None: unknown until they are decoded
         timestamps: list[int | None] = []
         restarts: list[int | None] = []
-        steady = not _SEEKABLE.isdisjoint(container.format.name.split(","))
+        steady = not _SEEKABLE.isdisjoint(container.format.name.split(",")) and decoder is stream.codec_context
         try:
             for packet in container.demux(stream):
                 if packet.size > 0:  # the last one is empty and flushes the decoder
@@ -138,7 +140,7 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
                     if steady and packet.is_keyframe and can_restart(codec, extradata, packet):
                         restarts.append(packet.pts)
                 if first is None:
-                    first = next(iter(_decode(packet, begun)), None)
+                    first = next(iter(_decode(decoder, packet, begun)), None)
         except av.error.FFmpegError as error:
             raise BrokenVideoError(video_id, f"is damaged after {packets} frames ({error.strerror})") from error
         if first is None:
@@ -204,18 +206,28 @@ def _count_decoded(path: Path, video_id: str) -> int:
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
     """All frames of an open file, in presentation order."""
-    begun = False
+    decoder, begun = _decoder(stream), False
     for packet in container.demux(stream):
         begun = begun or packet.is_keyframe
-        yield from _decode(packet, begun)
+        yield from _decode(decoder, packet, begun)
 
 
-def _decode(packet: av.Packet, begun: bool) -> list[av.VideoFrame]:
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """The decoder of a stream; of transparent VP8 and VP9 that of libvpx, since FFmpeg's own ignores transparency."""
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
+    if name not in av.codecs_available or stream.metadata.get("alpha_mode") != "1":
+        return stream.codec_context
+    decoder = av.CodecContext.create(name, "r")
+    decoder.thread_count = 1
+    return decoder
+
+
+def _decode(decoder: VideoCodecContext, packet: av.Packet, begun: bool) -> list[av.VideoFrame]:
     """Decode a packet. Before the first keyframe some cannot be, where a file was cut out of another."""
     if packet.size == 0 and packet.dts is not None:  # Theora repeats a frame; the last packet flushes the decoder
         return []
     try:
-        return packet.decode()
+        return decoder.decode(packet)
     except av.error.InvalidDataError:
         if begun:
             raise

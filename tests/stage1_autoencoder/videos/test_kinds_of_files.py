@@ -121,6 +121,7 @@ class Kind:
         size: (width, height) as shown.
         filters: what FFmpeg's filters have to do to show it.
         program: the FFmpeg program can read it, turned by its own rules.
+        decoder: the name of FFmpeg's decoder that shows all of it, where it is not the one that FFmpeg takes.
     """
 
     title: str
@@ -130,13 +131,16 @@ class Kind:
     size: tuple[int, int] = (96, 64)
     filters: str = "null"
     program: bool = True
+    decoder: str | None = None
 
 
 KINDS: list[Kind] = []
 
 
 def kind(title: str, name: str, codec: str, *, count: int = 6, size: tuple[int, int] = (96, 64), **settings) -> None:
-    shown = {key: settings.pop(key) for key in ("frames", "shown_as", "filters", "program") if key in settings}
+    shown = {
+        key: settings.pop(key) for key in ("frames", "shown_as", "filters", "program", "decoder") if key in settings
+    }
     shown["size"] = shown.pop("shown_as", size)
     alpha = settings.pop("alpha", False)
 
@@ -220,7 +224,11 @@ kind("transparent", "v.mov", "qtrle", pixel_format="argb", alpha=True)
 kind("transparent PNG", "v.mov", "png", pixel_format="rgba", alpha=True)
 kind("transparent YUV, 10 bits", "v.mov", "prores_ks", pixel_format="yuva444p10le", alpha=True)
 kind("transparent YUV, limited range", "v.mkv", "ffv1", pixel_format="yuva420p", alpha=True)
-kind("animated PNG", "v.apng", "apng", pixel_format="rgb24", program=True)
+kind("transparent VP9", "v.webm", "libvpx-vp9", pixel_format="yuva420p", alpha=True, decoder="libvpx-vp9",
+     deadline="realtime", crf="4", b="0")  # fmt: skip
+kind("transparent VP8", "v.webm", "libvpx", pixel_format="yuva420p", alpha=True, decoder="libvpx",
+     deadline="realtime", crf="4", b="2M", **{"auto-alt-ref": "0"})  # fmt: skip
+kind("animated PNG", "v.apng", "apng", pixel_format="rgb24")
 kind("animated PNG, transparent", "v.apng", "apng", pixel_format="rgba", alpha=True)
 
 
@@ -395,9 +403,12 @@ def shown_by_libraries(kind: Kind, path: Path) -> list[np.ndarray]:
     width, height = kind.size
     graph, frames = None, []
     with av.open(str(path)) as container:
+        decoder = (
+            av.CodecContext.create(kind.decoder, "r") if kind.decoder else container.streams.video[0].codec_context
+        )
         for packet in container.demux(video=0):
             try:
-                decoded = packet.decode()
+                decoded = decoder.decode(packet)
             except (av.error.InvalidDataError, av.error.ArgumentError):  # cut streams and empty packets
                 continue
             for frame in decoded:
@@ -433,7 +444,8 @@ def shown_by_program(kind: Kind, path: Path) -> list[np.ndarray]:
     """All frames [h, w, 3] as the FFmpeg program shows them, turned by its own rules."""
     width, height = kind.size
     files = str(path / f"%d{next(path.iterdir()).suffix}") if path.is_dir() else str(path)
-    command = ["ffmpeg", "-v", "error", "-i", files, "-map", "0:v:0", "-vsync", "passthrough"]
+    decoder = ["-c:v", kind.decoder] if kind.decoder else []
+    command = ["ffmpeg", "-v", "error", *decoder, "-i", files, "-map", "0:v:0", "-vsync", "passthrough"]
     command += ["-vf", f"scale={width}:{height}:{EXACT},format=rgba", "-f", "rawvideo", "-"]
     output = subprocess.run(command, capture_output=True, check=True).stdout
     return [over_black(rgba) for rgba in np.frombuffer(output, np.uint8).reshape(-1, height, width, 4)]
