@@ -7,27 +7,38 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # PyPI's torch is built for CUDA 13.0: TORCH_INDEX=https://download.pytorch.org/whl/cu126 takes a build for older drivers.
 TORCH_INDEX ?=
-DATASET ?= $(shell cat .last_dataset 2>/dev/null || echo shapes)
-ARGS ?=
+# DATASET is remembered as the default of the next targets.
+NAMED := $(filter command line environment,$(origin DATASET))
+ifeq ($(NAMED),)
+DATASET := $(shell cat .last_dataset 2>/dev/null || echo shapes)
+endif
+
+# What users type is passed on as it is: neither make nor a shell runs or replaces anything in it.
+$(foreach name,DATASET ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TORCH_INDEX,\
+	$(eval override $(name) := $$(value $(name))))
 export DEVICE MIRROR SCHEDULER DOWNLOAD
+quoted = '$(subst ','\'',$(1))'
+option = $(if $(2),$(1)$(call quoted,$(2)))
+# The words of ARGS. A word in quotes may have spaces.
+SPLIT := import shlex, sys; print(shlex.join(shlex.split(sys.argv[1])))
+OPTIONS = $(if $(ARGS),$(shell $(PYTHON) -c '$(SPLIT)' $(call quoted,$(ARGS)) 2>/dev/null)$(if $(filter-out 0,$(.SHELLSTATUS)),$(error ARGS=$(ARGS): expected words, is a quote not closed?)))
 
 BIN := .venv/bin
 RIVER = $(BIN)/python -m pipelines
 # NUM_GPUS=4 trains in four processes on this machine.
 MANY = $(filter-out 0 1,$(NUM_GPUS))
-TRAIN = $(BIN)/python $(if $(MANY),-m torch.distributed.run --standalone --nproc-per-node $(NUM_GPUS) )-m pipelines
-CONFIG = --config configs/$(DATASET).yaml
-# DATASET is remembered as the default of the next targets.
-remember = $(if $(filter command line environment,$(origin DATASET)),@! test -f configs/$(DATASET).yaml || echo $(DATASET) > .last_dataset)
+TRAIN = $(BIN)/python $(if $(MANY),-m torch.distributed.run --standalone --nproc-per-node $(call quoted,$(NUM_GPUS)) )-m pipelines
+FILE = $(call quoted,configs/$(DATASET).yaml)
+CONFIG = --config $(FILE)
+remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
 .PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect verify bench gpu-check
 
 help:  ## list all targets
-	@echo "usage: make TARGET [DATASET=$(DATASET)] [ARGS=\"--set flow.training.steps=1000\"] [DEVICE=cpu|cuda]"
-	@echo
+	@printf 'usage: make TARGET [DATASET=%s] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-18s %s\n", $$1, $$2}'
 	@echo
-	@echo "data sets: $(notdir $(basename $(wildcard configs/*.yaml)))"
+	@printf 'data sets:'; for file in configs/*.yaml; do name=$${file#*/}; printf ' %s' "$${name%.yaml}"; done; echo
 
 setup: $(BIN)/.ready  ## create .venv from constraints.txt
 
@@ -35,81 +46,80 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("RIVER needs python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@echo "setting up .venv; this takes a minute or more"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) )torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(call option,--extra-index-url=,$(TORCH_INDEX)) torch
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup  ## the whole story on procedural videos, minutes on two CPU cores
-	@$(RIVER) demo --config configs/shapes.yaml $(ARGS)
+	@$(RIVER) demo --config configs/shapes.yaml $(OPTIONS)
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(OPTIONS)
 
 lint: setup  ## run ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 data: setup  ## download (MIRROR=folder or URL), check, unpack and index the raw videos
 	$(remember)
-	@$(RIVER) data $(CONFIG) $(ARGS)
+	@$(RIVER) data $(CONFIG) $(OPTIONS)
 
 convert: setup  ## frames of any data set as folders of images: make convert OUT=frames ARGS="--format jpg --split test"
 	$(remember)
-	@test -n "$(OUT)" || { echo "expected a folder: make convert OUT=frames" >&2; exit 2; }
-	@$(RIVER) convert --out "$(OUT)" $(CONFIG) $(ARGS)
+	@test -n $(call quoted,$(OUT)) || { echo "expected a folder: make convert OUT=frames" >&2; exit 2; }
+	@$(RIVER) convert --out=$(call quoted,$(OUT)) $(CONFIG) $(OPTIONS)
 
 train-autoencoder: setup  ## stage 1: train the VQGAN (NUM_GPUS=4; DOWNLOAD=1 fetches VGG16 for LPIPS)
 	$(remember)
-	@$(TRAIN) train-autoencoder $(CONFIG) $(ARGS)
+	@$(TRAIN) train-autoencoder $(CONFIG) $(OPTIONS)
 
 encode: setup  ## encode all splits into latents/<dataset>.zarr (SCHEDULER=tcp://host:8786: on a dask cluster)
 	$(remember)
-	@$(RIVER) encode $(CONFIG) $(ARGS)
+	@$(RIVER) encode $(CONFIG) $(OPTIONS)
 
 train-flow: setup  ## stage 2: train the flow from the store alone (NUM_GPUS=4; ARGS=--fine-tune starts from existing weights)
 	$(remember)
-	@$(TRAIN) train-flow $(CONFIG) $(ARGS)
+	@$(TRAIN) train-flow $(CONFIG) $(OPTIONS)
 
 train-refiner: setup  ## optional: train the network that refines decoded frames, for make sample ARGS=--refine
 	$(remember)
-	@$(TRAIN) train-refiner $(CONFIG) $(ARGS)
+	@$(TRAIN) train-refiner $(CONFIG) $(OPTIONS)
 
 sample: setup  ## predict videos of the test split: GIF, MP4, contact sheet, latents
 	$(remember)
-	@$(RIVER) sample $(CONFIG) $(ARGS)
+	@$(RIVER) sample $(CONFIG) $(OPTIONS)
 
 predict: setup  ## continue any clip: make predict VIDEO=clip.mp4
 	$(remember)
-	@test -n "$(VIDEO)" || { echo "expected a video: make predict VIDEO=clip.mp4" >&2; exit 2; }
-	@$(RIVER) predict "$(VIDEO)" $(CONFIG) $(ARGS)
+	@test -n $(call quoted,$(VIDEO)) || { echo "expected a video: make predict VIDEO=clip.mp4" >&2; exit 2; }
+	@$(RIVER) predict $(CONFIG) $(OPTIONS) -- $(call quoted,$(VIDEO))
 
 evaluate: setup  ## measure PSNR, SSIM, LPIPS and FVD beside two baselines (DOWNLOAD=1 fetches VGG16 and the I3D)
 	$(remember)
-	@$(RIVER) evaluate $(CONFIG) $(ARGS)
+	@$(RIVER) evaluate $(CONFIG) $(OPTIONS)
 
 study: setup  ## measure quality against the number of evaluations, per solver, on the validation split: quality.json and quality.png
 	$(remember)
-	@$(RIVER) study $(CONFIG) $(ARGS)
+	@$(RIVER) study $(CONFIG) $(OPTIONS)
 
 report: setup  ## write one self-contained HTML page of a run: runs/<dataset>/report.html
 	$(remember)
-	@$(RIVER) report $(CONFIG) $(ARGS)
+	@$(RIVER) report $(CONFIG) $(OPTIONS)
 
 import-official: setup  ## official weights as a run: MODEL=model.pth AUTOENCODER=vqvae.ckpt REFINER=refiner.pth, or ARGS=--download
 	$(remember)
-	@$(RIVER) import-official $(CONFIG) $(if $(MODEL),--model "$(MODEL)") $(if $(AUTOENCODER),--autoencoder "$(AUTOENCODER)") \
-		$(if $(REFINER),--refiner "$(REFINER)") $(ARGS)
+	@$(RIVER) import-official $(CONFIG) $(call option,--model=,$(MODEL)) $(call option,--autoencoder=,$(AUTOENCODER)) $(call option,--refiner=,$(REFINER)) $(OPTIONS)
 
 inspect: setup  ## show what is in the store; ARGS="--video ID --gif out.gif" decodes a video, ARGS=--verify checks all
 	$(remember)
-	@$(RIVER) inspect $(CONFIG) $(ARGS)
+	@$(RIVER) inspect $(CONFIG) $(OPTIONS)
 
 verify: setup  ## check every checksum of the store and encode N=64 frames again
 	$(remember)
-	@$(RIVER) encode --verify $(N) $(CONFIG) $(ARGS)
+	@$(RIVER) encode --verify $(call option,,$(N)) $(CONFIG) $(OPTIONS)
 
 bench: setup  ## measure this machine: decoding, encoding, store, flow; runs/<dataset>/benchmark.json
 	$(remember)
-	@$(RIVER) bench $(CONFIG) $(ARGS)
+	@$(RIVER) bench $(CONFIG) $(OPTIONS)
 
 gpu-check: setup  ## compare this machine's GPU with its CPU and measure it, in minutes (DEVICE=cpu: a rehearsal)
-	@$(RIVER) gpu-check --config configs/shapes.yaml $(ARGS)
+	@$(RIVER) gpu-check --config configs/shapes.yaml $(OPTIONS)

@@ -2,15 +2,17 @@
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from pipelines import __version__
 from pipelines.commands import COMMANDS
 from pipelines.errors import EXIT_DONE, EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE, CheckFailed, StoppedBySignal, UserError
-from pipelines.runtime.arguments import add_common_options
+from pipelines.runtime.arguments import add_common_options, refuse_unknown_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 1 failed; 2 bad usage, configuration or input; 3 finished, but some videos were skipped; 128 + signal.
     """
-    command, options = _parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console need not have all characters
+    os.environ["MPLBACKEND"] = "agg"  # charts go into files; a notebook's own backend may be missing here
+    command, options = _parse(sys.argv[1:] if arguments is None else arguments)
     # These imports take seconds: not before the command line is known to be right.
     from latent_cache import NoSpaceError, StoreError
     from stage1_autoencoder.videos.source import VideoError
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namespace]:
+def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The command's module and its options; wrong usage exits with that command's usage line."""
     parser = argparse.ArgumentParser(
         prog="river",
@@ -51,6 +57,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 done but videos were skipped, 130/143 stopped "
         "by a signal after saving.",
     )
+    parser.add_argument("--version", action="version", version=f"river {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {name: importlib.import_module(f"pipelines.commands.{name.replace('-', '_')}") for name in COMMANDS}
     parsers = {}
@@ -58,6 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
         parsers[name] = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         add_common_options(parsers[name])
         module.add_arguments(parsers[name])
+    refuse_unknown_words(arguments, parser, parsers)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parsers[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -65,7 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[ModuleType, argparse.Namesp
 
 
 def _run(command: ModuleType, options: argparse.Namespace) -> int:
-    from pipelines.config import dump_config, load_config
+    from pipelines.config import dump_config, find_preset, load_config
     from pipelines.runtime.context import RunContext
     from pipelines.runtime.distributed import leave_processes
     from pipelines.runtime.progress import say, set_quiet
@@ -75,6 +83,8 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     set_quiet(options.quiet or not processes.is_first)
     config = None
     if options.config is not None or not getattr(command, "CONFIG_IS_OPTIONAL", False):
+        if options.config is None:
+            say(f"configuration: {find_preset('shapes')} (--config NAME takes another preset or file)")
         config = load_config(options.config or "shapes", options.set)
     if options.dry_run and config is not None:
         if hasattr(command, "dry_run"):

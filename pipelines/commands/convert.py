@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime.arguments import add_video_options, positive
+from pipelines.runtime.arguments import add_video_options, path, positive
 
 if TYPE_CHECKING:
     from pipelines.config import RiverConfig
@@ -17,7 +16,7 @@ HELP = "write the frames of any data set as folders of pictures: <out>/<split>/<
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_video_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=path, required=True, help="folder to write to")
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="format of the pictures")
     parser.add_argument("--quality", type=positive, default=95, help="quality of jpg pictures, at most 100")
     parser.add_argument(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime.arguments import add_download_option, positive
+from pipelines.runtime.arguments import add_download_option, path, positive
 
 if TYPE_CHECKING:
     from pipelines.config import RiverConfig
@@ -17,9 +16,9 @@ HELP = "official RIVER weights -> a run that is ready to sample"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_download_option(parser)
-    parser.add_argument("--model", type=Path, help="the main model, model.pth")
-    parser.add_argument("--autoencoder", type=Path, help="vqvae.ckpt or vqvae.pth; one inside the model wins")
-    parser.add_argument("--refiner", type=Path, help="a refiner's .pth")
+    parser.add_argument("--model", type=path, help="the main model, model.pth")
+    parser.add_argument("--autoencoder", type=path, help="vqvae.ckpt or vqvae.pth; one inside the model wins")
+    parser.add_argument("--refiner", type=path, help="a refiner's .pth")
     parser.add_argument(
         "--heads",
         type=positive,

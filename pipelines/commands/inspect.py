@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
+from pipelines.runtime.arguments import path
 
 if TYPE_CHECKING:
     from pipelines.config import RiverConfig
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read the whole store and check its checksums")
     parser.add_argument("--video", help="id of a video to decode")
     parser.add_argument("--view", help="the view of that video, such as hflip; default: the video itself")
-    parser.add_argument("--gif", type=Path, help="file for the decoded video")
+    parser.add_argument("--gif", type=path, help="file for the decoded video")
 
 
 def run(config: RiverConfig | None, run_context: RunContext, options: argparse.Namespace) -> None:

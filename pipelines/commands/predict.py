@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.runtime.arguments import add_prerequisite_options, add_refine_option, positive
+from pipelines.runtime.arguments import add_prerequisite_options, add_refine_option, path, positive
 
 if TYPE_CHECKING:
     from pipelines.config import RiverConfig
@@ -18,7 +17,7 @@ HELP = "continue any video file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prerequisite_options(parser)
     add_refine_option(parser)
-    parser.add_argument("video", type=Path, help="a video file, or a folder of frames")
+    parser.add_argument("video", type=path, help="a video file, or a folder of frames")
     parser.add_argument("--frames", type=positive, help="frames to predict; default evaluation.horizon")
     parser.add_argument("--samples", type=positive, default=1, help="number of different continuations")
     parser.add_argument("--marked", action="store_true", help="frame given frames green and predicted frames red")

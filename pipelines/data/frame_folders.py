@@ -101,7 +101,6 @@ def convert(
     """
     if not 1 <= quality <= 100:
         raise UserError(f"--quality {quality}: allowed are 1 to 100")
-    out = out.expanduser()
     _check_out(config, out)
     sources = open_videos(config, run_context)
     chosen = list(dict.fromkeys(splits or sources))

@@ -1,7 +1,12 @@
 """Pieces of command lines that several commands share."""
 
 import argparse
+import difflib
 import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -12,6 +17,41 @@ def positive(text: str) -> int:
 def count(text: str) -> int:
     """An argparse type: an integer of at least 0."""
     return _integer(text, 0)
+
+
+def path(text: str) -> Path:
+    """An argparse type: a file or folder. `make VIDEO=~/clip.mp4` leaves `~` as it is in some shells."""
+    return Path(os.path.expanduser(text))
+
+
+def yes_or_no(text: str) -> bool:
+    """An argparse type: yes, true, on, 1, or no, false, off, 0 and nothing."""
+    answers = dict.fromkeys(("yes", "true", "on", "1"), True) | dict.fromkeys(("no", "false", "off", "0", ""), False)
+    if text.strip().lower() not in answers:
+        raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
+    return answers[text.strip().lower()]
+
+
+def refuse_unknown_words(
+    words: Sequence[str], parser: argparse.ArgumentParser, parsers: Mapping[str, argparse.ArgumentParser]
+) -> None:
+    """Exit for a command or an option that does not exist, with the nearest one that does."""
+    command = words[0] if words else "-"
+    if command not in parsers and not command.startswith("-"):
+        parser.error(f"argument COMMAND: invalid choice: {command!r}{_nearest(command, parsers)}")
+    used = parsers.get(command, parser)
+    known = ["--help", *re.findall(r"--[a-z-]+", used.format_usage())]
+    for word in takewhile(lambda word: word != "--", words):
+        option = word.partition("=")[0]
+        if re.match(r"--?[A-Za-z]", option) and option not in ("-h", *known):
+            used.error(f"unrecognized arguments: {word}{_nearest('--' + option.lstrip('-'), known)}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The nearest known word as a question; all of them if none is near."""
+    known = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +77,14 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 
 def add_download_option(parser: argparse.ArgumentParser) -> None:
     """Options of commands that may need public weights."""
-    parser.add_argument(
+    download = parser.add_argument(
         "--download",
-        action="store_true",
-        default=os.environ.get("DOWNLOAD", "") not in ("", "0"),
+        action="store_const",
+        const=True,
+        default=os.environ.get("DOWNLOAD", ""),
         help="download missing public weights, checked by their sha256",
     )
+    download.type = yes_or_no  # of the environment's word
 
 
 def add_prerequisite_options(parser: argparse.ArgumentParser) -> None:
