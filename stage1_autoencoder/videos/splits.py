@@ -59,9 +59,9 @@ def skip_beside(root: Path, folders: Mapping[Split, Path], count: Callable[[Path
     others = [path for path in sorted(root.iterdir()) if path not in folders.values() and path.name[0] != "."]
     for path in others if folders else []:
         if videos := count(path):
-            what = f"its {videos} videos lie" if path.is_dir() else "lies"
             name = os.fsencode(path.name).decode(errors="backslashreplace")
-            where = f"{what} beside {join_names(folder.name for folder in folders.values())}, so in no split"
+            many = f" with its {videos} videos" if videos > 1 else ""
+            where = f"lies{many} beside {join_names(folder.name for folder in folders.values())}, so in no split"
             skipped.append(SkippedVideo(name, f"{where}; move it into one of them"))
     return skipped
 

@@ -173,6 +173,26 @@ def test_how_many_frames_a_packet_gives(codec, packet, frames):
         assert gives_frames(av.Codec(codec, "r"), b"", packet, first=True) is None
 
 
+@pytest.mark.parametrize(
+    ("codec", "kind", "at_start", "inside"),
+    [
+        ("hevc", 19, 1, 1),  # nothing after it depends on what is before it
+        ("hevc", 20, 1, 1),
+        ("hevc", 21, None, 1),  # the frames that do are dropped at the start,
+        ("hevc", 16, None, None),  # and after a broken link everywhere
+        ("h264", 5, 1, 1),
+        ("h264", 1, None, 1),  # a recovery point
+    ],
+)
+def test_keyframes_after_which_frames_are_dropped(codec, kind, at_start, inside):
+    extradata = b"\1" + bytes(20) + b"\xff" + bytes(8) if codec == "hevc" else b"\1d\0\n\xff" + bytes(8)
+    unit = bytes([kind << 1 if codec == "hevc" else kind | 0x60]) + bytes(40)
+    packet = av.Packet(len(unit).to_bytes(4, "big") + unit)
+    packet.is_keyframe = True
+    for first, frames in ((True, at_start), (False, inside)):
+        assert gives_frames(av.Codec(codec, "r"), extradata, packet, first) == frames
+
+
 def test_damage_inside_is_noticed_when_decoding(encode_frames, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
     path = encode_frames(tmp_path / "v.mp4", list(noise), "libx264")
