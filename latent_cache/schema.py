@@ -50,7 +50,7 @@ DESCRIPTIONS = {
     VIDEO_ID: "Name of each video.",
     VIDEO_VIEW: "View of each video: identity is the video itself, others are augmented copies.",
     VIDEO_FINGERPRINT: "Digest of each source video when it was encoded.",
-    VIDEO_FPS: "Frames per second of each video, after preprocessing.frame_step.",
+    VIDEO_FPS: "Frames per second of each video, as its frames are stored.",
     VIDEO_SIZE: "Width and height of each source video in pixels, before preprocessing; 0 where it is drawn, not read.",
     CODEBOOK: "Vector of each code, as the decoder takes it: codebook[codes] with the channels moved to axis 1 are the "
     "quantized latents.",

@@ -68,7 +68,7 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
     return [
         f"found: {_count(len(frames) + skipped, 'video')}, {len(frames)} usable, {skipped} skipped"
         + (f"; other files, ignored: {others}" if ignored else ""),
-        f"  used     {frames.sum()} {of_native}frames (dataset.frame_step {dataset.frame_step}), {duration(seconds)}",
+        f"  used     {frames.sum()} {of_native}frames ({dataset.sampling_text}), {duration(seconds)}",
         f"  lengths  {_spread(frames)} frames",
         f"  sizes    {_most_common(sizes)} -> center square, resized to {dataset.image_size}x{dataset.image_size}",
         f"  fps      {_most_common(rates)}{', after frame_step' if dataset.frame_step > 1 else ''}",

@@ -63,13 +63,13 @@ def _check_origin(config: RiverConfig) -> None:
             f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "
             f"{here[:12]}...: encode again with `encode --overwrite`, or restore the autoencoder"
         )
-    there = metadata.preprocessing
+    there, wanted = metadata.preprocessing, store_preprocessing(config)
     _refuse(
         f"{config.store_path} has other preprocessing",
         [
-            f"{key}: {there.get(key)!r} in the store, {value!r} in the configuration"
-            for key, value in store_preprocessing(config).items()
-            if there.get(key) != value
+            f"{key}: {there.get(key)!r} in the store, {wanted.get(key)!r} in the configuration"
+            for key in {**there, **wanted}
+            if there.get(key) != wanted.get(key)
         ],
     )
 

@@ -50,6 +50,7 @@ def describe_protocol(
         aggregation="mean over clips, samples and predicted frames",
         best_of=best_of if evaluation.samples > 1 else None,
         pixels="clamped and compared as floats; data range 1 for values in [0, 1]",
+        fps=config.dataset.fps,
         frame_step=config.dataset.frame_step,
         resize={
             "filter": frames["resize_filter"],

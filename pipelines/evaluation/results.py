@@ -104,6 +104,7 @@ class EvaluationProtocol(Protocol):
     Attributes:
         protocol: preset of `evaluation.protocol`, with the settings that differ from it.
         clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
+        fps: that videos were resampled to (`dataset.fps`); None: they were not.
         nfe: evaluations of the vector field per predicted frame.
     """
 
@@ -115,6 +116,7 @@ class EvaluationProtocol(Protocol):
     aggregation: str
     best_of: str | None
     pixels: str
+    fps: float | None = None
     frame_step: int
     resize: dict[str, Any]
     sampling: dict[str, Any]

@@ -91,6 +91,7 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
         "moving": "where the given frames of a video move most",
     }[protocol.window]
     step = "every frame" if protocol.frame_step == 1 else f"one frame in {protocol.frame_step}"
+    step += "" if protocol.fps is None else f" of videos resampled to {protocol.fps:g} frames per second"
     resize, size = protocol.resize, protocol.image_size
     weights = {"autoencoder": protocol.autoencoder_sha256, f"flow (step {protocol.flow_step})": protocol.flow_sha256,
                "refiner": protocol.refiner_sha256, "VGG16": protocol.vgg_sha256,

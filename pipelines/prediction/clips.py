@@ -213,8 +213,8 @@ def read_video(config: RiverConfig, path: Path) -> GivenVideo:
     length = info.frames
     if length < context:
         raise UserError(
-            f"{path}: {length} frames after dataset.frame_step {config.dataset.frame_step}, but evaluation.context is "
-            f"{context}: take a longer video or --set evaluation.context={length}"
+            f"{path}: {length} frames after {config.dataset.sampling_text}, but evaluation.context is {context}: take "
+            f"a longer video or --set evaluation.context={length}"
         )
     frames = source.read(0, range(max(0, length - MAX_FRAMES_SHOWN), length))
     return GivenVideo(path, frames, length, info.fps, info.fingerprint)

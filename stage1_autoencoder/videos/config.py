@@ -55,7 +55,14 @@ class DatasetConfig(BaseModel):
         json_schema_extra={"changes_results": False},
     )
     image_size: Width = Field(64, description="side of the square frames, in pixels")
-    frame_step: PositiveInt = Field(1, description="use every frame_step-th frame")
+    fps: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="videos, kth, clevrer: resample videos by time to this many frames per second, so that videos of "
+        "different rates move equally fast; default: the frames as they are",
+    )
+    frame_step: PositiveInt = Field(1, description="use every frame_step-th frame (of the resampled ones, with fps)")
     splits: dict[Split, int | float | str] = Field(
         default_factory=dict,
         description="shapes: number of videos per split; videos, hdf5: fractions for val and test, where root has no "
@@ -65,6 +72,18 @@ class DatasetConfig(BaseModel):
     split_seed: Seed = Field(0, description="seed of the split by fractions")
     sequences: bool = Field(False, description="kth: cut videos into the frame ranges of 00sequences.txt")
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of source: shapes")
+
+    @property
+    def sampling_text(self) -> str:
+        """Which frames of the videos are used."""
+        resampled = "" if self.fps is None else f"dataset.fps {self.fps:g}, "
+        return f"{resampled}dataset.frame_step {self.frame_step}"
+
+    @model_validator(mode="after")
+    def _has_rates(self) -> "DatasetConfig":
+        if self.fps is not None and self.source not in ("videos", "kth", "clevrer"):
+            raise ValueError(f"fps: {self.fps:g}, but videos of source: {self.source} have one rate: use frame_step")
+        return self
 
     @model_validator(mode="after")
     def _splits_fit_source(self) -> "DatasetConfig":

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -33,12 +34,15 @@ from stage1_autoencoder.videos.video_files import Keyframe, Probe, decode_video
 
 
 class Cut(NamedTuple):
-    """A part of a video with an id of its own: first and one-past-last frame, before `frame_step`."""
+    """A part of a video with an id of its own: first and one-past-last frame, before resampling and `frame_step`."""
 
     id: str
     first: int
     stop: int
 
+
+# Numbers of frames this much below the next whole number are that number.
+ROUNDING = 1e-6
 
 # Maps a video's id and number of frames to its cuts.
 CutVideo = Callable[[str, int], Iterable[Cut | SkippedVideo]]
@@ -57,7 +61,17 @@ class Clip(NamedTuple):
     probe: Probe
 
 
-def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: tuple[int, int] | None = None) -> Clip:
+def frame_stride(dataset: DatasetConfig, fps: float) -> float:
+    """Frames of a video of this rate from one used frame to the next: its frame k * stride, rounded down, is used.
+
+    With `dataset.fps` that is the frame shown at the time of frame k, if frames are evenly spaced.
+    """
+    return dataset.frame_step if dataset.fps is None else dataset.frame_step * fps / dataset.fps
+
+
+def make_clip(
+    dataset: DatasetConfig, video_id: str, name: str, indexed: Indexed, cut: tuple[int, int] | None = None
+) -> Clip:
     """Make a clip of a usable video.
 
     Args:
@@ -69,10 +83,11 @@ def make_clip(video_id: str, name: str, indexed: Indexed, frame_step: int, cut: 
     assert fingerprint is not None, f"{name} has no digest"
     first, stop = cut or (0, probe.frames)
     assert 0 <= first < stop <= probe.frames, f"cut {cut} of the {probe.frames} frames of {name}"
+    stride = frame_stride(dataset, probe.fps)
     info = VideoInfo(
         id=video_id,
-        frames=(stop - first - 1) // frame_step + 1,
-        fps=probe.fps / frame_step,
+        frames=math.ceil((stop - first - ROUNDING) / stride),
+        fps=(probe.fps if dataset.fps is None else dataset.fps) / dataset.frame_step,
         fingerprint=fingerprint if cut is None else f"{fingerprint} {first}:{stop}",
         size=probe.display.size(probe.width, probe.height),
     )
@@ -95,7 +110,7 @@ class FolderSource(DivisibleSource):
         self.root = root
         self._names: list[str] = []
         self._pictures: list[tuple[int, int, Display]] = []  # size and display of the decoded frames
-        ends, keyframes, per_video = array("q"), array("q"), array("q")
+        ends, keyframes, per_video, rates = array("q"), array("q"), array("q"), array("d")
         shared: dict[tuple[int, int, Display], tuple[int, int, Display]] = {}  # most videos are alike
 
         def infos() -> Iterator[VideoInfo]:
@@ -104,12 +119,14 @@ class FolderSource(DivisibleSource):
                 pictures = (clip.probe.width, clip.probe.height, clip.probe.display)
                 self._pictures.append(shared.setdefault(pictures, pictures))
                 ends.extend((clip.first, clip.stop))
+                rates.append(clip.probe.fps)
                 keyframes.extend(itertools.chain.from_iterable(clip.probe.keyframes))
                 per_video.append(len(clip.probe.keyframes))
                 yield clip.info
 
         self.videos = VideoTable(infos())
         self._ends = np.array(ends, np.int64).reshape(-1, 2)
+        self._rates = np.array(rates, np.float64)
         # Video i has the keyframes of rows offsets[i] to offsets[i + 1].
         self._keyframes = np.array(keyframes, np.int64).reshape(-1, 2)
         self._keyframe_offsets = np.concatenate([[0], np.cumsum(np.array(per_video, np.int64))])
@@ -124,7 +141,7 @@ class FolderSource(DivisibleSource):
         source = super().select(rows)
         source._names = [self._names[row] for row in rows.tolist()]
         source._pictures = [self._pictures[row] for row in rows.tolist()]
-        source._ends = self._ends[rows]
+        source._ends, source._rates = self._ends[rows], self._rates[rows]
         starts, counts = self._keyframe_offsets[rows], np.diff(self._keyframe_offsets)[rows]
         source._keyframe_offsets = np.concatenate([[0], np.cumsum(counts)])
         within = np.arange(counts.sum()) - np.repeat(source._keyframe_offsets[:-1], counts)
@@ -135,10 +152,12 @@ class FolderSource(DivisibleSource):
         start, stop = self.check_range(index, start, stop)
         if start == stop:
             return
-        video, path, step = self.videos[index], self.root / self._names[index], self.dataset.frame_step
-        first = int(self._ends[index, 0]) + start * step
-        last = first + (stop - 1 - start) * step
-        probe = self.probe(index)
+        video, path, probe = self.videos[index], self.root / self._names[index], self.probe(index)
+        stride = frame_stride(self.dataset, probe.fps)
+        wanted = int(self._ends[index, 0]) + np.floor(np.arange(start, stop) * stride + ROUNDING).astype(np.int64)
+        first, last, step = int(wanted[0]), int(wanted[-1]), int(stride) if stride == int(stride) else 1
+        # How often each decoded frame is used: once, unless videos are resampled.
+        uses = np.bincount((wanted - first) // step).tolist()
         if path.is_dir():
             decode = decode_folder
         elif is_webp(path):
@@ -147,12 +166,15 @@ class FolderSource(DivisibleSource):
             decode = partial(decode_video, probe=probe)
         preprocess = FramePreprocessor(self.dataset.image_size, display=probe.display)
         with contextlib.closing(decode(path, video.id, first, last + 1, step)) as frames:
-            for frame in frames:
-                try:
-                    pixels = preprocess(frame)
-                except av.error.FFmpegError as error:  # such as a color space that FFmpeg cannot convert
-                    raise BrokenVideoError(video.id, f"its frames cannot be converted ({error.strerror})") from error
-                yield pixels
+            for times, frame in zip(uses, frames, strict=False):
+                for _ in range(times):
+                    try:
+                        pixels = preprocess(frame)
+                    except av.error.FFmpegError as error:  # such as a color space that FFmpeg cannot convert
+                        raise BrokenVideoError(
+                            video.id, f"its frames cannot be converted ({error.strerror})"
+                        ) from error
+                    yield pixels
 
     def recording(self, index: int) -> Recording:
         """The file or frame folder, of which a video may be a cut."""
@@ -163,7 +185,7 @@ class FolderSource(DivisibleSource):
         width, height, display = self._pictures[index]
         keyframes = self._keyframes[self._keyframe_offsets[index] : self._keyframe_offsets[index + 1]].tolist()
         stop, chosen = int(self._ends[index, 1]), tuple(Keyframe(*pair) for pair in keyframes)
-        return Probe(stop, self.videos[index].fps, width, height, chosen, display)
+        return Probe(stop, float(self._rates[index]), width, height, chosen, display)
 
 
 def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
@@ -250,13 +272,13 @@ def index_listings(
             if entry.probe is None:
                 skipped.append(SkippedVideo(video_id, entry.reason or ""))
             elif cut is None:
-                yield make_clip(video_id, name, entry, dataset.frame_step)
+                yield make_clip(dataset, video_id, name, entry)
             else:
                 for part in cut(video_id, entry.probe.frames):
                     if isinstance(part, SkippedVideo):
                         skipped.append(part)
                     else:
-                        yield make_clip(part.id, name, entry, dataset.frame_step, (part.first, part.stop))
+                        yield make_clip(dataset, part.id, name, entry, (part.first, part.stop))
 
     sources = {}
     with contextlib.closing(indexed):
@@ -281,4 +303,4 @@ def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
     except OSError as error:
         raise BrokenVideoError(str(path), f"cannot be listed ({error.strerror})") from error
     indexed = examine_video(path, str(path))
-    return FolderSource(dataset, path.parent, [make_clip(path.stem, path.name, indexed, dataset.frame_step)])
+    return FolderSource(dataset, path.parent, [make_clip(dataset, path.stem, path.name, indexed)])

@@ -45,7 +45,7 @@ _CROPPABLE |= {f"yuv{chroma}p": "yuv444p" for chroma in (410, 411)}
 _CROPPABLE |= {"gray": "gray", "gbrp": "gbrp"}
 
 
-def preprocessing_description(dataset: DatasetConfig) -> dict[str, str | int]:
+def preprocessing_description(dataset: DatasetConfig) -> dict[str, str | int | float]:
     """Describe how frames are made, for the store's attributes and for fingerprints: the words must not change."""
     return {
         "image_size": dataset.image_size,
@@ -54,7 +54,7 @@ def preprocessing_description(dataset: DatasetConfig) -> dict[str, str | int]:
         "upscale_filter": "bicubic",
         "frame_step": dataset.frame_step,
         "colour": "RGB, 8 bit, full range",
-    }
+    } | ({} if dataset.fps is None else {"fps": dataset.fps})
 
 
 def _pixels(plane: av.video.plane.VideoPlane) -> np.ndarray:

@@ -46,8 +46,8 @@ class VideoInfo:
 
     Attributes:
         id: unique in its split.
-        frames: number of frames after `frame_step`, at least 1.
-        fps: frames per second after `frame_step`.
+        frames: number of frames after resampling and `frame_step`, at least 1.
+        fps: frames per second after resampling and `frame_step`.
         fingerprint: changes with the content, but not with path or time stamps: a digest of the file's bytes (of a
             frame folder see `index.digest`), with start and stop if it is cut; of a drawn video, its settings.
         size: native (width, height) in pixels; None if frames are drawn at the requested size.

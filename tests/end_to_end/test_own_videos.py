@@ -112,6 +112,23 @@ def test_each_video_keeps_its_rate(place, story: ModuleType) -> None:
     assert "5 to 15" in place.run("report").ok().err + (place.runs / "report.html").read_text()
 
 
+def test_videos_of_different_rates_move_equally_fast(place, story: ModuleType) -> None:
+    """The same motion filmed with 10 and with 50 frames per second gives the same latents, with dataset.fps."""
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "dataset.fps=10")
+    motion = story.moving_square(60, 1)
+    for name, rate in (("train/slow", 10), ("train/fast", 50), ("val/slow", 10), ("test/fast", 50)):
+        story.write_video(place.data / f"{name}.gif", motion[:: 50 // rate], rate)
+    assert "used     48 of 144 frames (dataset.fps 10, " in place.run("data", "--dry-run").ok().out
+    place.run("encode").ok()
+    cache = latent_cache.open(place.store)
+    assert cache.lengths.tolist() == [12, 12]
+    assert cache.video_fps.tolist() == [10.0, 10.0]
+    np.testing.assert_array_equal(cache.video("fast"), cache.video("slow"))
+    assert cache.metadata.preprocessing["fps"] == 10
+    place.run("predict", str(place.data / "test" / "fast.gif"), "--dry-run").ok()
+    place.with_sets("dataset.fps=null").run("encode").refused(2, "dataset.fps: 10", "restart")
+
+
 @pytest.fixture(scope="module")
 def kth_mirror(story: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kth") / "mirror"

@@ -14,13 +14,18 @@ from stage1_autoencoder.videos.source import VideoSource
 
 
 def encode(
-    path: Path, frames: Sequence[np.ndarray], codec: str = "mpeg4", pts: Sequence[int] | None = None, **options: str
+    path: Path,
+    frames: Sequence[np.ndarray],
+    codec: str = "mpeg4",
+    pts: Sequence[int] | None = None,
+    rate: int | Fraction = 10,
+    **options: str,
 ) -> Path:
     """Encode [h, w, 3] uint8 frames, at times of 0, 1, 2 ... unless given; the extension chooses the container."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixel_format = {"gif": "rgb8", "mjpeg": "yuvj420p", "ffv1": "bgr0"}.get(codec, "yuv420p")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10, options=options)
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixel_format
         for number, pixels in enumerate(frames):
@@ -83,7 +88,7 @@ def make_video(tmp_path: Path) -> Callable[..., Path]:
     """Encode `count` brightening frames into a file below the test's folder."""
 
     def make(
-        name: str, count: int = 5, codec: str = "mpeg4", width: int = 64, height: int = 48, **options: str
+        name: str, count: int = 5, codec: str = "mpeg4", width: int = 64, height: int = 48, **options: object
     ) -> Path:
         return encode(tmp_path / name, brightening(count, width, height), codec, **options)
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from dataclasses import asdict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -120,6 +121,51 @@ def test_frames_of_a_source(tmp_path, make_video, make_frames, read_numbers, ste
     for start, stop in ((0, len(kept) + 1), (1, 0), (-1, 1)):
         with pytest.raises(IndexError, match=rf"of a, .* {len(kept)}"):
             next(source.iterate(0, start, stop))
+
+
+NTSC = Fraction(30000, 1001)
+
+
+@pytest.mark.parametrize(
+    ("native", "fps", "step", "kept"),
+    [
+        (10, 10, 1, [*range(16)]),
+        (30, 10, 1, [0, 3, 6, 9, 12, 15]),
+        (30, 10, 2, [0, 6, 12]),
+        (NTSC, 10, 1, [0, 2, 5, 8, 11, 14]),  # its frame 3 is shown a moment after the time of frame 1
+        (NTSC, float(NTSC), 1, [*range(16)]),
+        (25, 10, 1, [0, 2, 5, 7, 10, 12, 15]),
+        (10, 12.5, 1, [0, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12, 13, 14, 15]),
+        (5, 10, 1, [number // 2 for number in range(32)]),
+        (10, 0.1, 1, [0]),
+    ],
+)
+def test_videos_are_resampled_by_time(tmp_path, make_video, read_numbers, native, fps, step, kept):
+    """The frame that is shown at 0, 1 / fps, 2 / fps ... seconds, whatever the rate of the file."""
+    make_video("a.avi", 16, rate=native)
+    settings = config(fps=fps, frame_step=step)
+    source = open_source(settings, tmp_path, "train")
+    (video,) = source.videos
+    assert (video.frames, video.fps) == (len(kept), pytest.approx(fps / step))
+    frames = list(source.iterate(0))
+    assert read_numbers(frames) == kept
+    assert len({frame.ctypes.data for frame in frames}) == len(frames)  # each an array of its own
+    for start, stop in ((0, 1), (len(kept) // 2, len(kept)), (len(kept) - 1, len(kept))):
+        assert read_numbers(list(source.iterate(0, start, stop))) == kept[start:stop]
+    assert read_numbers(source.read(0, [len(kept) - 1, 0])) == [kept[-1], kept[0]]
+    assert read_numbers(pickle.loads(pickle.dumps(source)).select(np.array([0])).read(0)) == kept
+    assert read_numbers(open_video(settings, tmp_path / "a.avi").read(0)) == kept
+    # The files are the same, the frames are not.
+    plain = open_source(config(frame_step=step), tmp_path, "train")
+    assert plain.videos[0].fingerprint == video.fingerprint
+    assert plain.fingerprint != source.fingerprint
+    assert "fps" not in preprocessing_description(plain.dataset)
+
+
+@pytest.mark.parametrize("kind", ["shapes", "bair", "hdf5"])
+def test_sources_of_one_rate_are_not_resampled(kind):
+    with pytest.raises(ValueError, match=rf"(?s)fps: 5.*{kind}.*frame_step"):
+        DatasetConfig(name="mine", source=kind, fps=5)
 
 
 def test_reads_no_further_than_needed(tmp_path, make_frames):
