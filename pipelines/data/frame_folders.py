@@ -62,7 +62,7 @@ class ConvertRecord(BaseModel):
         videos: by folder (`train/clip`). Those whose folder exists are complete, unless files were removed.
     """
 
-    settings: dict[str, str | int]
+    settings: dict[str, str | int | float]
     videos: dict[str, RecordedVideo]
 
 
@@ -130,7 +130,7 @@ def convert(
         there = [job for job in asked if job.split == split and job.folder not in failed]
         frames = sum(job.video.frames for job in there)
         say(f"convert: {split}: {len(there)} videos, {frames} frames in {out / split}")
-    say(_reading_back(out, sorted(split for split in sources if (out / split).is_dir())))
+    say(_reading_back(config, out, sorted(split for split in sources if (out / split).is_dir())))
 
 
 def _check_out(config: RiverConfig, out: Path) -> None:
@@ -160,7 +160,7 @@ def _jobs(split: Split, source: VideoSource) -> Iterator[_Job]:
 
 
 def _record(
-    out: Path, settings: dict[str, str | int], jobs: Sequence[_Job], asked: Sequence[_Job], overwrite: bool
+    out: Path, settings: dict[str, str | int | float], jobs: Sequence[_Job], asked: Sequence[_Job], overwrite: bool
 ) -> None:
     """Record what is going to be written. Pictures of other settings or videos are removed with `overwrite`.
 
@@ -321,13 +321,14 @@ def _output_errors(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: cannot be used ({error})") from error
 
 
-def _reading_back(out: Path, splits: Sequence[Split]) -> str:
+def _reading_back(config: RiverConfig, out: Path, splits: Sequence[Split]) -> str:
     if "train" not in splits:
         return f"convert: to train on {out} (dataset.source=videos), convert the train split too"
     held_out = "" if "val" in splits else " --set dataset.splits='{val: 0}'"  # or a tenth of the training videos is
+    as_they_are = "" if config.dataset.fps is None else " --set dataset.fps=null"
     return (
         f"convert: to read them: --set dataset.source=videos --set dataset.root={out} --set dataset.frame_step=1"
-        f"{held_out}"
+        f"{as_they_are}{held_out}"
     )
 
 

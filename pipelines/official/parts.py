@@ -203,7 +203,7 @@ def parts_of_run(
             latent_shape=[channels, side, side],
             # Official weights work on raw latents.
             standardization={"mean": [0.0] * channels, "std": [1.0] * channels},
-            fps=FRAMES_PER_SECOND / config.dataset.frame_step,
+            fps=(config.dataset.fps or FRAMES_PER_SECOND) / config.dataset.frame_step,
             store={"path": None, "fingerprint": None, "autoencoder": autoencoder_digest},
         )
     if networks.refiner is not None:

@@ -282,20 +282,24 @@ def _palette(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         counts[found] += times
         color_of[cells] = frame.reshape(-1, 3)
     occupied = counts.nonzero()[0]
-    colors, counts = color_of[occupied], counts[occupied]
-    palette = colors
+    palette = colors = color_of[occupied]
+    nearest_color = member = np.arange(len(colors))
     if len(colors) > 256:
+        # 6 bits per channel: the fewer colors are, the faster the search.
+        _, first, member = np.unique(_cells(colors >> 1), return_index=True, return_inverse=True)
+        counts, colors = np.bincount(member, counts[occupied]).astype(np.int64), colors[first]
         # A picture in which every color occurs, in the proportions of the video, and which is small.
         sample = np.repeat(colors, 1 + counts * 2**16 // counts.sum(), axis=0)
         frequent = Image.fromarray(sample[None]).quantize(FREQUENT_COLORS).getpalette()
         palette = np.unique(np.reshape(frequent, (-1, 3))[:FREQUENT_COLORS], axis=0).astype(np.uint8)
-        distances = _nearest(colors, palette)[1]
+        nearest_color, distances = _nearest(colors, palette)
         while len(palette) < 256:
-            farthest = colors[distances.argmax()][None]
-            palette = np.concatenate([palette, farthest])
-            distances = np.minimum(distances, _nearest(colors, farthest)[1])
+            farthest = colors[distances.argmax()]
+            to_it = np.square(colors.astype(np.int32) - farthest).sum(1)
+            nearest_color[to_it < distances] = len(palette)
+            palette, distances = np.concatenate([palette, farthest[None]]), np.minimum(distances, to_it)
     nearest = np.zeros(2**21, np.uint8)
-    nearest[occupied] = _nearest(colors, palette)[0]
+    nearest[occupied] = nearest_color[member]
     return palette, nearest
 
 
@@ -304,8 +308,7 @@ def _nearest(colors: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.nd
     squares, found = (palette.astype(np.float32) ** 2).sum(1), []
     for part in np.array_split(colors.astype(np.float32), 1 + len(colors) // 2**14):
         distances = squares - 2 * part @ palette.T.astype(np.float32)
-        index = distances.argmin(1)
-        found.append((index, distances[np.arange(len(part)), index] + (part**2).sum(1)))
+        found.append((distances.argmin(1), distances.min(1) + (part**2).sum(1)))
     indices, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return indices, distances
 

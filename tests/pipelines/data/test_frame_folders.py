@@ -113,6 +113,16 @@ def test_shapes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert_same(open_splits(config.dataset, tmp_path), read_back(tmp_path / "out"))
 
 
+def test_resampled_videos_are_not_resampled_on_the_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate(("train/a.avi", "test/b.avi")):
+        write_video(tmp_path / "data" / "tiny" / name, seed)
+    config = settings(tmp_path, source="videos", fps=7.5, splits={"val": 0.0})
+    for _ in range(2):  # the second one finds everything done
+        convert(config, run_context(), tmp_path / "out")
+    assert "--set dataset.fps=null" in capsys.readouterr().out
+    assert_same(open_splits(config.dataset, config.data_root), read_back(tmp_path / "out", splits={"val": 0.0}))
+
+
 def test_a_folder_of_videos_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cropped, resized and stepped once, not again on the way back; ids with folders in them stay."""
     names = ["train/clip 10.avi", "train/clip 2.avi", "train/traj_0_to_255/12.avi", "train/b/été.avi", "test/x.avi"]
