@@ -21,7 +21,7 @@ quoted = '$(subst ','\'',$(1))'
 option = $(if $(2),$(1)$(call quoted,$(2)))
 # The words of ARGS. A word in quotes may have spaces.
 SPLIT := import shlex, sys; print(shlex.join(shlex.split(sys.argv[1])))
-OPTIONS = $(if $(ARGS),$(shell $(PYTHON) -c '$(SPLIT)' $(call quoted,$(ARGS)) 2>/dev/null)$(if $(filter-out 0,$(.SHELLSTATUS)),$(error ARGS=$(ARGS): expected words, is a quote not closed?)))
+OPTIONS = $(if $(strip $(ARGS)),$(or $(shell $(PYTHON) -c '$(SPLIT)' $(call quoted,$(ARGS)) 2>/dev/null),$(error ARGS=$(ARGS): expected words, is a quote not closed?)))
 
 BIN := .venv/bin
 RIVER = $(BIN)/python -m pipelines

@@ -72,6 +72,8 @@ def parse_size(text: str) -> int:
 
 # Pixels per side of SSIM's window: smaller images have no SSIM.
 SSIM_WINDOW = 11
+# Of the field. Training takes 16 bytes per weight: itself, its gradient, and two moments of AdamW.
+MOST_WEIGHTS = 2**40 // 16
 
 ProtocolName = Literal["kth_10_30", "kth_10_40", "bair_1_15", "clevrer_2_14"]
 
@@ -283,6 +285,12 @@ class RiverConfig(_Section):
                 parse_size(size)
             except UserError as error:
                 raise ValueError(f"{key}: {error}") from None
+        field = self.flow.model
+        if field.weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"flow.model.width: {field.width} gives the field {field.weights / 1e9:.0f} billion weights, and "
+                f"{MOST_WEIGHTS / 1e9:.0f} billion take 1 TiB in training: use a smaller width or depth"
+            )
         SamplingPlan.from_config(self.sampling)  # refuses options that exclude each other
         return self
 

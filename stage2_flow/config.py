@@ -22,7 +22,6 @@ NO_SHAPE: JsonDict = {"changes_shapes": False}
 TimeSampling = Literal["uniform", "logit_normal"]
 ConditionTiming = Literal["per-evaluation", "per-frame"]
 # Bounds that no machine's memory reaches, so that a mistyped size is refused at once.
-Width = Annotated[PositiveInt, Field(le=8192)]
 Depth = Annotated[PositiveInt, Field(le=256)]
 Size = Annotated[PositiveInt, Field(le=65536)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -34,7 +33,7 @@ class VectorFieldConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    width: Width = Field(768, description="features per token")
+    width: Size = Field(768, description="features per token")
     depth: Depth = Field(4, description="number of in-blocks, and of out-blocks")
     mid_depth: NonNegativeInt = Field(5, le=256, description="number of blocks between in-blocks and out-blocks")
     heads: PositiveInt = 8
@@ -48,6 +47,11 @@ class VectorFieldConfig(BaseModel):
         description="share of activations set to 0; masks depend on the number of processes and on training.accumulate",
     )
     qk_norm: bool = Field(False, description="normalize queries and keys of every head; the paper does not")
+
+    @property
+    def weights(self) -> int:
+        """About the number of weights: those of attention and MLP in every block."""
+        return 12 * self.width**2 * (2 * self.depth + self.mid_depth)
 
     @model_validator(mode="after")
     def _divisible(self) -> "VectorFieldConfig":

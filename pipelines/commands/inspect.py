@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
@@ -17,7 +18,12 @@ CONFIG_IS_OPTIONAL = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", nargs="?", help="latents/<dataset>.zarr, or a URL; default: the store of --config")
+    parser.add_argument(
+        "store",
+        nargs="?",
+        type=os.path.expanduser,
+        help="latents/<dataset>.zarr, or a URL; default: the store of --config",
+    )
     parser.add_argument("--verify", action="store_true", help="read the whole store and check its checksums")
     parser.add_argument("--video", help="id of a video to decode")
     parser.add_argument("--view", help="the view of that video, such as hflip; default: the video itself")

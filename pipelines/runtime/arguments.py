@@ -20,7 +20,7 @@ def count(text: str) -> int:
 
 
 def path(text: str) -> Path:
-    """An argparse type: a file or folder. `make VIDEO=~/clip.mp4` leaves `~` as it is in some shells."""
+    """An argparse type: a file or folder. `~` arrives as it is in values that `make` passes on."""
     return Path(os.path.expanduser(text))
 
 
@@ -107,6 +107,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume",
+        type=os.path.expanduser,
         metavar="CHECKPOINT",
         default="auto",
         help="checkpoint to resume from: auto (the newest whole one), or the step or folder of another",

@@ -264,6 +264,7 @@ def test_wandb_modes_survive_yaml(text, mode):
         ("dataset.image_size=1000000", "1000000"),
         ("flow.model.width=1000000", "1000000"),
         ("flow.model.depth=1000000", "1000000"),
+        ("flow.model.width=65536", "65536"),
         ("flow.training.batch_size=100000000", "100000000"),
         ("autoencoder.model={architecture: vqvae, levels: 1000000}", "1000000"),
         ("autoencoder.model.channels=1000000", "1000000"),

@@ -45,6 +45,15 @@ def test_a_file_may_begin_with_a_dash(tmp_path, monkeypatch, capsys):
     assert "-clip.mp4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words", [["inspect", "~/none"], ["predict", "~/none"], ["import-official", "--model", "~/none"]]
+)
+def test_home_in_options(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([*words, "--config", SHAPES, "--device", "cpu"]) == 2
+    assert f"{tmp_path}/none" in capsys.readouterr().err
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--version"])
