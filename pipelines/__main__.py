@@ -73,10 +73,11 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
 
 
 def _run(command: ModuleType, options: argparse.Namespace) -> int:
-    from pipelines.config import dump_config, find_preset, load_config
+    from pipelines.config import dump_config, find_preset
     from pipelines.runtime.context import RunContext
     from pipelines.runtime.distributed import leave_processes
     from pipelines.runtime.progress import say, set_quiet
+    from pipelines.runtime.runs import load_run_config
 
     run_context = RunContext.from_options(options)
     processes = run_context.processes
@@ -85,7 +86,8 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     if options.config is not None or not getattr(command, "CONFIG_IS_OPTIONAL", False):
         if options.config is None:
             say(f"configuration: {find_preset('shapes')} (--config NAME takes another preset or file)")
-        config = load_config(options.config or "shapes", options.set)
+        anew = getattr(command, "BEGINS_ANEW", ()) if run_context.begins_anew else ()
+        config = load_run_config(options.config or "shapes", options.set, anew)
     if options.dry_run and config is not None:
         if hasattr(command, "dry_run"):
             command.dry_run(config, run_context)

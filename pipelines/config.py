@@ -338,17 +338,23 @@ def find_preset(name: str | Path, beside: Path | None = None) -> Path:
     raise UserError(f"{path}: no such config file; presets: {', '.join(known)}")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RiverConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), run_settings: dict[str, dict[str, Any]] | None = None
+) -> RiverConfig:
     """Read a YAML file or preset and its `base` files; apply `key.path=value` overrides; check everything.
 
     `null` gives a section, or a key that cannot be null, its default again. Paths expand `~` and `$NAME`. Relative ones
     are relative to the file that has them, or to the working folder if an override has them.
 
+    Args:
+        run_settings: section -> values of a run, which replace those of the file; overrides replace both.
     Raises:
         UserError: the file is missing or not YAML, a key is unknown (names the closest known one), a value has the
             wrong type or is out of range.
     """
     values = _read_config(find_preset(path), seen=())
+    for section, kept in (run_settings or {}).items():
+        values[section] = kept if not isinstance(kept, dict) else (values.get(section) or {}) | kept
     origin = {}
     for override in overrides:
         key, separator, text = override.partition("=")

@@ -86,6 +86,25 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
     stage.run(config, run_context)
 
 
+def run_to_prediction(config: RiverConfig, run_context: RunContext, refine: bool = False) -> None:
+    """Run all stages that predictions of pixels need.
+
+    Raises:
+        UserError: the autoencoder of a store or flow that is there is missing, before anything is trained; others as
+            `run_to`.
+    """
+    made = [STAGES[name].status(config) for name in ("store", "flow")]
+    if find_autoencoder(config.run_path) is None and any(status.is_done for status in made):
+        raise UserError(
+            f"{config.run_path}/autoencoder/checkpoints holds no checkpoint, and predictions need the autoencoder that "
+            f"encoded {config.store_path}: restore it there (imported weights: `import-official`), or encode another "
+            "store (--set paths.latents=...)"
+        )
+    run_to("flow", config, run_context)
+    if refine:
+        run_to("refiner", config, run_context)
+
+
 def describe(config: RiverConfig, device: torch.device) -> str:
     """The text of a dry run: sizes of the networks, how far each stage is, what a training step of the flow takes."""
     with torch.device("meta"):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pipelines.runtime.context import RunContext
 
 HELP = "the whole story on one data set: videos, autoencoder, store, flow, prediction, metrics"
+# Sections of the configuration that --restart, --overwrite and --fine-tune take from the file again.
+BEGINS_ANEW = ("seed", "dataset", "autoencoder", "cache", "flow")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pipelines.runtime.context import RunContext
 
 HELP = "encode all splits into the store of latents, or --verify it"
+# Sections of the configuration that --restart, --overwrite and --fine-tune take from the file again.
+BEGINS_ANEW = ("cache",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines.evaluation.evaluator import evaluate, find_networks
 
     find_networks(config, run_context)  # a missing one is reported before a training that may take days
-    stages.run_to("flow", config, run_context)
-    if options.refine:
-        stages.run_to("refiner", config, run_context)
+    stages.run_to_prediction(config, run_context, options.refine)
     evaluate(config, run_context, options.refine)

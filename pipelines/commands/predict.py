@@ -31,7 +31,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
 
     video = read_video(config, options.video)  # a broken one is reported before a training that may take days
     if find_flow(config.run_path) is None:
-        stages.run_to("flow", config, run_context)
+        stages.run_to_prediction(config, run_context)
     if options.refine and find_refiner(config.run_path) is None:
         stages.run_to("refiner", config, run_context)
     continue_video(

@@ -25,7 +25,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines import stages
     from pipelines.predictor import sample_clips
 
-    stages.run_to("flow", config, run_context)
-    if options.refine:
-        stages.run_to("refiner", config, run_context)
+    stages.run_to_prediction(config, run_context, options.refine)
     sample_clips(config, run_context, options.videos, options.refine, options.samples)

@@ -27,5 +27,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines.evaluation.sampler_study import open_study_clips, study
 
     clips = open_study_clips(config, run_context, options.videos)  # errors are reported before a training
-    stages.run_to("flow", config, run_context)
+    stages.run_to_prediction(config, run_context)
     study(config, run_context, clips, options.most_evaluations)

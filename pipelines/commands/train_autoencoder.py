@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pipelines.runtime.context import RunContext
 
 HELP = "stage 1: train the VQGAN"
+# Sections of the configuration that --restart, --overwrite and --fine-tune take from the file again.
+BEGINS_ANEW = ("seed", "dataset", "autoencoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pipelines.runtime.context import RunContext
 
 HELP = "optional: train the network that refines decoded frames"
+# Sections of the configuration that --restart, --overwrite and --fine-tune take from the file again.
+BEGINS_ANEW = ("refiner",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -131,10 +131,10 @@ class CheckpointFolder:
         path = self._pointed_at("best")
         return None if path is None else self._read(path, "using the newest one")
 
-    def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; None if there is none. Damaged ones are skipped with a warning."""
+    def latest(self, warns: bool = True) -> Checkpoint | None:
+        """The newest whole checkpoint; None if there is none. Damaged ones are skipped, with a warning if `warns`."""
         for path in reversed(self._all()):
-            checkpoint = self._read(path, "using the previous one")
+            checkpoint = self._read(path, "using the previous one", warns)
             if checkpoint is not None:
                 return checkpoint
         return None
@@ -167,11 +167,13 @@ class CheckpointFolder:
             path.rename(backup / path.name)
         return backup
 
-    def _read(self, path: Path, otherwise: str) -> Checkpoint | None:
+    def _read(self, path: Path, otherwise: str, warns: bool = True) -> Checkpoint | None:
         """A whole checkpoint; else None and a warning that says what is used instead."""
         try:
             return _read_whole(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if not warns:
+                return None
             warn(f"{path}: not a whole checkpoint ({error}); {otherwise}")
             return None
 

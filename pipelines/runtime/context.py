@@ -69,7 +69,12 @@ class RunContext:
     @property
     def asks_for_more(self) -> bool:
         """Whether a stage is asked to replace or redo something instead of finishing what is left."""
-        return self.overwrite or self.restart or self.fine_tune or self.resume != "auto"
+        return self.begins_anew or self.resume != "auto"
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether a stage is asked to replace what is there, by the configuration's settings."""
+        return self.overwrite or self.restart or self.fine_tune
 
     def for_prerequisites(self) -> "RunContext":
         """The same command while it builds prerequisites: missing ones are built, nothing is replaced."""

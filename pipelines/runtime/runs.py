@@ -2,17 +2,23 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.config import RiverConfig, dump_config
+from pipelines.config import RiverConfig, differences, dump_config, load_config, parse_config, result_settings
+from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.files import backup_path, locked, write_json, write_text
 from pipelines.runtime.progress import say
+from pipelines.yaml_files import read_yaml
+
+# Sections of the configuration that a checkpoint of the training of this name records.
+TRAININGS = ("autoencoder", "flow", "refiner")
 
 
 class Environment(BaseModel):
@@ -49,6 +55,52 @@ def write_run_files(config: RiverConfig, device: torch.device) -> None:
         threads=torch.get_num_threads(),
     )
     write_json(config.run_path / "environment.json", environment)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Collection[str] = ()) -> RiverConfig:
+    """The configuration of a command: overrides, then what its run was trained with, then the file.
+
+    Args:
+        path, overrides: see `load_config`.
+        anew: sections that the command begins anew, which are taken from the file again.
+    Raises:
+        UserError: see `load_config`.
+    """
+    config = load_config(path, overrides)
+    kept = {name: value for name, value in trained_settings(config).items() if name not in anew}
+    try:
+        of_run = load_config(path, overrides, kept)
+    except UserError:
+        return config  # overrides that contradict the run, which its stages refuse
+    before, now = (each.model_dump(mode="json") for each in (config, of_run))
+    if changed := differences(now, before):
+        say(f"run {config.run_path}: as it was trained, not as in {path}: {'; '.join(changed)} (--set changes it)")
+    return of_run
+
+
+def trained_settings(config: RiverConfig) -> dict[str, Any]:
+    """What the stages of a configuration's run were trained with, by section.
+
+    Whole sections of the trainings, and of `seed`, `dataset` and `cache` what results depend on. Imported weights have
+    no settings. Nothing of files that cannot be read, which the stages report.
+    """
+    settings: dict[str, Any] = {}
+    for name in TRAININGS:
+        newest = CheckpointFolder(config.run_path / name / "checkpoints").latest(warns=False)
+        if newest is not None and name in newest.state.get("settings", {}):
+            settings[name] = newest.state["settings"][name]
+    if not settings:
+        return {}
+    file = config.run_path / "config.yaml"
+    try:
+        stored = parse_config(read_yaml(file), str(file))
+    except (OSError, UserError):
+        return settings
+    return settings | {
+        "seed": stored.seed,
+        "dataset": result_settings(stored.dataset),
+        "cache": result_settings(stored.cache),
+    }
 
 
 @contextmanager

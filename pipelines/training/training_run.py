@@ -129,13 +129,16 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         return chosen_checkpoint(plan.folder)
     with ExitStack() as held, explain_out_of_memory(plan.loop):
         if processes.is_first:
-            write_run_files(config, run_context.device)
             held.enter_context(only_training_of(plan.folder))
         trainer, loop, sentence = open_trainer(found, held)
         first_step = 0
         if found is not None:
             trainer.load(found)
             first_step = found.step
+        if processes.is_first:  # only now: what is refused changes nothing
+            write_run_files(config, run_context.device)
+            if run_context.resume != "auto" and (backup := checkpoints.move_later_to_backup(first_step)) is not None:
+                say(f"{plan.name}: --resume {run_context.resume}; later checkpoints are kept in {backup}")
         many = f" x {processes.count}" if processes.count > 1 else ""
         say(f"{plan.name}: {sentence}, steps {first_step} to {plan.steps}, {run_context.device}{many} -> {plan.folder}")
         log = None
@@ -151,7 +154,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
 def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolder, Checkpoint | None]:
     """Find the checkpoint to resume from: the newest, or the one that `run_context.resume` names.
 
-    With `run_context.restart` the existing training is moved to a backup; so are checkpoints after a named one.
+    With `run_context.restart` the existing training is moved to a backup.
 
     Raises:
         UserError: the checkpoint conflicts with the plan; the named one is missing or damaged.
@@ -172,8 +175,12 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
         raise UserError(status.detail)
     if harmless := _changed_settings(plan, found):
         say(f"{plan.name}: resuming from {found.path.name} with changed settings: {'; '.join(harmless)}")
-    if name != "auto" and first and (backup := checkpoints.move_later_to_backup(found.step)) is not None:
-        say(f"{plan.name}: --resume {name}; later checkpoints are kept in {backup}")
+    planned = found.state.get("settings", {}).get(plan.name, {}).get("training", {}).get("steps", plan.steps)
+    if planned < plan.steps and found.step:
+        say(
+            f"{plan.name}: its learning rate was to end at step {planned}: it rises again, and falls until step "
+            f"{plan.steps}" + ("; `train-flow --fine-tune` begins a schedule of its own" if plan.name == "flow" else "")
+        )
     return checkpoints, found
 
 
