@@ -131,7 +131,7 @@ def test_auto_goes_on_in_the_precision_of_the_existing_training(trained, tmp_pat
     place = trained.copy(tmp_path / "place", "latents", "runs")
     bf16, half = "flow.training.precision=bf16", "flow.training.steps=4"
     place.run("train-flow", "--restart", sets=(bf16, half)).ok()
-    resumed = place.run("train-flow").ok()
+    resumed = place.run("train-flow", sets=("flow.training.precision=auto", "flow.training.steps=8")).ok()
     assert "steps 4 to 8" in resumed.out
     assert [line for line in resumed.out.splitlines() if {"bf16,", "fp32"} <= {*line.split()}]
     assert recorded_precision(place) == "bf16"
