@@ -97,10 +97,10 @@ class VQGANConfig(_Sizes):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in VQGAN_PRESETS:
-            values = dict(values)
-            return VQGAN_PRESETS[values.pop("preset")] | values
-        return values
+        name = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in VQGAN_PRESETS:
+            return values
+        return VQGAN_PRESETS[name] | {key: value for key, value in values.items() if key != "preset"}
 
     @property
     def widths(self) -> tuple[int, ...]:

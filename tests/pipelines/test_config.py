@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from pipelines.config import differences, dump_config, find_preset, fingerprint, load_config
+from pipelines.config import differences, dump_config, find_preset, fingerprint, load_config, parse_config
 from pipelines.errors import UserError
 from stage1_autoencoder.families import build_autoencoder
 from stage2_flow.vector_field import VectorField
@@ -309,6 +309,26 @@ def test_a_refusal_is_one_line_with_key_and_value(override, value):
         told = message.replace(f"--set {override}", "", 1)
         assert value in told
         assert len(told) < 700
+
+
+def dotted(values: dict, prefix: str = "") -> list[str]:
+    """All keys of nested sections."""
+    inner = [name for key, value in values.items() if isinstance(value, dict) for name in dotted(value, f"{key}.")]
+    return [prefix + name for name in (*values, *inner)]
+
+
+def test_no_value_of_any_key_ends_in_a_traceback():
+    vqvae = {"model": {"architecture": "vqvae"}}
+    whole = (parse_config(values, "a test").model_dump() for values in (BASIC, with_section(autoencoder=vqvae)))
+    keys = {*(key for values in whole for key in dotted(values)), "autoencoder.model.preset", "dataset.splits.val"}
+    assert len(keys) > 150
+    for key in keys:
+        for value in (None, True, -1, 10**300, 1e300, float("nan"), "x", "1:30", [], [[None]], {}, {"a": {"b": 1}}):
+            try:
+                parse_config(nested(key, value), "a test")
+            except UserError as error:
+                lines = str(error).splitlines()
+                assert len({line.partition(" is not allowed")[0] for line in lines}) == len(lines)
 
 
 @pytest.mark.parametrize("word", ["none", "None", "yes", "no"])
