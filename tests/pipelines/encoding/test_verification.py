@@ -163,6 +163,14 @@ def test_damaged_names(place, name: str, damage: str) -> None:
     assert f"{place.store}/val" in outcome.err
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_codebook(place, damage: str) -> None:
+    file = place.store / "codebook" / "c" / "0" / "0"
+    DAMAGES[damage][0](file)
+    outcome = place.run("encode", "--verify", "3").refused(1, "1 damaged", str(file))
+    assert "encoded again: 3 equal" in outcome.out
+
+
 def test_names_beyond_the_first_and_last_chunk(place, monkeypatch) -> None:
     monkeypatch.setattr("latent_cache.schema.NAME_CHUNK", 4)
     monkeypatch.setattr("latent_cache.schema.OFFSET_CHUNK", 4)
