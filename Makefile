@@ -54,7 +54,7 @@ demo: setup  ## the whole story on procedural videos, minutes on two CPU cores
 	@$(RIVER) demo --config configs/shapes.yaml $(OPTIONS)
 
 test: setup  ## run all tests
-	@$(BIN)/python -m pytest -n 2 $(OPTIONS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 lint: setup  ## run ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -32,9 +32,7 @@ class Switches:
 
 
 EAGER = {"plain": Switches(), "high": Switches(matmul="high"), "bf16": Switches(bf16=True)}
-# Importing inductor defines a module in a way that torch itself deprecated.
-ignore_inductor = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-compiled = pytest.param(Switches(compile=True), 4, id="compiled-16x65", marks=[pytest.mark.slow, ignore_inductor])
+compiled = pytest.param(Switches(compile=True), 4, id="compiled-16x65")
 
 
 @pytest.fixture
@@ -48,7 +46,8 @@ def switched(
 
     def switch(field: VectorField, switches: Switches) -> Callable[..., Tensor]:
         torch.set_float32_matmul_precision(switches.matmul)
-        forward = torch.compile(field, fullgraph=True) if switches.compile else field
+        # Traced for both passes and run by PyTorch's kernels: generating code takes half a minute, and is not ours.
+        forward = torch.compile(field, fullgraph=True, backend="aot_eager") if switches.compile else field
 
         def call(*arguments: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=switches.bf16):
