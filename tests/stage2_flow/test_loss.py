@@ -41,7 +41,6 @@ def switched(
 ) -> Iterator[Callable[[VectorField, Switches], Callable[..., Tensor]]]:
     """A function that turns a field's switches on; they are off again after the test."""
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
 
     def switch(field: VectorField, switches: Switches) -> Callable[..., Tensor]:
