@@ -19,7 +19,7 @@ import latent_cache
 
 CHUNKS = ("cache.chunk_frames=6",)  # of 24 x 12 frames: 48 chunks, and 8 each of val and test
 ALL = 48 + 8 + 8
-KILLS = 12
+KILLS = 24
 
 # Imports once, and forks a child for each line of arguments; says the child's number, and then how it ended.
 PARENT = """

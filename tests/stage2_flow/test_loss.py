@@ -36,9 +36,7 @@ compiled = pytest.param(Switches(compile=True), 4, id="compiled-16x65")
 
 
 @pytest.fixture
-def switched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Callable[[VectorField, Switches], Callable[..., Tensor]]]:
+def switched() -> Iterator[Callable[[VectorField, Switches], Callable[..., Tensor]]]:
     """A function that turns a field's switches on; they are off again after the test."""
     before = torch.get_float32_matmul_precision()
     torch._dynamo.reset()
