@@ -19,7 +19,7 @@ import latent_cache
 
 CHUNKS = ("cache.chunk_frames=6",)  # of 24 x 12 frames: 48 chunks, and 8 each of val and test
 ALL = 48 + 8 + 8
-KILLS = 24
+KILLS = 12
 
 # Imports once, and forks a child for each line of arguments; says the child's number, and then how it ended.
 PARENT = """
@@ -137,7 +137,7 @@ def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType,
 
     # They fell into the encoding, and into many places of it.
     assert sum(0 < done < ALL for done in hits) >= KILLS / 2, hits
-    assert len(set(hits)) >= 6, hits
+    assert len(set(hits)) >= 4, hits
     attempts.start(killed.arguments("encode"))
     assert attempts.end() == 0, attempts.errors.read_text()
     assert story.tree(killed.store) == expected
