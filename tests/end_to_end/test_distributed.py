@@ -19,12 +19,6 @@ from pipelines.stages import run_to
 REPOSITORY = Path(__file__).parents[2]
 PATHS = ("data", "latents", "runs")
 
-SETTINGS = (
-    "autoencoder.training.restart_every=3", "autoencoder.training.flip=true", "autoencoder.training.accumulate=2",
-    "autoencoder.training.color_jitter={brightness: 0.2}", "autoencoder.training.ema_decay=0.9",
-    "autoencoder.training.batch_size=8",
-)  # fmt: skip
-
 
 def torchrun(
     place, command: str, prelude: str = "", sets: tuple[str, ...] = (), arguments: tuple[str, ...] = ()
@@ -44,27 +38,6 @@ def torchrun(
         text=True,
         timeout=240,
     )
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(place, tmp_path: Path, story) -> None:
-    alone, together = place.with_sets(*SETTINGS), story.Place(tmp_path / "together", SETTINGS)
-    alone.run("train-autoencoder").ok()
-    done = torchrun(together, "train-autoencoder")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("autoencoder: step 3: validation") == 1  # the second process is silent
-    assert "cpu x 2" in done.stdout
-    ours, theirs = story.read_log(together, "autoencoder"), story.read_log(alone, "autoencoder")
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [2, 3, 4, 6]
-    for one, other in zip(ours, theirs, strict=True):
-        for name in ("loss", "l1", "codebook"):
-            assert one[name] == pytest.approx(other[name], abs=1e-5), (one["step"], name)
-        assert one["codes_used"] == other["codes_used"]
-    files = [CheckpointFolder(p.runs / "autoencoder" / "checkpoints").latest() for p in (together, alone)]
-    for file in ("model", "ema", "codebook"):
-        one, other = (checkpoint.tensors(file) for checkpoint in files)
-        for name in other:
-            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 STOPPED = """
