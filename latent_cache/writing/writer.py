@@ -325,7 +325,7 @@ class StoreWriter:
 
 
 def _write_small(group: zarr.Group, name: str, values: np.ndarray, rows: int) -> None:
-    """Write a whole array, chunked along its first axis by at most so many rows."""
+    """Write a whole array, in chunks along its first axis, of a given number of rows at most."""
     chunks = (min(len(values), rows), *values.shape[1:])
     schema.create_array(group, name, values.shape, chunks, values.dtype)[:] = values
 

@@ -30,7 +30,7 @@ FRAMES_PER_ROW, IMAGES_PER_ROW, CLIPS_PER_ROW = 16, 8, 4
 LAST_FRAME_MS = 1000
 # GIF counts time in hundredths of a second, in 16 bits. Viewers slow down frames that are shorter than two of them.
 GIF_MAX_FPS, GIF_MAX_MS = 50, 655_350
-# Of the 256 colors of a GIF, so many go by how often colors occur.
+# Colors of a GIF, of 256, that are chosen by how often they occur.
 FREQUENT_COLORS = 192
 # Bytes of a file name without its suffix; file systems allow 255 in all.
 NAME_BYTES = 200
