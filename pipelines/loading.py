@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 from pipelines.config import parse_config
+from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.runs import chosen_checkpoint
-from pipelines.yaml_files import read_yaml
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder

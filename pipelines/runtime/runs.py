@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from pipelines.config import RiverConfig, differences, dump_config, load_config, parse_config, result_settings
+from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.files import backup_path, locked, write_json, write_text
 from pipelines.runtime.progress import say
-from pipelines.yaml_files import read_yaml
 
 # Sections of the configuration that a checkpoint of the training of this name records.
 TRAININGS = ("autoencoder", "flow", "refiner")

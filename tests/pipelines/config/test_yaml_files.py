@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from pipelines.config.yaml_files import parse_yaml, read_yaml, write_yaml
 from pipelines.errors import UserError
-from pipelines.yaml_files import parse_yaml, read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

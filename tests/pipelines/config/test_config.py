@@ -12,7 +12,7 @@ from pipelines.errors import UserError
 from stage1_autoencoder.families import build_autoencoder
 from stage2_flow.vector_field import VectorField
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 BASIC = {"dataset": {"name": "toy", "source": "shapes"}}
 

@@ -1,0 +1,294 @@
+"""The schema of the configuration: its sections and keys, with a line of help each."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from pipelines.errors import UserError
+from stage1_autoencoder.config import (
+    AutoencoderModelConfig,
+    AutoencoderTrainingConfig,
+    RefinerModelConfig,
+    RefinerTrainingConfig,
+    VQGANConfig,
+)
+from stage1_autoencoder.setting_types import FilePath, Seed, Size
+from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.views import parse_view
+from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
+from stage2_flow.sampling_plan import SamplingPlan
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+def parse_size(text: str) -> int:
+    """`"4 GiB"`, `"512MB"` or `"1000"` in bytes.
+
+    Raises:
+        UserError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise UserError(f"{text!r} is not a size of memory: expected for example 4 GiB or 512 MB")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= size < 2**63:
+        raise UserError(f"{text!r} is not a size of memory: expected 1 byte or more, and less than 8388608 TiB")
+    return int(size)
+
+
+# Pixels per side of SSIM's window: smaller images have no SSIM.
+SSIM_WINDOW = 11
+# Of the field. Training takes 16 bytes per weight: itself, its gradient, and two moments of AdamW.
+MOST_WEIGHTS = 2**40 // 16
+
+ProtocolName = Literal["kth_10_30", "kth_10_40", "bair_1_15", "clevrer_2_14"]
+
+# SRVP, SLAMP, MCVD and RaMViD prepend the given frames to the predicted ones and pass whole clips to the I3D.
+_FVD: dict[str, Any] = {"fvd_context": True, "fvd_frames": None}
+# SRVP's test set: 1000 clips drawn from the videos of persons 21-25. Its draw is unknown; ours is by evaluation.seed.
+_KTH: dict[str, Any] = {"split": "test", "context": 10, "videos": 1000, "samples": 1, "window": "random", "seed": 0}
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "kth_10_30": _KTH | {"horizon": 30} | _FVD,
+    "kth_10_40": _KTH | {"horizon": 40} | _FVD,
+    # The whole test set, the first 16 of 30 frames of each.
+    "bair_1_15": {"split": "test", "context": 1, "horizon": 15, "videos": 256, "samples": 1, "window": "first"} | _FVD,
+    # RIVER's lengths; its number of videos is unknown.
+    "clevrer_2_14": {"split": "test", "context": 2, "horizon": 14, "videos": 256, "samples": 1, "window": "first"}
+    | _FVD,
+}
+
+# Keys of `dataset:` that belong to a protocol. They are not set; a difference is reported.
+_EVERY_FRAME = {"fps": None, "frame_step": 1}
+_KTH_DATA = {"source": "kth", "image_size": 64, **_EVERY_FRAME, "splits.test": "21-25", "sequences": False}
+PROTOCOL_DATA: dict[str, dict[str, Any]] = {
+    "kth_10_30": _KTH_DATA,
+    "kth_10_40": _KTH_DATA,
+    "bair_1_15": _EVERY_FRAME,
+    "clevrer_2_14": {"image_size": 128, "fps": None, "frame_step": 5},
+}
+
+
+class EvaluationConfig(BaseModel):
+    """The protocol: which clips, how many frames are given, how many are predicted.
+
+    With `protocol`, keys that are not set take the protocol's values instead of the defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    protocol: ProtocolName | None = Field(
+        None,
+        description="a protocol of the literature, which sets the keys below; keys set explicitly win, and the result "
+        "reports them",
+    )
+    split: Split = Field("test", description="split that `evaluate` measures and `sample` shows; `study` takes val")
+    context: Size = Field(10, description="frames given")
+    horizon: Size = Field(30, description="frames predicted")
+    videos: Size = Field(256, description="number of clips; with window: random a video can give several")
+    samples: Size = Field(1, description="predictions per clip, each with its own sampling seed")
+    window: Literal["first", "random", "moving"] = Field(
+        "first",
+        description="where a clip starts: at frame 0, at a random frame, or where the given frames move most",
+    )
+    batch_size: Size = Field(32, description="clips per batch; changes only memory and speed")
+    seed: Seed = Field(0, description="of random windows and of the bootstrap")
+    video_network: FilePath | None = Field(
+        None,
+        description="path of the I3D, i3d_torchscript.pt, for the Fréchet video distance; null: the copy in torch's "
+        "download folder (--download downloads it)",
+    )
+    fvd_context: bool = Field(
+        True,
+        description="whether clips of the Fréchet video distance begin with the given frames: yes in SRVP, SLAMP, MCVD "
+        "and RaMViD, no in FitVid",
+    )
+    fvd_frames: PositiveInt | None = Field(
+        16,
+        ge=10,
+        description="frames per input of the I3D: clips are cut into consecutive segments of this length, the last one "
+        "aligned with the end of the clip; null: the whole clip",
+    )
+    resamples: NonNegativeInt = Field(
+        1000,
+        le=100_000,
+        description="bootstrap resamples over recordings for 95 % intervals; 0: no intervals. At most 200 are used for "
+        "the Fréchet video distance",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_protocol(cls, values: Any) -> Any:
+        name = values.get("protocol") if isinstance(values, dict) else None
+        return PROTOCOLS[name] | values if isinstance(name, str) and name in PROTOCOLS else values
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PathsConfig(_Section):
+    """Root folders; the data set's name is appended to each. The defaults are in the working folder."""
+
+    data: FilePath = Field("data", description="raw videos: <data>/<name>")
+    latents: FilePath = Field("latents", description="stores: <latents>/<name>.zarr")
+    runs: FilePath = Field("runs", description="checkpoints, logs, samples: <runs>/<name>")
+
+
+class AutoencoderConfig(_Section):
+    model: AutoencoderModelConfig = Field(default_factory=VQGANConfig)
+    training: AutoencoderTrainingConfig = Field(default_factory=AutoencoderTrainingConfig)
+
+
+class CacheConfig(_Section):
+    """The store of latents."""
+
+    residency: Literal["auto", "device", "host", "stream"] = Field(
+        "auto",
+        description="where stage 2 keeps the latents: all on the training device, all in host memory, or, with stream, "
+        "a part at a time within memory_budget; auto: the first of these that fits into free memory",
+    )
+    dtype: Literal["float16", "float32"] = "float16"
+    chunk_frames: PositiveInt | None = Field(None, le=2**24, description="frames per chunk; null: about 8 MiB")
+    views: tuple[str, ...] = Field(
+        ("identity",),
+        description="augmented versions of the training videos to store: identity, hflip, jitter-1, jitter-2, ... "
+        "(color, constant over a video); the other splits have identity only",
+    )
+    codes: bool = Field(True, description="store the nearest codes beside the latents")
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32",
+        description="of the encoder: on a GPU tf32 (convolutions) adds an error about as large as that of fp16 "
+        "storage, bf16 one ten times as large",
+    )
+    compile: bool = Field(False, description="torch.compile the encoder, which takes about a minute")
+    batch_frames: Size = Field(
+        1,
+        description="minimum number of frames encoded at once, rounded up to whole batches of the network; changes "
+        "memory and speed, not the store",
+    )
+    memory_budget: str = Field(
+        "4 GiB", description="memory for the frames and latents of `encode`, and for latents with residency: stream"
+    )
+
+    @field_validator("views")
+    @classmethod
+    def _views_are_known(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        for view in views:
+            parse_view(view)
+        if not views or len(set(views)) < len(views):
+            raise ValueError("expected at least one view, and none twice")
+        return views
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        return parse_size(self.memory_budget)
+
+
+class FlowConfig(_Section):
+    model: VectorFieldConfig = Field(default_factory=VectorFieldConfig)
+    training: FlowTrainingConfig = Field(default_factory=FlowTrainingConfig)
+
+
+class RefinerConfig(_Section):
+    """The optional refinement network."""
+
+    model: RefinerModelConfig = Field(default_factory=RefinerModelConfig)
+    training: RefinerTrainingConfig = Field(default_factory=RefinerTrainingConfig)
+
+
+class LoggingConfig(_Section):
+    every: PositiveInt = Field(50, description="steps between lines of log.jsonl")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="only online uses the network")
+    wandb_project: str = "river"
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _accept_yaml_booleans(cls, value: Any) -> Any:
+        # Readers of YAML 1.1 write a bare `off` as false.
+        return {True: "offline", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class RiverConfig(_Section):
+    """Everything a run depends on."""
+
+    seed: Seed = 0
+    paths: PathsConfig = Field(default_factory=PathsConfig)
+    dataset: DatasetConfig
+    autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    flow: FlowConfig = Field(default_factory=FlowConfig)
+    refiner: RefinerConfig = Field(default_factory=RefinerConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "RiverConfig":
+        factor = self.autoencoder.model.downsampling
+        if self.dataset.image_size % factor:
+            raise ValueError(
+                f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling "
+                f"factor of autoencoder.model.{self.autoencoder.model.what_downsamples}"
+            )
+        adversarial = self.autoencoder.training.adversarial
+        if adversarial.weight and self.dataset.image_size < adversarial.smallest_side:
+            raise ValueError(
+                f"autoencoder.training.adversarial.layers: {adversarial.layers} layers need images of at least "
+                f"{adversarial.smallest_side} pixels per side, and dataset.image_size is {self.dataset.image_size}: "
+                "use fewer layers"
+            )
+        if self.autoencoder.training.best_by == "ssim" and self.dataset.image_size < SSIM_WINDOW:
+            raise ValueError(
+                f"autoencoder.training.best_by: ssim needs images of at least {SSIM_WINDOW} pixels per side, and "
+                f"dataset.image_size is {self.dataset.image_size}: use psnr"
+            )
+        for key, size in (
+            ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),
+            ("cache.memory_budget", self.cache.memory_budget),
+        ):
+            try:
+                parse_size(size)
+            except UserError as error:
+                raise ValueError(f"{key}: {error}") from None
+        field = self.flow.model
+        if field.weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"flow.model.width: {field.width} gives the field {field.weights / 1e9:.0f} billion weights, and "
+                f"{MOST_WEIGHTS / 1e9:.0f} billion take 1 TiB in training: use a smaller width or depth"
+            )
+        SamplingPlan.from_config(self.sampling)  # refuses options that exclude each other
+        return self
+
+    @property
+    def data_root(self) -> Path:
+        return Path(self.paths.data)
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.paths.latents) / f"{self.dataset.name}.zarr"
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.paths.runs) / self.dataset.name
