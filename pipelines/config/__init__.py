@@ -3,7 +3,7 @@
 from pipelines.config.comparing import differences, fingerprint, model_sizes, result_settings
 from pipelines.config.config_files import dump_config, load_config, parse_config
 from pipelines.config.presets import find_preset, preset_folders
-from pipelines.config.schema import (
+from pipelines.config.settings import (
     PROTOCOL_DATA,
     PROTOCOLS,
     SSIM_WINDOW,

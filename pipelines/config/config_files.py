@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from pipelines.config.explanations import by_key, explain, odd_numbers, show
 from pipelines.config.presets import find_preset
-from pipelines.config.schema import RiverConfig
 from pipelines.config.sections import anchor_paths, without_nulls
+from pipelines.config.settings import RiverConfig
 from pipelines.config.yaml_files import DEEPEST, parse_yaml, read_yaml, write_yaml
 from pipelines.errors import UserError
 

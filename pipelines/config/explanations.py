@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from pipelines.config.schema import RiverConfig
 from pipelines.config.sections import section_of
+from pipelines.config.settings import RiverConfig
 
 
 class Problem(typing.NamedTuple):
