@@ -77,7 +77,7 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     from pipelines.runtime.context import RunContext
     from pipelines.runtime.distributed import leave_processes
     from pipelines.runtime.progress import say, set_quiet
-    from pipelines.runtime.runs import load_run_config
+    from pipelines.runtime.run_folder import load_run_config
 
     run_context = RunContext.from_options(options)
     processes = run_context.processes

@@ -12,7 +12,7 @@ from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import image_memory_format
-from pipelines.runtime.runs import chosen_checkpoint
+from pipelines.runtime.run_folder import chosen_checkpoint
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder

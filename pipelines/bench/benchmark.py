@@ -18,7 +18,7 @@ from pipelines.config import RiverConfig
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import say
-from pipelines.runtime.runs import software_versions
+from pipelines.runtime.run_folder import software_versions
 
 SUBJECTS = (
     flow_measurements,

@@ -26,7 +26,7 @@ from pipelines.prediction.rollouts import FieldRollouts
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json, write_text
 from pipelines.runtime.progress import is_quiet, say, set_quiet
-from pipelines.runtime.runs import software_versions
+from pipelines.runtime.run_folder import software_versions
 from stage2_flow.config import SamplingConfig
 from stage2_flow.vector_field import VectorField
 

@@ -25,7 +25,7 @@ from pipelines.loading import load_trained_autoencoder, weights_digest
 from pipelines.runtime.context import resolve_device
 from pipelines.runtime.files import locked
 from pipelines.runtime.progress import say
-from pipelines.runtime.runs import software_versions
+from pipelines.runtime.run_folder import software_versions
 
 Task = tuple[str, ChunkPlan]  # (split, chunk)
 CONNECT_SECONDS = 15

@@ -10,7 +10,7 @@ from latent_cache.schema import PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import autoencoder_digest, find_autoencoder, weights_digest
-from pipelines.runtime.runs import software_versions
+from pipelines.runtime.run_folder import software_versions
 from pipelines.runtime.status import Status
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.frame_encoder import Precision

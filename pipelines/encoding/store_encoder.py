@@ -25,7 +25,7 @@ from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json, size_text, write_json
 from pipelines.runtime.progress import duration, progress, say, warn
-from pipelines.runtime.runs import write_run_files
+from pipelines.runtime.run_folder import write_run_files
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import dataset_root

@@ -18,7 +18,7 @@ from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import progress, say
-from pipelines.runtime.runs import software_versions
+from pipelines.runtime.run_folder import software_versions
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
 

@@ -18,7 +18,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.runs import is_imported, move_to_backup, only_training_of, write_run_files
+from pipelines.runtime.run_folder import is_imported, move_to_backup, only_training_of, write_run_files
 
 LICENSE = (
     "these weights are their authors' (RIVER, ICCV 2023, arXiv 2211.14575) and are licensed under GPL-3.0, unlike this "

@@ -10,7 +10,7 @@ from pipelines.errors import UserError
 from pipelines.report.charts import Chart, Line
 from pipelines.report.predictions import picture_url
 from pipelines.report.run_files import Run
-from pipelines.runtime.runs import Environment, describe_progress
+from pipelines.runtime.run_folder import Environment, describe_progress
 
 
 def autoencoder_section(run: Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipelines.prediction.samples import Samples
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.files import read_json
 from pipelines.runtime.logs import Log, read_log
-from pipelines.runtime.runs import Environment, chosen_checkpoint
+from pipelines.runtime.run_folder import Environment, chosen_checkpoint
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status
 from pipelines.training.flow_trainer import flow_status

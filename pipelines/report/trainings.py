@@ -7,7 +7,7 @@ from pipelines.bench.measurement import Benchmark
 from pipelines.report.charts import Chart, Line, number_text
 from pipelines.report.run_files import Run
 from pipelines.runtime.logs import Log
-from pipelines.runtime.runs import describe_progress
+from pipelines.runtime.run_folder import describe_progress
 
 TITLES = {
     "flow": "Stage 2: the flow",

@@ -16,7 +16,7 @@ from pipelines.loading import standardization_in, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.runs import chosen_checkpoint, is_fine_tuned, is_imported, move_to_backup, only_training_of
+from pipelines.runtime.run_folder import chosen_checkpoint, is_fine_tuned, is_imported, move_to_backup, only_training_of
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField

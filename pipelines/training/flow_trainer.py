@@ -19,7 +19,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext, resolve_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.runs import is_fine_tuned, is_imported
+from pipelines.runtime.run_folder import is_fine_tuned, is_imported
 from pipelines.runtime.status import Status
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.train_state import TrainState

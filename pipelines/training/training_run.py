@@ -12,7 +12,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say
-from pipelines.runtime.runs import (
+from pipelines.runtime.run_folder import (
     chosen_checkpoint,
     describe_progress,
     is_imported,

@@ -25,7 +25,7 @@ from pipelines.encoding import cluster as cluster_module
 from pipelines.encoding.chunk_encoder import EncodeJob, EncodingStopped
 from pipelines.encoding.cluster import check_workers, close_idle_encoders, encode_chunk
 from pipelines.errors import UserError
-from pipelines.runtime.runs import software_versions
+from pipelines.runtime.run_folder import software_versions
 
 CHUNKS = ("cache.chunk_frames=20",)  # of 24 x 12 frames: 15 chunks, and 3 each of val and test
 ALL = 15 + 3 + 3

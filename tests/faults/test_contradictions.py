@@ -12,7 +12,7 @@ import torch
 
 import latent_cache
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.runs import only_training_of
+from pipelines.runtime.run_folder import only_training_of
 from stage1_autoencoder.vqgan import VQGAN
 
 OTHER_SEED = ["seed=1"]

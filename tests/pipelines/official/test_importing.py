@@ -22,7 +22,7 @@ from pipelines.official.parts import OfficialFiles
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.runs import only_training_of
+from pipelines.runtime.run_folder import only_training_of
 from pipelines.training.autoencoder_trainer import train_autoencoder
 from pipelines.training.flow_trainer import train_flow
 from tests.file_server import FileServer, serving

@@ -15,7 +15,7 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import find_flow, load_trained_field, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.runs import move_to_backup, only_training_of
+from pipelines.runtime.run_folder import move_to_backup, only_training_of
 from pipelines.stages import describe
 from pipelines.training.flow_trainer import FlowTrainer, train_flow
 

@@ -9,7 +9,7 @@ from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.distributed import Processes
-from pipelines.runtime.runs import only_training_of
+from pipelines.runtime.run_folder import only_training_of
 from pipelines.training import training_run
 from pipelines.training.training_loop import LoopSettings
 from pipelines.training.training_run import TrainingPlan, training_status

@@ -9,7 +9,7 @@ import torch
 from pipelines.config import load_config, model_sizes, parse_config, parse_size, result_settings
 from pipelines.errors import UserError
 from pipelines.runtime.context import RunContext, resolve_device
-from pipelines.runtime.runs import write_run_files
+from pipelines.runtime.run_folder import write_run_files
 
 
 def test_devices():
