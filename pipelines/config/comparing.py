@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 def fingerprint(*parts: Any) -> str:
@@ -16,6 +17,23 @@ def fingerprint(*parts: Any) -> str:
 def result_settings(section: BaseModel) -> dict[str, Any]:
     """The values of a section that results depend on, as JSON; others change logging, storage or speed."""
     return _settings(section, "changes_results")
+
+
+def identity_settings(section: BaseModel) -> dict[str, Any]:
+    """`result_settings` as checkpoints hold them.
+
+    Fields with `identity_has_default: False` in their metadata are newer than some checkpoints, which hold nothing of
+    them: they are left out at their defaults.
+    """
+    return {
+        name: value
+        for name, value in result_settings(section).items()
+        if not _is_new(field := type(section).model_fields[name]) or value != field.default
+    }
+
+
+def _is_new(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity_has_default") is False
 
 
 def model_sizes(section: BaseModel) -> dict[str, Any]:

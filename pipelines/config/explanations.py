@@ -44,6 +44,7 @@ def by_key(errors: list[ErrorDetails], values: Any) -> list[Problem]:
 # Pydantic's messages that speak of Python.
 _IN_YAML = dict.fromkeys(("model_type", "dict_type"), "Input should be a section of keys") | {
     "tuple_type": "Input should be a list",
+    "list_type": "Input should be a list",
     "bool_parsing": "Input should be true or false",
     "bool_type": "Input should be true or false",
 }

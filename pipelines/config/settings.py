@@ -246,24 +246,7 @@ class RiverConfig(_Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RiverConfig":
-        factor = self.autoencoder.model.downsampling
-        if self.dataset.image_size % factor:
-            raise ValueError(
-                f"dataset.image_size: {self.dataset.image_size} is not a multiple of {factor}, the down-sampling "
-                f"factor of autoencoder.model.{self.autoencoder.model.what_downsamples}"
-            )
-        adversarial = self.autoencoder.training.adversarial
-        if adversarial.weight and self.dataset.image_size < adversarial.smallest_side:
-            raise ValueError(
-                f"autoencoder.training.adversarial.layers: {adversarial.layers} layers need images of at least "
-                f"{adversarial.smallest_side} pixels per side, and dataset.image_size is {self.dataset.image_size}: "
-                "use fewer layers"
-            )
-        if self.autoencoder.training.best_by == "ssim" and self.dataset.image_size < SSIM_WINDOW:
-            raise ValueError(
-                f"autoencoder.training.best_by: ssim needs images of at least {SSIM_WINDOW} pixels per side, and "
-                f"dataset.image_size is {self.dataset.image_size}: use psnr"
-            )
+        self._check_frame_size()
         for key, size in (
             ("autoencoder.training.pool_memory", self.autoencoder.training.pool_memory),
             ("cache.memory_budget", self.cache.memory_budget),
@@ -280,6 +263,29 @@ class RiverConfig(_Section):
             )
         SamplingPlan.from_config(self.sampling)  # refuses options that exclude each other
         return self
+
+    def _check_frame_size(self) -> None:
+        """Refuse frames that do not fit the networks and metrics of stage 1."""
+        size, model, training = self.dataset.image_size, self.autoencoder.model, self.autoencoder.training
+        sides, factor = self.dataset.frame_size, model.downsampling
+        if any(side % factor for side in sides):
+            rounded = ([side // factor * factor for side in sides], [-(-side // factor) * factor for side in sides])
+            nearest = " or ".join(str(one if isinstance(size, list) else one[0]) for one in rounded if min(one))
+            raise ValueError(
+                f"dataset.image_size: {size} is not a multiple of {factor}, the down-sampling factor of "
+                f"autoencoder.model.{model.what_downsamples}: use {nearest}"
+            )
+        if training.adversarial.weight and min(sides) < training.adversarial.smallest_side:
+            raise ValueError(
+                f"autoencoder.training.adversarial.layers: {training.adversarial.layers} layers need images of at "
+                f"least {training.adversarial.smallest_side} pixels per side, and dataset.image_size is {size}: "
+                "use fewer layers"
+            )
+        if training.best_by == "ssim" and min(sides) < SSIM_WINDOW:
+            raise ValueError(
+                f"autoencoder.training.best_by: ssim needs images of at least {SSIM_WINDOW} pixels per side, and "
+                f"dataset.image_size is {size}: use psnr"
+            )
 
     @property
     def data_root(self) -> Path:

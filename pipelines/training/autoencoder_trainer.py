@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_cache import step_generator
-from pipelines.config import SSIM_WINDOW, RiverConfig, parse_size, result_settings
+from pipelines.config import SSIM_WINDOW, RiverConfig, identity_settings, parse_size
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
@@ -102,7 +102,7 @@ def autoencoder_status(config: RiverConfig) -> Status:
 
 def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration."""
-    return plan_training("autoencoder", config, identity={"dataset": result_settings(config.dataset)})
+    return plan_training("autoencoder", config, identity={"dataset": identity_settings(config.dataset)})
 
 
 def best_by(training: AutoencoderTrainingConfig, perceptual: bool) -> str | None:

@@ -1,12 +1,14 @@
 """Settings of the data set: the source of its videos, the size of frames, and the splits."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from stage1_autoencoder.setting_types import FilePath, Seed, Size, Width
 
 Split = Literal["train", "val", "test"]
+Fit = Literal["crop", "pad", "stretch"]
+HeightWidth = Annotated[list[Width], Field(min_length=2, max_length=2)]
 # Videos of one split of `shapes`, whose trajectories are all in memory.
 MOST_SHAPES_VIDEOS = 1_000_000
 
@@ -54,7 +56,13 @@ class DatasetConfig(BaseModel):
         description="folder of the raw videos; '{data}' is replaced by paths.data; default {data}/<name>",
         json_schema_extra={"changes_results": False},
     )
-    image_size: Width = Field(64, description="side of the square frames, in pixels")
+    image_size: Width | HeightWidth = Field(64, description="side of square frames in pixels, or [height, width]")
+    fit: Fit = Field(
+        "crop",
+        description="of videos of another shape than image_size: crop: the largest centered part of that shape; pad: "
+        "the whole picture between black bars; stretch: the whole picture, distorted",
+        json_schema_extra={"identity_has_default": False},
+    )
     fps: float | None = Field(
         None,
         gt=0,
@@ -74,10 +82,21 @@ class DatasetConfig(BaseModel):
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of source: shapes")
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the frames, in pixels."""
+        height, width = [self.image_size] * 2 if isinstance(self.image_size, int) else self.image_size
+        return height, width
+
+    @property
     def sampling_text(self) -> str:
         """Which frames of the videos are used."""
         resampled = "" if self.fps is None else f"dataset.fps {self.fps:g}, "
         return f"{resampled}dataset.frame_step {self.frame_step}"
+
+    @field_validator("image_size")
+    @classmethod
+    def _square_is_one_number(cls, size: int | list[int]) -> int | list[int]:
+        return size[0] if isinstance(size, list) and size[0] == size[1] else size
 
     @model_validator(mode="after")
     def _has_rates(self) -> "DatasetConfig":

@@ -7,7 +7,15 @@ import pytest
 import torch
 import yaml
 
-from pipelines.config import differences, dump_config, find_preset, fingerprint, load_config, parse_config
+from pipelines.config import (
+    differences,
+    dump_config,
+    find_preset,
+    fingerprint,
+    identity_settings,
+    load_config,
+    parse_config,
+)
 from pipelines.errors import UserError
 from stage1_autoencoder.families import build_autoencoder
 from stage2_flow.vector_field import VectorField
@@ -101,7 +109,15 @@ def test_paper_presets_have_the_papers_sizes(name, autoencoder, latent_shape, he
         ({"dataset": {"name": "../up", "source": "shapes"}}, ["dataset.name: '../up' is not allowed"]),
         (
             {"dataset": {"name": "toy", "source": "shapes", "image_size": 60}},
-            ["dataset.image_size: 60 is not a multiple of 8", "channel_multipliers [1, 2, 2, 4]"],
+            ["dataset.image_size: 60 is not a multiple of 8", "channel_multipliers [1, 2, 2, 4]", "56 or 64"],
+        ),
+        (
+            {"dataset": {"name": "toy", "source": "videos", "image_size": [70, 128]}},
+            ["dataset.image_size: [70, 128] is not a multiple of 8", "[64, 128] or [72, 128]"],
+        ),
+        (
+            {"dataset": {"name": "toy", "source": "videos", "image_size": [72, 128, 3]}},
+            ["dataset.image_size: [72, 128, 3] is not allowed"],
         ),
         (
             with_section(autoencoder={"model": {"channels": 48}}),
@@ -232,6 +248,20 @@ def test_fingerprints_are_equal_exactly_when_settings_are(write):
     config, same, other = load_config(path), load_config(path), load_config(path, ["flow.model.depth=2"])
     assert fingerprint(config.flow, "x") == fingerprint(same.flow, "x")
     assert fingerprint(config.flow, "x") != fingerprint(other.flow, "x") != fingerprint(other.flow, "y")
+
+
+def test_frames_that_are_not_square(write):
+    wide = load_config(write(), ["dataset.image_size=[72, 128]", "dataset.fit=pad"])
+    assert wide.dataset.frame_size == (72, 128)
+    assert load_config(write(yaml.safe_load(dump_config(wide)), "dumped.yaml")) == wide
+    assert identity_settings(wide.dataset)["image_size"] == [72, 128]
+    assert identity_settings(wide.dataset)["fit"] == "pad"
+    # Checkpoints of square frames hold what they held before there were others.
+    square, pair = (load_config(write(), [f"dataset.image_size={size}"]).dataset for size in (64, "[64, 64]"))
+    assert square == pair
+    assert square.frame_size == (64, 64)
+    assert identity_settings(pair)["image_size"] == 64
+    assert "fit" not in identity_settings(pair)
 
 
 def test_differences_are_told_by_key():
