@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from pipelines.loading import find_autoencoder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
-from pipelines.training.flow_memory import describe_costs
 from pipelines.training.flow_trainer import check_flow, flow_status, train_flow, with_precision
 from pipelines.training.refiner_trainer import refiner_status, train_refiner
+from pipelines.training.step_memory import autoencoder_costs, flow_costs
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.vector_field import VectorField
@@ -106,22 +107,25 @@ def run_to_prediction(config: RiverConfig, run_context: RunContext, refine: bool
 
 
 def describe(config: RiverConfig, device: torch.device) -> str:
-    """The text of a dry run: sizes of the networks, how far each stage is, what a training step of the flow takes."""
+    """The text of a dry run: sizes of the networks, how far each stage is, what a training step of each takes."""
     with torch.device("meta"):
         autoencoder = build_autoencoder(config.autoencoder.model)
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
         refiner = RCAN(config.refiner.model)
-    frame = config.dataset.image_size
-    side = frame // autoencoder.downsampling
-    latents = f"{field.latent_channels}x{side}x{side}"
+    h, w = config.dataset.frame_size
+    latent_shape = field.latent_channels, h // autoencoder.downsampling, w // autoencoder.downsampling
+    latents = "x".join(map(str, latent_shape))
     sizes = {
         "videos": f"source {config.dataset.source}",
-        "autoencoder": f"{autoencoder.parameter_count / 1e6:.1f} M parameters, frames {frame}x{frame} -> {latents}",
+        "autoencoder": f"{autoencoder.parameter_count / 1e6:.1f} M parameters, frames {h}x{w} -> latents {latents}",
         "store": str(config.store_path),
-        "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {side * side + 1} tokens",
+        "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {prod(latent_shape[1:]) + 1} tokens",
         "refiner": f"{refiner.parameter_count / 1e6:.2f} M parameters, optional",
     }
-    costs = {"flow": describe_costs(with_precision(config, device), (field.latent_channels, side, side), device)}
+    costs = {
+        "autoencoder": autoencoder_costs(config, device),
+        "flow": flow_costs(with_precision(config, device), latent_shape, device),
+    }
     lines = []
     for stage in STAGES.values():
         status = stage.status(config)

@@ -357,6 +357,19 @@ class AutoencoderTrainer(Trainer):
         return call
 
 
+def discriminator_settings(training: AutoencoderTrainingConfig) -> AutoencoderTrainingConfig:
+    """How the discriminator is updated."""
+    return training.model_copy(
+        update={
+            "optimizer": "adamw",
+            "learning_rate": training.adversarial.learning_rate,
+            "betas": training.adversarial.betas,
+            "weight_decay": 0.0,
+            "ema_decay": None,
+        }
+    )
+
+
 class _Adversary:
     """The discriminator, its optimizer and its step."""
 
@@ -368,16 +381,7 @@ class _Adversary:
         processes: Processes,
     ) -> None:
         self.discriminator, self.accumulate, self.processes = discriminator, training.accumulate, processes
-        settings = training.model_copy(
-            update={
-                "optimizer": "adamw",
-                "learning_rate": training.adversarial.learning_rate,
-                "betas": training.adversarial.betas,
-                "weight_decay": 0.0,
-                "ema_decay": None,
-            }
-        )
-        self.train_state = TrainState(discriminator, settings, [], name="discriminator")
+        self.train_state = TrainState(discriminator, discriminator_settings(training), [], name="discriminator")
         self.step = processes.distribute(DiscriminatorStep(discriminator), device)
 
     def backward(

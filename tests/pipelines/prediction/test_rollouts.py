@@ -292,7 +292,7 @@ def test_bf16_matrices_are_those_of_autocast(field):
 
 def test_the_estimate_covers_what_an_evaluation_holds(field):
     """Live tensors at the peak of a rollout of one more clip, counted."""
-    from pipelines.training.flow_memory import LiveMemory
+    from pipelines.training.step_memory import LiveMemory
 
     peaks = []
     for rows in (2, 6):

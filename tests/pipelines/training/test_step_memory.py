@@ -2,23 +2,35 @@
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from latent_cache import FlowBatch, SplitPlan, StoreMetadata, StoreWriter
-from pipelines.config import parse_config
+from pipelines.config import RiverConfig, parse_config
 from pipelines.runtime.throughput import forward_flops
 from pipelines.runtime.train_state import TrainState
 from pipelines.stages import describe
-from pipelines.training.flow_memory import FlowMemory, LiveMemory, estimate_memory
+from pipelines.training.autoencoder_trainer import AutoencoderTrainer
+from pipelines.training.step_memory import (
+    LiveMemory,
+    StepMemory,
+    estimate_autoencoder_memory,
+    estimate_flow_memory,
+)
+from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig
+from stage1_autoencoder.lpips import vgg16
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
 from stage2_flow.vector_field import VectorField
 
 SHAPE = (4, 8, 8)
+SMALL_VQGAN = {"channels": 8, "channel_multipliers": [1, 2], "blocks": 1, "norm_groups": 4, "codes": 64}
 SMALL = {"width": 64, "depth": 1, "mid_depth": 1}
 FEW_VALUES = {"batch_size": 1}  # of one place each: weights, gradients and the update are what counts
 
@@ -44,14 +56,23 @@ def two_steps(
         train_state.update(0, 1.0, norm, norm.isfinite())
 
 
-def allocated(folder: Path, *arguments: object) -> int:
+def two_steps_of_the_autoencoder(config: RiverConfig) -> None:
+    """Two real updates."""
+    shape = (config.autoencoder.training.batch_size, *config.dataset.frame_size, 3)
+    pool = SimpleNamespace(lengths=np.array([10]), batch=lambda step, rows: np.zeros(shape, np.uint8))
+    trainer = AutoencoderTrainer(config, torch.device("cpu"), pool)
+    for step in range(2):
+        trainer.train_step(step)
+
+
+def allocated(folder: Path, run: Callable[[], None]) -> int:
     """Peak bytes of PyTorch's CPU allocator, from the events of the profiler.
 
     Memory that was allocated before is ignored when it is freed.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        two_steps(*arguments)
+        run()
     file = folder / "trace.json"
     profiler.export_chrome_trace(str(file))
     held: dict[int, int] = {}
@@ -71,7 +92,6 @@ def allocated(folder: Path, *arguments: object) -> int:
 
 
 CASES = [
-    ({}, {}),
     ({}, {"precision": "bf16"}),
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
     ({"qk_norm": True, "reference": False}, {}),
@@ -83,8 +103,8 @@ CASES = [
 @pytest.mark.parametrize(("sizes", "settings"), CASES, ids=str)
 def test_steps_dominated_by_activations(tmp_path, sizes, settings):
     model, training = VectorFieldConfig(**SMALL | sizes), FlowTrainingConfig(**{"batch_size": 8} | settings)
-    memory = estimate_memory(model, training, SHAPE)
-    assert memory.total == pytest.approx(allocated(tmp_path, model, training, SHAPE), rel=0.03)
+    memory = estimate_flow_memory(model, training, SHAPE)
+    assert memory.total == pytest.approx(allocated(tmp_path, lambda: two_steps(model, training, SHAPE)), rel=0.03)
     assert memory.activations > memory.parameters
 
 
@@ -101,9 +121,46 @@ def test_steps_dominated_by_activations(tmp_path, sizes, settings):
 )
 def test_steps_dominated_by_weights(tmp_path, settings):
     model, training = VectorFieldConfig(width=128, depth=1, mid_depth=1), FlowTrainingConfig(**FEW_VALUES | settings)
-    memory = estimate_memory(model, training, (4, 1, 1))
-    assert memory.total == pytest.approx(allocated(tmp_path, model, training, (4, 1, 1)), rel=0.05)
+    memory = estimate_flow_memory(model, training, (4, 1, 1))
+    assert memory.total == pytest.approx(allocated(tmp_path, lambda: two_steps(model, training, (4, 1, 1))), rel=0.05)
     assert memory.activations < memory.parameters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16", "ema_decay": 0.9, "optimizer": "muon"},
+        {"accumulate": 2, "adversarial": {"weight": 0.5, "filters": 16, "layers": 2}},
+    ],
+    ids=str,
+)
+def test_steps_of_the_autoencoder_on_wide_frames(tmp_path, settings):
+    """The rest are temporaries inside convolutions."""
+    config = parse_config(
+        {
+            "dataset": {"name": "none", "source": "videos", "image_size": [24, 40]},
+            "autoencoder": {
+                "model": SMALL_VQGAN,
+                "training": {"batch_size": 4, "codebook_start": "uniform"} | settings,
+            },
+        },
+        "a test",
+    )
+    memory = estimate_autoencoder_memory(config.autoencoder.model, config.autoencoder.training, (24, 40))
+    assert memory.total == pytest.approx(allocated(tmp_path, lambda: two_steps_of_the_autoencoder(config)), rel=0.1)
+
+
+def test_a_perceptual_network_takes_memory():
+    """VGG16's weights, and its feature maps of images and reconstructions."""
+    model, training = VQGANConfig(**SMALL_VQGAN), AutoencoderTrainingConfig()
+    plain, lpips = (
+        estimate_autoencoder_memory(model, training.model_copy(update={"perceptual": name}), (24, 40))
+        for name in ("none", "lpips")
+    )
+    weights = sum(tensor.numel() for tensor in vgg16()[0].parameters())
+    assert lpips.parameters - plain.parameters == pytest.approx(4 * weights, rel=1e-3)
+    assert lpips.activations > plain.activations + 16 * 2 * 4 * 64 * 24 * 40
+    assert lpips.optimizer == plain.optimizer
 
 
 def test_the_parts_of_the_estimate():
@@ -111,19 +168,19 @@ def test_the_parts_of_the_estimate():
     field = VectorField(model, 4)
     weights = sum(value.nbytes for value in field.parameters())
     buffers = sum(value.nbytes for value in field.buffers())
-    plain = estimate_memory(model, FlowTrainingConfig(), SHAPE)
+    plain = estimate_flow_memory(model, FlowTrainingConfig(), SHAPE)
     assert plain.parameters == weights + buffers
     # Two moments, and a counter for each parameter.
     assert plain.optimizer == 2 * weights + 4 * len(list(field.parameters()))
     assert (plain.average, plain.latents) == (0, 0)
-    full = estimate_memory(model, FlowTrainingConfig(ema_decay=0.9, accumulate=2), SHAPE, latents_bytes=12345)
+    full = estimate_flow_memory(model, FlowTrainingConfig(ema_decay=0.9, accumulate=2), SHAPE, latents_bytes=12345)
     assert (full.gradients, full.average, full.latents) == (weights, weights + buffers, 12345)
-    muon = estimate_memory(model, FlowTrainingConfig(optimizer="muon"), SHAPE)
+    muon = estimate_flow_memory(model, FlowTrainingConfig(optimizer="muon"), SHAPE)
     assert weights < muon.optimizer < 1.3 * weights  # one moment of the matrices, two of the rest
 
 
 def test_sum_and_words():
-    memory = FlowMemory(
+    memory = StepMemory(
         parameters=392_300_000, gradients=0, optimizer=785 * 10**6, average=0, activations=10**9, latents=22 * 10**6
     )
     assert memory.total == 2_199_300_000
@@ -134,7 +191,7 @@ def test_sum_and_words():
 def test_the_estimate_allocates_nothing():
     """A field of 40 GB."""
     giant = VectorFieldConfig(width=8192, depth=4, mid_depth=4)
-    assert estimate_memory(giant, FlowTrainingConfig(), SHAPE).parameters > 3 * 10**10
+    assert estimate_flow_memory(giant, FlowTrainingConfig(), SHAPE).parameters > 3 * 10**10
 
 
 def test_following_memory():
@@ -163,14 +220,14 @@ def test_following_memory():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu():
     with pytest.raises(ValueError, match="'cuda'"):
-        estimate_memory(VectorFieldConfig(**SMALL), FlowTrainingConfig(), SHAPE, device="cuda")
+        estimate_flow_memory(VectorFieldConfig(**SMALL), FlowTrainingConfig(), SHAPE, device="cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("settings", [{"precision": "fp32"}, {"precision": "bf16", "ema_decay": 0.9}], ids=str)
 def test_a_step_on_a_gpu_takes_what_was_computed(settings):
     model, training = VectorFieldConfig(depth=1, mid_depth=1), FlowTrainingConfig(**settings)
-    memory = estimate_memory(model, training, SHAPE, device="cuda")
+    memory = estimate_flow_memory(model, training, SHAPE, device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     two_steps(model, training, SHAPE, "cuda")
@@ -185,33 +242,41 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
     def lines(**cache: object) -> list[str]:
         values = {
             "paths": paths,
-            "dataset": {"name": "none", "source": "videos", "image_size": 32},
-            "autoencoder": {"model": {"channels": 8, "channel_multipliers": [1, 2], "norm_groups": 4}},
+            "dataset": {"name": "none", "source": "videos", "image_size": [24, 40]},
+            "autoencoder": {"model": SMALL_VQGAN},
             "flow": {"model": SMALL, "training": {"batch_size": 8, "precision": "bf16"}},
             "cache": cache,
         }
         return describe(parse_config(values, "a test"), torch.device("cpu")).splitlines()
 
     found = lines()
-    flow = next(number for number, line in enumerate(found) if line.startswith("flow "))
-    flops = 3 * 8 * forward_flops(VectorFieldConfig(**SMALL), (4, 16, 16))
+    autoencoder, flow = (
+        next(number for number, line in enumerate(found) if line.startswith(f"{name} "))
+        for name in ("autoencoder", "flow")
+    )
+    assert "24x40 -> latents 4x12x20" in found[autoencoder]
+    sizes = VQGANConfig(**SMALL_VQGAN)
+    memory = estimate_autoencoder_memory(sizes, AutoencoderTrainingConfig(), (24, 40))
+    assert found[autoencoder + 1].endswith(f" 16 frames on cpu, fp32, not compiled: {memory.describe()}")
+    assert "pool_memory" in found[autoencoder + 2]
+    flops = 3 * 8 * forward_flops(VectorFieldConfig(**SMALL), (4, 12, 20))
     assert found[flow + 1].strip() == f"{flops / 1e9:.0f} GFLOP per training step of 8 samples"
     training = FlowTrainingConfig(batch_size=8, precision="bf16")
-    memory = estimate_memory(VectorFieldConfig(**SMALL), training, (4, 16, 16))
+    memory = estimate_flow_memory(VectorFieldConfig(**SMALL), training, (4, 12, 20))
     assert found[flow + 2].strip().endswith(f" cpu, bf16, not compiled: {memory.describe()}")
     assert "latents" in found[flow + 3]  # whose size only a store tells
     assert "cache.residency auto" in found[flow + 4]
     assert found[flow + 5].startswith("refiner ")
 
-    plan = SplitPlan(["a"], ["identity"], [10], (4, 16, 16), 10)
+    plan = SplitPlan(["a"], ["identity"], [10], (4, 12, 20), 10)
     metadata = StoreMetadata("none", 25.0, {}, {"sha256": "0"}, {})
     with StoreWriter.open(tmp_path / "latents" / "none.zarr", metadata, {"train": plan}, codes=False) as writer:
         for part in writer.pending("train"):
-            writer.write_chunk("train", part, torch.randn(10, 4, 16, 16).numpy(), None)
+            writer.write_chunk("train", part, torch.randn(10, 4, 12, 20).numpy(), None)
         writer.finish()
     found = lines()
-    assert found[flow + 2].endswith(", latents 20.5 kB")
+    assert found[flow + 2].endswith(", latents 19.2 kB")
     assert "cache.residency auto" in found[flow + 3]
-    memory = estimate_memory(VectorFieldConfig(**SMALL), training, (4, 16, 16), latents_bytes=10 * 4 * 256 * 2)
+    memory = estimate_flow_memory(VectorFieldConfig(**SMALL), training, (4, 12, 20), latents_bytes=10 * 4 * 240 * 2)
     assert memory.describe() in found[flow + 2]
     assert lines(residency="host")[flow + 3].startswith("refiner ")
