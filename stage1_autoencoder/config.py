@@ -54,6 +54,16 @@ class _Sizes(_Settings, ABC):
     def widths(self) -> tuple[int, ...]:
         """All numbers of channels inside, each normalized in groups."""
 
+    @property
+    @abstractmethod
+    def downsampling(self) -> int:
+        """Pixels per latent position, along each side."""
+
+    def latent_shape(self, frame_size: tuple[int, int]) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of frames of (height, width) pixels."""
+        height, width = frame_size
+        return self.latent_channels, height // self.downsampling, width // self.downsampling
+
     @model_validator(mode="after")
     def _widths_fit(self) -> "_Sizes":
         for width in self.widths:
@@ -108,7 +118,6 @@ class VQGANConfig(_Sizes):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent position, along each side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -136,7 +145,6 @@ class VQVAEConfig(_Sizes):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent position, along each side."""
         return 2**self.levels
 
     @property

@@ -68,11 +68,11 @@ class FrameEncoder:
 
     Args:
         autoencoder: on `device`; its weights must not change afterwards.
-        image_size: side of the frames.
+        frame_size: (h, w) of the frames.
         precision: fp32; tf32: the same here, but `exact_kernels` enables it for CUDA's convolutions; bf16:
             convolutions and attention in bf16, latents still in float32.
         compile: compile the encoder at its first batch.
-        frames: batch size; by default chosen by image size, width of the network, and type of device.
+        frames: batch size; by default chosen by the size of frames, width of the network, and type of device.
 
     Attributes:
         frames: batch size.
@@ -83,7 +83,7 @@ class FrameEncoder:
         self,
         autoencoder: Autoencoder,
         device: torch.device,
-        image_size: int,
+        frame_size: tuple[int, int],
         *,
         precision: Precision = "fp32",
         compile: bool = False,
@@ -93,14 +93,14 @@ class FrameEncoder:
         self.autoencoder, self.device = autoencoder.to(memory_format=torch.channels_last), device
         self.half = precision == "bf16"
         self.network = _for_inference(self.autoencoder, device, torch.bfloat16 if self.half else torch.float32, compile)
-        feature_map = 4 * autoencoder.config.full_resolution_channels * image_size**2
+        feature_map = 4 * autoencoder.config.full_resolution_channels * math.prod(frame_size)
         if frames is None:
-            frames = PASS_PIXELS[device.type] // image_size**2
+            frames = PASS_PIXELS[device.type] // math.prod(frame_size)
             if device.type == "cpu":
                 frames = min(frames, PASS_BYTES // feature_map)
         self.frames = max(1, frames)
         # On a GPU feature maps are in its own memory, and the host has the bytes of the frames.
-        each = LIVE_FEATURE_MAPS * feature_map if device.type == "cpu" else 3 * image_size**2
+        each = LIVE_FEATURE_MAPS * feature_map if device.type == "cpu" else 3 * math.prod(frame_size)
         self.memory = each * self.frames
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ round decodes frames of as many videos as fit into memory, once, and draws the b
 Everything is a function of (seed, step), so that a resumed run sees the same batches.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +56,7 @@ class FramePool:
         self.lengths = VideoTable.of(source.videos).frames
         total = int(self.lengths.sum())
         # Two rounds are in memory: the one in use and the one being decoded.
-        fits = max(batch_size, memory // (2 * 3 * source.dataset.image_size**2))
+        fits = max(batch_size, memory // (2 * 3 * math.prod(source.dataset.frame_size)))
         if total <= 2 * fits:
             self.frames_per_round, self.steps_per_round = min(total, steps * batch_size), steps
         else:
@@ -112,9 +113,8 @@ class FramePool:
             (int(video), np.sort(generator.choice(self.lengths[video], take, replace=False)))
             for video, take in zip(order, takes, strict=True)
         ]
-        size = self.source.dataset.image_size
         total = sum(len(positions) for _, positions in picks)
-        pool, origins = np.empty((total, size, size, 3), np.uint8), np.empty((total, 2), np.int64)
+        pool, origins = np.empty((total, *self.source.dataset.frame_size, 3), np.uint8), np.empty((total, 2), np.int64)
         count = 0
         for (video, positions), result in zip(picks, self._executor.map(self._read, picks), strict=True):
             if isinstance(result, BrokenVideoError):

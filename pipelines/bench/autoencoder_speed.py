@@ -28,15 +28,15 @@ def autoencoder_measurements(bench: Workbench) -> Iterator[Measurement]:
     autoencoder, device = random_autoencoder(bench), bench.device
     if not isinstance(autoencoder, VQGAN):
         return
-    side = bench.config.dataset.image_size
+    frame_size = bench.config.dataset.frame_size
     plain = plain_twin(autoencoder)
     # Whole batches for both, and equally many for each thread.
     batch, threads = PLAIN_BATCH[device.type], encoder_threads(bench)
-    frames = math.lcm(batch, FrameEncoder(autoencoder, device, side).frames * threads)
-    images = np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), np.uint8)
+    frames = math.lcm(batch, FrameEncoder(autoencoder, device, frame_size).frames * threads)
+    images = np.random.default_rng(0).integers(0, 256, (frames, *frame_size, 3), np.uint8)
     for precision, at_least in (("fp32", 1.3), ("bf16", None)):
         with exact_kernels(precision):
-            encoder = FrameEncoder(autoencoder, device, side, precision=precision)
+            encoder = FrameEncoder(autoencoder, device, frame_size, precision=precision)
             ours, reference = bench.in_turn(
                 lambda encoder=encoder: encode_frames(encoder, images, threads),
                 lambda precision=precision: _encode_plainly(plain, images, precision),

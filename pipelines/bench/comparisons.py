@@ -429,7 +429,7 @@ def same_codes(story: Story) -> Iterator[CheckRow]:
 
 def encode_frames(autoencoder: Autoencoder, pixels: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """Latents [n, c, h, w] float32 and codes [n, h, w] of frames [n, h, w, 3] uint8."""
-    encoder = FrameEncoder(autoencoder, device, pixels.shape[1])
+    encoder = FrameEncoder(autoencoder, device, pixels.shape[1:3])
     latents, codes = [], []
     with exact_kernels():
         for start in range(0, len(pixels), encoder.frames):

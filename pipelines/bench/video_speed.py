@@ -45,7 +45,7 @@ def decode_measurements(bench: Workbench) -> Iterator[Measurement]:
         shutil.rmtree(root)
 
 
-def dataset_of(root: Path, image_size: int, frame_step: int = 1) -> DatasetConfig:
+def dataset_of(root: Path, image_size: int | list[int], frame_step: int = 1) -> DatasetConfig:
     """All videos of a folder as the training split."""
     return DatasetConfig(
         name="bench",
@@ -114,9 +114,9 @@ def decode_bare(paths: list[Path], videos: int) -> int:
 def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
     """Measure with the configuration's autoencoder, on videos of the first kind (the default: KTH's)."""
     config, device, folder, kind = bench.config, bench.device, bench.folder / "encode", bench.videos[0]
-    autoencoder, threads, side = random_autoencoder(bench), encoder_threads(bench), config.dataset.image_size
-    frame_encoder = FrameEncoder(autoencoder, device, side, precision=config.cache.precision)
-    images = np.random.default_rng(0).integers(0, 256, (threads * frame_encoder.frames, side, side, 3), np.uint8)
+    autoencoder, threads, frame_size = random_autoencoder(bench), encoder_threads(bench), config.dataset.frame_size
+    frame_encoder = FrameEncoder(autoencoder, device, frame_size, precision=config.cache.precision)
+    images = np.random.default_rng(0).integers(0, 256, (threads * frame_encoder.frames, *frame_size, 3), np.uint8)
 
     def encode(passes: int = 1) -> None:
         with exact_kernels(config.cache.precision):
@@ -130,7 +130,7 @@ def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
     write_videos(folder / "videos" / "train", kind, videos)
     config = config.model_copy(
         update={
-            "dataset": dataset_of(folder / "videos", side),
+            "dataset": dataset_of(folder / "videos", config.dataset.image_size),
             "paths": config.paths.model_copy(update={"latents": str(folder), "runs": str(folder / "runs")}),
             "cache": config.cache.model_copy(update={"views": ("identity",), "compile": False}),
         }
@@ -148,7 +148,8 @@ def encode_measurements(bench: Workbench) -> Iterator[Measurement]:
     )
     # Decoding and encoding share a CPU's cores; a GPU encodes while the CPU decodes.
     alone = max(decoding, encoding) if device.type == "cuda" else decoding + encoding
+    height, width = frame_size
     yield Measurement(
-        f"encode {frames} frames of {kind.width}x{kind.height} to {side}", frames / whole, "frames/s",
+        f"encode {frames} frames of {kind.width}x{kind.height} to {width}x{height}", frames / whole, "frames/s",
         f"decode alone {frames / decoding:.0f}/s, encode alone {frames / encoding:.0f}/s", whole / alone, at_most=1.15,
     )  # fmt: skip

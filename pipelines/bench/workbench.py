@@ -73,8 +73,7 @@ class Workbench:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of the configuration's latents."""
-        model, side = self.config.autoencoder.model, self.config.dataset.image_size
-        return model.latent_channels, side // model.downsampling, side // model.downsampling
+        return self.config.autoencoder.model.latent_shape(self.config.dataset.frame_size)
 
     def in_turn(self, *functions: Callable[[], object]) -> list[float]:
         """Measure functions one after another, again and again, so that a disturbance hits all of them.

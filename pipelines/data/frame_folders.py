@@ -62,7 +62,7 @@ class ConvertRecord(BaseModel):
         videos: by folder (`train/clip`). Those whose folder exists are complete, unless files were removed.
     """
 
-    settings: dict[str, str | int | float]
+    settings: dict[str, str | int | float | list[int]]
     videos: dict[str, RecordedVideo]
 
 
@@ -160,7 +160,11 @@ def _jobs(split: Split, source: VideoSource) -> Iterator[_Job]:
 
 
 def _record(
-    out: Path, settings: dict[str, str | int | float], jobs: Sequence[_Job], asked: Sequence[_Job], overwrite: bool
+    out: Path,
+    settings: dict[str, str | int | float | list[int]],
+    jobs: Sequence[_Job],
+    asked: Sequence[_Job],
+    overwrite: bool,
 ) -> None:
     """Record what is going to be written. Pictures of other settings or videos are removed with `overwrite`.
 
@@ -254,10 +258,10 @@ class _Writer:
 
 def _announce(config: RiverConfig, asked: Sequence[_Job], pending: Sequence[_Job], writer: _Writer) -> None:
     """Print what there is to do, and warn if the disk is too small for it."""
-    out, side = writer.out, config.dataset.image_size
+    out, (height, width) = writer.out, config.dataset.frame_size
     done = f", {len(asked) - len(pending)} of them are there" if len(pending) < len(asked) else ""
     counts = f"{len(asked)} videos, {sum(job.video.frames for job in asked)} frames"
-    say(f"convert: {config.dataset.name} -> {out}: {counts} of {side}x{side} as {writer.image_format}{done}")
+    say(f"convert: {config.dataset.name} -> {out}: {counts} of {width}x{height} as {writer.image_format}{done}")
     if renamed := [job for job in pending if job.folder != f"{job.split}/{job.video.id}"]:
         example = f"{renamed[0].video.id!r} is in {renamed[0].folder}"
         say(f"convert: {len(renamed)} ids are no safe folder names and were changed: {example}")

@@ -1,6 +1,7 @@
 """The videos of a data set as text: number, lengths and sizes, warnings; and as a table in a file."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from latent_cache.sampling.draws import MIN_VIDEO_FRAMES
 from pipelines.config import RiverConfig
 from pipelines.runtime.files import replacing
 from pipelines.runtime.progress import duration
-from stage1_autoencoder.videos.config import Split
+from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.display import AS_STORED, Placement
 from stage1_autoencoder.videos.names import join_names
 from stage1_autoencoder.videos.source import VideoSource, VideoTable
 
@@ -54,11 +56,10 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
     lengths = {split: VideoTable.of(source.videos).frames for split, source in sources.items()}
     frames = np.concatenate(list(lengths.values()))
     skipped = sum(len(source.skipped) for source in sources.values())
-    ignored, sizes, rates, seconds = Counter[str](), Counter[str](), Counter[str](), 0.0
+    ignored, sizes, rates, seconds = Counter[str](), _sizes(sources), Counter[str](), 0.0
     for source in sources.values():
         ignored.update(source.passed_over)
         for video in source.videos:
-            sizes["x".join(map(str, video.size)) if video.size else "drawn"] += 1
             rates[f"{video.fps:.4g}"] += 1
             seconds += video.frames / video.fps
     others = join_names((f"{count} {kind}" for kind, count in ignored.most_common()), 8)
@@ -70,7 +71,8 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
         + (f"; other files, ignored: {others}" if ignored else ""),
         f"  used     {frames.sum()} {of_native}frames ({dataset.sampling_text}), {duration(seconds)}",
         f"  lengths  {_spread(frames)} frames",
-        f"  sizes    {_most_common(sizes)} -> center square, resized to {dataset.image_size}x{dataset.image_size}",
+        f"  sizes    {_most_common(Counter({_size_text(size): n for size, n in sizes.items()}))} -> "
+        + _fitting(dataset, sizes),
         f"  fps      {_most_common(rates)}{', after frame_step' if dataset.frame_step > 1 else ''}",
         *(
             f"{split}: {_count(len(those), 'video')}, {those.sum()} frames ({_spread(those)}), "
@@ -91,11 +93,36 @@ def _warnings(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
         needed = evaluation.context + evaluation.horizon
         why = f"evaluation.context {evaluation.context} + horizon {evaluation.horizon}: not sampled or measured"
         lines += _too_short(tables[evaluation.split], needed, evaluation.split, why)
-    side = config.dataset.image_size
-    small = sum(video.size is not None and min(video.size) < side for table in tables.values() for video in table)
+    sizes, frame_size = _sizes(sources), config.dataset.frame_size
+    small = sum(count for size, count in sizes.items() if size and _place(config.dataset, size).enlarges)
     if small:
-        lines.append(f"note: {_count(small, 'video')} smaller than {side}x{side}, enlarged")
+        lines.append(f"note: {_count(small, 'video')} smaller than {_size_text(frame_size[::-1])}, enlarged")
     return lines + _leaks(tables)
+
+
+def _sizes(sources: Mapping[Split, VideoSource]) -> Counter[tuple[int, int] | None]:
+    """Number of videos of each (width, height); None: drawn."""
+    return Counter(video.size for source in sources.values() for video in source.videos)
+
+
+def _size_text(size: tuple[int, int] | None) -> str:
+    return f"{size[0]}x{size[1]}" if size else "drawn"
+
+
+def _place(dataset: DatasetConfig, size: tuple[int, int]) -> Placement:
+    return AS_STORED.place(*size, dataset.frame_size, dataset.fit)
+
+
+def _fitting(dataset: DatasetConfig, sizes: Counter[tuple[int, int] | None]) -> str:
+    """What is done with the pictures, and how much of them is used on average."""
+    result = _size_text(dataset.frame_size[::-1])
+    if dataset.fit != "crop":
+        return {"pad": f"between black bars in {result}", "stretch": f"stretched to {result}"}[dataset.fit]
+    shares = [(math.prod(_place(dataset, size).region[2:]) / math.prod(size), n) for size, n in sizes.items() if size]
+    used = sum(share * n for share, n in shares) / sum(n for _, n in shares) if shares else 1
+    share = f" ({used:.0%} of the picture)".replace("%", " %") if used < 0.995 else ""
+    part = "square" if isinstance(dataset.image_size, int) else "part"
+    return f"center {part}{share}, resized to {result}"
 
 
 def _too_short(table: VideoTable, needed: int, split: str, why: str) -> list[str]:

@@ -94,13 +94,13 @@ class ChunkEncoder:
         self.job, self.device, self.stop_asked, self.closing = job, device, stop_asked, False
         self.on_frames: Callable[[int], object] = lambda frames: None
         self.rows = video_rows(job.splits)
-        side = next(iter(job.splits.values())).dataset.image_size
+        frame_size = next(iter(job.splits.values())).dataset.frame_size
         self.frame_encoder = FrameEncoder(
-            autoencoder, device, side, precision=job.cache.precision, compile=job.cache.compile
+            autoencoder, device, frame_size, precision=job.cache.precision, compile=job.cache.compile
         )
         # Frames that one encoding thread takes at once: whole batches of the network.
         self.block_frames = -(-job.cache.batch_frames // self.frame_encoder.frames) * self.frame_encoder.frames
-        self.threads = self._threads_in_budget(3 * side**2 * self.block_frames)
+        self.threads = self._threads_in_budget(3 * math.prod(frame_size) * self.block_frames)
         self.slots = threading.Semaphore(self.threads.chunks)
         # Threads start with the first chunk.
         self.decoders = ThreadPoolExecutor(self.threads.decoders, "decode")

@@ -132,8 +132,8 @@ class FrameVerifier:
         self.splits, self.rows = splits, video_rows(splits)
         self.codebook = autoencoder.quantizer.codebook.detach().cpu().numpy()
         self.precision = stored_precision(caches[0].metadata)
-        side = next(iter(splits.values())).dataset.image_size
-        self.frame_encoder = FrameEncoder(autoencoder, device, side, precision=self.precision)
+        frame_size = next(iter(splits.values())).dataset.frame_size
+        self.frame_encoder = FrameEncoder(autoencoder, device, frame_size, precision=self.precision)
         self.dtype = getattr(torch, caches[0].latents.dtype.name)
         self.encoders = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
         # Frames come in the order of the store: each chunk of latents and of codes is read and checked once.

@@ -132,8 +132,7 @@ class StoreEncoder:
         self.splits, self.metadata = splits, store_metadata(config, autoencoder, splits)
         self.tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
         self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # split -> id -> reason
-        side = config.dataset.image_size // autoencoder.downsampling
-        self.latent_shape = (autoencoder.config.latent_channels, side, side)
+        self.latent_shape = autoencoder.config.latent_shape(config.dataset.frame_size)
 
     def run(self) -> list[SplitSummary]:
         """Encode all pending chunks; with `run_context.overwrite` all chunks."""

@@ -192,7 +192,7 @@ def parts_of_run(
         )
     if networks.field is not None:
         channels = networks.field.latent_channels
-        side = config.dataset.image_size // config.autoencoder.model.downsampling
+        _, *grid = config.autoencoder.model.latent_shape(config.dataset.frame_size)
         yield _part(
             config,
             "flow",
@@ -200,7 +200,7 @@ def parts_of_run(
             networks.field,
             networks.iterations,
             identity={"flow": {"model": model_sizes(config.flow.model)}},
-            latent_shape=[channels, side, side],
+            latent_shape=[channels, *grid],
             # Official weights work on raw latents.
             standardization={"mean": [0.0] * channels, "std": [1.0] * channels},
             fps=(config.dataset.fps or FRAMES_PER_SECOND) / config.dataset.frame_step,

@@ -1,4 +1,4 @@
-"""How a decoded frame is shown: which way up, and how wide its pixels are."""
+"""How a decoded frame is shown: which way up, how wide its pixels are, and where in a picture of another shape."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,6 +8,8 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
+
+from stage1_autoencoder.videos.config import Fit
 
 # Pixels that are wider or narrower are a mistake of the header.
 MOST_ASPECT = 8
@@ -20,6 +22,27 @@ class Region(NamedTuple):
     top: int
     width: int
     height: int
+
+
+class Placement(NamedTuple):
+    """Where a decoded frame is in a picture, which is black around it.
+
+    Attributes:
+        region: the part of the frame that is used.
+        width, height: the size that it is resized to, before turning.
+        left, top: its place in the picture, after turning.
+    """
+
+    region: Region
+    width: int
+    height: int
+    left: int = 0
+    top: int = 0
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether a side of the region has fewer pixels than the result."""
+        return self.region.width < self.width or self.region.height < self.height
 
 
 @dataclass(frozen=True)
@@ -53,13 +76,34 @@ class Display:
         wide = max(1, round(width * self.aspect))
         return (height, wide) if self._turns[0] else (wide, height)
 
-    def square(self, width: int, height: int) -> Region:
-        """The part of a decoded frame that is shown as the centered square of the short side.
+    def place(self, width: int, height: int, frame_size: tuple[int, int], fit: Fit) -> Placement:
+        """Place a decoded frame in a picture.
 
-        Its offset is (long - short) // 2 from the left and the top as shown, to the nearest decoded pixel.
+        With `crop`, the largest part of the picture's shape is used, (long - short) // 2 pixels from the left and the
+        top as shown, to the nearest decoded pixel. With `pad` and `stretch` all of the frame is used; the bars of `pad`
+        are as wide on both sides, or one pixel wider at the right or the bottom.
+
+        Args:
+            width, height: of the decoded frame.
+            frame_size: height and width of the picture.
         """
-        side = min(width * self.aspect, Fraction(height))
-        across, down = max(1, round(side / self.aspect)), max(1, round(side))
+        tall, wide = reversed(frame_size) if self._turns[0] else frame_size
+        shown_width = width * self.aspect
+        if fit == "crop":
+            scale = min(shown_width / wide, Fraction(height, tall))
+            across, down = max(1, round(wide * scale / self.aspect)), max(1, round(tall * scale))
+            return Placement(self._centered(width, height, across, down), wide, tall)
+        whole = Region(0, 0, width, height)
+        if fit == "stretch":
+            return Placement(whole, wide, tall)
+        scale = max(shown_width / wide, Fraction(height, tall))
+        across, down = max(1, round(shown_width / scale)), max(1, round(height / scale))
+        bars = (tall - down) // 2, (wide - across) // 2
+        top, left = reversed(bars) if self._turns[0] else bars
+        return Placement(whole, across, down, left, top)
+
+    def _centered(self, width: int, height: int, across: int, down: int) -> Region:
+        """The part of a decoded frame, `across` times `down` pixels, that is in the middle of what is shown."""
         transposed, mirrored, flipped = self._turns
         from_right, from_bottom = (flipped, mirrored) if transposed else (mirrored, flipped)
         left, top = (width - across) // 2, (height - down) // 2

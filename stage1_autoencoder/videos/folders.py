@@ -164,7 +164,7 @@ class FolderSource(DivisibleSource):
             decode = decode_webp
         else:
             decode = partial(decode_video, probe=probe)
-        preprocess = FramePreprocessor(self.dataset.image_size, display=probe.display)
+        preprocess = FramePreprocessor(self.dataset.frame_size, self.dataset.fit, display=probe.display)
         with contextlib.closing(decode(path, video.id, first, last + 1, step)) as frames:
             for times, frame in zip(uses, frames, strict=False):
                 for _ in range(times):

@@ -13,7 +13,7 @@ from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.videos.source import VideoError, VideoInfo, VideoSource
 
-# Side of the world of simulation and radii; rendering scales it to the image size.
+# Short side of the world of simulation and radii; rendering scales it to the short side of the frames.
 WORLD = 64.0
 SUBSTEPS = 4
 FRAMES_PER_SECOND = 10.0
@@ -35,11 +35,12 @@ class ShapesSource(VideoSource):
         stored_frames = (shapes.frames - 1) // dataset.frame_step + 1
         self.dataset = dataset
         self.radius = shapes.radius
+        world = world_of(dataset)
         scene = _draw_scenes(
-            np.random.default_rng([dataset.split_seed, list(DEFAULT_SPLITS).index(split)]), count, dataset
+            np.random.default_rng([dataset.split_seed, list(DEFAULT_SPLITS).index(split)]), count, dataset, world
         )
         self.kind, self.color, self.present = scene["kind"], scene["color"], scene["present"]
-        self.positions = _simulate(scene, shapes.frames, shapes.radius)
+        self.positions = _simulate(scene, shapes.frames, shapes.radius, world)
         recipe = f"{dataset.model_dump_json(include={'shapes', 'split_seed', 'image_size', 'frame_step'})} {split}"
         self._recipe = hashlib.sha256(f"{recipe} {preprocessing_description(dataset)}".encode()).hexdigest()
         rate = FRAMES_PER_SECOND / dataset.frame_step
@@ -66,15 +67,14 @@ class ShapesSource(VideoSource):
         Args:
             videos, frames: [n] int: video numbers, and frame numbers after the frame step.
         Returns:
-            [n, image_size, image_size, 3] uint8 RGB.
+            [n, h, w, 3] uint8 RGB.
         """
-        scale = self.dataset.image_size / WORLD
+        height, width = self.dataset.frame_size
+        scale = min(height, width) / WORLD
         radius = self.radius * scale
         # Each shape is drawn in a small patch around it; the canvas has a margin so that patches stay inside.
         side = 2 * int(np.ceil(radius * 1.3 + 1)) + 1
-        canvas = np.broadcast_to(
-            BACKGROUND, (len(videos), self.dataset.image_size + 2 * side, self.dataset.image_size + 2 * side, 3)
-        ).copy()
+        canvas = np.broadcast_to(BACKGROUND, (len(videos), height + 2 * side, width + 2 * side, 3)).copy()
         rows = np.arange(len(videos))[:, None, None]
         centers = self.positions[videos, frames * self.dataset.frame_step] * scale  # [n, objects, xy]
         for k in range(centers.shape[1]):
@@ -102,7 +102,15 @@ def _coverage(x: np.ndarray, y: np.ndarray, kind: np.ndarray, radius: float) -> 
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetConfig) -> dict[str, np.ndarray]:
+def world_of(dataset: DatasetConfig) -> np.ndarray:
+    """Width and height [2] of the world, which has the shape of the frames."""
+    height, width = dataset.frame_size
+    return np.array([width, height]) * WORLD / min(height, width)
+
+
+def _draw_scenes(
+    generator: np.random.Generator, count: int, dataset: DatasetConfig, world: np.ndarray
+) -> dict[str, np.ndarray]:
     """Kinds, colors, first positions and velocities of `count` videos; each video has its own random stream.
 
     Raises:
@@ -111,10 +119,10 @@ def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetCon
     shapes = dataset.shapes
     most = shapes.max_objects
     room = WORLD - 2 * shapes.radius
-    if most > len(PALETTE) or room <= 0 or most * (2 * shapes.radius) ** 2 > 0.6 * WORLD**2:
+    if most > len(PALETTE) or room <= 0 or most * (2 * shapes.radius) ** 2 > 0.6 * world.prod():
         raise VideoError(
             f"dataset.shapes: {most} shapes of radius {shapes.radius} do not fit in the frame; "
-            f"at most {len(PALETTE)} shapes, and radius {np.sqrt(0.15 / most) * WORLD:.1f} for {most}"
+            f"at most {len(PALETTE)} shapes, and radius {np.sqrt(0.15 / most * world.prod()):.1f} for {most}"
         )
     # Collisions can give one shape the energy of all. Faster shapes would jump through walls and each other.
     fastest = SUBSTEPS * shapes.radius / (2 * np.sqrt(most))
@@ -133,7 +141,7 @@ def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetCon
     positions, color = np.empty((count, most, 2)), np.empty((count, most), np.int64)
     for i in range(count):
         stream = np.random.default_rng(int(keys[i, 0]))
-        positions[i] = _place_apart(stream, most, shapes.radius)
+        positions[i] = _place_apart(stream, most, shapes.radius, world)
         color[i] = stream.permutation(len(PALETTE))[:most]
     velocity = speed[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
     return {
@@ -145,18 +153,18 @@ def _draw_scenes(generator: np.random.Generator, count: int, dataset: DatasetCon
     }
 
 
-def _place_apart(stream: np.random.Generator, count: int, radius: float) -> np.ndarray:
+def _place_apart(stream: np.random.Generator, count: int, radius: float, world: np.ndarray) -> np.ndarray:
     """Draw centers [count, 2] at least two radii apart, by rejection."""
     apart = np.triu_indices(count, 1)
     while True:
-        trial = radius + stream.random((64, count, 2)) * (WORLD - 2 * radius)
+        trial = radius + stream.random((64, count, 2)) * (world - 2 * radius)
         distance = np.linalg.norm(trial[:, apart[0]] - trial[:, apart[1]], axis=-1)
         good = np.flatnonzero((distance > 2 * radius).all(1))
         if len(good):
             return trial[good[0]]
 
 
-def _simulate(scene: dict[str, np.ndarray], frames: int, radius: float) -> np.ndarray:
+def _simulate(scene: dict[str, np.ndarray], frames: int, radius: float, world: np.ndarray) -> np.ndarray:
     """Centers [videos, frames, objects, 2] under elastic collisions of equal masses, all videos at once."""
     position, velocity = scene["positions"].copy(), scene["velocity"].copy()
     present = scene["present"] > 0
@@ -165,7 +173,7 @@ def _simulate(scene: dict[str, np.ndarray], frames: int, radius: float) -> np.nd
         track[:, frame] = position
         for _ in range(SUBSTEPS):
             position += velocity / SUBSTEPS
-            outward = np.where(position < radius, -1.0, np.where(position > WORLD - radius, 1.0, 0.0))
+            outward = np.where(position < radius, -1.0, np.where(position > world - radius, 1.0, 0.0))
             velocity = np.where(outward * velocity > 0, -velocity, velocity)
             for a, b in zip(*np.triu_indices(position.shape[1], 1), strict=True):
                 difference = position[:, b] - position[:, a]

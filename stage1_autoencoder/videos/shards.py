@@ -113,7 +113,7 @@ class ShardSource(DivisibleSource):
         video, step = self.videos[index], self.dataset.frame_step
         path = self.folder / self.files[self._file_of[index]]
         wanted = range(start * step, (stop - 1) * step + 1, step)
-        preprocess = FramePreprocessor(self.dataset.image_size)
+        preprocess = FramePreprocessor(self.dataset.frame_size, self.dataset.fit)
         pictures = self.read_pictures(path, self._places[index], video, int(self._native[index]), wanted)
         try:
             with contextlib.closing(pictures):

@@ -107,7 +107,7 @@ class VideoSource(abc.ABC):
             start: first frame, counted after `frame_step`.
             stop: one past the last frame; None for the end of the video.
         Yields:
-            [image_size, image_size, 3] uint8 RGB, each an array of its own.
+            [h, w, 3] uint8 RGB with (h, w) = `dataset.frame_size`, each an array of its own.
         Raises:
             IndexError: a range outside the video, when the first frame is requested.
             BrokenVideoError: decoding fails, or ends before the last frame of the index.
@@ -120,15 +120,14 @@ class VideoSource(abc.ABC):
             index: which of `videos`.
             positions: frame numbers in any order, possibly repeated; None for all frames.
         Returns:
-            [n, image_size, image_size, 3] uint8 RGB, in the order of `positions`.
+            [n, h, w, 3] uint8 RGB with (h, w) = `dataset.frame_size`, in the order of `positions`.
         Raises:
             IndexError: a position outside the video.
             BrokenVideoError: as in `iterate`.
         """
         if positions is None:
             positions = range(self.videos[index].frames)
-        side = self.dataset.image_size
-        frames = np.empty((len(positions), side, side, 3), np.uint8)
+        frames = np.empty((len(positions), *self.dataset.frame_size, 3), np.uint8)
         if len(positions) == 0:
             return frames
         wanted: dict[int, list[int]] = {}

@@ -56,7 +56,7 @@ def test_clevrer_from_a_site_to_predictions(place, site: FileServer, story: Modu
     place = place.with_sets(*CLEVRER)
     outcome = place.run("data", "--mirror", site.url).ok()
     assert "train: 4 videos, 48 frames" in outcome.out
-    assert "480x320 -> center square, resized to 32x32" in outcome.out
+    assert "480x320 -> center square (67 % of the picture), resized to 32x32" in outcome.out
     place.run("sample", "--videos", "2", sets=["cache.views=[identity, jitter-1]"]).ok()
     assert ids(place) == {
         "train": [f"video_{number:05d}" for number in range(4) for _ in range(2)],

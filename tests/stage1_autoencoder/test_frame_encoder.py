@@ -48,7 +48,7 @@ def frames() -> np.ndarray:
 
 
 def encoder_of(model: Autoencoder, precision: Precision = "fp32", compile: bool = False) -> FrameEncoder:
-    return FrameEncoder(model, CPU, SIDE, precision=precision, compile=compile, frames=FRAMES)
+    return FrameEncoder(model, CPU, (SIDE, SIDE), precision=precision, compile=compile, frames=FRAMES)
 
 
 def identity(frames: np.ndarray) -> Sequence[ViewTransform]:
@@ -175,14 +175,15 @@ def test_a_compiled_encoder_changes_only_roundings(frames):
 
 
 def test_wide_networks_and_large_frames_make_small_batches():
-    def batch(channels: int, side: int) -> FrameEncoder:
+    def batch(channels: int, *frame_size: int) -> FrameEncoder:
         config = CONFIGS["vqgan"].model_copy(update={"channels": channels})
         with torch.device("meta"):
             model = build_autoencoder(config).eval()
-        return FrameEncoder(model, CPU, side)
+        return FrameEncoder(model, CPU, frame_size)
 
-    assert [batch(*size).frames for size in ((16, 32), (64, 32), (64, 64), (64, 256))] == [64, 32, 8, 1]
-    assert batch(64, 32).memory == batch(64, 64).memory == 6 * 2**23  # six feature maps of 8 MiB
+    sizes = ((16, 32, 32), (64, 32, 32), (64, 64, 64), (64, 32, 128), (64, 256, 256))
+    assert [batch(*size).frames for size in sizes] == [64, 32, 8, 8, 1]
+    assert batch(64, 32, 32).memory == batch(64, 32, 128).memory == 6 * 2**23  # six feature maps of 8 MiB
 
 
 def kernel_settings() -> tuple[str, bool, bool, bool]:

@@ -151,7 +151,7 @@ def test_both_autoencoders_encode_and_decode_equally_many_frames(bench, monkeypa
     count("encode"), count("decode")
     assert len(list(autoencoder_measurements(bench))) == 3
     # In whole batches, because half a batch takes as long, and equally many per thread.
-    size = FrameEncoder(VQGAN(VQGANConfig(**AUTOENCODER)), CPU, SIDE).frames * encoder_threads(bench)
+    size = FrameEncoder(VQGAN(VQGANConfig(**AUTOENCODER)), CPU, (SIDE, SIDE)).frames * encoder_threads(bench)
     both = 2 * math.lcm(size, PLAIN_BATCH["cpu"])  # two turns
     # Ours has one network per precision, the plain one encodes in both.
     assert sorted(frames["encode"].values()) == [both, both, 2 * both]

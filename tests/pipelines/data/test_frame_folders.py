@@ -113,14 +113,19 @@ def test_shapes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert_same(open_splits(config.dataset, tmp_path), read_back(tmp_path / "out"))
 
 
-def test_resampled_videos_are_not_resampled_on_the_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resampled_and_padded_videos_are_not_changed_again_on_the_way_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for seed, name in enumerate(("train/a.avi", "test/b.avi")):
         write_video(tmp_path / "data" / "tiny" / name, seed)
-    config = settings(tmp_path, source="videos", fps=7.5, splits={"val": 0.0})
+    config = settings(tmp_path, source="videos", fps=7.5, splits={"val": 0.0}, image_size=[16, 32], fit="pad")
     for _ in range(2):  # the second one finds everything done
         convert(config, run_context(), tmp_path / "out")
-    assert "--set dataset.fps=null" in capsys.readouterr().out
-    assert_same(open_splits(config.dataset, config.data_root), read_back(tmp_path / "out", splits={"val": 0.0}))
+    said = capsys.readouterr().out
+    assert "frames of 32x16" in said
+    assert "--set dataset.fps=null" in said
+    back = read_back(tmp_path / "out", splits={"val": 0.0}, image_size=[16, 32])
+    assert_same(open_splits(config.dataset, config.data_root), back)
 
 
 def test_a_folder_of_videos_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

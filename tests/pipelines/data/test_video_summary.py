@@ -58,12 +58,31 @@ def test_everything_in_a_few_lines(config):
         "found: 5 videos, 4 usable, 1 skipped; other files, ignored: 3 .mpg, 2 .txt",
         "  used     110 of 219 frames (dataset.frame_step 2), 6 s",
         "  lengths  10 to 50, median 25 frames",
-        "  sizes    160x120 (3), 320x240 (1) -> center square, resized to 64x64",
+        "  sizes    160x120 (3), 320x240 (1) -> center square (75 % of the picture), resized to 64x64",
         "  fps      25 (3), 12.5 (1), after frame_step",
         "train: 3 videos, 60 frames (10 to 30, median 20), 1 skipped",
         "test: 1 video, 50 frames (50 to 50, median 50), 0 skipped",
         "note: there is no val split",
     ]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "fit", "expected"),
+    [
+        (64, "crop", "160x90 -> center square (56 % of the picture), resized to 64x64"),
+        ([72, 128], "crop", "160x90 -> center part, resized to 128x72"),
+        ([128, 72], "crop", "160x90 -> center part (32 % of the picture), resized to 72x128"),
+        (64, "pad", "160x90 -> between black bars in 64x64"),
+        ([64, 96], "stretch", "160x90 -> stretched to 96x64"),
+    ],
+)
+def test_how_pictures_fit_and_how_much_of_them_is_used(config, image_size, fit, expected):
+    dataset = config.dataset.model_copy(update={"image_size": image_size, "fit": fit})
+    config = config.model_copy(update={"dataset": dataset})
+    lines = summarize(config, {"train": Source(config, [12], size=(160, 90))})
+    assert lines[3].endswith(f"  {expected}")
+    enlarged = [line for line in lines if "enlarged" in line]
+    assert enlarged == (["note: 1 video smaller than 72x128, enlarged"] if image_size == [128, 72] else [])
 
 
 def test_nothing_unusual(config, three):

@@ -52,7 +52,7 @@ def frames_of(source, video: str) -> np.ndarray:
 
 def encoded_alone(kit, frames: np.ndarray) -> list:
     """Frames, each encoded in a batch of nothing but itself."""
-    encoder = FrameEncoder(kit.model, torch.device("cpu"), frames.shape[1])
+    encoder = FrameEncoder(kit.model, torch.device("cpu"), frames.shape[1:3])
     return [encoder.encode(frame[None], [IDENTITY]) for frame in frames]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stage1_autoencoder.videos.config import Fit
 from stage1_autoencoder.videos.source import VideoSource
 
 
@@ -73,14 +74,27 @@ def area_weights(source: int, target: int) -> np.ndarray:
     return np.clip(overlap, 0, None) * target / source
 
 
-def centered_square(rgb: np.ndarray, size: int) -> np.ndarray:
-    """Centre crop and exact area average of [h, w, 3] in float64."""
+def fitted(rgb: np.ndarray, frame_size: tuple[int, int], fit: Fit) -> np.ndarray:
+    """Centered crop, bars or neither, and exact area average of [h, w, 3], as shown, in float64."""
     height, width = rgb.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    weights = area_weights(side, size)
-    square = rgb[top : top + side, left : left + side].astype(np.float64)
-    return np.clip(np.einsum("yi,ijc,xj->yxc", weights, square, weights, optimize=True), 0, 255)
+    tall, wide = frame_size
+    if fit == "crop":
+        scale = min(height / tall, width / wide)
+        down, across = round(tall * scale), round(wide * scale)
+        top, left = (height - down) // 2, (width - across) // 2
+        rgb = rgb[top : top + down, left : left + across]
+    if fit == "pad":
+        scale = max(height / tall, width / wide)
+        tall, wide = round(height / scale), round(width / scale)
+    rows, columns = area_weights(rgb.shape[0], tall), area_weights(rgb.shape[1], wide)
+    resized = np.clip(np.einsum("yi,ijc,xj->yxc", rows, rgb.astype(np.float64), columns, optimize=True), 0, 255)
+    above, before = (frame_size[0] - tall) // 2, (frame_size[1] - wide) // 2
+    return np.pad(resized, ((above, frame_size[0] - tall - above), (before, frame_size[1] - wide - before), (0, 0)))
+
+
+def centered_square(rgb: np.ndarray, size: int) -> np.ndarray:
+    """Centered crop and exact area average of [h, w, 3] in float64."""
+    return fitted(rgb, (size, size), "crop")
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_the_square_is_cut_out_of_what_is_shown(orientation, size):
     width, height = size
     pixels = np.arange(width * height).reshape(height, width)
     display = Display(orientation)
-    left, top, across, down = display.square(width, height)
+    (left, top, across, down), *_ = display.place(width, height, (32, 32), "crop")
     shown = display.turn(pixels)
     assert display.size(width, height) == shown.shape[::-1]
     side = min(size)
@@ -85,7 +85,7 @@ def test_the_square_is_cut_out_of_what_is_shown(orientation, size):
 )
 def test_squares_of_pixels_that_are_not_square(aspect, size, shown, square):
     assert Display(aspect=aspect).size(*size) == shown
-    assert Display(aspect=aspect).square(*size) == square
+    assert Display(aspect=aspect).place(*size, (64, 64), "crop").region == square
     assert Display(6, aspect).size(*size) == shown[::-1]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import av.filter
@@ -15,10 +15,12 @@ import pytest
 from PIL import Image, ImageSequence
 
 from stage1_autoencoder.videos import open_video
-from stage1_autoencoder.videos.config import DatasetConfig
-from tests.stage1_autoencoder.videos.conftest import centered_square
+from stage1_autoencoder.videos.config import DatasetConfig, Fit
+from tests.stage1_autoencoder.videos.conftest import fitted
 
 SIDE = 32
+SIZES = ((16, 32), (32, 16))
+FITS = get_args(Fit)
 EXACT = "flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
 # Levels by which colors may differ: chroma is interpolated before or after resizing, and pixels that are not square are
 # cut at whole decoded pixels.
@@ -461,7 +463,10 @@ def test_frames_geometry_and_colors_are_those_of_ffmpeg(tmp_path, kind):
     """Against the libraries that we read files with, and against the FFmpeg program where one is installed."""
     path = tmp_path / kind.name
     kind.make(path)
-    source = open_video(DatasetConfig(name="mine", source="videos", image_size=SIDE), path)
+    turn = KINDS.index(kind)  # squares, and one of six other ways to fit
+    ways: list[tuple[tuple[int, int], Fit]] = [((SIDE, SIDE), "crop"), (SIZES[turn % 2], FITS[turn % 3])]
+    datasets = [DatasetConfig(name="mine", source="videos", image_size=list(size), fit=fit) for size, fit in ways]
+    source, other = (open_video(dataset, path) for dataset in datasets)
     (video,) = source.videos
     assert (video.frames, video.size) == (len(kind.frames), kind.size)
     frames = list(source.iterate(0))
@@ -473,5 +478,6 @@ def test_frames_geometry_and_colors_are_those_of_ffmpeg(tmp_path, kind):
     for judge in judges:
         right = judge(kind, path)
         assert len(frames) == len(right)
-        for ours, theirs in zip(frames, right, strict=True):
-            assert np.abs(ours - centered_square(theirs, SIDE)).max() <= TOLERANCE
+        for (frame_size, fit), found in zip(ways, (frames, list(other.iterate(0))), strict=True):
+            for ours, theirs in zip(found, right, strict=True):
+                assert np.abs(ours - fitted(theirs, frame_size, fit)).max() <= TOLERANCE, (frame_size, fit)

@@ -135,6 +135,16 @@ def test_image_size_scales_the_world():
     assert np.abs(shrunk - small).mean() < 1.5
 
 
+def test_the_world_has_the_shape_of_the_frames():
+    for frame_size in ((64, 128), (96, 64)):
+        shapes = source(image_size=list(frame_size), count=100)
+        assert shapes.read(4).shape == (20, *frame_size, 3)
+        x, y = np.moveaxis(shapes.positions[present(shapes)[:, None].repeat(20, 1)], -1, 0)
+        for places, side in ((x, frame_size[1]), (y, frame_size[0])):
+            assert 7 < places.min() < 9  # the radius, of which a fast shape may miss a part at a wall
+            assert side - 9 < places.max() < side - 7
+
+
 def test_any_pairs_of_videos_and_frames_are_rendered_as_they_are_read():
     dataset = source()
     rendered = dataset.render(np.array([5, 0, 5, 31]), np.array([19, 3, 0, 7]))

@@ -27,7 +27,7 @@ CODECS = [
 
 
 def decoded(path, first, stop, step=1):
-    preprocess = FramePreprocessor(16)
+    preprocess = FramePreprocessor((16, 16), "crop")
     return [preprocess(frame) for frame in decode_video(path, "v", first, stop, step)]
 
 
