@@ -80,6 +80,11 @@ def resampled_before(kit) -> dict[str, object]:
     return {}
 
 
+def padded_before(kit) -> dict[str, object]:
+    edit_attributes(kit.store, preprocessing=latent_cache.open_metadata(kit.store).preprocessing | {"fit": "pad"})
+    return {}
+
+
 def copied_too_early(kit) -> dict[str, object]:
     edit_attributes(kit.store, complete=False)
     return {}
@@ -114,6 +119,7 @@ def a_file(kit) -> dict[str, object]:
         (other_autoencoder, ["autoencoder", "encode --overwrite"]),
         (other_preprocessing, ["views", "['identity']", "['identity', 'hflip']", "encode --overwrite"]),
         (resampled_before, ["fps", "10.0 in the store, None in the configuration", "encode --overwrite"]),
+        (padded_before, ["fit", "'pad' in the store, None in the configuration"]),
         (copied_too_early, ["not complete", "encode --overwrite"]),
         (damaged, ["zarr.json", "make encode"]),
         (of_another_program, ["pictures"]),
