@@ -14,7 +14,7 @@ DATASET := $(shell cat .last_dataset 2>/dev/null || echo shapes)
 endif
 
 # What users type is passed on as it is: neither make nor a shell runs or replaces anything in it.
-$(foreach name,DATASET ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TORCH_INDEX,\
+$(foreach name,DATASET RUN ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TORCH_INDEX,\
 	$(eval override $(name) := $$(value $(name))))
 export DEVICE MIRROR SCHEDULER DOWNLOAD
 quoted = '$(subst ','\'',$(1))'
@@ -29,13 +29,13 @@ RIVER = $(BIN)/python -m pipelines
 MANY = $(filter-out 0 1,$(NUM_GPUS))
 TRAIN = $(BIN)/python $(if $(MANY),-m torch.distributed.run --standalone --nproc-per-node $(call quoted,$(NUM_GPUS)) )-m pipelines
 FILE = $(call quoted,configs/$(DATASET).yaml)
-CONFIG = --config $(FILE)
+CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report import-official inspect verify bench gpu-check
+.PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report runs import-official inspect verify bench gpu-check
 
 help:  ## list all targets
-	@printf 'usage: make TARGET [DATASET=%s] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
+	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-18s %s\n", $$1, $$2}'
 	@echo
 	@printf 'data sets:'; for file in configs/*.yaml; do name=$${file#*/}; printf ' %s' "$${name%.yaml}"; done; echo
@@ -104,6 +104,10 @@ study: setup  ## measure quality against the number of evaluations, per solver, 
 report: setup  ## write one self-contained HTML page of a run: runs/<dataset>/report.html
 	$(remember)
 	@$(RIVER) report $(CONFIG) $(OPTIONS)
+
+runs: setup  ## list the runs of a data set; RUN=wide on other targets names a further one
+	$(remember)
+	@$(RIVER) runs $(CONFIG) $(OPTIONS)
 
 import-official: setup  ## official weights as a run: MODEL=model.pth AUTOENCODER=vqvae.ckpt REFINER=refiner.pth, or ARGS=--download
 	$(remember)

@@ -56,20 +56,23 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
     Raises:
         UserError: a part is missing, or the flow was trained on another autoencoder's latents.
     """
-    flow, autoencoder_checkpoint = find_flow(run), find_autoencoder(run)
+    flow = find_flow(run)
     if flow is None:
         raise UserError(f"{run}/flow/checkpoints holds no checkpoint: train one with `make train-flow`")
+    try:
+        config = parse_config(read_yaml(run / "config.yaml"), f"{run}/config.yaml")
+    except OSError as error:
+        raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
+    # A named run's folder lies in that of the default run.
+    shared = run if config.run is None else run.parent
+    autoencoder_checkpoint = find_autoencoder(shared)
     if autoencoder_checkpoint is None:
         known = flow.state["store"]["autoencoder"]
         raise UserError(
-            f"{run}/autoencoder/checkpoints holds no checkpoint, and {flow.path} was trained on latents of "
+            f"{shared}/autoencoder/checkpoints holds no checkpoint, and {flow.path} was trained on latents of "
             f"autoencoder {known[:12]}...: restore it (imported weights: `import-official`), or start over with "
             "`train-autoencoder`, `encode --overwrite` and `train-flow --restart`"
         )
-    try:
-        values = read_yaml(run / "config.yaml")
-    except OSError as error:
-        raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
     autoencoder = load_trained_autoencoder(autoencoder_checkpoint, device)
     trained_on, here = flow.state["store"]["autoencoder"], weights_digest(autoencoder)
     if trained_on != here:
@@ -78,7 +81,7 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
             f"{autoencoder_checkpoint.path} is {here[:12]}...: encode and train the flow again "
             "(`encode --overwrite`, `train-flow --restart`), or restore the old autoencoder"
         )
-    sampling = parse_config(values, f"{run}/config.yaml").sampling
+    sampling = config.sampling
     if weights is not None:
         sampling = sampling.model_copy(update={"weights": weights})
     refiner, no_refiner = _find_refiner(run, here, device)
@@ -103,7 +106,7 @@ def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> t
     trained_for = found.state["autoencoder"]
     if trained_for != autoencoder_digest:
         return None, (
-            f"{found.path} was trained for autoencoder {trained_for[:12]}..., but {run}/autoencoder is "
+            f"{found.path} was trained for autoencoder {trained_for[:12]}..., but the run has "
             f"{autoencoder_digest[:12]}...: train it again (`train-refiner --restart`), or restore the old autoencoder"
         )
     return load_trained_refiner(found, device), ""

@@ -46,7 +46,8 @@ class VideoPredictor(PredictorParts):
         A refiner that was trained for another autoencoder is not loaded; asking for it is then an error.
 
         Args:
-            run: for example `runs/kth`, with `autoencoder/`, `flow/`, `config.yaml`, and optionally `refiner/`.
+            run: for example `runs/kth`, with `autoencoder/`, `flow/`, `config.yaml`, and optionally `refiner/`; or a
+                named run in it, `runs/kth/wide`, which uses that autoencoder.
             device: `auto`, `cpu`, `cuda`.
             weights: of the vector field: the average, if the training kept one, or those of the last step; None: as the
                 run's `sampling.weights` says.

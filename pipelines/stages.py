@@ -43,10 +43,19 @@ class Stage:
     check: Callable[[RiverConfig, RunContext], object] | None = None
 
 
+def _check_shared(config: RiverConfig, run_context: RunContext) -> None:
+    """Refuse to replace, in the name of one run, what all runs of the data set are made from."""
+    if config.run is not None and run_context.asks_for_more:
+        raise UserError(
+            f"--run {config.run}: all runs of {config.dataset.name} share one autoencoder and one store: leave out "
+            "--run to replace these for all of them, or use others with --set dataset.name=..."
+        )
+
+
 def _encode(config: RiverConfig, run_context: RunContext) -> Path:
     if run_context.processes.count > 1:
         raise UserError(f"{config.store_path}: no complete store; run `encode` first, in one process")
-    return encode(config, run_context, find_autoencoder(config.run_path))
+    return encode(config, run_context, find_autoencoder(config.shared.run_path))
 
 
 # Raw videos are fetched only when somebody asks for it (`data`, or --mirror): no stage needs theirs.
@@ -54,8 +63,8 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("videos", (), videos_status, prepare_data),
-        Stage("autoencoder", (), autoencoder_status, train_autoencoder),
-        Stage("store", ("autoencoder",), store_status, _encode),
+        Stage("autoencoder", (), autoencoder_status, train_autoencoder, _check_shared),
+        Stage("store", ("autoencoder",), store_status, _encode, _check_shared),
         Stage("flow", ("store",), flow_status, train_flow, check_flow),
         Stage("refiner", ("store",), refiner_status, train_refiner),
     )
@@ -95,11 +104,11 @@ def run_to_prediction(config: RiverConfig, run_context: RunContext, refine: bool
             `run_to`.
     """
     made = [STAGES[name].status(config) for name in ("store", "flow")]
-    if find_autoencoder(config.run_path) is None and any(status.is_done for status in made):
+    if find_autoencoder(config.shared.run_path) is None and any(status.is_done for status in made):
         raise UserError(
-            f"{config.run_path}/autoencoder/checkpoints holds no checkpoint, and predictions need the autoencoder that "
-            f"encoded {config.store_path}: restore it there (imported weights: `import-official`), or encode another "
-            "store (--set paths.latents=...)"
+            f"{config.training_folder('autoencoder')}/checkpoints holds no checkpoint, and predictions need the "
+            f"autoencoder that encoded {config.store_path}: restore it there (imported weights: "
+            "`import-official`), or encode another store (--set paths.latents=...)"
         )
     run_to("flow", config, run_context)
     if refine:

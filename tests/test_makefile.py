@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # Without what `make test` gives its commands: a make in a make also prints folders.
-    own = ("DATASET", "ARGS", "MFLAGS")
+    own = ("DATASET", "RUN", "ARGS", "MFLAGS")
     kept = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("MAKE")}
     return subprocess.run(["make", *words], cwd=folder, env=kept | environment, capture_output=True, text=True)
 
@@ -61,8 +61,8 @@ def test_names_of_files_arrive_as_they_are(folder, name):
     files = ("MODEL", "AUTOENCODER", "REFINER")
     arguments, _ = called(folder, "import-official", *(f"{file}={name}" for file in files))
     assert arguments == ["import-official", *config, *(f"--{file.lower()}={name}" for file in files)]
-    arguments, environment = called(folder, "data", f"MIRROR={name}", f"DATASET={name}")
-    assert arguments == ["data", "--config", f"configs/{name}.yaml"]
+    arguments, environment = called(folder, "data", f"MIRROR={name}", f"DATASET={name}", f"RUN={name}")
+    assert arguments == ["data", "--config", f"configs/{name}.yaml", f"--run={name}"]
     assert environment["MIRROR"] == name
     assert not (folder / "ran").exists()
 

@@ -17,6 +17,7 @@ COMMANDS = (
     "evaluate",
     "study",
     "report",
+    "runs",
     "inspect",
     "import-official",
     "bench",

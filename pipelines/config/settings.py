@@ -148,6 +148,10 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# Folders of a run. Its files, and backups of its folders, have a dot in their names, which names of runs have not.
+_RUN_FOLDERS = ("autoencoder", "flow", "refiner", "samples", "predictions")
+
+
 class PathsConfig(_Section):
     """Root folders; the data set's name is appended to each. The defaults are in the working folder."""
 
@@ -234,6 +238,13 @@ class RiverConfig(_Section):
     """Everything a run depends on."""
 
     seed: Seed = 0
+    run: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        max_length=100,
+        description="name of a further run on the same store and autoencoder: its flow, refiner, samples and results "
+        "are in <runs>/<dataset>/<run>; --run NAME sets it",
+    )
     paths: PathsConfig = Field(default_factory=PathsConfig)
     dataset: DatasetConfig
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
@@ -243,6 +254,13 @@ class RiverConfig(_Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @field_validator("run")
+    @classmethod
+    def _is_no_folder_of_a_run(cls, name: str | None) -> str | None:
+        if name is not None and name.lower() in _RUN_FOLDERS:  # lower: some file systems ignore case
+            raise ValueError(f"a run has folders of its own called {', '.join(_RUN_FOLDERS)}")
+        return name
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RiverConfig":
@@ -297,4 +315,14 @@ class RiverConfig(_Section):
 
     @property
     def run_path(self) -> Path:
-        return Path(self.paths.runs) / self.dataset.name
+        """`<runs>/<dataset>`; of a named run `<runs>/<dataset>/<run>`."""
+        return Path(self.paths.runs) / self.dataset.name / (self.run or "")
+
+    @property
+    def shared(self) -> "RiverConfig":
+        """This configuration for the default run, whose folder has what all runs share: the store's autoencoder."""
+        return self.model_copy(update={"run": None})
+
+    def training_folder(self, name: str) -> Path:
+        """The folder of a training: `autoencoder`, `flow` or `refiner`."""
+        return (self.shared if name == "autoencoder" else self).run_path / name

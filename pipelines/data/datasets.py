@@ -41,7 +41,7 @@ def prepare_data(config: RiverConfig, run_context: RunContext) -> dict[Split, Vi
     for line in summarize(config, splits):
         say(line)
     if run_context.processes.is_first:
-        path = config.run_path / "videos.tsv"
+        path = config.shared.run_path / "videos.tsv"
         count = write_video_list(path, splits)
         say(f"data: {count} videos, listed in {path}")
     return _report_skipped(splits, run_context)

@@ -52,7 +52,7 @@ def store_status(config: RiverConfig) -> Status:
 
 def _check_origin(config: RiverConfig) -> None:
     """Refuse a store, complete or not, of another autoencoder than the run's or of other preprocessing."""
-    checkpoint = find_autoencoder(config.run_path)
+    checkpoint = find_autoencoder(config.shared.run_path)
     if checkpoint is None:
         return
     metadata = latent_cache.open_metadata(config.store_path)
@@ -60,8 +60,9 @@ def _check_origin(config: RiverConfig) -> None:
     here = autoencoder_digest(checkpoint)
     if stored != here:
         raise UserError(
-            f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but {config.run_path}/autoencoder holds "
-            f"{here[:12]}...: encode again with `encode --overwrite`, or restore the autoencoder"
+            f"{config.store_path} was encoded by autoencoder {stored[:12]}..., but "
+            f"{config.training_folder('autoencoder')} holds {here[:12]}...: encode again with "
+            "`encode --overwrite`, or restore the autoencoder"
         )
     there, wanted = metadata.preprocessing, store_preprocessing(config)
     _refuse(

@@ -59,7 +59,7 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
         return path
     autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
     splits = open_videos(config, run_context)
-    write_run_files(config, run_context.device)
+    write_run_files(config.shared, run_context.device)
     for summary in StoreEncoder(config, run_context, checkpoint, autoencoder, splits).run():
         say(summary.line())
         if (changed := summary.measured["codes_changed"]) > MOST_CODES_CHANGED:

@@ -178,9 +178,9 @@ def _save_video(
     """Decode one video of a store to a GIF."""
     if config is None:
         raise UserError("--gif needs the autoencoder: name the configuration of its run with --config")
-    checkpoint = find_autoencoder(config.run_path)
+    checkpoint = find_autoencoder(config.shared.run_path)
     if checkpoint is None:
-        raise UserError(f"{config.run_path}/autoencoder has no checkpoint, which is needed to decode {store}")
+        raise UserError(f"{config.training_folder('autoencoder')} has no checkpoint, which is needed to decode {store}")
     autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
     wanted = latent_cache.open_metadata(store).autoencoder["sha256"]
     if weights_digest(autoencoder) != wanted:

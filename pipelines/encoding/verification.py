@@ -115,11 +115,11 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
 
 
 def _load_autoencoder(config: RiverConfig, run_context: RunContext) -> Autoencoder:
-    checkpoint = find_autoencoder(config.run_path)
+    checkpoint = find_autoencoder(config.shared.run_path)
     if checkpoint is None:
         raise UserError(
-            f"{config.run_path}/autoencoder has no checkpoint, which is needed to encode frames again: restore it, "
-            f"{CHECKSUMS_ONLY}"
+            f"{config.training_folder('autoencoder')} has no checkpoint, which is needed to encode frames again: "
+            f"restore it, {CHECKSUMS_ONLY}"
         )
     return load_trained_autoencoder(checkpoint, run_context.device)
 

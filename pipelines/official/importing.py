@@ -18,7 +18,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.run_folder import is_imported, move_to_backup, only_training_of, write_run_files
+from pipelines.runtime.run_folder import another_name, is_imported, move_to_backup, only_training_of, write_run_files
 
 LICENSE = (
     "these weights are their authors' (RIVER, ICCV 2023, arXiv 2211.14575) and are licensed under GPL-3.0, unlike this "
@@ -63,15 +63,16 @@ def import_official(
     parts = _read_parts(config, files, run_context.download, presets, heads)
     new = [part for part in parts if not _is_imported_already(config, part)]
     in_the_way = [part for part in new if _find(config, part) is not None]
-    if in_the_way and not run_context.restart:
-        raise UserError("\n".join(_refusal(config, part) for part in in_the_way))
+    refused = [part for part in in_the_way if not run_context.restart or _is_shared(config, part)]
+    if refused:
+        raise UserError("\n".join(_refusal(config, part) for part in refused))
     for part in in_the_way:
-        move_to_backup(config.run_path / part.name, part.name)
+        move_to_backup(config.training_folder(part.name), part.name)
     with ExitStack() as locks:
         for part in new:
-            locks.enter_context(only_training_of(config.run_path / part.name))
-        if new:
-            write_run_files(config, run_context.device)
+            locks.enter_context(only_training_of(config.training_folder(part.name)))
+        for part in new:
+            write_run_files(config.shared if part.name == "autoencoder" else config, run_context.device)
         for part in parts:
             if part in new:
                 _write(config, part)
@@ -124,7 +125,7 @@ def _read_parts(
     # The latents that flow and refiner work on: of the files' autoencoder, one imported before, or a released one.
     autoencoder, path = networks.autoencoder, networks.autoencoder_path
     if autoencoder is None:
-        before = find_autoencoder(config.run_path)
+        before = find_autoencoder(config.shared.run_path)
         if before is not None and is_imported(before):
             autoencoder, path = load_trained_autoencoder(before, torch.device("cpu")), before.path
         elif may_download:
@@ -135,8 +136,9 @@ def _read_parts(
             trained = "has none" if before is None else f"has another, {before.path}, which was trained here"
             raise UserError(
                 f"{files.model or files.refiner} works on latents of an autoencoder, which it does not hold, and "
-                f"{config.run_path} {trained}: name the one that came with it, --autoencoder vqvae.ckpt (CLEVRER's: "
-                "vqvae.pth)" + ("" if before is None else ", with --restart or --set dataset.name=<another run>")
+                f"{config.shared.run_path} {trained}: name the one that came with it, --autoencoder vqvae.ckpt "
+                "(CLEVRER's: vqvae.pth)"
+                + ("" if before is None else ", with --restart or --set dataset.name=<another run>")
             )
     if networks.field is not None:
         check_channels(networks.field, files.model, autoencoder, path)
@@ -145,7 +147,7 @@ def _read_parts(
 
 
 def _find(config: RiverConfig, part: Part) -> Checkpoint | None:
-    return CheckpointFolder(config.run_path / part.name / "checkpoints").latest()
+    return CheckpointFolder(config.training_folder(part.name) / "checkpoints").latest()
 
 
 def _is_imported_already(config: RiverConfig, part: Part) -> bool:
@@ -161,14 +163,20 @@ def _is_imported_already(config: RiverConfig, part: Part) -> bool:
 def _refusal(config: RiverConfig, part: Part) -> str:
     found = _find(config, part)
     origin = f"was imported from {found.state['imported']['file']}" if is_imported(found) else "was trained here"
+    for_all = "without --run, " if _is_shared(config, part) else ""
     return (
-        f"{found.path} {origin}, and {part.source} would replace it: import with --restart (the existing one is moved "
-        "to a backup folder), or give the run another name with --set dataset.name=..."
+        f"{found.path} {origin}, and {part.source} would replace it: import {for_all}with --restart (the existing one "
+        f"is moved to a backup folder), or {another_name(config.training_folder(part.name))}"
     )
 
 
+def _is_shared(config: RiverConfig, part: Part) -> bool:
+    """Whether a part belongs to other runs than the configuration's, too."""
+    return config.run is not None and part.name == "autoencoder"
+
+
 def _write(config: RiverConfig, part: Part) -> None:
-    folder = CheckpointFolder(config.run_path / part.name / "checkpoints")
+    folder = CheckpointFolder(config.training_folder(part.name) / "checkpoints")
     path = folder.save(part.step, {"model": part.network.state_dict()}, part.state)
     iterations = part.state["imported"]["iterations"]
     trained = "" if iterations is None else f"{iterations} iterations, "
@@ -177,7 +185,7 @@ def _write(config: RiverConfig, part: Part) -> None:
 
 
 def _say_next_steps(config: RiverConfig) -> None:
-    flow, autoencoder = find_flow(config.run_path), find_autoencoder(config.run_path)
+    flow, autoencoder = find_flow(config.run_path), find_autoencoder(config.shared.run_path)
     if flow is None:
         say("import-official: next: `encode` the videos, then `train-flow` on their latents")
         return

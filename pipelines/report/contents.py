@@ -15,7 +15,7 @@ from pipelines.runtime.run_folder import Environment, describe_progress
 
 def autoencoder_section(run: Run) -> dict[str, Any]:
     """The last validation's reconstructions, and which codes the store's latents fall on."""
-    path = max((run.path / "autoencoder" / "reconstructions").glob("step_*.png"), default=None)
+    path = max((run.config.training_folder("autoencoder") / "reconstructions").glob("step_*.png"), default=None)
     sheet, problem = None, None
     if path is not None:
         try:

@@ -45,7 +45,8 @@ class Run:
     """The files of a configuration's run. Where one cannot be read, a `UserError` names it and the way out."""
 
     def __init__(self, config: RiverConfig) -> None:
-        self.config, self.path, self.name = config, config.run_path, config.dataset.name
+        self.config, self.path = config, config.run_path
+        self.name = config.dataset.name + (f", run {config.run}" if config.run else "")
 
     def read(self, model: type[Model]) -> Model | None:
         """The file of a class; None where it is missing."""
@@ -75,17 +76,17 @@ class Run:
     @cached_property
     def logs(self) -> dict[str, Log | None]:
         """The log of each training; None if there is none."""
-        return {training: read_log(self.path / training / "log.jsonl") for training in TRAININGS}
+        return {training: read_log(self.config.training_folder(training) / "log.jsonl") for training in TRAININGS}
 
     @cached_property
     def checkpoints(self) -> dict[str, Checkpoint | None]:
         """The checkpoint in use of each training; None if there is none."""
-        return {training: chosen_checkpoint(self.path / training) for training in TRAININGS}
+        return {training: chosen_checkpoint(self.config.training_folder(training)) for training in TRAININGS}
 
     def damaged_checkpoints(self, training: str) -> list[str]:
         """A message per checkpoint whose `state.json` cannot be read."""
         problems = []
-        for path in sorted((self.path / training / "checkpoints").glob("step_*/state.json")):
+        for path in sorted((self.config.training_folder(training) / "checkpoints").glob("step_*/state.json")):
             try:
                 json.loads(path.read_bytes())
             except (OSError, ValueError) as error:
@@ -94,7 +95,8 @@ class Run:
 
     def command(self, target: str) -> str:
         """The command that makes a missing part."""
-        return f"make {target} DATASET={self.name}"
+        of_run = f" RUN={self.config.run}" if self.config.run else ""
+        return f"make {target} DATASET={self.config.dataset.name}{of_run}"
 
     def is_empty(self) -> bool:
         """Whether there is nothing to report on."""

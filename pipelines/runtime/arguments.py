@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,6 +60,14 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="a YAML file, or the name of a preset; default shapes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for example flow.training.steps=1000"
+    )
+    parser.add_argument(
+        "--run",
+        dest="set",
+        action="append",
+        type=lambda name: f"run={json.dumps(name)}",
+        metavar="NAME",
+        help="a further run on the same store and autoencoder: its flow and results are in <runs>/<dataset>/NAME",
     )
     parser.add_argument("--device", default=os.environ.get("DEVICE") or "auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument(

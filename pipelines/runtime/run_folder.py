@@ -86,12 +86,13 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for name in TRAININGS:
-        newest = CheckpointFolder(config.run_path / name / "checkpoints").latest(warns=False)
+        newest = CheckpointFolder(config.training_folder(name) / "checkpoints").latest(warns=False)
         if newest is not None and name in newest.state.get("settings", {}):
             settings[name] = newest.state["settings"][name]
     if not settings:
         return {}
-    file = config.run_path / "config.yaml"
+    files = (config.run_path / "config.yaml", config.shared.run_path / "config.yaml")
+    file = next((file for file in files if file.exists()), files[0])
     try:
         stored = parse_config(read_yaml(file), str(file))
     except (OSError, UserError):
@@ -103,6 +104,11 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     }
 
 
+def run_names(config: RiverConfig) -> list[str]:
+    """The named runs of a configuration's data set."""
+    return sorted(file.parent.name for file in config.shared.run_path.glob("*/config.yaml"))
+
+
 @contextmanager
 def only_training_of(folder: Path) -> Iterator[None]:
     """Lock a training's folder: a second training would mix its checkpoints and log with ours.
@@ -110,9 +116,16 @@ def only_training_of(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process trains in this folder.
     """
-    busy = f"{folder}: process {{pid}} is training here; wait for it, stop it, or give this run another name with "
-    with locked(folder / ".lock", busy + "--set dataset.name=..."):
+    busy = f"{folder}: process {{pid}} is training here; wait for it, stop it, or {another_name(folder)}"
+    with locked(folder / ".lock", busy):
         yield
+
+
+def another_name(folder: Path) -> str:
+    """How to train beside the training of a folder, as the end of a sentence."""
+    # All runs of a data set share the autoencoder.
+    option = "--set dataset.name=..." if folder.name == "autoencoder" else "--run <name>"
+    return f"give the run another name with {option}"
 
 
 def is_imported(checkpoint: Checkpoint) -> bool:

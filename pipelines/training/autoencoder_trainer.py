@@ -55,6 +55,7 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
         UserError: no videos; a checkpoint that conflicts with the configuration; gradients that are not finite.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
+    config = config.shared
     processes, plan = run_context.processes, autoencoder_plan(config)
 
     def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
@@ -101,8 +102,8 @@ def autoencoder_status(config: RiverConfig) -> Status:
 
 
 def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
-    """The training of this configuration."""
-    return plan_training("autoencoder", config, identity={"dataset": identity_settings(config.dataset)})
+    """The training of this configuration, for all its runs."""
+    return plan_training("autoencoder", config.shared, identity={"dataset": identity_settings(config.dataset)})
 
 
 def best_by(training: AutoencoderTrainingConfig, perceptual: bool) -> str | None:

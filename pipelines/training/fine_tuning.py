@@ -115,9 +115,9 @@ def _check_start(start: Checkpoint, config: RiverConfig, cache: LatentCache) -> 
     if knows != stored:
         raise UserError(
             f"{cache.url} was encoded by autoencoder {stored[:12]}..., and {start.path} was trained on "
-            f"latents of {knows[:12]}...: restore that autoencoder in {config.run_path}/autoencoder (for imported "
-            "weights: `import-official`) and `encode --overwrite`, or train from random weights on this store with "
-            "`train-flow --restart`"
+            f"latents of {knows[:12]}...: restore that autoencoder in {config.training_folder('autoencoder')} (for "
+            "imported weights: `import-official`) and `encode --overwrite`, or train from random weights on this "
+            "store with `train-flow --restart`"
         )
     standardized = not _is_identity(start)
     if config.flow.training.standardize != standardized:

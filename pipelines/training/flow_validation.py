@@ -168,9 +168,9 @@ def open_validation_clips(config: RiverConfig, split: LatentCache, device: torch
 
 def _find_autoencoder(config: RiverConfig, split: LatentCache, device: torch.device) -> Autoencoder | None:
     """The run's autoencoder if it encoded the store; else None and a message."""
-    found = find_autoencoder(config.run_path)
+    found = find_autoencoder(config.shared.run_path)
     if found is None:
-        _say_none(f"{config.run_path}/autoencoder has no checkpoint to decode them with")
+        _say_none(f"{config.training_folder('autoencoder')} has no checkpoint to decode them with")
         return None
     try:
         with torch.random.fork_rng(devices=[]):  # building a network draws random weights

@@ -105,7 +105,7 @@ def refiner_status(config: RiverConfig) -> Status:
 def refiner_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration on this store. Missing inputs are not compared."""
     training, inputs = config.refiner.training, {}
-    autoencoder = find_autoencoder(config.run_path)
+    autoencoder = find_autoencoder(config.shared.run_path)
     if autoencoder is not None:
         inputs["autoencoder"] = autoencoder_digest(autoencoder)
     try:
@@ -407,12 +407,12 @@ def make_example(autoencoder: Autoencoder, pixels: Tensor, latents: Tensor) -> R
 
 
 def _load_autoencoder(config: RiverConfig, device: torch.device) -> Autoencoder:
-    checkpoint = find_autoencoder(config.run_path)
+    checkpoint = find_autoencoder(config.shared.run_path)
     if checkpoint is None:
         raise UserError(
-            f"{config.run_path}/autoencoder/checkpoints holds no checkpoint, and a refiner is trained on frames that "
-            f"the autoencoder decodes: restore the one that encoded {config.store_path}, or train one and encode again "
-            "(`train-autoencoder`, `encode --overwrite`)"
+            f"{config.training_folder('autoencoder')}/checkpoints holds no checkpoint, and a refiner is trained on "
+            f"frames that the autoencoder decodes: restore the one that encoded {config.store_path}, or train one and "
+            "encode again (`train-autoencoder`, `encode --overwrite`)"
         )
     return load_trained_autoencoder(checkpoint, device)
 

@@ -13,6 +13,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say
 from pipelines.runtime.run_folder import (
+    another_name,
     chosen_checkpoint,
     describe_progress,
     is_imported,
@@ -208,7 +209,7 @@ def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:
         + "\n  ".join(changed)
         + ("\nalso changed, without effect on the result:\n  " + "\n  ".join(harmless) if harmless else "")
         + f"\nrestore the old values, train again with `train-{plan.name} --restart` (the existing training is moved "
-        f"to a backup), {plan.way_out}or give the run another name with --set dataset.name=..."
+        f"to a backup), {plan.way_out}or {another_name(plan.folder)}"
     )
 
 

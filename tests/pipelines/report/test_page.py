@@ -153,7 +153,7 @@ def whole(toys: Toys) -> Toys:
 def test_a_missing_run_is_refused(toys: Toys):
     with pytest.raises(UserError, match=re.escape(str(toys.run))) as refused:
         toys.page()
-    assert "make train-autoencoder DATASET=toys" in str(refused.value)
+    assert "make train-flow DATASET=toys" in str(refused.value)
     assert not toys.run.exists()
 
 

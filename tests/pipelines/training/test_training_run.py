@@ -49,7 +49,7 @@ def test_another_configuration_is_refused_with_the_way_out(trained):
     with pytest.raises(UserError, match=r"b\.c: 1 -> 2\n") as error:
         resume(trained, {"seed": 0, "b": {"c": 2}})
     assert "--restart" in str(error.value)
-    assert "--set dataset.name=" in str(error.value)
+    assert "--run" in str(error.value)
 
 
 def test_restart_moves_the_old_training_to_a_backup(trained, capsys):

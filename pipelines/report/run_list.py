@@ -1,0 +1,72 @@
+"""The runs of a data set, a line each: how far the flow is, how good, how old, and which of its settings differ."""
+
+from datetime import datetime
+
+from pipelines.config import RiverConfig, differences
+from pipelines.errors import UserError
+from pipelines.evaluation.results import Evaluation
+from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.files import read_json
+from pipelines.runtime.progress import warn
+from pipelines.runtime.run_folder import chosen_checkpoint, describe_progress, run_names, trained_settings
+
+DEFAULT = "default"
+HEAD = ("run", "flow", "PSNR", "saved", "other settings")
+# Of a measurement: what its numbers are compared by.
+_MEASURED = ("split", "window", "context", "horizon", "samples")
+
+
+def format_runs(config: RiverConfig) -> str:
+    """A table of the default run and the named ones; a sentence if no flow is trained.
+
+    Args:
+        config: with the settings of the default run. Those in which another run differs are named.
+    """
+    rows = [
+        row for name in (None, *run_names(config)) if (row := _row(config.model_copy(update={"run": name}), config))
+    ]
+    if not rows:
+        return (
+            f"{config.shared.run_path}: no run has a flow yet: `train-flow` trains one, with --run NAME a further one"
+        )
+    widths = [max(len(row[column]) for row in (HEAD, *rows)) for column in range(len(HEAD))]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (HEAD, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
+    """A run's line; None if it has no flow."""
+    newest = CheckpointFolder(config.training_folder("flow") / "checkpoints").latest(warns=False)
+    if newest is None:
+        return None
+    settings = {name: value for name, value in trained_settings(config).items() if name in ("seed", "flow", "refiner")}
+    steps = settings.get("flow", {}).get("training", {}).get("steps", newest.step)
+    of_all = f" of {steps}" if newest.step < steps else ""
+    psnr, evaluation = "", _evaluation(config)
+    if evaluation is not None:
+        used, step = chosen_checkpoint(config.training_folder("flow")), evaluation.protocol.flow_step
+        psnr = f"{evaluation.metrics['psnr'].prediction:.2f} dB" + (
+            "" if used is None or used.step == step else f" at step {step}"
+        )
+        settings["evaluation"] = evaluation.protocol.model_dump(include=set(_MEASURED))
+    ours = default.model_dump(mode="json")
+    theirs = {name: ours[name] for name in settings}
+    if "evaluation" in settings:
+        theirs["evaluation"] = {name: ours["evaluation"][name] for name in _MEASURED}
+    saved = datetime.fromtimestamp((newest.path / "state.json").stat().st_mtime)
+    return (
+        config.run or DEFAULT,
+        describe_progress(newest) + of_all,
+        psnr,
+        f"{saved:%Y-%m-%d %H:%M}",
+        "; ".join(differences(settings, theirs)),
+    )
+
+
+def _evaluation(config: RiverConfig) -> Evaluation | None:
+    path = config.run_path / "evaluation.json"
+    try:
+        return read_json(path, Evaluation, "`evaluate` writes it again") if path.exists() else None
+    except UserError as error:
+        warn(str(error))
+        return None
