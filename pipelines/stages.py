@@ -126,7 +126,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
     latents = "x".join(map(str, latent_shape))
     sizes = {
         "videos": f"source {config.dataset.source}",
-        "autoencoder": f"{autoencoder.parameter_count / 1e6:.1f} M parameters, frames {h}x{w} -> latents {latents}",
+        "autoencoder": f"{autoencoder.parameter_count / 1e6:.1f} M parameters, frames of {w}x{h} -> latents {latents}",
         "store": str(config.store_path),
         "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {prod(latent_shape[1:]) + 1} tokens",
         "refiner": f"{refiner.parameter_count / 1e6:.2f} M parameters, optional",

@@ -119,9 +119,9 @@ def step_seconds(bench: Workbench, cache: LatentCache, **training: Any) -> float
 
 def _stored_compared_to_encoding(bench: Workbench, step: float) -> Measurement:
     """A step on stored latents, compared to one that first encodes its three frames per sample."""
-    size, side = bench.config.flow.training.batch_size, bench.config.dataset.image_size
+    size, frame_size = bench.config.flow.training.batch_size, bench.config.dataset.frame_size
     autoencoder = random_autoencoder(bench)
-    images = torch.rand(size, 3, side, side, device=bench.device) * 2 - 1
+    images = torch.rand(size, 3, *frame_size, device=bench.device) * 2 - 1
     with exact_kernels(), torch.no_grad():
         (encoding,) = bench.in_turn(lambda: [autoencoder.encode(images) for _ in ("target", "reference", "condition")])
     return Measurement(

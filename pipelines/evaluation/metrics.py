@@ -99,14 +99,14 @@ def load_frame_metrics(config: RiverConfig, run_context: RunContext) -> tuple[li
     Raises:
         UserError, FetchError: see `load_lpips`.
     """
-    side, metrics, missing = config.dataset.image_size, [PSNR], {}
+    side, metrics, missing = min(config.dataset.frame_size), [PSNR], {}
     if side < SSIM_WINDOW:
         missing["ssim"] = f"it is not defined for images of less than {SSIM_WINDOW} pixels a side (dataset.image_size)"
     else:
         metrics.append(SSIM)
     lpips = None
     if side < SMALLEST_SIDE:
-        missing["lpips"] = f"it needs images of {SMALLEST_SIDE} pixels a side, dataset.image_size is smaller"
+        missing["lpips"] = f"it needs images of {SMALLEST_SIDE} pixels a side (dataset.image_size)"
     else:
         lpips = load_lpips(config.autoencoder.training.vgg_weights, run_context.device, download=run_context.download)
         if lpips is None:

@@ -56,6 +56,7 @@ def describe_protocol(
             "filter": frames["resize_filter"],
             "upscale_filter": frames["upscale_filter"],
             "crop": frames["crop"],
+            "fit": config.dataset.fit,
             "size": config.dataset.image_size,
         },
         sampling=predictor.resolved_sampling(config.sampling, evaluation.context, evaluation.horizon).model_dump(
@@ -126,13 +127,15 @@ def describe_preset(config: RiverConfig) -> str | None:
 def _describe_fvd(config: RiverConfig, i3d: Path, intervals: bool) -> dict[str, Any]:
     segments = Segments.choose(config.evaluation)
     resamples = min(config.evaluation.resamples, MAX_RESAMPLES)
+    height, width = config.dataset.frame_size
+    distorted = "" if height == width else f", which distorts frames of {width}x{height}"
     given = "real ones against real clips, autoencoded ones against autoencoded clips"
     return {
         "network_sha256": file_sha256(i3d),
         "context": segments.context > 0,
         "frames": segments.frames,
         "clips_of_frames": segments.describe(),
-        "resize": "by the network: 224x224, bilinear",
+        "resize": f"by the network: 224x224, bilinear{distorted}",
         "given_frames": given if segments.context else None,
         "statistics": "mean and covariance (n - 1) in float64",
         "samples": "one set per sample number, mean over the sets' distances",

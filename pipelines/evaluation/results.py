@@ -72,6 +72,7 @@ class Protocol(Result):
         ssim: its definition; None where it was not measured.
         interval: how intervals were made; None where there are none.
         missing: metric, or `interval`, that was not measured -> reason.
+        image_size: side of square frames, or [height, width].
     """
 
     dataset: str
@@ -84,7 +85,7 @@ class Protocol(Result):
     window: str
     context: int
     horizon: int
-    image_size: int
+    image_size: int | list[int]
     flow_step: int
     flow_sha256: str
     autoencoder_sha256: str

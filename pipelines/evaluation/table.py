@@ -93,12 +93,14 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
     step = "every frame" if protocol.frame_step == 1 else f"one frame in {protocol.frame_step}"
     step += "" if protocol.fps is None else f" of videos resampled to {protocol.fps:g} frames per second"
     resize, size = protocol.resize, protocol.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    fitted = {"pad": "padded", "stretch": "stretched"}.get(resize.get("fit", ""), "resized")
     weights = {"autoencoder": protocol.autoencoder_sha256, f"flow (step {protocol.flow_step})": protocol.flow_sha256,
                "refiner": protocol.refiner_sha256, "VGG16": protocol.vgg_sha256,
                "I3D": protocol.fvd and protocol.fvd["network_sha256"]}  # fmt: skip
     facts = {
         "protocol": protocol.protocol or "none of the literature's (evaluation.protocol)",
-        "clips": f"{window}, {step}, resized to {size}x{size} (filter {resize['filter']})",
+        "clips": f"{window}, {step}, {fitted} to {width}x{height} (filter {resize['filter']})",
         "FVD": protocol.fvd and protocol.fvd["clips_of_frames"],
         "SSIM": protocol.ssim,
         "interval": protocol.interval,

@@ -22,7 +22,7 @@ GREEN, RED, GRAY = (46, 204, 113), (231, 76, 60), (150, 150, 150)
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 BORDER = 3
 LABEL_HEIGHT = 16
-# About the width that frames have on sheets and in animations of several strips, and on their own.
+# About the width that frames have on sheets and in animations of several strips; the longer side of those on their own.
 MIN_SIDE, LEGIBLE_SIDE = 96, 256
 # At most, on contact sheets, on sheets of reconstructions, and in animations.
 FRAMES_PER_ROW, IMAGES_PER_ROW, CLIPS_PER_ROW = 16, 8, 4
@@ -75,7 +75,7 @@ def clip_strips(truth: np.ndarray, prediction: np.ndarray, context: int) -> list
 
 
 def enlargement(side: int, wanted: int = MIN_SIDE) -> int:
-    """The factor by which frames of this width are enlarged."""
+    """The factor by which frames of this side are enlarged, to about the wanted one."""
     return max(1, round(wanted / side))
 
 

@@ -179,7 +179,7 @@ def write_continuation(
     labels = [f"sample {n}" for n in range(1, len(predicted) + 1)] if len(predicted) > 1 else ["prediction"]
     strips = [Strip(label, frames, context, RED) for label, frames in zip(labels, predicted, strict=True)]
     save_picture(folder / f"{stem}.png", contact_sheet([(video.path.name, strips)], title))
-    scale = enlargement(predicted.shape[3], LEGIBLE_SIDE)
+    scale = enlargement(max(predicted.shape[2:4]), LEGIBLE_SIDE)
     for name, frames in zip(listed.files(stem), predicted, strict=True):
         whole = np.concatenate([video.frames, frames[context:]])
         shown = framed(Strip("", whole, len(video.frames), RED), scale=1) if marked else whole

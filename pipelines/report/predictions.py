@@ -30,13 +30,13 @@ def predictions_section(run: Run) -> dict[str, Any]:
     samples = run.read(Samples)
     if samples is None:
         raise Missing(f"No clip is predicted yet: `{run.command('sample')}` predicts some.")
-    length, side = samples.context + samples.horizon, run.config.dataset.image_size
-    frames, clips, problems = _regular(length, MAX_SHEET_WIDTH // side), [], []
+    length, (height, width) = samples.context + samples.horizon, run.config.dataset.frame_size
+    frames, clips, problems = _regular(length, MAX_SHEET_WIDTH // width), [], []
     shown = [(samples.clips[i], samples.files[i], samples.fps[i]) for i in _regular(len(samples.clips), MAX_CLIPS)]
     for name, stem, fps in shown:
         path = run.path / "samples" / f"{stem}.gif"
         try:
-            videos = _with_difference(read_clip(path, side, length, fps))
+            videos = _with_difference(read_clip(path, (height, width), length, fps))
             sheet = np.concatenate([np.concatenate(list(video[frames]), axis=1) for video in videos.values()])
             clips.append({"name": name, "fps": fps, "titles": list(videos), "sheet": picture_url(sheet)})
         except (OSError, ValueError) as error:
@@ -49,7 +49,8 @@ def predictions_section(run: Run) -> dict[str, Any]:
         "frames": frames.tolist(),
         "all_frames": len(frames) == length,
         "given": int((frames < samples.context).sum()),
-        "side": side,
+        "height": height,
+        "width": width,
         "fps": statistics.mode(fps for _, _, fps in shown),
     }
 
@@ -72,34 +73,35 @@ def _with_difference(strips: list[np.ndarray]) -> dict[str, np.ndarray]:
     return videos | {f"sample {number}": video for number, video in enumerate(others, start=2)}
 
 
-def read_clip(path: Path, side: int, length: int, fps: float) -> list[np.ndarray]:
+def read_clip(path: Path, frame_size: tuple[int, int], length: int, fps: float) -> list[np.ndarray]:
     """The strips of a clip's GIF as `save_gif` wrote an `animation` of one clip.
 
     Of the pictures that `sample` writes, GIFs are nearest to the frames: 256 colors, but no blur between neighbors.
 
     Args:
-        side: of the frames, before they were enlarged.
+        frame_size: (height, width) of the frames, before they were enlarged.
         length: frames of the clip.
         fps: its frames per second.
     Returns:
-        Per strip (truth, prediction, further samples) [length, side, side, 3] uint8. Frames that the GIF leaves out are
-        the ones before them.
+        Per strip (truth, prediction, further samples) [length, height, width, 3] uint8. Frames that the GIF leaves out
+        are the ones before them.
     Raises:
-        OSError, ValueError: no GIF, or none of strips of this side and length.
+        OSError, ValueError: no GIF, or none of strips of this size and length.
     """
     with Image.open(path) as image:
         shown = [(np.asarray(f.convert("RGB")), f.info.get("duration", 0)) for f in ImageSequence.Iterator(image)]
     frames = _with_repeats(shown, length, fps)
-    scale, (above, beside) = enlargement(side), TILE_MARGINS
-    cell, top = side * scale + 2 * BORDER, above + LABEL_HEIGHT + BORDER
-    strips, rest = divmod(frames.shape[2] - 2 * beside, cell)
-    if len(frames) != length or frames.shape[1] != 2 * above + LABEL_HEIGHT + cell or rest or strips < 2:
+    (height, width), (above, beside) = frame_size, TILE_MARGINS
+    scale = enlargement(width)
+    cell_height, cell_width = height * scale + 2 * BORDER, width * scale + 2 * BORDER
+    strips, rest = divmod(frames.shape[2] - 2 * beside, cell_width)
+    if len(frames) != length or frames.shape[1] != 2 * above + LABEL_HEIGHT + cell_height or rest or strips < 2:
         raise ValueError(
-            f"expected {length} frames of clips of {side} pixels a side, not {len(frames)} frames of "
+            f"expected {length} frames of clips of {width}x{height} pixels, not {len(frames)} frames of "
             f"{frames.shape[2]}x{frames.shape[1]} pixels"
         )
-    lefts = [beside + BORDER + number * cell for number in range(strips)]
-    return [frames[:, top : top + side * scale : scale, left : left + side * scale : scale] for left in lefts]
+    top, lefts = above + LABEL_HEIGHT + BORDER, [beside + BORDER + number * cell_width for number in range(strips)]
+    return [frames[:, top : top + height * scale : scale, left : left + width * scale : scale] for left in lefts]
 
 
 def _with_repeats(shown: list[tuple[np.ndarray, int]], length: int, fps: float) -> np.ndarray:

@@ -317,13 +317,13 @@ class AutoencoderTrainer(Trainer):
         """Initialize the codebook from the latents of the first batches."""
         if self.training.codebook_start == "uniform":
             return
-        side = self.config.dataset.image_size // self.model.downsampling
+        positions = math.prod(self.config.dataset.frame_size) // self.model.downsampling**2
         wanted = VECTORS_A_CODE * self.config.autoencoder.model.codes
-        batches = min(self.training.steps, math.ceil(wanted / (self.training.batch_size * side * side)))
+        batches = min(self.training.steps, math.ceil(wanted / (self.training.batch_size * positions)))
         self.model.eval()  # keeps the statistics of BatchNorm
         parts = [self.model.encode(part) for i in range(batches) for part in self._images(i).split(FRAMES_AT_ONCE)]
         latents = torch.cat(parts)
-        vectors = len(latents) * side * side * self.processes.count
+        vectors = len(latents) * positions * self.processes.count
         if vectors < self.config.autoencoder.model.codes and self.processes.is_first:
             warn(
                 f"autoencoder: only {vectors} latent vectors to initialize {self.config.autoencoder.model.codes} codes "
@@ -430,7 +430,7 @@ def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Che
     """
     training, network = config.autoencoder.training, None
     if training.perceptual == "lpips":
-        if config.dataset.image_size < SMALLEST_SIDE:
+        if min(config.dataset.frame_size) < SMALLEST_SIDE:
             raise UserError(
                 f"autoencoder.training.perceptual: lpips compares images of at least {SMALLEST_SIDE} pixels a side, "
                 f"and dataset.image_size is {config.dataset.image_size}: set it to none, or use larger frames"

@@ -139,7 +139,7 @@ def test_frames_are_those_that_were_sampled(reported, page: Path) -> None:
     });"""
     names = json.loads((reported.runs / "samples" / "samples.json").read_text())["clips"]
     gif = reported.runs / "samples" / f"{names[0]}.gif"
-    truth, predicted = (video.astype(int) for video in read_clip(gif, 32, 8, 10))
+    truth, predicted = (video.astype(int) for video in read_clip(gif, (32, 32), 8, 10))
     expected = np.stack([truth, predicted, (2 * abs(truth - predicted)).clip(0, 255)])
     shown, _ = browse(page, script, STILL)
     for number, canvases in zip((0, 1, 2, 7), shown, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_flow.config import VectorFieldConfig
@@ -143,6 +144,27 @@ def test_position_code_is_the_columns_then_the_rows():
     assert torch.equal(code[5], torch.cat([encoding.col_embed.weight[2], encoding.row_embed.weight[1]]))
     assert encoding.row_embed.weight.abs().max() <= 1
     assert encoding.row_embed.weight.min() < -0.9
+
+
+def test_a_wide_grid_of_official_weights(official_field):
+    """9x16, of 72x128 pixels: each token has the codes of its own column and row."""
+    field, encoding = official_field.double(), official_field.position_encoding
+    *frames, distance, t = (x.double() if x.is_floating_point() else x for x in inputs(height=9, width=16))
+    tokens = field.embed(*frames, distance)
+    for y, x in ((0, 0), (2, 15), (8, 3)):
+        position = torch.cat([encoding.col_embed.weight[x], encoding.row_embed.weight[y]])
+        projected = field.project_in["1"](torch.cat([frame[:, :, y, x] for frame in frames], dim=1))
+        expected = projected + position + field.distance_code(distance)
+        torch.testing.assert_close(tokens[:, 16 * y + x], expected, rtol=1e-12, atol=1e-12)
+    # Behind the embedding only the last convolution knows positions, so the transposed map is that of its transposed
+    # kernel.
+    time = time_embedding(t, 64)
+    output = field.trunk(tokens, time, 9, 16)
+    torch.testing.assert_close(output, field(*frames, distance, t), rtol=1e-12, atol=1e-12)
+    kernel = field.project_out["4"].weight
+    kernel.data = kernel.data.mT.contiguous()
+    transposed = field.trunk(rearrange(tokens, "b (h w) d -> b (w h) d", h=9), time, 16, 9)
+    torch.testing.assert_close(transposed.mT, output, rtol=1e-11, atol=1e-11)
 
 
 def test_batchnorm_head_equals_its_definition_with_running_statistics():

@@ -6,7 +6,7 @@ function clips() {
   const player = document.querySelector(".player");
   if (!player) return;
   const [button, slider, where, speed] = [".play", ".frame", ".where", ".speed"].map((name) => player.querySelector(name));
-  const side = Number(player.dataset.side), context = Number(player.dataset.context);
+  const context = Number(player.dataset.context);
   const frames = player.dataset.frames.split(" ").map(Number);
   const sheets = [...document.querySelectorAll(".sheet")];
   document.querySelectorAll(".clip details").forEach((details) => { details.open = false; });
@@ -18,7 +18,8 @@ function clips() {
     slider.setAttribute("aria-valuetext", where.textContent);
     for (const sheet of sheets) {
       sheet.closest(".clip").querySelectorAll("canvas").forEach((canvas, row) => {
-        canvas.getContext("2d").drawImage(sheet, column * side, row * side, side, side, 0, 0, side, side);
+        const { width, height } = canvas;
+        canvas.getContext("2d").drawImage(sheet, column * width, row * height, width, height, 0, 0, width, height);
         canvas.classList.toggle("happened", !given && row === 0);
         canvas.classList.toggle("predicted", !given && row > 0);
       });

@@ -40,8 +40,8 @@ def rate_of(path: Path) -> tuple[float, float]:
         return 1000 * (len(durations) - 1) / sum(durations[:-1]), float(container.streams.video[0].average_rate)
 
 
-def moving(frames: int, seed: int, side: int = 32) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
+def moving(frames: int, seed: int, frame_size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, *frame_size, 3), dtype=np.uint8)
 
 
 def test_no_clip_takes_the_files_of_another(tmp_path: Path):
@@ -123,14 +123,21 @@ def test_files_of_unknown_origin_are_left_alone(tmp_path: Path):
     assert (tmp_path / "clip.gif").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("side", "size"), [(32, 256), (64, 256), (100, 300), (256, 256), (300, 300)])
-def test_small_frames_are_enlarged_to_a_legible_size(tmp_path: Path, side: int, size: int):
-    given = GivenVideo(Path("clip.mp4"), moving(3, 0, side), 3, 10.0, "")
-    path = write_continuation(tmp_path, given, moving(CONTEXT + 1, 1, side)[None], CONTEXT, "title", False)
+@pytest.mark.parametrize(
+    ("frame_size", "size"),
+    [((32, 32), (256, 256)), ((100, 100), (300, 300)), ((72, 128), (144, 256)), ((128, 72), (256, 144)),
+     ((16, 256), (16, 256)), ((256, 16), (256, 16))],
+)  # fmt: skip
+def test_small_frames_are_enlarged_to_a_legible_size(
+    tmp_path: Path, frame_size: tuple[int, int], size: tuple[int, int]
+):
+    """Heights and widths. The longer side decides, so that clips in portrait and landscape format are equally large."""
+    given = GivenVideo(Path("clip.mp4"), moving(3, 0, frame_size), 3, 10.0, "")
+    path = write_continuation(tmp_path, given, moving(CONTEXT + 1, 1, frame_size)[None], CONTEXT, "title", False)
     with Image.open(path) as image:
-        assert image.size == (size, size)
+        assert (image.height, image.width) == size
     with av.open(str(path.with_suffix(".mp4"))) as container:
-        assert container.streams.video[0].width == size
+        assert (container.streams.video[0].height, container.streams.video[0].width) == size
 
 
 @pytest.mark.parametrize("fps", [0.5, 10.0, 25.0])

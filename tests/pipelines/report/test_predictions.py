@@ -19,12 +19,13 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.repeat(gray[..., None], 3, axis=-1).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("side", "equal"), [
-    (16, []), (64, []), (128, []), (32, [0, 1]), (32, [3, 4]), (32, [2, 3, 4]), (32, [0, 1, 2, 3, 4]),
+@pytest.mark.parametrize(("frame_size", "equal"), [
+    ((16, 16), []), ((24, 40), []), ((128, 72), []), ((32, 32), [0, 1]), ((32, 32), [3, 4]), ((32, 32), [2, 3, 4]),
+    ((32, 32), [0, 1, 2, 3, 4]),
 ])  # fmt: skip
-def test_frames_are_read_back_from_a_clip(tmp_path: Path, side: int, equal: list[int]):
+def test_frames_are_read_back_from_a_clip(tmp_path: Path, frame_size: tuple[int, int], equal: list[int]):
     """Also where a GIF holds equal neighbors as one frame that is shown for longer."""
-    truth, ours, other = (noise(5, side, side, seed=seed) for seed in range(3))
+    truth, ours, other = (noise(5, *frame_size, seed=seed) for seed in range(3))
     for video in (truth, ours, other):
         video[equal] = video[equal[:1]]
     strips = [*clip_strips(truth, ours, 2), Strip("sample 2", other, 2, RED)]
@@ -32,26 +33,34 @@ def test_frames_are_read_back_from_a_clip(tmp_path: Path, side: int, equal: list
         strips = [Strip(name, video, 0, RED) for name, video in (("a", truth), ("b", ours), ("c", other))]
     for fps in (0.4, 10, 29.97):
         save_gif(tmp_path / "a.gif", animation([("a", strips)]), fps)
-        for video, expected in zip(read_clip(tmp_path / "a.gif", side, 5, fps), (truth, ours, other), strict=True):
+        found = read_clip(tmp_path / "a.gif", frame_size, 5, fps)
+        for video, expected in zip(found, (truth, ours, other), strict=True):
             assert np.abs(video.astype(int) - expected).max() <= 8
 
 
 def test_frames_that_a_fast_gif_leaves_out_are_those_before(tmp_path: Path):
     truth, ours = (noise(8, 32, 32, seed=seed) for seed in range(2))
     save_gif(tmp_path / "a.gif", animation([("a", clip_strips(truth, ours, 2))]), 100)
-    for video, expected in zip(read_clip(tmp_path / "a.gif", 32, 8, 100), (truth, ours), strict=True):
+    for video, expected in zip(read_clip(tmp_path / "a.gif", (32, 32), 8, 100), (truth, ours), strict=True):
         assert np.abs(video.astype(int) - expected[[0, 0, 2, 2, 4, 4, 6, 7]]).max() <= 8
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "length", "fps"),
-    [("a", 64, 4, 10), ("a", 32, 5, 10), ("a", 32, 5, 12.5), ("b", 32, 4, 10), ("none", 32, 4, 10)],
+    ("name", "frame_size", "length", "fps"),
+    [
+        ("a", (64, 64), 4, 10),
+        ("a", (16, 32), 4, 10),
+        ("a", (32, 32), 5, 10),
+        ("a", (32, 32), 5, 12.5),
+        ("b", (32, 32), 4, 10),
+        ("none", (32, 32), 4, 10),
+    ],
 )
-def test_other_pictures_are_refused(tmp_path: Path, name: str, side: int, length: int, fps: float):
+def test_other_pictures_are_refused(tmp_path: Path, name: str, frame_size: tuple[int, int], length: int, fps: float):
     save_gif(tmp_path / "a.gif", animation([("a", clip_strips(noise(4, 32, 32), noise(4, 32, 32), 1))]), fps=10)
     (tmp_path / "b.gif").write_bytes(b"GIF89a, cut short")
     with pytest.raises((OSError, ValueError)):
-        read_clip(tmp_path / f"{name}.gif", side, length, fps)
+        read_clip(tmp_path / f"{name}.gif", frame_size, length, fps)
 
 
 def test_pictures_are_lossless_where_there_is_room_and_fit_where_there_is_not(monkeypatch: pytest.MonkeyPatch):

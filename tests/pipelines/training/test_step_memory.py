@@ -254,7 +254,7 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
         next(number for number, line in enumerate(found) if line.startswith(f"{name} "))
         for name in ("autoencoder", "flow")
     )
-    assert "24x40 -> latents 4x12x20" in found[autoencoder]
+    assert "40x24 -> latents 4x12x20" in found[autoencoder]
     sizes = VQGANConfig(**SMALL_VQGAN)
     memory = estimate_autoencoder_memory(sizes, AutoencoderTrainingConfig(), (24, 40))
     assert found[autoencoder + 1].endswith(f" 16 frames on cpu, fp32, not compiled: {memory.describe()}")
