@@ -122,7 +122,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
         refiner = RCAN(config.refiner.model)
     h, w = config.dataset.frame_size
-    latent_shape = field.latent_channels, h // autoencoder.downsampling, w // autoencoder.downsampling
+    latent_shape = config.autoencoder.model.latent_shape((h, w))
     latents = "x".join(map(str, latent_shape))
     sizes = {
         "videos": f"source {config.dataset.source}",

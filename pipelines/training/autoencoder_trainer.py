@@ -317,16 +317,17 @@ class AutoencoderTrainer(Trainer):
         """Initialize the codebook from the latents of the first batches."""
         if self.training.codebook_start == "uniform":
             return
-        positions = math.prod(self.config.dataset.frame_size) // self.model.downsampling**2
-        wanted = VECTORS_A_CODE * self.config.autoencoder.model.codes
+        model = self.config.autoencoder.model
+        positions = math.prod(model.latent_shape(self.config.dataset.frame_size)[1:])
+        wanted = VECTORS_A_CODE * model.codes
         batches = min(self.training.steps, math.ceil(wanted / (self.training.batch_size * positions)))
         self.model.eval()  # keeps the statistics of BatchNorm
         parts = [self.model.encode(part) for i in range(batches) for part in self._images(i).split(FRAMES_AT_ONCE)]
         latents = torch.cat(parts)
         vectors = len(latents) * positions * self.processes.count
-        if vectors < self.config.autoencoder.model.codes and self.processes.is_first:
+        if vectors < model.codes and self.processes.is_first:
             warn(
-                f"autoencoder: only {vectors} latent vectors to initialize {self.config.autoencoder.model.codes} codes "
+                f"autoencoder: only {vectors} latent vectors to initialize {model.codes} codes "
                 "(autoencoder.model.codes): many will stay unused"
             )
         self.care.start(latents, self._draws(0, "codebook start"))

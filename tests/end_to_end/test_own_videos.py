@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from safetensors.torch import load_file
 
 import latent_cache
 from pipelines.config import load_config
+from pipelines.prediction.pictures import RED
+from pipelines.report.predictions import read_clip
+from stage1_autoencoder.videos import open_source
 
 KTH = ("dataset.source=kth", "dataset.splits={train: 1-4, val: 5, test: 6}", "evaluation.horizon=4")
 
@@ -86,6 +90,38 @@ def test_root_elsewhere_and_frame_step(place, story: ModuleType, tmp_path: Path)
     shutil.rmtree(root)
     shutil.rmtree(place.runs / "autoencoder")
     place.run("train-flow", sets=["flow.training.steps=10"]).ok()
+
+
+def test_the_story_in_wide_frames(place, story: ModuleType) -> None:
+    """Frames of 40x24 pixels cut out of videos of 48x40: latents, numbers and every picture have that shape."""
+    place = place.with_sets("dataset.source=videos", "dataset.splits={}", "dataset.image_size=[24, 40]")
+    for split, names in {"train": "abc", "val": "d", "test": "ef"}.items():
+        story.write_videos(place.data / split, [f"{name}.mp4" for name in names], first_seed=ord(names[0]))
+    place.run("sample").ok()
+    assert latent_cache.open(place.store).latent_shape == (4, 3, 5)
+    samples, config = place.runs / "samples", load_config(place.runs / "config.yaml")
+    source = open_source(config.dataset, config.data_root, "test")
+    assert load_file(samples / "predictions.safetensors")["latents"].shape == (2, 8, 4, 3, 5)
+    for number, name in enumerate("ef"):
+        truth, predicted = read_clip(samples / f"{name}.gif", (24, 40), 8, 10)
+        assert np.abs(truth.astype(int) - source.read(number)[:8]).mean() < 2  # a GIF's colors
+        assert predicted.shape == truth.shape
+    with Image.open(samples / "contact_sheet.png") as sheet:
+        edges = (np.asarray(sheet.convert("RGB")) == RED).all(2)[60:]  # below the legend
+    # Two clips, 6 predicted frames of each: twice as large, with a border of 3 pixels.
+    assert (edges.any(1).sum(), edges.any(0).sum()) == (2 * (2 * 24 + 6), 6 * (2 * 40 + 6))
+
+    place.run("predict", str(place.data / "test" / "f.mp4")).ok()
+    with Image.open(place.runs / "predictions" / "f.gif") as image:
+        assert image.size == (6 * 40, 6 * 24)
+    assert "resized to 40x24" in place.run("evaluate").ok().out
+    evaluation = json.loads((place.runs / "evaluation.json").read_text())
+    assert evaluation["protocol"]["image_size"] == [24, 40]
+    assert evaluation["metrics"].keys() == {"psnr", "ssim"}
+    place.run("report").ok()
+    page = (place.runs / "report.html").read_text()
+    assert page.count('<canvas width="40" height="24"') == 2 * 3
+    assert 'width="320" height="72" class="sheet"' in page
 
 
 def test_each_video_keeps_its_rate(place, story: ModuleType) -> None:
