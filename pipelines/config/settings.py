@@ -81,12 +81,19 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 # Keys of `dataset:` that belong to a protocol. They are not set; a difference is reported.
 _EVERY_FRAME = {"fps": None, "frame_step": 1}
-_KTH_DATA = {"source": "kth", "image_size": 64, **_EVERY_FRAME, "splits.test": "21-25", "sequences": False}
+_KTH_DATA = {
+    "source": "kth",
+    "image_size": 64,
+    "fit": "crop",
+    **_EVERY_FRAME,
+    "splits.test": "21-25",
+    "sequences": False,
+}
 PROTOCOL_DATA: dict[str, dict[str, Any]] = {
     "kth_10_30": _KTH_DATA,
     "kth_10_40": _KTH_DATA,
     "bair_1_15": _EVERY_FRAME,
-    "clevrer_2_14": {"image_size": 128, "fps": None, "frame_step": 5},
+    "clevrer_2_14": {"image_size": 128, "fit": "crop", "fps": None, "frame_step": 5},
 }
 
 

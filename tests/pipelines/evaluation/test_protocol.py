@@ -33,9 +33,9 @@ def test_a_preset_sets_what_is_not_set():
         ({}, {"protocol": "kth_10_30", "videos": 1000}, "kth_10_30"),  # set, to the same value
         ({}, {"protocol": "kth_10_30", "videos": 64, "horizon": 20}, "kth_10_30, with horizon=20, videos=64"),
         (
-            {"image_size": 128, "splits": {"test": "17-25"}},
+            {"image_size": 128, "fit": "pad", "splits": {"test": "17-25"}},
             {"protocol": "kth_10_30"},
-            "kth_10_30, with dataset.image_size=128, dataset.splits.test=17-25",
+            "kth_10_30, with dataset.image_size=128, dataset.fit=pad, dataset.splits.test=17-25",
         ),
     ],
 )

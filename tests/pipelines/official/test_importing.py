@@ -65,7 +65,8 @@ def test_a_run_predicts_with_the_weights_of_the_files(official, family, apart, s
 
 
 def test_the_run_records_its_origin(official):
-    config, model = official.config(), official.model()
+    wide = official.config().dataset.model_dump() | {"image_size": [16, 24]}
+    config, model = official.config(dataset=wide), official.model()
     run = run_import(official, config, model=model, refiner=official.refiner_file())
     assert load_config(run / "config.yaml") == config
     assert json.loads((run / "environment.json").read_text())["software"]["torch"]
@@ -81,7 +82,8 @@ def test_the_run_records_its_origin(official):
         assert imported["weights"] == weights_digest(networks[name])
         assert [file.name for file in sorted(checkpoint.path.iterdir())] == ["model.safetensors", "state.json"]
     digest = weights_digest(official.autoencoder)
-    assert found["flow"].state["latent_shape"] == [4, 8, 8]
+    assert found["flow"].state["latent_shape"] == [4, 8, 12]
+    assert train_autoencoder(config, RunContext(CPU)).path == found["autoencoder"].path
     assert found["flow"].state["fps"] == 5
     assert found["flow"].state["store"] == {"path": None, "fingerprint": None, "autoencoder": digest}
     assert found["refiner"].state["autoencoder"] == digest
@@ -117,6 +119,7 @@ def test_both_trainings_are_done_whatever_their_settings(official, capsys, chang
         ("flow", {"head": "bn"}, train_flow, "flow.model.head: ln -> bn"),
         ("autoencoder", {"codes": 32}, train_autoencoder, "autoencoder.model.codes: 16 -> 32"),
         ("dataset", {"image_size": 32}, train_autoencoder, "dataset.image_size: 16 -> 32"),
+        ("dataset", {"image_size": [16, 32]}, train_autoencoder, r"dataset.image_size: 16 -> \[16, 32\]"),
     ],
 )
 def test_a_configuration_of_other_sizes_contradicts(official, section, changes, train, named):

@@ -99,6 +99,8 @@ def test_ranges_steps_and_sizes(written):
     small = open_source(config(splits={"val": 0}, image_size=32), written, "train").read(0, [1])
     area = video[1].reshape(32, 2, 32, 2, 3).mean((1, 3))
     assert np.abs(small[0] - area).max() <= 1
+    wide = open_source(config(splits={"val": 0}, image_size=[32, 48], fit="pad"), written, "train").read(0, [1])
+    np.testing.assert_array_equal(wide[0], np.pad(small[0], ((0, 0), (8, 8), (0, 0))))
 
 
 def test_fingerprints_are_of_the_content(data):
