@@ -50,12 +50,16 @@ def test_a_folder_of_videos_split_by_fractions(own, story: ModuleType) -> None:
 
 
 def test_stored_latents_are_those_of_the_files(own) -> None:
-    """What lies in the store is what the autoencoder makes of the very video of that name, whatever its container."""
+    """What lies in the store is what the autoencoder makes of the very video of that name, whatever its container.
+
+    With frames that are not square.
+    """
     from pipelines.loading import find_autoencoder, load_trained_autoencoder
     from stage1_autoencoder.autoencoder import image_to_unit
     from stage1_autoencoder.videos import open_video
 
-    own.run("encode", sets=["cache.chunk_frames=16"]).ok()
+    wide = own.with_sets("dataset.image_size=[72, 128]", "dataset.fit=pad", "cache.chunk_frames=16")
+    wide.run("encode").ok()
     config = load_config(own.runs / "config.yaml")
     autoencoder = load_trained_autoencoder(find_autoencoder(own.runs), torch.device("cpu"))
     for split in latent_cache.splits(own.store):
@@ -65,6 +69,9 @@ def test_stored_latents_are_those_of_the_files(own) -> None:
             frames = open_video(config.dataset, file).read(0)
             latents = autoencoder.encode(image_to_unit(torch.from_numpy(frames))).numpy()
             np.testing.assert_allclose(cache.video(video), latents, rtol=2e-3, atol=2e-3, err_msg=video)
+        assert autoencoder.decode(torch.from_numpy(latents)).shape[2:] == frames.shape[1:3] == (72, 128)
+    assert "20 equal" in wide.run("encode", "--verify", "20").ok().out
+    wide.with_sets("dataset.fit=crop").run("encode").refused(2, "dataset.fit: pad", "restart")
 
 
 def test_a_folder_with_split_folders(place, story: ModuleType) -> None:
