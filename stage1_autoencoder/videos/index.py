@@ -269,6 +269,8 @@ class IndexCache:
             sqlite3.Error, OSError: the folder or the file is read-only.
         """
         for _ in range(2):
+            with contextlib.suppress(FileExistsError):
+                self._path.touch(exist_ok=False)  # SQLite itself would not let a group write
             database = self._connect("rwc")
             try:
                 database.execute("BEGIN IMMEDIATE")  # one of several processes creates the tables
