@@ -1,6 +1,8 @@
 """YAML 1.2 as it is written: `017` is 17, `yes` and `1:30` are words, and no key stands twice."""
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +129,24 @@ def parse_yaml(text: str, complaint: str, comments: bool = True) -> Any:
         UserError: as `read_yaml`.
     """
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if not comments and text[node.end_mark.index :].lstrip().startswith("#"):
-            raise UserError(f"{complaint}: ` #` begins a comment in YAML; write KEY='\"VALUE\"'")
-        return loader.construct_document(node)
+        values, end = _parsed(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{complaint}: {place}{error.problem or error.context}") from None
     except yaml.reader.ReaderError as error:
         raise UserError(f"{complaint}: character {error.position + 1} is not allowed in YAML") from None
+    if not comments and text[end:].lstrip().startswith("#"):
+        raise UserError(f"{complaint}: ` #` begins a comment in YAML; write KEY='\"VALUE\"'")
+    return copy.deepcopy(values)
+
+
+@lru_cache(maxsize=16)  # a command reads its preset several times, 20 ms each
+def _parsed(text: str) -> tuple[Any, int]:
+    """The content, and the place at which it ends."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    return (None, len(text)) if node is None else (loader.construct_document(node), node.end_mark.index)
 
 
 def write_yaml(values: dict[str, Any]) -> str:

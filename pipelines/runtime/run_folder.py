@@ -68,6 +68,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Colle
     """
     config = load_config(path, overrides)
     kept = {name: value for name, value in trained_settings(config).items() if name not in anew}
+    if not kept:
+        return config
     try:
         of_run = load_config(path, overrides, kept)
     except UserError:

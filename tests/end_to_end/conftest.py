@@ -72,6 +72,7 @@ TINY: dict[str, Any] = {
             "checkpoint_every": 4,
             "validate_every": 4,
             "validation_pairs": 16,
+            "validation_samples": 1,
         },
     },
     "sampling": {"solver": "euler", "steps": 2},

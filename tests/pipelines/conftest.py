@@ -167,7 +167,6 @@ class EncodingKit:
 
 @pytest.fixture
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncodingKit:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # nothing waits for the disk
     monkeypatch.setattr("pipelines.encoding.store_encoder.PSNR_STRIDE", 8)
     set_network_batch(monkeypatch, 8)
     return EncodingKit(tmp_path / "kit")

@@ -27,11 +27,6 @@ def inspect(story: ModuleType) -> Callable[..., Any]:
     return lambda *words: story.run_main(["inspect", *map(str, words)])
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write a store: train has 2 videos in 2 views, 30 frames in chunks of 4; test has one video of 3 frames."""

@@ -26,13 +26,6 @@ CHUNK = 20
 NAMES = ("a.mp4", "b.avi", "c.gif", "d", "e.mp4", "f.avi", "deep/g.mp4", "deep/h")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def encoded(story: ModuleType, tmp_path_factory: pytest.TempPathFactory):
     """A place with videos, an autoencoder and their store. Tests copy it."""

@@ -119,7 +119,6 @@ def official_names(autoencoder: VQGAN | VQVAE) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OfficialFolder:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+def official(tmp_path: Path) -> OfficialFolder:
     torch.manual_seed(0)
     return OfficialFolder(tmp_path)

@@ -129,8 +129,7 @@ def section(text: str, key: str) -> str:
 
 
 @pytest.fixture
-def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toys:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+def toys(tmp_path: Path) -> Toys:
     return Toys(tmp_path)
 
 

@@ -70,8 +70,7 @@ class Kit:
 
 
 @pytest.fixture
-def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+def kit(tmp_path: Path) -> Kit:
     return Kit(tmp_path)
 
 
