@@ -35,6 +35,7 @@ class PredictorParts:
         fps: frames per second of the training videos.
         longest_distance: largest number of frames between condition and reference in the field's training; None:
             unknown, as for imported weights.
+        trained_grid: height and width of the latents in the field's training; None: unknown, as in official files.
         refiner: used on request only; None: the run has none.
         no_refiner: why the refiner is missing, and the way out.
     """
@@ -46,6 +47,7 @@ class PredictorParts:
     fps: float
     device: torch.device
     longest_distance: int | None = None
+    trained_grid: tuple[int, int] | None = None
     refiner: RCAN | None = None
     no_refiner: str = "this predictor was built without a refiner: pass refiner=..., or train one for a run"
 
@@ -93,6 +95,7 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
         fps=flow.state["fps"],
         device=device,
         longest_distance=flow.state.get("longest_distance"),
+        trained_grid=tuple(flow.state["latent_shape"][1:]),
         refiner=refiner,
         no_refiner=no_refiner,
     )

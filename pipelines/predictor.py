@@ -29,6 +29,7 @@ from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import known_frames, make_draws, past_window
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
+from stage2_flow.vector_field import POSITIONS
 
 # Frames per call of the autoencoder.
 FRAMES_AT_ONCE = 64
@@ -191,6 +192,7 @@ class VideoPredictor(PredictorParts):
         keys = [(row, 0) for row in range(len(context))] if keys is None else keys
         if len(keys) != len(context):
             raise UserError(f"{len(keys)} keys for {len(context)} videos: each row needs its own (video, sample)")
+        self._check_grid(*context.shape[-2:])
         context = context.to(self.device).repeat_interleave(samples, dim=0)
         total = num_frames * len(context)
         try:
@@ -245,6 +247,20 @@ class VideoPredictor(PredictorParts):
             return options
         self._say_once(f"conditions are drawn from the last {longest + 1} frames: training knew none farther back")
         return options.model_copy(update={"past_horizon": longest + 1})
+
+    def _check_grid(self, height: int, width: int) -> None:
+        """Say where the field has never seen positions of the latents; refuse what it has no position codes for."""
+        if max(height, width) > POSITIONS:
+            raise UserError(
+                f"latents of {height}x{width}: the vector field has position codes for {POSITIONS} per side: use "
+                "smaller frames"
+            )
+        rows, columns = self.trained_grid or (POSITIONS, POSITIONS)
+        if height > rows or width > columns:
+            self._say_once(
+                f"latents of {height}x{width}, and the field was trained on {rows}x{columns}: position codes beyond "
+                "the former size are random"
+            )
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

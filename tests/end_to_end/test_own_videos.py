@@ -131,6 +131,7 @@ def test_root_elsewhere_and_frame_step(place, story: ModuleType, tmp_path: Path)
 def test_the_story_in_wide_frames(place, story: ModuleType) -> None:
     """Frames of 40x24 pixels cut out of videos of 48x40: latents, numbers and every picture have that shape."""
     place = place.with_sets("dataset.source=videos", "dataset.splits={}", "dataset.image_size=[24, 40]")
+    place = place.with_sets("autoencoder.training.steps=3", "flow.training.steps=4")
     for split, names in {"train": "abc", "val": "d", "test": "ef"}.items():
         story.write_videos(place.data / split, [f"{name}.mp4" for name in names], first_seed=ord(names[0]))
     place.run("sample").ok()

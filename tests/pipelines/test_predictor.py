@@ -240,6 +240,23 @@ def test_a_short_rollout_begins_a_longer_one_of_limited_distances(tiny):
     torch.testing.assert_close(limited.generate_latents(context, 8)[:, :5], limited.generate_latents(context, 3))
 
 
+def test_frames_of_another_size_than_in_training(tiny, capsys):
+    """Sides up to the trained ones have trained position codes; beyond them that is said, once for each size."""
+    trained = dataclasses.replace(tiny, trained_grid=(3, 4))
+    frames = trained.generate_frames(torch.zeros(1, 2, 3, 8, 16), 1)
+    assert frames.shape == (1, 3, 3, 8, 16)
+    assert capsys.readouterr().out == ""
+    for _ in range(2):
+        assert trained.generate_frames(torch.zeros(1, 2, 3, 12, 20), 1).shape == (1, 3, 3, 12, 20)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert re.search("3x5.*3x4", said)
+    tiny.generate_frames(torch.zeros(1, 2, 3, 12, 20), 1)  # of official files nothing is known
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"1x513.*512"):
+        tiny.generate_latents(torch.zeros(1, 2, 4, 1, 513), 1)
+
+
 class Brighter(nn.Module):
     """A refiner that adds a step to the decoded frame, beyond [-1, 1], and keeps what it was given."""
 
@@ -418,6 +435,7 @@ def save_run(folder, *, ema: bool = False, digest: str | None = None, fields: di
 def test_a_run_is_loaded_as_it_was_trained(tmp_path):
     autoencoder, field = save_run(tmp_path / "run")
     loaded = VideoPredictor.from_run(tmp_path / "run", device="cpu")
+    assert loaded.trained_grid == (4, 4)
     assert (loaded.fps, loaded.sampling.steps, loaded.sampling.solver) == (12.5, 3, "heun")
     assert loaded.standardization.mean.tolist() == MEAN
     assert loaded.standardization.std.tolist() == STD
