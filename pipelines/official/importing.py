@@ -25,12 +25,13 @@ LICENSE = (
     "program: if you pass them on, that license applies"
 )
 HUB = "https://huggingface.co/cvg-unibe"
-# Per data set: the repository, and its autoencoder's file. The main model is `model.pth` in each.
+# Per data set: the repository, its autoencoder's file, and the side of the square frames of its training. The main
+# model is `model.pth` in each.
 RELEASED = {
-    "kth": ("river_kth_64", "vqvae.ckpt"),
-    "bair_64": ("river_bair_64", "vqvae.ckpt"),
-    "bair_256": ("river_bair_256", "vqvae.ckpt"),
-    "clevrer": ("river_clevrer_128", "vqvae.pth"),
+    "kth": ("river_kth_64", "vqvae.ckpt", 64),
+    "bair_64": ("river_bair_64", "vqvae.ckpt", 64),
+    "bair_256": ("river_bair_256", "vqvae.ckpt", 256),
+    "clevrer": ("river_clevrer_128", "vqvae.pth", 128),
 }
 
 
@@ -81,6 +82,7 @@ def import_official(
     for source, sha256 in {part.source: part.state["imported"]["sha256"] for part in parts}.items():
         say(f"import-official: {source}: sha256 {sha256}")
     say(f"import-official: {LICENSE}")
+    _warn_of_random_positions(config)
     _say_next_steps(config)
 
 
@@ -99,7 +101,7 @@ def download(config: RiverConfig, what: str) -> Path:
             f"--download: there are released weights for {', '.join(RELEASED)}, not for {dataset!r}: name the files "
             "with --model and --autoencoder"
         )
-    repository, autoencoder = RELEASED[dataset]
+    repository, autoencoder, _ = RELEASED[dataset]
     name = "model.pth" if what == "model" else autoencoder
     target = config.data_root / dataset / "official" / name
     if target.is_file():
@@ -182,6 +184,18 @@ def _write(config: RiverConfig, part: Part) -> None:
     trained = "" if iterations is None else f"{iterations} iterations, "
     millions = sum(parameter.numel() for parameter in part.network.parameters()) / 1e6
     say(f"import-official: {part.name}: {millions:.1f} M parameters, {trained}from {part.source} -> {path}")
+
+
+def _warn_of_random_positions(config: RiverConfig) -> None:
+    """The files do not tell how large the frames were; released ones are known."""
+    dataset = config.dataset
+    side = RELEASED[dataset.name][2] if dataset.name in RELEASED else max(dataset.frame_size)
+    if max(dataset.frame_size) > side:
+        warn(
+            f"dataset.image_size: {dataset.image_size}: the released model of {dataset.name} was trained on frames of "
+            f"{side}x{side}; its position codes beyond that are random: use smaller frames, or fine-tune it "
+            "(`train-flow --fine-tune`)"
+        )
 
 
 def _say_next_steps(config: RiverConfig) -> None:

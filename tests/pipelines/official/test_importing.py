@@ -112,6 +112,14 @@ def test_both_trainings_are_done_whatever_their_settings(official, capsys, chang
     assert not config.store_path.exists()
 
 
+@pytest.mark.parametrize(("image_size", "warned"), [([16, 64], False), ([16, 66], True)])
+def test_frames_larger_than_those_of_the_released_weights(official, capsys, image_size, warned):
+    """The official field has position codes for any of them, but those of KTH beyond 64 pixels were never trained."""
+    dataset = official.config().dataset.model_dump() | {"image_size": image_size}
+    run_import(official, official.config(dataset=dataset), model=official.model())
+    assert ("64x64" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "train", "named"),
     [
