@@ -180,13 +180,14 @@ def test_crop_is_exact_to_the_pixel():
 
 
 def test_small_frames_are_enlarged_smoothly():
-    def wave(side: int) -> np.ndarray:
-        x = (np.arange(side) + 0.5) / side
-        return 128 + 60 * np.sin(6 * x)[:, None] * np.cos(5 * x)
+    def wave(height: int, width: int) -> np.ndarray:
+        y, x = ((np.arange(side) + 0.5) / side for side in (height, width))
+        return 128 + 60 * np.sin(20 * y)[:, None] * np.cos(19 * x)
 
-    rgb = np.repeat(wave(40).round().astype(np.uint8)[..., None], 3, 2)
-    result = square(64)(av.VideoFrame.from_ndarray(rgb, "rgb24"))
-    assert np.abs(result[..., 0] - wave(64))[3:-3, 3:-3].max() < 1.5
+    for size in ((40, 40), (40, 200), (200, 40)):  # one side shrunk
+        rgb = np.repeat(wave(*size).round().astype(np.uint8)[..., None], 3, 2)
+        result = FramePreprocessor((64, 64), "stretch")(av.VideoFrame.from_ndarray(rgb, "rgb24"))
+        assert np.abs(result[..., 0] - wave(64, 64))[3:-3, 3:-3].max() < 1.5, size
     flat = square(64)(av.VideoFrame.from_ndarray(np.full((9, 9, 3), 77, np.uint8), "rgb24"))
     assert (flat == 77).all()
 
