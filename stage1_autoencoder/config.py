@@ -220,11 +220,13 @@ class AdversarialConfig(_Settings):
 class AutoencoderTrainingConfig(_Settings):
     """Training of the autoencoder: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
 
-    steps: PositiveInt = Field(100_000, json_schema_extra=NO_EFFECT)
+    steps: PositiveInt | None = Field(
+        None, description="null: as many as suit the amount of data", json_schema_extra=NO_EFFECT
+    )
     batch_size: Size = Field(16, description="images per update, over all processes")
     accumulate: PositiveInt = Field(1, description="number of parts in which a batch is computed, to save memory")
     learning_rate: PositiveFloat = 1e-4
-    warmup_steps: NonNegativeInt = 500
+    warmup_steps: NonNegativeInt = Field(500, description="of linear warm-up, at most half of the steps")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon on weight matrices (convolutions flattened), AdamW on the rest"
     )
@@ -280,6 +282,11 @@ class AutoencoderTrainingConfig(_Settings):
         json_schema_extra=NO_EFFECT,
     )
 
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, when the number of steps is known."""
+        return min(self.warmup_steps, (self.steps + 1) // 2)
+
 
 # The official learning rate is for a batch of 256 and scales with the batch.
 OFFICIAL_LEARNING_RATE = 3e-4
@@ -307,7 +314,9 @@ class RefinerModelConfig(_Settings):
 class RefinerTrainingConfig(_Settings):
     """Training of the refiner, on clips of real frames and their decoded latents."""
 
-    steps: PositiveInt = Field(20_000, json_schema_extra=NO_EFFECT)
+    steps: PositiveInt | None = Field(
+        None, description="null: as many as suit the amount of data", json_schema_extra=NO_EFFECT
+    )
     batch_size: Size = Field(24, description="clips per update, over all processes")
     accumulate: PositiveInt = Field(
         1, description="number of parts in which a batch is computed, to save memory", json_schema_extra=NO_EFFECT
@@ -318,7 +327,8 @@ class RefinerTrainingConfig(_Settings):
     )
     warmup_steps: NonNegativeInt | None = Field(
         None,
-        description="steps of linear warm-up before the cosine to 0; null: steps / 5 (officially 2 of 10 epochs)",
+        description="steps of linear warm-up before the cosine to 0, at most half of the steps; null: steps / 5 "
+        "(officially 2 of 10 epochs)",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon on the convolutions between first and last, AdamW on the rest"
@@ -361,5 +371,5 @@ class RefinerTrainingConfig(_Settings):
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up."""
-        return self.steps // 5 if self.warmup_steps is None else self.warmup_steps
+        """Steps of warm-up, when the number of steps is known."""
+        return self.steps // 5 if self.warmup_steps is None else min(self.warmup_steps, (self.steps + 1) // 2)

@@ -54,18 +54,24 @@ class FramePool:
             raise ValueError("a frame pool needs at least one video")
         self.source, self.batch_size, self.seed, self.on_broken = source, batch_size, seed, on_broken
         self.lengths = VideoTable.of(source.videos).frames
-        total = int(self.lengths.sum())
         # Two rounds are in memory: the one in use and the one being decoded.
-        fits = max(batch_size, memory // (2 * 3 * math.prod(source.dataset.frame_size)))
-        if total <= 2 * fits:
-            self.frames_per_round, self.steps_per_round = min(total, steps * batch_size), steps
-        else:
-            self.frames_per_round = min(fits, steps * batch_size)
-            self.steps_per_round = max(1, self.frames_per_round * REPEATS // batch_size)
+        self._fits = max(batch_size, memory // (2 * 3 * math.prod(source.dataset.frame_size)))
         self._executor = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         self._next = ThreadPoolExecutor(max_workers=1, thread_name_prefix="round")
         self._rounds: dict[int, Future[_Round]] = {}
+        self.set_steps(steps)
+
+    def set_steps(self, steps: int) -> None:
+        """Plan the rounds of a training of this many steps. What is decoded is kept if it is of use."""
+        total, before = int(self.lengths.sum()), vars(self).get("frames_per_round")
+        if total <= 2 * self._fits:
+            self.frames_per_round, self.steps_per_round = min(total, steps * self.batch_size), steps
+        else:
+            self.frames_per_round = min(self._fits, steps * self.batch_size)
+            self.steps_per_round = max(1, self.frames_per_round * REPEATS // self.batch_size)
         self.last_round = (steps - 1) // self.steps_per_round
+        if self.frames_per_round != before:
+            self._rounds.clear()
 
     def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """The batch of a step, or some of its rows: [batch_size, h, w, 3] uint8."""
@@ -90,7 +96,7 @@ class FramePool:
         for wanted in (number, number + 1):
             if wanted not in self._rounds and wanted <= self.last_round:
                 self._rounds[wanted] = self._next.submit(self._decode_round, wanted)
-        for old in [n for n in self._rounds if n < number]:
+        for old in [n for n in self._rounds if n not in (number, number + 1)]:
             del self._rounds[old]
         return self._rounds[number].result()
 

@@ -65,14 +65,16 @@ class FlowTrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: PositiveInt = Field(300_000, json_schema_extra=NO_EFFECT)
+    steps: PositiveInt | None = Field(
+        None, description="null: as many as suit the amount of data", json_schema_extra=NO_EFFECT
+    )
     batch_size: Size = Field(16, description="global batch size, over all processes")
     accumulate: PositiveInt = Field(
         1, description="number of parts a batch is computed in, to save memory", json_schema_extra=NO_EFFECT
     )
     learning_rate: PositiveFloat = 1e-4
     final_learning_rate: PositiveFloat = 1e-7
-    warmup_steps: NonNegativeInt = 5000
+    warmup_steps: NonNegativeInt = Field(5000, description="of linear warm-up, at most half of the steps")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon on weight matrices, AdamW on the rest")
     muon_learning_rate: PositiveFloat = Field(2e-2, description="learning rate of weight matrices with optimizer: muon")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -123,6 +125,11 @@ class FlowTrainingConfig(BaseModel):
         description="clips of the val split predicted at each validation, as GIF and contact sheet",
         json_schema_extra=NO_EFFECT,
     )
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, when the number of steps is known."""
+        return min(self.warmup_steps, (self.steps + 1) // 2)
 
 
 class SamplingConfig(BaseModel):

@@ -27,6 +27,7 @@ from pipelines.bench.workbench import Workbench
 from pipelines.prediction.rollouts import FieldRollouts
 from pipelines.runtime.context import computing_in, sampling_precision, training_in
 from pipelines.training.flow_trainer import FlowTrainer
+from pipelines.training.training_loop import UNKNOWN_STEPS
 from stage1_autoencoder.frame_encoder import exact_kernels
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.conditioning import make_draws
@@ -97,7 +98,7 @@ def _loading(bench: Workbench, cache: LatentCache) -> Measurement:
 def step_seconds(bench: Workbench, cache: LatentCache, **training: Any) -> float:
     """Seconds per training step of the configuration, with other settings of `flow.training` where they are given."""
     flow, device, steps = bench.config.flow, bench.device, itertools.count()
-    flow = flow.model_copy(update={"training": flow.training.model_copy(update=training)})
+    flow = flow.model_copy(update={"training": flow.training.model_copy(update={"steps": UNKNOWN_STEPS} | training)})
     config = bench.config.model_copy(update={"flow": flow})
     sampler = ResidentSampler(cache, device, config.seed, flow.training.batch_size, flow.training.clip_frames)
     with closing(sampler):

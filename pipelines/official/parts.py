@@ -158,7 +158,7 @@ class Part:
         name: `autoencoder`, `flow` or `refiner`: its folder in the run.
         source: the file that holds the weights.
         network: with the configuration's sizes and these weights.
-        step: iterations of its training; the configuration's if the file does not tell.
+        step: iterations of its training; if the file does not tell, the configuration's, or 0.
         state: content of `state.json`.
     """
 
@@ -230,7 +230,7 @@ def _part(
         "iterations": iterations,
         "weights": weights_digest(network),
     }
-    step = section.training.steps if iterations is None else iterations
+    step = (section.training.steps or 0) if iterations is None else iterations
     return Part(
         name, source, network, step, {"imported": imported, "model": section.model.model_dump(mode="json")} | state
     )

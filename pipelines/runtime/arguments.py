@@ -3,11 +3,17 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+
+from pipelines.errors import UserError
+
+# A year.
+MOST_MINUTES = 525_600
 
 
 def positive(text: str) -> int:
@@ -18,6 +24,17 @@ def positive(text: str) -> int:
 def count(text: str) -> int:
     """An argparse type: an integer of at least 0."""
     return _integer(text, 0)
+
+
+def minutes(text: str) -> float:
+    """An argparse type: minutes, more than 0 and at most a year."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= MOST_MINUTES:
+        raise argparse.ArgumentTypeError(f"expected minutes, more than 0 and at most {MOST_MINUTES}, got {text!r}")
+    return number
 
 
 def path(text: str) -> Path:
@@ -115,12 +132,35 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--restart", action="store_true", help="train again from step 0; the existing training is moved to a backup"
     )
     parser.add_argument(
+        "--minutes",
+        type=minutes,
+        dest="training_minutes",
+        metavar="M",
+        help="train for this time: the number of steps is measured at the start, and kept when it is resumed",
+    )
+    parser.add_argument(
         "--resume",
         type=os.path.expanduser,
         metavar="CHECKPOINT",
         default="auto",
         help="checkpoint to resume from: auto (the newest whole one), or the step or folder of another",
     )
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """The `--set` options of a command, and what its other options set.
+
+    Raises:
+        UserError: `--minutes` and a number of steps.
+    """
+    asked = getattr(options, "training_minutes", None)
+    if asked is None:
+        return options.set
+    key = f"{options.command.removeprefix('train-')}.training.steps"
+    for text in options.set:
+        if text.partition("=")[0].strip() == key:
+            raise UserError(f"--minutes {asked:g} decides how many steps, and so does --set {text}: use one")
+    return [*options.set, f"{key}=null"]
 
 
 def add_refine_option(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ class RunContext:
         restart: train again from step 0; the existing training is moved to a backup folder.
         resume: checkpoint to resume from: `auto` (the newest whole one), or its step or folder.
         fine_tune: `train-flow` starts from the weights of the existing flow.
+        training_minutes: that the training of the command takes, if it begins; None: as its configuration says.
         mirror: a folder or URL that holds the data set's archives.
         scheduler: address of the dask scheduler whose workers encode; None: this process does.
         download: download missing public weights; without it nothing but `data` uses the network.
@@ -43,6 +44,7 @@ class RunContext:
     restart: bool = False
     resume: str = "auto"
     fine_tune: bool = False
+    training_minutes: float | None = None
     mirror: str | None = None
     scheduler: str | None = None
     download: bool = False
@@ -62,7 +64,10 @@ class RunContext:
         with processes.sharing_failures():
             device = processes.own_device(resolve_device(options.device))
             processes.connect(device)
-        taken = ("strict", "overwrite", "restart", "resume", "fine_tune", "mirror", "scheduler", "download")
+        taken = (
+            "strict", "overwrite", "restart", "resume", "fine_tune", "training_minutes",
+            "mirror", "scheduler", "download",
+        )  # fmt: skip
         given = {name: getattr(options, name) for name in taken if hasattr(options, name)}
         return cls(device=device, processes=processes, asked_device=options.device, **given)
 
@@ -78,7 +83,7 @@ class RunContext:
 
     def for_prerequisites(self) -> "RunContext":
         """The same command while it builds prerequisites: missing ones are built, nothing is replaced."""
-        return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False)
+        return replace(self, overwrite=False, restart=False, resume="auto", fine_tune=False, training_minutes=None)
 
     def skip(self, video_id: str, reason: str) -> None:
         """Note a broken video, once; with `strict` raise instead."""

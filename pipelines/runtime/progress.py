@@ -5,8 +5,6 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from pipelines.errors import OutputClosed
-
 _quiet = False
 
 
@@ -21,17 +19,10 @@ def is_quiet() -> bool:
 
 
 def say(message: str) -> None:
-    """Print one line without breaking a progress bar.
-
-    Raises:
-        OutputClosed: nobody reads any more.
-    """
+    """Print one line without breaking a progress bar."""
     if not _quiet:
-        try:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise OutputClosed from None
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:

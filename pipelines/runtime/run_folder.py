@@ -19,6 +19,8 @@ from pipelines.runtime.progress import say
 
 # Sections of the configuration that a checkpoint of the training of this name records.
 TRAININGS = ("autoencoder", "flow", "refiner")
+# Values by which a configuration leaves a setting to its training, which records what it came to.
+LEFT_OPEN = {"steps": None, "precision": "auto"}
 
 
 class Environment(BaseModel):
@@ -75,6 +77,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Colle
     except UserError:
         return config  # overrides that contradict the run, which its stages refuse
     before, now = (each.model_dump(mode="json") for each in (config, of_run))
+    for name in TRAININGS:
+        ours, theirs = before[name]["training"], now[name]["training"]
+        ours |= {key: theirs[key] for key, value in LEFT_OPEN.items() if key in ours and ours[key] == value}
     if changed := differences(now, before):
         say(f"run {config.run_path}: as it was trained, not as in {path}: {'; '.join(changed)} (--set changes it)")
     return of_run

@@ -24,7 +24,7 @@ from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
-from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, TrainingAmount
 from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.autoencoder import image_to_unit
@@ -58,7 +58,9 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
     config = config.shared
     processes, plan = run_context.processes, autoencoder_plan(config)
 
-    def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
+    def open_trainer(
+        config: RiverConfig, found: Checkpoint | None, held: ExitStack
+    ) -> tuple[Trainer, LoopSettings, str]:
         training = config.autoencoder.training
         processes.check_batch(training.batch_size, training.accumulate, "autoencoder.training.batch_size")
         with processes.first_before_others():
@@ -169,7 +171,7 @@ class AutoencoderTrainer(Trainer):
             self.model.quantizer,
             start=self.training.codebook_start,
             restart_every=self.training.restart_every,
-            last_restart=self.training.steps - math.ceil(self.training.steps * UNTOUCHED_AT_THE_END),
+            last_restart=_last_restart(self.training.steps),
             window=math.ceil(int(pool.lengths.sum()) / self.training.batch_size),
             average=None if average is None else average.module.quantizer,
             reduce=processes.sum_,
@@ -178,6 +180,15 @@ class AutoencoderTrainer(Trainer):
         if self.training.compile:
             self.model.compile_networks()
         self.network = processes.distribute(self.model, device)
+
+    def set_steps(self, steps: int) -> None:
+        self.training = self.training.model_copy(update={"steps": steps})
+        self.care.last_restart = _last_restart(steps)
+        self.pool.set_steps(steps)
+
+    @property
+    def amount(self) -> TrainingAmount:
+        return TrainingAmount(int(self.pool.lengths.sum()), self.training.batch_size)
 
     def train_step(self, step: int) -> StepResult:
         """One update of the autoencoder, and from `adversarial.start` on one of the discriminator."""
@@ -217,7 +228,7 @@ class AutoencoderTrainer(Trainer):
             means |= self.adversary.backward(images, reconstructed, self._autocast)
             norms[self.adversary.train_state] = self.adversary.train_state.gradient_norm()
         finite = self.processes.all_true(torch.stack([means["loss"], *norms.values()]).isfinite().all())
-        factor = learning_rate_factor(step, warmup=training.warmup_steps, total=training.steps)
+        factor = learning_rate_factor(step, warmup=training.warmup, total=training.steps)
         for train_state, norm in norms.items():
             train_state.update(step, factor, norm, finite)
         moved = self.care.after_step(step, codes, latents, self._draws(step, "codes"), finite)
@@ -401,6 +412,11 @@ class _Adversary:
             seen.append(torch.stack([loss.detach(), real, fake]))
         names = ("discriminator", "logits_real", "logits_fake")
         return dict(zip(names, torch.stack(seen).mean(0), strict=True))
+
+
+def _last_restart(steps: int) -> int:
+    """The last step of a training at which unused codes are moved."""
+    return steps - math.ceil(steps * UNTOUCHED_AT_THE_END)
 
 
 def _in_words(measured: dict[str, float]) -> str:

@@ -87,8 +87,8 @@ def check_fine_tuning(config: RiverConfig, run_context: RunContext) -> Checkpoin
     if not run_context.restart and not _is_start(newest):
         if is_fine_tuned(newest):
             return None
-        steps = _steps_wanted(newest, config)
-        if not is_imported(newest) and newest.step < steps:
+        steps = None if is_imported(newest) else newest.state["settings"]["flow"]["training"]["steps"]
+        if steps is not None and newest.step < steps:
             raise UserError(
                 f"{newest.path} is at step {newest.step} of {steps} of an ordinary training: finish it with "
                 "`train-flow`, or start from its current weights with `train-flow --fine-tune --restart` (the existing "
@@ -169,13 +169,6 @@ def _is_start(checkpoint: Checkpoint) -> bool:
 
 def _beginning(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.beginning")
-
-
-def _steps_wanted(checkpoint: Checkpoint, config: RiverConfig) -> int:
-    """The number of steps of the training that made a checkpoint, not of the fine-tuning."""
-    if is_imported(checkpoint):
-        return config.flow.training.steps
-    return checkpoint.state["settings"]["flow"]["training"]["steps"]
 
 
 def _sizes(checkpoint: Checkpoint) -> VectorFieldConfig:

@@ -25,7 +25,7 @@ from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.train_state import TrainState
 from pipelines.training.fine_tuning import check_fine_tuning, fine_tune, finish_beginning
 from pipelines.training.flow_validation import FlowValidation, open_flow_validation
-from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, TrainingAmount
 from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage2_flow.config import FlowTrainingConfig
 from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
@@ -59,7 +59,9 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     if newest is not None and is_imported(newest):
         _warn_of_another_store(newest, config.store_path)
 
-    def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
+    def open_trainer(
+        config: RiverConfig, found: Checkpoint | None, held: ExitStack
+    ) -> tuple[Trainer, LoopSettings, str]:
         check_flow(config, run_context)
         cache = latent_cache.open(config.store_path, "train")
         sampler = held.enter_context(closing(_open_sampler(config, run_context, cache)))
@@ -220,6 +222,14 @@ class FlowTrainer(Trainer):
         self._step_flops = step_flops(config.flow.model, latents.latent_shape, self.training.batch_size)
         self._waited, self._steps = 0.0, 0
 
+    def set_steps(self, steps: int) -> None:
+        self.training = self.training.model_copy(update={"steps": steps})
+        self._waited, self._steps = 0.0, 0
+
+    @property
+    def amount(self) -> TrainingAmount:
+        return TrainingAmount(self.sampler.legal_targets, self.training.batch_size)
+
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's batch, without waiting for the device."""
         training, seed, processes = self.training, self.config.seed, self.processes
@@ -239,7 +249,7 @@ class FlowTrainer(Trainer):
             step,
             base=training.learning_rate,
             final=training.final_learning_rate,
-            warmup=training.warmup_steps,
+            warmup=training.warmup,
             total=training.steps,
         )
         loss = self._backward(batch, draws)

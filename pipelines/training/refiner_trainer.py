@@ -32,7 +32,7 @@ from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say
 from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
-from pipelines.training.training_loop import LoopSettings, StepResult, Trainer
+from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, TrainingAmount
 from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.rcan import RCAN
@@ -63,7 +63,9 @@ def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     """
     processes, plan = run_context.processes, refiner_plan(config)
 
-    def open_trainer(found: Checkpoint | None, held: ExitStack) -> tuple[Trainer, LoopSettings, str]:
+    def open_trainer(
+        config: RiverConfig, found: Checkpoint | None, held: ExitStack
+    ) -> tuple[Trainer, LoopSettings, str]:
         training = config.refiner.training
         processes.check_batch(training.batch_size, training.accumulate, "refiner.training.batch_size")
         autoencoder = _load_autoencoder(config, run_context.device)
@@ -115,7 +117,7 @@ def refiner_plan(config: RiverConfig) -> TrainingPlan:
         pass
     if training.perceptual_network is None:
         inputs["perceptual"] = None
-    elif (file := Path(training.perceptual_network)).is_file():
+    elif (file := Path(training.perceptual_network).expanduser()).is_file():
         inputs["perceptual"] = {"sha256": file_sha256(file)}
     return plan_training("refiner", config, inputs=inputs)
 
@@ -180,7 +182,7 @@ class RefinerClips:
                 f"refiner: {len(short)} of {len(lengths)} videos of the {cache.split} split are shorter than the "
                 f"{clip_frames} frames of a clip and ignored: {names}"
             )
-        self.rows, self.videos = self.rows[fits], self.videos[fits]
+        self.rows, self.videos, self.frames = self.rows[fits], self.videos[fits], int(lengths[fits].sum())
         self.ends = np.cumsum(lengths[fits] - clip_frames + 1)  # number of clips up to and including each video
         self._latents = cache.load() if cache.nbytes <= memory else None
         self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="clips")
@@ -319,6 +321,15 @@ class RefinerTrainer(Trainer):
         settings = self.training.model_copy(update={"learning_rate": self.training.peak_learning_rate})
         self.train_state = TrainState(self.model, settings, self.model.boundary_parameters())
         self.network = processes.distribute(self.model, device)
+
+    def set_steps(self, steps: int) -> None:
+        self.training = self.training.model_copy(update={"steps": steps})
+        self.clips.steps = steps
+
+    @property
+    def amount(self) -> TrainingAmount:
+        # A clip's first frame is only the previous one of its second.
+        return TrainingAmount(self.clips.frames, self.training.batch_size * (self.training.clip_frames - 1))
 
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's clips."""

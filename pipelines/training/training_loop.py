@@ -1,6 +1,9 @@
 """The loop of every training: steps, log, validation, checkpoints, stopping. The trainer does the steps."""
 
+import itertools
 import math
+import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +23,13 @@ from pipelines.runtime.train_state import TrainState
 
 # Report the first rate after this many seconds, however far the first line of the log is.
 FIRST_WORD_SECONDS = 10.0
+# More steps than any training has: of one whose number of steps is not known yet.
+UNKNOWN_STEPS = 10**9
+# A training by the clock measures its rate in this share of its time, and in no more than these seconds, after its
+# first steps, which compile and allocate, and in this many steps at least.
+MEASURED_SHARE, MEASURED_SECONDS, FIRST_STEPS, MEASURED_STEPS = 0.03, 30.0, 3, 5
+# Share of its time in which the least is measured if a step takes long.
+MOST_MEASURED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,19 @@ class StepResult:
     finite: Tensor
 
 
+@dataclass(frozen=True)
+class TrainingAmount:
+    """How much a training has to learn from, and how much of it a step sees.
+
+    Attributes:
+        frames: that can be learned, those of the training split.
+        frames_per_step: over all processes.
+    """
+
+    frames: int
+    frames_per_step: int
+
+
 class Trainer(ABC):
     """A model and everything that changes while it is trained.
 
@@ -48,6 +71,15 @@ class Trainer(ABC):
     train_state: TrainState
     device: torch.device
     checkpoint_state: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def amount(self) -> TrainingAmount:
+        """The data that it is trained on."""
+
+    @abstractmethod
+    def set_steps(self, steps: int) -> None:
+        """Make this the number of steps of the whole training, before its first one."""
 
     @abstractmethod
     def train_step(self, step: int) -> StepResult:
@@ -89,7 +121,8 @@ class LoopSettings:
 
     Attributes:
         name: `autoencoder`, `flow`, `refiner`.
-        steps, checkpoint_every, validate_every, log_every: in steps.
+        steps: of the whole training; None in the plan of one whose number is not known yet.
+        checkpoint_every, validate_every, log_every: in steps.
         best: name of the validated value that selects the best checkpoint; None: no best checkpoint.
         lowest: whether lower is better.
         max_bad_steps: consecutive non-finite steps, which change nothing, that end the training.
@@ -97,7 +130,7 @@ class LoopSettings:
     """
 
     name: str
-    steps: int
+    steps: int | None
     checkpoint_every: int
     validate_every: int
     log_every: int
@@ -229,6 +262,87 @@ def run_training(
             if stopped_by:
                 where = f", saved {path}" if processes.is_first else ""
                 raise StoppedBySignal(stopped_by, f"stopped at step {done}{where}; the same command resumes from there")
+
+
+@dataclass(frozen=True)
+class _Snapshot(Checkpoint):
+    """A checkpoint in memory."""
+
+    files: dict[str, Tensors]
+
+    def tensors(self, name: str, device: str | torch.device = "cpu") -> Tensors:
+        return self.files[name]
+
+
+def steps_until(
+    end: float,
+    trainer: Trainer,
+    settings: LoopSettings,
+    checkpoints: CheckpointFolder,
+    processes: Processes = ALONE,
+) -> int:
+    """The number of steps that a training can take until a time, by its own rate; the same in all processes.
+
+    Takes some steps, and measures a validation and a checkpoint, of which a training has several. The trainer is then
+    as it was.
+
+    Args:
+        end: on the clock `time.perf_counter`.
+        settings: of the loop; `steps` is not used.
+    Raises:
+        UserError: as `run_training`.
+        StoppedBySignal: after SIGINT or SIGTERM; nothing was trained.
+    """
+    started = time.perf_counter()
+    before = _Snapshot(
+        checkpoints.folder,
+        trainer.state(),
+        {name: {k: v.detach().clone() for k, v in tensors.items()} for name, tensors in trainer.files().items()},
+    )
+    trainer.set_steps(UNKNOWN_STEPS)
+    validation = checkpoint = 0.0
+    if processes.is_first:
+        validating = time.perf_counter()
+        trainer.validate(0)
+        validation = time.perf_counter() - validating
+    processes.wait()
+    seconds = _seconds_per_step(end - started, trainer, settings, processes)
+    if processes.is_first:
+        saving = time.perf_counter()
+        temporary = checkpoints.folder / ".step_measured.tmp"  # what a crash leaves of it, the next checkpoint removes
+        CheckpointFolder(temporary).save(0, trainer.files(), trainer.state())
+        shutil.rmtree(temporary)
+        checkpoint = time.perf_counter() - saving
+    trainer.load(before)
+    seconds += validation / settings.validate_every + checkpoint / settings.checkpoint_every
+    left = end - time.perf_counter() - validation - checkpoint  # the last step has both
+    steps = processes.any_asks(max(1, int(left / seconds)) if processes.is_first else 0)
+    say(f"{settings.name}: {duration(max(0.0, left))} at {1 / seconds:.3g} steps/s: {steps} steps")
+    return steps
+
+
+def _seconds_per_step(available: float, trainer: Trainer, settings: LoopSettings, processes: Processes) -> float:
+    """Measure steps of a training that has these seconds."""
+    guard = _FiniteGuard(trainer, settings, processes)
+    begun = started = time.perf_counter()
+    with StopRequest() as stop:
+        for step in itertools.count():
+            guard.check(step, trainer.train_step(step))
+            if step + 1 == FIRST_STEPS:
+                guard.settle()
+                started = time.perf_counter()
+            now, measured = time.perf_counter(), step + 1 - FIRST_STEPS
+            wanted = min(MEASURED_SHARE * available, MEASURED_SECONDS)
+            enough = measured >= MEASURED_STEPS and now - started >= wanted
+            enough |= measured >= 1 and now - begun >= MOST_MEASURED_SHARE * available
+            # Rank 0 decides; the numbers of the signals are larger than 1.
+            asked = processes.any_asks(stop.signal_number or int(enough and processes.is_first))
+            if asked > 1:
+                raise StoppedBySignal(asked, f"{settings.name}: stopped before its first step, nothing is trained")
+            if asked:
+                guard.settle()
+                return (time.perf_counter() - started) / measured
+    raise AssertionError
 
 
 class _FiniteGuard:

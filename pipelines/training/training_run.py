@@ -1,8 +1,10 @@
 """One training from what its folder holds to its last step: how far it is, resuming, lock, log, loop."""
 
+import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,22 @@ from pipelines.runtime.run_folder import (
     write_run_files,
 )
 from pipelines.runtime.status import Status
-from pipelines.training.training_loop import LoopSettings, Trainer, explain_out_of_memory, run_training
+from pipelines.training.training_loop import (
+    UNKNOWN_STEPS,
+    LoopSettings,
+    Trainer,
+    TrainingAmount,
+    explain_out_of_memory,
+    run_training,
+    steps_until,
+)
+
+# The steps of a training whose configuration leaves them open: so many that it sees each frame this many times, as
+# often as the paper's on KTH, but at least as many as random weights need however little there is to learn, and no more
+# than networks of the paper's sizes do.
+PASSES = 20
+LEAST_STEPS = 5000
+MOST_STEPS = {"autoencoder": 100_000, "flow": 300_000, "refiner": 20_000}
 
 
 @dataclass(frozen=True)
@@ -54,9 +71,22 @@ class TrainingPlan:
         return self.loop.name
 
     @property
-    def steps(self) -> int:
-        """Of the whole training."""
+    def steps(self) -> int | None:
+        """Of the whole training; None: not known before it begins."""
         return self.loop.steps
+
+    def with_steps(self, steps: int) -> "TrainingPlan":
+        """The plan with this number of steps."""
+        section = self.settings.get(self.name, {})
+        section = section | {"training": section.get("training", {}) | {"steps": steps}}
+        return replace(self, loop=replace(self.loop, steps=steps), settings=self.settings | {self.name: section})
+
+    def known_from(self, found: Checkpoint | None) -> "TrainingPlan":
+        """The plan with the steps of a checkpoint's training, unless it has some or that training has not begun."""
+        if self.steps is not None or found is None or not found.step:
+            return self
+        steps = _recorded_steps(found, self.name)
+        return self if steps is None else self.with_steps(steps)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -103,8 +133,9 @@ def plan_training(
     )
 
 
-# Checkpoint to resume from, resources to close -> trainer, the plan's loop with `best`, a line about the training.
-OpenTrainer = Callable[[Checkpoint | None, ExitStack], tuple[Trainer, LoopSettings, str]]
+# Configuration with a number of steps, checkpoint to resume from, resources to close -> trainer, the plan's loop with
+# `best`, a line about the training.
+OpenTrainer = Callable[[RiverConfig, Checkpoint | None, ExitStack], tuple[Trainer, LoopSettings, str]]
 
 
 def training_status(plan: TrainingPlan) -> Status:
@@ -115,6 +146,9 @@ def training_status(plan: TrainingPlan) -> Status:
 def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open_trainer: OpenTrainer) -> Checkpoint:
     """Run a training from where it is to its last step; do nothing when it is done.
 
+    Where the configuration leaves the number of steps open, it is that of the checkpoints, or for a training that
+    begins follows from `run_context.training_minutes`, which end with it, or from the amount of data.
+
     Returns:
         The checkpoint to use: the best by validation if one was measured, else the last.
     Raises:
@@ -122,20 +156,40 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
             losses that are not finite; out of memory.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    processes = run_context.processes
+    processes, started = run_context.processes, time.perf_counter()
     with processes.first_before_others():
         checkpoints, found = resume(plan, run_context)
+    plan = plan.known_from(found)
     if found is not None and _status_of(plan, found).is_done:
         say(f"{plan.name}: done, {describe_progress(found)}, {found.path}")
         return chosen_checkpoint(plan.folder)
     with ExitStack() as held, explain_out_of_memory(plan.loop):
         if processes.is_first:
             held.enter_context(only_training_of(plan.folder))
-        trainer, loop, sentence = open_trainer(found, held)
+        steps = UNKNOWN_STEPS if plan.steps is None else plan.steps
+        trainer, loop, sentence = open_trainer(with_steps(config, plan.name, steps), found, held)
         first_step = 0
         if found is not None:
             trainer.load(found)
             first_step = found.step
+        minutes = None if found is None else found.state.get("minutes")
+        if plan.steps is None:
+            minutes = run_context.training_minutes
+            if minutes is None:
+                steps = suitable_steps(plan.name, trainer.amount)
+                say(
+                    f"{plan.name}: {trainer.amount.frames} frames to learn from: {steps} steps "
+                    f"({plan.name}.training.steps sets another number, --minutes a time)"
+                )
+            else:
+                say(f"{plan.name}: measuring how many steps take {minutes:g} minutes")
+                steps = steps_until(started + 60 * minutes, trainer, loop, checkpoints, processes)
+            trainer.set_steps(steps)
+            plan = plan.with_steps(steps)
+        config, loop = with_steps(config, plan.name, steps), replace(loop, steps=steps)
+        trainer.checkpoint_state["settings"] = plan.settings
+        if minutes is not None:
+            trainer.checkpoint_state["minutes"] = minutes
         if processes.is_first:  # only now: what is refused changes nothing
             write_run_files(config, run_context.device)
             if run_context.resume != "auto" and (backup := checkpoints.move_later_to_backup(first_step)) is not None:
@@ -144,12 +198,25 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         say(f"{plan.name}: {sentence}, steps {first_step} to {plan.steps}, {run_context.device}{many} -> {plan.folder}")
         log = None
         if processes.is_first:
-            if found is not None and first_step == 0:
+            if found is not None and first_step == 0 and minutes is None:  # by the clock, that was measured
                 trainer.validate(0)  # of a fine-tuning: measures the weights that it starts from
             log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step)))
         processes.wait()
         run_training(trainer, loop, log, checkpoints, found, processes)
     return chosen_checkpoint(plan.folder)
+
+
+def with_steps(config: RiverConfig, name: str, steps: int) -> RiverConfig:
+    """The configuration with this number of steps of a training."""
+    section = getattr(config, name)
+    training = section.training.model_copy(update={"steps": steps})
+    return config.model_copy(update={name: section.model_copy(update={"training": training})})
+
+
+def suitable_steps(name: str, amount: TrainingAmount) -> int:
+    """The number of steps of a training that suits the amount of data."""
+    passes = math.ceil(PASSES * amount.frames / amount.frames_per_step)
+    return min(max(passes, LEAST_STEPS), MOST_STEPS[name])
 
 
 def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolder, Checkpoint | None]:
@@ -171,13 +238,16 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
         if first:
             move_to_backup(plan.folder, plan.name)
         return checkpoints, None
+    plan = plan.known_from(found)
     status = _status_of(plan, found)
     if status.state == "conflicting":
         raise UserError(status.detail)
+    if run_context.training_minutes not in (None, found.state.get("minutes")) and (found.step or is_imported(found)):
+        raise UserError(_too_late(plan.name, found, run_context.training_minutes))
     if harmless := _changed_settings(plan, found):
         say(f"{plan.name}: resuming from {found.path.name} with changed settings: {'; '.join(harmless)}")
-    planned = found.state.get("settings", {}).get(plan.name, {}).get("training", {}).get("steps", plan.steps)
-    if planned < plan.steps and found.step:
+    planned = _recorded_steps(found, plan.name)
+    if found.step and planned is not None and planned < plan.steps:
         say(
             f"{plan.name}: its learning rate was to end at step {planned}: it rises again, and falls until step "
             f"{plan.steps}" + ("; `train-flow --fine-tune` begins a schedule of its own" if plan.name == "flow" else "")
@@ -185,9 +255,27 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
     return checkpoints, found
 
 
+def _recorded_steps(found: Checkpoint, name: str) -> int | None:
+    """The number of steps of the training that made a checkpoint; None: imported, or not known when it was made."""
+    return found.state.get("settings", {}).get(name, {}).get("training", {}).get("steps")
+
+
+def _too_late(name: str, found: Checkpoint, minutes: float) -> str:
+    before, steps = found.state.get("minutes"), _recorded_steps(found, name)
+    begun = describe_progress(found) + ("" if steps is None else f", to end at step {steps}")
+    further = " or, when it is done, `train-flow --fine-tune` to train its weights further" if name == "flow" else ""
+    return (
+        f"--minutes {minutes:g} is for a training that begins, and {found.path} has begun ({begun}"
+        + ("" if before is None else f", by --minutes {before:g}")
+        + f"): leave it out to finish that training, or add --restart to begin again{further}"
+    )
+
+
 def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
+    plan = plan.known_from(found)
     if found is None:
-        return Status("missing", f"0 of {plan.steps} steps", plan.folder)
+        open_ = "0 steps; how many it takes follows from --minutes, or from the amount of data"
+        return Status("missing", open_ if plan.steps is None else f"0 of {plan.steps} steps", plan.folder)
     before = found.state.get("identity", {})
     changed = differences(_shared_part(plan.identity, before) if is_imported(found) else plan.identity, before)
     if changed:
@@ -196,9 +284,10 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
         return Status("done", describe_progress(found), plan.folder, standalone=True)
     if changed := differences(plan.inputs, _shared_part(found.state, plan.inputs)):
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
-    if found.step >= plan.steps:
+    if plan.steps is not None and found.step >= plan.steps:
         return Status("done", describe_progress(found), plan.folder)
-    return Status("partial", f"{found.step} of {plan.steps} steps", plan.folder)
+    total = "" if plan.steps is None else f" of {plan.steps}"
+    return Status("partial", f"{found.step}{total} steps", plan.folder)
 
 
 def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:

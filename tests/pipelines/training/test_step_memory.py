@@ -141,7 +141,7 @@ def test_steps_of_the_autoencoder_on_wide_frames(tmp_path, settings):
             "dataset": {"name": "none", "source": "videos", "image_size": [24, 40]},
             "autoencoder": {
                 "model": SMALL_VQGAN,
-                "training": {"batch_size": 4, "codebook_start": "uniform"} | settings,
+                "training": {"steps": 2, "batch_size": 4, "codebook_start": "uniform"} | settings,
             },
         },
         "a test",

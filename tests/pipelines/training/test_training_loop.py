@@ -14,7 +14,15 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import Processes
 from pipelines.runtime.logs import TrainingLog
-from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, explain_out_of_memory, run_training
+from pipelines.training.training_loop import (
+    LoopSettings,
+    StepResult,
+    Trainer,
+    TrainingAmount,
+    explain_out_of_memory,
+    run_training,
+    steps_until,
+)
 
 
 class Counter(Trainer):
@@ -29,6 +37,10 @@ class Counter(Trainer):
 
     learning_rate = 0.5
     device = torch.device("cpu")
+    amount = TrainingAmount(frames=100, frames_per_step=10)
+
+    def set_steps(self, steps: int) -> None:
+        pass
 
     def train_step(self, step: int) -> StepResult:
         self.steps.append(step)
@@ -229,6 +241,64 @@ def test_speed_is_that_of_steps_alone(train, monkeypatch, capsys):
     _, lines = train(Timed())
     assert [line["steps_per_second"] for line in lines] == [2.0] * 5
     assert "counter: 2.00 steps/s, about 4 s " in capsys.readouterr().out  # 7 steps, after the third
+
+
+class ByTheClock(Counter):
+    """Takes its time on a clock of its own: 2 s a step, 30 s more for the first, 5 s a validation, 3 s a checkpoint."""
+
+    def __init__(self, now: list[float], stops_at: int = -1) -> None:
+        super().__init__(stops_at=stops_at)
+        self.now, self.first = now, 30.0
+
+    def train_step(self, step: int) -> StepResult:
+        self.now[0] += 2.0 + self.first
+        self.first = 0.0
+        return super().train_step(step)
+
+    def validate(self, step: int) -> dict[str, float]:
+        self.now[0] += 5.0
+        return super().validate(step)
+
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        self.now[0] += 3.0
+        return super().files()
+
+    def load(self, checkpoint: Any) -> None:
+        del self.steps[int(checkpoint.tensors("model")["steps"]) :]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "every"), [(60, {}), (10, {"validate_every": 10, "checkpoint_every": 20}), (4, {}), (2, {})]
+)
+def test_a_training_by_the_clock_ends_with_its_time(train, tmp_path, monkeypatch, minutes: int, every) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    trainer, seconds = ByTheClock(now), 60 * minutes
+    settings = LoopSettings("counter", None, **{"checkpoint_every": 100, "validate_every": 50, "log_every": 50} | every)
+    steps = steps_until(now[0] + seconds, trainer, settings, CheckpointFolder(tmp_path / "checkpoints"))
+    assert now[0] - 1000 < max(90, 0.03 * seconds)  # the first step takes 32 s
+    assert trainer.steps == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    train(trainer, steps=steps, checkpoint_every=settings.checkpoint_every, validate_every=settings.validate_every)
+    assert trainer.steps == list(range(steps))
+    # A part of an interval between two validations has none.
+    assert seconds - 15 <= now[0] - 1000 <= seconds
+
+
+def test_a_time_that_is_over_is_one_step(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    trainer, settings = ByTheClock(now), LoopSettings("counter", None, 100, 100, 100)
+    assert steps_until(1.0, trainer, settings, CheckpointFolder(tmp_path)) == 1
+
+
+def test_a_signal_while_the_steps_are_counted(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    trainer, settings = ByTheClock(now, stops_at=4), LoopSettings("counter", None, 100, 100, 100)
+    with pytest.raises(StoppedBySignal, match="nothing is trained"):
+        steps_until(3600.0, trainer, settings, CheckpointFolder(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

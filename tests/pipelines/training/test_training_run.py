@@ -96,6 +96,16 @@ def test_a_running_training_is_not_moved(trained):
             assert CheckpointFolder(trained / "checkpoints").latest().step == 7
 
 
+def test_a_number_of_steps_that_is_open_is_that_of_the_checkpoints(tmp_path):
+    asked = plan(tmp_path, {"seed": 0}, steps=None)
+    assert training_status(asked).state == "missing"
+    assert "--minutes" in training_status(asked).detail
+    settings = {"flow": {"training": {"steps": 9}}}
+    CheckpointFolder(tmp_path / "checkpoints").save(7, {}, {"identity": {"seed": 0}, "settings": settings})
+    assert (training_status(asked).state, training_status(asked).detail) == ("partial", "7 of 9 steps")
+    assert training_status(plan(tmp_path, {"seed": 0}, steps=7)).is_done
+
+
 @pytest.mark.parametrize(
     ("identity", "inputs", "steps", "state", "needed"),
     [

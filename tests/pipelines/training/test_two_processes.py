@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import latent_cache
 from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import ALONE, Processes, join_processes
 from pipelines.training import autoencoder_trainer
-from pipelines.training.training_loop import Trainer
+from pipelines.training.training_loop import LoopSettings, Trainer, steps_until
 
 CPU = torch.device("cpu")
 FLOWS = [f"flow {accumulate}" for accumulate in (1, 2, 3, 5)]
@@ -75,6 +76,19 @@ def train(case: str, folder: Path, processes: Processes) -> list[dict[str, float
     return lines
 
 
+def count_steps(folder: Path, processes: Processes) -> dict[str, Any]:
+    """Each process would end at another time. What is measured must be forgotten."""
+    folder.mkdir(exist_ok=True)
+    trainer, settings = build("flow 1", folder, processes), LoopSettings("flow", None, 100, 100, 100)
+    before = torch.cat([tensor.flatten().double() for tensor in trainer.files()["model"].values()])
+    end = time.perf_counter() + 5 + 500 * processes.rank
+    steps = steps_until(end, trainer, settings, CheckpointFolder(folder / "checkpoints"), processes)
+    after = trainer.files()
+    same = torch.equal(before, torch.cat([tensor.flatten().double() for tensor in after["model"].values()]))
+    found = torch.tensor([[steps, int(same and not after["optimizer"])]])
+    return {"ranks": processes.gather(found).tolist(), "files": len(list((folder / "checkpoints").iterdir()))}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     autoencoder_trainer.PatchDiscriminator = Judge
@@ -84,6 +98,7 @@ def main(folder: Path) -> None:
         measured[case] = {"two": train(case, folder, processes)}
         if processes.is_first:
             measured[case]["one"] = train(case, folder, ALONE)
+    measured["clock"] = count_steps(folder / "clock", processes)
     started = time.monotonic()
     try:
         with processes.sharing_failures():
@@ -140,6 +155,14 @@ def test_the_losses_are_those_of_one_process(measured, case: str) -> None:
     for ours, theirs in zip(two[:compared], one[:compared], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     assert {line["loss"] for line in two} != {two[0]["loss"]}
+
+
+def test_all_processes_train_for_the_time_of_the_first(measured) -> None:
+    (steps, unchanged), other = measured["clock"]["ranks"]
+    assert other == [steps, unchanged]
+    assert unchanged
+    assert steps > 1
+    assert not measured["clock"]["files"]
 
 
 def test_a_failure_of_one_process_ends_the_others_with_its_reason(measured) -> None:
