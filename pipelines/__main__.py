@@ -11,7 +11,16 @@ from types import ModuleType
 
 from pipelines import __version__
 from pipelines.commands import COMMANDS
-from pipelines.errors import EXIT_DONE, EXIT_FAILED, EXIT_SKIPPED, EXIT_USAGE, CheckFailed, StoppedBySignal, UserError
+from pipelines.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_SKIPPED,
+    EXIT_USAGE,
+    CheckFailed,
+    OutputClosed,
+    StoppedBySignal,
+    UserError,
+)
 from pipelines.runtime.arguments import add_common_options, overrides, refuse_unknown_words
 
 
@@ -21,11 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 1 failed; 2 bad usage, configuration or input; 3 finished, but some videos were skipped; 128 + signal.
     """
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # when Python ends, it would be too late
+    except (OutputClosed, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console need not have all characters
     os.environ["MPLBACKEND"] = "agg"  # charts go into files; a notebook's own backend may be missing here
-    command, options = _parse(sys.argv[1:] if arguments is None else arguments)
+    command, options = _parse(arguments)
     # These imports take seconds: not before the command line is known to be right.
     from latent_cache import NoSpaceError, StoreError
     from stage1_autoencoder.videos.source import VideoError

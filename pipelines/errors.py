@@ -14,6 +14,10 @@ class CheckFailed(Exception):
     """A check that the user asked for found something wrong, which was listed. The message sums it up."""
 
 
+class OutputClosed(Exception):
+    """Whoever read what we print has left, as `head` does after its lines: there is nobody to tell it."""
+
+
 class StoppedBySignal(Exception):
     """The run was stopped by SIGINT or SIGTERM after it had saved; carries the signal's number."""
 

@@ -1,7 +1,11 @@
 """The raw videos of a run: got from where they are published, indexed, summarized, opened."""
 
+import contextlib
 from dataclasses import replace
+from typing import Any
 
+import latent_cache
+from latent_cache import StoreError
 from pipelines.config import RiverConfig
 from pipelines.data.downloads import PUBLISHED, Download
 from pipelines.data.video_summary import summarize, write_video_list
@@ -9,7 +13,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import free_bytes, size_text
 from pipelines.runtime.progress import say
 from pipelines.runtime.status import Status
-from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
+from stage1_autoencoder.videos import SPLITS, VideoError, VideoSource, dataset_root, open_splits
 from stage1_autoencoder.videos.config import Split
 
 # Data sets of which nobody has published an archive, by name.
@@ -37,7 +41,7 @@ def prepare_data(config: RiverConfig, run_context: RunContext) -> dict[Split, Vi
     status = videos_status(config)
     if config.dataset.name in _NOT_PUBLISHED and status.state == "missing":
         raise VideoError(f"{status.path}: no videos here. {status.detail}")
-    splits = open_splits(config.dataset, config.data_root)
+    splits = open_raw_splits(config)
     for line in summarize(config, splits):
         say(line)
     if run_context.processes.is_first:
@@ -55,7 +59,36 @@ def open_videos(config: RiverConfig, run_context: RunContext) -> dict[Split, Vid
     """
     if run_context.mirror:
         return prepare_data(config, run_context)
-    return _report_skipped(open_splits(config.dataset, config.data_root), run_context)
+    return _report_skipped(open_raw_splits(config), run_context)
+
+
+def open_raw_splits(config: RiverConfig, remember: bool = True) -> dict[Split, VideoSource]:
+    """Open the splits of the raw videos that are here, see `open_splits`; videos of the store stay in its splits."""
+    return open_splits(config.dataset, config.data_root, remember, stored_splits(config))
+
+
+def stored_splits(config: RiverConfig) -> dict[str, Split]:
+    """Splits of the store's videos by id, if it is complete and fractions divide the videos as they did then.
+
+    Stores that were written before they said how their videos were divided count as divided by this configuration.
+    """
+    path, note, stored = config.store_path, division_note(config), dict[str, Split]()
+    # Whatever is wrong with the store is reported by its own stage.
+    with contextlib.suppress(StoreError):
+        if note and latent_cache.is_complete(path):
+            notes = latent_cache.open_notes(path)
+            if notes.get("division", note["division"]) == note["division"]:
+                for split in reversed(SPLITS):  # with folders of their own, test videos may be named as training videos
+                    if split in latent_cache.splits(path):
+                        stored |= dict.fromkeys(latent_cache.open(path, split).video_ids, split)
+                    stored |= dict.fromkeys(notes.get("skipped", {}).get(split, {}), split)
+    return stored
+
+
+def division_note(config: RiverConfig) -> dict[str, Any]:
+    """What a store's notes say about how its videos were divided; nothing where fractions do not divide them."""
+    rule = config.dataset.model_dump(mode="json", include={"splits", "split_seed"})
+    return {"division": rule} if config.dataset.is_divided else {}
 
 
 def videos_status(config: RiverConfig) -> Status:
@@ -96,7 +129,7 @@ def preview_data(config: RiverConfig, run_context: RunContext) -> None:
         for line in download.plan():
             say(line)
     try:
-        sources = open_splits(dataset, config.data_root, remember=False)
+        sources = open_raw_splits(config, remember=False)
     except VideoError as error:
         if download is None:
             raise

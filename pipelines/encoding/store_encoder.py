@@ -14,7 +14,7 @@ import latent_cache
 from latent_cache import NoSpaceError, SplitPlan, StoreWriter
 from latent_cache.schema import IDENTITY_VIEW, PROGRESS_FOLDER
 from pipelines.config import RiverConfig
-from pipelines.data.datasets import open_videos
+from pipelines.data.datasets import division_note, open_videos
 from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkEncoder, EncodeJob, EncodingStopped
 from pipelines.encoding.cluster import connect, run_here, run_on_cluster
 from pipelines.encoding.store_checks import check_layout, check_sources, store_metadata, store_status
@@ -172,7 +172,7 @@ class StoreEncoder:
                 self._encode_pending(writer, encode_chunks)
                 summaries = [self._summary(writer, split) for split in plans]
                 notes = {summary.split: summary.measured for summary in summaries}
-                writer.finish(notes, {"skipped": self._skipped()}, self._codebook())
+                writer.finish(notes, {"skipped": self._skipped()} | division_note(self.config), self._codebook())
             except EncodingStopped:
                 raise StoppedBySignal(
                     stop.signal_number, f"stopped; {self.config.store_path} keeps its finished chunks, `encode` resumes"

@@ -11,6 +11,7 @@ import latent_cache
 from latent_cache import CorruptStoreError, DamagedFramesError, LatentCache
 from latent_cache.schema import IDENTITY_VIEW
 from pipelines.config import RiverConfig
+from pipelines.data.datasets import open_raw_splits
 from pipelines.encoding.frame_verifier import FrameCheck, FrameVerifier, draw_frames
 from pipelines.encoding.store_checks import check_sources, store_status
 from pipelines.errors import CheckFailed, UserError
@@ -20,7 +21,7 @@ from pipelines.runtime.files import size_text
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.run_folder import software_versions
 from stage1_autoencoder.autoencoder import Autoencoder
-from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root, open_splits
+from stage1_autoencoder.videos import VideoError, VideoSource, dataset_root
 
 # Up to this many videos of a damaged chunk are named; of more, the first, the last, and their rows.
 MOST_NAMES = 20
@@ -132,7 +133,7 @@ def _open_videos(config: RiverConfig) -> dict[str, VideoSource]:
             f"{root} does not exist: the raw videos are needed to encode frames again: restore them, {CHECKSUMS_ONLY}"
         )
     try:
-        return dict(open_splits(config.dataset, config.data_root))
+        return dict(open_raw_splits(config))
     except VideoError as error:
         raise UserError(f"{error}; {CHECKSUMS_ONLY}") from error
 

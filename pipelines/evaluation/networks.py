@@ -54,7 +54,7 @@ class PublicFile:
             FetchError: the download failed.
         """
         if configured is not None:
-            path = Path(configured).expanduser()
+            path = Path(configured)
             if not path.is_file():
                 found = "a folder" if path.is_dir() else "no such file"
                 raise UserError(

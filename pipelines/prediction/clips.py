@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig, RiverConfig
+from pipelines.data.datasets import stored_splits
 from pipelines.errors import UserError
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
@@ -161,7 +162,7 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
         VideoError: no videos.
     """
     evaluation = config.evaluation
-    source = open_source(config.dataset, config.data_root, evaluation.split)
+    source = open_source(config.dataset, config.data_root, evaluation.split, stored_splits(config))
     for video in source.skipped:
         run_context.skip(video.id, video.reason)
     videos = VideoTable.of(source.videos)

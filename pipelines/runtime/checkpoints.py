@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.runtime.files import backup_path, flush, write_text
+from pipelines.runtime.files import backup_path, flush, usual_permissions, write_text
 from pipelines.runtime.progress import warn
 
 Tensors = dict[str, Tensor]
@@ -94,11 +94,10 @@ class CheckpointFolder:
         temporary = self.folder / f".{final.name}.tmp"
         temporary.mkdir()
         for name, tensors in files.items():
-            # safetensors refuses shared and strided tensors; copies cost little compared to the disk.
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-                temporary / f"{name}.safetensors",
-            )
+            file = temporary / f"{name}.safetensors"
+            with usual_permissions(file):
+                # safetensors refuses shared and strided tensors; copies cost little compared to the disk.
+                save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, file)
         content = StateFile(step=step, files=sorted(files), **state, **({} if best is None else {"best": best}))
         (temporary / "state.json").write_text(content.model_dump_json(indent=1, exclude_unset=True), encoding="utf-8")
         for file in temporary.iterdir():

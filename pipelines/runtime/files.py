@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,16 @@ def read_json(path: Path, model: type[Model], way_out: str) -> Model:
 
 
 @contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """Give a file that a library writes inside the permissions of any new file; safetensors would give it 600."""
+    path.unlink(missing_ok=True)
+    path.touch()  # the system knows the umask, and the folder's default ACL; a process can't read the one thread-safely
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file of the same suffix beside `path`, which replaces it when the block ends without an error.
 
@@ -68,7 +79,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{disk.PARTIAL}{path.suffix}")
     try:
-        yield temporary
+        with usual_permissions(temporary):
+            yield temporary
         flush(temporary)
         temporary.replace(path)
     except BaseException:

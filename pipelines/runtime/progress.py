@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+from pipelines.errors import OutputClosed
+
 _quiet = False
 
 
@@ -19,10 +21,17 @@ def is_quiet() -> bool:
 
 
 def say(message: str) -> None:
-    """Print one line without breaking a progress bar."""
+    """Print one line without breaking a progress bar.
+
+    Raises:
+        OutputClosed: nobody reads any more.
+    """
     if not _quiet:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise OutputClosed from None
 
 
 def duration(seconds: float) -> str:

@@ -117,7 +117,7 @@ def refiner_plan(config: RiverConfig) -> TrainingPlan:
         pass
     if training.perceptual_network is None:
         inputs["perceptual"] = None
-    elif (file := Path(training.perceptual_network).expanduser()).is_file():
+    elif (file := Path(training.perceptual_network)).is_file():
         inputs["perceptual"] = {"sha256": file_sha256(file)}
     return plan_training("refiner", config, inputs=inputs)
 

@@ -1,6 +1,8 @@
 """Video sources: one interface, `VideoSource`, for procedural videos, folders of videos, and public data sets."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
@@ -29,12 +31,18 @@ def dataset_root(dataset: DatasetConfig, data_root: str | Path) -> Path:
     return Path(dataset.root.replace("{data}", str(data_root)))
 
 
-def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = True) -> dict[Split, VideoSource]:
+def open_splits(
+    dataset: DatasetConfig,
+    data_root: str | Path,
+    remember: bool = True,
+    stored: Mapping[str, Split] = MappingProxyType({}),
+) -> dict[Split, VideoSource]:
     """Open all splits of a data set and index its folder. Splits without videos are omitted; train always has some.
 
     Args:
         data_root: `paths.data` of the config.
         remember: store the index in a hidden file in the folder; False writes nothing.
+        stored: splits by id of videos that a store holds, which they keep where fractions divide them.
     Raises:
         VideoError: no folder, no videos in it, or nothing to train on.
     """
@@ -52,7 +60,7 @@ def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = 
         case "bair":
             from stage1_autoencoder.videos.bair import open_bair
 
-            return dict(open_bair(dataset, root))
+            return dict(open_bair(dataset, root, remember, stored))
         case "clevrer":
             from stage1_autoencoder.videos.clevrer import open_clevrer
 
@@ -60,11 +68,11 @@ def open_splits(dataset: DatasetConfig, data_root: str | Path, remember: bool = 
         case "hdf5":
             from stage1_autoencoder.videos.hdf5 import open_hdf5
 
-            return dict(open_hdf5(dataset, root, remember))
+            return dict(open_hdf5(dataset, root, remember, stored))
         case "videos":
             from stage1_autoencoder.videos.folders import open_folder
 
-            return dict(open_folder(dataset, root, remember))
+            return dict(open_folder(dataset, root, remember, stored))
 
 
 def open_video(dataset: DatasetConfig, path: str | Path) -> VideoSource:
@@ -78,11 +86,14 @@ def open_video(dataset: DatasetConfig, path: str | Path) -> VideoSource:
     return open_single(dataset, Path(path).expanduser())
 
 
-def open_source(dataset: DatasetConfig, data_root: str | Path, split: Split) -> VideoSource:
+def open_source(
+    dataset: DatasetConfig, data_root: str | Path, split: Split, stored: Mapping[str, Split] = MappingProxyType({})
+) -> VideoSource:
     """Open one split of a data set.
 
     Args:
         data_root: `paths.data` of the config.
+        stored: as `open_splits`.
     Raises:
         VideoError: as `open_splits`, or the split has no videos.
     """
@@ -90,7 +101,7 @@ def open_source(dataset: DatasetConfig, data_root: str | Path, split: Split) -> 
         from stage1_autoencoder.videos.shapes import ShapesSource
 
         return ShapesSource(dataset, split)
-    sources = open_splits(dataset, data_root)
+    sources = open_splits(dataset, data_root, stored=stored)
     if split not in sources:
         raise VideoError(
             f"{dataset_root(dataset, data_root)}: the {split} split of {dataset.name!r} has no videos "

@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.division import split_training
 from stage1_autoencoder.videos.index import IndexCache
 from stage1_autoencoder.videos.shards import ShardError, ShardSource, open_shards
 from stage1_autoencoder.videos.source import UNKNOWN_FPS, VideoError, VideoInfo
-from stage1_autoencoder.videos.splits import split_training
 from stage1_autoencoder.videos.tfrecords import Record, example_bytes, read_record, walk_records
 
 FOLDER = "softmotion30_44k"
@@ -87,11 +87,13 @@ def _count_and_side(path: Path, record: Record) -> tuple[int, int]:
     return len(frames), side
 
 
-def open_bair(dataset: DatasetConfig, root: Path) -> dict[Split, BairSource]:
+def open_bair(
+    dataset: DatasetConfig, root: Path, remember: bool, stored: Mapping[str, Split]
+) -> dict[Split, BairSource]:
     """Index BAIR's TFRecords below `root`, in its folder `softmotion30_44k` or directly.
 
     The files in `test` are the test split. Of those in `train`, the fraction `dataset.splits.val` (0.006 unless set) is
-    held out for validation, see `rows_by_fractions`. An id such as traj_0_to_255/12 is the file and the number of the
+    held out for validation, see `division`. An id such as traj_0_to_255/12 is the file and the number of the
     example in it.
 
     Raises:
@@ -104,4 +106,4 @@ def open_bair(dataset: DatasetConfig, root: Path) -> dict[Split, BairSource]:
             raise VideoError(f"{folder}: no such folder; {_WAY_OUT}")
     sources = open_shards(BairSource, dataset, folders, _WAY_OUT)
     fractions: dict[Split, float] = {"val": float(dataset.splits.get("val", DEFAULT_VAL)), "test": 0.0}
-    return split_training(dataset, root, sources, fractions)
+    return split_training(dataset, root, sources, fractions, stored, remember)

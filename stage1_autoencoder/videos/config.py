@@ -93,6 +93,11 @@ class DatasetConfig(BaseModel):
         resampled = "" if self.fps is None else f"dataset.fps {self.fps:g}, "
         return f"{resampled}dataset.frame_step {self.frame_step}"
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether fractions may divide the videos among the splits, rather than the data set itself."""
+        return self.source in ("videos", "hdf5", "bair")
+
     @field_validator("image_size")
     @classmethod
     def _square_is_one_number(cls, size: int | list[int]) -> int | list[int]:

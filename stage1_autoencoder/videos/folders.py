@@ -15,6 +15,7 @@ import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.display import Display
+from stage1_autoencoder.videos.division import choose_fractions, split_training
 from stage1_autoencoder.videos.image_folders import decode_folder, decode_webp, is_webp, list_frames
 from stage1_autoencoder.videos.index import Indexed, examine_video, index_videos
 from stage1_autoencoder.videos.listing import Listing, count_videos, find_videos
@@ -29,7 +30,7 @@ from stage1_autoencoder.videos.source import (
     VideoInfo,
     VideoTable,
 )
-from stage1_autoencoder.videos.splits import SPLITS, choose_fractions, skip_beside, split_folders, split_training
+from stage1_autoencoder.videos.splits import SPLITS, skip_beside, split_folders
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, decode_video
 
 
@@ -188,19 +189,22 @@ class FolderSource(DivisibleSource):
         return Probe(stop, float(self._rates[index]), width, height, chosen, display)
 
 
-def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, FolderSource]:
+def open_folder(
+    dataset: DatasetConfig, root: Path, remember: bool, stored: Mapping[str, Split]
+) -> dict[Split, FolderSource]:
     """Index a folder of videos and divide it into splits; splits without videos are omitted.
 
     If `root` has a folder `train`, then `train`, `val` (or `validation`) and `test` are the splits. Without `val`,
     the fraction `dataset.splits.val` (0.1 unless set) of the training videos is taken for validation; without `test`,
     the fraction `dataset.splits.test` if it is set, and otherwise there is no test split. If `root` has no such
-    folders, both fractions (0.1 each unless set) are taken of all videos. See `rows_by_fractions`.
+    folders, both fractions (0.1 each unless set) are taken of all videos. See `division`.
 
     Unusable videos are listed as `skipped` in the split of their folder, or in train, and there too what lies beside
     these folders.
 
     Args:
         remember: False writes nothing; see `index_videos`.
+        stored: splits by id of videos that a store holds, which they keep.
     Raises:
         VideoError: no folder, no videos, a split folder without usable videos, no video left to train on.
     """
@@ -221,7 +225,7 @@ def open_folder(dataset: DatasetConfig, root: Path, remember: bool = True) -> di
         if not source.videos:
             reasons = join_names(f"{video.id} {video.reason}" for video in source.skipped)
             raise VideoError(f"{folders[split]}: none of its {len(listings[split])} videos can be used: {reasons}")
-    return split_training(dataset, root, sources, fractions)
+    return split_training(dataset, root, sources, fractions, stored, remember)
 
 
 def open_divided(

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.division import choose_fractions, split_training
 from stage1_autoencoder.videos.index import Entry, IndexCache, stamp
 from stage1_autoencoder.videos.names import natural_order
 from stage1_autoencoder.videos.shards import ShardError, ShardSource, open_shards
 from stage1_autoencoder.videos.source import UNKNOWN_FPS, VideoError, VideoInfo
-from stage1_autoencoder.videos.splits import choose_fractions, skip_beside, split_folders, split_training
+from stage1_autoencoder.videos.splits import skip_beside, split_folders
 from stage1_autoencoder.videos.video_files import Probe
 
 _NOT_VIDEOS = frozenset({"len", "videos"})
@@ -191,7 +192,9 @@ def _examine(shard: Any, video: str) -> tuple[Probe, str]:
     return Probe(len(names), UNKNOWN_FPS, width, height), digest
 
 
-def open_hdf5(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[Split, Hdf5Source]:
+def open_hdf5(
+    dataset: DatasetConfig, root: Path, remember: bool, stored: Mapping[str, Split]
+) -> dict[Split, Hdf5Source]:
     """Index the shards below `root`, in folders `train`, `val` (or `validation`) and `test`, or directly in it.
 
     Splits without a folder are taken out of the training videos by fractions, as in `open_folder`.
@@ -210,4 +213,4 @@ def open_hdf5(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict
         sources = open_shards(Hdf5Source, dataset, named or {"train": root}, way_out, cache)
     beside = skip_beside(root, named, lambda path: int(path.suffix.lower() in Hdf5Source.extensions))
     sources["train"].skipped.extend(beside)
-    return split_training(dataset, root, sources, fractions)
+    return split_training(dataset, root, sources, fractions, stored, remember)

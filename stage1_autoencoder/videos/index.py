@@ -1,4 +1,4 @@
-"""The index of a folder's videos: frame counts, keyframes and digests, kept in a small SQLite file in the folder.
+"""The index of a folder's videos, a small SQLite file in it: frame counts, keyframes, digests, and splits.
 
 All of it streams: of a million videos only names and some numbers are in memory at once.
 """
@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,9 +21,11 @@ from typing import Self
 
 from tqdm import tqdm
 
+from stage1_autoencoder.videos.config import Split
 from stage1_autoencoder.videos.display import Display
 from stage1_autoencoder.videos.image_folders import is_webp, list_frames, probe_folder, probe_webp
 from stage1_autoencoder.videos.source import BrokenVideoError
+from stage1_autoencoder.videos.splits import SPLITS
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
 
 CACHE_NAME = ".river_index.sqlite"
@@ -36,6 +38,10 @@ _TABLE = """CREATE TABLE video (
     name BLOB PRIMARY KEY, stamp TEXT NOT NULL, frames INTEGER NOT NULL, fps REAL NOT NULL, width INTEGER NOT NULL,
     height INTEGER NOT NULL, keyframes TEXT NOT NULL, orientation INTEGER NOT NULL, aspect TEXT NOT NULL,
     digest TEXT NOT NULL
+) WITHOUT ROWID"""
+# Splits by name, for each rule by which videos are divided. Other versions of the index keep this table.
+_SPLIT_TABLE = """CREATE TABLE IF NOT EXISTS division (
+    rule TEXT NOT NULL, name BLOB NOT NULL, split TEXT NOT NULL, PRIMARY KEY (rule, name)
 ) WITHOUT ROWID"""
 _COLUMNS = "stamp, frames, fps, width, height, keyframes, orientation, aspect, digest"
 
@@ -152,10 +158,10 @@ def stamp(path: Path) -> str:
 
 
 class IndexCache:
-    """Entries by name, in `<root>/.river_index.sqlite`.
+    """Entries by name, in `<root>/.river_index.sqlite`, and the splits into which videos were divided.
 
-    A cache that is damaged or of another version is replaced. If the folder is read-only, or another process locks the
-    file for long, entries are not stored, but nothing fails.
+    A cache that is damaged is replaced, and so are the entries of another version. If the folder is read-only, or
+    another process locks the file for long, nothing is stored, but nothing fails.
     """
 
     def __init__(self, root: Path, remember: bool = True) -> None:
@@ -208,6 +214,28 @@ class IndexCache:
         if time.monotonic() - self._saved > _COMMIT_SECONDS:
             self._commit()
 
+    def get_split(self, rule: str, name: str) -> Split | None:
+        """The split that a video was put into by a rule."""
+        if self._database is None:
+            return None
+        try:
+            query = "SELECT split FROM division WHERE rule = ? AND name = ?"
+            row = self._database.execute(query, (rule, os.fsencode(name))).fetchone()
+        except sqlite3.Error:  # a read-only index of an earlier version has no such table
+            self._give_up()
+            return None
+        return row[0] if row and row[0] in SPLITS else None
+
+    def put_splits(self, rule: str, split: Split, names: Iterable[str]) -> None:
+        """Store the split of videos, of which those that have one keep it."""
+        if self._database is None or not self._writes:
+            return
+        try:
+            rows = ((rule, os.fsencode(name), split) for name in names if self.get_split(rule, name) is None)
+            self._database.executemany("INSERT OR IGNORE INTO division VALUES (?, ?, ?)", rows)
+        except sqlite3.Error:
+            self._give_up()
+
     def forget_others(self, names: Sequence[str]) -> None:
         """Delete entries of videos that are not among `names` if they are more than half of all."""
         if self._database is None or not self._writes:
@@ -235,21 +263,24 @@ class IndexCache:
         return None
 
     def _create(self) -> sqlite3.Connection:
-        """Open the cache for writing; create it unless it exists in this version.
+        """Open the cache for writing; create it, or empty it of entries of another version.
 
         Raises:
             sqlite3.Error, OSError: the folder or the file is read-only.
         """
         for _ in range(2):
+            with contextlib.suppress(FileExistsError):
+                self._path.touch(exist_ok=False)  # SQLite itself would not let a group write
             database = self._connect("rwc")
             try:
-                database.execute("BEGIN IMMEDIATE")  # one of several processes creates the table
-                if database.execute("PRAGMA user_version").fetchone() == (0,):
+                database.execute("BEGIN IMMEDIATE")  # one of several processes creates the tables
+                if database.execute("PRAGMA user_version").fetchone() != (CACHE_VERSION,):
+                    database.execute("DROP TABLE IF EXISTS video")
                     database.execute(_TABLE)
                     database.execute(f"PRAGMA user_version = {CACHE_VERSION}")
-                if database.execute("PRAGMA user_version").fetchone() == (CACHE_VERSION,):
-                    database.commit()
-                    return database
+                database.execute(_SPLIT_TABLE)
+                database.commit()
+                return database
             except sqlite3.OperationalError:  # locked by another process, or read-only
                 database.close()
                 raise

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +66,14 @@ def test_checkpoints(trained) -> None:
             assert load_file(folder / f"step_{step:08d}" / "model.safetensors")
     assert not list(trained.folder.rglob("*.pth"))
     assert not list(trained.folder.rglob("*.tmp"))
+
+
+def test_files_have_the_permissions_of_the_umask(trained) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in trained.folder.rglob("*")}
+    wrong = {path for path, mode in modes.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask}
+    assert not wrong
 
 
 def test_store_is_complete_and_holds_all_videos(trained) -> None:

@@ -1,5 +1,6 @@
 """The story with videos of one's own, and with KTH as it is published, both made here with PyAV."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import latent_cache
 from pipelines.config import load_config
+from pipelines.data.datasets import stored_splits
 from pipelines.prediction.pictures import RED
 from pipelines.report.predictions import read_clip
 from stage1_autoencoder.videos import open_source
@@ -77,11 +79,38 @@ def test_stored_latents_are_those_of_the_files(own) -> None:
 def test_a_folder_with_split_folders(place, story: ModuleType) -> None:
     place = place.with_sets("dataset.source=videos", "dataset.splits={}")
     story.write_videos(place.data / "train", ["one.mp4", "two.gif", "three"])
-    story.write_videos(place.data / "val", ["one.avi"], first_seed=7)
+    story.write_videos(place.data / "val", ["six.avi"], first_seed=7)
     story.write_videos(place.data / "test", ["four.avi", "five"], first_seed=9)
     place.run("sample").ok()
-    assert ids(place) == {"train": ["one", "three", "two"], "val": ["one"], "test": ["five", "four"]}
+    divided = {"train": ["one", "three", "two"], "val": ["six"], "test": ["five", "four"]}
+    assert ids(place) == divided
     assert (place.runs / "samples" / "five.gif").exists()
+
+    # In one folder fractions divide them, but a store keeps its splits, also one that does not say how it was divided.
+    for path in [*place.data.glob("*/*")]:
+        path.rename(place.data / path.name)
+    for folder in divided:
+        (place.data / folder).rmdir()
+    attributes = json.loads((place.store / "zarr.json").read_text())
+    del attributes["attributes"]["notes"]["division"]
+    (place.store / "zarr.json").write_text(json.dumps(attributes))
+    assert "store: done" in place.run("encode").ok().out
+    place.run("encode", "--verify", "5").ok()
+    place.run("sample", "--videos", "9").ok()
+    assert {path.stem for path in (place.runs / "samples").glob("*.mp4")} == {"five", "four"}
+    story.write_videos(place.data, ["seven.mp4"], first_seed=20)
+    outcome = place.run("encode").refused(2, "1 added: seven", "encode --overwrite")
+    assert "removed" not in outcome.err
+    shutil.rmtree(place.store)  # the folder of the videos remembers
+    place.run("encode").ok()
+    found = ids(place)
+    assert sorted(itertools.chain(*found.values())) == ["five", "four", "one", "seven", "six", "three", "two"]
+    assert {split: [name for name in found[split] if name != "seven"] for split in divided} == divided
+    (place.data / ".river_index.sqlite").unlink()  # and so does the store
+    before = story.stamps(place.store)
+    place.run("encode").ok()
+    assert story.stamps(place.store) == before
+    assert stored_splits(load_config(place.runs / "config.yaml", ["dataset.split_seed=5"])) == {}
 
 
 def test_root_elsewhere_and_frame_step(place, story: ModuleType, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_video_that_breaks_in_the_middle(place, story: ModuleType, name: str) ->
     roots = [json.loads(files.pop("zarr.json"))["attributes"] for files in (ours, theirs)]
     assert ours == theirs
     assert [list(ids) for ids in roots[0].pop("notes")["skipped"].values()] == [[video]]
-    assert roots[1].pop("notes") == {"skipped": {}}
+    assert roots[1].pop("notes")["skipped"] == {}
     assert roots[0] == roots[1]
     assert "store: done" in place.run("encode").ok().out  # what is broken still is no change
 

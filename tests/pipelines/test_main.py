@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,26 @@ def test_a_console_of_any_encoding(encoding, monkeypatch):
     for stream in (out, err):
         stream.flush()
         assert "\\u6620" in stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("words", [["sample", "--config", SHAPES, "--device", "cpu", "--dry-run"], ["--help"]])
+def test_a_reader_that_leaves_ends_the_command_without_a_word(words, monkeypatch, capfd):
+    """As with `river ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert main(words) == 128 + signal.SIGPIPE
+        assert capfd.readouterr().err == ""
+
+
+def test_a_connection_that_breaks_is_told(monkeypatch, capsys, ran):
+    def run(*_):
+        raise BrokenPipeError(32, "Broken pipe: the scheduler")
+
+    monkeypatch.setattr("pipelines.commands.sample.run", run)
+    assert main(["sample", "--config", SHAPES, "--device", "cpu"]) == 1
+    assert "the scheduler" in capsys.readouterr().err
 
 
 def test_the_backend_of_a_notebook_is_not_needed(tmp_path):

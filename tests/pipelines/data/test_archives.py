@@ -19,6 +19,9 @@ from pipelines.data.archives import MARKER_NAME, ArchiveError, NoRoomError, Unpa
 TAR_FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
+MODES = {"set uid": 0o4755, "closed": 0, "open": 0o777}
+
+
 def tar_entry(name: str, content: bytes = b"", **settings: object) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size = len(content)
@@ -182,6 +185,26 @@ def test_links_and_encrypted_entries_of_zips(tmp_path):
     refused(archive, "'x'", "link")
     archive.write_bytes(encrypted)
     refused(archive, "'x'", "encrypted")
+
+
+def test_modes_of_an_archive_are_ignored(tmp_path, kind):
+    """No file of another's right, and none that cannot be read."""
+    if kind == "tar":
+        archive = make_tar(tmp_path, [tar_entry(name, b"x", mode=mode) for name, mode in MODES.items()])
+    else:
+        archive = tmp_path / "a.zip"
+        with zipfile.ZipFile(archive, "w") as written:
+            for name, mode in MODES.items():
+                entry = zipfile.ZipInfo(name)
+                entry.external_attr = (stat.S_IFREG | mode) << 16
+                written.writestr(entry, b"x")
+    before = os.umask(0o027)
+    try:
+        unpack(archive)
+    finally:
+        os.umask(before)
+    for name in MODES:
+        assert stat.S_IMODE((tmp_path / "out" / "a" / name).stat().st_mode) == 0o640
 
 
 def claim(path: Path, size: int) -> Path:

@@ -53,9 +53,8 @@ def test_a_missing_file_is_downloaded_only_when_allowed(public, hub):
     assert offline.find(None, SETTING, download=True) == hub / "net.pt"
 
 
-def test_a_configured_path_wins_and_must_exist(public, hub, tmp_path, monkeypatch):
+def test_a_configured_path_wins_and_must_exist(public, hub, tmp_path):
     public.find(None, SETTING, download=True)
-    monkeypatch.setenv("HOME", str(tmp_path))
     for download in (False, True):
         for path in (tmp_path / "mine.pt", tmp_path):
             with pytest.raises(UserError, match=re.escape(f"{SETTING}: {path}: ")) as raised:
@@ -63,7 +62,7 @@ def test_a_configured_path_wins_and_must_exist(public, hub, tmp_path, monkeypatc
             assert public.url in str(raised.value)
             assert "null" in str(raised.value)
     (tmp_path / "mine.pt").write_bytes(b"anything")
-    assert public.find("~/mine.pt", SETTING, download=True) == tmp_path / "mine.pt"
+    assert public.find(str(tmp_path / "mine.pt"), SETTING, download=True) == tmp_path / "mine.pt"
 
 
 @pytest.mark.parametrize("digits", [8, 64])

@@ -1,12 +1,15 @@
 """Files of a run: replaced as a whole, locked, read through their class, and sizes as text."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from pipelines.errors import UserError
 from pipelines.runtime.files import backup_path, file_sha256, locked, read_json, replacing, size_text, write_json
@@ -76,6 +79,25 @@ def test_a_lock_excludes_other_processes_until_its_process_ends(tmp_path: Path) 
         holder.communicate()
     with locked(lock, "busy"), pytest.raises(UserError, match=f"^{os.getpid()}$"), locked(lock, "{pid}"):
         pass
+
+
+def rewrite_tensors(path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+
+
+@pytest.mark.parametrize("replace", [lambda path: write(path, "new"), rewrite, rewrite_tensors])
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, replace) -> None:
+    """Whatever a library gives to its files, and whatever an older file of that name had."""
+    path = tmp_path / "made" / "model.safetensors"
+    before = os.umask(0o027)
+    try:
+        for _ in range(2):
+            replace(path)
+            assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path.parent)] == [0o640, 0o750]
+            path.chmod(0o600)
+    finally:
+        os.umask(before)
 
 
 def test_backups_have_free_names(tmp_path: Path) -> None:

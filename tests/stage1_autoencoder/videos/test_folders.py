@@ -1,10 +1,13 @@
 """Folders of videos as sources: splits, reading, unusable videos, and fingerprints."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
+import sqlite3
 from dataclasses import asdict
 from fractions import Fraction
 
@@ -13,7 +16,7 @@ import pytest
 
 from stage1_autoencoder.videos import BrokenVideoError, VideoError, open_source, open_splits, open_video
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.index import digest
+from stage1_autoencoder.videos.index import CACHE_NAME, digest
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from tests.stage1_autoencoder.videos.conftest import ids
 
@@ -48,6 +51,45 @@ def test_split_folders(three_splits, make_video):
     assert copy.fingerprint == hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+@pytest.mark.parametrize("kept", ["kept", "older version", "read only", "deleted"])
+def test_a_folder_remembers_the_split_of_each_video(tmp_path, make_video, kept):
+    """Also that of a video that fills a split; without the memory only those that fill one may move."""
+
+    def split_of() -> dict[str, str]:
+        found = ids(open_splits(config(), tmp_path))
+        return {name: split for split, group in found.items() for name in group}
+
+    if kept == "read only":
+        (tmp_path / CACHE_NAME).mkdir()  # no file can have this name
+    names = [f"v{number}" for number in range(30)]
+    places = {name: int.from_bytes(hashlib.sha256(f"0{name}".encode()).digest()[:8], "big") / 2**64 for name in names}
+    late, *rest = sorted(names, key=places.get)
+    assert places[late] < 0.1  # it belongs into test, which one of `few` fills
+    few = [name for name in rest if places[name] > 0.2][:4]
+    make_video("first.avi", 2)
+    for name in few:
+        shutil.copy(tmp_path / "first.avi", tmp_path / f"{name}.avi")
+    (tmp_path / "first.avi").unlink()
+    before = split_of()
+    assert [before[name] for name in few] == ["test", "val", "train", "train"]
+    shutil.copy(tmp_path / f"{few[0]}.avi", tmp_path / f"{late}.avi")
+    if kept == "older version":
+        with contextlib.closing(sqlite3.connect(tmp_path / CACHE_NAME)) as database:
+            database.execute("PRAGMA user_version = 3")
+    elif kept == "deleted":
+        (tmp_path / CACHE_NAME).unlink()
+    after = split_of()
+    assert after[late] == "test"
+    remembered = kept in ("kept", "older version")
+    assert (after[few[0]] == "test") == remembered
+    stay = few if remembered else few[2:]
+    assert [after[name] for name in stay] == [before[name] for name in stay]
+    if remembered:
+        (tmp_path / f"{late}.avi").unlink()
+        (tmp_path / f"{few[0]}.avi").unlink()
+        assert "test" not in split_of().values()  # those that are left were trained on, maybe
+
+
 def test_a_missing_val_folder_is_taken_from_train_and_a_missing_test_only_on_request(three_splits):
     shutil.rmtree(three_splits / "validation")
     shutil.rmtree(three_splits / "test")
@@ -56,7 +98,8 @@ def test_a_missing_val_folder_is_taken_from_train_and_a_missing_test_only_on_req
     with pytest.raises(VideoError, match=r"test split of 'mine'.*train, val.*dataset\.splits\.test"):
         open_source(config(), three_splits, "test")
     sources = open_splits(config(splits={"test": 0.3, "val": 0.0}), three_splits)
-    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 2, "test": 1}
+    assert list(sources) == ["train", "test"]
+    assert sorted(itertools.chain(*ids(sources).values())) == ["a", "b10", "b2"]
 
 
 def test_fractions_where_there_are_no_split_folders(tmp_path, make_video, make_frames):
@@ -64,13 +107,15 @@ def test_fractions_where_there_are_no_split_folders(tmp_path, make_video, make_f
         make_video(f"v{number}.avi", 2)
     make_frames("nested/frames", 3)
     sources = open_splits(config(), tmp_path)
-    assert {split: len(names) for split, names in ids(sources).items()} == {"train": 4, "val": 1, "test": 1}
-    everything = sorted(name for names in ids(sources).values() for name in names)
+    assert list(sources) == ["train", "val", "test"]
+    everything = sorted(itertools.chain(*ids(sources).values()))
     assert everything == ["nested/frames", "v0", "v1", "v2", "v3", "v4"]
     assert ids(open_splits(config(splits={"val": 0.0, "test": 0.0}), tmp_path)).keys() == {"train"}
     with pytest.raises(VideoError, match=r"dataset\.splits: .*0\.5"):
         open_splits(config(splits={"train": 0.5, "val": 0.1, "test": 0.1}), tmp_path)
-    with pytest.raises(VideoError, match=r"6 videos.*0\.49.*lower the fractions or add videos"):
+    (last,) = ids(open_splits(config(splits={"val": 0.49, "test": 0.5}), tmp_path))["train"]
+    (tmp_path / f"{last}.avi").unlink()
+    with pytest.raises(VideoError, match=r"5 videos.*0\.49.*add videos.*split_seed"):  # the others stay where they are
         open_splits(config(splits={"val": 0.49, "test": 0.5}), tmp_path)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -42,6 +43,15 @@ def damage(*paths: Path) -> None:
             before = file.stat()
             file.write_bytes(bytes(before.st_size))
             os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_the_index_has_the_permissions_of_the_umask(tmp_path, make_video):
+    before = os.umask(0o002)  # SQLite's own would be 644: colleagues could not write
+    try:
+        counts(tmp_path, [make_video("a.avi", 3)])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / CACHE_NAME).stat().st_mode) == 0o664
 
 
 def test_results_are_stored_until_a_file_changes(tmp_path, make_video, make_frames, capfd):
