@@ -70,8 +70,8 @@ def split_training(
 
         rows = rows_by_fractions(ids, val=val, test=test, seed=seed, known=known)
         for split in SPLITS:
-            index.put_splits(rule, split, (ids[row] for row in rows[split].tolist()))
-            index.put_splits(rule, split, (_without_extensions(ids[row]) for row in rows[split].tolist()))
+            names = (ids[row] for row in rows[split].tolist())
+            index.put_splits(rule, split, (key for name in names for key in {name, _without_extensions(name)}))
     if not len(rows["train"]):
         raise VideoError(
             f"{root}: of {len(train.videos)} videos, dataset.splits {fractions} leave none to train on; "

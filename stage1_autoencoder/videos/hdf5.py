@@ -39,7 +39,7 @@ class Hdf5Source(ShardSource):
         with _open(path) as shard:
             for name in _video_names(shard):
                 video_id, key = f"{path.stem}/{name}", f"{path.parent.name}/{path.name}/{name}"
-                entry = cache.get(key) if cache else None
+                (entry,) = cache.get([key]) if cache else (None,)
                 if entry is None or entry.stamp != seen:
                     try:
                         entry = Entry(seen, *_examine(shard, name))

@@ -102,8 +102,10 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
         running: deque[tuple[str, Future]] = deque()
         waiting = iter(names)
         while True:
-            for name in itertools.islice(waiting, _AHEAD - len(running)):
-                running.append((name, executor.submit(examine, name, cache.get(name))))
+            if len(running) <= _AHEAD // 2:
+                ahead = list(itertools.islice(waiting, _AHEAD - len(running)))
+                for name, known in zip(ahead, cache.get(ahead), strict=True):
+                    running.append((name, executor.submit(examine, name, known)))
             if not running:
                 break
             name, future = running.popleft()
@@ -182,22 +184,24 @@ class IndexCache:
         if self._database is not None:
             self._database.close()
 
-    def get(self, name: str) -> Entry | None:
-        """The entry of a video, by its path relative to the folder."""
-        if self._database is None:
-            return None
+    def get(self, names: Sequence[str]) -> list[Entry | None]:
+        """Entries of some videos, at most a thousand, by their paths relative to the folder; None where there is none.
+
+        One query for many: while threads are busy, each query waits for Python's lock.
+        """
+        found: dict[bytes, Entry] = {}
+        keys = [os.fsencode(name) for name in names]
         try:
-            query = f"SELECT {_COLUMNS} FROM video WHERE name = ?"
-            row = self._database.execute(query, (os.fsencode(name),)).fetchone()
-            if row is None:
-                return None
-            seen, frames, fps, width, height, keyframes, orientation, aspect, digest = row
-            chosen = tuple(Keyframe(*pair) for pair in json.loads(keyframes))
-            display = Display(orientation, Fraction(aspect))
-            return Entry(seen, Probe(frames, fps, width, height, chosen, display), digest)
+            if self._database is not None:
+                query = f"SELECT name, {_COLUMNS} FROM video WHERE name IN ({', '.join('?' * len(keys))})"
+                for row in self._database.execute(query, keys):
+                    key, seen, frames, fps, width, height, keyframes, orientation, aspect, digest = row
+                    chosen = tuple(Keyframe(*pair) for pair in json.loads(keyframes))
+                    display = Display(orientation, Fraction(aspect))
+                    found[key] = Entry(seen, Probe(frames, fps, width, height, chosen, display), digest)
         except (sqlite3.Error, ValueError, TypeError, ZeroDivisionError):
             self._give_up()
-            return None
+        return [found.get(key) for key in keys]
 
     def put(self, name: str, entry: Entry) -> None:
         """Store the entry of a video."""
