@@ -13,6 +13,7 @@ from pipelines.encoding.store_checks import store_status
 from pipelines.encoding.store_encoder import encode
 from pipelines.errors import UserError
 from pipelines.loading import find_autoencoder
+from pipelines.prediction.clips import check_clips
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
@@ -96,8 +97,13 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
     stage.run(config, run_context)
 
 
-def run_to_prediction(config: RiverConfig, run_context: RunContext, refine: bool = False) -> None:
+def run_to_prediction(
+    config: RiverConfig, run_context: RunContext, refine: bool = False, of_clips: bool = False
+) -> None:
     """Run all stages that predictions of pixels need.
+
+    Args:
+        of_clips: predictions will be of the protocol's clips; videos without any are refused before anything is made.
 
     Raises:
         UserError: the autoencoder of a store or flow that is there is missing, before anything is trained; others as
@@ -110,6 +116,8 @@ def run_to_prediction(config: RiverConfig, run_context: RunContext, refine: bool
             f"autoencoder that encoded {config.store_path}: restore it there (imported weights: "
             "`import-official`), or encode another store (--set paths.latents=...)"
         )
+    if of_clips and not made[1].is_done and run_context.mirror is None:  # with a mirror the videos come later
+        check_clips(config)
     run_to("flow", config, run_context)
     if refine:
         run_to("refiner", config, run_context)

@@ -30,15 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
     from pipelines.evaluation.evaluator import evaluate
+    from pipelines.prediction.clips import check_clips
     from pipelines.predictor import sample_clips
     from pipelines.report.page import write_report
     from pipelines.runtime.progress import say
+
+    def raw_videos() -> None:
+        stages.run_to("videos", config, run_context)
+        check_clips(config)  # before a training that may take days
 
     started = time.perf_counter()
     # A store of the former autoencoder would contradict the one that is trained again.
     run_context = replace(run_context, overwrite=run_context.overwrite or run_context.restart)
     chapters: list[tuple[str, Callable[[], object]]] = [
-        ("raw videos", lambda: stages.run_to("videos", config, run_context)),
+        ("raw videos", raw_videos),
         ("stage 1: train the autoencoder", lambda: stages.run_to("autoencoder", config, run_context)),
         ("stage 1: encode all videos into the store", lambda: stages.run_to("store", config, run_context)),
         ("stage 2: train the flow, from the store alone", lambda: stages.run_to("flow", config, run_context)),

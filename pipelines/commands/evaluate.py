@@ -24,5 +24,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines.evaluation.evaluator import evaluate, find_networks
 
     find_networks(config, run_context)  # a missing one is reported before a training that may take days
-    stages.run_to_prediction(config, run_context, options.refine)
+    stages.run_to_prediction(config, run_context, options.refine, of_clips=True)
     evaluate(config, run_context, options.refine)

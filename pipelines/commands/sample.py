@@ -25,5 +25,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines import stages
     from pipelines.predictor import sample_clips
 
-    stages.run_to_prediction(config, run_context, options.refine)
+    stages.run_to_prediction(config, run_context, options.refine, of_clips=True)
     sample_clips(config, run_context, options.videos, options.refine, options.samples)

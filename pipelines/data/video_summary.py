@@ -85,7 +85,8 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
 def _warnings(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list[str]:
     """What the user may not expect of these videos under this configuration."""
     tables = {split: VideoTable.of(source.videos) for split, source in sources.items()}
-    lines = [f"note: there is no {split} split" for split in ("val", "test") if split not in sources]
+    why = {"val": "", "test": ""} | {config.evaluation.split: ": `sample` and `evaluate` need one, or evaluation.split"}
+    lines = [f"note: there is no {split} split{reason}" for split, reason in why.items() if split not in sources]
     if "train" in tables:
         lines += _too_short(tables["train"], MIN_VIDEO_FRAMES, "train", "the flow learns nothing from them")
     evaluation = config.evaluation

@@ -154,6 +154,11 @@ class ClipReader:
             yield batch
 
 
+def check_clips(config: RiverConfig) -> None:
+    """Refuse videos without a clip of the protocol, before anything is trained for it. Raises as `open_clips`."""
+    _open_windows(config, 1)
+
+
 def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> ClipReader:
     """Choose the clips of the protocol among the raw videos.
 
@@ -161,12 +166,21 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
         UserError: no video is long enough; the message has the lengths of the videos.
         VideoError: no videos.
     """
-    evaluation = config.evaluation
-    source = open_source(config.dataset, config.data_root, evaluation.split, stored_splits(config))
+    source, windows = _open_windows(config, wanted)
     for video in source.skipped:
         run_context.skip(video.id, video.reason)
-    videos = VideoTable.of(source.videos)
-    needed, lengths = evaluation.context + evaluation.horizon, videos.frames
+    videos, needed = VideoTable.of(source.videos), config.evaluation.context + config.evaluation.horizon
+    short = [videos.ids[row] for row in np.flatnonzero(videos.frames < needed)]
+    if short:
+        names = ", ".join(short[:3]) + (", ..." if len(short) > 3 else "")
+        say(f"{len(short)} of {len(videos)} videos are shorter than the {needed} frames of a clip, skipped: {names}")
+    return ClipReader(source, windows, config.evaluation, run_context)
+
+
+def _open_windows(config: RiverConfig, wanted: int) -> tuple[VideoSource, list[Window]]:
+    evaluation = config.evaluation
+    source = open_source(config.dataset, config.data_root, evaluation.split, stored_splits(config))
+    lengths = VideoTable.of(source.videos).frames
     windows = choose_windows(lengths.tolist(), evaluation, wanted)
     if not windows:
         found = "it is empty"
@@ -176,11 +190,7 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
             f"split {evaluation.split} of {config.dataset.name}: no video has the {evaluation.context} + "
             f"{evaluation.horizon} frames of evaluation.context + evaluation.horizon; {found}: lower evaluation.horizon"
         )
-    short = [videos.ids[row] for row in np.flatnonzero(lengths < needed)]
-    if short:
-        names = ", ".join(short[:3]) + (", ..." if len(short) > 3 else "")
-        say(f"{len(short)} of {len(lengths)} videos are shorter than the {needed} frames of a clip, skipped: {names}")
-    return ClipReader(source, windows, evaluation, run_context)
+    return source, windows
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,8 +103,10 @@ def open_source(
         return ShapesSource(dataset, split)
     sources = open_splits(dataset, data_root, stored=stored)
     if split not in sources:
+        found = ", ".join(f"{name} {len(source.videos)}" for name, source in sources.items())
+        few = "; new videos fill an empty split from 3 videos on: a long one can be cut into clips"
         raise VideoError(
             f"{dataset_root(dataset, data_root)}: the {split} split of {dataset.name!r} has no videos "
-            f"(it has {', '.join(sources)}); add some, or set dataset.splits.{split}"
+            f"(there are {found}); add some, or set dataset.splits.{split}{few if dataset.is_divided else ''}"
         )
     return sources[split]

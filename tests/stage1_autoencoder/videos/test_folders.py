@@ -95,7 +95,7 @@ def test_a_missing_val_folder_is_taken_from_train_and_a_missing_test_only_on_req
     shutil.rmtree(three_splits / "test")
     sources = open_splits(config(), three_splits)
     assert {split: len(names) for split, names in ids(sources).items()} == {"train": 2, "val": 1}
-    with pytest.raises(VideoError, match=r"test split of 'mine'.*train, val.*dataset\.splits\.test"):
+    with pytest.raises(VideoError, match=r"test split of 'mine'.*train 2, val 1.*dataset\.splits\.test"):
         open_source(config(), three_splits, "test")
     sources = open_splits(config(splits={"test": 0.3, "val": 0.0}), three_splits)
     assert list(sources) == ["train", "test"]
