@@ -9,7 +9,6 @@ from pipelines.config.settings import (
     SSIM_WINDOW,
     CacheConfig,
     EvaluationConfig,
-    LoggingConfig,
     RiverConfig,
     parse_size,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "SSIM_WINDOW",
     "CacheConfig",
     "EvaluationConfig",
-    "LoggingConfig",
     "RiverConfig",
     "differences",
     "dump_config",

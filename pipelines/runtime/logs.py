@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipelines.config import LoggingConfig, RiverConfig
+from pipelines.config import RiverConfig
 from pipelines.runtime.files import write_text
 from pipelines.runtime.progress import say
 
@@ -77,14 +78,29 @@ def read_log(path: Path) -> Log | None:
 
 
 class TrainingLog:
-    """Appends to `log.jsonl`. On resume, lines of steps that will be trained again are dropped first."""
+    """Appends to `log.jsonl`. On resume, lines of steps that will be trained again are dropped first.
 
-    def __init__(self, folder: Path, config: RiverConfig, name: str, resumed_step: int) -> None:
+    Attributes:
+        state: JSON for the checkpoints: the training's run of wandb, if it has one.
+    """
+
+    def __init__(
+        self, folder: Path, config: RiverConfig, name: str, resumed_step: int, state: dict[str, Any] | None = None
+    ) -> None:
+        """Open the log of a training.
+
+        Args:
+            state: of the checkpoint that it resumes from.
+        """
         self.path = folder / "log.jsonl"
+        self.state = {"wandb_run": state["wandb_run"]} if state and "wandb_run" in state else {}
         folder.mkdir(parents=True, exist_ok=True)
         self._keep_until(resumed_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(config.logging, folder, config, name)
+        self._wandb = None
+        if config.logging.wandb != "off":
+            self.state.setdefault("wandb_run", uuid.uuid4().hex)
+            self._wandb = _start_wandb(config, folder, name, self.state["wandb_run"])
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line; non-finite numbers become strings, so that every line is valid JSON."""
@@ -110,16 +126,15 @@ class TrainingLog:
         write_text(self.path, "".join(kept))
 
 
-def _start_wandb(logging: LoggingConfig, folder: Path, config: RiverConfig, name: str) -> Any:
-    if logging.wandb == "off":
-        return None
+def _start_wandb(config: RiverConfig, folder: Path, name: str, run_id: str) -> Any:
     import wandb
 
-    say(f"wandb: {logging.wandb}, project {logging.wandb_project}, files in {folder}/wandb")
+    logging = config.logging
+    say(f"wandb: {logging.wandb}, project {logging.wandb_project}, run {run_id}, files in {folder}/wandb")
     return wandb.init(
         project=logging.wandb_project,
-        name=f"{config.dataset.name}-{name}",
-        id=f"{config.dataset.name}-{name}",
+        name="-".join(filter(None, (config.dataset.name, config.run, name))),
+        id=run_id,
         resume="allow",
         dir=str(folder),
         mode=logging.wandb,

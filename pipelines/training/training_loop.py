@@ -255,7 +255,7 @@ def run_training(
                 )
                 if saves or best:
                     value = {settings.best: measured[settings.best]} if best else None
-                    state = trainer.state() | {"logged": means.state()}
+                    state = trainer.state() | ({} if log is None else log.state) | {"logged": means.state()}
                     path = checkpoints.save(done, trainer.files(), state, best=value)
             if saves or validates:
                 processes.wait()

@@ -164,10 +164,16 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         say(f"{plan.name}: done, {describe_progress(found)}, {found.path}")
         return chosen_checkpoint(plan.folder)
     with ExitStack() as held, explain_out_of_memory(plan.loop):
+        lock = held.enter_context(ExitStack())
         if processes.is_first:
-            held.enter_context(only_training_of(plan.folder))
+            lock.enter_context(only_training_of(plan.folder))
         steps = UNKNOWN_STEPS if plan.steps is None else plan.steps
         trainer, loop, sentence = open_trainer(with_steps(config, plan.name, steps), found, held)
+        # Only now are files changed: what is refused changes nothing.
+        if processes.is_first and run_context.restart and checkpoints.latest(warns=False) is not None:
+            lock.close()  # its file moves with the folder
+            move_to_backup(plan.folder, plan.name)
+            lock.enter_context(only_training_of(plan.folder))
         first_step = 0
         if found is not None:
             trainer.load(found)
@@ -190,7 +196,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         trainer.checkpoint_state["settings"] = plan.settings
         if minutes is not None:
             trainer.checkpoint_state["minutes"] = minutes
-        if processes.is_first:  # only now: what is refused changes nothing
+        if processes.is_first:
             write_run_files(config, run_context.device)
             if run_context.resume != "auto" and (backup := checkpoints.move_later_to_backup(first_step)) is not None:
                 say(f"{plan.name}: --resume {run_context.resume}; later checkpoints are kept in {backup}")
@@ -200,7 +206,8 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         if processes.is_first:
             if found is not None and first_step == 0 and minutes is None:  # by the clock, that was measured
                 trainer.validate(0)  # of a fine-tuning: measures the weights that it starts from
-            log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step)))
+            state = None if found is None else found.state
+            log = held.enter_context(closing(TrainingLog(plan.folder, config, plan.name, first_step, state)))
         processes.wait()
         run_training(trainer, loop, log, checkpoints, found, processes)
     return chosen_checkpoint(plan.folder)
@@ -220,23 +227,17 @@ def suitable_steps(name: str, amount: TrainingAmount) -> int:
 
 
 def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolder, Checkpoint | None]:
-    """Find the checkpoint to resume from: the newest, or the one that `run_context.resume` names.
-
-    With `run_context.restart` the existing training is moved to a backup.
+    """Find the checkpoint to resume from: the newest, or the one that `run_context.resume` names; none on a restart.
 
     Raises:
         UserError: the checkpoint conflicts with the plan; the named one is missing or damaged.
     """
-    first, name = run_context.processes.is_first, run_context.resume
+    name = run_context.resume
     checkpoints = CheckpointFolder(plan.folder / "checkpoints", plan.keep)
     if name != "auto" and run_context.restart:
         raise UserError(f"--resume {name} continues a training and --restart begins a new one: use one of them")
     found = checkpoints.latest() if name == "auto" else checkpoints.named(name)
-    if found is None:
-        return checkpoints, None
-    if run_context.restart:
-        if first:
-            move_to_backup(plan.folder, plan.name)
+    if found is None or run_context.restart:
         return checkpoints, None
     plan = plan.known_from(found)
     status = _status_of(plan, found)

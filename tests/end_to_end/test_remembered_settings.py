@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import yaml
 
@@ -77,7 +79,7 @@ def test_a_refused_training_changes_nothing(copied) -> None:
     assert (copied.runs / "config.yaml").read_bytes() != before
 
 
-def test_a_resume_that_is_refused_late_moves_no_checkpoint(copied, monkeypatch) -> None:
+def test_a_training_that_is_refused_late_moves_no_checkpoint(copied, monkeypatch) -> None:
     import pipelines.training.flow_trainer as module  # the last refusal comes from the data
     from pipelines.errors import UserError
 
@@ -85,6 +87,24 @@ def test_a_resume_that_is_refused_late_moves_no_checkpoint(copied, monkeypatch) 
         raise UserError("these data do not fit")
 
     monkeypatch.setattr(module, "check_data", refuse)
-    before = sorted(path.name for path in (copied.runs / "flow").rglob("*"))
-    copied.run("train-flow", "--resume", "4").refused(2, "these data do not fit")
-    assert sorted(path.name for path in (copied.runs / "flow").rglob("*")) == before
+    before = sorted(copied.runs.rglob("*"))
+    for words in (["--resume", "4"], ["--restart"]):
+        copied.run("train-flow", *words).refused(2, "these data do not fit")
+        assert sorted(path for path in copied.runs.rglob("*") if not path.name.startswith(".lock")) == [
+            path for path in before if not path.name.startswith(".lock")
+        ]
+
+
+def test_a_training_has_one_run_of_wandb_from_its_first_step_to_its_last(copied, monkeypatch) -> None:
+    """Also where it was resumed, and without wandb in between; a new training has another."""
+    begun, package = [], ModuleType("wandb")
+    run = SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    package.init = lambda **options: begun.append(options["id"]) or run
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    stories = (([], "offline"), ([], "off"), ([], "offline"), (["--resume", "10"], "offline"))
+    for steps, (words, wandb) in enumerate(stories, start=9):
+        copied.run("train-flow", *words, sets=[f"logging.wandb={wandb}", f"flow.training.steps={steps}"]).ok()
+    copied.run("train-flow", "--restart", sets=["logging.wandb=offline", "flow.training.steps=1"]).ok()
+    first, *others, new = begun
+    assert others == [first, first]
+    assert new != first
