@@ -44,9 +44,13 @@ def mean_interval(values: Tensor, counts: Tensor) -> Tensor:
         [2, ...] float64: lower and upper end, between which 95 % of the resampled means lie.
     """
     means = torch.tensordot(counts, values.double(), dims=1)
-    means = means / counts.sum(1).reshape(-1, *[1] * (values.ndim - 1))
+    return percentile_interval(means / counts.sum(1).reshape(-1, *[1] * (values.ndim - 1)))
+
+
+def percentile_interval(resampled: Tensor) -> Tensor:
+    """The ends [2, ...] float64 between which 95 % of the resampled numbers [resamples, ...] lie; NaN is left out."""
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    return torch.quantile(means, ends, dim=0)
+    return torch.nanquantile(resampled.double(), ends, dim=0)
 
 
 def half_width(resampled: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ are rendered from them on request.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +25,32 @@ KINDS = ("disc", "square", "triangle")
 # Relative to the radius, chosen so that the three kinds cover about the same area inside one collision circle.
 SQUARE_HALF_SIDE = 0.82
 TRIANGLE_INRADIUS = 0.60
+# A triangle's centroid is this far below its center, relative to the radius.
+TRIANGLE_DROP = 0.25
+# Of each kind: area of a shape of radius 1, and distance of its centroid from its center, downwards.
+AREAS = np.array([np.pi, (2 * SQUARE_HALF_SIDE) ** 2, 3 * np.sqrt(3) * TRIANGLE_INRADIUS**2], np.float32)
+DROPS = np.array([0.0, 0.0, TRIANGLE_DROP], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class VisibleShapes:
+    """What the simulator knows about n frames of at most k shapes.
+
+    Attributes:
+        present: [n, k] bool: whether there is such a shape.
+        kind, color: [n, k] int: of `KINDS` and of `PALETTE`; the colors of a frame differ.
+        coverage: [n, k, h, w] float32 in [0, 1]: which fraction of a pixel shows the shape; shapes that touch may hide
+            each other's corners.
+        radius: of a disc, in pixels of these frames.
+        scale: pixels of these frames per unit of the simulator.
+    """
+
+    present: np.ndarray
+    kind: np.ndarray
+    color: np.ndarray
+    coverage: np.ndarray
+    radius: float
+    scale: float
 
 
 class ShapesSource(VideoSource):
@@ -48,6 +75,11 @@ class ShapesSource(VideoSource):
         self.skipped = []
 
     @property
+    def scale(self) -> float:
+        """Pixels per unit of the simulator."""
+        return min(self.dataset.frame_size) / WORLD
+
+    @property
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self._recipe} {len(self.videos)}".encode()).hexdigest()
 
@@ -69,35 +101,74 @@ class ShapesSource(VideoSource):
         Returns:
             [n, h, w, 3] uint8 RGB.
         """
-        height, width = self.dataset.frame_size
-        scale = min(height, width) / WORLD
-        radius = self.radius * scale
+        return (self._paint(videos, frames, BACKGROUND, PALETTE[self.color[videos]]) + 0.5).astype(np.uint8)
+
+    def shapes(self, videos: np.ndarray, frames: np.ndarray) -> VisibleShapes:
+        """The shapes that `render` draws; arguments as there."""
+        # Each shape in a channel of its own.
+        k = self.kind.shape[1]
+        channels = np.broadcast_to(np.eye(k, dtype=np.float32), (len(videos), k, k))
+        painted = self._paint(videos, frames, np.zeros(k, np.float32), channels)
+        return VisibleShapes(
+            present=self.present[videos] > 0,
+            kind=self.kind[videos],
+            color=self.color[videos],
+            coverage=painted.transpose(0, 3, 1, 2),
+            radius=self.radius * self.scale,
+            scale=self.scale,
+        )
+
+    def _paint(self, videos: np.ndarray, frames: np.ndarray, background: np.ndarray, colors: np.ndarray) -> np.ndarray:
+        """Paint frames.
+
+        Args:
+            background: [c] float32.
+            colors: [n, objects, c] float32.
+        Returns:
+            [n, h, w, c] float32.
+        """
+        radius = self.radius * self.scale
         # Each shape is drawn in a small patch around it; the canvas has a margin so that patches stay inside.
         side = 2 * int(np.ceil(radius * 1.3 + 1)) + 1
-        canvas = np.broadcast_to(BACKGROUND, (len(videos), height + 2 * side, width + 2 * side, 3)).copy()
+        height, width = self.dataset.frame_size
+        shape = len(videos), height + 2 * side, width + 2 * side, len(background)
+        canvas = np.broadcast_to(background, shape).copy()
         rows = np.arange(len(videos))[:, None, None]
-        centers = self.positions[videos, frames * self.dataset.frame_step] * scale  # [n, objects, xy]
+        centers = self.positions[videos, frames * self.dataset.frame_step] * self.scale  # [n, objects, xy]
         for k in range(centers.shape[1]):
             corner = np.floor(centers[:, k]).astype(np.int64) - side // 2
             x = corner[:, :1] + np.arange(side)
             y = corner[:, 1:] + np.arange(side)
             offset_x = ((x + 0.5) - centers[:, k, :1]).astype(np.float32)[:, None, :]
             offset_y = ((y + 0.5) - centers[:, k, 1:]).astype(np.float32)[:, :, None]
-            alpha = _coverage(offset_x, offset_y, self.kind[videos, k], radius) * self.present[videos, k, None, None]
+            kind = self.kind[videos, k, None, None]
+            alpha = _coverage(offset_x, offset_y, kind, radius) * self.present[videos, k, None, None]
             where = rows, y[:, :, None] + side, x[:, None, :] + side
-            color = PALETTE[self.color[videos, k]][:, None, None]
-            canvas[where] += alpha[..., None] * (color - canvas[where])
-        inside = canvas[:, side:-side, side:-side]
-        return (inside + 0.5).astype(np.uint8)
+            canvas[where] += alpha[..., None] * (colors[:, k, None, None] - canvas[where])
+        return canvas[:, side:-side, side:-side]
 
 
-def _coverage(x: np.ndarray, y: np.ndarray, kind: np.ndarray, radius: float) -> np.ndarray:
-    """Fraction of each pixel that a shape covers, from the signed distance to its edge: [n, side, side] in [0, 1]."""
-    kind = kind[:, None, None]
+def coverage_of_area(x: np.ndarray, y: np.ndarray, kind: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """Coverage of pixels by a shape of a given area.
+
+    Args:
+        x, y: pixels from the shape's centroid to the middle of each pixel; y is downwards.
+        kind: of `KINDS`.
+        area: in pixels; all four broadcast.
+    Returns:
+        Float in [0, 1].
+    """
+    radius = np.sqrt(area / AREAS[kind])
+    return _coverage(x, y + DROPS[kind] * radius, kind, radius)
+
+
+def _coverage(x: np.ndarray, y: np.ndarray, kind: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+    """Fraction of each pixel that a shape covers, from the signed distance to its edge: float in [0, 1]."""
     disc = np.sqrt(x * x + y * y) - radius
     square = np.maximum(np.abs(x), np.abs(y)) - SQUARE_HALF_SIDE * radius
-    slanted = np.float32(np.sqrt(3) / 2) * np.abs(x) - 0.5 * (y - 0.25 * radius)
-    triangle = np.maximum(slanted, y - 0.25 * radius) - TRIANGLE_INRADIUS * radius
+    below = y - TRIANGLE_DROP * radius
+    slanted = np.float32(np.sqrt(3) / 2) * np.abs(x) - 0.5 * below
+    triangle = np.maximum(slanted, below) - TRIANGLE_INRADIUS * radius
     distance = np.where(kind == 0, disc, np.where(kind == 1, square, triangle))
     return np.clip(0.5 - distance, 0.0, 1.0)
 

@@ -1,0 +1,262 @@
+"""The shapes of predicted frames compared with the simulator's: kept or lost, kind, color, place, speed, and ghosts.
+
+The shapes of a video have different colors. So a shape is the largest connected area of its color, wherever it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pipelines.evaluation.intervals import percentile_interval
+from pipelines.evaluation.results import MetricValues
+from stage1_autoencoder.videos.shapes import BACKGROUND, KINDS, PALETTE, VisibleShapes, coverage_of_area
+
+# A shape is kept if its area is this many times the visible area of the true one.
+KEPT_AREA = (0.6, 1.5)
+# A ghost has at least this share of a disc's area.
+GHOST_AREA = 0.125
+# Pixels of frames that are measured at once.
+PIXELS_AT_ONCE = 2**21
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """A measure of each clip and frame as a ratio, so that means are over what there was to measure.
+
+    Attributes:
+        total, count: [clips, frames] float64; the measure is total / count, and a count of 0 means that there is none.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def of_batches(cls, parts: Sequence[Self]) -> Self:
+        """The clips of all batches."""
+        return cls(torch.cat([part.total for part in parts]), torch.cat([part.count for part in parts]))
+
+    @classmethod
+    def of_samples(cls, samples: Sequence[Self]) -> Self:
+        """All samples of the same clips."""
+        totals, counts = ([getattr(sample, name) for sample in samples] for name in ("total", "count"))
+        return cls(torch.stack(totals).sum(0), torch.stack(counts).sum(0))
+
+
+@dataclass(frozen=True, eq=False)
+class FoundShapes:
+    """Of n frames and each color of the palette: the largest connected area.
+
+    Attributes:
+        area: [n, colors] pixels, 0 where a color does not occur.
+        centroid: [n, colors, xy] pixels from the upper left corner of the frame; of no area anything, as the others.
+        kind: [n, colors] of `KINDS`.
+        color_error: [n, colors] levels of 0 to 255; NaN for an area so thin that no pixel is inside.
+        others: [n, colors] number of further areas as large as a ghost.
+    """
+
+    area: np.ndarray
+    centroid: np.ndarray
+    kind: np.ndarray
+    color_error: np.ndarray
+    others: np.ndarray
+
+
+def audit_objects(videos: Tensor, truth: VisibleShapes) -> dict[str, Tally]:
+    """Measure the shapes of every frame.
+
+    - `whole`: share of the clips in which every shape is kept and has the right kind, and there is no ghost.
+    - `kept`: share of the shapes whose area is 0.6 to 1.5 times the visible area of the true one. The next four are
+      about kept shapes only.
+    - `kind`: share of the right kind; a shape has the kind whose outline, of the same centroid and area, overlaps most
+      with it (intersection over union).
+    - `position`: distance between the centroids of the shape and of the visible true shape, in units of the simulator,
+      which are pixels at 64x64.
+    - `speed`: way from the frame before, of shapes kept in both, as a share of the true way; 0 stands still.
+    - `color`: root mean square difference to the shape's color in levels of 0 to 255, mean over pixels inside the shape.
+    - `ghosts`: number of connected areas of a color of the palette that are no shape of the video, each at least an
+      eighth of a disc.
+
+    Args:
+        videos: [b, t, 3, h, w] in [-1, 1].
+        truth: of the b t frames.
+    Returns:
+        Measure -> [b, t]. The first frames have no speed.
+    """
+    b, _, _, h, w = videos.shape
+    frames = rearrange(videos, "b t c h w -> (b t) h w c").float().clamp(-1, 1).add(1).mul(127.5).cpu().numpy()
+    size = max(1, PIXELS_AT_ONCE // (h * w))
+    parts = [find_shapes(frames[start : start + size], truth.radius) for start in range(0, len(frames), size)]
+    found = FoundShapes(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+    n, own, present = np.arange(len(frames))[:, None], truth.color, truth.present
+    true_area = np.where(present, truth.coverage.sum((2, 3)), 1.0)
+    columns, rows = (truth.coverage.sum(axis) @ (np.arange(side) + 0.5) for axis, side in ((2, w), (3, h)))
+    true_centroid = np.stack([columns, rows], axis=-1) / true_area[..., None]
+    centroid, color_error = found.centroid[n, own], found.color_error[n, own]
+    ratio = found.area[n, own] / true_area
+    kept = present & (ratio >= KEPT_AREA[0]) & (ratio <= KEPT_AREA[1])
+    right = kept & (found.kind[n, own] == truth.kind)
+    # An area of a color that no shape of the video has is a ghost, and so is a second area of a color.
+    expected = (present[..., None] & (own[..., None] == np.arange(len(PALETTE)))).any(1)
+    ghosts = found.others + (~expected & (found.area >= ghost_area(truth.radius)))
+
+    way, true_way = np.zeros(kept.shape), np.zeros(kept.shape)
+    first = np.arange(len(frames)) % videos.shape[1] == 0
+    both = np.concatenate([kept[:1] & False, kept[1:] & kept[:-1]]) & ~first[:, None]
+    way[1:] = np.linalg.norm(np.diff(centroid, axis=0), axis=-1)
+    true_way[1:] = np.linalg.norm(np.diff(true_centroid, axis=0), axis=-1)
+
+    def tally(values: np.ndarray, of: np.ndarray, over: np.ndarray | float = 1.0) -> Tally:
+        """Sums of the values and of what they are divided by, over the shapes `of`."""
+        sums = (np.where(of, x, 0.0).sum(-1) for x in (values, over))
+        return Tally(*(torch.from_numpy(x.reshape(b, -1)) for x in sums))
+
+    frame = np.ones((len(frames), 1), bool)
+    return {
+        "whole": tally(((right == present).all(1) & (ghosts.sum(1) == 0))[:, None], frame),
+        "kept": tally(kept, present),
+        "kind": tally(right, kept),
+        "position": tally(np.linalg.norm(centroid - true_centroid, axis=-1) / truth.scale, kept),
+        "speed": tally(way, both, true_way),
+        "color": tally(color_error, kept & np.isfinite(color_error)),
+        "ghosts": tally(ghosts.sum(1, keepdims=True), frame),
+    }
+
+
+def ghost_area(radius: float) -> float:
+    """The smallest ghost, in pixels, where discs have this radius."""
+    return GHOST_AREA * np.pi * radius**2
+
+
+def find_shapes(frames: np.ndarray, radius: float) -> FoundShapes:
+    """Find the largest area of each color in each frame.
+
+    A pixel has the color of the palette nearest to it when mixed with the background, if that is at least half of it.
+
+    Args:
+        frames: [n, h, w, 3] float32 in [0, 255].
+        radius: of a disc, in pixels.
+    """
+    n, h, w, _ = frames.shape
+    colors = len(PALETTE)
+    axes = PALETTE - BACKGROUND
+    squares = (axes**2).sum(1)[:, None]
+    projection = axes @ (frames - BACKGROUND).reshape(-1, 3).T  # [colors, pixels]
+    share = (projection / squares).clip(0, 1)
+    nearest = (share * (share * squares - 2 * projection)).argmin(0)
+    half = np.take_along_axis(share, nearest[None], 0)[0] >= 0.5
+    color = np.where(half, nearest, -1).reshape(n, h, w)
+
+    # Of each pixel that has a color: its index, and the number of its area.
+    pixel = np.flatnonzero(half)
+    _, first, member, area = np.unique(
+        label_areas(color).ravel()[pixel], return_index=True, return_inverse=True, return_counts=True
+    )
+    slot = pixel[first] // (h * w) * colors + nearest[pixel[first]]  # which frame and color an area is of
+    largest = np.full(n * colors, -1)
+    by_area = np.argsort(area, kind="stable")
+    largest[slot[by_area]] = by_area  # of several areas the last one, the largest, stays
+    further = (area >= ghost_area(radius)) & (largest[slot] != np.arange(len(area)))
+
+    def mean(values: np.ndarray, of: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Of each area the mean over its pixels (those `of` them)."""
+        with np.errstate(invalid="ignore"):
+            return np.bincount(member[of], values, len(area)) / np.bincount(member[of], minlength=len(area))
+
+    y, x = pixel // w % h + 0.5, pixel % w + 0.5
+    centroid = np.stack([mean(x), mean(y)], axis=-1)
+    inside = inner_pixels(color).ravel()[pixel]
+    pixels, wanted = frames.reshape(-1, 3)[pixel[inside]], PALETTE[nearest[pixel[inside]]]
+    error = mean(np.sqrt(((pixels - wanted) ** 2).mean(-1)), inside)
+
+    taken = np.flatnonzero(largest >= 0)
+    chosen = largest[taken]
+
+    def table(values: np.ndarray) -> np.ndarray:
+        """[n, colors, ...] of values [number of chosen areas, ...]."""
+        out = np.zeros((n * colors, *values.shape[1:]), values.dtype)
+        out[taken] = values
+        return out.reshape(n, colors, *values.shape[1:])
+
+    areas = np.full(n * h * w, -1)
+    areas[pixel] = member
+    kind = nearest_kind(areas.reshape(n, h, w), chosen, taken // colors, centroid[chosen], area[chosen], radius)
+    return FoundShapes(
+        area=table(area[chosen]),
+        centroid=table(centroid[chosen]),
+        kind=table(kind),
+        color_error=table(error[chosen]),
+        others=np.bincount(slot[further], minlength=n * colors).reshape(n, colors),
+    )
+
+
+def label_areas(color: np.ndarray) -> np.ndarray:
+    """Label connected areas of one color; pixels are connected by their sides.
+
+    Args:
+        color: [n, h, w] int; below 0 where there is none.
+    Returns:
+        [n, h, w] int: equal for two pixels that have a color if and only if they are connected.
+    """
+    continues = np.zeros(color.shape, bool)
+    continues[:, :, 1:] = color[:, :, 1:] == color[:, :, :-1]
+    run = np.cumsum(~continues).reshape(color.shape) - 1  # pixels of one color beside each other
+    touching = (color[:, 1:] == color[:, :-1]) & (color[:, 1:] >= 0)
+    below, above = run[:, 1:][touching], run[:, :-1][touching]
+    other = np.concatenate([[True], (np.diff(below) != 0) | (np.diff(above) != 0)])[: len(below)]
+    below, above = below[other], above[other]
+    label = np.arange(run.max(initial=0) + 1)
+    while True:
+        new = label.copy()
+        np.minimum.at(new, below, label[above])
+        np.minimum.at(new, above, label[below])
+        new = new[new]
+        if np.array_equal(new, label):
+            return label[run]
+        label = new
+
+
+def inner_pixels(color: np.ndarray) -> np.ndarray:
+    """Whether all eight neighbors of a pixel have its color: [n, h, w] bool, false at the frame's edges."""
+    inside = np.zeros(color.shape, bool)
+    middle = color[:, 1:-1, 1:-1]
+    h, w = color.shape[1:]
+    neighbors = (color[:, y : h - 2 + y, x : w - 2 + x] for y in range(3) for x in range(3))
+    inside[:, 1:-1, 1:-1] = np.logical_and.reduce([neighbor == middle for neighbor in neighbors])
+    return inside
+
+
+def nearest_kind(
+    areas: np.ndarray, chosen: np.ndarray, frame: np.ndarray, centroid: np.ndarray, area: np.ndarray, radius: float
+) -> np.ndarray:
+    """The kind whose outline fits an area best.
+
+    Args:
+        areas: [n, h, w] int: which area a pixel belongs to.
+        chosen, frame: [m] int: areas, and their frames.
+        centroid, area: [m, xy] and [m] of them, in pixels.
+        radius: of a disc, in pixels.
+    Returns:
+        [m] int: of `KINDS`.
+    """
+    # Around the centroid, the outlines of all areas up to the largest that counts as kept.
+    reach = int(np.ceil(2 * radius)) + 1
+    padded = np.pad(areas, ((0, 0), (reach, reach), (reach, reach)), constant_values=-2)
+    corner = np.floor(centroid).astype(np.int64)
+    steps = np.arange(2 * reach + 1)
+    x, y = corner[:, :1] + steps, corner[:, 1:] + steps  # in the padded array
+    patch = padded[frame[:, None, None], y[:, :, None], x[:, None, :]]
+    own, visible = patch == chosen[:, None, None], patch != -2
+    offset_x = (x - reach + 0.5 - centroid[:, :1])[:, None, :].astype(np.float32)
+    offset_y = (y - reach + 0.5 - centroid[:, 1:])[:, :, None].astype(np.float32)
+    overlap = []
+    for kind in range(len(KINDS)):
+        outline = coverage_of_area(offset_x, offset_y, kind, area[:, None, None].astype(np.float32)) * visible
+        common = (outline * own).sum((1, 2))
+        overlap.append(common / (outline.sum((1, 2)) + area - common))
+    return np.argmax(overlap, axis=0)
