@@ -12,14 +12,17 @@ from pipelines.evaluation.frechet import Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts, mean_interval
 from pipelines.evaluation.metrics import Metric, choose_best, load_frame_metrics, measure_frames
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
+from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.results import BestOf, Evaluation, MetricValues
 from pipelines.evaluation.table import format_table
 from pipelines.prediction.clips import Clip, open_clips
+from pipelines.prediction.pictures import save_picture
 from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import progress, say
+from stage1_autoencoder.videos.shapes import ShapesSource
 from stage1_autoencoder.videos.source import Recording
 
 I3D_SETTING = "evaluation.video_network"
@@ -40,6 +43,8 @@ def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | 
 
 def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False) -> Evaluation:
     """Measure a trained run on the clips of the protocol; write `evaluation.json` and print the table.
+
+    Of `shapes`, the shapes are measured, too, and `objects.png` shows the best and the worst clips.
 
     Clips are read and predicted one batch at a time, and not kept.
 
@@ -63,6 +68,12 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
             missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
         else:
             distances = VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments)
+    audit = None
+    if isinstance(clips.source, ShapesSource):
+        try:
+            audit = ObjectAudit(clips.source, evaluation.context)
+        except ValueError as error:
+            missing["objects"] = str(error)
 
     videos: list[int] = []
     recordings: list[Recording] = []
@@ -71,24 +82,27 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
         for batch in clips.batches(evaluation.batch_size):
             videos += [clip.video for clip in batch]
             recordings += [clip.recording for clip in batch]
-            for key, values in _measure_batch(config, predictor, batch, metrics, distances, refine, bar.update).items():
+            measured = _measure_batch(config, predictor, batch, metrics, distances, audit, refine, bar.update)
+            for key, values in measured.items():
                 parts[key].append(torch.stack(values, dim=1))
 
     try:
         counts = draw_counts(recordings, evaluation.resamples, evaluation.seed)
     except ValueError as error:
         counts, missing["interval"] = None, str(error)
-    measured = {}
+    results = {}
     for metric in metrics:
         values = {subject: torch.cat(tensors) for (name, subject), tensors in parts.items() if name == metric.name}
-        measured[metric.name] = summarize(metric, values, counts)
+        results[metric.name] = summarize(metric, values, counts)
     if distances is not None:
         try:
-            measured["fvd"] = distances.results(counts)
+            results["fvd"] = distances.results(counts)
         except ValueError as error:
             missing["fvd"] = str(error)
     protocol = describe_protocol(config, predictor, videos, recordings, missing, refine=refine, vgg=vgg, i3d=i3d)
-    result = Evaluation(protocol=protocol, metrics=measured)
+    result = Evaluation(protocol=protocol, metrics=results, objects=audit and audit.results(counts))
+    if audit is not None:
+        save_picture(config.run_path / "objects.png", audit.picture())
     path = config.run_path / "evaluation.json"
     write_json(path, result)
     say("")
@@ -103,10 +117,11 @@ def _measure_batch(
     batch: list[Clip],
     metrics: list[Metric],
     distances: VideoDistances | None,
+    audit: ObjectAudit | None,
     refine: bool,
     on_predictions: Callable[[int], object],
 ) -> dict[tuple[str, str], list[Tensor]]:
-    """(metric, subject) -> [clips, horizon] of each sample; features are added to `distances`."""
+    """(metric, subject) -> [clips, horizon] of each sample; features are added to `distances`, shapes to `audit`."""
     context, horizon = config.evaluation.context, config.evaluation.horizon
     frames = torch.stack([clip.frames for clip in batch]).to(predictor.device)
     latents = predictor.encode_videos(frames)
@@ -114,13 +129,17 @@ def _measure_batch(
     given, truth = frames[:, :context], frames[:, context:]
     values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
 
-    def measure(subject: str, videos: Tensor) -> None:
+    def measure(subject: str, videos: Tensor, sample: int = 0) -> None:
         for metric in metrics:
             values[metric.name, subject].append(measure_frames(metric, videos, truth))
+        if audit is not None:
+            audit.add(subject, videos, sample)
 
     def copy_last(videos: Tensor) -> Tensor:
         return videos[:, -1:].expand(-1, horizon, -1, -1, -1)
 
+    if audit is not None:
+        audit.begin(batch)
     measure("copy_last", copy_last(given))
     measure("reconstruction", autoencoded[:, context:])
     given_by_set = {"real": given, "autoencoded": autoencoded[:, :context]}
@@ -132,7 +151,7 @@ def _measure_batch(
     for sample in range(config.evaluation.samples):
         keys = [(clip.key, sample) for clip in batch]
         predicted = predict_frames(predictor, latents[:, :context], given, horizon, keys, refine)
-        measure("prediction", predicted)
+        measure("prediction", predicted, sample)
         if distances is not None:
             for against, start in given_by_set.items():
                 distances.add(against, "prediction", start, predicted, sample)

@@ -3,23 +3,36 @@
 The shapes of a video have different colors. So a shape is the largest connected area of its color, wherever it is.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from pipelines.evaluation.intervals import percentile_interval
 from pipelines.evaluation.results import MetricValues
-from stage1_autoencoder.videos.shapes import BACKGROUND, KINDS, PALETTE, VisibleShapes, coverage_of_area
+from pipelines.prediction.clips import Clip
+from pipelines.prediction.pictures import Strip, clip_strips, contact_sheet, to_video
+from stage1_autoencoder.videos.shapes import (
+    BACKGROUND,
+    KINDS,
+    PALETTE,
+    ShapesSource,
+    VisibleShapes,
+    coverage_of_area,
+)
 
 # A shape is kept if its area is this many times the visible area of the true one.
 KEPT_AREA = (0.6, 1.5)
 # A ghost has at least this share of a disc's area.
 GHOST_AREA = 0.125
+# In pixels; kinds of smaller shapes cannot be told apart.
+SMALLEST_RADIUS = 3.5
+# Of the best and of the worst clips.
+CLIPS_SHOWN = 3
 # Pixels of frames that are measured at once.
 PIXELS_AT_ONCE = 2**21
 
@@ -34,17 +47,6 @@ class Tally:
 
     total: Tensor
     count: Tensor
-
-    @classmethod
-    def of_batches(cls, parts: Sequence[Self]) -> Self:
-        """The clips of all batches."""
-        return cls(torch.cat([part.total for part in parts]), torch.cat([part.count for part in parts]))
-
-    @classmethod
-    def of_samples(cls, samples: Sequence[Self]) -> Self:
-        """All samples of the same clips."""
-        totals, counts = ([getattr(sample, name) for sample in samples] for name in ("total", "count"))
-        return cls(torch.stack(totals).sum(0), torch.stack(counts).sum(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,8 @@ def audit_objects(videos: Tensor, truth: VisibleShapes) -> dict[str, Tally]:
     - `position`: distance between the centroids of the shape and of the visible true shape, in units of the simulator,
       which are pixels at 64x64.
     - `speed`: way from the frame before, of shapes kept in both, as a share of the true way; 0 stands still.
-    - `color`: root mean square difference to the shape's color in levels of 0 to 255, mean over pixels inside the shape.
+    - `color`: difference to the shape's color (root mean square of the channels, in levels of 0 to 255), mean over the
+      pixels inside the shape.
     - `ghosts`: number of connected areas of a color of the palette that are no shape of the video, each at least an
       eighth of a disc.
 
@@ -260,3 +263,106 @@ def nearest_kind(
         common = (outline * own).sum((1, 2))
         overlap.append(common / (outline.sum((1, 2)) + area - common))
     return np.argmax(overlap, axis=0)
+
+
+class ObjectAudit:
+    """The audit of an evaluation's clips, one batch at a time."""
+
+    def __init__(self, source: ShapesSource, context: int) -> None:
+        """An audit of nothing yet.
+
+        Args:
+            source: what the clips are read from.
+            context: number of given frames of each clip.
+        Raises:
+            ValueError: the shapes are too small.
+        """
+        radius = source.radius * source.scale
+        if radius < SMALLEST_RADIUS:
+            raise ValueError(
+                f"kinds of shapes of radius {radius:.3g} pixels cannot be told apart; a dataset.image_size that is "
+                f"{SMALLEST_RADIUS / radius:.3g} times as large is enough"
+            )
+        self._source, self._context = source, context
+        self._clips: list[Clip] = []
+        # [clips, horizon] of each batch; all samples added up
+        self._tallies: dict[tuple[str, str], list[Tally]] = defaultdict(list)
+        self._shown: list[tuple[tuple[float, float], str, list[Strip]]] = []
+
+    def begin(self, clips: list[Clip]) -> None:
+        """The next batch of clips."""
+        # From the last given frame on: the way to the first predicted one starts there.
+        self._frames = torch.stack([clip.frames for clip in clips])
+        count, length = len(clips), self._frames.shape[1] - self._context + 1
+        videos = np.repeat([clip.video for clip in clips], length)
+        starts = np.repeat([clip.start + self._context - 1 for clip in clips], length)
+        self._clips = clips
+        self._truth = self._source.shapes(videos, starts + np.tile(np.arange(length), count))
+
+    def add(self, subject: str, predicted: Tensor, sample: int = 0) -> None:
+        """Measure predicted frames of the batch.
+
+        Args:
+            predicted: [b, horizon, 3, h, w] in [-1, 1].
+            sample: its number; `report` shows the first one.
+        """
+        videos = torch.cat([self._frames[:, self._context - 1 : self._context], predicted.float().cpu()], dim=1)
+        measured = {
+            measure: Tally(tally.total[:, 1:], tally.count[:, 1:])
+            for measure, tally in audit_objects(videos, self._truth).items()
+        }
+        for measure, tally in measured.items():
+            parts = self._tallies[measure, subject]
+            if sample:
+                tally = Tally(parts[-1].total + tally.total, parts.pop().count + tally.count)
+            parts.append(tally)
+        if subject == "prediction" and not sample:
+            self._show(videos[:, 1:], measured)
+
+    def _show(self, predicted: Tensor, measured: dict[str, Tally]) -> None:
+        """Keep the best and the worst clips so far."""
+        whole, position = measured["whole"].total.sum(1), measured["position"]
+        error = position.total.sum(1) / position.count.sum(1)
+        given = self._frames[:, : self._context]
+        pixels = zip(to_video(self._frames), to_video(torch.cat([given, predicted], 1)), strict=True)
+        for clip, (truth, video), frames, pixel in zip(
+            self._clips, pixels, whole.tolist(), error.tolist(), strict=True
+        ):
+            name = f"{clip.name}: whole in {frames:.0f} of {predicted.shape[1]} frames, {pixel:.1f} pixels of 64 off"
+            rank = -frames, pixel if np.isfinite(pixel) else np.inf
+            self._shown.append((rank, name, clip_strips(truth, video, self._context)))
+        self._shown.sort(key=lambda shown: shown[0])
+        del self._shown[CLIPS_SHOWN : max(CLIPS_SHOWN, len(self._shown) - CLIPS_SHOWN)]
+
+    def results(self, counts: Tensor | None) -> dict[str, MetricValues]:
+        """Measure -> values by subject: of each frame over all clips and samples, their mean, and intervals.
+
+        Args:
+            counts: [resamples, clips] of the bootstrap; None: no intervals.
+        """
+        return {measure: self._summarize(measure, counts) for measure in dict.fromkeys(m for m, _ in self._tallies)}
+
+    def _summarize(self, measure: str, counts: Tensor | None) -> MetricValues:
+        means, per_frame, intervals, frame_intervals = {}, {}, {}, {}
+        for (name, subject), parts in self._tallies.items():
+            if name != measure:
+                continue
+            total, count = torch.cat([part.total for part in parts]), torch.cat([part.count for part in parts])
+            curve = total.sum(0) / count.sum(0)
+            means[subject], per_frame[subject] = curve.nanmean().item(), curve.tolist()
+            if counts is not None:
+                resampled = (counts @ total) / (counts @ count)
+                frame_intervals[subject] = percentile_interval(resampled).T.tolist()
+                intervals[subject] = tuple(percentile_interval(resampled.nanmean(1)).tolist())
+        return MetricValues(
+            **means,
+            per_frame=per_frame,
+            interval=intervals or None,
+            per_frame_interval=frame_intervals or None,
+        )
+
+    def picture(self) -> Image.Image:
+        """The best clips, then the worst: those with fewer whole frames, or with a larger position error."""
+        shown = [(name, strips) for _, name, strips in self._shown]
+        best = min(CLIPS_SHOWN, len(shown))
+        return contact_sheet(shown, f"Objects of predicted clips: the best {best}, then the worst {len(shown) - best}")

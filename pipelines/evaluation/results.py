@@ -134,11 +134,16 @@ class EvaluationProtocol(Protocol):
     torch: str
 
 
-class Evaluation(Result):
-    """`evaluation.json`: metric (`psnr`, `ssim`, `lpips`, `fvd`) -> values, and the protocol they belong to."""
+class Evaluation(OptionalParts):
+    """`evaluation.json`: metric (`psnr`, `ssim`, `lpips`, `fvd`) -> values, and the protocol they belong to.
+
+    Attributes:
+        objects: measure of `object_audit.audit_objects` -> values; None for videos that are no `shapes`.
+    """
 
     protocol: EvaluationProtocol
     metrics: dict[str, MetricValues]
+    objects: dict[str, MetricValues] | None = None
 
 
 class StudyPoint(Result):

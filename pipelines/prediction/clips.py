@@ -53,6 +53,11 @@ class Clip:
         """The number of its video in the split."""
         return self.key & 0xFFFFFFFF
 
+    @property
+    def start(self) -> int:
+        """The number of its first frame in the video."""
+        return self.key >> 32
+
 
 def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
     """Choose clips by the protocol.
