@@ -152,7 +152,8 @@ def find_shapes(frames: np.ndarray, radius: float) -> FoundShapes:
     projection = axes @ (frames - BACKGROUND).reshape(-1, 3).T  # [colors, pixels]
     share = (projection / squares).clip(0, 1)
     nearest = (share * (share * squares - 2 * projection)).argmin(0)
-    half = np.take_along_axis(share, nearest[None], 0)[0] >= 0.5
+    share = np.take_along_axis(share, nearest[None], 0)[0]
+    half = share >= 0.5
     color = np.where(half, nearest, -1).reshape(n, h, w)
 
     # Of each pixel that has a color: its index, and the number of its area.
@@ -166,16 +167,15 @@ def find_shapes(frames: np.ndarray, radius: float) -> FoundShapes:
     largest[slot[by_area]] = by_area  # of several areas the last one, the largest, stays
     further = (area >= ghost_area(radius)) & (largest[slot] != np.arange(len(area)))
 
-    def mean(values: np.ndarray, of: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Of each area the mean over its pixels (those `of` them)."""
+    def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Of each area the mean over its pixels; NaN without any weight."""
         with np.errstate(invalid="ignore"):
-            return np.bincount(member[of], values, len(area)) / np.bincount(member[of], minlength=len(area))
+            return np.bincount(member, weights * values) / np.bincount(member, weights)
 
     y, x = pixel // w % h + 0.5, pixel % w + 0.5
-    centroid = np.stack([mean(x), mean(y)], axis=-1)
-    inside = inner_pixels(color).ravel()[pixel]
-    pixels, wanted = frames.reshape(-1, 3)[pixel[inside]], PALETTE[nearest[pixel[inside]]]
-    error = mean(np.sqrt(((pixels - wanted) ** 2).mean(-1)), inside)
+    centroid = np.stack([mean(x, share[pixel]), mean(y, share[pixel])], axis=-1)
+    difference = frames.reshape(-1, 3)[pixel] - PALETTE[nearest[pixel]]
+    error = mean(np.sqrt((difference**2).mean(-1)), inner_pixels(color).ravel()[pixel].astype(np.float64))
 
     taken = np.flatnonzero(largest >= 0)
     chosen = largest[taken]
@@ -211,8 +211,9 @@ def label_areas(color: np.ndarray) -> np.ndarray:
     run = np.cumsum(~continues).reshape(color.shape) - 1  # pixels of one color beside each other
     touching = (color[:, 1:] == color[:, :-1]) & (color[:, 1:] >= 0)
     below, above = run[:, 1:][touching], run[:, :-1][touching]
-    other = np.concatenate([[True], (np.diff(below) != 0) | (np.diff(above) != 0)])[: len(below)]
-    below, above = below[other], above[other]
+    # Each pair once: two runs touch in all pixels that they share.
+    first = np.diff(below, prepend=-1) | np.diff(above, prepend=-1) != 0
+    below, above = below[first], above[first]
     label = np.arange(run.max(initial=0) + 1)
     while True:
         new = label.copy()
@@ -266,7 +267,7 @@ def nearest_kind(
 
 
 class ObjectAudit:
-    """The audit of an evaluation's clips, one batch at a time."""
+    """The audit of an evaluation's clips, one batch at a time: `begin`, then `add` for each subject and sample."""
 
     def __init__(self, source: ShapesSource, context: int) -> None:
         """An audit of nothing yet.
@@ -284,27 +285,25 @@ class ObjectAudit:
                 f"{SMALLEST_RADIUS / radius:.3g} times as large is enough"
             )
         self._source, self._context = source, context
-        self._clips: list[Clip] = []
         # [clips, horizon] of each batch; all samples added up
         self._tallies: dict[tuple[str, str], list[Tally]] = defaultdict(list)
         self._shown: list[tuple[tuple[float, float], str, list[Strip]]] = []
 
     def begin(self, clips: list[Clip]) -> None:
-        """The next batch of clips."""
+        """Begin the next batch of clips."""
+        self._clips, self._frames = clips, torch.stack([clip.frames for clip in clips])
         # From the last given frame on: the way to the first predicted one starts there.
-        self._frames = torch.stack([clip.frames for clip in clips])
-        count, length = len(clips), self._frames.shape[1] - self._context + 1
-        videos = np.repeat([clip.video for clip in clips], length)
-        starts = np.repeat([clip.start + self._context - 1 for clip in clips], length)
-        self._clips = clips
-        self._truth = self._source.shapes(videos, starts + np.tile(np.arange(length), count))
+        steps = np.arange(self._context - 1, self._frames.shape[1])
+        videos = np.repeat([clip.video for clip in clips], len(steps))
+        frames = np.concatenate([clip.start + steps for clip in clips])
+        self._truth = self._source.shapes(videos, frames)
 
     def add(self, subject: str, predicted: Tensor, sample: int = 0) -> None:
         """Measure predicted frames of the batch.
 
         Args:
             predicted: [b, horizon, 3, h, w] in [-1, 1].
-            sample: its number; `report` shows the first one.
+            sample: its number; the picture shows the first one.
         """
         videos = torch.cat([self._frames[:, self._context - 1 : self._context], predicted.float().cpu()], dim=1)
         measured = {
@@ -325,11 +324,11 @@ class ObjectAudit:
         error = position.total.sum(1) / position.count.sum(1)
         given = self._frames[:, : self._context]
         pixels = zip(to_video(self._frames), to_video(torch.cat([given, predicted], 1)), strict=True)
-        for clip, (truth, video), frames, pixel in zip(
-            self._clips, pixels, whole.tolist(), error.tolist(), strict=True
-        ):
-            name = f"{clip.name}: whole in {frames:.0f} of {predicted.shape[1]} frames, {pixel:.1f} pixels of 64 off"
-            rank = -frames, pixel if np.isfinite(pixel) else np.inf
+        ranks = zip((-whole).tolist(), error.nan_to_num(torch.inf).tolist(), strict=True)
+        for clip, rank, (truth, video) in zip(self._clips, ranks, pixels, strict=True):
+            name = (
+                f"{clip.name}: whole in {-rank[0]:.0f} of {predicted.shape[1]} frames, {rank[1]:.1f} pixels of 64 off"
+            )
             self._shown.append((rank, name, clip_strips(truth, video, self._context)))
         self._shown.sort(key=lambda shown: shown[0])
         del self._shown[CLIPS_SHOWN : max(CLIPS_SHOWN, len(self._shown) - CLIPS_SHOWN)]

@@ -34,7 +34,10 @@ def format_table(evaluation: Evaluation) -> str:
         lines += ["", *_fvd_table(metrics["fvd"])]
     gain = metrics["psnr"].prediction - (metrics["psnr"].copy_last or 0.0)
     better = "better" if gain >= 0 else "WORSE"
-    lines += ["", f"  The prediction is {abs(gain):.2f} dB {better} than copying the last frame.", ""]
+    lines += ["", f"  The prediction is {abs(gain):.2f} dB {better} than copying the last frame."]
+    if evaluation.objects is not None:
+        lines += _wrap(_describe_objects(evaluation.objects, protocol.horizon), "  ")
+    lines.append("")
     for name, fact in _facts(protocol).items():
         lines += _wrap(fact, f"  {name:<10}")
     for what, reason in protocol.missing.items():
@@ -45,7 +48,7 @@ def format_table(evaluation: Evaluation) -> str:
 def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int) -> list[str]:
     """Means, intervals, and a few frames of the curves."""
     assert values.per_frame is not None
-    columns = sorted({0, (horizon - 1) // 2, horizon - 1})
+    columns = _columns(horizon)
     rows = [
         (title, getattr(values, subject), (values.interval or {}).get(subject), values.per_frame[subject])
         for subject, title in TITLES.items()
@@ -58,6 +61,20 @@ def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int)
         numbers = (f"{curve[column]:.{digits}f}" for column in columns)
         lines.append(_row(title, f"{mean:.{digits}f}", _interval(interval, digits), *numbers))
     return lines
+
+
+def _columns(horizon: int) -> list[int]:
+    """A few predicted frames, counted from 0."""
+    return sorted({0, (horizon - 1) // 2, horizon - 1})
+
+
+def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
+    whole, position = ((objects[measure].per_frame or {})["prediction"] for measure in ("whole", "position"))
+    columns = _columns(horizon)
+    shares = ", ".join(f"{100 * whole[column]:.0f} %" for column in columns)
+    distances = ", ".join(f"{position[column]:.1f}" for column in columns)
+    frames = ", ".join(f"+{column + 1}" for column in columns)
+    return f"All objects are whole in {shares} of the clips at {frames}; they are {distances} pixels of 64 off there."
 
 
 def _fvd_table(values: MetricValues) -> list[str]:

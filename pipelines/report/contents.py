@@ -3,12 +3,11 @@
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipelines.encoding.store_summary import count_codes, perplexity, rates_text
 from pipelines.errors import UserError
 from pipelines.report.charts import Chart, Line
-from pipelines.report.predictions import picture_url
+from pipelines.report.predictions import picture_file_url
 from pipelines.report.run_files import Run
 from pipelines.runtime.run_folder import Environment, describe_progress
 
@@ -19,8 +18,7 @@ def autoencoder_section(run: Run) -> dict[str, Any]:
     sheet, problem = None, None
     if path is not None:
         try:
-            with Image.open(path) as image:
-                sheet = picture_url(np.asarray(image.convert("RGB")))
+            sheet = picture_file_url(path)
         except (OSError, ValueError) as error:
             problem = f"{path}: cannot be shown: {error}; the next validation writes another one"
     usage = {cache.split: count_codes(cache) for cache in run.splits if cache.code_reader is not None}

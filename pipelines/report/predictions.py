@@ -135,3 +135,13 @@ def picture_url(picture: np.ndarray) -> str:
     raise ValueError(
         f"a picture of {picture.shape[1]}x{picture.shape[0]} pixels takes more than {PICTURE_BUDGET} bytes"
     )
+
+
+def picture_file_url(path: Path) -> str:
+    """A file's picture, as `picture_url`.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or not be shown.
+    """
+    with Image.open(path) as image:
+        return picture_url(np.asarray(image.convert("RGB")))

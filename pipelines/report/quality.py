@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.evaluation.results import Evaluation, Interval, MetricValues, Study, StudyPoint
 from pipelines.report.charts import Chart, Line, Scale, interval_text, number_text
+from pipelines.report.predictions import picture_file_url
 from pipelines.report.run_files import Missing, Run
 
 SUBJECTS = {
@@ -52,6 +53,15 @@ IMAGE_METRICS = [
     Quantity("lpips", "LPIPS", "LPIPS", "lower", 3),
 ]
 METRICS = [*IMAGE_METRICS, Quantity("fvd", "FVD", "FVD", "lower", 1)]
+OBJECTS = [
+    Quantity("whole", "Clips with all objects whole", "share of clips", "higher", 3),
+    Quantity("position", "Position error", "pixels of 64", "lower", 2),
+    Quantity("kept", "Objects kept", "share of objects", "higher", 3),
+    Quantity("kind", "Right kind", "share of kept objects", "higher", 3),
+    Quantity("speed", "Speed", "share of the true way", None, 3),
+    Quantity("color", "Color error", "levels of 255", "lower", 2),
+    Quantity("ghosts", "Ghosts", "per frame", "lower", 3),
+]
 TIME = Quantity("milliseconds_per_frame", "Time", "ms per predicted frame", "lower", None)
 STUDIED = [
     *IMAGE_METRICS,
@@ -97,7 +107,7 @@ def _ruler(values: MetricValues, better: str | None) -> dict[str, Any] | None:
 
 
 def quality_section(run: Run) -> dict[str, Any]:
-    """Curves over predicted frames, a table of all metrics, and the protocol."""
+    """Curves over predicted frames, a table of all metrics, the audit of objects, and the protocol."""
     evaluation = run.read(Evaluation)
     if evaluation is None:
         raise Missing(f"Nothing is measured yet: `{run.command('evaluate')}` measures it.")
@@ -118,7 +128,20 @@ def quality_section(run: Run) -> dict[str, Any]:
         "charts": [_curves(metric, values) for metric, values in measured],
         "head": ["mean over frames", *(heading for heading, _, _ in columns)],
         "rows": rows,
+        "objects": None if evaluation.objects is None else _objects(run, evaluation.objects),
     }
+
+
+def _objects(run: Run, objects: dict[str, MetricValues]) -> dict[str, Any]:
+    """Curves of the audit, and the picture of the best and the worst clips."""
+    path, sheet, problem = run.path / "objects.png", None, None
+    if path.exists():
+        try:
+            sheet = picture_file_url(path)
+        except (OSError, ValueError) as error:
+            problem = f"{path}: cannot be shown: {error}; `{run.command('evaluate')}` writes it again"
+    charts = [_curves(measure, objects[measure.key]) for measure in OBJECTS if measure.key in objects]
+    return {"charts": charts, "sheet": sheet, "problem": problem}
 
 
 def _curves(metric: Quantity, values: MetricValues) -> Chart:

@@ -126,7 +126,7 @@ def test_samples(trained) -> None:
 
 def test_evaluation(trained) -> None:
     result = json.loads((trained.runs / "evaluation.json").read_text())
-    assert result.keys() == {"protocol", "metrics"}
+    assert result.keys() == {"protocol", "metrics", "objects"}
     protocol = result["protocol"]
     assert (protocol["clips"], protocol["context"], protocol["horizon"], protocol["samples"]) == (4, 2, 6, 1)
     assert protocol["store_fingerprint"] == latent_cache.open(trained.store, "train").fingerprint
@@ -138,6 +138,14 @@ def test_evaluation(trained) -> None:
     # Shapes move away from where they were.
     copy_last = result["metrics"]["psnr"]["per_frame"]["copy_last"]
     assert copy_last[0] > copy_last[-1] + 1
+    # A copied frame shows all of them, and none moves.
+    objects = result["objects"]
+    assert {name: objects[name]["copy_last"] for name in ("whole", "kept", "kind", "speed", "ghosts")} == {
+        "whole": 1, "kept": 1, "kind": 1, "speed": 0, "ghosts": 0,
+    }  # fmt: skip
+    assert 1 < objects["position"]["per_frame"]["copy_last"][0] < 4  # a step of 2 to 3 pixels, or less at a wall
+    with Image.open(trained.runs / "objects.png") as picture:
+        assert min(picture.size) > 100
 
 
 def test_a_second_run_recognises_everything(trained, story: ModuleType) -> None:

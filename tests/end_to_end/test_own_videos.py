@@ -45,7 +45,10 @@ def test_a_folder_of_videos_split_by_fractions(own, story: ModuleType) -> None:
     )
     shown = {path.stem for path in (own.runs / "samples").glob("*.mp4")}
     assert shown == {video.replace("/", "_") for video in found["test"]}
-    assert json.loads((own.runs / "evaluation.json").read_text())["protocol"]["clips"] == 2
+    result = json.loads((own.runs / "evaluation.json").read_text())
+    assert result["protocol"]["clips"] == 2
+    assert result.keys() == {"protocol", "metrics"}  # of no shapes there is no audit
+    assert not (own.runs / "objects.png").exists()
     before = story.stamps(own.store, own.runs / "flow")
     own.run("demo").ok()
     assert story.stamps(own.store, own.runs / "flow") == before

@@ -120,7 +120,7 @@ def test_the_page_opens_without_errors_and_fits(page: Path, dark: bool) -> None:
     shown, complaints = browse(page, script, *([DARK] if dark else []))
     assert complaints == []
     assert shown["loaded"] == []
-    assert len(shown["images"]) == 5  # four clips and the reconstructions
+    assert len(shown["images"]) == 6  # four clips, the audited ones and the reconstructions
     assert all(shown["images"])
     assert shown["widths"] == [0] * 6  # wide parts scroll in their own boxes
     red, green, blue = map(int, re.findall(r"\d+", shown["background"]))

@@ -73,3 +73,16 @@ def test_the_prediction_is_compared_with_copying_the_last_frame(everything):
     for prediction, word in ((25.0, "2.50 dB better"), (20.0, "2.50 dB WORSE")):
         psnr = everything.metrics["psnr"].model_copy(update={"prediction": prediction, "copy_last": 22.5})
         assert word in format_table(everything.model_copy(update={"metrics": {"psnr": psnr}}))
+
+
+def test_objects_in_one_line(everything):
+    curve = [1 - 0.01 * frame for frame in range(30)]
+    objects = {
+        name: MetricValues(prediction=0.5, per_frame={"prediction": [scale * value for value in curve]})
+        for name, scale in (("whole", 1.0), ("position", 10.0))
+    }
+    text = format_table(everything.model_copy(update={"objects": objects}))
+    line = next(line for line in text.splitlines() if "objects" in line)
+    for part in ("100 %, 86 %, 71 %", "+1, +15, +30", "10.0, 8.6, 7.1"):
+        assert part in line
+    assert len(line) <= 120

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import BaseModel
 
 from pipelines.config import parse_config
@@ -270,6 +272,24 @@ def test_an_evaluation_without_intervals(whole: Toys):
     assert whole.notes("problem") == []
     assert "no interval" in text
     assert "<polygon" not in section(text, "quality")
+
+
+def test_the_audit_of_objects(whole: Toys):
+    subjects = {"prediction": [1.0, 0.75, math.nan, 0.5], "copy_last": [1.0] * 4, "reconstruction": [1.0] * 4}
+    values = {subject: np.nanmean(curve) for subject, curve in subjects.items()} | {"per_frame": subjects}
+    whole.write("evaluation.json", evaluation() | {"objects": {"whole": values, "position": values}})
+    assert any("make evaluate DATASET=toys" in note for note in whole.notes("missing"))
+    path = whole.run / "objects.png"
+    Image.new("RGB", (40, 30)).save(path)
+    part = section(whole.page(), "quality")
+    assert "Clips with all objects whole" in text_of(part)
+    assert "Position error" in text_of(part)
+    assert "Ghosts" not in text_of(part)
+    assert part.count("<img") == 1
+    assert whole.notes("problem") == []
+    path.write_bytes(path.read_bytes()[:30])
+    (problem,) = whole.notes("problem")
+    assert str(path) in problem
 
 
 def test_a_study_of_few_recordings_chooses_no_setting(whole: Toys):

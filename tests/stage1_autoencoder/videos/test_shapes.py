@@ -5,7 +5,16 @@ import pytest
 
 from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.shapes import BACKGROUND, KINDS, PALETTE, SUBSTEPS, WORLD, ShapesSource
+from stage1_autoencoder.videos.shapes import (
+    AREAS,
+    BACKGROUND,
+    KINDS,
+    PALETTE,
+    SUBSTEPS,
+    WORLD,
+    ShapesSource,
+    coverage_of_area,
+)
 
 
 def source(split: str = "train", count: int = 40, shapes: dict | None = None, **options) -> ShapesSource:
@@ -181,3 +190,30 @@ def test_the_largest_radius_of_the_message_is_possible(objects):
     radius = np.floor(np.sqrt(0.15 / objects) * WORLD * 10) / 10
     shapes = {"radius": radius, "min_objects": objects, "max_objects": objects, "frames": 3}
     assert source(count=5, shapes=shapes).read(0).shape == (3, 64, 64, 3)
+
+
+@pytest.mark.parametrize("image_size", [64, [40, 72]], ids=["square", "wide"])
+def test_what_is_known_about_a_frame_is_what_is_drawn(image_size):
+    drawn = source(count=30, image_size=image_size, shapes={"max_objects": 4})
+    numbers, frames = np.arange(30).repeat(2), np.tile([0, 19], 30)
+    known = drawn.shapes(numbers, frames)
+    colors = PALETTE[known.color][..., None, None]  # [n, k, 3, 1, 1]
+    ground = 1 - known.coverage.sum(1)
+    frame = (known.coverage[:, :, None] * colors).sum(1) + ground[:, None] * BACKGROUND[:, None, None]
+    assert np.abs(frame.transpose(0, 2, 3, 1) - drawn.render(numbers, frames)).max() < 0.51
+    assert not known.coverage[~known.present].any()
+    # Alone and away from the frame's edges, a shape has the area of its kind.
+    whole = known.radius**2 * AREAS[known.kind[known.present]]
+    ratio = known.coverage[known.present].sum((1, 2)) / whole
+    assert np.median(ratio) == pytest.approx(1, abs=0.02)
+    assert ratio.max() < 1.04
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
+def test_a_shape_by_area_and_centroid(kind):
+    offset = np.arange(-40, 40) + 0.5
+    x, y = offset - 0.3, offset[:, None] + 0.2
+    cover = coverage_of_area(x, y, np.array(kind), np.array(400.0))
+    assert cover.sum() == pytest.approx(400, rel=0.01)
+    assert (cover * x).sum() / 400 == pytest.approx(0, abs=0.05)
+    assert (cover * y).sum() / 400 == pytest.approx(0, abs=0.05)
