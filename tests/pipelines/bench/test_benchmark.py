@@ -42,6 +42,7 @@ from stage2_flow.vector_field import TransformerBlock, VectorField
 
 CPU = torch.device("cpu")
 SIDE = 16
+FRAME_SIZE = (SIDE, 2 * SIDE)
 AUTOENCODER = {
     "channels": 8, "channel_multipliers": [1, 2, 2], "blocks": 1, "attention_resolutions": [4], "resolution": 16,
     "codes": 64, "norm_groups": 4,
@@ -53,7 +54,7 @@ TINY = {"seconds": 0, "store_bytes": 400_000, "encoded_seconds": 0, "rollouts": 
 def config_of(runs: Path, autoencoder: dict[str, object] = AUTOENCODER) -> RiverConfig:
     values = {
         "paths": {"runs": str(runs)},
-        "dataset": {"name": "none", "source": "videos", "image_size": SIDE},
+        "dataset": {"name": "none", "source": "videos", "image_size": list(FRAME_SIZE)},
         "autoencoder": {"model": autoencoder},
         "flow": {
             "model": {"width": 16, "depth": 1, "mid_depth": 0, "heads": 2},
@@ -151,7 +152,7 @@ def test_both_autoencoders_encode_and_decode_equally_many_frames(bench, monkeypa
     count("encode"), count("decode")
     assert len(list(autoencoder_measurements(bench))) == 3
     # In whole batches, because half a batch takes as long, and equally many per thread.
-    size = FrameEncoder(VQGAN(VQGANConfig(**AUTOENCODER)), CPU, (SIDE, SIDE)).frames * encoder_threads(bench)
+    size = FrameEncoder(VQGAN(VQGANConfig(**AUTOENCODER)), CPU, FRAME_SIZE).frames * encoder_threads(bench)
     both = 2 * math.lcm(size, PLAIN_BATCH["cpu"])  # two turns
     # Ours has one network per precision, the plain one encodes in both.
     assert sorted(frames["encode"].values()) == [both, both, 2 * both]
