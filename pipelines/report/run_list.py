@@ -40,7 +40,7 @@ def _row(config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
     if newest is None:
         return None
     settings = {name: value for name, value in trained_settings(config).items() if name in ("seed", "flow", "refiner")}
-    steps = settings.get("flow", {}).get("training", {}).get("steps", newest.step)
+    steps = settings.get("flow", {}).get("training", {}).get("steps") or newest.step
     of_all = f" of {steps}" if newest.step < steps else ""
     psnr, evaluation = "", _evaluation(config)
     if evaluation is not None:

@@ -8,21 +8,31 @@ import pytest
 
 from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 from pipelines.training.flow_trainer import FlowTrainer
+from pipelines.training.refiner_trainer import RefinerTrainer
 from pipelines.training.training_loop import TrainingAmount
 from pipelines.training.training_run import suitable_steps
 
-EVERYTHING = (
-    "flow.model.dropout=0.2", "flow.model.head=bn", "flow.training.ema_decay=0.9", "flow.training.optimizer=muon",
-    "flow.training.validate_every=20", "flow.training.checkpoint_every=10", "flow.training.validation_samples=0",
-    "autoencoder.model.dropout=0.2", "autoencoder.training.ema_decay=0.9", "autoencoder.training.optimizer=muon",
-    "autoencoder.training.flip=true", "autoencoder.training.validate_every=10",
-    "autoencoder.training.adversarial={weight: 0.5, start: 1, warm_in: 3, layers: 2, filters: 8}",
-)  # fmt: skip
+EVERYTHING = {
+    "flow": (
+        "flow.model.dropout=0.2", "flow.model.head=bn", "flow.training.ema_decay=0.9", "flow.training.optimizer=muon",
+        "flow.training.validate_every=20", "flow.training.checkpoint_every=10", "flow.training.validation_samples=0",
+    ),
+    "autoencoder": (
+        "autoencoder.model.dropout=0.2", "autoencoder.training.ema_decay=0.9", "autoencoder.training.optimizer=muon",
+        "autoencoder.training.flip=true", "autoencoder.training.validate_every=10",
+        "autoencoder.training.adversarial={weight: 0.5, start: 1, warm_in: 3, layers: 2, filters: 8}",
+    ),
+    "refiner": (
+        "refiner.model={groups: 1, blocks: 1, features: 4, reduction: 2}", "refiner.training.clip_frames=5",
+        "refiner.training.batch_size=4", "refiner.training.ema_decay=0.9", "refiner.training.validate_every=10",
+        "refiner.training.validation_clips=3",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock on which a step takes five seconds, or two of the flow, and everything else next to nothing."""
+    """A clock on which a step takes five seconds, two of the flow, and everything else next to nothing."""
     now = [0.0]
 
     def tick(seconds: float = 1e-6) -> float:
@@ -37,7 +47,7 @@ def clock(monkeypatch):
         return step
 
     monkeypatch.setattr("time.perf_counter", tick)
-    for owner, seconds in ((AutoencoderTrainer, 5.0), (FlowTrainer, 2.0)):
+    for owner, seconds in ((AutoencoderTrainer, 5.0), (FlowTrainer, 2.0), (RefinerTrainer, 5.0)):
         monkeypatch.setattr(owner, "train_step", slowly(owner.train_step, seconds))
 
 
@@ -60,7 +70,8 @@ def assert_same(ours, theirs, what: str, story: ModuleType) -> None:
 
 
 def test_a_flow_by_the_clock_is_that_of_its_steps(trained, tmp_path: Path, story, clock, monkeypatch) -> None:
-    place, explicit = (trained.copy(tmp_path / name, "latents").with_sets(*EVERYTHING) for name in ("clock", "steps"))
+    sets = EVERYTHING["flow"]
+    place, explicit = (trained.copy(tmp_path / name, "latents").with_sets(*sets) for name in ("clock", "steps"))
     with monkeypatch.context() as patch:
         story.send_at(patch, FlowTrainer, "train_step", call=13)
         place.run("train-flow", "--minutes", "1").refused(143, "saved")
@@ -78,13 +89,16 @@ def test_a_flow_by_the_clock_is_that_of_its_steps(trained, tmp_path: Path, story
     explicit.run("train-flow", "--minutes", "1").refused(2, "--minutes 1", f"{steps} steps", "--restart")
 
 
-def test_an_autoencoder_by_the_clock_is_that_of_its_steps(place, tmp_path: Path, story, clock) -> None:
-    place, explicit = (story.Place(tmp_path / name, EVERYTHING) for name in ("clock", "steps"))
-    place.run("train-autoencoder", "--minutes", "1").ok()
-    steps = recorded(place, "autoencoder")["step"]
+@pytest.mark.parametrize("what", ["autoencoder", "refiner"])
+def test_other_trainings_by_the_clock_are_those_of_their_steps(trained, tmp_path: Path, story, clock, what) -> None:
+    parts = {"autoencoder": (), "refiner": ("latents", "runs")}[what]
+    sets = EVERYTHING[what]
+    place, explicit = (trained.copy(tmp_path / name, *parts).with_sets(*sets) for name in ("clock", "steps"))
+    place.run(f"train-{what}", "--minutes", "1").ok()
+    steps = recorded(place, what)["step"]
     assert steps == pytest.approx((60 - 20) / 5, abs=1)  # measured in no more than a quarter of the time
-    explicit.run("train-autoencoder", sets=[f"autoencoder.training.steps={steps}"]).ok()
-    assert_same(place, explicit, "autoencoder", story)
+    explicit.run(f"train-{what}", sets=[f"{what}.training.steps={steps}"]).ok()
+    assert_same(place, explicit, what, story)
 
 
 def test_a_fine_tuning_by_the_clock(copied, story, clock, monkeypatch) -> None:
@@ -94,6 +108,7 @@ def test_a_fine_tuning_by_the_clock(copied, story, clock, monkeypatch) -> None:
         story.send_at(patch, FlowTrainer, "train_step", call=4)
         copied.run(*words).refused(143, "nothing is trained")
     assert recorded(copied, "flow")["step"] == 0
+    assert "0 steps of fine-tuning" in copied.run("runs").ok().out
     with monkeypatch.context() as patch:
         story.send_at(patch, FlowTrainer, "train_step", call=20)
         copied.run(*words).refused(143, "saved")
