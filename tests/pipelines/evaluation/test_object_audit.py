@@ -218,6 +218,14 @@ def test_damage_shows_in_its_own_measure(scale, damage, expected):
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
+def test_speed_needs_two_frames(true):
+    frames, truth = true[0].clone(), true[1]
+    frames[:, 3] = torch.from_numpy(BACKGROUND / 127.5 - 1)[:, None, None]
+    measured = audit_objects(frames, truth)
+    assert (measured["speed"].count > 0).all(0).tolist() == [False, True, True, False, False, True, True, True]
+    assert mean(measured["speed"]) == pytest.approx(1, abs=0.02)
+
+
 def test_blur_shows_in_the_colors(true):
     frames, truth = true
     blurred = torch.from_numpy(gaussian_filter(frames.numpy(), 1.0, axes=(3, 4)))
