@@ -16,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.files import backup_path, locked, write_json, write_text
 from pipelines.runtime.progress import say
+from stage1_autoencoder.videos import dataset_root
 
 # Sections of the configuration that a checkpoint of the training of this name records.
 TRAININGS = ("autoencoder", "flow", "refiner")
@@ -88,8 +89,9 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Colle
 def trained_settings(config: RiverConfig) -> dict[str, Any]:
     """What the stages of a configuration's run were trained with, by section.
 
-    Whole sections of the trainings, and of `seed`, `dataset` and `cache` what results depend on. Imported weights have
-    no settings. Nothing of files that cannot be read, which the stages report.
+    Whole sections of the trainings, and of `seed`, `dataset` and `cache` what results depend on; the folder of the
+    videos, too, if it is still there. Imported weights have no settings. Nothing of files that cannot be read, which
+    the stages report.
     """
     settings: dict[str, Any] = {}
     for name in TRAININGS:
@@ -104,9 +106,11 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
         stored = parse_config(read_yaml(file), str(file))
     except (OSError, UserError):
         return settings
+    dataset = stored.dataset
+    is_there = dataset.root is not None and dataset_root(dataset, stored.data_root).is_dir()
     return settings | {
         "seed": stored.seed,
-        "dataset": result_settings(stored.dataset),
+        "dataset": result_settings(dataset) | ({"root": dataset.root} if is_there else {}),
         "cache": result_settings(stored.cache),
     }
 

@@ -115,7 +115,7 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, story: Any) -> Path:
-    """A folder like a reader's after `make demo`, with tiny presets for `shapes` and `videos`, videos, and weights."""
+    """What a reader has after `make demo`, with tiny presets for `shapes` and own videos, videos, and weights."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     refiner = {
@@ -129,7 +129,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, story: Any) -> Path:
     videos = tiny | {
         "dataset": {"name": "videos", "source": "videos", "image_size": 32, "splits": {"val": 0.2, "test": 0.2}}
     }
-    for name, values in (("shapes", shapes), ("videos", videos)):
+    small = videos | {"dataset": videos["dataset"] | {"name": "videos_small"}}
+    for name, values in (("shapes", shapes), ("videos", videos), ("videos_small", small)):
         (folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(values))
     for name, recorded in (("model.pth", "main_ln_ddp.pth.gz"), ("vqvae.ckpt", "vqgan_f8s_ch32.ckpt.gz")):
         (folder / name).write_bytes(gzip.decompress((FIXTURES / recorded).read_bytes()))
