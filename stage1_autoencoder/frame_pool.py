@@ -19,6 +19,8 @@ from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, Video
 REPEATS = 4
 # Fewer frames of more videos make better batches; more frames per video save decoding.
 MIN_FRAMES_PER_VIDEO = 16
+# Frames of a long video that one thread decodes at a time.
+FRAMES_PER_PART = 4096
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class FramePool:
             (int(video), np.sort(generator.choice(self.lengths[video], take, replace=False)))
             for video, take in zip(order, takes, strict=True)
         ]
+        picks = [(video, part) for video, positions in picks for part in self._parts(video, positions)]
         total = sum(len(positions) for _, positions in picks)
         pool, origins = np.empty((total, *self.source.dataset.frame_size, 3), np.uint8), np.empty((total, 2), np.int64)
         count = 0
@@ -132,6 +135,12 @@ class FramePool:
         if not count:
             raise VideoError(f"none of {len(picks)} training videos could be decoded")
         return _Round(pool[:count], origins[:count])
+
+    def _parts(self, video: int, positions: np.ndarray) -> list[np.ndarray]:
+        """Cut positions in a long video into parts that threads decode at the same time."""
+        restarts = self.source.restarts(video)
+        first_of_each = restarts[np.unique(restarts // FRAMES_PER_PART, return_index=True)[1]]
+        return [part for part in np.split(positions, np.searchsorted(positions, first_of_each)) if len(part)]
 
     def _read(self, pick: tuple[int, np.ndarray]) -> np.ndarray | BrokenVideoError:
         try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from latent_cache.sampling.draws import MIN_VIDEO_FRAMES
 from pipelines.config import RiverConfig
-from pipelines.runtime.files import replacing
+from pipelines.runtime.files import replacing, size_text
 from pipelines.runtime.progress import duration
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.display import AS_STORED, Placement
@@ -65,7 +65,10 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
     others = join_names((f"{count} {kind}" for kind, count in ignored.most_common()), 8)
     native = [source.native_frames for source in sources.values()]
     of_native = "" if None in native or sum(native) == frames.sum() else f"of {sum(native)} "
-    dataset = config.dataset
+    dataset, cache = config.dataset, config.cache
+    stored = sum(int(those.sum()) * (len(cache.views) if split == "train" else 1) for split, those in lengths.items())
+    shape = config.autoencoder.model.latent_shape(dataset.frame_size)
+    latents = stored * math.prod(shape) * np.dtype(cache.dtype).itemsize
     return [
         f"found: {_count(len(frames) + skipped, 'video')}, {len(frames)} usable, {skipped} skipped"
         + (f"; other files, ignored: {others}" if ignored else ""),
@@ -74,6 +77,7 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
         f"  sizes    {_most_common(Counter({_size_text(size): n for size, n in sizes.items()}))} -> "
         + _fitting(dataset, sizes),
         f"  fps      {_most_common(rates)}{', after frame_step' if dataset.frame_step > 1 else ''}",
+        f"  store    {stored} latents of {'x'.join(map(str, shape))} {cache.dtype}, {size_text(latents)}",
         *(
             f"{split}: {_count(len(those), 'video')}, {those.sum()} frames ({_spread(those)}), "
             f"{len(sources[split].skipped)} skipped"

@@ -36,6 +36,8 @@ MOST_CODES_CHANGED = 1e-3
 # Every PSNR_STRIDE-th frame of a split is decoded again to measure the round trip, but at most PSNR_FRAMES of them.
 PSNR_STRIDE = 64
 PSNR_FRAMES = 32
+# Without a terminal, which has a bar, the rate is reported after so many seconds, then at twice that time, and so on.
+REPORT_SECONDS = 20.0
 
 
 def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint) -> Path:
@@ -286,9 +288,20 @@ class StoreEncoder:
         if not tasks:
             return
         total, frames = sum(plan.frames for plan in writer.plans.values()), sum(chunk.frames for _, chunk in tasks)
-        started = time.monotonic()
+        say(f"store: encoding {frames} frames")
+        started, done, next_report = time.monotonic(), 0, REPORT_SECONDS
         with progress(total=total, initial=total - frames, description="encode", unit="frame") as bar:
-            encode_chunks(writer, tasks, bar.update)
+
+            def on_frames(count: int) -> None:
+                nonlocal done, next_report
+                done, seconds = done + count, time.monotonic() - started
+                bar.update(count)
+                if bar.disable and seconds >= next_report and done < frames:
+                    next_report = 2 * seconds
+                    left = duration(seconds * (frames - done) / done)
+                    say(f"store: {done} of {frames} frames encoded, {done / seconds:.0f} frames/s, about {left} left")
+
+            encode_chunks(writer, tasks, on_frames)
         seconds = time.monotonic() - started
         say(f"store: {frames} frames encoded in {duration(seconds)}, {frames / seconds:.0f} frames/s")
 

@@ -181,6 +181,12 @@ class FolderSource(DivisibleSource):
         """The file or frame folder, of which a video may be a cut."""
         return Recording(self._names[index])
 
+    def restarts(self, index: int) -> np.ndarray:
+        """The frames at or after the keyframes of the index."""
+        keyframes = self._keyframes[self._keyframe_offsets[index] : self._keyframe_offsets[index + 1], 0]
+        after = keyframes[keyframes > self._ends[index, 0]] - self._ends[index, 0]
+        return np.ceil(after / frame_stride(self.dataset, self._rates[index]) - ROUNDING).astype(np.int64)
+
     def probe(self, index: int) -> Probe:
         """What decoding needs to know about a file; of a cut, the number of frames is its end."""
         width, height, display = self._pictures[index]

@@ -18,6 +18,9 @@ from stage1_autoencoder.videos.preprocessing import preprocessing_description
 # For videos without a frame rate; it only sets the speed at which previews play.
 UNKNOWN_FPS = 10.0
 
+# Opening a file again costs about as much as decoding so many small frames.
+MIN_SKIPPED = 64
+
 
 class VideoError(Exception):
     """The user's videos cannot be used; the message says which, why, and the way out."""
@@ -114,7 +117,7 @@ class VideoSource(abc.ABC):
         """
 
     def read(self, index: int, positions: Sequence[int] | None = None) -> np.ndarray:
-        """Read some frames of a video, decoding no further than the last of them.
+        """Read some frames of a video, decoding no further than the last of them, and skipping from one to the next.
 
         Args:
             index: which of `videos`.
@@ -133,11 +136,23 @@ class VideoSource(abc.ABC):
         wanted: dict[int, list[int]] = {}
         for row, position in enumerate(positions):
             wanted.setdefault(int(position), []).append(row)
-        first, last = min(wanted), max(wanted)
-        for position, frame in enumerate(self.iterate(index, first, last + 1), start=first):
-            for row in wanted.get(position, ()):
-                frames[row] = frame
+        for part in self._parts(index, np.array(sorted(wanted))):
+            first, last = part[[0, -1]].tolist()
+            for position, frame in enumerate(self.iterate(index, first, last + 1), start=first):
+                for row in wanted.get(position, ()):
+                    frames[row] = frame
         return frames
+
+    def restarts(self, index: int) -> np.ndarray:
+        """Frames [n] int64 of a video, ascending, before which nothing is decoded if reading starts there."""
+        return np.empty(0, np.int64)
+
+    def _parts(self, index: int, positions: np.ndarray) -> list[np.ndarray]:
+        """Cut ascending positions where starting again skips frames that would be decoded for nothing."""
+        restarts = self.restarts(index)
+        before = np.searchsorted(restarts, positions[1:], side="right") - 1
+        gaps = np.where(before < 0, 0, np.append(restarts, 0)[before] - positions[:-1])
+        return np.split(positions, np.flatnonzero(gaps > MIN_SKIPPED) + 1)
 
     def check_range(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
         """Resolve a range of frames of a video to (start, stop).

@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from stage1_autoencoder.frame_pool import REPEATS, FramePool
+from stage1_autoencoder.frame_pool import FRAMES_PER_PART, REPEATS, FramePool
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource
 
@@ -22,10 +22,11 @@ class Numbered(VideoSource):
         self.skipped = []
         self.broken = set(broken)
         self.decoded: list[int] = []
-        self.taken = 0  # frames that were asked for
+        self.taken = self.reads = 0  # frames that were asked for, and how often
 
     def read(self, index, positions=None):
         self.taken += len(positions)
+        self.reads += 1
         return super().read(index, positions)
 
     def iterate(self, index, start=0, stop=None):
@@ -49,6 +50,22 @@ def make_pool(source, *, batch_size=4, steps=50, frames=40, seed=0, on_broken=No
 
 def seen(batch: np.ndarray) -> list[tuple[int, int]]:
     return [(int(f[0, 0, 0]), int(f[0, 0, 1]) + 256 * int(f[0, 0, 2])) for f in batch]
+
+
+class Restarting(Numbered):
+    """With a keyframe every 100 frames."""
+
+    def restarts(self, index):
+        return np.arange(100, self.videos[index].frames, 100)
+
+
+def test_a_long_video_is_decoded_in_parts_to_the_same_batches():
+    length = 5 * FRAMES_PER_PART
+    whole, parts = Numbered([length, 30]), Restarting([length, 30])
+    with closing(make_pool(whole, frames=2000)) as one, closing(make_pool(parts, frames=2000)) as several:
+        for step in (0, 7):
+            assert (one.batch(step) == several.batch(step)).all()
+    assert parts.reads > whole.reads >= 1
 
 
 LENGTHS = [30, 3, 50, 17, 1, 44, 60, 25]

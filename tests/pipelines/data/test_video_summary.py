@@ -60,6 +60,7 @@ def test_everything_in_a_few_lines(config):
         "  lengths  10 to 50, median 25 frames",
         "  sizes    160x120 (3), 320x240 (1) -> center square (75 % of the picture), resized to 64x64",
         "  fps      25 (3), 12.5 (1), after frame_step",
+        "  store    110 latents of 4x8x8 float16, 56.3 kB",
         "train: 3 videos, 60 frames (10 to 30, median 20), 1 skipped",
         "test: 1 video, 50 frames (50 to 50, median 50), 0 skipped",
         "note: there is no val split",

@@ -157,6 +157,8 @@ def test_a_source_starts_at_the_keyframes_of_the_index(tmp_path):
     for start in (72, 100, 144, 209):
         assert (np.stack(list(source.iterate(0, start))) == everything[start:]).all()
     assert (source.read(0, [150, 80, 150]) == everything[[150, 80, 150]]).all()
+    assert (source.read(0, [209, 5, 74]) == everything[[209, 5, 74]]).all()  # what lies between is skipped
+    assert (source.restarts(0).tolist(), stepped.restarts(0).tolist()) == ([72, 144], [3, 5])
     assert (np.stack(list(stepped.iterate(0, 3))) == everything[90::30]).all()
     with pytest.raises(BrokenVideoError):
         next(source.iterate(0, 71))
