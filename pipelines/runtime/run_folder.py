@@ -89,15 +89,15 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Colle
 def trained_settings(config: RiverConfig) -> dict[str, Any]:
     """What the stages of a configuration's run were trained with, by section.
 
-    Whole sections of the trainings, and of `seed`, `dataset` and `cache` what results depend on; the folder of the
+    The seed, whole sections of the trainings, and of `dataset` and `cache` what results depend on; the folder of the
     videos, too, if it is still there. Imported weights have no settings. Nothing of files that cannot be read, which
     the stages report.
     """
     settings: dict[str, Any] = {}
-    for name in TRAININGS:
+    for name in ("autoencoder", "refiner", "flow"):  # a run's seed is that of its flow
         newest = CheckpointFolder(config.training_folder(name) / "checkpoints").latest(warns=False)
-        if newest is not None and name in newest.state.get("settings", {}):
-            settings[name] = newest.state["settings"][name]
+        recorded = {} if newest is None else newest.state.get("settings", {})
+        settings |= {key: recorded[key] for key in (name, "seed") if name in recorded and key in recorded}
     if not settings:
         return {}
     files = (config.run_path / "config.yaml", config.shared.run_path / "config.yaml")
@@ -109,7 +109,6 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     dataset = stored.dataset
     is_there = dataset.root is not None and dataset_root(dataset, stored.data_root).is_dir()
     return settings | {
-        "seed": stored.seed,
         "dataset": result_settings(dataset) | ({"root": dataset.root} if is_there else {}),
         "cache": result_settings(stored.cache),
     }

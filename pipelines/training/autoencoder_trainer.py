@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.prediction.pictures import reconstruction_sheet, save_picture
-from pipelines.runtime.checkpoints import Checkpoint, Tensors
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, in_full_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
@@ -55,7 +55,7 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
         UserError: no videos; a checkpoint that conflicts with the configuration; gradients that are not finite.
         StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
     """
-    config = config.shared
+    config = _of_all_runs(config)
     processes, plan = run_context.processes, autoencoder_plan(config)
 
     def open_trainer(
@@ -105,7 +105,16 @@ def autoencoder_status(config: RiverConfig) -> Status:
 
 def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration, for all its runs."""
-    return plan_training("autoencoder", config.shared, identity={"dataset": identity_settings(config.dataset)})
+    dataset = identity_settings(config.dataset)
+    return plan_training("autoencoder", _of_all_runs(config), identity={"dataset": dataset})
+
+
+def _of_all_runs(config: RiverConfig) -> RiverConfig:
+    """The configuration of the autoencoder that a run shares with others, whatever seed its flow has."""
+    newest = CheckpointFolder(config.training_folder("autoencoder") / "checkpoints").latest(warns=False)
+    if config.run is None or newest is None:
+        return config.shared
+    return config.shared.model_copy(update={"seed": newest.state.get("identity", {}).get("seed", config.seed)})
 
 
 def best_by(training: AutoencoderTrainingConfig, perceptual: bool) -> str | None:

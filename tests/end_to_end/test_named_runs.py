@@ -1,6 +1,7 @@
 """Named runs: several flows on one store and autoencoder, each with a folder of its own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,14 +17,16 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_a_named_run_is_beside_the_default_one(copied) -> None:
     before, wide = tree(copied.runs), copied.runs / "wide"
-    copied.run("train-flow", "--run", "wide", sets=[WIDER, "flow.training.steps=4"]).ok()
+    copied.run("train-flow", "--run", "wide", sets=[WIDER, "flow.training.steps=4", "seed=1"]).ok()
     state = json.loads((wide / "flow" / "checkpoints" / "step_00000004" / "state.json").read_text())
-    assert state["settings"]["flow"]["model"]["width"] == 64
+    assert (state["settings"]["seed"], state["settings"]["flow"]["model"]["width"]) == (1, 64)
     for command in ("sample", "evaluate", "report"):  # with its settings, which are not repeated
         copied.run(command, "--run", "wide").ok()
     assert {path.name for path in wide.iterdir()} >= {"config.yaml", "samples", "evaluation.json", "report.html"}
     assert not (wide / "autoencoder").exists()
-    assert "RUN=wide" in (wide / "report.html").read_text()
+    page = (wide / "report.html").read_text()
+    assert "RUN=wide" in page
+    assert "Stage autoencoder" not in page  # which has a seed of its own
     assert {name: content for name, content in tree(copied.runs).items() if name in before} == before
     predictor = VideoPredictor.from_run(wide, device="cpu")
     assert predictor.vector_field.config.width == 64
@@ -36,7 +39,7 @@ def test_a_named_run_is_beside_the_default_one(copied) -> None:
     (default,) = (line for line in listed if line.startswith("default"))
     (line,) = (line for line in listed if line.startswith("wide"))
     psnr = json.loads((wide / "evaluation.json").read_text())["metrics"]["psnr"]["prediction"]
-    for words in ("4", f"{psnr:.2f}", "flow.model.width: 32 -> 64", "flow.training.steps: 8 -> 4"):
+    for words in ("4", f"{psnr:.2f}", "flow.model.width: 32 -> 64", "flow.training.steps: 8 -> 4", "seed: 0 -> 1"):
         assert words in line
     assert "->" not in default
 
@@ -65,7 +68,9 @@ def test_the_first_run_may_have_a_name(place) -> None:
     assert {path.name for path in place.runs.iterdir()} == {"1", "autoencoder", "config.yaml", "environment.json"}
     assert place.checkpoint("1/flow").is_dir()
     # Further runs go by the settings of what they share, and by the file's for the rest.
-    place.run("train-flow", "--run", "other", sets=["flow.training.steps=2"]).ok()
+    shutil.rmtree(place.store)
+    place.run("train-flow", "--run", "other", sets=["flow.training.steps=2", "seed=3"]).ok()
+    assert "flow: done" in place.run("train-flow", "--run", "1").ok().out
     assert place.checkpoint("other/flow").name == "step_00000002"
     assert place.checkpoint("autoencoder").name == "step_00000001"
     names = [line.split()[0] for line in place.run("runs").ok().out.splitlines()]
