@@ -19,7 +19,7 @@ from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
 from pipelines.training.flow_trainer import check_flow, flow_status, train_flow, with_precision
 from pipelines.training.refiner_trainer import refiner_status, train_refiner
-from pipelines.training.step_memory import autoencoder_costs, flow_costs
+from pipelines.training.step_memory import autoencoder_costs, flow_costs, refiner_costs
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.vector_field import VectorField
@@ -142,6 +142,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
     costs = {
         "autoencoder": autoencoder_costs(config, device),
         "flow": flow_costs(with_precision(config, device), latent_shape, device),
+        "refiner": refiner_costs(config, device),
     }
     lines = []
     for stage in STAGES.values():

@@ -1,4 +1,4 @@
-"""Memory of the training steps of both stages, estimated by tracing one on fake tensors."""
+"""Memory of training steps, estimated by tracing one on fake tensors."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +20,18 @@ from pipelines.runtime.files import size_text
 from pipelines.runtime.throughput import step_flops
 from pipelines.runtime.train_state import OptimizerSettings, build_optimizers
 from pipelines.training.autoencoder_trainer import discriminator_settings
-from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig, VQVAEConfig
+from pipelines.training.refiner_trainer import make_example
+from stage1_autoencoder.config import (
+    AutoencoderTrainingConfig,
+    RefinerModelConfig,
+    RefinerTrainingConfig,
+    VQGANConfig,
+    VQVAEConfig,
+)
 from stage1_autoencoder.discriminator import PatchDiscriminator
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.lpips import LPIPS, STAGES, vgg16
+from stage1_autoencoder.rcan import RCAN
 from stage1_autoencoder.training import DiscriminatorStep, backward
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
@@ -166,6 +174,42 @@ def estimate_autoencoder_memory(
         return _measure(memory, trained, step)
 
 
+def estimate_refiner_memory(
+    model: RefinerModelConfig,
+    training: RefinerTrainingConfig,
+    autoencoder: VQGANConfig | VQVAEConfig,
+    frame_size: tuple[int, int],
+    *,
+    device: Device = "cpu",
+) -> StepMemory:
+    """Estimate the peak of a training step of the refiner, as `estimate_flow_memory` does for the flow.
+
+    Args:
+        model: sizes of the refiner.
+        training: likewise; a perceptual network is not included.
+        autoencoder: that decodes the clips.
+        frame_size: (height, width).
+        device: as for `estimate_flow_memory`.
+    Raises:
+        ValueError: `cuda` on a machine without a GPU.
+    """
+    settings = training.model_copy(update={"learning_rate": training.peak_learning_rate})
+    clip = -(-training.batch_size // training.accumulate), training.clip_frames
+    with _tracing(device) as memory:
+        decoder, refiner = build_autoencoder(autoencoder).eval().requires_grad_(False), RCAN(model)
+
+        def step() -> None:
+            pixels = torch.empty(*clip, *frame_size, 3, dtype=torch.uint8)
+            latents = torch.empty(*clip, *autoencoder.latent_shape(frame_size))
+            for _ in range(min(training.accumulate, 2)):  # a third part equals the second
+                example = make_example(decoder, pixels, latents)
+                with torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"):
+                    refined = refiner(example.previous.flatten(0, 1), example.decoded.flatten(0, 1))
+                (refined.float() - example.truth.flatten(0, 1)).square().mean().backward()
+
+        return _measure(memory, [_Trained(refiner, settings, refiner.boundary_parameters())], step)
+
+
 @contextmanager
 def _tracing(device: Device) -> "Iterator[LiveMemory]":
     """Everything is computed on fake tensors, and their memory is counted."""
@@ -305,6 +349,16 @@ def autoencoder_costs(config: RiverConfig, device: torch.device) -> list[str]:
         _peak_text(training.batch_size, unit, device, training.precision, memory),
         f"plus decoded frames in host memory, at most {training.pool_memory} (autoencoder.training.pool_memory)",
     ]
+
+
+def refiner_costs(config: RiverConfig, device: torch.device) -> list[str]:
+    """Peak memory of a training step of the refiner, as lines of text."""
+    training = config.refiner.training
+    memory = estimate_refiner_memory(
+        config.refiner.model, training, config.autoencoder.model, config.dataset.frame_size, device=device.type
+    )
+    clips = f"clips of {training.clip_frames} frames"
+    return [_peak_text(training.batch_size, clips, device, training.precision, memory)]
 
 
 def flow_costs(config: RiverConfig, latent_shape: tuple[int, int, int], device: torch.device) -> list[str]:

@@ -17,13 +17,16 @@ from pipelines.runtime.throughput import forward_flops
 from pipelines.runtime.train_state import TrainState
 from pipelines.stages import describe
 from pipelines.training.autoencoder_trainer import AutoencoderTrainer
+from pipelines.training.refiner_trainer import ClipBatch, RefinerTrainer
 from pipelines.training.step_memory import (
     LiveMemory,
     StepMemory,
     estimate_autoencoder_memory,
     estimate_flow_memory,
+    estimate_refiner_memory,
 )
 from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig
+from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.lpips import vgg16
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
@@ -65,6 +68,19 @@ def two_steps_of_the_autoencoder(config: RiverConfig) -> None:
         trainer.train_step(step)
 
 
+def two_steps_of_the_refiner(config: RiverConfig) -> None:
+    """Two real updates."""
+    training, model = config.refiner.training, config.autoencoder.model
+    clips = training.batch_size, training.clip_frames
+    pixels = torch.zeros(*clips, *config.dataset.frame_size, 3, dtype=torch.uint8)
+    latents = torch.zeros(*clips, *model.latent_shape(config.dataset.frame_size))
+    source = SimpleNamespace(batch=lambda step, rows: ClipBatch([], pixels, latents))
+    autoencoder = build_autoencoder(model).eval().requires_grad_(False)
+    trainer = RefinerTrainer(config, torch.device("cpu"), autoencoder, source)
+    for step in range(2):
+        trainer.train_step(step)
+
+
 def allocated(folder: Path, run: Callable[[], None]) -> int:
     """Peak bytes of PyTorch's CPU allocator, from the events of the profiler.
 
@@ -96,7 +112,6 @@ CASES = [
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
     ({"qk_norm": True, "reference": False}, {}),
     ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
-    ({}, {"optimizer": "muon", "grad_clip": 1.0}),
 ]
 
 
@@ -148,6 +163,23 @@ def test_steps_of_the_autoencoder_on_wide_frames(tmp_path, settings):
     )
     memory = estimate_autoencoder_memory(config.autoencoder.model, config.autoencoder.training, (24, 40))
     assert memory.total == pytest.approx(allocated(tmp_path, lambda: two_steps_of_the_autoencoder(config)), rel=0.1)
+
+
+def test_steps_of_the_refiner_on_wide_frames(tmp_path):
+    config = parse_config(
+        {
+            "dataset": {"name": "none", "source": "videos", "image_size": [24, 40]},
+            "autoencoder": {"model": SMALL_VQGAN},
+            "refiner": {
+                "model": {"groups": 2, "blocks": 3, "features": 16, "reduction": 4},
+                "training": {"steps": 2, "batch_size": 2, "clip_frames": 4, "ema_decay": 0.9},
+            },
+        },
+        "a test",
+    )
+    refiner, autoencoder = config.refiner, config.autoencoder.model
+    memory = estimate_refiner_memory(refiner.model, refiner.training, autoencoder, (24, 40))
+    assert memory.total == pytest.approx(allocated(tmp_path, lambda: two_steps_of_the_refiner(config)), rel=0.1)
 
 
 def test_a_perceptual_network_takes_memory():
@@ -245,6 +277,7 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
             "dataset": {"name": "none", "source": "videos", "image_size": [24, 40]},
             "autoencoder": {"model": SMALL_VQGAN},
             "flow": {"model": SMALL, "training": {"batch_size": 8, "precision": "bf16"}},
+            "refiner": {"training": {"batch_size": 2, "clip_frames": 3}},
             "cache": cache,
         }
         return describe(parse_config(values, "a test"), torch.device("cpu")).splitlines()
@@ -267,6 +300,7 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
     assert "latents" in found[flow + 3]  # whose size only a store tells
     assert "cache.residency auto" in found[flow + 4]
     assert found[flow + 5].startswith("refiner ")
+    assert " 2 clips of 3 frames on cpu, fp32, not compiled: " in found[flow + 6]
 
     plan = SplitPlan(["a"], ["identity"], [10], (4, 12, 20), 10)
     metadata = StoreMetadata("none", 25.0, {}, {"sha256": "0"}, {})
