@@ -89,6 +89,23 @@ def test_the_run_records_its_origin(official):
     assert found["refiner"].state["autoencoder"] == digest
 
 
+def test_a_named_run_shares_the_autoencoder(official):
+    """Another main model on the same latents is another run; another autoencoder is not, even with --restart."""
+    default = run_import(official, model=official.model())
+    before, named = files_of(default), official.config(run="other")
+    official.field = official.make("field", depth=2)
+    named = named.model_copy(update={"flow": named.flow.model_copy(update={"model": official.field.config})})
+    run = run_import(official, named, model=official.model())
+    assert run == default / "other"
+    predictor = VideoPredictor.from_run(run, device="cpu")
+    assert official.same(predictor.vector_field, official.field)
+    assert official.same(predictor.autoencoder, official.autoencoder)
+    official.autoencoder = official.make("vqvae")
+    with pytest.raises(UserError, match="without --run"):
+        run_import(official, named, restart=True, model=official.model())
+    assert {name: content for name, content in files_of(default).items() if name in before} == before
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"seed": 5}, {"flow.training": {"steps": 10**6, "batch_size": 3, "standardize": True}},
