@@ -1,17 +1,9 @@
-"""What results depend on: fingerprints of settings, and their differences."""
+"""What results depend on: settings that decide, and their differences."""
 
-import hashlib
-import json
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-
-
-def fingerprint(*parts: Any) -> str:
-    """sha256 of sections or other plain data."""
-    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def result_settings(section: BaseModel) -> dict[str, Any]:

@@ -243,13 +243,6 @@ def test_missing_and_foreign_files_are_named(write, tmp_path):
     assert "not a YAML file" in refused(tmp_path / "binary.yaml")
 
 
-def test_fingerprints_are_equal_exactly_when_settings_are(write):
-    path = write()
-    config, same, other = load_config(path), load_config(path), load_config(path, ["flow.model.depth=2"])
-    assert fingerprint(config.flow, "x") == fingerprint(same.flow, "x")
-    assert fingerprint(config.flow, "x") != fingerprint(other.flow, "x") != fingerprint(other.flow, "y")
-
-
 def test_frames_that_are_not_square(write):
     wide = load_config(write(), ["dataset.image_size=[72, 128]", "dataset.fit=pad"])
     assert wide.dataset.frame_size == (72, 128)
