@@ -11,7 +11,6 @@ from pipelines.config import (
     differences,
     dump_config,
     find_preset,
-    fingerprint,
     identity_settings,
     load_config,
     parse_config,
