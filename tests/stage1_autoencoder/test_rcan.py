@@ -111,5 +111,5 @@ def test_learning_rate_and_warm_up_follow_batch_and_steps():
     official = RefinerTrainingConfig(batch_size=64, steps=1000)
     assert official.peak_learning_rate == pytest.approx(3e-4 * 64 / 256)
     assert official.warmup == 200
-    chosen = RefinerTrainingConfig(batch_size=64, learning_rate=1e-3, warmup_steps=0)
+    chosen = RefinerTrainingConfig(batch_size=64, learning_rate=1e-3, warmup_steps=0, steps=1000)
     assert (chosen.peak_learning_rate, chosen.warmup) == (1e-3, 0)
