@@ -31,7 +31,7 @@ from pipelines.data.datasets import open_videos
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import free_bytes, is_full, locked, read_json, size_text, write_json
-from pipelines.runtime.progress import progress, say, warn
+from pipelines.runtime.progress import counted, progress, say, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
 from stage1_autoencoder.videos.config import Split
@@ -129,7 +129,7 @@ def convert(
     for split in chosen:
         there = [job for job in asked if job.split == split and job.folder not in failed]
         frames = sum(job.video.frames for job in there)
-        say(f"convert: {split}: {len(there)} videos, {frames} frames in {out / split}")
+        say(f"convert: {split}: {counted(len(there), 'video')}, {frames} frames in {out / split}")
     say(_reading_back(config, out, sorted(split for split in sources if (out / split).is_dir())))
 
 
@@ -260,7 +260,7 @@ def _announce(config: RiverConfig, asked: Sequence[_Job], pending: Sequence[_Job
     """Print what there is to do, and warn if the disk is too small for it."""
     out, (height, width) = writer.out, config.dataset.frame_size
     done = f", {len(asked) - len(pending)} of them are there" if len(pending) < len(asked) else ""
-    counts = f"{len(asked)} videos, {sum(job.video.frames for job in asked)} frames"
+    counts = f"{counted(len(asked), 'video')}, {sum(job.video.frames for job in asked)} frames"
     say(f"convert: {config.dataset.name} -> {out}: {counts} of {width}x{height} as {writer.image_format}{done}")
     if renamed := [job for job in pending if job.folder != f"{job.split}/{job.video.id}"]:
         example = f"{renamed[0].video.id!r} is in {renamed[0].folder}"

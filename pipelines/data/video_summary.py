@@ -11,7 +11,7 @@ import numpy as np
 from latent_cache.sampling.draws import MIN_VIDEO_FRAMES
 from pipelines.config import RiverConfig
 from pipelines.runtime.files import replacing, size_text
-from pipelines.runtime.progress import duration
+from pipelines.runtime.progress import counted, duration
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.display import AS_STORED, Placement
 from stage1_autoencoder.videos.names import join_names
@@ -70,7 +70,7 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
     shape = config.autoencoder.model.latent_shape(dataset.frame_size)
     latents = stored * math.prod(shape) * np.dtype(cache.dtype).itemsize
     return [
-        f"found: {_count(len(frames) + skipped, 'video')}, {len(frames)} usable, {skipped} skipped"
+        f"found: {counted(len(frames) + skipped, 'video')}, {len(frames)} usable, {skipped} skipped"
         + (f"; other files, ignored: {others}" if ignored else ""),
         f"  used     {frames.sum()} {of_native}frames ({dataset.sampling_text}), {duration(seconds)}",
         f"  lengths  {_spread(frames)} frames",
@@ -79,7 +79,7 @@ def _describe(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
         f"  fps      {_most_common(rates)}{', after frame_step' if dataset.frame_step > 1 else ''}",
         f"  store    {stored} latents of {'x'.join(map(str, shape))} {cache.dtype}, {size_text(latents)}",
         *(
-            f"{split}: {_count(len(those), 'video')}, {those.sum()} frames ({_spread(those)}), "
+            f"{split}: {counted(len(those), 'video')}, {those.sum()} frames ({_spread(those)}), "
             f"{len(sources[split].skipped)} skipped"
             for split, those in lengths.items()
         ),
@@ -101,7 +101,7 @@ def _warnings(config: RiverConfig, sources: Mapping[Split, VideoSource]) -> list
     sizes, frame_size = _sizes(sources), config.dataset.frame_size
     small = sum(count for size, count in sizes.items() if size and _place(config.dataset, size).enlarges)
     if small:
-        lines.append(f"note: {_count(small, 'video')} smaller than {_size_text(frame_size[::-1])}, enlarged")
+        lines.append(f"note: {counted(small, 'video')} smaller than {_size_text(frame_size[::-1])}, enlarged")
     return lines + _leaks(tables)
 
 
@@ -165,7 +165,3 @@ def _most_common(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return join_names((f"{value} ({count})" for value, count in counts.most_common()), 4)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -24,7 +24,7 @@ from pipelines.loading import load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json, size_text, write_json
-from pipelines.runtime.progress import duration, progress, say, warn
+from pipelines.runtime.progress import counted, duration, progress, say, warn
 from pipelines.runtime.run_folder import write_run_files
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import Autoencoder
@@ -104,7 +104,8 @@ class SplitSummary:
     def line(self) -> str:
         measured = self.measured
         return (
-            f"store: {self.split}: {self.videos} videos, {self.frames} frames, {self.megabytes:.1f} MB of latents, "
+            f"store: {self.split}: {counted(self.videos, 'video')}, {self.frames} frames, "
+            f"{self.megabytes:.1f} MB of latents, "
             f"{measured['codes_used']} of {self.codes} codes used (perplexity {measured['code_perplexity']:.0f}), "
             f"round trip {measured['round_trip_psnr']:.2f} dB, {measured['codes_changed']:.3%} of codes changed by "
             f"rounding ({measured['codes_held']:.3%} held)"

@@ -62,3 +62,8 @@ def progress(
         smoothing=0.1,
         disable=True if _quiet else None,
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 video`, `2 videos`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
