@@ -36,7 +36,7 @@ MOST_CODES_CHANGED = 1e-3
 # Every PSNR_STRIDE-th frame of a split is decoded again to measure the round trip, but at most PSNR_FRAMES of them.
 PSNR_STRIDE = 64
 PSNR_FRAMES = 32
-# Without a terminal, which has a bar, the rate is reported after so many seconds, then at twice that time, and so on.
+# Without a terminal, which has a bar, the rate is reported after this many seconds, then at twice that time, and so on.
 REPORT_SECONDS = 20.0
 
 

@@ -202,7 +202,7 @@ def label_areas(color: np.ndarray) -> np.ndarray:
     """Label connected areas of one color; pixels are connected by their sides.
 
     Args:
-        color: [n, h, w] int; below 0 where there is none.
+        color: [n, h, w] int; negative: no object.
     Returns:
         [n, h, w] int: equal for two pixels that have a color if and only if they are connected.
     """

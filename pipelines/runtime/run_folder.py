@@ -20,7 +20,7 @@ from stage1_autoencoder.videos import dataset_root
 
 # Sections of the configuration that a checkpoint of the training of this name records.
 TRAININGS = ("autoencoder", "flow", "refiner")
-# Values by which a configuration leaves a setting to its training, which records what it came to.
+# Values by which a configuration leaves a setting to its training, which records what it chose.
 LEFT_OPEN = {"steps": None, "precision": "auto"}
 
 

@@ -43,37 +43,46 @@ def _as_matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1)
 
 
+class OptimizerSettings(Protocol):
+    """A training's settings for updates."""
+
+    optimizer: str
+    learning_rate: float
+    muon_learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    grad_clip: float | None
+    ema_decay: float | None
+
+
 def build_optimizers(
-    model: nn.Module,
-    *,
-    name: str,
-    learning_rate: float,
-    muon_learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    never_matrices: Iterable[nn.Parameter] = (),
+    model: nn.Module, settings: OptimizerSettings, never_matrices: Iterable[nn.Parameter] = ()
 ) -> Optimizers:
     """Build the optimizers of a model; each group keeps its full learning rate as `base_lr`.
 
     AdamW is fused: one pass over memory, on a CPU too, where it takes a fourth of the default's time.
 
     Args:
-        name: `adamw`, or `muon`: Muon for the weights of linear layers and convolutions.
+        settings: with `optimizer` `adamw`, or `muon`: Muon for the weights of linear layers and convolutions.
         never_matrices: parameters that Muon must not update, such as embeddings and input and output layers.
     """
 
     def adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if name == "adamw":
+    if settings.optimizer == "adamw":
         optimizers: Optimizers = [adamw(parameters)]
     else:
         excluded = {id(p) for p in never_matrices}
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in excluded]
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in chosen]
-        optimizers = [ConvolutionMuon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)]
+        optimizers = [
+            ConvolutionMuon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay, momentum=0.95)
+        ]
         if rest:
             optimizers.append(adamw(rest))
     for optimizer in optimizers:
@@ -87,18 +96,6 @@ def set_learning_rate(optimizers: Optimizers, factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-
-
-class OptimizerSettings(Protocol):
-    """A training's settings for updates."""
-
-    optimizer: str
-    learning_rate: float
-    muon_learning_rate: float
-    betas: tuple[float, float]
-    weight_decay: float
-    grad_clip: float | None
-    ema_decay: float | None
 
 
 class AveragedModel:
@@ -168,15 +165,7 @@ class TrainState:
             name: of the file with the weights; prefixes the other files unless it is `model`.
         """
         self.model, self.settings, self.name = model, settings, name
-        self.optimizers = build_optimizers(
-            model,
-            name=settings.optimizer,
-            learning_rate=settings.learning_rate,
-            muon_learning_rate=settings.muon_learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            never_matrices=never_matrices,
-        )
+        self.optimizers = build_optimizers(model, settings, never_matrices)
         self.average = AveragedModel(model, settings.ema_decay) if settings.ema_decay else None
         self._buffers = [*model.buffers(), *([] if self.average is None else self.average.module.buffers())]
         self._kept = [buffer.clone() for buffer in self._buffers]

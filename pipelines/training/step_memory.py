@@ -224,15 +224,7 @@ class _Trained:
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, never_matrices: list[nn.Parameter]) -> None:
         self.model, self.settings = model, settings
-        self.optimizers = build_optimizers(
-            model,
-            name=settings.optimizer,
-            learning_rate=settings.learning_rate,
-            muon_learning_rate=settings.muon_learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            never_matrices=never_matrices,
-        )
+        self.optimizers = build_optimizers(model, settings, never_matrices)
 
     @property
     def average_bytes(self) -> int:

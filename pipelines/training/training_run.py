@@ -34,9 +34,9 @@ from pipelines.training.training_loop import (
     steps_until,
 )
 
-# The steps of a training whose configuration leaves them open: so many that it sees each frame this many times, as
-# often as the paper's on KTH, but at least as many as random weights need however little there is to learn, and no more
-# than networks of the paper's sizes do.
+# The steps of a training whose configuration leaves them open let it see each frame this many times, as often as the
+# paper's on KTH, but at least as many as random weights need however little there is to learn, and no more than those
+# of the paper's sizes do.
 PASSES = 20
 LEAST_STEPS = 5000
 MOST_STEPS = {"autoencoder": 100_000, "flow": 300_000, "refiner": 20_000}

@@ -185,7 +185,7 @@ class IndexCache:
             self._database.close()
 
     def get(self, names: Sequence[str]) -> list[Entry | None]:
-        """Entries of some videos, at most a thousand, by their paths relative to the folder; None where there is none.
+        """Entries of some videos, at most a thousand, by their paths relative to the folder; None for an unknown video.
 
         One query for many: while threads are busy, each query waits for Python's lock.
         """

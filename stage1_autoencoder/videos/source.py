@@ -18,7 +18,7 @@ from stage1_autoencoder.videos.preprocessing import preprocessing_description
 # For videos without a frame rate; it only sets the speed at which previews play.
 UNKNOWN_FPS = 10.0
 
-# Opening a file again costs about as much as decoding so many small frames.
+# Opening a file again costs about as much as decoding this many small frames.
 MIN_SKIPPED = 64
 
 

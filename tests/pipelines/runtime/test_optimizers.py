@@ -1,6 +1,7 @@
 """AdamW and Muon: which parameters each updates, and exact resuming from a checkpoint."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def network(channels_last: bool = False) -> nn.Sequential:
 
 def optimizers(model: nn.Module, name: str, **options):
     defaults = {"learning_rate": 1e-2, "muon_learning_rate": 2e-2, "betas": (0.9, 0.99), "weight_decay": 0.01}
-    return build_optimizers(model, name=name, **(defaults | options))
+    never = options.pop("never_matrices", ())
+    return build_optimizers(model, SimpleNamespace(optimizer=name, **(defaults | options)), never)
 
 
 def train(model: nn.Module, made, steps: range) -> None:
