@@ -38,7 +38,10 @@ class VectorFieldConfig(BaseModel):
     mid_depth: NonNegativeInt = Field(5, le=256, description="number of blocks between in-blocks and out-blocks")
     heads: PositiveInt = 8
     head: Literal["ln", "bn"] = Field("ln", description="output head with LayerNorm (ln) or BatchNorm (bn)")
-    reference: bool = Field(True, description="condition on the previous frame in addition to the random past frame")
+    reference: bool = Field(True, description="condition on the newest frames in addition to the random past frame")
+    recent_frames: int = Field(
+        1, ge=1, le=64, description="number of newest frames in the reference; the paper has 1, the previous frame"
+    )
     dropout: float = Field(
         0.05,
         ge=0,
@@ -57,6 +60,8 @@ class VectorFieldConfig(BaseModel):
     def _divisible(self) -> "VectorFieldConfig":
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
+        if not self.reference and self.recent_frames > 1:
+            raise ValueError(f"recent_frames: {self.recent_frames} frames of a reference, but reference is false")
         return self
 
 

@@ -58,7 +58,7 @@ def flow_matching_loss(field: Callable[..., Tensor], batch: FlowBatch, draws: Fl
 
     Args:
         field: a `VectorField`, or a wrapper that is called like one (compiled, distributed).
-        batch: target, reference, condition [b, c, h, w] final latents, distance [b] int64 >= 1.
+        batch: target, condition [b, c, h, w] and reference [b, k c, h, w] final latents, distance [b] int64 >= 1.
         draws: noise [b, c, h, w] and t [b].
     Returns:
         [] float32 (float64 from float64 latents), whatever precision the field uses.

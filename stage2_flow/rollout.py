@@ -44,7 +44,8 @@ def generate_latents(
     """Continue a batch of latent videos; for several batches of the same sizes see `Rollout`.
 
     Args:
-        field: a `VectorField`, or a module that is called like one.
+        field: a `VectorField`, or a module that is called like one, with references of `recent_frames` frames (one if
+            it has no such attribute).
         context: [b, n, c, h, w] final latents, n >= 1. A single frame is used twice, at distance 1.
         num_frames: frames to predict, at least 1.
         plan: solver and times.
@@ -101,12 +102,13 @@ class Rollout:
         with torch.no_grad():
             self.past = torch.zeros((batch, length, *latent_shape), dtype=dtype, device=device)
             self.y = torch.zeros((batch, *latent_shape), dtype=dtype, device=device)
+            self.recent = getattr(field, "recent_frames", 1)
             self.times = plan.time_points(dtype).to(device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
             self.indices = torch.zeros((plan.evaluations, batch), dtype=torch.int64, device=device)
             self.distances = torch.ones_like(self.indices)
             self.rows = torch.arange(batch, device=device)
-            self.evaluator: Evaluator = PlainEvaluator(field, self.y)
+            self.evaluator: Evaluator = PlainEvaluator(field)
             if isinstance(field, VectorField):
                 evaluation_times = plan.evaluation_times(dtype).to(device)
                 self.evaluator = CachedEvaluator(field, evaluation_times, length - 2, self.y, trunk)
@@ -139,13 +141,14 @@ class Rollout:
 
     def _predict(self, length: int, noise: Tensor, indices: Tensor, distances: Tensor) -> None:
         """Write frame `length` of the past, from all frames before it."""
-        reference = self.past[:, length - 1]
         self.indices.copy_(indices)
         self.distances.copy_(distances)
-        self.evaluator.begin_frame(reference)
+        # Before the first frame of a video is the first frame again, as in training.
+        recent = [self.past[:, max(0, length - back)] for back in range(1, self.recent + 1)]
+        self.evaluator.begin_frame(torch.cat(recent, dim=1))
         # y0 = (1 - (1 - sigma_min) ws) noise + ws z_last: the point of the path from noise to the previous frame
         warm_start = self.plan.warm_start
-        self.y.copy_((1 - (1 - SIGMA_MIN) * warm_start) * noise + warm_start * reference)
+        self.y.copy_((1 - (1 - SIGMA_MIN) * warm_start) * noise + warm_start * recent[0])
         self.step.zero_()
         for _ in range(self.plan.steps):
             self._advance()
@@ -172,7 +175,7 @@ class Evaluator(Protocol):
     """The field as an integration uses it: bound to the reference of one batch of frames."""
 
     def begin_frame(self, reference: Tensor) -> None:
-        """Set the final latents [b, c, h, w] of the previous frames."""
+        """Set the final latents [b, k c, h, w] of the k newest frames, the newest first."""
 
     def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
         """Evaluate the field.
@@ -192,11 +195,12 @@ class Evaluator(Protocol):
 class PlainEvaluator:
     """Calls any field as it is, with copies of the tensors that a rollout overwrites."""
 
-    def __init__(self, field: nn.Module, reference: Tensor) -> None:
-        self.field, self.reference = field, reference
+    def __init__(self, field: nn.Module) -> None:
+        self.field = field
+        self.reference: Tensor | None = None
 
     def begin_frame(self, reference: Tensor) -> None:
-        self.reference = reference.clone()
+        self.reference = reference
 
     def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
         return self.field(y.clone(), self.reference, condition, distance, t.expand(len(y)))
@@ -211,28 +215,29 @@ class CachedEvaluator:
     """
 
     def __init__(
-        self, field: VectorField, times: Tensor, longest: int, reference: Tensor, trunk: Trunk | None = None
+        self, field: VectorField, times: Tensor, longest: int, frame: Tensor, trunk: Trunk | None = None
     ) -> None:
         """Compute what does not change in a rollout.
 
         Args:
             times: [evaluations] times within a frame, on the device.
             longest: largest distance between a condition and its reference.
-            reference: [b, c, h, w], of the shape and device of all references.
+            frame: [b, c, h, w], of the shape and device of all frames.
             trunk: replaces `field.trunk`, for example by its compiled form.
         """
         projection = field.project_in["1"]
-        batch, channels, self.height, self.width = reference.shape
+        batch, channels, self.height, self.width = frame.shape
         self.trunk = trunk or field.trunk
-        with torch.autocast(reference.device.type, enabled=False):
-            # [features, frames c]: the columns of the point, of the reference (if the field has one), of the condition
-            point, *references, condition = projection.weight.split(channels, dim=1)
+        with torch.autocast(frame.device.type, enabled=False):
+            # [features, frames c]: the columns of the point, of the newest frames (if the field has them), of the
+            # condition
+            point, *newest, condition = projection.weight.split(channels, dim=1)
             self.varying_weight = torch.cat([point, condition], dim=1)
-            self.reference_weight = references[0].contiguous() if references else None
+            self.reference_weight = torch.cat(newest, dim=1) if newest else None
             self.static_tokens = projection.bias + field.position_encoding(self.height, self.width)
             self.time_tokens = time_embedding(times, field.config.width)
             # A distance is at least 1; entry 0 of the table is not used.
-            self.distances = field.distance_code(torch.arange(longest + 1, device=reference.device).clamp(min=1))
+            self.distances = field.distance_code(torch.arange(longest + 1, device=frame.device).clamp(min=1))
         self.frame_tokens = self.static_tokens.expand(batch, -1, -1).clone()
 
     def begin_frame(self, reference: Tensor) -> None:

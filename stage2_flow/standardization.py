@@ -38,15 +38,16 @@ class Standardization:
         return Standardization(mean=self.mean.to(device), std=self.std.to(device))
 
     def to_final(self, raw: Tensor) -> Tensor:
-        """final = (raw - mean) / std. [..., c, h, w] of any float type -> float32 (float64 from float64)."""
+        """final = (raw - mean) / std. [..., k c, h, w] of any float type -> float32 (float64 from float64)."""
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return (raw - self._spread(self.mean, raw)) / self._spread(self.std, raw)
 
     def to_raw(self, final: Tensor) -> Tensor:
-        """raw = final std + mean. [..., c, h, w] of any float type -> float32 (float64 from float64)."""
+        """raw = final std + mean. [..., k c, h, w] of any float type -> float32 (float64 from float64)."""
         final = final.to(torch.promote_types(final.dtype, torch.float32))
         return final * self._spread(self.std, final) + self._spread(self.mean, final)
 
     @staticmethod
     def _spread(values: Tensor, like: Tensor) -> Tensor:
-        return values.to(like)[:, None, None]
+        """[c] -> [k c, 1, 1]: k frames may be concatenated as channels."""
+        return values.to(like).repeat(like.shape[-3] // len(values))[:, None, None]

@@ -1,4 +1,4 @@
-"""The vector field network: a U-shaped vision transformer over the tokens of three latent frames.
+"""The vector field network: a U-shaped vision transformer over the tokens of three or more latent frames.
 
 Its parameters carry the official names, so that official checkpoints load as they are.
 """
@@ -138,7 +138,7 @@ class TransformerBlock(nn.Module):
 
 
 class VectorField(nn.Module):
-    """The velocity of the next frame's latent, given the previous frame and one earlier frame.
+    """The velocity of the next frame's latent, given the newest frames (the paper: one) and one earlier frame.
 
     Source: RIVER (ICCV 2023), section 3.3 and appendix (the network is a U-ViT, Bao et al., CVPR 2023).
     """
@@ -153,7 +153,7 @@ class VectorField(nn.Module):
         super().__init__()
         self.config = config
         self.latent_channels = latent_channels
-        width, frames = config.width, 3 if config.reference else 2
+        width, frames = config.width, 2 + (config.recent_frames if config.reference else 0)
 
         def block() -> TransformerBlock:
             return TransformerBlock(width, config.heads, config.dropout, config.qk_norm)
@@ -173,6 +173,11 @@ class VectorField(nn.Module):
         )
 
     @property
+    def recent_frames(self) -> int:
+        """Number of frames in the reference."""
+        return self.config.recent_frames
+
+    @property
     def parameter_count(self) -> int:
         """Number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -187,9 +192,10 @@ class VectorField(nn.Module):
 
         Args:
             x_t: [b, c, h, w] point of the path at time t; h and w at most 512.
-            reference: [b, c, h, w] final latents of the previous frame; ignored with `reference: false`.
+            reference: [b, k c, h, w] final latents of the k = `recent_frames` newest frames, the newest first; ignored
+                with `reference: false`.
             condition: [b, c, h, w] final latents of one earlier frame.
-            distance: [b] int64 >= 1, frames between condition and reference.
+            distance: [b] int64 >= 1, frames between condition and newest frame.
             t: [b] float in [0, 1].
         Returns:
             [b, c, h, w] velocity.
@@ -198,7 +204,7 @@ class VectorField(nn.Module):
         return self.trunk(tokens, time_embedding(t, self.config.width), *x_t.shape[-2:])
 
     def embed(self, x_t: Tensor, reference: Tensor | None, condition: Tensor, distance: Tensor) -> Tensor:
-        """Project three frames to tokens, and add the codes of position and distance; arguments as in `forward`.
+        """Project the frames to tokens, and add the codes of position and distance; arguments as in `forward`.
 
         Returns:
             [b, h * w, features].

@@ -73,14 +73,14 @@ class LegalTargets:
         return self._starts[video] + np.maximum(frames - self._offsets[video] - (MIN_VIDEO_FRAMES - 1), 0)
 
 
-def draw_distance(
+def draw_past(
     uniform_place: np.ndarray,
     uniform_condition: np.ndarray,
     place_in_video: np.ndarray,
     clip_frames: int,
     past_horizon: int | None = None,
-) -> np.ndarray:
-    """Draw the distance between condition and reference, given the target.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the past that a target is predicted from: its place in a clip, and the condition's distance.
 
     The target's place in its clip is p ~ U{2 .. min(clip_frames - 1, place_in_video)}, and the condition is
     ~ U{target - p .. target - 2} (section 2 of the method, for videos of any length), or with a past horizon
@@ -94,21 +94,38 @@ def draw_distance(
         past_horizon: >= 2; the condition is among this many frames before the target, the reference included. None: all
             frames of the clip. The place in the clip does not depend on it.
     Returns:
-        [n] int64 index of the reference minus index of the condition, 1 .. min(clip_frames - 2, past_horizon - 1).
+        [n] int64 place of the target in its clip, which is the number of known frames, 2 .. clip_frames - 1;
+        [n] int64 distance, the index of the newest known frame minus that of the condition,
+        1 .. min(clip_frames - 2, past_horizon - 1).
     """
     place_in_clip = 2 + to_integer(uniform_place, np.minimum(place_in_video, clip_frames - 1) - 1)
     known_frames = place_in_clip if past_horizon is None else np.minimum(place_in_clip, past_horizon)
-    return 1 + to_integer(uniform_condition, known_frames - 1)
+    return place_in_clip, 1 + to_integer(uniform_condition, known_frames - 1)
+
+
+def past_offsets(place_in_clip: np.ndarray, distance: np.ndarray, recent_frames: int) -> np.ndarray:
+    """Where the frames of a sample are, relative to the target: itself, the newest frames, the condition.
+
+    Before the first frame of a clip is that frame again, as in a rollout that begins there.
+
+    Args:
+        place_in_clip, distance: [n] int64, see `draw_past`.
+        recent_frames: k >= 1.
+    Returns:
+        [k + 2, n] int64, at most 0.
+    """
+    newest = [-np.minimum(back, place_in_clip) for back in range(1, recent_frames + 1)]
+    return np.stack([np.zeros_like(distance), *newest, -1 - distance])
 
 
 def longest_distance(lengths: np.ndarray, clip_frames: int, past_horizon: int | None = None) -> int:
-    """The largest distance that `draw_distance` draws from videos of these lengths, one of which has 3 frames or more.
+    """The largest distance that `draw_past` draws from videos of these lengths, one of which has 3 frames or more.
 
     Args:
-        lengths: [videos] frames of each; the others as in `draw_distance`.
+        lengths: [videos] frames of each; the others as in `draw_past`.
     """
     last, largest = np.array([lengths.max() - 1]), np.nextafter([1.0], 0.0)
-    return int(draw_distance(largest, largest, last, clip_frames, past_horizon)[0])
+    return int(draw_past(largest, largest, last, clip_frames, past_horizon)[1][0])
 
 
 def to_integer(uniform: np.ndarray, limit: np.ndarray | int) -> np.ndarray:

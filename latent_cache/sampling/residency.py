@@ -45,6 +45,7 @@ def open_sampler(
     memory_budget: int,
     dtype: torch.dtype = torch.float32,
     past_horizon: int | None = None,
+    recent_frames: int = 1,
     agree: Agree = _alone,
     sharing: int = 1,
 ) -> Sampler:
@@ -61,7 +62,7 @@ def open_sampler(
         residency: see `choose_residency`.
         memory_budget: bytes of host memory that the `stream` tier may use for latents.
         dtype: dtype of the batches.
-        past_horizon: see `Sampler`.
+        past_horizon, recent_frames: see `Sampler`.
         agree, sharing: see `choose_residency`.
     Raises:
         ValueError: sizes out of range.
@@ -69,8 +70,9 @@ def open_sampler(
         CorruptStoreError: the split cannot be read.
     """
     chosen = choose_residency(cache, device, residency, agree=agree, sharing=sharing)
+    common = {"dtype": dtype, "past_horizon": past_horizon, "recent_frames": recent_frames}
     if chosen.tier == "stream":
-        sampler = StreamingSampler(cache, device, seed, batch_size, clip_frames, memory_budget, dtype, past_horizon)
+        sampler = StreamingSampler(cache, device, seed, batch_size, clip_frames, memory_budget, **common)
         free = free_memory(torch.device("cpu")) // sharing
         fits = sampler.plan.nbytes <= free
         if not agree(fits):
@@ -82,7 +84,7 @@ def open_sampler(
             )
     else:
         storage = device if chosen.tier == "device" else "cpu"
-        sampler = ResidentSampler(cache, device, seed, batch_size, clip_frames, dtype, storage, past_horizon)
+        sampler = ResidentSampler(cache, device, seed, batch_size, clip_frames, storage_device=storage, **common)
     sampler.why = chosen.why
     return sampler
 

@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import LegalTargets, draw_distance, steps_per_block, to_integer, uniform_block
-from latent_cache.sampling.sampler import FlowBatch, Sampler
+from latent_cache.sampling.draws import (
+    LegalTargets,
+    draw_past,
+    past_offsets,
+    steps_per_block,
+    to_integer,
+    uniform_block,
+)
+from latent_cache.sampling.sampler import FlowBatch, Sampler, batch_of
 
 
 @dataclass(frozen=True)
 class FlowIndices:
-    """The rows of `FlowBatch` as frame numbers in the split, each [b] int64 on the CPU."""
+    """The rows of `FlowBatch` as frame numbers in the split, int64 on the CPU: reference [k, b], the others [b]."""
 
     target: Tensor
     reference: Tensor
@@ -45,8 +52,9 @@ class ResidentSampler(Sampler):
         dtype: torch.dtype = torch.float32,
         storage_device: torch.device | str | None = None,
         past_horizon: int | None = None,
+        recent_frames: int = 1,
     ) -> None:
-        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, recent_frames)
         self.storage_device = self.device if storage_device is None else torch.device(storage_device)
         if self.storage_device.type not in ("cpu", self.device.type):
             raise ValueError(f"storage_device = {self.storage_device}: expected the CPU or the device, {self.device}")
@@ -57,7 +65,8 @@ class ResidentSampler(Sampler):
 
     def indices(self, step: int) -> FlowIndices:
         """The draws of a step for the whole global batch."""
-        return FlowIndices(*self._drawn(step).cpu().clone())
+        target, *newest, condition, distance = self._drawn(step).cpu().clone()
+        return FlowIndices(target, torch.stack(newest), condition, distance)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> FlowBatch:
         """As `Sampler.batch`; does not synchronize with a GPU that holds the latents."""
@@ -65,14 +74,14 @@ class ResidentSampler(Sampler):
         if self._latents is None:
             raise ValueError("the sampler is closed")
         drawn = self._drawn(step)
-        numbers = drawn[:3, rows].reshape(-1)
+        numbers = drawn[:-1, rows].reshape(-1)
         if self._pin and not self._latents.is_cuda:
             shape = (len(numbers), *self._latents.shape[1:])
             frames = torch.empty(shape, dtype=self._latents.dtype, pin_memory=True)
             torch.index_select(self._latents, 0, numbers, out=frames)
         else:
             frames = self._latents.index_select(0, numbers)
-        return self._to_batch(frames, drawn[3, rows].clone())
+        return self._to_batch(frames, drawn[-1, rows].clone())
 
     def targets(self, step: int) -> np.ndarray:
         """As `Sampler.targets`."""
@@ -88,7 +97,7 @@ class ResidentSampler(Sampler):
         self._latents = self._block = None
 
     def _drawn(self, step: int) -> Tensor:
-        """[4, batch_size] int64 targets, references, conditions (frame numbers) and distances, with the latents.
+        """[k + 3, batch_size] int64 frame numbers (see `past_offsets`) and distances, with the latents.
 
         Threads may call this at the same time; at worst each draws the block itself.
         """
@@ -102,12 +111,18 @@ class ResidentSampler(Sampler):
         return block[1][place]
 
     def _draw(self, block: int) -> np.ndarray:
-        """[steps, 4, batch_size] int64, see `_drawn`."""
-        return _draw(self._legal, self.seed, block, self.batch_size, self.clip_frames, self.past_horizon)
+        """[steps, k + 3, batch_size] int64, see `_drawn`."""
+        settings = self.clip_frames, self.past_horizon, self.recent_frames
+        return _draw(self._legal, self.seed, block, self.batch_size, *settings)
 
 
 def first_batch(
-    cache: LatentCache, seed: int, batch_size: int, clip_frames: int, past_horizon: int | None = None
+    cache: LatentCache,
+    seed: int,
+    batch_size: int,
+    clip_frames: int,
+    past_horizon: int | None = None,
+    recent_frames: int = 1,
 ) -> FlowBatch:
     """The batch of step 0 of a `ResidentSampler`, float32 on the CPU, whatever fits into memory: one chunk at a time.
 
@@ -116,26 +131,32 @@ def first_batch(
     Raises:
         CorruptStoreError: a chunk of the batch cannot be read.
     """
-    drawn = _draw(LegalTargets(cache.offsets), seed, 0, batch_size, clip_frames, past_horizon)[0]
-    numbers, size = drawn[:3].reshape(-1), cache.latent_reader.chunk_frames
+    drawn = _draw(LegalTargets(cache.offsets), seed, 0, batch_size, clip_frames, past_horizon, recent_frames)[0]
+    numbers, size = drawn[:-1].reshape(-1), cache.latent_reader.chunk_frames
     frames = torch.empty(len(numbers), *cache.latent_shape)
     for chunk in np.unique(numbers // size):
         start = int(chunk) * size
         read = torch.from_numpy(cache.latent_reader.read(start, min(start + size, cache.frames)))
         rows = np.flatnonzero(numbers // size == chunk)
         frames[rows] = read[numbers[rows] - start].float()
-    return FlowBatch(*frames.chunk(3), torch.from_numpy(drawn[3].copy()))
+    return batch_of(frames, torch.from_numpy(drawn[-1].copy()))
 
 
 def _draw(
-    legal: LegalTargets, seed: int, block: int, batch_size: int, clip_frames: int, past_horizon: int | None
+    legal: LegalTargets,
+    seed: int,
+    block: int,
+    batch_size: int,
+    clip_frames: int,
+    past_horizon: int | None,
+    recent_frames: int,
 ) -> np.ndarray:
-    """[steps, 4, batch_size] int64 targets, references, conditions and distances of a block of steps."""
+    """[steps, k + 3, batch_size] int64 frame numbers (see `past_offsets`) and distances of a block of steps."""
     steps = steps_per_block(batch_size)
     uniform = uniform_block(seed, "frames", block, (3, steps * batch_size))
     place_in_video, target = legal.locate(to_integer(uniform[0], legal.count))
-    distance = draw_distance(uniform[1], uniform[2], place_in_video, clip_frames, past_horizon)
-    drawn = np.empty((steps, 4, batch_size), np.int64)
-    for column, values in enumerate((target, target - 1, target - 1 - distance, distance)):
+    place, distance = draw_past(uniform[1], uniform[2], place_in_video, clip_frames, past_horizon)
+    drawn = np.empty((steps, recent_frames + 3, batch_size), np.int64)
+    for column, values in enumerate((*(target + past_offsets(place, distance, recent_frames)), distance)):
         drawn[:, column] = values.reshape(steps, batch_size)
     return drawn

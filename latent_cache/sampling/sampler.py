@@ -19,13 +19,13 @@ Tier = Literal["device", "host", "stream"]
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Three frames of one video per row, on the training device.
+    """Frames of one video per row, on the training device.
 
     Args:
         target: [b, c, h, w] latents to predict.
-        reference: [b, c, h, w] latents of the previous frame.
+        reference: [b, k c, h, w] latents of the k newest frames before it, the newest first.
         condition: [b, c, h, w] latents of an earlier frame.
-        distance: [b] int64 index of the reference minus index of the condition, >= 1.
+        distance: [b] int64 index of the newest frame minus index of the condition, >= 1.
     """
 
     target: Tensor
@@ -42,7 +42,7 @@ class Sampler(ABC):
     """Draws batches from a split. Made by `open_sampler`.
 
     In every tier, targets are uniform over all legal (video, target frame) pairs (see `LegalTargets`), and conditions
-    have the same distribution given the target (see `draw_distance`).
+    have the same distribution given the target (see `draw_past`).
 
     Args:
         cache: the split.
@@ -53,6 +53,7 @@ class Sampler(ABC):
         dtype: dtype of the batches.
         past_horizon: conditions are drawn from this many frames before the target, the reference included, >= 2;
             None: from the whole clip.
+        recent_frames: number k of newest frames in the reference, see `past_offsets`.
     Raises:
         ValueError: sizes out of range.
         StoreError: no video has three frames.
@@ -70,6 +71,7 @@ class Sampler(ABC):
         clip_frames: int,
         dtype: torch.dtype,
         past_horizon: int | None = None,
+        recent_frames: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
@@ -79,6 +81,8 @@ class Sampler(ABC):
             )
         if past_horizon is not None and past_horizon < 2:
             raise ValueError(f"past_horizon = {past_horizon}: must be at least 2 (condition, reference) or None")
+        if recent_frames < 1:
+            raise ValueError(f"recent_frames = {recent_frames}: must be at least 1")
         if seed < 0:
             raise ValueError(f"seed = {seed}: must be >= 0")
         self.device = torch.device(device)
@@ -86,6 +90,7 @@ class Sampler(ABC):
         self.batch_size = batch_size
         self.clip_frames = clip_frames
         self.past_horizon = past_horizon
+        self.recent_frames = recent_frames
         self.dtype = dtype
         self._pin = self.device.type == "cuda"
         self._cache = cache
@@ -153,12 +158,16 @@ class Sampler(ABC):
         return slice(rank * size, (rank + 1) * size)
 
     def _to_batch(self, frames: Tensor, distance: Tensor) -> FlowBatch:
-        """Move frames [3 * b, c, h, w] (targets, references, conditions) and distances [b] to the device."""
+        """Move frames [(k + 2) b, c, h, w] (see `past_offsets`) and distances [b] to the device."""
         # A copy from pageable memory would wait for all pending work of the GPU; `frames` are already in pinned memory.
         # They are converted after the copy, which halves the bytes to copy.
         if self._pin and not distance.is_cuda:
             distance = distance.pin_memory()
         frames = frames.to(self.device, non_blocking=True).to(self.dtype)
-        target, reference, condition = frames.chunk(3)
-        distance = distance.to(self.device, non_blocking=True)
-        return FlowBatch(target=target, reference=reference, condition=condition, distance=distance)
+        return batch_of(frames, distance.to(self.device, non_blocking=True))
+
+
+def batch_of(frames: Tensor, distance: Tensor) -> FlowBatch:
+    """A batch from its frames [(k + 2) b, c, h, w] (all targets, all newest frames, ..., all conditions)."""
+    target, *newest, condition = frames.chunk(len(frames) // len(distance))
+    return FlowBatch(target=target, reference=torch.cat(newest, dim=1), condition=condition, distance=distance)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latent_cache.reading.reader import LatentCache
-from latent_cache.sampling.draws import draw_distance, steps_per_block, uniform_block
+from latent_cache.sampling.draws import draw_past, past_offsets, steps_per_block, uniform_block
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 from latent_cache.sampling.windows import Window, WindowPlan
 
@@ -52,10 +52,11 @@ class StreamingSampler(Sampler):
         memory_budget: int,
         dtype: torch.dtype = torch.float32,
         past_horizon: int | None = None,
+        recent_frames: int = 1,
     ) -> None:
-        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon)
-        # With a horizon, a sample spans at most past_horizon + 1 frames: fewer have to be read before a group.
-        reach = clip_frames if past_horizon is None else min(clip_frames, past_horizon + 1)
+        super().__init__(cache, device, seed, batch_size, clip_frames, dtype, past_horizon, recent_frames)
+        # With a horizon, a sample spans few frames before its target: fewer have to be read before a group.
+        reach = clip_frames if past_horizon is None else min(clip_frames, max(past_horizon, recent_frames) + 1)
         self.plan = WindowPlan(cache, self._legal, seed, reach, memory_budget)
         cache.latent_reader.check_files()
         # At most an epoch, so that a block of a small split does not consist of thousands of windows.
@@ -80,7 +81,7 @@ class StreamingSampler(Sampler):
         block = self._drawn(step // self._block_steps)
         place = step % self._block_steps * self.batch_size
         start, stop = place + rows.start, place + rows.stop
-        shape = (3, stop - start, *self._cache.latent_shape)
+        shape = (len(block.rows), stop - start, *self._cache.latent_shape)
         frames = torch.empty(shape, dtype=_torch_dtype(self._cache), pin_memory=self._pin)
         with self._lock:
             for segment in block.segments:
@@ -143,9 +144,9 @@ class StreamingSampler(Sampler):
                 parts.append(values)
         place_in_video, target = self._legal.locate(np.concatenate(pairs))
         uniform = uniform_block(self.seed, "conditions", number, (2, samples))
-        distance = draw_distance(uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon)
-        row = target + np.concatenate(shifts)
-        return _Block(number, target, np.stack([row, row - 1, row - 1 - distance]), distance, segments)
+        place, distance = draw_past(uniform[0], uniform[1], place_in_video, self.clip_frames, self.past_horizon)
+        rows = target + np.concatenate(shifts) + past_offsets(place, distance, self.recent_frames)
+        return _Block(number, target, rows, distance, segments)
 
     def _window(self, number: int) -> Tensor:
         """The buffer of a window, read if necessary; starts to read the next window into the other buffer."""
@@ -229,7 +230,7 @@ class _Block:
 
     Attributes:
         target: [n] int64 frame numbers in the split.
-        rows: [3, n] int64 rows of target, reference and condition in the window's buffer.
+        rows: [k + 2, n] int64 rows in the window's buffer, see `past_offsets`.
         distance: [n] int64.
     """
 

@@ -100,7 +100,10 @@ def step_seconds(bench: Workbench, cache: LatentCache, **training: Any) -> float
     flow, device, steps = bench.config.flow, bench.device, itertools.count()
     flow = flow.model_copy(update={"training": flow.training.model_copy(update={"steps": UNKNOWN_STEPS} | training)})
     config = bench.config.model_copy(update={"flow": flow})
-    sampler = ResidentSampler(cache, device, config.seed, flow.training.batch_size, flow.training.clip_frames)
+    sampler = ResidentSampler(
+        cache, device, config.seed, flow.training.batch_size, flow.training.clip_frames,
+        recent_frames=flow.model.recent_frames,
+    )  # fmt: skip
     with closing(sampler):
         trainer = FlowTrainer(config, device, cache, sampler)
         with training_in(trainer.precision):

@@ -32,7 +32,8 @@ def forward_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int])
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         field = VectorField(config, latent_shape[0]).eval()
         latents = torch.empty(1, *latent_shape)
-        field(latents, latents, latents, torch.ones(1, dtype=torch.int64), torch.empty(1))
+        reference = latents.repeat(1, config.recent_frames, 1, 1)
+        field(latents, reference, latents, torch.ones(1, dtype=torch.int64), torch.empty(1))
     return counter.get_total_flops()
 
 

@@ -347,6 +347,7 @@ def _open_sampler(config: RiverConfig, run_context: RunContext, cache: LatentCac
         residency=config.cache.residency,
         memory_budget=config.cache.memory_budget_bytes,
         past_horizon=training.past_horizon,
+        recent_frames=config.flow.model.recent_frames,
         agree=run_context.processes.agree,
         sharing=run_context.processes.here,
     )

@@ -308,7 +308,12 @@ def open_flow_validation(config: RiverConfig, cache_url: str | Path, device: tor
         )
         return None
     batch = first_batch(
-        split, config.seed, training.validation_pairs, training.clip_frames, past_horizon=training.past_horizon
+        split,
+        config.seed,
+        training.validation_pairs,
+        training.clip_frames,
+        past_horizon=training.past_horizon,
+        recent_frames=config.flow.model.recent_frames,
     )
     return FlowValidation(
         batch=batch,

@@ -101,7 +101,8 @@ def estimate_flow_memory(
 
         def step() -> None:
             rows = -(-training.batch_size // training.accumulate)
-            target, reference, condition, noise = torch.empty(4, rows, *latent_shape).unbind()
+            target, condition, noise = torch.empty(3, rows, *latent_shape).unbind()
+            reference = torch.empty(rows, model.recent_frames * latent_shape[0], *latent_shape[1:])
             batch = FlowBatch(target, reference, condition, torch.ones(rows, dtype=torch.int64))
             draws = FlowDraws(noise, torch.empty(rows))
             for _ in range(min(training.accumulate, 2)):  # a third part equals the second

@@ -274,13 +274,13 @@ def test_refuses_what_does_not_fit(change, message):
         generate_latents(Recorder(), **arguments)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"head": "bn"}, {"reference": False}, {"qk_norm": True}])
+@pytest.mark.parametrize("sizes", [{}, {"head": "bn"}, {"reference": False}, {"qk_norm": True}, {"recent_frames": 3}])
 def test_cached_embeddings_are_the_fields_own(sizes):
     field = small_field(**sizes).eval().requires_grad_(False).double()
     times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-    reference, y, condition = torch.randn(3, 4, *SHAPE, dtype=torch.float64)
-    distance = torch.tensor([1, 2, 7, 3])
-    evaluators = PlainEvaluator(field, y), CachedEvaluator(field, times, 7, y)
+    y, condition, *newest = torch.randn(2 + field.config.recent_frames, 4, *SHAPE, dtype=torch.float64)
+    reference, distance = torch.cat(newest, dim=1), torch.tensor([1, 2, 7, 3])
+    evaluators = PlainEvaluator(field), CachedEvaluator(field, times, 7, y)
     for number in range(3):
         values = []
         for evaluator in evaluators:
@@ -300,6 +300,35 @@ def test_a_rollout_with_cached_embeddings_is_the_plain_one(warm_start):
     for each in (draws, farthest):
         cached, plain = (generate_latents(f, context, 4, resolved, each) for f in (field, Recorder(field)))
         torch.testing.assert_close(cached, plain, rtol=1e-12, atol=1e-12)
+
+
+class Wrapped(nn.Module):
+    """Called like a field."""
+
+    def __init__(self, field: VectorField) -> None:
+        super().__init__()
+        self.field, self.recent_frames = field, field.recent_frames
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        return self.field(*arguments)
+
+
+@pytest.mark.parametrize("given", [1, 2, 5])
+def test_the_reference_is_the_newest_frames(given):
+    """The newest first; before the first frame of the video is that frame again."""
+    field, references = small_field(recent_frames=3).eval(), []
+    context, resolved = torch.randn(2, given, *SHAPE), euler(1)
+    field.register_forward_pre_hook(lambda _, arguments: references.append(arguments[1]))
+    # Of a field itself, a rollout computes the embedding in parts.
+    wrapped = Wrapped(field)
+    video = generate_latents(wrapped, context, 3, resolved, draws_for(resolved, [(0, 0), (1, 0)], 3, given))
+    assert len(references) == 3
+    for frame, reference in enumerate(references):
+        length = given + frame
+        newest = [video[:, max(0, length - back)] for back in (1, 2, 3)]
+        assert torch.equal(reference, torch.cat(newest, dim=1))
+    own = generate_latents(field, context, 3, resolved, draws_for(resolved, [(0, 0), (1, 0)], 3, given))
+    torch.testing.assert_close(own, video)
 
 
 def test_embeddings_are_exact_under_autocast():

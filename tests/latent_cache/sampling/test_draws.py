@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latent_cache import longest_distance, step_generator
-from latent_cache.sampling.draws import LegalTargets, draw_distance, to_integer, uniform_block
+from latent_cache.sampling.draws import LegalTargets, draw_past, to_integer, uniform_block
 from latent_cache.sampling.windows import ROUNDS, permute
 from stage2_flow.conditioning import past_window
 
@@ -60,10 +60,10 @@ def test_the_largest_uniform_number_stays_below_the_limit():
 def test_every_legal_distance_is_drawn_alike_given_the_place_in_the_clip(place, clip_frames, past_horizon):
     n = 60_000
     u, v = np.random.default_rng(1).random((2, n))
-    distance = draw_distance(u, v, np.full(n, place), clip_frames, past_horizon)
+    place_in_clip, distance = draw_past(u, v, np.full(n, place), clip_frames, past_horizon)
     assert distance.dtype == np.int64
     last = min(place, clip_frames - 1)
-    place_in_clip = 2 + (u * (last - 1)).astype(int)
+    assert np.array_equal(place_in_clip, 2 + (u * (last - 1)).astype(int))
     for p in range(2, last + 1):
         found = np.bincount(distance[place_in_clip == p])
         window = past_window(p, past_horizon)
@@ -83,7 +83,7 @@ def test_every_legal_distance_is_drawn_alike_given_the_place_in_the_clip(place, 
 def test_the_longest_distance_is_the_largest_that_is_drawn(lengths, clip_frames, past_horizon, expected):
     assert longest_distance(np.array(lengths), clip_frames, past_horizon) == expected
     u, v = np.random.default_rng(1).random((2, 200_000))
-    assert draw_distance(u, v, np.full(200_000, max(lengths) - 1), clip_frames, past_horizon).max() == expected
+    assert draw_past(u, v, np.full(200_000, max(lengths) - 1), clip_frames, past_horizon)[1].max() == expected
 
 
 def test_without_a_horizon_the_draws_are_what_they_were():
@@ -91,9 +91,9 @@ def test_without_a_horizon_the_draws_are_what_they_were():
     uniform = uniform_block(7, "frames", 3, (2, 12))
     place = np.array([2, 3, 4, 5, 9, 17, 39, 40, 41, 100, 2, 3])
     expected = [1, 2, 2, 4, 2, 3, 17, 13, 11, 1, 1, 2]
-    assert draw_distance(*uniform, place, 40).tolist() == expected
-    assert draw_distance(*uniform, place, 40, None).tolist() == expected
-    assert draw_distance(*uniform, place, 40, 40).tolist() == expected  # a horizon of the clip takes nothing away
+    assert draw_past(*uniform, place, 40)[1].tolist() == expected
+    assert draw_past(*uniform, place, 40, None)[1].tolist() == expected
+    assert draw_past(*uniform, place, 40, 40)[1].tolist() == expected  # a horizon of the clip takes nothing away
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ def make_sampler(cache, batch_size=64, clip_frames=6, seed=3, **options):
     return ResidentSampler(cache, "cpu", seed, batch_size, clip_frames, **options)
 
 
+def make_streaming(cache, batch_size=64, **options):
+    return StreamingSampler(cache, "cpu", 3, batch_size, 6, 2**20, **options)
+
+
 def exact_probabilities(lengths, clip_frames, past_horizon=None):
     """{(video, target, condition): probability}, from the definition."""
     pairs = [(video, target) for video, length in enumerate(lengths) for target in range(2, length)]
@@ -61,7 +65,7 @@ def test_every_legal_draw_has_its_exact_probability_and_no_other_happens(cache, 
 def test_a_horizon_changes_conditions_and_no_target(cache):
     expected, sampler = make_sampler(cache).indices(2), make_sampler(cache, past_horizon=2).indices(2)
     assert torch.equal(sampler.target, expected.target)
-    assert torch.equal(sampler.condition, expected.reference - 1)
+    assert torch.equal(sampler.condition, expected.reference[0] - 1)
     assert not torch.equal(sampler.condition, expected.condition)
 
 
@@ -86,11 +90,35 @@ def test_batches_hold_what_the_indices_say(cache):
 
 
 @pytest.mark.parametrize("kind", ["resident", "streaming"])
+def test_the_newest_frames_are_those_before_the_target(cache, kind):
+    """Before the first frame of a clip is that frame again; the other frames are those of a single newest one."""
+    count, kinds = 4, {"resident": make_sampler, "streaming": make_streaming}
+    single, sampler = kinds[kind](cache), kinds[kind](cache, recent_frames=count)
+    repeated = 0
+    for step in range(20):
+        plain, batch = single.batch(step), sampler.batch(step)
+        assert torch.equal(plain.target, batch.target)
+        assert torch.equal(plain.condition, batch.condition)
+        assert torch.equal(plain.distance, batch.distance)
+        newest = torch.stack(batch.reference.chunk(count, dim=1))
+        assert torch.equal(newest[0], plain.reference)
+        assert torch.equal(newest[:, :, 0], plain.target[:, 0].expand_as(newest[:, :, 0]))
+        back = (batch.target[:, 1] - newest[:, :, 1])[:, :, 0, 0].long()  # [count, b], from each to the target
+        known = back[-1]
+        assert torch.equal(back, torch.arange(1, count + 1)[:, None].minimum(known))
+        assert (known >= torch.minimum(batch.distance + 1, torch.tensor(count))).all()
+        repeated += (known < count).sum().item()
+    assert 0 < repeated < 20 * 64
+    for opened in (single, sampler):
+        opened.close()
+
+
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
 @pytest.mark.parametrize(("batch_size", "more"), [(1, ""), (8, ""), (9, " and 1 more"), (64, " and 56 more")])
 def test_a_batch_is_described_by_its_targets(cache, kind, batch_size, more):
     sampler = make_sampler(cache, batch_size)
     if kind == "streaming":
-        sampler = StreamingSampler(cache, "cpu", 3, batch_size, 6, 2**20)
+        sampler = make_streaming(cache, batch_size)
     for step in (0, 1, 5):
         target = sampler.batch(step).target
         assert torch.equal(torch.from_numpy(sampler.targets(step) - cache.offsets[target[:, 0, 0, 0].int()]),

@@ -20,7 +20,8 @@ def by_hand(config: VectorFieldConfig, shape: tuple[int, int, int]) -> int:
     (c, h, w), d = shape, config.width
     places, tokens = h * w, h * w + 1
     blocks = 2 * config.depth + config.mid_depth
-    products = places * (3 if config.reference else 2) * c * d  # the embedding
+    frames = 2 + (config.recent_frames if config.reference else 0)
+    products = places * frames * c * d  # the embedding
     products += 256 + 256 * d  # the distance's code
     products += blocks * tokens * (3 * d * d + d * d + 4 * d * d + 4 * d * d)  # q k v, output, both of the feed-forward
     products += blocks * 2 * tokens * tokens * d  # scores, and what they weigh
@@ -37,6 +38,7 @@ def by_hand(config: VectorFieldConfig, shape: tuple[int, int, int]) -> int:
         ({"reference": False}, (4, 8, 8)),
         ({"dropout": 0.0}, (4, 4, 6)),
         ({"qk_norm": True}, (4, 8, 8)),
+        ({"recent_frames": 3}, (4, 8, 8)),
         ({"depth": 1, "mid_depth": 0}, (1, 2, 2)),
     ],
     ids=str,

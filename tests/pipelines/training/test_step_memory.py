@@ -46,7 +46,8 @@ def two_steps(
     train_state = TrainState(field, training, field.boundary_parameters())
     rows, parts = training.batch_size, training.accumulate
     for _ in range(2):
-        frames = torch.randn(3, rows, *shape, device=device).unbind()
+        newest = (model.recent_frames * shape[0], *shape[1:])
+        frames = [torch.randn(rows, *each, device=device) for each in (shape, newest, shape)]
         distance, noise = torch.randint(1, 9, (rows,), device=device), torch.randn(rows, *shape, device=device)
         times = torch.rand(rows, device=device)
         columns = (values.chunk(parts) for values in (*frames, distance, noise, times))
@@ -111,6 +112,7 @@ CASES = [
     ({}, {"precision": "bf16"}),
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
     ({"qk_norm": True, "reference": False}, {}),
+    ({"recent_frames": 4}, {}),
     ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
 ]
 
