@@ -42,6 +42,13 @@ class VectorFieldConfig(BaseModel):
     recent_frames: int = Field(
         1, ge=1, le=64, description="number of newest frames in the reference; the paper has 1, the previous frame"
     )
+    past_noise: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="largest standard deviation of the noise on past frames in training, which the field is told: at "
+        "sampling the past is the field's own imperfect frames; the paper has none",
+    )
     dropout: float = Field(
         0.05,
         ge=0,

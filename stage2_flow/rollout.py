@@ -235,6 +235,8 @@ class CachedEvaluator:
             self.varying_weight = torch.cat([point, condition], dim=1)
             self.reference_weight = torch.cat(newest, dim=1) if newest else None
             self.static_tokens = projection.bias + field.position_encoding(self.height, self.width)
+            if field.noise_projection is not None:
+                self.static_tokens = self.static_tokens + field.noise_code(frame.new_zeros(1))
             self.time_tokens = time_embedding(times, field.config.width)
             # A distance is at least 1; entry 0 of the table is not used.
             self.distances = field.distance_code(torch.arange(longest + 1, device=frame.device).clamp(min=1))

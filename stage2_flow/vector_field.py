@@ -164,6 +164,11 @@ class VectorField(nn.Module):
         self.time_projection = nn.Sequential(  # of the distance in time, not of t
             Linear(1, DISTANCE_FEATURES), nn.ReLU(), Linear(DISTANCE_FEATURES, width)
         )
+        self.noise_projection = None
+        if config.past_noise:
+            self.noise_projection = nn.Sequential(
+                Linear(1, DISTANCE_FEATURES), nn.ReLU(), Linear(DISTANCE_FEATURES, width)
+            )
         self.in_blocks = nn.ModuleList(block() for _ in range(config.depth))
         self.mid_blocks = nn.ModuleList(block() for _ in range(config.mid_depth))
         self.out_blocks = nn.ModuleList(nn.ModuleList([Linear(2 * width, width), block()]) for _ in range(config.depth))
@@ -184,10 +189,19 @@ class VectorField(nn.Module):
 
     def boundary_parameters(self) -> list[nn.Parameter]:
         """Position tables and the input and output layers, which an optimizer for hidden matrices leaves out."""
-        layers = (self.position_encoding, self.project_in, self.time_projection, self.project_out["4"])
+        layers = [self.position_encoding, self.project_in, self.time_projection, self.project_out["4"]]
+        layers += [] if self.noise_projection is None else [self.noise_projection]
         return [parameter for layer in layers for parameter in layer.parameters()]
 
-    def forward(self, x_t: Tensor, reference: Tensor | None, condition: Tensor, distance: Tensor, t: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        reference: Tensor | None,
+        condition: Tensor,
+        distance: Tensor,
+        t: Tensor,
+        noise_level: Tensor | None = None,
+    ) -> Tensor:
         """Evaluate the field.
 
         Args:
@@ -197,21 +211,40 @@ class VectorField(nn.Module):
             condition: [b, c, h, w] final latents of one earlier frame.
             distance: [b] int64 >= 1, frames between condition and newest frame.
             t: [b] float in [0, 1].
+            noise_level: [b] float, standard deviation of the noise in reference and condition; None: 0. Ignored with
+                `past_noise: 0`.
         Returns:
             [b, c, h, w] velocity.
         """
-        tokens = self.embed(x_t, reference, condition, distance)
+        tokens = self.embed(x_t, reference, condition, distance, noise_level)
         return self.trunk(tokens, time_embedding(t, self.config.width), *x_t.shape[-2:])
 
-    def embed(self, x_t: Tensor, reference: Tensor | None, condition: Tensor, distance: Tensor) -> Tensor:
-        """Project the frames to tokens, and add the codes of position and distance; arguments as in `forward`.
+    def embed(
+        self,
+        x_t: Tensor,
+        reference: Tensor | None,
+        condition: Tensor,
+        distance: Tensor,
+        noise_level: Tensor | None = None,
+    ) -> Tensor:
+        """Project the frames to tokens, and add the codes of position, distance and noise; arguments as in `forward`.
 
         Returns:
             [b, h * w, features].
         """
         frames = [x_t, reference, condition] if self.config.reference else [x_t, condition]
         tokens = self.project_in["1"](rearrange(torch.cat(frames, dim=1), "b c h w -> b (h w) c"))
-        return tokens + self.position_encoding(*x_t.shape[-2:]) + self.distance_code(distance)[:, None]
+        tokens = tokens + self.position_encoding(*x_t.shape[-2:]) + self.distance_code(distance)[:, None]
+        if self.noise_projection is not None:
+            tokens = tokens + self.noise_code(x_t.new_zeros(len(x_t)) if noise_level is None else noise_level)[:, None]
+        return tokens
+
+    def noise_code(self, level: Tensor) -> Tensor:
+        """[n] standard deviations of the noise on past frames -> [n, features] codes, in the weights' precision."""
+        assert self.noise_projection is not None
+        with torch.autocast(level.device.type, enabled=False):
+            share = level[:, None] / self.config.past_noise
+            return self.noise_projection(share.to(self.noise_projection[0].weight.dtype))
 
     def distance_code(self, distance: Tensor) -> Tensor:
         """[n] int64 frames between condition and reference, >= 1 -> [n, features] codes, in the weights' precision."""

@@ -243,6 +243,8 @@ class FlowTrainer(Trainer):
             step_generator(seed, step, self.draw_device, "flow"),
             self.device,
             times=training.time_sampling,
+            past_noise=self.model.config.past_noise,
+            past_frames=self.model.recent_frames + 1,
         ).rows(processes.rows(training.batch_size))
         torch.manual_seed(step_generator(seed, step, stream="dropout").initial_seed() + processes.rank)
         rate = learning_rate(
@@ -262,11 +264,12 @@ class FlowTrainer(Trainer):
         """Accumulate the gradients of the loss; `batch` has raw latents. Returns the loss, a scalar."""
         final = (self.standardization.to_final(frames) for frames in (batch.target, batch.reference, batch.condition))
         count = self.training.accumulate
-        columns = (*final, batch.distance, draws.noise, draws.t)
+        columns = (*final, batch.distance)
         self.model.train()
         losses = []
-        for number, (*frames, noise, t) in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
-            part = FlowBatch(*frames), FlowDraws(noise, t)
+        rows = len(draws.t) // count
+        for number, frames in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
+            part = FlowBatch(*frames), draws.rows(slice(number * rows, (number + 1) * rows))
             if self.compile_mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
             with self.processes.without_exchange(self.network, number < count - 1):
