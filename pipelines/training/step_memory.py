@@ -105,6 +105,9 @@ def estimate_flow_memory(
             reference = torch.empty(rows, model.recent_frames * latent_shape[0], *latent_shape[1:])
             batch = FlowBatch(target, reference, condition, torch.ones(rows, dtype=torch.int64))
             draws = FlowDraws(noise, torch.empty(rows))
+            if model.past_noise:
+                past_noise = torch.empty(rows, (model.recent_frames + 1) * latent_shape[0], *latent_shape[1:])
+                draws = FlowDraws(noise, torch.empty(rows), past_noise, torch.empty(rows))
             for _ in range(min(training.accumulate, 2)):  # a third part equals the second
                 with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                     loss = flow_matching_loss(field, batch, draws)

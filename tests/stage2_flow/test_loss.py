@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from latent_cache.sampling.sampler import FlowBatch
-from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
-from stage2_flow.path import SIGMA_MIN
+from stage2_flow.loss import NOISY_SHARE, FlowDraws, draw_flow, flow_matching_loss
+from stage2_flow.path import SIGMA_MIN, path_sample
 from stage2_flow.vector_field import VectorField
 
 INPUTS = ("input_latents", "reference_latents", "conditioning_latents", "index_distances", "timestamps")
@@ -225,3 +225,37 @@ def test_logit_normal_times_are_sigmoids_of_standard_normals():
     assert abs(normal.std() - 1) < 4 / (2 * n) ** 0.5
     share = 0.136  # P(N(0, 1) < -ln 3)
     assert abs((draws.t < 0.25).double().mean() - share) < 4 * (share * (1 - share) / n) ** 0.5
+
+
+def test_noise_on_the_past_has_a_level_that_the_field_is_told():
+    """70 % of the samples have a level, uniform up to the largest; times and noise are drawn as without it."""
+    n, largest = 20_000, 0.25
+    plain, draws = (
+        draw_flow((n, 2, 1, 1), torch.Generator().manual_seed(3), "cpu", past_noise=level, past_frames=3)
+        for level in (0.0, largest)
+    )
+    assert torch.equal(plain.t, draws.t)
+    assert torch.equal(plain.noise, draws.noise)
+    assert plain.past_noise is plain.noise_level is None
+    noisy = draws.noise_level > 0
+    assert abs(noisy.double().mean() - NOISY_SHARE) < 4 * (NOISY_SHARE * (1 - NOISY_SHARE) / n) ** 0.5
+    assert draws.noise_level.max() < largest
+    many = NOISY_SHARE * n
+    assert abs(draws.noise_level[noisy].mean() - largest / 2) < 4 * largest / (12 * many) ** 0.5
+    normal = draws.past_noise[noisy] / draws.noise_level[noisy][:, None, None, None]
+    assert abs(normal.std() - 1) < 5 / (2 * 6 * many) ** 0.5
+    assert not draws.past_noise[~noisy].any()
+
+    target, condition, reference = torch.randn(n, 2, 1, 1), torch.randn(n, 2, 1, 1), torch.randn(n, 4, 1, 1)
+    seen = []
+    field = lambda *inputs: seen.append(inputs) or inputs[0]  # noqa: E731
+    flow_matching_loss(field, FlowBatch(target, reference, condition, torch.ones(n, dtype=torch.int64)), draws)
+    ((x_t, noisy_reference, noisy_condition, _, t, level),) = seen
+    assert torch.equal(x_t, path_sample(target, draws.noise, draws.t).x_t)
+    assert torch.equal(noisy_reference, reference + draws.past_noise[:, :4])
+    assert torch.equal(noisy_condition, condition + draws.past_noise[:, 4:])
+    assert torch.equal(t, draws.t)
+    assert torch.equal(level, draws.noise_level)
+    part = draws.rows(slice(4, 6))
+    assert torch.equal(part.past_noise, draws.past_noise[4:6])
+    assert torch.equal(part.noise_level, draws.noise_level[4:6])

@@ -274,7 +274,8 @@ def test_refuses_what_does_not_fit(change, message):
         generate_latents(Recorder(), **arguments)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"head": "bn"}, {"reference": False}, {"qk_norm": True}, {"recent_frames": 3}])
+@pytest.mark.parametrize("sizes", [{}, {"head": "bn"}, {"reference": False}, {"qk_norm": True},
+                                   {"recent_frames": 3}, {"past_noise": 0.25}])  # fmt: skip
 def test_cached_embeddings_are_the_fields_own(sizes):
     field = small_field(**sizes).eval().requires_grad_(False).double()
     times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)

@@ -29,7 +29,7 @@ from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.lpips import vgg16
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
-from stage2_flow.loss import FlowDraws, flow_matching_loss
+from stage2_flow.loss import draw_flow, flow_matching_loss
 from stage2_flow.vector_field import VectorField
 
 SHAPE = (4, 8, 8)
@@ -48,13 +48,17 @@ def two_steps(
     for _ in range(2):
         newest = (model.recent_frames * shape[0], *shape[1:])
         frames = [torch.randn(rows, *each, device=device) for each in (shape, newest, shape)]
-        distance, noise = torch.randint(1, 9, (rows,), device=device), torch.randn(rows, *shape, device=device)
-        times = torch.rand(rows, device=device)
-        columns = (values.chunk(parts) for values in (*frames, distance, noise, times))
-        for target, reference, condition, part_distance, part_noise, part_times in zip(*columns, strict=True):
+        distance = torch.randint(1, 9, (rows,), device=device)
+        draws = draw_flow(
+            (rows, *shape), torch.Generator(device), device,
+            past_noise=model.past_noise, past_frames=model.recent_frames + 1,
+        )  # fmt: skip
+        part_rows = rows // parts
+        for part in range(parts):
+            chosen = slice(part * part_rows, (part + 1) * part_rows)
             with torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"):
-                batch = FlowBatch(target, reference, condition, part_distance)
-                loss = flow_matching_loss(field, batch, FlowDraws(part_noise, part_times))
+                batch = FlowBatch(*(values[chosen] for values in (*frames, distance)))
+                loss = flow_matching_loss(field, batch, draws.rows(chosen))
             (loss / parts).backward()
         norm = train_state.gradient_norm()
         train_state.update(0, 1.0, norm, norm.isfinite())
@@ -112,7 +116,7 @@ CASES = [
     ({}, {"precision": "bf16"}),
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
     ({"qk_norm": True, "reference": False}, {}),
-    ({"recent_frames": 4}, {}),
+    ({"recent_frames": 4, "past_noise": 0.5}, {}),
     ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
 ]
 
