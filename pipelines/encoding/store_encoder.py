@@ -104,7 +104,7 @@ class SplitSummary:
     def line(self) -> str:
         measured = self.measured
         return (
-            f"store: {self.split}: {counted(self.videos, 'video')}, {self.frames} frames, "
+            f"store: {self.split}: {counted(self.videos, 'video')}, {counted(self.frames, 'frame')}, "
             f"{self.megabytes:.1f} MB of latents, "
             f"{measured['codes_used']} of {self.codes} codes used (perplexity {measured['code_perplexity']:.0f}), "
             f"round trip {measured['round_trip_psnr']:.2f} dB, {measured['codes_changed']:.3%} of codes changed by "

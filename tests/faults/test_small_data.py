@@ -8,7 +8,7 @@ def test_one_video_of_one_frame(place, story) -> None:
     assert "no validation videos" in outcome.out
     # 4 images a batch of 4 x 4 latents each, 6 steps.
     assert "warning" not in outcome.err
-    assert "1 videos, 1 frames" in own.run("encode").ok().out
+    assert "1 video, 1 frame," in own.run("encode").ok().out
     own.run("train-flow").refused(2, "a sample needs 3 frames", "encode longer videos")
 
 
