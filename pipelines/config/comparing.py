@@ -3,29 +3,12 @@
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 
 def result_settings(section: BaseModel) -> dict[str, Any]:
     """The values of a section that results depend on, as JSON; others change logging, storage or speed."""
     return _settings(section, "changes_results")
-
-
-def identity_settings(section: BaseModel) -> dict[str, Any]:
-    """`result_settings` as checkpoints hold them.
-
-    Fields with `identity_has_default: False` in their metadata are newer than some checkpoints, which hold nothing of
-    them: they are left out at their defaults.
-    """
-    return {
-        name: value
-        for name, value in result_settings(section).items()
-        if not _is_new(field := type(section).model_fields[name]) or value != field.default
-    }
-
-
-def _is_new(field: FieldInfo) -> bool:
-    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity_has_default") is False
 
 
 def model_sizes(section: BaseModel) -> dict[str, Any]:
@@ -55,3 +38,16 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         elif new != old:
             lines.append(f"{prefix}{key}: {old} -> {new}")
     return lines
+
+
+def with_defaults(recorded: dict[str, Any], ours: dict[str, Any], section: BaseModel) -> dict[str, Any]:
+    """A recorded section with the defaults of the keys that `ours` has and that are newer than the record."""
+    filled = dict(recorded)
+    for name in ours:
+        field, inner = type(section).model_fields[name], getattr(section, name)
+        if isinstance(inner, BaseModel):
+            if isinstance(recorded.get(name), dict):
+                filled[name] = with_defaults(recorded[name], ours[name], inner)
+        elif name not in recorded and not field.is_required():
+            filled[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+    return filled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_cache import step_generator
-from pipelines.config import SSIM_WINDOW, RiverConfig, identity_settings, parse_size
+from pipelines.config import SSIM_WINDOW, RiverConfig, parse_size
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
@@ -105,8 +105,7 @@ def autoencoder_status(config: RiverConfig) -> Status:
 
 def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration, for all its runs."""
-    dataset = identity_settings(config.dataset)
-    return plan_training("autoencoder", _of_all_runs(config), identity={"dataset": dataset})
+    return plan_training("autoencoder", _of_all_runs(config), also=("dataset",))
 
 
 def _of_all_runs(config: RiverConfig) -> RiverConfig:

@@ -2,13 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import RiverConfig, differences, result_settings
+from pydantic import BaseModel
+
+from pipelines.config import RiverConfig, differences, result_settings, with_defaults
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
@@ -52,6 +54,8 @@ class TrainingPlan:
         keep: number of checkpoints to keep.
         identity: the settings that its result depends on, as a checkpoint's `identity` has them.
         settings: all its settings, as a checkpoint's `settings` has them.
+        sections: of the configuration, of which `identity` and `settings` hold values, by name. What a checkpoint holds
+            nothing of, because the key is newer, has its default.
         inputs: what else it depends on, under the names of the checkpoint's state, such as the store's fingerprint.
             Missing inputs are not compared.
         way_out: a further way out of a conflict, a phrase that ends in a comma.
@@ -62,6 +66,7 @@ class TrainingPlan:
     keep: int
     identity: dict[str, Any]
     settings: dict[str, Any]
+    sections: dict[str, BaseModel] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     way_out: str = ""
 
@@ -98,7 +103,7 @@ def plan_training(
     name: str,
     config: RiverConfig,
     *,
-    identity: dict[str, Any] | None = None,
+    also: Sequence[str] = (),
     inputs: dict[str, Any] | None = None,
     less_memory: str = "",
     way_out: str = "",
@@ -107,11 +112,12 @@ def plan_training(
 
     Args:
         name: of the section.
-        identity: settings of other sections that the result depends on.
+        also: other sections that the result depends on.
         inputs, way_out: see `TrainingPlan`.
         less_memory: see `LoopSettings`.
     """
-    section = getattr(config, name)
+    sections = {each: getattr(config, each) for each in (name, *also)}
+    section = sections[name]
     training = section.training
     loop = LoopSettings(
         name=name,
@@ -126,8 +132,9 @@ def plan_training(
         folder=config.run_path / name,
         loop=loop,
         keep=training.keep_checkpoints,
-        identity={"seed": config.seed, name: result_settings(section), **(identity or {})},
+        identity={"seed": config.seed, **{each: result_settings(part) for each, part in sections.items()}},
         settings={"seed": config.seed, name: section.model_dump(mode="json")},
+        sections=sections,
         inputs=inputs or {},
         way_out=way_out,
     )
@@ -277,9 +284,10 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
     if found is None:
         open_ = "0 steps; how many it takes follows from --minutes, or from the amount of data"
         return Status("missing", open_ if plan.steps is None else f"0 of {plan.steps} steps", plan.folder)
-    before = found.state.get("identity", {})
-    changed = differences(_shared_part(plan.identity, before) if is_imported(found) else plan.identity, before)
-    if changed:
+    before, ours = found.state.get("identity", {}), plan.identity
+    if is_imported(found):
+        ours = _shared_part(ours, before)
+    if changed := differences(ours, _with_defaults(before, ours, plan)):
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
     if is_imported(found):
         return Status("done", describe_progress(found), plan.folder, standalone=True)
@@ -305,7 +313,12 @@ def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:
 
 def _changed_settings(plan: TrainingPlan, found: Checkpoint) -> list[str]:
     before = found.state.get("settings")
-    return [] if before is None else differences(plan.settings, before)
+    return [] if before is None else differences(plan.settings, _with_defaults(before, plan.settings, plan))
+
+
+def _with_defaults(recorded: dict[str, Any], ours: dict[str, Any], plan: TrainingPlan) -> dict[str, Any]:
+    sections = {name: section for name, section in plan.sections.items() if name in recorded and name in ours}
+    return recorded | {name: with_defaults(recorded[name], ours[name], part) for name, part in sections.items()}
 
 
 def _shared_part(identity: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:

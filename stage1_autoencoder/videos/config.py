@@ -61,7 +61,6 @@ class DatasetConfig(BaseModel):
         "crop",
         description="of videos of another shape than image_size: crop: the largest centered part of that shape; pad: "
         "the whole picture between black bars; stretch: the whole picture, distorted",
-        json_schema_extra={"identity_has_default": False},
     )
     fps: float | None = Field(
         None,

@@ -65,6 +65,20 @@ def test_more_steps_than_the_schedule_had_are_said(copied) -> None:
     assert "rises again" not in copied.run("train-flow").ok().out
 
 
+def test_a_training_from_before_a_key_existed_goes_on(copied) -> None:
+    """Neither a contradiction nor a changed setting, as long as the key has its default."""
+    copied.run("train-flow").ok()
+    file = copied.checkpoint("flow") / "state.json"
+    state = json.loads(file.read_text())
+    for part in ("identity", "settings"):
+        del state[part]["flow"]["model"]["recent_frames"], state[part]["flow"]["training"]["past_horizon"]
+    file.write_text(json.dumps(state))
+    assert "flow: done" in copied.run("train-flow").ok().out
+    longer = copied.run("train-flow", sets=["flow.training.steps=10"]).ok()
+    assert "recent_frames" not in longer.out
+    copied.run("train-flow", sets=["flow.model.recent_frames=2"]).refused(2, "flow.model.recent_frames: 1 -> 2")
+
+
 def test_predictions_without_an_autoencoder_are_refused_before_a_training(trained, tmp_path: Path) -> None:
     place = trained.copy(tmp_path / "latents only", "latents")
     for command in ("sample", "evaluate", "study"):

@@ -11,9 +11,10 @@ from pipelines.config import (
     differences,
     dump_config,
     find_preset,
-    identity_settings,
     load_config,
     parse_config,
+    result_settings,
+    with_defaults,
 )
 from pipelines.errors import UserError
 from stage1_autoencoder.families import build_autoencoder
@@ -246,14 +247,21 @@ def test_frames_that_are_not_square(write):
     wide = load_config(write(), ["dataset.image_size=[72, 128]", "dataset.fit=pad"])
     assert wide.dataset.frame_size == (72, 128)
     assert load_config(write(yaml.safe_load(dump_config(wide)), "dumped.yaml")) == wide
-    assert identity_settings(wide.dataset)["image_size"] == [72, 128]
-    assert identity_settings(wide.dataset)["fit"] == "pad"
-    # Checkpoints of square frames hold what they held before there were others.
     square, pair = (load_config(write(), [f"dataset.image_size={size}"]).dataset for size in (64, "[64, 64]"))
     assert square == pair
     assert square.frame_size == (64, 64)
-    assert identity_settings(pair)["image_size"] == 64
-    assert "fit" not in identity_settings(pair)
+    assert pair.model_dump(mode="json")["image_size"] == 64
+
+
+def test_a_record_lacks_keys_that_are_newer(write):
+    """They were at their defaults."""
+    flow = load_config(write(), ["flow.model.recent_frames=2"]).flow
+    ours, recorded = result_settings(flow), result_settings(flow)
+    del recorded["model"]["recent_frames"], recorded["training"]["betas"]
+    recorded["model"]["gone"] = 1
+    filled = with_defaults(recorded, ours, flow)
+    assert differences(ours, filled) == ["model.gone: 1 -> None", "model.recent_frames: 1 -> 2"]
+    assert "recent_frames" not in recorded["model"]
 
 
 def test_differences_are_told_by_key():
