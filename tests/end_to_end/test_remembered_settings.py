@@ -65,6 +65,14 @@ def test_more_steps_than_the_schedule_had_are_said(copied) -> None:
     assert "rises again" not in copied.run("train-flow").ok().out
 
 
+def test_a_run_with_more_past_remembers_it(copied) -> None:
+    """From the samples of the training to predictions, without the settings being repeated."""
+    past = ["flow.model.recent_frames=3", "flow.model.past_noise=0.25"]
+    copied.run("train-flow", "--restart", sets=past).ok()
+    outcome = copied.run("sample", "--videos", "1").ok()
+    assert "flow.model.recent_frames: 1 -> 3" in outcome.out
+
+
 def test_a_training_from_before_a_key_existed_goes_on(copied) -> None:
     """Neither a contradiction nor a changed setting, as long as the key has its default."""
     copied.run("train-flow").ok()

@@ -65,7 +65,7 @@ def trainer(store, settings: RiverConfig, processes: Processes | None = None) ->
     training = settings.flow.training
     sampler = open_sampler(
         store, CPU, settings.seed, training.batch_size, training.clip_frames, residency="auto", memory_budget=2**20,
-        past_horizon=training.past_horizon,
+        past_horizon=training.past_horizon, recent_frames=settings.flow.model.recent_frames,
     )  # fmt: skip
     return FlowTrainer(settings, CPU, store, sampler, processes=processes or Processes())
 
@@ -107,6 +107,22 @@ def test_all_frames_are_standardized(store):
     torch.testing.assert_close(condition, (batch.condition - mean) / std)
     assert torch.equal(distance, batch.distance)
     assert torch.equal(t, draws.t)
+
+
+def test_the_newest_frames_are_noisy_by_a_level_that_is_told(store):
+    """In parts of the batch as well; one mean and deviation for each of the newest frames."""
+    made = trainer(store, config({"recent_frames": 2, "past_noise": 0.25}, standardize=True, accumulate=2))
+    batch, seen = made.sampler.batch(0), inputs_of(made)
+    made.train_step(0)
+    draws = draw_flow(tuple(batch.target.shape), step_generator(0, 0, CPU, "flow"), CPU, past_noise=0.25, past_frames=3)
+    _, reference, condition, _, t, level = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    mean, std = (torch.from_numpy(values)[:, None, None] for values in (store.mean, store.std))
+    newest = torch.cat([(frame - mean) / std for frame in batch.reference.chunk(2, dim=1)], dim=1)
+    noise = draws.past_noise.split([8, 4], dim=1)
+    torch.testing.assert_close(reference, newest + noise[0])
+    torch.testing.assert_close(condition, (batch.condition - mean) / std + noise[1])
+    assert torch.equal(t, draws.t)
+    assert torch.equal(level, draws.noise_level)
 
 
 def test_a_batch_in_parts_is_the_batch(store):
