@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.config import RiverConfig
 from pipelines.evaluation.frechet import Segments, VideoDistances
-from pipelines.evaluation.intervals import draw_counts, mean_interval
+from pipelines.evaluation.intervals import Tally, draw_counts, summarize
 from pipelines.evaluation.metrics import Metric, choose_best, load_frame_metrics, measure_frames
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
@@ -93,7 +93,7 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
     results = {}
     for metric in metrics:
         values = {subject: torch.cat(tensors) for (name, subject), tensors in parts.items() if name == metric.name}
-        results[metric.name] = summarize(metric, values, counts)
+        results[metric.name] = summarize_metric(metric, values, counts)
     if distances is not None:
         try:
             results["fvd"] = distances.results(counts)
@@ -180,40 +180,24 @@ def predict_frames(
     return predictor.decode_videos(predicted[:, context:])
 
 
-def summarize(metric: Metric, values: dict[str, Tensor], counts: Tensor | None) -> MetricValues:
-    """One metric of all subjects: means over clips, samples and frames, curves over frames, intervals, best-of-K.
+def summarize_metric(metric: Metric, values: dict[str, Tensor], counts: Tensor | None) -> MetricValues:
+    """One metric of all subjects, see `summarize`, and its best-of-K.
 
     Args:
         values: by subject [clips, samples, horizon]; baselines have one sample.
         counts: [resamples, clips] of the bootstrap; None: no intervals.
     """
-    curves = {subject: values[subject].double().mean(1) for subject in SUBJECTS}
-    per_frame, intervals, frame_intervals = {}, {}, {}
+    found = summarize({subject: Tally.of_values(values[subject].double().mean(1)) for subject in SUBJECTS}, counts)
     samples = values["prediction"].shape[1]
-    if samples > 1:
-        curves["best_of"] = choose_best(values["prediction"].double(), metric.higher_is_better)
-    for subject, clips in curves.items():
-        per_frame[subject] = clips.mean(0).tolist()
-        if counts is not None:
-            # [2, horizon + 1]: of each frame, then of the mean
-            ends = mean_interval(torch.cat([clips, clips.mean(1, keepdim=True)], dim=1), counts)
-            intervals[subject] = tuple(ends[:, -1].tolist())
-            frame_intervals[subject] = ends[:, :-1].T.tolist()
-    # The mean of the listed numbers, so that a reader who averages them gets the same.
-    means = {subject: sum(curve) / len(curve) for subject, curve in per_frame.items()}
-    best = None
-    if samples > 1:
-        frame_intervals.pop("best_of", None)
-        best = BestOf(
-            samples=samples,
-            value=means.pop("best_of"),
-            per_frame=per_frame.pop("best_of"),
-            interval=intervals.pop("best_of", None),
-        )
-    return MetricValues(
-        **means,
-        per_frame=per_frame,
-        interval=intervals or None,
-        per_frame_interval=frame_intervals or None,
-        best_of=best,
+    if samples == 1:
+        return found
+    chosen = choose_best(values["prediction"], metric.higher_is_better)
+    best = summarize({"prediction": Tally.of_values(chosen)}, counts)
+    assert best.per_frame is not None
+    best_of = BestOf(
+        samples=samples,
+        value=best.prediction,
+        per_frame=best.per_frame["prediction"],
+        interval=(best.interval or {}).get("prediction"),
     )
+    return found.model_copy(update={"best_of": best_of})

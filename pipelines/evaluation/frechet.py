@@ -1,4 +1,4 @@
-"""Fréchet distances between sets of features, and the Fréchet video distance (FVD) of `evaluate`."""
+"""Fréchet distances between sets of clips, by the features of a video network (FVD) or by latents."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipelines.config import EvaluationConfig
 from pipelines.evaluation.intervals import normal_interval
@@ -17,6 +18,9 @@ from pipelines.runtime.progress import progress, warn
 MIN_FRAMES = 10  # the I3D halves time three times, then pools over two frames
 MAX_RESAMPLES = 200
 CLIPS_AT_ONCE = 16
+# Side to which maps of latents are averaged before their statistics are taken.
+POOLED_SIDE = 2
+LATENT_DEFINITION = "of means over 2x2 parts of each frame's latents and of their change to the frame before"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,21 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     root_trace = torch.linalg.svdvals(first.root @ second.root.T).sum()
     spread = first.root.square().sum() + second.root.square().sum() - 2 * root_trace
     return max(0.0, float((first.mean - second.mean).square().sum() + spread))
+
+
+def latent_features(latents: Tensor, context: int) -> Tensor:
+    """Features for the Fréchet distance of latents: where things are, and how they change.
+
+    Args:
+        latents: [b, n, c, h, w] final latents.
+        context: number of given frames at the beginning.
+    Returns:
+        [b, n - context, d] float64 on the CPU, d = 2 c POOLED_SIDE^2: each frame's latents, and the absolute
+        differences to the frame before, averaged over the parts of the map.
+    """
+    frames, changes = latents[:, context:], (latents[:, context:] - latents[:, context - 1 : -1]).abs()
+    pooled = [F.adaptive_avg_pool2d(part.flatten(0, 1), POOLED_SIDE).flatten(1) for part in (frames, changes)]
+    return torch.cat(pooled, dim=1).view(len(latents), frames.shape[1], -1).double().cpu()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""Intervals of 95 % by a bootstrap over recordings: clips of one recording are not independent of each other."""
+"""Means over clips, and intervals of 95 % by a bootstrap over recordings, since clips of one recording are alike."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipelines.evaluation.results import MetricValues
 
 LEVEL = 0.95
 # 95 % of a normal distribution lie within this many standard deviations.
@@ -34,17 +37,52 @@ def draw_counts(recordings: Sequence[Hashable], resamples: int, seed: int) -> Te
     return torch.from_numpy(drawn[:, [number[recording] for recording in recordings]].astype(np.float64))
 
 
-def mean_interval(values: Tensor, counts: Tensor) -> Tensor:
-    """Percentile interval of the mean over clips.
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """A measure of each clip as a ratio, so that means are over what there was to measure.
+
+    Attributes:
+        total, count: [clips, ...] float64; the measure is total / count, and a count of 0 means that there is none.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def of_values(cls, values: Tensor) -> "Tally":
+        """Of numbers [clips, ...] that all count alike."""
+        return cls(values.double(), torch.ones_like(values, dtype=torch.float64))
+
+    def mean(self) -> Tensor:
+        """[...] over all clips; NaN where there was nothing to measure."""
+        return self.total.sum(0) / self.count.sum(0)
+
+    def resampled(self, counts: Tensor) -> Tensor:
+        """Means [resamples, ...] over the clips of each resample, from `draw_counts`."""
+        return torch.tensordot(counts, self.total, dims=1) / torch.tensordot(counts, self.count, dims=1)
+
+
+def summarize(tallies: Mapping[str, Tally], counts: Tensor | None) -> MetricValues:
+    """A measure of all subjects: of each frame over all clips and samples, the mean of these, and intervals.
 
     Args:
-        values: [n, ...] of each clip.
-        counts: [resamples, n] from `draw_counts`.
-    Returns:
-        [2, ...] float64: lower and upper end, between which 95 % of the resampled means lie.
+        tallies: by subject [clips, horizon]. A frame in which no clip has anything to measure is NaN, and left out of
+            the mean.
+        counts: [resamples, clips] of the bootstrap; None: no intervals.
     """
-    means = torch.tensordot(counts, values.double(), dims=1)
-    return percentile_interval(means / counts.sum(1).reshape(-1, *[1] * (values.ndim - 1)))
+    curves = {subject: tally.mean() for subject, tally in tallies.items()}
+    intervals, frame_intervals = {}, {}
+    if counts is not None:
+        for subject, tally in tallies.items():
+            resampled = tally.resampled(counts)
+            frame_intervals[subject] = percentile_interval(resampled).T.tolist()
+            intervals[subject] = tuple(percentile_interval(resampled.nanmean(1)).tolist())
+    return MetricValues(
+        **{subject: curve.nanmean().item() for subject, curve in curves.items()},
+        per_frame={subject: curve.tolist() for subject, curve in curves.items()},
+        interval=intervals or None,
+        per_frame_interval=frame_intervals or None,
+    )
 
 
 def percentile_interval(resampled: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image metrics, one number per frame: PSNR, SSIM, LPIPS."""
+"""Image metrics, one number per frame: PSNR, SSIM, LPIPS, and the gradient energy that sharpness compares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from stage1_autoencoder.lpips import SMALLEST_SIDE
 
 # Pixels per call of a metric: LPIPS holds some kB for each.
 PIXELS_AT_ONCE = 2**18
+SHARPNESS_DEFINITION = "gradient energy (mean squared difference of neighboring pixels), as a share of the true frames'"
 SSIM_SIGMA = 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 SSIM_DEFINITION = "Gaussian windows 11x11, sigma 1.5, inside the image; values in [0, 1], k1 0.01, k2 0.03"
@@ -68,6 +69,24 @@ def _window_weights(side: int, like: Tensor) -> Tensor:
     offset = pixel - pixel[: side - SSIM_WINDOW + 1, None] - SSIM_WINDOW // 2
     weights = torch.exp(-0.5 * (offset / SSIM_SIGMA) ** 2) * (offset.abs() <= SSIM_WINDOW // 2)
     return weights / weights.sum(1, keepdim=True)
+
+
+def gradient_energy(videos: Tensor) -> Tensor:
+    """Mean squared difference to the right neighbor plus that to the lower one, of each frame.
+
+    Of an edge that a blur spreads over k pixels the k-th part is left. (The sum of absolute differences would stay.)
+
+    Args:
+        videos: [b, n, 3, h, w] float; clamped to [-1, 1].
+    Returns:
+        [b, n] float64, on the CPU; 0 for a flat frame.
+    """
+
+    def of_images(images: Tensor) -> Tensor:
+        images = images.float().clamp(-1, 1)
+        return images.diff(dim=-1).square().mean((1, 2, 3)) + images.diff(dim=-2).square().mean((1, 2, 3))
+
+    return torch.stack([of_images(images) for images in videos.unbind(1)], dim=1).double().cpu()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from pipelines.evaluation.intervals import percentile_interval
+from pipelines.evaluation.intervals import Tally, summarize
 from pipelines.evaluation.results import MetricValues
 from pipelines.prediction.clips import Clip
 from pipelines.prediction.pictures import Strip, clip_strips, contact_sheet, to_video
@@ -35,18 +35,6 @@ SMALLEST_RADIUS = 3.5
 CLIPS_SHOWN = 3
 # Pixels of frames that are measured at once.
 PIXELS_AT_ONCE = 2**21
-
-
-@dataclass(frozen=True, eq=False)
-class Tally:
-    """A measure of each clip and frame as a ratio, so that means are over what there was to measure.
-
-    Attributes:
-        total, count: [clips, frames] float64; the measure is total / count, and a count of 0 means that there is none.
-    """
-
-    total: Tensor
-    count: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,31 +322,16 @@ class ObjectAudit:
         del self._shown[CLIPS_SHOWN : max(CLIPS_SHOWN, len(self._shown) - CLIPS_SHOWN)]
 
     def results(self, counts: Tensor | None) -> dict[str, MetricValues]:
-        """Measure -> values by subject: of each frame over all clips and samples, their mean, and intervals.
+        """Measure -> values by subject, see `summarize`.
 
         Args:
             counts: [resamples, clips] of the bootstrap; None: no intervals.
         """
-        return {measure: self._summarize(measure, counts) for measure in dict.fromkeys(m for m, _ in self._tallies)}
-
-    def _summarize(self, measure: str, counts: Tensor | None) -> MetricValues:
-        means, per_frame, intervals, frame_intervals = {}, {}, {}, {}
-        for (name, subject), parts in self._tallies.items():
-            if name != measure:
-                continue
+        tallies: dict[str, dict[str, Tally]] = defaultdict(dict)
+        for (measure, subject), parts in self._tallies.items():
             total, count = torch.cat([part.total for part in parts]), torch.cat([part.count for part in parts])
-            curve = total.sum(0) / count.sum(0)
-            means[subject], per_frame[subject] = curve.nanmean().item(), curve.tolist()
-            if counts is not None:
-                resampled = (counts @ total) / (counts @ count)
-                frame_intervals[subject] = percentile_interval(resampled).T.tolist()
-                intervals[subject] = tuple(percentile_interval(resampled.nanmean(1)).tolist())
-        return MetricValues(
-            **means,
-            per_frame=per_frame,
-            interval=intervals or None,
-            per_frame_interval=frame_intervals or None,
-        )
+            tallies[measure][subject] = Tally(total, count)
+        return {measure: summarize(subjects, counts) for measure, subjects in tallies.items()}
 
     def picture(self) -> Image.Image:
         """The best clips, then the worst: those with fewer whole frames, or with a larger position error."""

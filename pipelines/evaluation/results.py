@@ -154,7 +154,7 @@ class StudyPoint(Result):
         nfe: evaluations of the vector field per predicted frame.
         *_difference: mean difference to the reference point on the same clips; None, as the metric, if not measured.
         *_interval: None where there are too few recordings.
-        per_clip: metric -> [clips].
+        per_clip: metric -> [clips]; of sharpness, whose mean is over gradients and not over clips, each clip's share.
         frechet_resampled: the distance of each bootstrap resample.
         milliseconds_per_frame: of predicting all clips at once, without decoding.
     """

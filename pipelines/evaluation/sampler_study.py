@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
+from pipelines.evaluation.frechet import LATENT_DEFINITION
 from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import load_frame_metrics
+from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, load_frame_metrics
 from pipelines.evaluation.protocol import common_protocol
 from pipelines.evaluation.results import Study, StudyPoint, StudyProtocol
 from pipelines.evaluation.study_points import StudyClips, point_key
@@ -50,7 +51,7 @@ PANELS = {
     "ssim": "SSIM, higher is better",
     "lpips": "LPIPS, lower is better",
     "frechet": "Fréchet distance of latents, lower is better",
-    "sharpness": "sharpness (1: decoded real latents)",
+    "sharpness": "sharpness (1: the true frames)",
 }
 TICKS = (1, 2, 4, 8, 16, 32, 64, 128, 396)
 
@@ -109,8 +110,8 @@ def study(
         **common_protocol(study_config(config), predictor, recordings, missing, RESAMPLES),
         clips=[clip.name for clip in chosen],
         past_horizon=config.sampling.past_horizon,
-        frechet="of means over 2x2 parts of each frame's latents and of their change to the frame before",
-        sharpness="mean difference of neighboring pixels, as a share of the decoded real latents'",
+        frechet=LATENT_DEFINITION,
+        sharpness=SHARPNESS_DEFINITION,
     )
     # One precision for all settings, also where auto means another for preset official.
     sampling = config.sampling.model_copy(update={"precision": protocol.precision})

@@ -66,7 +66,7 @@ TIME = Quantity("milliseconds_per_frame", "Time", "ms per predicted frame", "low
 STUDIED = [
     *IMAGE_METRICS,
     Quantity("frechet", "Fréchet distance of latents", "Fréchet distance", "lower", 3),
-    Quantity("sharpness", "Sharpness", "share of the decoded real latents'", None, 3),
+    Quantity("sharpness", "Sharpness", "share of the true frames'", None, 3),
     TIME,
 ]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.evaluator import summarize
+from pipelines.evaluation.evaluator import summarize_metric
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, Metric
 from pipelines.evaluation.results import MetricValues
@@ -22,7 +22,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 def test_means_curves_intervals_and_the_best(metric):
     values = {subject: numbers(12, 1, 4, seed=seed) for seed, subject in enumerate(SUBJECTS)}
     values["prediction"] = numbers(12, 3, 4, seed=5)
-    found = summarize(metric, values, draw_counts(range(12), 200, 0))
+    found = summarize_metric(metric, values, draw_counts(range(12), 200, 0))
     for subject, of_subject in values.items():
         assert getattr(found, subject) == pytest.approx(of_subject.mean().item())
         assert found.per_frame[subject] == pytest.approx(of_subject.mean((0, 1)).tolist())
@@ -42,5 +42,5 @@ def test_means_curves_intervals_and_the_best(metric):
 
 
 def test_without_resamples_and_several_samples_there_are_means_only():
-    found = summarize(PSNR, {subject: numbers(2, 1, 3) for subject in SUBJECTS}, None)
+    found = summarize_metric(PSNR, {subject: numbers(2, 1, 3) for subject in SUBJECTS}, None)
     assert found.model_dump().keys() == {*SUBJECTS, "per_frame"}

@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig
-from pipelines.evaluation.frechet import Segments, VideoDistances, fit_gaussian, frechet_distance
+from pipelines.evaluation.frechet import Segments, VideoDistances, fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.intervals import draw_counts
 
 
@@ -128,6 +128,15 @@ def test_clips_too_short_for_the_i3d_have_a_reason(settings):
     with pytest.raises(ValueError, match=r"10 frames.*evaluation\.horizon") as raised:
         Segments.choose(EvaluationConfig(**settings))
     assert ("fvd_context: false" in str(raised.value)) == ("fvd_context" in settings)
+
+
+def test_features_are_means_of_places_and_of_changes():
+    latents = torch.zeros(1, 4, 1, 4, 4)
+    latents[0, 2, 0, :2, 2:] = 3.0  # the upper right of the first predicted frame
+    features = latent_features(latents, 2)
+    assert features.shape == (1, 2, 8)
+    assert features[0, 0].tolist() == [0, 3, 0, 0, 0, 3, 0, 0]
+    assert features[0, 1].tolist() == [0, 0, 0, 0, 0, 3, 0, 0]
 
 
 class Means:

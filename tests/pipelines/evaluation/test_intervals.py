@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluation.intervals import draw_counts, mean_interval, normal_interval
+from pipelines.evaluation.intervals import Tally, draw_counts, normal_interval, percentile_interval, summarize
 from stage1_autoencoder.videos.source import Recording
 
 # Twelve clips of ten recordings: the first of three clips, and one of each other.
@@ -41,13 +41,26 @@ def test_few_recordings_have_no_interval_however_many_clips_there_are(resamples,
 def test_the_interval_holds_the_percentiles_of_resampled_means():
     values = torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0))
     counts = draw_counts(RECORDINGS, 300, 1)
-    ends = mean_interval(values, counts)
+    ends = percentile_interval(Tally.of_values(values).resampled(counts))
     assert ends.shape == (2, 2, 3)
     # The definition, set by set: each clip as often as it was drawn.
     means = [values.double().repeat_interleave(row.long(), dim=0).mean(0).numpy() for row in counts]
     np.testing.assert_allclose(ends.numpy(), np.percentile(means, [2.5, 97.5], axis=0), rtol=1e-10)
-    equal = mean_interval(torch.full((12,), 3.5), counts)
-    assert equal.tolist() == pytest.approx([3.5, 3.5])
+    equal = Tally.of_values(torch.full((12,), 3.5)).resampled(counts)
+    assert equal.tolist() == pytest.approx([3.5] * 300)
+
+
+def test_ratios_are_of_sums_and_nothing_to_measure_is_left_out():
+    total, count = torch.zeros(12, 3).double(), torch.zeros(12, 3).double()
+    total[:2, 0], count[:2, 0] = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 7.0])  # 4 of 8; other clips have none
+    total[:, 1], count[:, 1] = torch.arange(12.0), 2 * torch.arange(12.0)  # a half in each clip
+    found = summarize({"prediction": Tally(total, count)}, draw_counts(RECORDINGS, 300, 1))
+    assert found.per_frame["prediction"] == pytest.approx([0.5, 0.5, math.nan], nan_ok=True)
+    assert found.prediction == pytest.approx(0.5)
+    first, second, none = found.per_frame_interval["prediction"]
+    assert first == pytest.approx((3 / 7, 1.0))  # resamples with one of both clips
+    assert second == pytest.approx((0.5, 0.5))
+    assert none == pytest.approx((math.nan, math.nan), nan_ok=True)
 
 
 def test_intervals_cover_the_truth_and_those_over_clips_do_not():
@@ -57,7 +70,8 @@ def test_intervals_cover_the_truth_and_those_over_clips_do_not():
     for trial in range(300):
         values = generator.normal(size=30)[recordings] + 0.5 * generator.normal(size=180)  # the truth is 0
         for over, groups in (("recordings", recordings), ("clips", np.arange(180))):
-            low, high = mean_interval(torch.from_numpy(values), draw_counts(groups, 200, trial)).tolist()
+            means = Tally.of_values(torch.from_numpy(values)).resampled(draw_counts(groups, 200, trial))
+            low, high = percentile_interval(means).tolist()
             covered[over] += low <= 0 <= high
     assert 0.88 * 300 <= covered["recordings"] <= 0.99 * 300
     assert covered["clips"] < 0.75 * 300

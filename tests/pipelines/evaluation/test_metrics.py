@@ -11,6 +11,7 @@ from pipelines.evaluation.metrics import (
     PSNR,
     Metric,
     choose_best,
+    gradient_energy,
     load_frame_metrics,
     lpips_metric,
     measure_frames,
@@ -120,6 +121,20 @@ def test_frames_are_measured_in_single_precision_whatever_surrounds_it(truth, im
     finally:
         torch.set_float32_matmul_precision(before)
     assert seen == [(torch.float32, "highest", False)]
+
+
+def test_blur_contrast_and_flat_frames_have_their_gradient_energy():
+    edge = torch.zeros(2, 4, 3, 8, 8)
+    edge[..., 4:] = 0.9
+    edge[:, 1] = edge[:, 0] * 0.5  # half the contrast
+    edge[:, 2, ..., 3], edge[:, 2, ..., 4] = 0.3, 0.6  # over three pixels
+    edge[:, 3] = 0.7
+    energy = gradient_energy(edge)
+    assert energy.shape == (2, 4)
+    # One of the 7 steps of each line.
+    assert energy[0].tolist() == pytest.approx([0.81 / 7, 0.81 / 28, 0.81 / 21, 0.0])
+    torch.testing.assert_close(gradient_energy(edge.mT), energy)
+    assert gradient_energy(10 * edge[:, :1])[0].tolist() == pytest.approx([1 / 7])  # images are clamped
 
 
 def test_lpips_sees_clamped_images():

@@ -6,8 +6,8 @@ import torch
 from scipy.ndimage import gaussian_filter, label
 from torch import Tensor
 
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.object_audit import ObjectAudit, Tally, audit_objects, label_areas
+from pipelines.evaluation.intervals import Tally, draw_counts
+from pipelines.evaluation.object_audit import ObjectAudit, audit_objects, label_areas
 from pipelines.prediction.clips import Clip
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos.config import DatasetConfig

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipelines.evaluation.evaluator import summarize
+from pipelines.evaluation.evaluator import summarize_metric
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR
 from pipelines.evaluation.results import Distances, Evaluation, EvaluationProtocol, MetricValues
@@ -28,7 +28,7 @@ def values(samples: int, counts: torch.Tensor | None) -> MetricValues:
     generator = torch.Generator().manual_seed(0)
     subjects = {"prediction": samples, "copy_last": 1, "reconstruction": 1}
     numbers = {name: 20 * torch.rand(12, count, 30, generator=generator) for name, count in subjects.items()}
-    return summarize(PSNR, numbers, counts)
+    return summarize_metric(PSNR, numbers, counts)
 
 
 @pytest.fixture
