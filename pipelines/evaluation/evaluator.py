@@ -14,7 +14,6 @@ from pipelines.evaluation.metrics import Metric, choose_best, load_frame_metrics
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.protocol import describe_protocol
-from pipelines.evaluation.results import BestOf, Evaluation, MetricValues
 from pipelines.evaluation.table import format_table
 from pipelines.prediction.clips import Clip, open_clips
 from pipelines.prediction.pictures import save_picture
@@ -22,6 +21,7 @@ from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import progress, say
+from pipelines.runtime.results import BestOf, Evaluation, MetricValues
 from stage1_autoencoder.videos.shapes import ShapesSource
 from stage1_autoencoder.videos.source import Recording
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from pipelines.config import EvaluationConfig
 from pipelines.evaluation.intervals import normal_interval
 from pipelines.evaluation.networks import VideoNetwork
-from pipelines.evaluation.results import Distances, Interval, MetricValues
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.progress import progress, warn
+from pipelines.runtime.results import Distances, Interval, MetricValues
 
 MIN_FRAMES = 10  # the I3D halves time three times, then pools over two frames
 MAX_RESAMPLES = 200

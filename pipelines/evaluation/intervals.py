@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.results import MetricValues
+from pipelines.runtime.results import MetricValues
 
 LEVEL = 0.95
 # 95 % of a normal distribution lie within this many standard deviations.

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.evaluation.intervals import Tally, summarize
-from pipelines.evaluation.results import MetricValues
 from pipelines.prediction.clips import Clip
 from pipelines.prediction.pictures import Strip, clip_strips, contact_sheet, to_video
+from pipelines.runtime.results import MetricValues
 from stage1_autoencoder.videos.shapes import (
     BACKGROUND,
     KINDS,

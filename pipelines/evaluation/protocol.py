@@ -8,11 +8,11 @@ import torch
 from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
 from pipelines.evaluation.frechet import MAX_RESAMPLES, Segments
 from pipelines.evaluation.metrics import SSIM_DEFINITION
-from pipelines.evaluation.results import EvaluationProtocol
 from pipelines.loading import find_flow, find_refiner, weights_digest
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import sampling_precision
 from pipelines.runtime.files import file_sha256
+from pipelines.runtime.results import EvaluationProtocol
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.videos.source import Recording
 from stage2_flow.sampling_plan import SamplingPlan

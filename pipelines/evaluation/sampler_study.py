@@ -14,13 +14,13 @@ from pipelines.evaluation.frechet import LATENT_DEFINITION
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, load_frame_metrics
 from pipelines.evaluation.protocol import common_protocol
-from pipelines.evaluation.results import Study, StudyPoint, StudyProtocol
 from pipelines.evaluation.study_points import StudyClips, point_key
 from pipelines.prediction.clips import ClipReader, open_clips
 from pipelines.predictor import load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import read_json, replacing, write_json
 from pipelines.runtime.progress import progress, say
+from pipelines.runtime.results import Study, StudyPoint, StudyProtocol
 from stage1_autoencoder.videos.source import VideoError
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipelines.evaluation.frechet import MAX_RESAMPLES, fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.intervals import Tally, half_width, normal_interval, percentile_interval
 from pipelines.evaluation.metrics import Metric, gradient_energy, measure_frames
-from pipelines.evaluation.results import Interval, StudyPoint
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
+from pipelines.runtime.results import Interval, StudyPoint
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from pipelines.evaluation.results import Distances, Evaluation, EvaluationProtocol, Interval, MetricValues
+from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, Interval, MetricValues
 
 TITLES = {
     "prediction": "prediction",

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.evaluation.results import Evaluation, Interval, MetricValues, Study, StudyPoint
 from pipelines.report.charts import Chart, Line, Scale, interval_text, number_text
 from pipelines.report.predictions import picture_file_url
 from pipelines.report.run_files import Missing, Run
+from pipelines.runtime.results import Evaluation, Interval, MetricValues, Study, StudyPoint
 
 SUBJECTS = {
     "prediction": "prediction",

@@ -12,11 +12,11 @@ from pipelines.bench.measurement import Benchmark
 from pipelines.config import RiverConfig
 from pipelines.encoding.store_checks import store_status
 from pipelines.errors import UserError
-from pipelines.evaluation.results import Evaluation, Study
 from pipelines.prediction.samples import Samples
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.files import read_json
 from pipelines.runtime.logs import Log, read_log
+from pipelines.runtime.results import Evaluation, Study
 from pipelines.runtime.run_folder import Environment, chosen_checkpoint
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status

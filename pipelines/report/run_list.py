@@ -4,10 +4,10 @@ from datetime import datetime
 
 from pipelines.config import RiverConfig, differences
 from pipelines.errors import UserError
-from pipelines.evaluation.results import Evaluation
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import warn
+from pipelines.runtime.results import Evaluation
 from pipelines.runtime.run_folder import chosen_checkpoint, describe_progress, run_names, trained_settings
 
 DEFAULT = "default"

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from pipelines.bench.measurement import Benchmark
 from pipelines.evaluation.intervals import MIN_RECORDINGS
-from pipelines.evaluation.results import Evaluation
 from pipelines.report.charts import number_text
 from pipelines.report.quality import METRICS
 from pipelines.report.run_files import Run
 from pipelines.runtime.logs import Log
+from pipelines.runtime.results import Evaluation
 
 # Relative rise of the validation loss above its minimum that is no scatter.
 LOSS_RISE = 0.05

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipelines.evaluation.evaluator import summarize_metric
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, Metric
-from pipelines.evaluation.results import MetricValues
+from pipelines.runtime.results import MetricValues
 
 LOWER = Metric("lpips", PSNR.function, higher_is_better=False)
 SUBJECTS = ("prediction", "copy_last", "reconstruction")

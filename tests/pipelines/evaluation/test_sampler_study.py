@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from pipelines.evaluation.results import Study, StudyPoint, StudyProtocol
 from pipelines.evaluation.sampler_study import cheapest, format_study, plot_study, sampler_settings
+from pipelines.runtime.results import Study, StudyPoint, StudyProtocol
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.solvers import SOLVERS

@@ -6,9 +6,9 @@ import torch
 
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, SSIM, gradient_energy, lpips_metric
-from pipelines.evaluation.results import StudyPoint
 from pipelines.evaluation.study_points import StudyClips, point_key
 from pipelines.prediction.clips import Clip
+from pipelines.runtime.results import StudyPoint
 from stage1_autoencoder.videos.source import Recording
 from stage2_flow.config import SamplingConfig
 from tests.pipelines.test_predictor import predictor

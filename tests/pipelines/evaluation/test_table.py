@@ -6,8 +6,8 @@ import torch
 from pipelines.evaluation.evaluator import summarize_metric
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR
-from pipelines.evaluation.results import Distances, Evaluation, EvaluationProtocol, MetricValues
 from pipelines.evaluation.table import format_table
+from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, MetricValues
 
 PROTOCOL = EvaluationProtocol(
     protocol="kth_10_30, with videos=64", dataset="kth", split="test", clips=64, videos=60, recordings=40, persons=5,

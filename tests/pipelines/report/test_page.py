@@ -18,10 +18,10 @@ from pydantic import BaseModel
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
-from pipelines.evaluation.results import EvaluationProtocol, Interval, StudyPoint, StudyProtocol
 from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
 from pipelines.report import page, predictions
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.results import EvaluationProtocol, Interval, StudyPoint, StudyProtocol
 from pipelines.training.flow_trainer import flow_plan
 
 SIDE, CONTEXT, HORIZON = 32, 2, 4
