@@ -49,6 +49,11 @@ class VectorFieldConfig(BaseModel):
         description="largest standard deviation of the noise on past frames in training, which the field is told: at "
         "sampling the past is the field's own imperfect frames; the paper has none",
     )
+    convolutions: bool = Field(
+        False,
+        description="3x3 convolutions over the map: as the input layer, and depthwise before every block; the paper "
+        "has none",
+    )
     dropout: float = Field(
         0.05,
         ge=0,

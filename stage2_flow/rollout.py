@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_flow.conditioning import SamplingDraws, known_frames, past_window
-from stage2_flow.linear import linear
 from stage2_flow.path import SIGMA_MIN
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField, time_embedding
@@ -225,11 +223,11 @@ class CachedEvaluator:
             frame: [b, c, h, w], of the shape and device of all frames.
             trunk: replaces `field.trunk`, for example by its compiled form.
         """
-        projection = field.project_in["1"]
+        self.project, projection = field.project, field.project_in["1"]
         batch, channels, self.height, self.width = frame.shape
         self.trunk = trunk or field.trunk
         with torch.autocast(frame.device.type, enabled=False):
-            # [features, frames c]: the columns of the point, of the newest frames (if the field has them), of the
+            # [features, frames c, ...]: the columns of the point, of the newest frames (if the field has them), of the
             # condition
             point, *newest, condition = projection.weight.split(channels, dim=1)
             self.varying_weight = torch.cat([point, condition], dim=1)
@@ -245,19 +243,15 @@ class CachedEvaluator:
     def begin_frame(self, reference: Tensor) -> None:
         if self.reference_weight is not None:
             with torch.autocast(reference.device.type, enabled=False):
-                projected = linear(_tokens(reference).to(self.reference_weight.dtype), self.reference_weight)
+                projected = self.project(reference.to(self.reference_weight.dtype), self.reference_weight)
             self.frame_tokens.copy_(self.static_tokens + projected)
 
     def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
-            varying = _tokens(torch.cat([y, condition], dim=1)).to(self.varying_weight.dtype)
-            tokens = linear(varying, self.varying_weight) + self.frame_tokens + self.distances[distance][:, None]
+            varying = torch.cat([y, condition], dim=1).to(self.varying_weight.dtype)
+            tokens = self.project(varying, self.varying_weight) + self.frame_tokens + self.distances[distance][:, None]
         time_token = self.time_tokens[evaluation].expand(len(y), -1)
         return self.trunk(tokens, time_token, self.height, self.width)
-
-
-def _tokens(frames: Tensor) -> Tensor:
-    return rearrange(frames, "b c h w -> b (h w) c")
 
 
 def _check_context(context: Tensor) -> None:

@@ -137,6 +137,26 @@ class TransformerBlock(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
+class LocalMixing(nn.Module):
+    """x + a depthwise 3x3 convolution of x over the map, which is zero in a fresh network.
+
+    Attention must learn from the position codes which tokens are neighbors; a convolution knows. Source: conditional
+    position encodings (Chu et al., ICLR 2023), here before every block.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x_bnd: Tensor, height: int, width: int) -> Tensor:
+        """Tokens [b, 1 + height * width, d] to the same; the first, that of the time, has no place in the map."""
+        time_token, tokens = x_bnd.split([1, height * width], dim=1)
+        mixed = self.conv(rearrange(tokens, "b (h w) d -> b d h w", h=height))
+        return torch.cat([time_token, tokens + rearrange(mixed, "b d h w -> b (h w) d")], dim=1)
+
+
 class VectorField(nn.Module):
     """The velocity of the next frame's latent, given the newest frames (the paper: one) and one earlier frame.
 
@@ -160,7 +180,9 @@ class VectorField(nn.Module):
 
         # The numbers in names are the positions of these layers in the official code's sequences.
         self.position_encoding = PositionEncoding(width)
-        self.project_in = nn.ModuleDict({"1": Linear(frames * latent_channels, width)})
+        inputs = frames * latent_channels
+        project_in = nn.Conv2d(inputs, width, 3, padding=1) if config.convolutions else Linear(inputs, width)
+        self.project_in = nn.ModuleDict({"1": project_in})
         self.time_projection = nn.Sequential(  # of the distance in time, not of t
             Linear(1, DISTANCE_FEATURES), nn.ReLU(), Linear(DISTANCE_FEATURES, width)
         )
@@ -172,6 +194,9 @@ class VectorField(nn.Module):
         self.in_blocks = nn.ModuleList(block() for _ in range(config.depth))
         self.mid_blocks = nn.ModuleList(block() for _ in range(config.mid_depth))
         self.out_blocks = nn.ModuleList(nn.ModuleList([Linear(2 * width, width), block()]) for _ in range(config.depth))
+        self.local_mixing = None
+        if config.convolutions:
+            self.local_mixing = nn.ModuleList(LocalMixing(width) for _ in range(2 * config.depth + config.mid_depth))
         norm = {"2": nn.LayerNorm(width)} if config.head == "ln" else {"3": nn.BatchNorm2d(width)}
         self.project_out = nn.ModuleDict(
             {"0": Linear(width, width), **norm, "4": nn.Conv2d(width, latent_channels, kernel_size=3, padding=1)}
@@ -188,9 +213,9 @@ class VectorField(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def boundary_parameters(self) -> list[nn.Parameter]:
-        """Position tables and the input and output layers, which an optimizer for hidden matrices leaves out."""
+        """What an optimizer for hidden matrices leaves out: position tables, input, output and depthwise layers."""
         layers = [self.position_encoding, self.project_in, self.time_projection, self.project_out["4"]]
-        layers += [] if self.noise_projection is None else [self.noise_projection]
+        layers += [layer for layer in (self.noise_projection, self.local_mixing) if layer is not None]
         return [parameter for layer in layers for parameter in layer.parameters()]
 
     def forward(
@@ -233,11 +258,25 @@ class VectorField(nn.Module):
             [b, h * w, features].
         """
         frames = [x_t, reference, condition] if self.config.reference else [x_t, condition]
-        tokens = self.project_in["1"](rearrange(torch.cat(frames, dim=1), "b c h w -> b (h w) c"))
+        projection = self.project_in["1"]
+        tokens = self.project(torch.cat(frames, dim=1), projection.weight, projection.bias)
         tokens = tokens + self.position_encoding(*x_t.shape[-2:]) + self.distance_code(distance)[:, None]
         if self.noise_projection is not None:
             tokens = tokens + self.noise_code(x_t.new_zeros(len(x_t)) if noise_level is None else noise_level)[:, None]
         return tokens
+
+    def project(self, frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The input layer with some columns of its weight.
+
+        Args:
+            frames: [b, n, h, w], the channels of one or more frames.
+            weight: [features, n, ...], the columns of the layer's weight that belong to these channels.
+        Returns:
+            [b, h * w, features].
+        """
+        if not self.config.convolutions:
+            return linear(rearrange(frames, "b n h w -> b (h w) n"), weight, bias)
+        return rearrange(F.conv2d(frames, weight, bias, padding=1), "b d h w -> b (h w) d")
 
     def noise_code(self, level: Tensor) -> Tensor:
         """[n] standard deviations of the noise on past frames -> [n, features] codes, in the weights' precision."""
@@ -264,13 +303,19 @@ class VectorField(nn.Module):
         """
         tokens = torch.cat([time_token.to(tokens.dtype)[:, None], tokens], dim=1)
         skips = []
+        mixers = iter(self.local_mixing or ())
+
+        def run(block: nn.Module, tokens: Tensor) -> Tensor:
+            mixer = next(mixers, None)
+            return block(tokens if mixer is None else mixer(tokens, height, width))
+
         for block in self.in_blocks:
-            tokens = block(tokens)
+            tokens = run(block, tokens)
             skips.append(tokens)
         for block in self.mid_blocks:
-            tokens = block(tokens)
+            tokens = run(block, tokens)
         for merge, block in self.out_blocks:
-            tokens = block(merge(torch.cat([skips.pop(), tokens], dim=-1)))
+            tokens = run(block, merge(torch.cat([skips.pop(), tokens], dim=-1)))
         return self._head(tokens[:, 1:], height, width)
 
     def _head(self, tokens: Tensor, height: int, width: int) -> Tensor:

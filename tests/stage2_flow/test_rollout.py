@@ -275,7 +275,7 @@ def test_refuses_what_does_not_fit(change, message):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"head": "bn"}, {"reference": False}, {"qk_norm": True},
-                                   {"recent_frames": 3}, {"past_noise": 0.25}])  # fmt: skip
+                                   {"recent_frames": 3}, {"past_noise": 0.25}, {"convolutions": True}])  # fmt: skip
 def test_cached_embeddings_are_the_fields_own(sizes):
     field = small_field(**sizes).eval().requires_grad_(False).double()
     times = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)

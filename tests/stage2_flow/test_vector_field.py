@@ -194,6 +194,36 @@ def test_without_a_reference_two_frames_go_in_and_the_distance_stays():
     assert not torch.equal(output, field(x_t, None, condition, distance + 1, t))
 
 
+def test_convolutions_add_neighbors_to_the_papers_network():
+    """With centers alone in the input kernels and fresh depthwise ones it is the paper's; each kernel reaches one cell.
+
+    Time and distance do not depend on the place, so changes of neighbors outside an edge stay without effect.
+    """
+    plain, mixed = small_field().double().eval(), small_field(convolutions=True).double().eval()
+    weights = plain.state_dict()
+    kernel = torch.zeros(32, 12, 3, 3, dtype=torch.float64)
+    kernel[:, :, 1, 1] = weights["project_in.1.weight"]
+    missing = mixed.load_state_dict(weights | {"project_in.1.weight": kernel}, strict=False).missing_keys
+    assert {name.partition(".")[0] for name in missing} == {"local_mixing"}
+    arguments = [x.double() if x.is_floating_point() else x for x in inputs(height=3, width=5)]
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(*arguments), plain(*arguments), rtol=1e-12, atol=1e-12)
+
+        *frames, distance, t = arguments
+        mixed.project_in["1"].weight.normal_()
+        changed = [frames[0] + F.one_hot(torch.tensor(7), 15).view(3, 5), *frames[1:]]  # row 1, column 2
+        touched = (mixed.embed(*changed, distance) - mixed.embed(*frames, distance)).abs().amax((0, 2)).view(3, 5) > 0
+        assert torch.equal(touched, torch.tensor([[False, True, True, True, False]] * 3))
+
+        time, tokens = time_embedding(t, 32), mixed.embed(*frames, distance)
+        before = mixed.trunk(tokens, time, 3, 5)
+        for mixer in mixed.local_mixing:
+            mixer.conv.weight.normal_(), mixer.conv.bias.normal_()
+            after = mixed.trunk(tokens, time, 3, 5)
+            assert (after - before).abs().amax((1, 2, 3)).gt(1e-3).all()
+            before = after
+
+
 def test_every_input_matters_and_dropout_only_in_training():
     field, arguments = small_field(latent_channels=3, dropout=0.5), inputs(channels=3, height=2, width=6)
     assert not torch.equal(field(*arguments), field(*arguments))  # dropout, in training only

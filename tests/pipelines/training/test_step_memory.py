@@ -116,7 +116,7 @@ CASES = [
     ({}, {"precision": "bf16"}),
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
     ({"qk_norm": True, "reference": False}, {}),
-    ({"recent_frames": 4, "past_noise": 0.5}, {}),
+    ({"recent_frames": 4, "past_noise": 0.5, "convolutions": True}, {}),
     ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
 ]
 
