@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "PSNR, SSIM, LPIPS and FVD with intervals, baselines and protocol"
+HELP = "PSNR, SSIM, LPIPS, sharpness and Fréchet distances with intervals, baselines and protocol"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Quality of predictions: PSNR, SSIM, LPIPS and FVD beside two baselines, measured on the clips of a protocol."""
+"""Quality of predictions: measures of frames and of sets beside two baselines, on the clips of a protocol."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pipelines.config import RiverConfig
-from pipelines.evaluation.frechet import Segments, VideoDistances
+from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import Tally, draw_counts, summarize
-from pipelines.evaluation.metrics import Metric, choose_best, load_frame_metrics, measure_frames
+from pipelines.evaluation.metrics import Metric, choose_best, gradient_energy, load_frame_metrics, measure_frames
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.protocol import describe_protocol
@@ -68,6 +68,7 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
             missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
         else:
             distances = VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments)
+    latent_distances = LatentDistances(evaluation.context)
     audit = None
     if isinstance(clips.source, ShapesSource):
         try:
@@ -82,7 +83,9 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
         for batch in clips.batches(evaluation.batch_size):
             videos += [clip.video for clip in batch]
             recordings += [clip.recording for clip in batch]
-            measured = _measure_batch(config, predictor, batch, metrics, distances, audit, refine, bar.update)
+            measured = _measure_batch(
+                config, predictor, batch, metrics, distances, latent_distances, audit, refine, bar.update
+            )
             for key, values in measured.items():
                 parts[key].append(torch.stack(values, dim=1))
 
@@ -90,15 +93,18 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
         counts = draw_counts(recordings, evaluation.resamples, evaluation.seed)
     except ValueError as error:
         counts, missing["interval"] = None, str(error)
-    results = {}
-    for metric in metrics:
-        values = {subject: torch.cat(tensors) for (name, subject), tensors in parts.items() if name == metric.name}
-        results[metric.name] = summarize_metric(metric, values, counts)
-    if distances is not None:
-        try:
-            results["fvd"] = distances.results(counts)
-        except ValueError as error:
-            missing["fvd"] = str(error)
+    values: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (name, subject), tensors in parts.items():
+        values[name][subject] = torch.cat(tensors)
+    results = {metric.name: summarize_metric(metric, values[metric.name], counts) for metric in metrics}
+    energy = {subject: of_samples.mean(1) for subject, of_samples in values["sharpness"].items()}
+    results["sharpness"] = summarize({subject: Tally(energy[subject], energy["truth"]) for subject in SUBJECTS}, counts)
+    for name, of_sets in {"fvd": distances, "latent_frechet": latent_distances}.items():
+        if of_sets is not None:
+            try:
+                results[name] = of_sets.results(counts)
+            except ValueError as error:
+                missing[name] = str(error)
     protocol = describe_protocol(config, predictor, videos, recordings, missing, refine=refine, vgg=vgg, i3d=i3d)
     result = Evaluation(protocol=protocol, metrics=results, objects=audit and audit.results(counts))
     if audit is not None:
@@ -117,14 +123,18 @@ def _measure_batch(
     batch: list[Clip],
     metrics: list[Metric],
     distances: VideoDistances | None,
+    latent_distances: LatentDistances,
     audit: ObjectAudit | None,
     refine: bool,
     on_predictions: Callable[[int], object],
 ) -> dict[tuple[str, str], list[Tensor]]:
-    """(metric, subject) -> [clips, horizon] of each sample; features are added to `distances`, shapes to `audit`."""
+    """(metric, subject) -> [clips, horizon] of each sample; `sharpness` stands for the gradient energy.
+
+    Features are added to `distances` and `latent_distances`, shapes to `audit`.
+    """
     context, horizon = config.evaluation.context, config.evaluation.horizon
     frames = torch.stack([clip.frames for clip in batch]).to(predictor.device)
-    latents = predictor.encode_videos(frames)
+    latents, to_final = predictor.encode_videos(frames), predictor.standardization.to_final
     autoencoded = predictor.decode_videos(latents)
     given, truth = frames[:, :context], frames[:, context:]
     values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
@@ -132,11 +142,17 @@ def _measure_batch(
     def measure(subject: str, videos: Tensor, sample: int = 0) -> None:
         for metric in metrics:
             values[metric.name, subject].append(measure_frames(metric, videos, truth))
+        values["sharpness", subject].append(gradient_energy(videos))
         if audit is not None:
             audit.add(subject, videos, sample)
 
     def copy_last(videos: Tensor) -> Tensor:
         return videos[:, -1:].expand(-1, horizon, -1, -1, -1)
+
+    values["sharpness", "truth"].append(gradient_energy(truth))
+    given_latents = latents[:, :context]
+    latent_distances.add("truth", to_final(latents))
+    latent_distances.add("copy_last", to_final(torch.cat([given_latents, copy_last(given_latents)], dim=1)))
 
     if audit is not None:
         audit.begin(batch)
@@ -150,7 +166,9 @@ def _measure_batch(
             distances.add(against, "copy_last", start, copy_last(start))
     for sample in range(config.evaluation.samples):
         keys = [(clip.key, sample) for clip in batch]
-        predicted = predict_frames(predictor, latents[:, :context], given, horizon, keys, refine)
+        predicted_latents = predictor.generate_latents(given_latents, horizon, keys=keys)
+        latent_distances.add("prediction", to_final(predicted_latents), sample)
+        predicted = decode_predicted(predictor, predicted_latents, given, refine)
         measure("prediction", predicted, sample)
         if distances is not None:
             for against, start in given_by_set.items():
@@ -159,25 +177,21 @@ def _measure_batch(
     return values
 
 
-def predict_frames(
-    predictor: VideoPredictor, latents: Tensor, given: Tensor, horizon: int, keys: list[tuple[int, int]], refine: bool
-) -> Tensor:
-    """Predict clips, and decode the predicted frames only.
+def decode_predicted(predictor: VideoPredictor, latents: Tensor, given: Tensor, refine: bool) -> Tensor:
+    """Decode the predicted frames only.
 
     Args:
-        latents: [b, context, c, h, w] raw latents of `given`.
+        latents: [b, context + horizon, c, h, w] raw latents, the given frames' first.
         given: [b, context, 3, h, w] in [-1, 1]; the refiner needs the last one.
-        keys: (video, sample) of each clip, which decide its random draws.
     Returns:
         [b, horizon, 3, h, w] in [-1, 1].
     Raises:
         UserError: `refine` without a refiner.
     """
-    context = latents.shape[1]
-    predicted = predictor.generate_latents(latents, horizon, keys=keys)
+    context = given.shape[1]
     if refine:
-        return predictor.decode_videos(predicted[:, context - 1 :], given[:, -1:])[:, 1:]
-    return predictor.decode_videos(predicted[:, context:])
+        return predictor.decode_videos(latents[:, context - 1 :], given[:, -1:])[:, 1:]
+    return predictor.decode_videos(latents[:, context:])
 
 
 def summarize_metric(metric: Metric, values: dict[str, Tensor], counts: Tensor | None) -> MetricValues:

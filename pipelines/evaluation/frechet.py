@@ -1,6 +1,7 @@
 """Fréchet distances between sets of clips, by the features of a video network (FVD) or by latents."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,10 @@ class Segments:
         )
 
 
+# (set, subject, sample) -> [b, s, d] of each batch. A set is `real` or `autoencoded`, its own clips are `truth`.
+Features = Mapping[tuple[str, str, int], list[Tensor]]
+
+
 class VideoDistances:
     """FVD: collects the features of all clips, then compares the sets."""
 
@@ -161,53 +166,92 @@ class VideoDistances:
         self._features[against, subject, sample].append(features.double().cpu())
 
     def results(self, counts: Tensor | None) -> MetricValues:
-        """The distances of all subjects from the real and from the autoencoded clips.
+        """The distances of all subjects from the real and from the autoencoded clips, see `compare_sets`.
 
-        The first predictions of all clips are one set, as large as the real one (the distance depends on the number of
-        clips), the second ones the next; the mean over the sets' distances is the result.
-
-        Args:
-            counts: [resamples, clips] from `draw_counts`, of which at most 200 rows are used; None: no intervals.
         Raises:
             ValueError: fewer than two clips, or features that are not finite.
         """
-        features = {key: torch.cat(parts) for key, parts in self._features.items()}
-        clips, segments, dimensions = features["real", "truth", 0].shape
-        if clips < 2:
-            raise ValueError("a distance of sets needs two clips or more, and there is one")
-        if clips * segments <= dimensions:
+        parts = self._features["real", "truth", 0]
+        sets, dimensions = sum(len(part) for part in parts) * self.segments.count, parts[0].shape[-1]
+        found = compare_sets(self._features, counts, "FVD")
+        if sets <= dimensions:
             warn(
-                f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
+                f"the Fréchet video distance is measured on {sets} clips, and the network has {dimensions} "
                 "features: such distances are much too high; compare them only with those of as many clips"
             )
-        measured = _distances(features, None)
-        rows = progress([] if counts is None else counts[:MAX_RESAMPLES], description="bootstrap of FVD", unit="set")
-        resampled = [_distances(features, row) for row in rows]
+        return MetricValues(**found["real"].model_dump(), autoencoded=found["autoencoded"])
 
-        def intervals(against: str) -> dict[str, Interval] | None:
-            if len(resampled) < 2:
-                return None
-            return {
+
+class LatentDistances:
+    """The Fréchet distance of latents: collects the features of all clips, then compares the sets."""
+
+    def __init__(self, context: int) -> None:
+        """Nothing collected yet, of clips with this number of given frames."""
+        self._context = context
+        self._features: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
+
+    def add(self, subject: str, latents: Tensor, sample: int = 0) -> None:
+        """Add a batch of clips.
+
+        Args:
+            subject: `truth`, `copy_last` or `prediction`.
+            latents: [b, context + horizon, c, h, w] final latents.
+            sample: number of the prediction.
+        """
+        self._features["real", subject, sample].append(latent_features(latents, self._context))
+
+    def results(self, counts: Tensor | None) -> MetricValues:
+        """The distances from the latents of the real clips, see `compare_sets`.
+
+        Raises:
+            ValueError: fewer than two clips, or features that are not finite.
+        """
+        found = compare_sets(self._features, counts, "the distance of latents")
+        return MetricValues(**found["real"].model_dump())
+
+
+def compare_sets(parts: Features, counts: Tensor | None, name: str) -> dict[str, Distances]:
+    """By set, the distances of all subjects from it, with intervals.
+
+    The first predictions of all clips are one set, as large as the real one (the distance depends on the number of
+    clips), the second ones the next; the mean over the sets' distances is the result.
+
+    Args:
+        counts: [resamples, clips] from `draw_counts`, of which at most 200 rows are used; None: no intervals.
+        name: of the distance, for the display.
+    Raises:
+        ValueError: fewer than two clips, or features that are not finite.
+    """
+    features = {key: torch.cat(batches) for key, batches in parts.items()}
+    if len(features["real", "truth", 0]) < 2:
+        raise ValueError("a distance of sets needs two clips or more, and there is one")
+    measured = _distances(features, None)
+    rows = progress([] if counts is None else counts[:MAX_RESAMPLES], description=f"bootstrap of {name}", unit="set")
+    resampled = [_distances(features, row) for row in rows]
+    found = {}
+    for against, values in measured.items():
+        intervals: dict[str, Interval] | None = None
+        if len(resampled) > 1:
+            intervals = {
                 subject: normal_interval(value, [distances[against][subject] for distances in resampled])
-                for subject, value in measured[against].items()
+                for subject, value in values.items()
             }
-
-        autoencoded = Distances(**measured["autoencoded"], interval=intervals("autoencoded"))
-        return MetricValues(**measured["real"], interval=intervals("real"), autoencoded=autoencoded)
+        found[against] = Distances(**values, interval=intervals)
+    return found
 
 
 def _distances(features: dict[tuple[str, str, int], Tensor], counts: Tensor | None) -> dict[str, dict[str, float]]:
-    """By set and subject, the mean over samples; each clip is drawn with its predictions and all its segments."""
+    """By set and subject, the mean over samples; each clip is drawn with its predictions and all that is of it."""
     gaussians = {}
     for key, values in features.items():
         weights = None if counts is None else counts.repeat_interleave(values.shape[1])
         gaussians[key] = fit_gaussian(rearrange(values, "b s d -> (b s) d"), weights)
-    real, autoencoded = gaussians["real", "truth", 0], gaussians["autoencoded", "truth", 0]
-    found: dict[str, dict[str, list[float]]] = {"real": defaultdict(list), "autoencoded": defaultdict(list)}
+    if ("autoencoded", "truth", 0) in gaussians:
+        gaussians["real", "reconstruction", 0] = gaussians["autoencoded", "truth", 0]
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (against, subject, _), gaussian in gaussians.items():
         if subject != "truth":
-            found[against][subject].append(frechet_distance(gaussian, real if against == "real" else autoencoded))
-    found["real"]["reconstruction"].append(frechet_distance(autoencoded, real))
+            found[against][subject].append(frechet_distance(gaussian, gaussians[against, "truth", 0]))
     return {
         against: {subject: sum(values) / len(values) for subject, values in subjects.items()}
         for against, subjects in found.items()

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
-from pipelines.evaluation.frechet import MAX_RESAMPLES, Segments
-from pipelines.evaluation.metrics import SSIM_DEFINITION
+from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
+from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
 from pipelines.loading import find_flow, find_refiner, weights_digest
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import sampling_precision
@@ -49,6 +49,8 @@ def describe_protocol(
         samples=evaluation.samples,
         aggregation="mean over clips, samples and predicted frames",
         best_of=best_of if evaluation.samples > 1 else None,
+        sharpness=f"{SHARPNESS_DEFINITION}, sums over clips and samples",
+        latent_frechet=None if "latent_frechet" in missing else LATENT_DEFINITION,
         pixels="clamped and compared as floats; data range 1 for values in [0, 1]",
         fps=config.dataset.fps,
         frame_step=config.dataset.frame_step,

@@ -14,7 +14,10 @@ METRICS = {
     "psnr": ("PSNR [dB], higher is better", 2),
     "ssim": ("SSIM, higher is better", 3),
     "lpips": ("LPIPS, lower is better", 3),
+    "sharpness": ("sharpness, 1 is that of the true frames", 3),
 }
+# Predicted frames of the curves that are shown, and the last one.
+FRAMES_SHOWN = (1, 5, 10, 30, 100, 300, 1000)
 WIDTH = 120
 
 
@@ -31,7 +34,9 @@ def format_table(evaluation: Evaluation) -> str:
         if metric in metrics:
             lines += ["", *_frames_table(heading, metrics[metric], protocol.horizon, digits)]
     if "fvd" in metrics:
-        lines += ["", *_fvd_table(metrics["fvd"])]
+        lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
+    if "latent_frechet" in metrics:
+        lines += ["", *_distances_table("Fréchet distance of latents, lower is better", metrics["latent_frechet"])]
     gain = metrics["psnr"].prediction - (metrics["psnr"].copy_last or 0.0)
     better = "better" if gain >= 0 else "WORSE"
     lines += ["", f"  The prediction is {abs(gain):.2f} dB {better} than copying the last frame."]
@@ -64,8 +69,9 @@ def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int)
 
 
 def _columns(horizon: int) -> list[int]:
-    """A few predicted frames, counted from 0."""
-    return sorted({0, (horizon - 1) // 2, horizon - 1})
+    """At most six predicted frames, counted from 0."""
+    shown = [frame for frame in FRAMES_SHOWN if frame < horizon] + [horizon]
+    return [frame - 1 for frame in (shown if len(shown) <= 6 else shown[:1] + shown[-5:])]
 
 
 def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
@@ -77,22 +83,23 @@ def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
     return f"All objects are whole in {shares} of the clips at {frames}; they are {distances} pixels of 64 off there."
 
 
-def _fvd_table(values: MetricValues) -> list[str]:
+def _distances_table(heading: str, values: MetricValues) -> list[str]:
     widths = (8, 18, 18, 18)
-    heads = ("to real", "95 % interval", "to autoencoded", "95 % interval")
-    lines = [_row("FVD, lower is better", *heads, widths=widths)]
-    digits = 1 if max(getattr(values, subject) for subject in TITLES) >= 10 else 4
+    heads = ("to real", "95 % interval", *(("to autoencoded", "95 % interval") if values.autoencoded else ()))
+    lines = [_row(heading, *heads, widths=widths)]
+    digits = 1 if max(getattr(values, subject) or 0.0 for subject in TITLES) >= 10 else 4
     for subject, title in TITLES.items():
         cells = []
         for distances in (values, values.autoencoded or Distances()):
             value = getattr(distances, subject)
             if value is not None:
                 cells += [f"{value:.{digits}f}", _interval((distances.interval or {}).get(subject), digits)]
-        lines.append(_row(title, *cells, widths=widths))
+        if cells:
+            lines.append(_row(title, *cells, widths=widths))
     return lines
 
 
-def _row(title: str, *cells: str, widths: tuple[int, ...] = (8, 18, 8, 8, 8)) -> str:
+def _row(title: str, *cells: str, widths: tuple[int, ...] = (8, 18, 8, 8, 8, 8, 8, 8)) -> str:
     return f"  {title:<44}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
 

@@ -52,7 +52,14 @@ IMAGE_METRICS = [
     Quantity("ssim", "SSIM", "SSIM", "higher", 3),
     Quantity("lpips", "LPIPS", "LPIPS", "lower", 3),
 ]
-METRICS = [*IMAGE_METRICS, Quantity("fvd", "FVD", "FVD", "lower", 1)]
+SHARPNESS = Quantity("sharpness", "Sharpness", "sharpness [share of the true frames']", None, 3)
+FVD = Quantity("fvd", "FVD", "FVD", "lower", 1)
+METRICS = [
+    *IMAGE_METRICS,
+    SHARPNESS,
+    FVD,
+    Quantity("latent_frechet", "Fréchet distance of latents", "Fréchet distance of latents", "lower", 4),
+]
 OBJECTS = [
     Quantity("whole", "Clips with all objects whole", "share of clips", "higher", 3),
     Quantity("position", "Position error", "pixels of 64", "lower", 2),
@@ -66,7 +73,7 @@ TIME = Quantity("milliseconds_per_frame", "Time", "ms per predicted frame", "low
 STUDIED = [
     *IMAGE_METRICS,
     Quantity("frechet", "Fréchet distance of latents", "Fréchet distance", "lower", 3),
-    Quantity("sharpness", "Sharpness", "share of the true frames'", None, 3),
+    SHARPNESS,
     TIME,
 ]
 
@@ -76,7 +83,7 @@ def headline(run: Run) -> dict[str, Any]:
     evaluation = run.read_if_sound(Evaluation)
     if evaluation is None:
         return {"protocol": None, "tiles": []}
-    measured = [(metric, evaluation.metrics[metric.key]) for metric in METRICS if metric.key in evaluation.metrics]
+    measured = [(q, evaluation.metrics[q.key]) for q in (*IMAGE_METRICS, FVD) if q.key in evaluation.metrics]
     return {"protocol": evaluation.protocol, "tiles": [_tile(metric, values) for metric, values in measured]}
 
 
@@ -112,7 +119,8 @@ def quality_section(run: Run) -> dict[str, Any]:
     if evaluation is None:
         raise Missing(f"Nothing is measured yet: `{run.command('evaluate')}` measures it.")
     measured = [(metric, evaluation.metrics[metric.key]) for metric in METRICS if metric.key in evaluation.metrics]
-    columns = [(f"{metric.label} {'↑' if metric.better == 'higher' else '↓'}", metric, v) for metric, v in measured]
+    arrows = {"higher": " ↑", "lower": " ↓", None: ""}
+    columns = [(metric.label + arrows[metric.better], metric, v) for metric, v in measured]
     columns += [("FVD to autoencoded ↓", metric, v.autoencoded) for metric, v in measured if v.autoencoded is not None]
     rows: list[list[Any]] = [
         [title, *(metric.cell(getattr(v, subject), (v.interval or {}).get(subject)) for _, metric, v in columns)]

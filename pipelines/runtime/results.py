@@ -50,7 +50,7 @@ class MetricValues(Distances):
     """One metric: per subject the mean over clips, samples and frames.
 
     Attributes:
-        per_frame: subject -> [horizon] means over clips and samples; None for a distance between sets (FVD).
+        per_frame: subject -> [horizon] means over clips and samples; None for a distance between sets.
         interval, per_frame_interval: subject -> 95 % interval(s); None where there are too few recordings.
         best_of: None where there is one sample per clip.
         autoencoded: of FVD, the distances to autoencoded instead of real videos.
@@ -106,6 +106,7 @@ class EvaluationProtocol(Protocol):
         protocol: preset of `evaluation.protocol`, with the settings that differ from it.
         clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
         fps: that videos were resampled to (`dataset.fps`); None: they were not.
+        sharpness, latent_frechet: their definitions; None where they were not measured.
         nfe: evaluations of the vector field per predicted frame.
     """
 
@@ -116,6 +117,8 @@ class EvaluationProtocol(Protocol):
     samples: int
     aggregation: str
     best_of: str | None
+    sharpness: str | None = None
+    latent_frechet: str | None = None
     pixels: str
     fps: float | None = None
     frame_step: int
@@ -135,7 +138,7 @@ class EvaluationProtocol(Protocol):
 
 
 class Evaluation(OptionalParts):
-    """`evaluation.json`: metric (`psnr`, `ssim`, `lpips`, `fvd`) -> values, and the protocol they belong to.
+    """`evaluation.json`: metric (`psnr`, `sharpness`, `fvd`...) -> values, and the protocol they belong to.
 
     Attributes:
         objects: measure of `object_audit.audit_objects` -> values; None for videos that are no `shapes`.

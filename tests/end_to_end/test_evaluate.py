@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.config import load_config
-from pipelines.evaluation.evaluator import predict_frames
-from pipelines.evaluation.frechet import fit_gaussian, frechet_distance
-from pipelines.evaluation.metrics import psnr, ssim
+from pipelines.evaluation.evaluator import decode_predicted
+from pipelines.evaluation.frechet import fit_gaussian, frechet_distance, latent_features
+from pipelines.evaluation.metrics import gradient_energy, psnr, ssim
 from pipelines.evaluation.networks import load_lpips
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import open_clips
@@ -66,7 +66,7 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
     result = result_of(copied)
     protocol, metrics = result["protocol"], result["metrics"]
     assert protocol["missing"].keys() == {"interval"}  # of 4 recordings there is none
-    assert metrics.keys() == {"psnr", "ssim", "lpips", "fvd"}
+    assert metrics.keys() == {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet"}
 
     config = load_config(copied.folder / "tiny.yaml", LONG)
     predictor = VideoPredictor.from_run(copied.runs, "cpu")
@@ -93,12 +93,34 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
         again = function(autoencoded[:, 2:].flatten(0, 1), truth.flatten(0, 1))
         assert found["reconstruction"] == pytest.approx(again.mean().item(), **tolerance)
 
+    energy, true_energy = (gradient_energy(x) for x in (torch.cat(samples), truth))
+    sharpness = energy.unflatten(0, (2, 4)).mean((0, 1)) / true_energy.mean(0)
+    assert metrics["sharpness"]["per_frame"]["prediction"] == pytest.approx(sharpness.tolist(), rel=1e-4)
+    assert metrics["sharpness"]["prediction"] == pytest.approx(sharpness.mean().item(), rel=1e-4)
+    copied_sharpness = gradient_energy(copies).mean(0) / true_energy.mean(0)
+    assert metrics["sharpness"]["per_frame"]["copy_last"] == pytest.approx(copied_sharpness.tolist(), rel=1e-4)
+    assert "best_of" not in metrics["sharpness"]  # neither more nor less is better
+
+    def latent_distance(latents: Tensor) -> float:
+        sets = (predictor.standardization.to_final(x) for x in (latents, encoded))
+        return frechet_distance(*(fit_gaussian(latent_features(x, 2).flatten(0, 1)) for x in sets))
+
+    encoded = predictor.encode_videos(frames)
+    predicted = [
+        predictor.generate_latents(encoded[:, :2], 10, keys=[(clip.key, number) for clip in clips]) for number in (0, 1)
+    ]
+    found, near = metrics["latent_frechet"], {"rel": 1e-3, "abs": 1e-7}
+    assert found["prediction"] == pytest.approx(np.mean([latent_distance(x) for x in predicted]), **near)
+    still = torch.cat([encoded[:, :2], encoded[:, 1:2].expand_as(encoded[:, 2:])], dim=1)
+    assert found["copy_last"] == pytest.approx(latent_distance(still), **near)
+    assert "reconstruction" not in found
+
     def distance(first: Tensor, second: Tensor) -> float:
         halves = (x.unflatten(1, (2, 6)).mean((2, 4, 5)) for x in (first, second))
         # The network has the channels before the halves.
         return frechet_distance(*(fit_gaussian(x.transpose(1, 2).flatten(1)) for x in halves))
 
-    fvd, near = metrics["fvd"], {"rel": 1e-3, "abs": 1e-7}
+    fvd = metrics["fvd"]
     assert fvd["copy_last"] == pytest.approx(distance(torch.cat([given, copies], 1), frames), **near)
     assert fvd["reconstruction"] == pytest.approx(distance(autoencoded, frames), **near)
     both = [distance(torch.cat([given, x], 1), frames) for x in samples]
@@ -124,7 +146,8 @@ def test_refined_frames_are_those_of_the_predictor(trained) -> None:
     predictor = replace(VideoPredictor.from_run(trained.runs, "cpu"), refiner=refiner)
     given, keys = torch.rand(2, 3, 3, 32, 32) * 2 - 1, [(5, 0), (9, 1)]
     for refine in (False, True):
-        ours = predict_frames(predictor, predictor.encode_videos(given), given, 4, keys, refine)
+        latents = predictor.generate_latents(predictor.encode_videos(given), 4, keys=keys)
+        ours = decode_predicted(predictor, latents, given, refine)
         whole = predictor.generate_frames(given, 4, keys=keys, refine=refine)
         torch.testing.assert_close(ours, whole[:, 3:], rtol=1e-4, atol=1e-4)
 
@@ -158,7 +181,7 @@ def test_the_batch_changes_no_number(copied, everything) -> None:
 def test_what_is_not_here_is_said_and_the_rest_is_measured(copied) -> None:
     outcome = copied.run("evaluate", sets=LONG).ok()
     result = result_of(copied)
-    assert result["metrics"].keys() == {"psnr", "ssim"}
+    assert result["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet"}
     assert result["protocol"]["missing"].keys() == {"lpips", "fvd", "interval"}
     lines = [line for line in outcome.out.splitlines() if "was not measured" in line]
     assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False, False]
@@ -172,8 +195,8 @@ def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> N
     assert "needs 10 frames or more, and the clips have 8" in result_of(copied)["protocol"]["missing"]["fvd"]
     outcome = copied.run("evaluate", sets=[*everything, "evaluation.videos=1"]).ok()
     missing = result_of(copied)["protocol"]["missing"]
-    assert missing.keys() == {"interval", "fvd"}
-    assert "two clips or more" in missing["fvd"]
+    assert missing.keys() == {"interval", "fvd", "latent_frechet"}
+    assert all("two clips or more" in missing[name] for name in ("fvd", "latent_frechet"))
     assert "interval was not measured" in outcome.out
     copied.run("evaluate", sets=["evaluation.resamples=0"]).ok()
     assert "interval" not in result_of(copied)["metrics"]["psnr"]

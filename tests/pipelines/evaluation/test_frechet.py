@@ -9,7 +9,14 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig
-from pipelines.evaluation.frechet import Segments, VideoDistances, fit_gaussian, frechet_distance, latent_features
+from pipelines.evaluation.frechet import (
+    LatentDistances,
+    Segments,
+    VideoDistances,
+    fit_gaussian,
+    frechet_distance,
+    latent_features,
+)
 from pipelines.evaluation.intervals import draw_counts
 
 
@@ -204,6 +211,26 @@ def test_a_resample_draws_clips_with_all_their_segments():
     low, high = found.interval["copy_last"]
     assert high - expected == pytest.approx(half, rel=1e-6)
     assert low == pytest.approx(max(0, expected - half), rel=1e-6)
+
+
+def test_distances_of_latents_and_their_intervals():
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(20, 5, 4, 4, 4, generator=generator) for _ in range(3)]
+    distances, counts = LatentDistances(2), draw_counts(range(20), 30, 0)
+    for part in (slice(12), slice(12, 20)):
+        distances.add("truth", latents[0][part])
+        for sample in (0, 1):
+            distances.add("prediction", latents[1 + sample][part], sample)
+    found = distances.results(counts)
+
+    def measure(chosen: Tensor) -> float:
+        features = [latent_features(x[chosen], 2).flatten(0, 1) for x in latents]
+        return (distance(features[1], features[0]) + distance(features[2], features[0])) / 2
+
+    assert found.prediction == pytest.approx(measure(torch.arange(20)))
+    values = [measure(torch.arange(20).repeat_interleave(row.long())) for row in counts]
+    assert found.interval["prediction"][1] - found.prediction == pytest.approx(1.959964 * np.std(values, ddof=1))
+    assert found.copy_last is found.reconstruction is found.autoencoded is None
 
 
 def test_few_clips_are_measured_with_a_warning_and_one_is_refused(capsys):
