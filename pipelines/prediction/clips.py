@@ -17,6 +17,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source, open_video
+from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import BrokenVideoError, Recording, VideoSource, VideoTable
 
 # Frames of a user's video that are held in memory and shown before the prediction.
@@ -184,7 +185,8 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
 
 def _open_windows(config: RiverConfig, wanted: int) -> tuple[VideoSource, list[Window]]:
     evaluation = config.evaluation
-    source = open_source(config.dataset, config.data_root, evaluation.split, stored_splits(config))
+    dataset = _long_enough(config.dataset, evaluation.context + evaluation.horizon)
+    source = open_source(dataset, config.data_root, evaluation.split, stored_splits(config))
     lengths = VideoTable.of(source.videos).frames
     windows = choose_windows(lengths.tolist(), evaluation, wanted)
     if not windows:
@@ -196,6 +198,12 @@ def _open_windows(config: RiverConfig, wanted: int) -> tuple[VideoSource, list[W
             f"{evaluation.horizon} frames of evaluation.context + evaluation.horizon; {found}: lower evaluation.horizon"
         )
     return source, windows
+
+
+def _long_enough(dataset: DatasetConfig, frames: int) -> DatasetConfig:
+    """The data set, whose `shapes` are simulated for this many frames at least; the first ones stay the same."""
+    simulated = max(dataset.shapes.frames, (frames - 1) * dataset.frame_step + 1)
+    return dataset.model_copy(update={"shapes": dataset.shapes.model_copy(update={"frames": simulated})})
 
 
 @dataclass(frozen=True, eq=False)

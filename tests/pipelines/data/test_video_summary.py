@@ -104,6 +104,8 @@ def test_videos_too_short_to_train_on_or_to_sample(config, three):
     assert train.endswith(": v0, v1, v3 and 1 more")
     assert test.startswith("note: 1 of 3 test videos have fewer than 10 frames (evaluation.context 4 + horizon 6")
     assert test.endswith(": x0")
+    drawn = config.model_copy(update={"dataset": config.dataset.model_copy(update={"source": "shapes"})})
+    assert warnings(drawn, three) == [train]  # shapes are simulated for as long as a clip needs
 
 
 def test_videos_smaller_than_the_frames(config, three):

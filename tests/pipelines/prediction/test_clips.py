@@ -13,6 +13,7 @@ from pipelines.config import EvaluationConfig, RiverConfig, parse_config
 from pipelines.errors import UserError
 from pipelines.prediction.clips import Clip, ClipReader, Window, choose_windows, most_moving, open_clips, read_video
 from pipelines.runtime.context import RunContext
+from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource
@@ -112,9 +113,19 @@ def test_random_clips_have_their_start_in_name_and_key(tmp_path, run_context):
     assert len({clip.recording for clip in clips}) == 4  # each drawn video is a recording
 
 
-def test_too_long_a_protocol_tells_the_lengths_of_the_videos(tmp_path, run_context):
-    with pytest.raises(UserError, match=r"2 \+ 30 frames.*4 videos have 12 to 12 frames.*evaluation.horizon"):
-        load_clips(config(tmp_path, horizon=30), run_context, 3)
+@pytest.mark.parametrize("window", ["first", "random"])
+def test_shapes_are_simulated_for_as_long_as_the_protocol_needs(tmp_path, run_context, window):
+    settings = config(tmp_path, horizon=30, window=window)
+    stepped = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"frame_step": 3})})
+    for those in (settings, stepped):
+        source = open_source(those.dataset, tmp_path, "test")
+        clips = load_clips(those, run_context, 10)
+        assert sorted(clip.key for clip in clips) == [0, 1, 2, 3]  # of frame 0 on
+        for clip in clips:
+            assert clip.frames.shape == (32, 3, 64, 64)
+            stored = image_to_unit(torch.from_numpy(source.read(clip.video)))
+            assert torch.equal(clip.frames[: len(stored)], stored)
+            assert (clip.frames[1:] != clip.frames[:-1]).flatten(1).any(1).all()
 
 
 def write_frames(folder: Path, count: int) -> None:
@@ -137,6 +148,9 @@ def test_short_videos_are_left_out_with_a_message(tmp_path, run_context, capsys)
     )
     assert [clip.name for clip in load_clips(settings, run_context, 10)] == ["b", "d"]
     assert "1 of 3 videos" in capsys.readouterr().out
+    long = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"horizon": 30})})
+    with pytest.raises(UserError, match=r"2 \+ 30 frames.*3 videos have 3 to 9 frames.*evaluation.horizon"):
+        load_clips(long, run_context, 3)
 
 
 class GrayVideos(VideoSource):
