@@ -93,7 +93,7 @@ predict: setup  ## continue any clip: make predict VIDEO=clip.mp4
 	@test -n $(call quoted,$(VIDEO)) || { echo "expected a video: make predict VIDEO=clip.mp4" >&2; exit 2; }
 	@$(RIVER) predict $(CONFIG) $(OPTIONS) -- $(call quoted,$(VIDEO))
 
-evaluate: setup  ## measure PSNR, SSIM, LPIPS and FVD beside two baselines (DOWNLOAD=1 fetches VGG16 and the I3D)
+evaluate: setup  ## measure quality beside two baselines (DOWNLOAD=1 fetches VGG16 and the I3D)
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(OPTIONS)
 

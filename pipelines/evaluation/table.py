@@ -36,7 +36,7 @@ def format_table(evaluation: Evaluation) -> str:
     if "fvd" in metrics:
         lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
     if "latent_frechet" in metrics:
-        lines += ["", *_distances_table("Fréchet distance of latents, lower is better", metrics["latent_frechet"])]
+        lines += ["", *_distances_table("Fréchet of latents, lower is better", metrics["latent_frechet"])]
     gain = metrics["psnr"].prediction - (metrics["psnr"].copy_last or 0.0)
     better = "better" if gain >= 0 else "WORSE"
     lines += ["", f"  The prediction is {abs(gain):.2f} dB {better} than copying the last frame."]
