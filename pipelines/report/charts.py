@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 WIDTH, HEIGHT = 440, 264
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 22, 40
 MAX_POINTS = 240
-# Longer lines have no dots, and their table shows every n-th point.
+# Longer lines have no dots, and their table shows every n-th point and the ends.
 MAX_DOTS = 40
 # More ticks of a logarithmic scale would touch each other.
 MAX_TICKS = 9
@@ -165,7 +165,9 @@ class Chart:
         """The numbers as a table, for readers who cannot see the chart: x, and the y of each line that has one."""
         steps = np.unique(np.concatenate([line.x for line in self.lines]))
         values = [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
-        return [[x, *(by_x.get(x, "") for by_x in values)] for x in steps[:: -(-len(steps) // MAX_DOTS)]]
+        every = -(-len(steps) // MAX_DOTS)
+        shown = np.unique([0, *range(every - 1, len(steps), every), len(steps) - 1])
+        return [[x, *(by_x.get(x, "") for by_x in values)] for x in steps[shown]]
 
 
 def pieces(present: np.ndarray) -> list[np.ndarray]:

@@ -113,7 +113,7 @@ class ShapesSource(VideoSource):
             present=self.present[videos] > 0,
             kind=self.kind[videos],
             color=self.color[videos],
-            coverage=painted.transpose(0, 3, 1, 2),
+            coverage=np.ascontiguousarray(painted.transpose(0, 3, 1, 2)),  # without the margins
             radius=self.radius * self.scale,
             scale=self.scale,
         )

@@ -52,7 +52,10 @@ def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
         flow_step=400, interval="95 %, bootstrap over recordings", sampling={"solver": "euler", "steps": 5},
         autoencoder_sha256="cd" * 32, missing={"lpips": "the weights of VGG16 are not here"},
     )  # fmt: skip
-    return {"protocol": whole | protocol, "metrics": {"psnr": psnr, "fvd": fvd}}
+    sharpness = {"prediction": 0.625, "per_frame": {"prediction": [0.75, math.nan, 0.5, 0.625]}}
+    latent_frechet = {"prediction": 0.0123, "copy_last": 1.5}
+    metrics = {"psnr": psnr, "sharpness": sharpness, "fvd": fvd, "latent_frechet": latent_frechet}
+    return {"protocol": whole | protocol, "metrics": metrics}
 
 
 def study() -> dict[str, Any]:
@@ -164,7 +167,15 @@ def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[
     for key, words in {
         "summary": ["20.00", "95 %: 19.00 to 21.00", "copying 15.00", "reconstruction 30.00", "120.5"],
         "predictions": ["walk", "jump", "truth", "prediction", "2 x difference", "2 frames given", "4 predicted"],
-        "quality": ["PSNR of each predicted frame", "best of 3 samples", "77.2", "the weights of VGG16 are not here"],
+        "quality": [
+            "PSNR of each predicted frame",
+            "best of 3 samples",
+            "77.2",
+            "the weights of VGG16 are not here",
+            "Sharpness of each predicted frame",
+            "0.625",
+            "0.0123",
+        ],
         "study": ["PSNR against NFE", "euler", "midpoint", "level of 396 evaluations", "warm start 0.5", "seed 1"],
         "training": ["Stage 2: the flow", "Done: 400 steps", "validation"],
         "speed": ["load", "≥ 0.5", "not reached", "2 cores"],
@@ -175,7 +186,8 @@ def test_all_sections_of_a_whole_run(whole: Toys, capsys: pytest.CaptureFixture[
             assert word in text_of(part), f"{word!r} is not in {key}"
     assert section(text, "predictions").count("<canvas") == 6
     assert section(text, "quality").count("<polygon") == 3  # a band per subject
-    assert section(text, "quality").count("<circle") == 3 * HORIZON
+    assert section(text, "quality").count("<circle") == 3 * HORIZON + 3  # of sharpness, a frame has none
+    assert "0.625" not in text_of(text.partition("<nav")[0])  # headlines are of what is better the higher or lower
     assert 'data-fps="12"' in text
     assert not re.search(r'="[^"]*\b(nan|inf|None)\b', text)
     assert "undefined" not in text_of(re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)).lower()
