@@ -153,8 +153,9 @@ def _objects(run: Run, objects: dict[str, MetricValues]) -> dict[str, Any]:
 
 
 def _curves(metric: Quantity, values: MetricValues) -> Chart:
-    lines = []
-    for subject, y in (values.per_frame or {}).items():
+    lines, curves = [], values.per_frame or {}
+    for subject in (subject for subject in SUBJECTS if subject in curves):
+        y = curves[subject]
         band = (values.per_frame_interval or {}).get(subject)
         lines.append(Line(SUBJECTS[subject], range(1, len(y) + 1), y, subject.replace("_", "-"), band))
     if values.best_of is not None:
