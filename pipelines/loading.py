@@ -1,17 +1,22 @@
 """Trained networks: where a run keeps them, and how they are loaded."""
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pipelines.config import parse_config
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import image_memory_format
+from pipelines.runtime.files import read_json
+from pipelines.runtime.progress import say, warn
+from pipelines.runtime.results import Study, StudyPoint
 from pipelines.runtime.run_folder import chosen_checkpoint
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
@@ -32,6 +37,7 @@ class PredictorParts:
         vector_field: called with final latents: (x_t, reference, condition, distance, t) -> velocity.
         standardization: between the raw latents of the autoencoder and the final latents of the field.
         sampling: the default sampler settings.
+        sampler_is_chosen: whether `study` chose its solver and evaluations, because the run's settings leave them open.
         fps: frames per second of the training videos.
         longest_distance: largest number of frames between condition and reference in the field's training; None:
             unknown, as for imported weights.
@@ -46,15 +52,23 @@ class PredictorParts:
     sampling: SamplingConfig
     fps: float
     device: torch.device
+    sampler_is_chosen: bool = False
     longest_distance: int | None = None
     trained_grid: tuple[int, int] | None = None
     refiner: RCAN | None = None
     no_refiner: str = "this predictor was built without a refiner: pass refiner=..., or train one for a run"
 
 
-def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | None = None) -> PredictorParts:
+def load_run(
+    run: Path,
+    device: torch.device,
+    weights: Literal["ema", "raw"] | None = None,
+    sampling: SamplingConfig | None = None,
+) -> PredictorParts:
     """Load the networks of a run folder; see `VideoPredictor.from_run`.
 
+    Args:
+        sampling: sampler settings; None: those of the run. Either may leave the sampler to the choice of `study`.
     Raises:
         UserError: a part is missing, or the flow was trained on another autoencoder's latents.
     """
@@ -83,15 +97,20 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
             f"{autoencoder_checkpoint.path} is {here[:12]}...: encode and train the flow again "
             "(`encode --overwrite`, `train-flow --restart`), or restore the old autoencoder"
         )
-    sampling = config.sampling
+    sampling = config.sampling if sampling is None else sampling
     if weights is not None:
         sampling = sampling.model_copy(update={"weights": weights})
+    choice = _find_choice(run, flow, sampling)
+    if choice is not None:
+        chosen = {"solver": choice.solver, "nfe": choice.nfe, "warm_start": choice.warm_start}
+        sampling = sampling.model_copy(update=chosen | {"condition": choice.condition})
     refiner, no_refiner = _find_refiner(run, here, device)
     return PredictorParts(
         autoencoder=autoencoder,
         vector_field=load_trained_field(flow, device, sampling.weights),
         standardization=standardization_in(flow).to(device),
         sampling=sampling,
+        sampler_is_chosen=choice is not None,
         fps=flow.state["fps"],
         device=device,
         longest_distance=flow.state.get("longest_distance"),
@@ -99,6 +118,22 @@ def load_run(run: Path, device: torch.device, weights: Literal["ema", "raw"] | N
         refiner=refiner,
         no_refiner=no_refiner,
     )
+
+
+def _find_choice(run: Path, flow: Checkpoint, sampling: SamplingConfig) -> StudyPoint | None:
+    """The sampler that `study` chose for a flow; None, if need be with a message, where settings or it choose none."""
+    path = run / "quality.json"
+    if not sampling.leaves_sampler_open or not path.exists():
+        return None
+    try:
+        study = read_json(path, Study, "`study` writes it again; the default sampler is used")
+    except UserError as error:
+        warn(str(error))
+        return None
+    if study.protocol.flow_sha256 != flow_digest(flow, sampling.weights):
+        say(f"{path}: not used, it measured other weights of the flow; `study` measures these")
+        return None
+    return study.choice
 
 
 def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> tuple[RCAN | None, str]:
@@ -127,9 +162,13 @@ def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Au
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of all weights: the identity of an autoencoder."""
+    """sha256 over names, types, shapes and bytes of all weights: the identity of a network."""
+    return _tensors_digest(model.state_dict())
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -137,10 +176,23 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 def autoencoder_digest(checkpoint: Checkpoint) -> str:
     """`weights_digest` of a checkpoint's autoencoder, computed once per process unless its files change."""
-    weights = checkpoint.path / ("ema.safetensors" if checkpoint.has("ema") else "model.safetensors")
+    name = "ema" if checkpoint.has("ema") else "model"
+    return _known_digest(
+        checkpoint, name, lambda: weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu")))
+    )
+
+
+def flow_digest(checkpoint: Checkpoint, weights: Literal["ema", "raw"]) -> str:
+    """`weights_digest` of what `load_trained_field` loads, computed once per process unless its files change."""
+    name = _field_weights(checkpoint, weights)
+    return _known_digest(checkpoint, name, lambda: _tensors_digest(checkpoint.tensors(name)))
+
+
+def _known_digest(checkpoint: Checkpoint, name: str, digest: Callable[[], str]) -> str:
+    weights = checkpoint.path / f"{name}.safetensors"
     key = weights, weights.stat().st_mtime_ns if weights.exists() else 0
     if key not in _digests:
-        _digests[key] = weights_digest(load_trained_autoencoder(checkpoint, torch.device("cpu")))
+        _digests[key] = digest()
     return _digests[key]
 
 
@@ -165,10 +217,14 @@ def load_trained_field(
     try:
         sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
         field = VectorField(sizes, checkpoint.state["latent_shape"][0])
-        field.load_state_dict(checkpoint.tensors("ema" if weights == "ema" and checkpoint.has("ema") else "model"))
+        field.load_state_dict(checkpoint.tensors(_field_weights(checkpoint, weights)))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
     return field.to(device).eval().requires_grad_(False)
+
+
+def _field_weights(checkpoint: Checkpoint, weights: Literal["ema", "raw"]) -> str:
+    return "ema" if weights == "ema" and checkpoint.has("ema") else "model"
 
 
 def standardization_in(checkpoint: Checkpoint) -> Standardization:

@@ -27,12 +27,14 @@ from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import known_frames, make_draws, past_window
-from stage2_flow.config import SamplingConfig
+from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import POSITIONS
 
 # Frames per call of the autoencoder.
 FRAMES_AT_ONCE = 64
+# Follows the description of such a sampler.
+CHOSEN = " (chosen by `study`)"
 
 
 class VideoPredictor(PredictorParts):
@@ -51,7 +53,8 @@ class VideoPredictor(PredictorParts):
                 named run in it, `runs/kth/wide`, which uses that autoencoder.
             device: `auto`, `cpu`, `cuda`.
             weights: of the vector field: the average, if the training kept one, or those of the last step; None: as the
-                run's `sampling.weights` says.
+                run's `sampling.weights` says. The run's settings may leave the sampler to the choice of `study`, which
+                is of averaged weights.
         Raises:
             UserError: a part of the run is missing, or its flow was trained on another autoencoder's latents.
         """
@@ -88,6 +91,8 @@ class VideoPredictor(PredictorParts):
     def sampling_with(self, changes: Mapping[str, Any] | SamplingConfig | None) -> SamplingConfig:
         """The run's sampling options with some of them changed.
 
+        A sampler that `study` chose is one choice: a change of one of `SAMPLER_KEYS` puts the defaults in its place.
+
         Raises:
             UserError: an unknown option or a value out of range.
         """
@@ -103,6 +108,8 @@ class VideoPredictor(PredictorParts):
         dropped = {"solver", "steps", "nfe"} if "preset" in changes else set()
         if "steps" in changes:
             dropped |= {"nfe"}
+        if self.sampler_is_chosen and changes.keys() & SAMPLER_KEYS:
+            dropped |= SAMPLER_KEYS
         kept = self.sampling.model_dump(exclude=dropped)
         try:
             return SamplingConfig.model_validate(kept | changes)
@@ -319,7 +326,7 @@ class VideoPredictor(PredictorParts):
     def describe_sampling(self, refine: bool = False) -> str:
         """How frames are predicted, in a few words."""
         options, plan = self.sampling, SamplingPlan.from_config(self.sampling)
-        words = [plan.solver.name, f"{plan.evaluations} evaluations per frame", f"warm start {plan.warm_start:g}"]
+        words = [plan.describe(), f"warm start {plan.warm_start:g}"]
         words += ["one condition per frame"] if options.condition == "per-frame" else []
         words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
         words += ["raw weights"] if options.weights == "raw" else []
@@ -329,8 +336,7 @@ class VideoPredictor(PredictorParts):
 
 def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:
     """The predictor of a configuration's run, with the sampling options of that configuration."""
-    predictor = VideoPredictor.from_run(config.run_path, run_context.device, weights=config.sampling.weights)
-    return replace(predictor, sampling=config.sampling)
+    return VideoPredictor(**vars(load_run(config.run_path, run_context.device, sampling=config.sampling)))
 
 
 def sample_clips(
@@ -351,7 +357,8 @@ def sample_clips(
     clips = list(open_clips(config, run_context, videos))
     context, horizon, size = config.evaluation.context, config.evaluation.horizon, config.evaluation.batch_size
     how, several = predictor.describe_sampling(refine), f", {samples} samples of each" if samples > 1 else ""
-    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}")
+    chosen = CHOSEN if predictor.sampler_is_chosen else ""
+    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}{chosen}")
     latents, pixels = [], []
     with progress(total=len(clips), description="predict", unit="clip") as bar:
         for batch in (clips[first : first + size] for first in range(0, len(clips), size)):
@@ -367,7 +374,7 @@ def sample_clips(
         fps=[clip.fps for clip in clips],
         context=context,
         horizon=horizon,
-        sampling=predictor.resolved_sampling(config.sampling, context, horizon).model_dump(mode="json"),
+        sampling=predictor.resolved_sampling(predictor.sampling, context, horizon).model_dump(mode="json"),
         samples=samples,
         refine=refine,
     )
@@ -410,7 +417,7 @@ def continue_video(
     several = f", {samples} samples" if samples > 1 else ""
     say(
         f"predict: {video.path}: last {context} of {video.length} frames given, {horizon} predicted{several}, "
-        f"{predictor.describe_sampling(refine)}"
+        f"{predictor.describe_sampling(refine)}{CHOSEN if predictor.sampler_is_chosen else ''}"
     )
     given = image_to_unit(torch.from_numpy(video.frames[-context:]))[None]
     predicted = to_video(predictor.generate_frames(given, horizon, samples=samples, refine=refine, verbose=True))

@@ -12,6 +12,7 @@ from pipelines.data.datasets import prepare_data, videos_status
 from pipelines.encoding.store_checks import store_status
 from pipelines.encoding.store_encoder import encode
 from pipelines.errors import UserError
+from pipelines.evaluation.sampler_study import choose_sampler, sampler_status
 from pipelines.loading import find_autoencoder
 from pipelines.prediction.clips import check_clips
 from pipelines.runtime.context import RunContext
@@ -67,6 +68,7 @@ STAGES = {
         Stage("autoencoder", (), autoencoder_status, train_autoencoder, _check_shared),
         Stage("store", ("autoencoder",), store_status, _encode, _check_shared),
         Stage("flow", ("store",), flow_status, train_flow, check_flow),
+        Stage("sampler", ("flow",), sampler_status, choose_sampler),
         Stage("refiner", ("store",), refiner_status, train_refiner),
     )
 }
@@ -98,11 +100,16 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
 
 
 def run_to_prediction(
-    config: RiverConfig, run_context: RunContext, refine: bool = False, of_clips: bool = False
+    config: RiverConfig,
+    run_context: RunContext,
+    refine: bool = False,
+    of_clips: bool = False,
+    choose: bool = True,
 ) -> None:
     """Run all stages that predictions of pixels need.
 
     Args:
+        choose: choose their sampler, too.
         of_clips: predictions will be of the protocol's clips; videos without any are refused before anything is made.
 
     Raises:
@@ -119,6 +126,8 @@ def run_to_prediction(
     if of_clips and not made[1].is_done and run_context.mirror is None:  # with a mirror the videos come later
         check_clips(config)
     run_to("flow", config, run_context)
+    if choose:
+        run_to("sampler", config, run_context)
     if refine:
         run_to("refiner", config, run_context)
 
@@ -137,6 +146,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
         "autoencoder": f"{autoencoder.parameter_count / 1e6:.1f} M parameters, frames of {w}x{h} -> latents {latents}",
         "store": str(config.store_path),
         "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {prod(latent_shape[1:]) + 1} tokens",
+        "sampler": "solver and evaluations per frame",
         "refiner": f"{refiner.parameter_count / 1e6:.2f} M parameters, optional",
     }
     costs = {

@@ -26,6 +26,8 @@ Depth = Annotated[PositiveInt, Field(le=256)]
 Size = Annotated[PositiveInt, Field(le=65536)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SolverName = Literal["euler", "midpoint", "heun", "rk4", "rk4-38"]
+# What `study` chooses together. Who sets one of them in `sampling` gets none of its choice.
+SAMPLER_KEYS = frozenset({"preset", "solver", "steps", "nfe", "warm_start", "condition"})
 
 
 class VectorFieldConfig(BaseModel):
@@ -160,12 +162,13 @@ class SamplingConfig(BaseModel):
     )
     solver: SolverName | None = Field(
         None,
-        description="null: midpoint; with preset official rk4-38 (Kutta's 3/8 rule, called rk4 in the official code)",
+        description="null: what `study` chose for the run, else midpoint; with preset official rk4-38 (Kutta's 3/8 "
+        "rule, called rk4 in the official code)",
     )
     steps: Size | None = Field(
         None,
-        description="solver steps from warm start to 1 (null: 8 evaluations); with preset official the paper's "
-        "number of time points, of which a share of 1 - warm_start is used (null: 100)",
+        description="solver steps from warm start to 1 (null: what `study` chose, else 8 evaluations); with preset "
+        "official the paper's number of time points, of which a share of 1 - warm_start is used (null: 100)",
     )
     nfe: Size | None = Field(
         None,
@@ -203,3 +206,10 @@ class SamplingConfig(BaseModel):
     cuda_graphs: bool | Literal["auto"] = Field(
         "auto", description="record a solver step as a CUDA graph and replay it. auto: on a GPU"
     )
+
+    @property
+    def leaves_sampler_open(self) -> bool:
+        """Whether none of `SAMPLER_KEYS` is set: then the choice of `study` is used, which is of averaged weights."""
+        return self.weights == "ema" and all(
+            getattr(self, name) == SamplingConfig.model_fields[name].default for name in SAMPLER_KEYS
+        )

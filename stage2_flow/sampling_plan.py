@@ -10,7 +10,7 @@ from stage2_flow.config import SamplingConfig
 from stage2_flow.solvers import SOLVERS, Solver
 
 DEFAULT_SOLVER = {"default": "midpoint", "official": "rk4-38"}
-# The fewest, with a margin, whose predictions could not be told from those of 396: see `make study`.
+# Where `study` has chosen nothing.
 DEFAULT_EVALUATIONS = 8
 OFFICIAL_STEPS = 100
 
@@ -56,6 +56,10 @@ class SamplingPlan:
     def evaluations(self) -> int:
         """Evaluations of the field per frame (NFE)."""
         return self.steps * self.solver.evaluations_per_step
+
+    def describe(self) -> str:
+        """Solver and evaluations, in a few words."""
+        return f"{self.solver.name}, {self.evaluations} evaluations per frame"
 
     def time_points(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[points] times, made on the CPU because accelerators round a linspace differently."""

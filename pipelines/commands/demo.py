@@ -47,6 +47,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
         ("stage 1: train the autoencoder", lambda: stages.run_to("autoencoder", config, run_context)),
         ("stage 1: encode all videos into the store", lambda: stages.run_to("store", config, run_context)),
         ("stage 2: train the flow, from the store alone", lambda: stages.run_to("flow", config, run_context)),
+        ("choose the sampler, on validation clips", lambda: stages.run_to("sampler", config, run_context)),
         ("predict videos of the test split", lambda: sample_clips(config, run_context)),
         ("measure", lambda: evaluate(config, run_context)),
         ("write the report", lambda: write_report(config)),

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
+    from pipelines.evaluation.sampler_study import choose_sampler
     from pipelines.loading import find_flow, find_refiner
     from pipelines.prediction.clips import read_video
     from pipelines.predictor import continue_video
@@ -32,6 +33,8 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     video = read_video(config, options.video)  # a broken one is reported before a training that may take days
     if find_flow(config.run_path) is None:
         stages.run_to_prediction(config, run_context)
+    else:
+        choose_sampler(config, run_context)
     if options.refine and find_refiner(config.run_path) is None:
         stages.run_to("refiner", config, run_context)
     continue_video(

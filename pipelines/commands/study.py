@@ -1,4 +1,4 @@
-"""`river study`: quality against the number of evaluations, for each solver and option."""
+"""`river study`: compare solvers and numbers of evaluations, and choose the sampler of the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "quality against the number of evaluations, per solver and option, on the validation split"
+HELP = "compare solvers and numbers of evaluations on the validation split; chooses the sampler of predictions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +27,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines.evaluation.sampler_study import open_study_clips, study
 
     clips = open_study_clips(config, run_context, options.videos)  # errors are reported before a training
-    stages.run_to_prediction(config, run_context)
+    stages.run_to_prediction(config, run_context, choose=False)
     study(config, run_context, clips, options.most_evaluations)

@@ -1,4 +1,4 @@
-"""`river train-flow`: stage 2, train the flow from the store alone."""
+"""`river train-flow`: stage 2, train the flow from the store alone; then choose its sampler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "stage 2: train the flow from the store alone"
+HELP = "stage 2: train the flow from the store alone, then choose its sampler on validation clips"
 # Sections of the configuration that --restart, --overwrite and --fine-tune take from the file again.
 BEGINS_ANEW = ("flow",)
 
@@ -29,3 +29,4 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines import stages
 
     stages.run_to("flow", config, run_context)
+    stages.run_to("sampler", config, run_context)

@@ -4,6 +4,7 @@ The shapes of a video have different colors. So a shape is the largest connected
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,6 +255,27 @@ def nearest_kind(
     return np.argmax(overlap, axis=0)
 
 
+def check_shapes(source: ShapesSource) -> None:
+    """Refuse shapes that are too small to be audited.
+
+    Raises:
+        ValueError: they are; says what size is enough.
+    """
+    radius = source.radius * source.scale
+    if radius < SMALLEST_RADIUS:
+        raise ValueError(
+            f"kinds of shapes of radius {radius:.3g} pixels cannot be told apart; a dataset.image_size that is "
+            f"{SMALLEST_RADIUS / radius:.3g} times as large is enough"
+        )
+
+
+def true_shapes(source: ShapesSource, clips: Sequence[Clip], first: int) -> VisibleShapes:
+    """The shapes in all frames of clips from number `first` on, clip by clip."""
+    steps = np.arange(first, len(clips[0].frames))
+    videos = np.repeat([clip.video for clip in clips], len(steps))
+    return source.shapes(videos, np.concatenate([clip.start + steps for clip in clips]))
+
+
 class ObjectAudit:
     """The audit of an evaluation's clips, one batch at a time: `begin`, then `add` for each subject and sample."""
 
@@ -264,14 +286,9 @@ class ObjectAudit:
             source: what the clips are read from.
             context: number of given frames of each clip.
         Raises:
-            ValueError: the shapes are too small.
+            ValueError: as `check_shapes`.
         """
-        radius = source.radius * source.scale
-        if radius < SMALLEST_RADIUS:
-            raise ValueError(
-                f"kinds of shapes of radius {radius:.3g} pixels cannot be told apart; a dataset.image_size that is "
-                f"{SMALLEST_RADIUS / radius:.3g} times as large is enough"
-            )
+        check_shapes(source)
         self._source, self._context = source, context
         # [clips, horizon] of each batch; all samples added up
         self._tallies: dict[tuple[str, str], list[Tally]] = defaultdict(list)
@@ -281,10 +298,7 @@ class ObjectAudit:
         """Begin the next batch of clips."""
         self._clips, self._frames = clips, torch.stack([clip.frames for clip in clips])
         # From the last given frame on: the way to the first predicted one starts there.
-        steps = np.arange(self._context - 1, self._frames.shape[1])
-        videos = np.repeat([clip.video for clip in clips], len(steps))
-        frames = np.concatenate([clip.start + steps for clip in clips])
-        self._truth = self._source.shapes(videos, frames)
+        self._truth = true_shapes(self._source, clips, self._context - 1)
 
     def add(self, subject: str, predicted: Tensor, sample: int = 0) -> None:
         """Measure predicted frames of the batch.

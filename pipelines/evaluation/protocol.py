@@ -61,11 +61,11 @@ def describe_protocol(
             "fit": config.dataset.fit,
             "size": config.dataset.image_size,
         },
-        sampling=predictor.resolved_sampling(config.sampling, evaluation.context, evaluation.horizon).model_dump(
+        sampling=predictor.resolved_sampling(predictor.sampling, evaluation.context, evaluation.horizon).model_dump(
             mode="json"
         ),
-        seed=config.sampling.seed,
-        nfe=SamplingPlan.from_config(config.sampling).evaluations,
+        seed=predictor.sampling.seed,
+        nfe=SamplingPlan.from_config(predictor.sampling).evaluations,
         description=predictor.describe_sampling(refine),
         flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
         refine=refine,
@@ -106,7 +106,7 @@ def common_protocol(
         "flow_step": flow.step,
         "flow_sha256": weights_digest(predictor.vector_field),
         "autoencoder_sha256": flow.state["store"]["autoencoder"],
-        "precision": sampling_precision(config.sampling, predictor.device),
+        "precision": sampling_precision(predictor.sampling, predictor.device),
         "device": str(predictor.device),
     }
 

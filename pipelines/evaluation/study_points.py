@@ -9,12 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pipelines.errors import UserError
 from pipelines.evaluation.frechet import MAX_RESAMPLES, fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.intervals import Tally, half_width, normal_interval, percentile_interval
 from pipelines.evaluation.metrics import Metric, gradient_energy, measure_frames
+from pipelines.evaluation.object_audit import audit_objects
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.results import Interval, StudyPoint
+from stage1_autoencoder.videos.shapes import VisibleShapes
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
@@ -34,6 +37,7 @@ class StudyClips:
         context: int,
         counts: Tensor | None,
         metrics: list[Metric],
+        shapes: VisibleShapes | None = None,
     ) -> None:
         """Encode the clips.
 
@@ -41,8 +45,9 @@ class StudyClips:
             clips: two or more.
             context: number of given frames.
             counts: [resamples, clips] of the bootstrap; None: no intervals.
+            shapes: the simulator's, in the frames after the given ones; None: not known.
         """
-        self.predictor, self.context, self.metrics = predictor, context, metrics
+        self.predictor, self.context, self.metrics, self.shapes = predictor, context, metrics, shapes
         self.keys = [(clip.key, 0) for clip in clips]
         frames = torch.stack([clip.frames for clip in clips])
         latents = predictor.encode_videos(frames)
@@ -64,12 +69,16 @@ class StudyClips:
         Args:
             options: the setting.
             reference: the point to which differences are taken, clip by clip; None: this one is the reference.
+        Raises:
+            UserError: predictions that are not finite.
         """
         started = time.perf_counter()
         latents = self.predictor.generate_latents(self.given, self.truth.shape[1], sampling=options, keys=self.keys)
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         seconds = time.perf_counter() - started
+        if not torch.isfinite(latents).all():
+            raise UserError(f"predictions with {SamplingPlan.from_config(options).describe()} are not finite")
         videos = self.predictor.decode_videos(latents[:, self.context :])
         truth = self.truth.to(videos.device)
         clips = {
@@ -92,7 +101,10 @@ class StudyClips:
             "frechet_interval": interval,
             "frechet_difference": difference,
             "frechet_difference_interval": difference_interval,
+            "whole": None,
         }
+        if self.shapes is not None:
+            measured["whole"] = float(audit_objects(videos, self.shapes)["whole"].mean().mean())
         for name, tally in clips.items():
             of_reference = tally.total.tolist() if reference is None else reference.per_clip[name]
             difference = Tally(tally.total - torch.tensor(of_reference, dtype=torch.float64), tally.count)

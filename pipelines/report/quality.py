@@ -74,6 +74,8 @@ STUDIED = [
     *IMAGE_METRICS,
     Quantity("frechet", "Fréchet distance of latents", "Fréchet distance", "lower", 3),
     SHARPNESS,
+    OBJECTS[0],
+    Quantity("score", "Score", "dB", "higher", 2),
     TIME,
 ]
 
@@ -177,8 +179,7 @@ def study_section(run: Run) -> dict[str, Any]:
         rows.append([point.describe() + (f", seed {point.seed}" if point.seed else ""), point.nfe, *cells])
     return {
         "protocol": study.protocol,
-        "cheapest": None if study.cheapest is None else study.points[study.cheapest],
-        "reference": study.points[study.reference],
+        "chosen": study.choice,
         "charts": [_study_chart(study, quantity) for quantity in measured],
         "head": ["sampler", "NFE", *(quantity.label for quantity in measured)],
         "rows": rows,

@@ -155,6 +155,9 @@ class StudyPoint(Result):
     Attributes:
         key: the setting as JSON; a point is kept by a later study that measures the same key.
         nfe: evaluations of the vector field per predicted frame.
+        whole: share of the clips in which every shape is whole, mean over predicted frames, see
+            `object_audit.audit_objects`; None for videos whose shapes are not known.
+        score: see `sampler_study.score_points`; None until all points are measured.
         *_difference: mean difference to the reference point on the same clips; None, as the metric, if not measured.
         *_interval: None where there are too few recordings.
         per_clip: metric -> [clips]; of sharpness, whose mean is over gradients and not over clips, each clip's share.
@@ -190,6 +193,8 @@ class StudyPoint(Result):
     frechet_interval: Interval | None
     frechet_difference: float
     frechet_difference_interval: Interval | None
+    whole: float | None
+    score: float | None = None
     frechet_resampled: list[float]
     per_clip: dict[str, list[float]]
     milliseconds_per_frame: float
@@ -225,22 +230,28 @@ class Study(Result):
     """`quality.json`: quality per sampler setting.
 
     Attributes:
-        reference: index of the point with the paper's 396 evaluations, or the one that replaces it.
-        cheapest: index of the point with the fewest evaluations that loses nothing measurable; None without intervals.
+        reference: index of the point that differences are taken to.
+        chosen: index of the point whose sampler the run's predictions use; None until all are measured, and if no score
+            is a number.
     """
 
     protocol: StudyProtocol
     points: list[StudyPoint] = Field(min_length=1)
     reference: int = Field(ge=0)
-    cheapest: int | None = Field(ge=0)
+    chosen: int | None = Field(ge=0)
 
     @model_validator(mode="after")
     def _points_exist(self) -> Self:
-        if max(self.reference, self.cheapest or 0) >= len(self.points):
+        if max(self.reference, self.chosen or 0) >= len(self.points):
             raise ValueError(
-                f"reference {self.reference} or cheapest {self.cheapest} is no index of {len(self.points)} points"
+                f"reference {self.reference} or chosen {self.chosen} is no index of {len(self.points)} points"
             )
         return self
+
+    @property
+    def choice(self) -> StudyPoint | None:
+        """The chosen point."""
+        return None if self.chosen is None else self.points[self.chosen]
 
     def solver_line(self, solver: str) -> list[StudyPoint]:
         """The points that differ from the reference only in solver and evaluations, by evaluations."""

@@ -23,8 +23,8 @@ from pipelines.config import load_config
 
 def test_demo_says_what_it_does_and_where_to_look(trained) -> None:
     text = (trained.folder / "demo.txt").read_text()
-    for number in range(1, 8):
-        assert f"[{number}/7]" in text
+    for number in range(1, 9):
+        assert f"[{number}/8]" in text
     assert (trained.runs / "report.html").stat().st_size > 100_000
     assert str(trained.runs / "samples") in text
     assert str(trained.store) in text
@@ -219,7 +219,12 @@ def test_dry_run_changes_nothing(place, trained, story: ModuleType) -> None:
     before = story.stamps(trained.folder)
     outcome = trained.run("demo", "--dry-run").ok()
     assert story.stamps(trained.folder) == before
-    for stage, detail in (("autoencoder", "6 steps"), ("store", ""), ("flow", "8 steps")):
+    for stage, detail in (
+        ("autoencoder", "6 steps"),
+        ("store", ""),
+        ("flow", "8 steps"),
+        ("sampler", "euler, 2 evaluations"),
+    ):
         assert re.search(rf"(?m)^{stage} +done .*; {detail}", outcome.out)
 
 

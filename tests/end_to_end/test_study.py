@@ -1,8 +1,14 @@
-"""`study` on the tiny run: from the command line to its files, interrupted and resumed."""
+"""`study` on the tiny run, interrupted and resumed; and the sampler that is chosen after a training."""
 
 import json
 
+from pipelines.config import load_config
+from pipelines.errors import UserError
+from pipelines.evaluation import sampler_study
 from pipelines.evaluation.study_points import StudyClips
+from pipelines.predictor import VideoPredictor
+from pipelines.runtime.status import Status
+from pipelines.stages import STAGES
 
 FEW = ("study", "--most-evaluations", "4")
 
@@ -19,20 +25,24 @@ def test_an_interrupted_study_resumes_and_is_plotted(copied, monkeypatch) -> Non
     monkeypatch.setattr(StudyClips, "measure", interrupted)
     copied.run(*FEW, "--videos", "3").refused(130, "study")
     path = copied.runs / "quality.json"
-    first = json.loads(path.read_text())["points"]
+    interrupted = json.loads(path.read_text())
+    first = interrupted["points"]
     assert len(first) == 4
+    assert interrupted["chosen"] is None
     outcome = copied.run(*FEW, "--videos", "3").ok()
     assert "4 of them measured before" in outcome.out
     result = json.loads(path.read_text())
-    assert result["points"][:4] == first
+    assert [point | {"score": None} for point in result["points"][:4]] == first
     assert len(calls) == 1 + len(result["points"]) == 1 + len({point["key"] for point in result["points"]}) > 10
     # The test split decides nothing, whatever `evaluate` measures.
     assert result["protocol"]["split"] == "val"
     assert result["protocol"]["clips"] == ["val_00000", "val_00002", "val_00003"]
     assert result["protocol"]["missing"].keys() == {"lpips", "interval"}
+    assert all(0 <= point["whole"] <= 1 for point in result["points"])
     # All points in the one precision that the protocol names.
     assert {json.loads(point["key"])["precision"] for point in result["points"]} == {result["protocol"]["precision"]}
-    assert result["cheapest"] is None  # of three recordings
+    scores = [point["score"] for point in result["points"] if point["seed"] == 0]
+    assert result["points"][result["chosen"]]["score"] >= max(scores) - 0.1
     assert {point["psnr_difference_interval"] for point in result["points"]} == {None}
     assert (copied.runs / "quality.png").stat().st_size > 10_000
     # Other clips, another reference, a file from before SSIM was the standard one.
@@ -50,3 +60,61 @@ def test_a_study_needs_validation_clips_before_anything_is_trained(place, story)
     place.run(*FEW, sets=[*videos, "dataset.splits={val: 0}"]).refused(2, "val", "dataset.splits.val")
     place.run(*FEW, "--videos", "1", sets=["dataset.splits={val: 1}"]).refused(2, "--videos")
     assert not place.runs.exists()
+
+
+def test_a_training_chooses_its_sampler(copied, monkeypatch) -> None:
+    """It is used until somebody sets another one or the weights change; nothing but the choice is lost by a failure."""
+    calls, measure, failure = [], StudyClips.measure, []
+
+    def counted(clips, options, reference):
+        calls.append(options)
+        if failure:
+            raise failure.pop()
+        return measure(clips, options, reference)
+
+    monkeypatch.setattr(StudyClips, "measure", counted)
+    path, samples = copied.runs / "quality.json", copied.runs / "samples" / "samples.json"
+    used = lambda: [json.loads(samples.read_text())["sampling"][name] for name in ("solver", "nfe")]  # noqa: E731
+    assert "as `sampling` sets it" in copied.run("train-flow").ok().out
+    assert not path.exists()
+
+    open_ = copied.with_sets("sampling.solver=null", "sampling.steps=null")
+    failure.append(UserError("for a test"))
+    assert "for a test" in open_.run("train-flow").ok().err
+    assert "evaluation.horizon" in open_.run("train-flow", sets=["evaluation.horizon=99"]).ok().out
+    failure.append(KeyboardInterrupt())
+    open_.run("train-flow", "--restart").refused(130, "resumes")
+    assert not path.exists()
+    assert status_of_sampler(open_).state == "missing"
+
+    assert "quality.json" in open_.run("train-flow").ok().out
+    result = json.loads(path.read_text())
+    assert [(point["solver"], point["nfe"]) for point in result["points"]] == [
+        ("midpoint", 8), ("euler", 2), ("euler", 4), ("midpoint", 4), ("euler", 8), ("euler", 16), ("midpoint", 16)
+    ]  # fmt: skip
+    assert result["protocol"]["split"] == "val"
+    assert result["chosen"] is not None
+    path.write_text(json.dumps(result | {"chosen": 2}))
+    calls.clear()
+    assert "euler, 4 evaluations per frame, warm start 0 (chosen" in open_.run("sample", "--videos", "2").ok().out
+    assert used() == ["euler", 4]
+    assert status_of_sampler(open_).is_done
+    assert "euler, 4 evaluations per frame" in status_of_sampler(open_).detail
+    assert VideoPredictor.from_run(copied.runs, "cpu").sampling.nfe == 4
+    assert "chosen" not in open_.run("sample", "--videos", "2", sets=["sampling.nfe=6"]).ok().out
+    assert used() == [None, 6]
+    assert calls == []
+
+    failure.append(KeyboardInterrupt())
+    open_.run("train-flow", "--restart", sets=["flow.training.learning_rate=0.002"]).refused(130)
+    assert not VideoPredictor.from_run(copied.runs, "cpu").sampler_is_chosen
+    for name in ("SECONDS", "SHARE_OF_TRAINING"):
+        monkeypatch.setattr(sampler_study, name, 0)
+    assert "midpoint, 16 evaluations" in open_.run("sample", "--videos", "2").ok().out  # left out: no time
+    assert json.loads(path.read_text())["chosen"] == 0
+    assert used() == ["midpoint", 8]
+
+
+def status_of_sampler(place) -> Status:
+    """As a dry run shows it."""
+    return STAGES["sampler"].status(load_config(place.folder / "tiny.yaml", place.sets))

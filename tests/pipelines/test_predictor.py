@@ -15,12 +15,14 @@ from pipelines.loading import weights_digest
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import sampling_precision
+from pipelines.runtime.files import write_json
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.config import VQGANConfig
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
+from tests.pipelines.evaluation.test_sampler_study import point, study
 
 AUTOENCODER = VQGANConfig(
     channels=8,
@@ -405,11 +407,14 @@ def test_to_video_rounds_to_the_nearest_and_clamps():
     assert to_video(frames.bfloat16().requires_grad_()).dtype == np.uint8
 
 
-def save_run(folder, *, ema: bool = False, digest: str | None = None, fields: dict | None = None):
+def save_run(
+    folder, *, ema: bool = False, digest: str | None = None, fields: dict | None = None, sampling: dict | None = None
+):
     """A run folder as the trainings write it; gives the networks that prediction should use."""
     autoencoder, field = networks()
     config = parse_config(
-        {"dataset": {"name": "toy", "source": "shapes", "image_size": 16}, "sampling": {"steps": 3, "solver": "heun"},
+        {"dataset": {"name": "toy", "source": "shapes", "image_size": 16},
+         "sampling": {"steps": 3, "solver": "heun"} if sampling is None else sampling,
          "autoencoder": {"model": AUTOENCODER.model_dump()}, "flow": {"model": FIELD.model_dump()}},
         "test",
     )  # fmt: skip
@@ -455,6 +460,38 @@ def test_averaged_weights_are_taken_unless_raw_ones_are_asked_for(tmp_path):
         assert torch.equal(raw.vector_field.state_dict()[name], tensor)
     with pytest.raises(UserError, match=r"from_run\(\.\.\., weights='ema'\)"):
         raw.generate_latents(torch.randn(1, 2, 4, 4, 4), 1, sampling={"weights": "ema"})
+
+
+def test_the_chosen_sampler_of_a_run(tmp_path, capsys):
+    def load(run, **options) -> VideoPredictor:
+        return VideoPredictor.from_run(run, "cpu", **options)
+
+    save_run(tmp_path, ema=True, sampling={"past_horizon": 6})
+    default, path = load(tmp_path).sampling, tmp_path / "quality.json"
+    of_run = study([point(8, solver="midpoint"), point(4, warm_start=0.25, condition="per-frame")])
+    averaged = load(tmp_path).vector_field
+    protocol = of_run.protocol.model_copy(update={"flow_sha256": weights_digest(averaged)})
+    write_json(path, of_run.model_copy(update={"protocol": protocol}))
+    found = load(tmp_path)
+    chosen = {"solver": "euler", "nfe": 4, "warm_start": 0.25, "condition": "per-frame"}
+    assert found.sampling == default.model_copy(update=chosen)
+    assert found.sampling_with({"seed": 3}) == found.sampling.model_copy(update={"seed": 3})
+    # One choice: whoever changes a part of it begins with the default.
+    for changes in ({"solver": "heun"}, {"nfe": 6}, {"steps": 2}, {"warm_start": 0.5}, {"preset": "official"}):
+        assert found.sampling_with(changes) == default.model_copy(update=changes)
+    assert capsys.readouterr().out == ""
+
+    assert load(tmp_path, weights="raw").sampling == default.model_copy(update={"weights": "raw"})
+    assert capsys.readouterr() == ("", "")
+    write_json(path, of_run)
+    assert load(tmp_path).sampling == default
+    assert str(path) in capsys.readouterr().out
+    path.write_text('{"cheapest": 3}')
+    assert load(tmp_path).sampling == default
+    assert str(path) in capsys.readouterr().err
+    save_run(tmp_path / "set", sampling={"solver": "rk4"})
+    write_json(tmp_path / "set" / "quality.json", of_run)
+    assert load(tmp_path / "set").sampling.solver == "rk4"
 
 
 def test_another_autoencoder_is_refused(tmp_path):

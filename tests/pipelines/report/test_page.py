@@ -70,7 +70,7 @@ def study() -> dict[str, Any]:
     points += [point("euler", nfe, 20 + nfe / 8) for nfe in (1, 4, 8)]
     points += [point("midpoint", nfe, 20 + nfe / 4) for nfe in (2, 4)] + [point("euler", 2, 3.25, warm_start=0.5)]
     protocol = filled(StudyProtocol, clips=["a", "b"], device="cpu", recordings=2, missing={})
-    return {"protocol": protocol, "points": points, "reference": 0, "cheapest": 3}
+    return {"protocol": protocol, "points": points, "reference": 0, "chosen": 3}
 
 
 BENCHMARK = {
@@ -304,14 +304,14 @@ def test_the_audit_of_objects(whole: Toys):
     assert str(path) in problem
 
 
-def test_a_study_of_few_recordings_chooses_no_setting(whole: Toys):
-    content = study() | {"cheapest": None}
+def test_a_study_that_is_not_finished_has_chosen_no_sampler(whole: Toys):
+    content = study() | {"chosen": None}
     content["protocol"]["missing"] = {"interval": "of two files only"}
     for point in content["points"]:
         point["psnr_interval"] = None
     whole.write("quality.json", content)
     part = section(whole.page(), "study")
-    assert "of two files only" in part
+    assert "Chosen" not in part
     assert "PSNR against NFE" in part
     assert "<polygon" not in part
     assert whole.notes("problem") == []
