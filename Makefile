@@ -97,7 +97,7 @@ evaluate: setup  ## measure quality beside two baselines (DOWNLOAD=1 fetches VGG
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(OPTIONS)
 
-study: setup  ## measure quality against the number of evaluations, per solver, on the validation split: quality.json and quality.png
+study: setup  ## compare solvers and numbers of evaluations on the validation split, and choose one: quality.json and quality.png
 	$(remember)
 	@$(RIVER) study $(CONFIG) $(OPTIONS)
 
