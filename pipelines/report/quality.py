@@ -60,8 +60,9 @@ METRICS = [
     FVD,
     Quantity("latent_frechet", "Fréchet distance of latents", "Fréchet distance of latents", "lower", 4),
 ]
+WHOLE = Quantity("whole", "Clips with all objects whole", "share of clips", "higher", 3)
 OBJECTS = [
-    Quantity("whole", "Clips with all objects whole", "share of clips", "higher", 3),
+    WHOLE,
     Quantity("position", "Position error", "pixels of 64", "lower", 2),
     Quantity("kept", "Objects kept", "share of objects", "higher", 3),
     Quantity("kind", "Right kind", "share of kept objects", "higher", 3),
@@ -74,7 +75,7 @@ STUDIED = [
     *IMAGE_METRICS,
     Quantity("frechet", "Fréchet distance of latents", "Fréchet distance", "lower", 3),
     SHARPNESS,
-    OBJECTS[0],
+    WHOLE,
     Quantity("score", "Score", "dB", "higher", 2),
     TIME,
 ]
