@@ -6,6 +6,7 @@ One is chosen for predictions. It is measured on the validation split, since the
 import itertools
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,8 @@ def study(
     plot_study(result, config.run_path / "quality.png")
     say("")
     say(format_study(result))
+    if not config.sampling.leaves_sampler_open:
+        say(f"  Not used as long as `sampling` sets {SamplingPlan.from_config(config.sampling).describe()}.")
     say(f"\nstudy: {path} and quality.png")
     return result
 
@@ -158,11 +161,11 @@ def sampler_status(config: RiverConfig) -> Status:
     flow = find_flow(config.run_path)
     if flow is None:
         return Status("missing", "is chosen when the flow is trained", path)
-    try:
-        found = read_json(path, Study, "")
-    except UserError:  # missing, or damaged, which loading reports
-        found = None
-    if found is None or found.protocol.flow_sha256 != flow_digest(flow, config.sampling.weights):
+    found = None
+    with suppress(UserError):  # missing, or damaged, which loading reports
+        read = read_json(path, Study, "")
+        found = read if read.protocol.flow_sha256 == flow_digest(flow, config.sampling.weights) else None
+    if found is None:
         if is_imported(flow):
             return Status("done", f"{default}, the default: for imported weights, `study` chooses", path)
         return Status("missing", f"{default}, the default, until one is chosen", path)
@@ -244,6 +247,7 @@ def _choose_in_time(config: RiverConfig, run_context: RunContext, clips: ClipRea
     result = _decide(protocol, points)
     path = config.run_path / "quality.json"
     write_json(path, result)
+    path.with_suffix(".png").unlink(missing_ok=True)  # of the study that was there before
     say(f"sampler: {sampler_status(config).detail}, from {len(points)} settings: {path}")
 
 
