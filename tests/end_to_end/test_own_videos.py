@@ -157,7 +157,7 @@ def test_the_story_in_wide_frames(place, story: ModuleType) -> None:
     assert "resized to 40x24" in place.run("evaluate").ok().out
     evaluation = json.loads((place.runs / "evaluation.json").read_text())
     assert evaluation["protocol"]["image_size"] == [24, 40]
-    assert evaluation["metrics"].keys() == {"psnr", "ssim"}
+    assert evaluation["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet"}
     place.run("report").ok()
     page = (place.runs / "report.html").read_text()
     assert page.count('<canvas width="40" height="24"') == 2 * 3
