@@ -100,6 +100,9 @@ class FlowTrainingConfig(BaseModel):
     weight_decay: NonNegativeFloat = 5e-6
     grad_clip: PositiveFloat | None = Field(None, description="maximum gradient norm; null: no clipping")
     time_sampling: TimeSampling = Field("uniform", description="distribution of t; the paper uses uniform")
+    time_mean: float = Field(
+        0.0, ge=-5, le=5, description="mean of the logit of t with time_sampling: logit_normal; below 0: more noise"
+    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto",
@@ -144,6 +147,12 @@ class FlowTrainingConfig(BaseModel):
         description="clips of the val split predicted at each validation, as GIF and contact sheet",
         json_schema_extra=NO_EFFECT,
     )
+
+    @model_validator(mode="after")
+    def _mean_of_a_logit(self) -> "FlowTrainingConfig":
+        if self.time_mean and self.time_sampling != "logit_normal":
+            raise ValueError(f"time_mean {self.time_mean:g} belongs to time_sampling: logit_normal, not uniform")
+        return self
 
     @property
     def warmup(self) -> int:

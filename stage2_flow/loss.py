@@ -48,6 +48,7 @@ def draw_flow(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     times: TimeSampling = "uniform",
+    time_mean: float = 0.0,
     past_noise: float = 0.0,
     past_frames: int = 2,
 ) -> FlowDraws:
@@ -58,8 +59,9 @@ def draw_flow(
         generator: source of the numbers, which are drawn on its device and then moved to `device`.
         device: where the draws are placed.
         dtype: a float type.
-        times: `uniform`: U[0, 1), as in the paper; `logit_normal`: sigmoid(N(0, 1)), which spends more of the training
-            where noise and data are about equal (Esser et al. 2024, Eq. 19, with mean 0 and scale 1).
+        times: `uniform`: U[0, 1), as in the paper; `logit_normal`: sigmoid(N(time_mean, 1)), which spends more of the
+            training where noise and data are about equal (Esser et al. 2024, Eq. 19, with scale 1).
+        time_mean: below 0 more of the training has more noise.
         past_noise: largest standard deviation of the noise on past frames, uniform in [0, past_noise] for a share
             `NOISY_SHARE` of the samples and 0 for the others.
         past_frames: frames of reference and condition.
@@ -67,7 +69,8 @@ def draw_flow(
     if times == "uniform":
         t = torch.rand(batch_shape[0], generator=generator, device=generator.device, dtype=dtype)
     else:
-        t = torch.randn(batch_shape[0], generator=generator, device=generator.device, dtype=dtype).sigmoid()
+        normal = torch.randn(batch_shape[0], generator=generator, device=generator.device, dtype=dtype)
+        t = (normal + time_mean).sigmoid()
     noise = torch.randn(batch_shape, generator=generator, device=generator.device, dtype=dtype)
     if not past_noise:
         return FlowDraws(noise=noise.to(device), t=t.to(device))

@@ -243,6 +243,7 @@ class FlowTrainer(Trainer):
             step_generator(seed, step, self.draw_device, "flow"),
             self.device,
             times=training.time_sampling,
+            time_mean=training.time_mean,
             past_noise=self.model.config.past_noise,
             past_frames=self.model.recent_frames + 1,
         ).rows(processes.rows(training.batch_size))

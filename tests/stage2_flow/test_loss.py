@@ -225,6 +225,11 @@ def test_logit_normal_times_are_sigmoids_of_standard_normals():
     assert abs(normal.std() - 1) < 4 / (2 * n) ** 0.5
     share = 0.136  # P(N(0, 1) < -ln 3)
     assert abs((draws.t < 0.25).double().mean() - share) < 4 * (share * (1 - share) / n) ** 0.5
+    noisier = draw_flow(
+        (n, 1, 1, 1), torch.Generator().manual_seed(0), "cpu", torch.float64, times="logit_normal", time_mean=-0.5
+    )
+    torch.testing.assert_close(torch.logit(noisier.t), normal - 0.5, rtol=1e-9, atol=1e-9)
+    assert torch.equal(noisier.noise, draws.noise)
 
 
 def test_noise_on_the_past_has_a_level_that_the_field_is_told():

@@ -104,6 +104,10 @@ def test_paper_presets_have_the_papers_sizes(name, autoencoder, latent_shape, he
             with_section(flow={"model": {"width": 10, "heads": 4}}),
             ["flow.model: width 10 must be a multiple of heads 4"],
         ),
+        (
+            with_section(flow={"training": {"time_mean": -0.5}}),
+            ["flow.training: time_mean -0.5 belongs to time_sampling: logit_normal"],
+        ),
         (with_section(flow=[1]), ["flow: [1] is not allowed"]),
         ({"seed": 1}, ["dataset: Field required"]),
         ({"dataset": {"name": "../up", "source": "shapes"}}, ["dataset.name: '../up' is not allowed"]),

@@ -111,10 +111,14 @@ def test_all_frames_are_standardized(store):
 
 def test_the_newest_frames_are_noisy_by_a_level_that_is_told(store):
     """In parts of the batch as well; one mean and deviation for each of the newest frames."""
-    made = trainer(store, config({"recent_frames": 2, "past_noise": 0.25}, standardize=True, accumulate=2))
+    times = {"time_sampling": "logit_normal", "time_mean": -0.5}
+    made = trainer(store, config({"recent_frames": 2, "past_noise": 0.25}, standardize=True, accumulate=2, **times))
     batch, seen = made.sampler.batch(0), inputs_of(made)
     made.train_step(0)
-    draws = draw_flow(tuple(batch.target.shape), step_generator(0, 0, CPU, "flow"), CPU, past_noise=0.25, past_frames=3)
+    draws = draw_flow(
+        tuple(batch.target.shape), step_generator(0, 0, CPU, "flow"), CPU,
+        times="logit_normal", time_mean=-0.5, past_noise=0.25, past_frames=3,
+    )  # fmt: skip
     _, reference, condition, _, t, level = (torch.cat(parts) for parts in zip(*seen, strict=True))
     mean, std = (torch.from_numpy(values)[:, None, None] for values in (store.mean, store.std))
     newest = torch.cat([(frame - mean) / std for frame in batch.reference.chunk(2, dim=1)], dim=1)
