@@ -1,13 +1,16 @@
 """Predict latents frame by frame: each is integrated from noise, and becomes context for the next."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_flow.conditioning import SamplingDraws, known_frames, past_window
+from stage2_flow.linear import linear
 from stage2_flow.path import SIGMA_MIN
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField, time_embedding
@@ -224,14 +227,15 @@ class CachedEvaluator:
             trunk: replaces `field.trunk`, for example by its compiled form.
         """
         self.project, projection = field.project, field.project_in["1"]
+        self.dtype = projection.weight.dtype
         batch, channels, self.height, self.width = frame.shape
         self.trunk = trunk or field.trunk
         with torch.autocast(frame.device.type, enabled=False):
             # [features, frames c, ...]: the columns of the point, of the newest frames (if the field has them), of the
             # condition
             point, *newest, condition = projection.weight.split(channels, dim=1)
-            self.varying_weight = torch.cat([point, condition], dim=1)
-            self.reference_weight = torch.cat(newest, dim=1) if newest else None
+            self.varying = _layer(field, [point, condition])
+            self.reference = _layer(field, newest) if newest else None
             self.static_tokens = projection.bias + field.position_encoding(self.height, self.width)
             if field.noise_projection is not None:
                 self.static_tokens = self.static_tokens + field.noise_code(frame.new_zeros(1))
@@ -241,17 +245,25 @@ class CachedEvaluator:
         self.frame_tokens = self.static_tokens.expand(batch, -1, -1).clone()
 
     def begin_frame(self, reference: Tensor) -> None:
-        if self.reference_weight is not None:
+        if self.reference is not None:
             with torch.autocast(reference.device.type, enabled=False):
-                projected = self.project(reference.to(self.reference_weight.dtype), self.reference_weight)
+                projected = self.project(reference.to(self.dtype), self.reference)
             self.frame_tokens.copy_(self.static_tokens + projected)
 
     def velocity(self, t: Tensor, y: Tensor, evaluation: Tensor, condition: Tensor, distance: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
-            varying = torch.cat([y, condition], dim=1).to(self.varying_weight.dtype)
-            tokens = self.project(varying, self.varying_weight) + self.frame_tokens + self.distances[distance][:, None]
+            varying = torch.cat([y, condition], dim=1).to(self.dtype)
+            tokens = self.project(varying, self.varying) + self.frame_tokens + self.distances[distance][:, None]
         time_token = self.time_tokens[evaluation].expand(len(y), -1)
         return self.trunk(tokens, time_token, self.height, self.width)
+
+
+def _layer(field: VectorField, columns: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The field's input layer with some columns of its weight, and without its bias."""
+    weight = torch.cat(list(columns), dim=1)
+    if field.config.convolutions:
+        return partial(F.conv2d, weight=weight, padding=1)
+    return partial(linear, weight=weight)
 
 
 def _check_context(context: Tensor) -> None:

@@ -4,6 +4,7 @@ Its parameters carry the official names, so that official checkpoints load as th
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -258,25 +259,24 @@ class VectorField(nn.Module):
             [b, h * w, features].
         """
         frames = [x_t, reference, condition] if self.config.reference else [x_t, condition]
-        projection = self.project_in["1"]
-        tokens = self.project(torch.cat(frames, dim=1), projection.weight, projection.bias)
+        tokens = self.project(torch.cat(frames, dim=1), self.project_in["1"])
         tokens = tokens + self.position_encoding(*x_t.shape[-2:]) + self.distance_code(distance)[:, None]
         if self.noise_projection is not None:
             tokens = tokens + self.noise_code(x_t.new_zeros(len(x_t)) if noise_level is None else noise_level)[:, None]
         return tokens
 
-    def project(self, frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The input layer with some columns of its weight.
+    def project(self, frames: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply the input layer, or one with some of its columns.
 
         Args:
             frames: [b, n, h, w], the channels of one or more frames.
-            weight: [features, n, ...], the columns of the layer's weight that belong to these channels.
+            layer: with `convolutions` from [b, n, h, w] to [b, features, h, w], else from [b, h * w, n].
         Returns:
             [b, h * w, features].
         """
-        if not self.config.convolutions:
-            return linear(rearrange(frames, "b n h w -> b (h w) n"), weight, bias)
-        return rearrange(F.conv2d(frames, weight, bias, padding=1), "b d h w -> b (h w) d")
+        if self.config.convolutions:
+            return rearrange(layer(frames), "b d h w -> b (h w) d")
+        return layer(rearrange(frames, "b n h w -> b (h w) n"))
 
     def noise_code(self, level: Tensor) -> Tensor:
         """[n] standard deviations of the noise on past frames -> [n, features] codes, in the weights' precision."""

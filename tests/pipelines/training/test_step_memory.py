@@ -305,8 +305,9 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
     assert found[flow + 2].strip().endswith(f" cpu, bf16, not compiled: {memory.describe()}")
     assert "latents" in found[flow + 3]  # whose size only a store tells
     assert "cache.residency auto" in found[flow + 4]
-    assert found[flow + 5].startswith("refiner ")
-    assert " 2 clips of 3 frames on cpu, fp32, not compiled: " in found[flow + 6]
+    assert found[flow + 5].startswith("sampler ")
+    assert found[flow + 6].startswith("refiner ")
+    assert " 2 clips of 3 frames on cpu, fp32, not compiled: " in found[flow + 7]
 
     plan = SplitPlan(["a"], ["identity"], [10], (4, 12, 20), 10)
     metadata = StoreMetadata("none", 25.0, {}, {"sha256": "0"}, {})
@@ -319,4 +320,4 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
     assert "cache.residency auto" in found[flow + 3]
     memory = estimate_flow_memory(VectorFieldConfig(**SMALL), training, (4, 12, 20), latents_bytes=10 * 4 * 240 * 2)
     assert memory.describe() in found[flow + 2]
-    assert lines(residency="host")[flow + 3].startswith("refiner ")
+    assert lines(residency="host")[flow + 3].startswith("sampler ")
