@@ -223,6 +223,13 @@ def test_convolutions_add_neighbors_to_the_papers_network():
             assert (after - before).abs().amax((1, 2, 3)).gt(1e-3).all()
             before = after
 
+        mixer.conv.weight.zero_(), mixer.conv.bias.zero_()
+        mixer.conv.weight[:, 0, 1, 2] = 1  # the neighbor to the right
+        given = torch.randn(2, 1 + 15, 32, dtype=torch.float64)
+        maps = given[:, 1:].unflatten(1, (3, 5))
+        expected = maps + F.pad(maps[:, :, 1:], (0, 0, 0, 1))
+        assert torch.equal(mixer(given, 3, 5), torch.cat([given[:, :1], expected.flatten(1, 2)], dim=1))
+
 
 def test_every_input_matters_and_dropout_only_in_training():
     field, arguments = small_field(latent_channels=3, dropout=0.5), inputs(channels=3, height=2, width=6)
