@@ -1,8 +1,9 @@
 """Checkpoints: folders of safetensors and one JSON file, written atomically. No pickle is ever written."""
 
-import json
+import functools
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.runtime.files import backup_path, flush, usual_permissions, write_text
+from pipelines.runtime.files import backup_path, file_sha256, flush, sealed, unsealed, usual_permissions, write_text
 from pipelines.runtime.progress import warn
 
 Tensors = dict[str, Tensor]
+
+
+class TensorFile(BaseModel):
+    """One safetensors file of a checkpoint, as it was saved.
+
+    Attributes:
+        size: in bytes.
+    """
+
+    size: NonNegativeInt
+    sha256: str
 
 
 class StateFile(BaseModel):
     """`state.json`: what every checkpoint has. Further fields belong to one kind of training.
 
     Attributes:
-        files: names of the safetensors files, without suffix.
+        files: the safetensors files, by name without suffix; earlier versions wrote the names alone.
         best: the measured value, if this was the best checkpoint when it was saved.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="constants")
 
     step: NonNegativeInt
-    files: list[str]
+    files: dict[str, TensorFile] | list[str]
     best: dict[str, float] | None = None
 
 
@@ -52,21 +64,33 @@ class Checkpoint:
         return self.state["step"]
 
     def tensors(self, name: str, device: str | torch.device = "cpu") -> Tensors:
-        """The tensors of one file (`model`, `ema`, `optimizer`...).
+        """The tensors of one file (`model`, `ema`, `optimizer`...), which is compared with its digest.
 
         Raises:
-            UserError: the file is missing or damaged.
+            UserError: the file is missing, damaged, or not the one that was saved.
         """
-        file = self.path / f"{name}.safetensors"
+        file, recorded = self.path / f"{name}.safetensors", self.state.get("files")
         try:
+            if not isinstance(recorded, dict):
+                _say_unchecked(self.path)
+            elif name not in recorded:
+                raise ValueError("not in state.json")
+            elif file_sha256(file) != recorded[name]["sha256"]:
+                raise ValueError("it differs from its sha256 in state.json")
             return load_file(file, device=str(device))
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"{file}: missing or damaged ({error}); remove {self.path} to resume from the previous one"
+                f"{file}: missing or damaged ({error}); remove {self.path} to use the previous checkpoint"
             ) from None
 
     def has(self, name: str) -> bool:
-        return (self.path / f"{name}.safetensors").is_file()
+        """Whether a file of this name was saved."""
+        return name in self.state.get("files", ())
+
+
+@functools.cache
+def _say_unchecked(path: Path) -> None:
+    warn(f"{path} was written by an earlier version, without digests: damage in its weights would not be noticed")
 
 
 class CheckpointFolder:
@@ -90,16 +114,18 @@ class CheckpointFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_crash in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(left_by_a_crash)
-        final = self.folder / f"step_{step:08d}"
+        final = self.folder / _folder_name(step)
         temporary = self.folder / f".{final.name}.tmp"
         temporary.mkdir()
-        for name, tensors in files.items():
+        written = {}
+        for name, tensors in sorted(files.items()):
             file = temporary / f"{name}.safetensors"
             with usual_permissions(file):
                 # safetensors refuses shared and strided tensors; copies cost little compared to the disk.
-                save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, file)
-        content = StateFile(step=step, files=sorted(files), **state, **({} if best is None else {"best": best}))
-        (temporary / "state.json").write_text(content.model_dump_json(indent=1, exclude_unset=True), encoding="utf-8")
+                save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, file)
+            written[name] = TensorFile(size=file.stat().st_size, sha256=file_sha256(file))
+        content = StateFile(step=step, files=written, **state, **({} if best is None else {"best": best}))
+        (temporary / "state.json").write_bytes(sealed(content.model_dump_json(exclude_unset=True)))
         for file in temporary.iterdir():
             flush(file)
         flush(temporary)
@@ -108,11 +134,11 @@ class CheckpointFolder:
         temporary.rename(final)
         flush(self.folder)
         self._point("latest", final)
-        if best is not None:
-            self._point("best", final)
         # Later steps are damaged, or training would have resumed from them.
-        up_to_here = [path for path in self._all() if path.name <= final.name]
-        kept = {*up_to_here[-self.keep :], *(path for path in up_to_here if path == self._pointed_at("best"))}
+        kept = [path for path in self._all() if path.name <= final.name][-self.keep :]
+        if (the_best := self.best(warns=False)) is not None:
+            self._point("best", the_best.path)
+            kept.append(the_best.path)
         for old in [path for path in self._all() if path not in kept]:
             shutil.rmtree(old)
         return final
@@ -125,18 +151,20 @@ class CheckpointFolder:
         before = None if best is None else best.state.get("best", {}).get(name)
         return before is None or (value < before if lowest else value > before)
 
-    def best(self) -> Checkpoint | None:
-        """The best checkpoint; None if none was measured, or if it is damaged, with a warning."""
-        path = self._pointed_at("best")
-        return None if path is None else self._read(path, "using the newest one")
+    def best(self, warns: bool = True) -> Checkpoint | None:
+        """The best whole checkpoint: the newest of those that were the best when they were saved; None: none was.
+
+        Not by the pointer, which a crash may leave behind. Damaged ones are skipped, with a warning if `warns`.
+        """
+        return next((checkpoint for checkpoint in self._whole(warns) if "best" in checkpoint.state), None)
 
     def latest(self, warns: bool = True) -> Checkpoint | None:
         """The newest whole checkpoint; None if there is none. Damaged ones are skipped, with a warning if `warns`."""
-        for path in reversed(self._all()):
-            checkpoint = self._read(path, "using the previous one", warns)
-            if checkpoint is not None:
-                return checkpoint
-        return None
+        return next(self._whole(warns), None)
+
+    def has_any(self) -> bool:
+        """Whether there are checkpoints, whole or damaged."""
+        return bool(self._all())
 
     def named(self, name: str) -> Checkpoint:
         """The checkpoint that a user names by its step or its folder.
@@ -144,13 +172,13 @@ class CheckpointFolder:
         Raises:
             UserError: it does not exist, or is damaged.
         """
-        path = self.folder / f"step_{int(name):08d}" if name.isdecimal() else Path(name)
+        path = self.folder / _folder_name(int(name)) if name.isdecimal() else Path(name)
         if not path.is_dir():
             there = ", ".join(str(int(p.name.removeprefix("step_"))) for p in self._all()) or "none"
             raise UserError(f"--resume {name}: {path} does not exist; checkpoints in {self.folder}: {there}")
         try:
             return _read_whole(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"--resume {name}: {path} is not a whole checkpoint ({error}); --resume auto uses the newest whole one"
             ) from None
@@ -166,26 +194,18 @@ class CheckpointFolder:
             path.rename(backup / path.name)
         return backup
 
-    def _read(self, path: Path, otherwise: str, warns: bool = True) -> Checkpoint | None:
-        """A whole checkpoint; else None and a warning that says what is used instead."""
-        try:
-            return _read_whole(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if not warns:
-                return None
-            warn(f"{path}: not a whole checkpoint ({error}); {otherwise}")
-            return None
+    def _whole(self, warns: bool) -> Iterator[Checkpoint]:
+        """The whole checkpoints, the newest first."""
+        for path in reversed(self._all()):
+            try:
+                yield _read_whole(path)
+            except (OSError, ValueError) as error:
+                if warns:
+                    warn(f"{path}: not a whole checkpoint ({error}); it is skipped")
 
     def _point(self, name: str, target: Path) -> None:
+        """Name a checkpoint in a file, for people and programs that look into the folder."""
         write_text(self.folder / name, target.name)
-
-    def _pointed_at(self, name: str) -> Path | None:
-        """The target of a pointer; None if there is none."""
-        try:
-            path = self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-        return path if path.name.startswith("step_") and path.is_dir() else None
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step_*")) if self.folder.is_dir() else []
@@ -206,38 +226,30 @@ class _State(dict):
 
 
 def _read_whole(path: Path) -> Checkpoint:
-    """Read a checkpoint's state and check the sizes of its files.
+    """Read and check a checkpoint's state, and the sizes of its files.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is not whole.
+        OSError, ValueError: it is not whole.
     """
     try:
-        state = StateFile.model_validate_json((path / "state.json").read_bytes())
+        state = StateFile.model_validate_json(unsealed((path / "state.json").read_bytes()))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise ValueError(f"state.json: {where + ': ' if where else ''}{problem['msg']}") from None
+    except ValueError as error:
+        raise ValueError(f"state.json: {error}") from None
+    if path.name.startswith("step_") and path.name != _folder_name(state.step):
+        raise ValueError(f"state.json is that of step {state.step}")
     for name in state.files:
-        _check_whole(path / f"{name}.safetensors")
+        size = (path / f"{name}.safetensors").stat().st_size
+        if isinstance(state.files, dict) and size != state.files[name].size:
+            raise ValueError(f"{name}.safetensors has {size} bytes instead of {state.files[name].size}")
     return Checkpoint(path, _State(state.model_dump(exclude_unset=True), path))
 
 
-def _check_whole(file: Path) -> None:
-    """Compare a safetensors file's size with its header, without reading the tensors.
-
-    Raises:
-        OSError, ValueError: it is missing or truncated.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        # 8 bytes, little-endian: the length of a JSON header, which has the offsets of all tensors in the rest.
-        length = int.from_bytes(stream.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{file.name} is truncated: {size} bytes")
-        header = json.loads(stream.read(length))
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise ValueError(f"{file.name} has {size} bytes instead of {8 + length + end}")
+def _folder_name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> Tensors:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import stat
@@ -9,15 +10,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import filelock
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json, to_json
 
 from latent_cache.writing import disk
 from pipelines.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# The key of a JSON file's digest of itself.
+SEAL = "content_sha256"
 
 flush, flush_tree, is_full = disk.flush, disk.flush_tree, disk.is_full
 
@@ -37,8 +42,38 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: BaseModel) -> None:
-    """Replace a JSON file by a model's values, as `write_bytes` does. Fields that are None are kept."""
-    write_text(path, value.model_dump_json(indent=1) + "\n")
+    """Replace a JSON file by a model's values, sealed, as `write_bytes` does. Fields that are None are kept."""
+    write_bytes(path, sealed(value.model_dump_json()) + b"\n")
+
+
+def sealed(text: str) -> bytes:
+    """A JSON object, indented, with a digest of its content as its last key. Other values have no digest."""
+    content = from_json(text)
+    if isinstance(content, dict):
+        content[SEAL] = _content_sha256(content)
+    return to_json(content, indent=1, inf_nan_mode="constants")
+
+
+def unsealed(text: bytes) -> bytes:
+    """A JSON object without the digest of `sealed`, which is checked. A file without one is as it is.
+
+    Raises:
+        ValueError: the content is not that of the digest.
+    """
+    try:
+        content = from_json(text)
+    except ValueError:
+        return text  # whoever parses it into a model says what is wrong
+    if not isinstance(content, dict) or SEAL not in content:
+        return text
+    if content.pop(SEAL) != _content_sha256(content):
+        raise ValueError(f"damaged or edited: it differs from its {SEAL} (if the change is right, remove that key)")
+    return to_json(content, inf_nan_mode="constants")
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    """Of an object's keys and values, whatever their order and layout."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path, model: type[Model], way_out: str) -> Model:
@@ -47,16 +82,18 @@ def read_json(path: Path, model: type[Model], way_out: str) -> Model:
     Args:
         way_out: ends the error message: what to do about a file that cannot be read.
     Raises:
-        UserError: missing, no JSON, or not of this shape; names the file and the first field that is wrong.
+        UserError: missing, no JSON, not of this shape, or changed; names the file and the first field that is wrong.
     """
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(unsealed(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {way_out}") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
         raise UserError(f"{path}: {place}: {first['msg']}; {way_out}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {way_out}") from None
 
 
 @contextmanager

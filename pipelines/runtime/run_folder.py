@@ -151,7 +151,7 @@ def is_fine_tuned(checkpoint: Checkpoint) -> bool:
 def chosen_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint of a training's folder to use: the best if one was measured, else the newest."""
     checkpoints = CheckpointFolder(folder / "checkpoints")
-    return checkpoints.best() or checkpoints.latest()
+    return checkpoints.best() or checkpoints.latest(warns=False)
 
 
 def describe_progress(checkpoint: Checkpoint) -> str:

@@ -177,7 +177,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         steps = UNKNOWN_STEPS if plan.steps is None else plan.steps
         trainer, loop, sentence = open_trainer(with_steps(config, plan.name, steps), found, held)
         # Only now are files changed: what is refused changes nothing.
-        if processes.is_first and run_context.restart and checkpoints.latest(warns=False) is not None:
+        if processes.is_first and run_context.restart and checkpoints.has_any():
             lock.close()  # its file moves with the folder
             move_to_backup(plan.folder, plan.name)
             lock.enter_context(only_training_of(plan.folder))
@@ -244,12 +244,14 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
     if name != "auto" and run_context.restart:
         raise UserError(f"--resume {name} continues a training and --restart begins a new one: use one of them")
     found = checkpoints.latest() if name == "auto" else checkpoints.named(name)
-    if found is None or run_context.restart:
+    if run_context.restart:
         return checkpoints, None
     plan = plan.known_from(found)
     status = _status_of(plan, found)
     if status.state == "conflicting":
         raise UserError(status.detail)
+    if found is None:
+        return checkpoints, None
     if run_context.training_minutes not in (None, found.state.get("minutes")) and (found.step or is_imported(found)):
         raise UserError(_too_late(plan.name, found, run_context.training_minutes))
     if harmless := _changed_settings(plan, found):
@@ -281,6 +283,8 @@ def _too_late(name: str, found: Checkpoint, minutes: float) -> str:
 
 def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
     plan = plan.known_from(found)
+    if found is None and CheckpointFolder(plan.folder / "checkpoints").has_any():
+        return Status("conflicting", _none_whole(plan), plan.folder)
     if found is None:
         open_ = "0 steps; how many it takes follows from --minutes, or from the amount of data"
         return Status("missing", open_ if plan.steps is None else f"0 of {plan.steps} steps", plan.folder)
@@ -297,6 +301,13 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
         return Status("done", describe_progress(found), plan.folder)
     total = "" if plan.steps is None else f" of {plan.steps}"
     return Status("partial", f"{found.step}{total} steps", plan.folder)
+
+
+def _none_whole(plan: TrainingPlan) -> str:
+    return (
+        f"{plan.folder}/checkpoints: none of them is whole: restore one, or train again with `train-{plan.name} "
+        "--restart` (they are moved to a backup)"
+    )
 
 
 def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:

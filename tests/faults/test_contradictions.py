@@ -12,6 +12,7 @@ import torch
 
 import latent_cache
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.files import SEAL
 from pipelines.runtime.run_folder import only_training_of
 from stage1_autoencoder.vqgan import VQGAN
 
@@ -20,6 +21,7 @@ OTHER_SEED = ["seed=1"]
 
 def edit_state(checkpoint: Path, change) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
+    del state[SEAL]
     change(state)
     (checkpoint / "state.json").write_text(json.dumps(state))
 
@@ -172,11 +174,17 @@ def test_damaged_newest_checkpoint(copied, trained, story: ModuleType, what: str
     assert "done" in copied.run(f"train-{what}").ok().out
 
 
-def test_without_a_whole_checkpoint_training_starts_from_scratch(copied, story: ModuleType) -> None:
+def test_without_a_whole_checkpoint_nothing_is_trained_over_the_damaged_ones(copied, story: ModuleType) -> None:
+    """Only with --restart, which keeps them."""
     for state in (copied.runs / "flow").rglob("state.json"):
         state.unlink()
-    assert "steps 0 to 8" in copied.run("train-flow").ok().out
+    weights = {path.name for path in (copied.runs / "flow" / "checkpoints").glob("step_*")}
+    for command in ("train-flow", "sample"):
+        copied.run(command).refused(2, str(copied.runs / "flow" / "checkpoints"), "none of them is whole", "--restart")
+    assert "steps 0 to 8" in copied.run("train-flow", "--restart").ok().out
     assert [record["step"] for record in story.read_log(copied, "flow")] == [2, 4, 6, 8]
+    (backup,) = copied.runs.glob("flow.*")
+    assert weights == {path.name for path in (backup / "checkpoints").glob("step_*")}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "flipped"])

@@ -1,5 +1,6 @@
 """Files of a run: replaced as a whole, locked, read through their class, and sizes as text."""
 
+import json
 import os
 import stat
 import subprocess
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
-from pipelines.runtime.files import backup_path, file_sha256, locked, read_json, replacing, size_text, write_json
+from pipelines.runtime.files import SEAL, backup_path, file_sha256, locked, read_json, replacing, size_text, write_json
 from pipelines.runtime.files import write_text as write
 
 
@@ -60,6 +61,21 @@ def test_json_that_cannot_be_read(tmp_path: Path, content, needed) -> None:
     with pytest.raises(UserError) as error:
         read_json(path, Size, "measure again")
     for part in (str(path), "measure again", *needed):
+        assert part in str(error.value)
+
+
+def test_json_that_was_changed(tmp_path: Path) -> None:
+    """By one digit; not by another layout, nor without its digest."""
+    path = tmp_path / "size.json"
+    write_json(path, Size(width=3))
+    content = json.loads(path.read_text())
+    for same in (json.dumps(content), json.dumps(dict(reversed(content.items())), indent=4), '{"width": 3}'):
+        path.write_text(same)
+        assert read_json(path, Size, "way out") == Size(width=3)
+    path.write_text(json.dumps(content | {"width": 2}))
+    with pytest.raises(UserError) as error:
+        read_json(path, Size, "measure again")
+    for part in (str(path), "measure again", SEAL):
         assert part in str(error.value)
 
 

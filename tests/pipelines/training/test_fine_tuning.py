@@ -15,6 +15,7 @@ from pipelines.errors import StoppedBySignal, UserError
 from pipelines.loading import find_flow, load_trained_field, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import SEAL
 from pipelines.runtime.run_folder import move_to_backup, only_training_of
 from pipelines.stages import describe
 from pipelines.training.flow_trainer import FlowTrainer, train_flow
@@ -306,6 +307,7 @@ def test_an_unfinished_training_is_a_start_only_with_restart(kit: Kit, monkeypat
     state = kit.flow / "checkpoints" / "step_00000004" / "state.json"
     content = json.loads(state.read_text())
     content["settings"]["flow"]["training"]["steps"] = 9
+    del content[SEAL]
     state.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"step_00000004 .* 4 of 9 .*--fine-tune --restart"):
         kit.train(fine_tune=True)

@@ -1,6 +1,7 @@
 """A flow's validation: its loss on fixed draws, predicted clips, and no effect on the training."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipelines.config import RiverConfig, parse_config
 from pipelines.loading import weights_digest
 from pipelines.prediction.pictures import BORDER, GRAY, GREEN, RED, enlargement, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
+from pipelines.runtime.files import SEAL
 from pipelines.training.flow_trainer import FlowTrainer
 from pipelines.training.flow_validation import (
     FlowValidation,
@@ -436,7 +438,10 @@ def test_another_autoencoder_is_named_and_not_used(place, tmp_path, capsys):
 
 def test_a_damaged_autoencoder_does_not_stop_the_training(place, tmp_path, capsys):
     state = place.save_autoencoder() / "state.json"
-    state.write_text(state.read_text().replace('"channels": 8', '"channels": 16'))
+    content = json.loads(state.read_text())
+    del content[SEAL]
+    content["model"]["channels"] = 16
+    state.write_text(json.dumps(content))
     assert nothing_to_see(place.open(), tmp_path / "samples")
     (line,) = capsys.readouterr().out.splitlines()
     assert "don't fit the sizes in state.json" in line
