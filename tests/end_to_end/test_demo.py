@@ -126,7 +126,7 @@ def test_samples(trained) -> None:
 
 def test_evaluation(trained) -> None:
     result = json.loads((trained.runs / "evaluation.json").read_text())
-    assert result.keys() == {"protocol", "metrics", "objects"}
+    assert result.keys() >= {"protocol", "metrics", "objects"}
     protocol = result["protocol"]
     assert (protocol["clips"], protocol["context"], protocol["horizon"], protocol["samples"]) == (4, 2, 6, 1)
     assert protocol["store_fingerprint"] == latent_cache.open(trained.store, "train").fingerprint

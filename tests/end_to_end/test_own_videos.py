@@ -47,7 +47,7 @@ def test_a_folder_of_videos_split_by_fractions(own, story: ModuleType) -> None:
     assert shown == {video.replace("/", "_") for video in found["test"]}
     result = json.loads((own.runs / "evaluation.json").read_text())
     assert result["protocol"]["clips"] == 2
-    assert result.keys() == {"protocol", "metrics"}  # of no shapes there is no audit
+    assert "objects" not in result  # of no shapes there is no audit
     assert not (own.runs / "objects.png").exists()
     before = story.stamps(own.store, own.runs / "flow")
     own.run("demo").ok()

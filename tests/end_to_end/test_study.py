@@ -7,6 +7,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation import sampler_study
 from pipelines.evaluation.study_points import StudyClips
 from pipelines.predictor import VideoPredictor
+from pipelines.runtime.files import SEAL
 from pipelines.runtime.status import Status
 from pipelines.stages import STAGES
 
@@ -46,7 +47,7 @@ def test_an_interrupted_study_resumes_and_is_plotted(copied, monkeypatch) -> Non
     assert {point["psnr_difference_interval"] for point in result["points"]} == {None}
     assert (copied.runs / "quality.png").stat().st_size > 10_000
     # Other clips, another reference, a file from before SSIM was the standard one.
-    del result["protocol"]["ssim"]
+    del result["protocol"]["ssim"], result[SEAL]
     path.write_text(json.dumps(result))
     assert "measured before" not in copied.run(*FEW, "--videos", "3").ok().out
     assert "measured before" not in copied.run(*FEW, "--videos", "2").ok().out
@@ -100,6 +101,9 @@ def test_a_training_chooses_its_sampler(copied, monkeypatch) -> None:
     ]  # fmt: skip
     assert result["protocol"]["split"] == "val"
     assert result["chosen"] is not None
+    path.write_text(json.dumps(result | {"chosen": 2}))
+    assert not VideoPredictor.from_run(copied.runs, "cpu").sampler_is_chosen  # changed after it was written
+    del result[SEAL]
     path.write_text(json.dumps(result | {"chosen": 2}))
     calls.clear()
     assert "euler, 4 evaluations per frame, warm start 0 (chosen" in open_.run("sample", "--videos", "2").ok().out
