@@ -10,11 +10,11 @@ TORCH_INDEX ?=
 # DATASET is remembered as the default of the next targets.
 NAMED := $(filter command line environment,$(origin DATASET))
 ifeq ($(NAMED),)
-DATASET := $(shell cat .last_dataset 2>/dev/null || echo shapes)
+DATASET := $(or $(shell cat .last_dataset 2>/dev/null),shapes)
 endif
 
 # What users type is passed on as it is: neither make nor a shell runs or replaces anything in it.
-$(foreach name,DATASET RUN ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TORCH_INDEX,\
+$(foreach name,DATASET RUN ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TRIALS SEED TORCH_INDEX,\
 	$(eval override $(name) := $$(value $(name))))
 export DEVICE MIRROR SCHEDULER DOWNLOAD
 quoted = '$(subst ','\'',$(1))'
@@ -32,7 +32,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report runs import-official inspect verify bench gpu-check
+.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report runs import-official inspect verify bench gpu-check
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -55,6 +55,9 @@ demo: setup  ## the whole story on procedural videos, minutes on two CPU cores
 
 test: setup  ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+
+test-faults: setup  ## kill, cut off and damage the commands at random, see docs/reliability.md (TRIALS=20 of each kind, SEED=100)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults $(call option,--trials=,$(TRIALS)) $(call option,--seed=,$(SEED)) $(OPTIONS)
 
 lint: setup  ## run ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

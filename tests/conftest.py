@@ -1,5 +1,6 @@
 """What all tests share: one thread, no waiting for the disk, and networks and settings small enough to test with."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,13 @@ import torch
 from pipelines.runtime.progress import set_quiet
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--trials", type=int, help="of each kind of random fault (-m faults); default: see test_random_faults"
+    )
+    parser.addoption("--seed", type=int, default=0, help="of the first random fault of each kind")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,6 +35,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The inodes of all files and folders that were flushed to the disk."""
+    inodes: set[int] = set()
+    monkeypatch.setattr("os.fsync", lambda descriptor: inodes.add(os.fstat(descriptor).st_ino))
+    return inodes
 
 
 @pytest.fixture(autouse=True)

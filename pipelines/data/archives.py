@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel
 
 from pipelines.errors import UserError
-from pipelines.runtime.files import free_bytes, read_json, size_text, write_json
+from pipelines.runtime.files import flush, flush_tree, free_bytes, read_json, size_text, write_json
 from pipelines.runtime.progress import progress
 from stage1_autoencoder.videos import VideoError
 
@@ -135,13 +135,16 @@ def _unpack(archive: Path, reader: "_ZipReader | _TarReader", folder: Path, file
                     raise ArchiveError(f"its entry {entry.name!r} is damaged: {written} bytes instead of {entry.size}")
         unpacked = Unpacked(files={path: entry.size for path, entry in files.items()})
         write_json(temporary / MARKER_NAME, unpacked)
+        flush_tree(temporary)
         if not folder.exists():
             temporary.rename(folder)
+            flush(folder.parent)
             return unpacked
         (folder / MARKER_NAME).unlink(missing_ok=True)
         for name in (*files, MARKER_NAME):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).replace(folder / name)
+        flush_tree(folder)
         return unpacked
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

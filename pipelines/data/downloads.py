@@ -17,7 +17,7 @@ from pipelines.data.archives import (
 )
 from pipelines.data.fetch import announced_size, arrived_bytes, fetch
 from pipelines.errors import UserError
-from pipelines.runtime.files import file_digest, free_bytes, locked, read_json, size_text, write_json
+from pipelines.runtime.files import file_digest, free_bytes, locked, read_json, size_text, write_bytes, write_json
 from pipelines.runtime.progress import say
 from pipelines.runtime.status import Status
 from stage1_autoencoder.videos import VideoError
@@ -202,6 +202,7 @@ class Download:
                 status = self.status(archive)
                 if status.is_done:
                     say(f"{archive.folder}: {status.detail}")
+                    self._remove_unpacked(archive)
                 else:
                     needed.append(archive)
             if self.mirror_folder and (missing := [a.name for a in needed if not self.file(a).is_file()]):
@@ -218,13 +219,13 @@ class Download:
     def _get_all(self, archives: list[Archive]) -> None:
         if self.needs_sequences():
             target, temporary = self.root / SEQUENCES_FILE, self.root / f".{SEQUENCES_FILE}"
-            if self.mirror_folder:
-                shutil.copyfile(self.place(SEQUENCES_FILE), temporary)
-            else:
-                fetch(self.place(SEQUENCES_FILE), temporary, way_out=self.way_out)
             try:
+                if self.mirror_folder:
+                    shutil.copyfile(self.place(SEQUENCES_FILE), temporary)
+                else:
+                    fetch(self.place(SEQUENCES_FILE), temporary, way_out=self.way_out)
                 read_sequences(temporary)
-                temporary.replace(target)
+                write_bytes(target, temporary.read_bytes())
             finally:
                 temporary.unlink(missing_ok=True)
         for archive in archives:
@@ -277,6 +278,12 @@ class Download:
         if not self.mirror_folder:
             file.unlink()
         say(f"{archive.folder}: unpacked {len(unpacked.files)} files")
+
+    def _remove_unpacked(self, archive: Archive) -> None:
+        """Remove a downloaded archive that a killed process had unpacked."""
+        file = self.file(archive)
+        if not self.mirror_folder and file.is_file() and read_marker(self.root / archive.folder):
+            file.unlink()
 
     def _verify(self, archive: Archive, file: Path) -> str:
         """Compare an archive with the known or recorded checksum. One from a mirror may differ, with a warning.

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.runtime.files import free_bytes, size_text
+from pipelines.runtime.files import flush, free_bytes, size_text, write_bytes
 from pipelines.runtime.progress import progress
 from stage1_autoencoder.videos import VideoError
 
@@ -74,7 +74,9 @@ def fetch(
                 raise FetchError(f"{url}: cannot write {error.filename} ({error.strerror})") from error
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         if reason is None:
+            flush(part)
             part.replace(target)
+            flush(target.parent)
             _tag(part).unlink(missing_ok=True)
             return
         failures = 1 if _size(part) > before else failures + 1
@@ -150,7 +152,7 @@ def _fetch_once(
 
 def _note_version(part: Path, etag: str) -> None:
     if etag.startswith('"'):  # a weak one does not promise the same bytes
-        _tag(part).write_text(etag, encoding="latin-1")
+        write_bytes(_tag(part), etag.encode("latin-1"))
     else:
         _tag(part).unlink(missing_ok=True)
 

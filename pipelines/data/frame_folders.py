@@ -30,7 +30,7 @@ from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
 from pipelines.errors import StoppedBySignal, UserError
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.files import free_bytes, is_full, locked, read_json, size_text, write_json
+from pipelines.runtime.files import flush_tree, free_bytes, is_full, locked, read_json, size_text, write_json
 from pipelines.runtime.progress import counted, progress, say, warn
 from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.videos import dataset_root, preprocessing_description
@@ -202,7 +202,7 @@ def _record(
                 (out / parent).rmdir()
     videos = {folder: video for folder, video in ours.items() if folder not in stale}
     videos |= {job.folder: job.video for job in asked}
-    write_json(path, ConvertRecord(settings=settings, videos=videos))
+    write_json(path, ConvertRecord(settings=settings, videos=dict(sorted(videos.items()))))
 
 
 def _remove(folder: Path, temporary: Path) -> None:
@@ -241,6 +241,7 @@ class _Writer:
             assert count == job.video.frames, f"{count} frames of {job.folder}, which has {job.video.frames}"
             _remove(self.out / job.folder, folder.with_suffix(".removed"))  # an incomplete one
             (self.out / job.folder).parent.mkdir(parents=True, exist_ok=True)
+            flush_tree(folder)
             folder.rename(self.out / job.folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

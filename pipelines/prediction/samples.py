@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, computed_field
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.errors import UserError
@@ -29,7 +29,7 @@ from pipelines.prediction.pictures import (
     save_picture,
     to_video,
 )
-from pipelines.runtime.files import read_json, replacing, write_json
+from pipelines.runtime.files import read_json, replacing_files, write_bytes, write_json
 from pipelines.runtime.progress import progress
 
 SHEET_CLIPS = 8
@@ -113,40 +113,38 @@ def write_samples(
         latents: [clip, sample, context + horizon, c, h, w] raw.
         title: of the contact sheet.
     """
-    _remove_clips(folder)
     rows = []
     for clip, (first, *others) in zip(clips, predicted, strict=True):
         strips = clip_strips(to_video(clip.frames), first, samples.context)
         strips += [Strip(f"sample {n}", video, samples.context, RED) for n, video in enumerate(others, start=2)]
         rows.append((clip.name, strips))
     shown = rows[:SHEET_CLIPS]
-    save_picture(folder / "contact_sheet.png", contact_sheet(shown, title))
-    save_gif(folder / f"{OVERVIEW}.gif", animation(shown), statistics.mode(samples.fps[:SHEET_CLIPS]))
-    pictures = zip(rows, samples.files, samples.fps, strict=True)
-    for row, stem, fps in progress(pictures, total=len(rows), description="pictures", unit="clip"):
-        video = animation([row])
-        save_gif(folder / f"{stem}.gif", video, fps)
-        save_mp4(folder / f"{stem}.mp4", video, fps)
-    tensors = {"latents": latents[:, 0].cpu().contiguous()}
-    if samples.samples > 1:
-        tensors["samples"] = latents.cpu().contiguous()
-    with replacing(folder / "predictions.safetensors") as temporary:
-        save_file(tensors, temporary)
-    write_json(folder / "samples.json", samples)
+    stale = set(_clip_files(folder)) - {*samples.files}
+    with replacing_files(folder, "samples.json", _with_suffixes(stale)) as new:
+        save_picture(new / "contact_sheet.png", contact_sheet(shown, title))
+        save_gif(new / f"{OVERVIEW}.gif", animation(shown), statistics.mode(samples.fps[:SHEET_CLIPS]))
+        pictures = zip(rows, samples.files, samples.fps, strict=True)
+        for row, stem, fps in progress(pictures, total=len(rows), description="pictures", unit="clip"):
+            video = animation([row])
+            save_gif(new / f"{stem}.gif", video, fps)
+            save_mp4(new / f"{stem}.mp4", video, fps)
+        tensors = {"latents": latents[:, 0].cpu().contiguous()}
+        if samples.samples > 1:
+            tensors["samples"] = latents.cpu().contiguous()
+        write_bytes(new / "predictions.safetensors", save(tensors))
+        write_json(new / "samples.json", samples)
 
 
-def _remove_clips(folder: Path) -> None:
-    """Remove the clips of an earlier call: they may be of another model."""
+def _clip_files(folder: Path) -> list[str]:
+    """Names of the files of an earlier call's clips, which may be of another model."""
     try:
-        names = read_json(folder / "samples.json", Samples, "").files
+        return read_json(folder / "samples.json", Samples, "").files
     except UserError:
-        return
-    _remove_files(folder, names, "gif", "mp4")
+        return []
 
 
-def _remove_files(folder: Path, names: Iterable[str], *suffixes: str) -> None:
-    for name, suffix in itertools.product(names, suffixes):
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+def _with_suffixes(names: Iterable[str]) -> list[str]:
+    return [f"{name}.{suffix}" for name, suffix in itertools.product(names, ("gif", "mp4"))]
 
 
 def write_continuation(
@@ -174,18 +172,19 @@ def write_continuation(
         samples=len(predicted),
     )
     stem, old = _choose_name(folder, listed)
-    # First, so that these names are taken, whatever happens next.
-    write_json(folder / f"{stem}.json", listed)
+    if not old:  # so that this name is taken, whatever happens next
+        write_json(folder / f"{stem}.json", listed)
     labels = [f"sample {n}" for n in range(1, len(predicted) + 1)] if len(predicted) > 1 else ["prediction"]
     strips = [Strip(label, frames, context, RED) for label, frames in zip(labels, predicted, strict=True)]
-    save_picture(folder / f"{stem}.png", contact_sheet([(video.path.name, strips)], title))
     scale = enlargement(max(predicted.shape[2:4]), LEGIBLE_SIDE)
-    for name, frames in zip(listed.files(stem), predicted, strict=True):
-        whole = np.concatenate([video.frames, frames[context:]])
-        shown = framed(Strip("", whole, len(video.frames), RED), scale=1) if marked else whole
-        save_gif(folder / f"{name}.gif", shown, video.fps, scale)
-        save_mp4(folder / f"{name}.mp4", shown, video.fps, scale)
-    _remove_files(folder, old - set(listed.files(stem)), "gif", "mp4")
+    with replacing_files(folder, f"{stem}.json", _with_suffixes(old - set(listed.files(stem)))) as new:
+        save_picture(new / f"{stem}.png", contact_sheet([(video.path.name, strips)], title))
+        for name, frames in zip(listed.files(stem), predicted, strict=True):
+            whole = np.concatenate([video.frames, frames[context:]])
+            shown = framed(Strip("", whole, len(video.frames), RED), scale=1) if marked else whole
+            save_gif(new / f"{name}.gif", shown, video.fps, scale)
+            save_mp4(new / f"{name}.mp4", shown, video.fps, scale)
+        write_json(new / f"{stem}.json", listed)
     return folder / f"{stem}.gif"
 
 

@@ -1,5 +1,6 @@
 """Files of a run: atomic writes, locks, digests, typed JSON, and sizes as text."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -7,7 +8,8 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +35,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; an older file of that name is unchanged.
     """
-    disk.write_file(path, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,22 +111,86 @@ def usual_permissions(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file of the same suffix beside `path`, which replaces it when the block ends without an error.
+    """A temporary file of the same suffix beside `path`, which takes its place, flushed, when the block ends.
 
-    For writers that want a path (pictures, videos, safetensors). On an error the temporary is removed and the old file
-    is unchanged.
+    For writers that want a path (pictures, videos). On an error the temporary is removed and the old file is unchanged.
+    The temporary of a process that was killed is removed by the next one that writes into the folder.
+
+    Raises:
+        OSError: it cannot be written.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{disk.PARTIAL}{path.suffix}")
+    _remove_leftovers(path.parent)
+    temporary, descriptor = _new_temporary(path)
     try:
-        with usual_permissions(temporary):
-            yield temporary
+        yield temporary
+        temporary.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))  # whatever a library made of it
         flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    finally:
+        os.close(descriptor)
+    for folder in [path.parent, *(folder.parent for folder in made)]:
+        flush(folder)  # the new names must be on disk, too
+
+
+@contextmanager
+def replacing_files(folder: Path, index: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder whose files take their places in `folder` when the block ends; on an error nothing changes.
+
+    Args:
+        index: name of the file that lists the others. It is replaced last, and is missing while the others are.
+        stale: names that are removed before that.
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    temporary, descriptor = _new_temporary(folder / "files", os.mkdir)
+    try:
+        yield temporary
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        (folder / index).unlink(missing_ok=True)
+        for name in sorted(os.listdir(temporary), key=lambda name: name == index):
+            (temporary / name).replace(folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+    flush(folder)
+
+
+def _create(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
+def _new_temporary(path: Path, create: Callable[[Path], object] = _create) -> tuple[Path, int]:
+    """An empty file or folder beside `path`, and a descriptor whose lock says that its writer is alive."""
+    while True:
+        temporary = path.with_name(f".{uuid.uuid4().hex}{disk.PARTIAL}{path.suffix}")
+        create(temporary)
+        with suppress(FileNotFoundError):  # taken for a leftover before it was locked
+            descriptor = os.open(temporary, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks, on which leftovers stay
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if temporary.exists():
+                return temporary, descriptor
+            os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporaries whose writers are dead: the kernel dropped their locks."""
+    for leftover in folder.glob(f".*{disk.PARTIAL}*"):
+        with suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.config import RiverConfig
-from pipelines.runtime.files import write_text
-from pipelines.runtime.progress import say
+from pipelines.runtime.files import flush, write_text
+from pipelines.runtime.progress import say, warn
 
 
 class LogLine(BaseModel):
@@ -105,24 +105,37 @@ class TrainingLog:
     def write(self, record: dict[str, Any]) -> None:
         """Write one line; non-finite numbers become strings, so that every line is valid JSON."""
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:  # which does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
+    def flush(self) -> None:
+        """Wait until all lines are on disk: a checkpoint must not outlive the lines before it."""
+        flush(self.path)
+
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a line that did not fit on the disk, which was reported
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
+        kept, unreadable, lost = [], 0, 0
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValidationError):  # a line that a crash cut short
+            try:
                 if LogLine.model_validate_json(line).step <= step:
                     kept.append(line + "\n")
+                    lost = unreadable
+            except ValidationError:  # a crash cuts the last line short, and only that
+                unreadable += 1
+        if lost:
+            warn(f"{self.path}: {lost} damaged line(s) of steps before {step} are removed")
         write_text(self.path, "".join(kept))
 
 

@@ -254,6 +254,8 @@ def run_training(
                     settings.best, measured[settings.best], lowest=settings.lowest
                 )
                 if saves or best:
+                    if log is not None:
+                        log.flush()
                     value = {settings.best: measured[settings.best]} if best else None
                     state = trainer.state() | ({} if log is None else log.state) | {"logged": means.state()}
                     path = checkpoints.save(done, trainer.files(), state, best=value)

@@ -1,84 +1,29 @@
 """Encoding killed again and again, at any moment: what comes out is what an encoding that was left alone writes."""
 
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 import latent_cache
+from tests.forked_commands import ForkedCommands, kill
 
 CHUNKS = ("cache.chunk_frames=6",)  # of 24 x 12 frames: 48 chunks, and 8 each of val and test
 ALL = 48 + 8 + 8
 KILLS = 12
 
-# Imports once, and forks a child for each line of arguments; says the child's number, and then how it ended.
-PARENT = """
-import json, os, sys, threading
-import torch
-import pipelines.__main__, pipelines.stages, latent_cache, dask.threaded
-os.fsync = lambda descriptor: None  # what was written survives a killed process, flushed or not
-assert threading.active_count() == 1
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        os.dup2(2, 1)
-        torch.set_num_threads(1)
-        os._exit(pipelines.__main__.main(json.loads(line)))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Attempts:
-    """Runs the command line in forked children, and kills them."""
-
-    def __init__(self, errors: Path) -> None:
-        self.errors = errors
-        with errors.open("w") as file:
-            self._start(file)
-
-    def _start(self, errors: IO[str]) -> None:
-        self.parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-
-    def start(self, words: list[str]) -> int:
-        """Begin a command; the number of its process."""
-        self.parent.stdin.write(json.dumps(words) + "\n")
-        self.parent.stdin.flush()
-        return int(self.parent.stdout.readline())
-
-    def end(self) -> int:
-        """Wait for the command; its exit code."""
-        return int(self.parent.stdout.readline())
-
-    def close(self) -> None:
-        self.parent.stdin.close()
-        self.parent.wait()
-        self.parent.stdout.close()
-
 
 @pytest.fixture
-def attempts(tmp_path: Path) -> Iterator[Attempts]:
-    running = Attempts(tmp_path / "errors.txt")
-    yield running
-    running.close()
+def commands(tmp_path: Path) -> Iterator[ForkedCommands]:
+    with ForkedCommands(tmp_path) as running:
+        yield running
 
 
 def finished(store: Path) -> int:
@@ -101,7 +46,7 @@ def still_runs(process: int) -> bool:
 
 
 @pytest.mark.slow
-def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType, attempts: Attempts) -> None:
+def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType, commands: ForkedCommands) -> None:
     def place(name: str) -> Any:
         return trained.copy(tmp_path / name, "runs").with_sets(*CHUNKS)
 
@@ -115,7 +60,7 @@ def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType,
     while len(hits) < KILLS:
         overwrite = completed > 0 and latent_cache.is_complete(killed.store)
         before = finished(killed.store)
-        process = attempts.start(killed.arguments("encode", *(["--overwrite"] if overwrite else [])))
+        process = commands.start(killed.arguments("encode", *(["--overwrite"] if overwrite else [])))
         # Some moment near the one at which so many more chunks are finished, which may be beyond the last; or soon.
         more = chance.choice([0, 1, 2, 5, 9, 20])
         delay = chance.choice([0, 1, 5, 30, 100] if more else [50, 100, 200, 300]) / 1000
@@ -124,10 +69,11 @@ def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType,
         time.sleep(delay)
         done = finished(killed.store)
         if still_runs(process):
-            os.kill(process, signal.SIGKILL)
-        code = attempts.end()
-        assert code in (0, -signal.SIGKILL), attempts.errors.read_text()
-        if code:
+            kill(process)
+        ended = commands.end()
+        assert ended.code in (0, -signal.SIGKILL), ended.err
+        assert "Traceback" not in ended.err
+        if ended.code:
             hits.append(done)
         elif latent_cache.is_complete(killed.store):
             assert story.tree(killed.store) == expected
@@ -138,7 +84,6 @@ def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType,
     # They fell into the encoding, and into many places of it.
     assert sum(0 < done < ALL for done in hits) >= KILLS / 2, hits
     assert len(set(hits)) >= 4, hits
-    attempts.start(killed.arguments("encode"))
-    assert attempts.end() == 0, attempts.errors.read_text()
+    ended = commands.run(killed.arguments("encode"))
+    assert ended.code == 0, ended.err
     assert story.tree(killed.store) == expected
-    assert "Traceback" not in attempts.errors.read_text()

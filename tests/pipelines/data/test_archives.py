@@ -74,7 +74,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_unpacks_and_marks(tmp_path, kind):
+def test_unpacks_and_marks(tmp_path, kind, flushed):
     archive = make(kind, tmp_path, {"empty/": b"", "x.avi": b"x" * 9, "sub/y.avi": b"y"})
     marker = unpack(archive)
     out = tmp_path / "out/a"
@@ -83,6 +83,7 @@ def test_unpacks_and_marks(tmp_path, kind):
     assert marker == Unpacked(files={"x.avi": 9, "sub/y.avi": 1})
     assert (out / "x.avi").stat().st_mode & 0o111 == 0
     assert os.listdir(tmp_path / "out") == ["a"]
+    assert {path.stat().st_ino for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))} <= flushed
 
 
 @pytest.mark.parametrize("form", TAR_FORMATS)

@@ -283,6 +283,13 @@ def test_a_mirror_on_a_small_disk(run, tmp_path, monkeypatch):
     assert tree(tmp_path / "data") == []
 
 
+def test_an_archive_is_removed_that_a_killed_run_had_unpacked(site, run, tmp_path):
+    run(BAIR)
+    shutil.copyfile(tmp_path / "site" / TAR, tmp_path / "data/bair_64" / f".{TAR}")
+    run(BAIR)
+    assert tree(tmp_path / "data/bair_64") == BAIR_TREE
+
+
 def test_what_a_killed_run_left_takes_no_space(site, run, tmp_path, monkeypatch):
     size = (tmp_path / "site" / TAR).stat().st_size
     left = tmp_path / "data/bair_64/.softmotion30_44k.unpacking/train/a.tfrecords"

@@ -52,8 +52,9 @@ def left(target: Path) -> list[str]:
     return sorted(path.name for path in target.parent.iterdir())
 
 
-def test_a_complete_file(server, target, capfd):
+def test_a_complete_file(server, target, capfd, flushed):
     get(server, target)
+    assert {target.stat().st_ino, target.parent.stat().st_ino} <= flushed
     assert target.read_bytes() == CONTENT
     assert left(target) == ["file"]
     assert capfd.readouterr() == ("", "")

@@ -102,7 +102,7 @@ def whole(kit) -> dict[str, bytes]:
     return files(kit.folder / "whole")
 
 
-def test_shapes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shapes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str], flushed: set[int]) -> None:
     config = settings(tmp_path, source="shapes", splits={"train": 12, "val": 3, "test": 2}, shapes={"frames": 12})
     convert(config, run_context(), tmp_path / "out")
     said = capsys.readouterr().out
@@ -110,6 +110,7 @@ def test_shapes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "convert: test: 2 videos, 24 frames in" in said
     names = sorted(os.listdir(tmp_path / "out" / "test" / "test_00001"))
     assert names == [f"{number:05d}.png" for number in range(12)]
+    assert {picture.stat().st_ino for picture in (tmp_path / "out").rglob("*.png")} <= flushed
     assert_same(open_splits(config.dataset, tmp_path), read_back(tmp_path / "out"))
 
 

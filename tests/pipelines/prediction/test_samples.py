@@ -63,6 +63,24 @@ def test_no_clip_takes_the_files_of_another(tmp_path: Path):
     assert {file.stem for file in tmp_path.glob("*.[gm][ip][f4]")} == {"overview", "clip"}
 
 
+def test_a_full_disk_leaves_the_clips_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def tree() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    write(tmp_path, [clip("a", 0), clip("b", 1)])
+    before, flushes = tree(), []
+
+    def full(descriptor: int) -> None:
+        flushes.append(descriptor)
+        if len(flushes) == 9:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, [clip("a", 3), clip("c", 2)])
+    assert tree() == before
+
+
 def test_each_clip_plays_at_its_rate(tmp_path: Path):
     rates = [10.0, 25.0, 0.5, 10.0]
     samples = write(tmp_path, [clip(f"clip {number}", number, fps) for number, fps in enumerate(rates)])

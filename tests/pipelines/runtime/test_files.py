@@ -1,5 +1,6 @@
 """Files of a run: replaced as a whole, locked, read through their class, and sizes as text."""
 
+import contextlib
 import json
 import os
 import stat
@@ -13,7 +14,17 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from pipelines.errors import UserError
-from pipelines.runtime.files import SEAL, backup_path, file_sha256, locked, read_json, replacing, size_text, write_json
+from pipelines.runtime.files import (
+    SEAL,
+    backup_path,
+    file_sha256,
+    locked,
+    read_json,
+    replacing,
+    replacing_files,
+    size_text,
+    write_json,
+)
 from pipelines.runtime.files import write_text as write
 
 
@@ -46,6 +57,51 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch, replace, ful
         replace(path)
     assert path.read_text() == ("old" if full else "new")
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+LEAVES_A_TEMPORARY = """
+import os, sys
+from pathlib import Path
+from pipelines.runtime.files import replacing, replacing_files
+with replacing_files(Path(sys.argv[1]), "files.json") as folder, replacing(Path(sys.argv[1], "file.png")) as temporary:
+    (folder / "a").write_text("half")
+    temporary.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """By the next writer in the folder, which leaves alone what a writer that is alive is writing."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", LEAVES_A_TEMPORARY, tmp_path], stdin=-1, stdout=-1, cwd=Path(__file__).parents[3]
+    )
+    try:
+        assert writer.stdout.readline() == b"writing\n"
+        write(tmp_path / "latest", "new")
+        assert len(list(tmp_path.iterdir())) == 3
+    finally:
+        writer.kill()
+        writer.communicate()
+    rewrite(tmp_path / "other.yaml")
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "other.yaml"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_files_that_belong_together_are_replaced_together(tmp_path: Path, fails: bool) -> None:
+    def replace(names: list[str], stale: list[str], content: str) -> None:
+        with replacing_files(tmp_path / "made", "index.json", stale) as folder:
+            for name in names:
+                write(folder / name, content)
+            if fails and content == "new":
+                raise OSError(28, "No space left on device")
+
+    replace(["a", "index.json", "b"], [], "old")
+    with pytest.raises(OSError, match="No space left") if fails else contextlib.nullcontext():
+        replace(["c", "index.json", "b"], ["a"], "new")
+    found = {path.name: path.read_text() for path in (tmp_path / "made").iterdir()}
+    old, new = dict.fromkeys(("a", "b", "index.json"), "old"), dict.fromkeys(("b", "c", "index.json"), "new")
+    assert found == (old if fails else new)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -50,6 +51,30 @@ def test_damaged_lines_are_dropped(tmp_path, torn):
         stream.write(torn)
     write(tmp_path, [30], resumed_step=20)
     assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_damage_before_the_last_line_is_told(tmp_path, capsys):
+    write(tmp_path, [10, 20, 30])
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'{"step": 20', b'{"step"& 20') + b'{"step": 40, "lo')
+    write(tmp_path, [40], resumed_step=30)
+    assert steps(tmp_path) == [10, 30, 40]
+    told = capsys.readouterr().err
+    assert f"{log}: 1 damaged" in told
+    assert told.count("\n") == 1
+    write(tmp_path, [50], resumed_step=40)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_that_cannot_be_written_names_the_log(tmp_path):
+    log, limits = TrainingLog(tmp_path, config(), "flow", 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"too large.*{log.path}"):
+            log.write({"step": 1, "loss": 2.5})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
