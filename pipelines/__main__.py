@@ -56,17 +56,23 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         return _run(command, options)
     except (NoSpaceError, CheckFailed, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return EXIT_FAILED
     except (UserError, StoreError, VideoError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(f"{name}: {error}")
         return EXIT_USAGE
     except StoppedBySignal as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
+        _complain(f"{name}: {stopped}")
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; finished work is kept, the same command resumes", file=sys.stderr)
+        _complain(f"{name}: interrupted; finished work is kept, the same command resumes")
         return 128 + signal.SIGINT
+
+
+def _complain(message: str) -> None:
+    from pipelines.runtime.progress import printable
+
+    print(printable(message), file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
@@ -121,9 +127,9 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
         command.run(config, run_context, options)
     leave_processes()
     if run_context.skipped and processes.is_first:
-        print(f"{options.command}: finished; {len(run_context.skipped)} video(s) were skipped:", file=sys.stderr)
+        _complain(f"{options.command}: finished; {len(run_context.skipped)} video(s) were skipped:")
         for video_id, reason in list(run_context.skipped.items())[:20]:
-            print(f"  {video_id}: {reason}", file=sys.stderr)
+            _complain(f"  {video_id}: {reason}")
         # torchrun takes every code but 0 for a crash.
         return EXIT_SKIPPED if processes.count == 1 else EXIT_DONE
     return EXIT_DONE

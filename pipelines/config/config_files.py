@@ -13,6 +13,8 @@ from pipelines.config.settings import RiverConfig
 from pipelines.config.yaml_files import DEEPEST, parse_yaml, read_yaml, write_yaml
 from pipelines.errors import UserError
 
+MOST_SHOWN = 20  # wrong keys in a message
+
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), run_settings: dict[str, dict[str, Any]] | None = None
@@ -54,7 +56,9 @@ def parse_config(values: dict[str, Any], source: str, origin: dict[str, str] | N
     else:
         problems = list(odd_numbers(values, config.model_dump()))
     if problems:
-        raise UserError("\n".join(explain(problem, values, source, origin or {}) for problem in problems))
+        lines = [explain(problem, values, source, origin or {}) for problem in problems[:MOST_SHOWN]]
+        more = len(problems) - len(lines)
+        raise UserError("\n".join(lines + [f"{source}: {more} more keys are wrong"] * (more > 0)))
     return config
 
 
@@ -62,6 +66,8 @@ def _read_config(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The values of a file over those of its `base`, with paths that hold in any folder."""
     if path.resolve() in seen:
         raise UserError(f"{path}: `base` refers back to this file")
+    if len(seen) == DEEPEST:
+        raise UserError(f"{path}: this is the {DEEPEST}th `base` of a `base`: merge some of these files")
     values = read_yaml(path)
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__

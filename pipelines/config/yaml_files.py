@@ -8,9 +8,13 @@ from typing import Any
 
 import yaml
 
+from pipelines.config.bounded_files import read_bounded
 from pipelines.errors import UserError
 
-# More levels than a configuration has; deeper ones would exhaust Python's stack.
+# More bytes, values and levels than a configuration has. Deeper ones would exhaust Python's stack; keys merged from
+# aliases of aliases (`<<: [*a, *a]`) double on each line.
+MOST_BYTES = 2**20
+MOST_VALUES = 10_000
 DEEPEST = 32
 # More digits than any number of a configuration has.
 LONGEST_NUMBER = 100
@@ -37,10 +41,15 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.depth = 0
+        self.depth = self.values = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         self.depth += 1
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MOST_VALUES} keys and values", problem_mark=self.peek_event().start_mark
+            )
         if self.depth > DEEPEST:
             raise yaml.MarkedYAMLError(
                 problem=f"nested deeper than {DEEPEST} levels", problem_mark=self.peek_event().start_mark
@@ -64,8 +73,13 @@ class _Loader(yaml.SafeLoader):
             lines[key.value] = line
         return node
 
-    def read_scalar(self, node: yaml.ScalarNode) -> Any:
-        tag, text = node.tag, node.value
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_VALUES} merged keys", problem_mark=node.start_mark)
+
+    def read_scalar(self, node: yaml.Node) -> Any:
+        tag, text = node.tag, self.construct_scalar(node)
         if tag in _CORE and not _CORE[tag].match(text):
             raise yaml.MarkedYAMLError(
                 problem=f"{text!r} is not of type {tag.removeprefix(_TAG)}", problem_mark=node.start_mark
@@ -88,7 +102,9 @@ class _Loader(yaml.SafeLoader):
     def read_list(self, node: yaml.SequenceNode) -> list[Any]:
         return self.construct_sequence(node, deep=True)
 
-    def read_mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+    def read_mapping(self, node: yaml.Node) -> dict[str, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="expected keys and values", problem_mark=node.start_mark)
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
@@ -111,10 +127,12 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file.
 
     Raises:
-        UserError: not YAML, a key that is repeated, or too deep; names the line.
+        UserError: no file of at most `MOST_BYTES`; not YAML, a key that is repeated, or too deep; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a YAML file: byte {error.start} is not UTF-8") from None
     return parse_yaml(text, f"{path}: not a YAML file")
@@ -136,6 +154,8 @@ def parse_yaml(text: str, complaint: str, comments: bool = True) -> Any:
         raise UserError(f"{complaint}: {place}{error.problem or error.context}") from None
     except yaml.reader.ReaderError as error:
         raise UserError(f"{complaint}: character {error.position + 1} is not allowed in YAML") from None
+    except (ValueError, OverflowError):  # of PyYAML, for `\U99999999`
+        raise UserError(f"{complaint}: an escape \\U stands for no character") from None
     if not comments and text[end:].lstrip().startswith("#"):
         raise UserError(f"{complaint}: ` #` begins a comment in YAML; write KEY='\"VALUE\"'")
     return copy.deepcopy(values)

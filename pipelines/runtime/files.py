@@ -19,12 +19,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
 from latent_cache.writing import disk
+from pipelines.config.bounded_files import read_bounded
 from pipelines.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 
 # The key of a JSON file's digest of itself.
 SEAL = "content_sha256"
+MOST_JSON_BYTES = 2**28  # a record of a million converted videos has 160 MB
 
 flush, flush_tree, is_full = disk.flush, disk.flush_tree, disk.is_full
 
@@ -85,10 +87,11 @@ def read_json(path: Path, model: type[Model], way_out: str) -> Model:
     Args:
         way_out: ends the error message: what to do about a file that cannot be read.
     Raises:
-        UserError: missing, no JSON, not of this shape, or changed; names the file and the first field that is wrong.
+        UserError: missing, a pipe or device, no JSON, too large or deep, not of this shape, or changed; names the file
+            and the first field that is wrong.
     """
     try:
-        return model.model_validate_json(unsealed(path.read_bytes()))
+        return model.model_validate_json(unsealed(read_bounded(path, MOST_JSON_BYTES)))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {way_out}") from None
     except ValidationError as error:

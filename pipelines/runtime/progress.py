@@ -1,11 +1,13 @@
 """Messages of a run, one line per phase, and its progress bars."""
 
+import re
 import sys
 from collections.abc import Iterable
 
 from tqdm import tqdm
 
 from pipelines.errors import OutputClosed
+from stage1_autoencoder.videos.names import escaped
 
 _quiet = False
 
@@ -20,6 +22,16 @@ def is_quiet() -> bool:
     return _quiet
 
 
+def printable(message: str) -> str:
+    """A message for a terminal: without the passwords of its URLs, and with control characters escaped."""
+    return "\n".join(map(escaped, hide_passwords(message).split("\n")))
+
+
+def hide_passwords(text: str) -> str:
+    """A text in which the users and passwords of URLs are `***`."""
+    return re.sub(r"://[^/\s@]+@", "://***@", text)
+
+
 def say(message: str) -> None:
     """Print one line without breaking a progress bar.
 
@@ -28,7 +40,7 @@ def say(message: str) -> None:
     """
     if not _quiet:
         try:
-            tqdm.write(message, file=sys.stdout)
+            tqdm.write(printable(message), file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:
             raise OutputClosed from None
@@ -44,7 +56,7 @@ def duration(seconds: float) -> str:
 
 def warn(message: str) -> None:
     """Print one line on stderr, also when the run is quiet."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    tqdm.write(printable(f"warning: {message}"), file=sys.stderr)
 
 
 def progress(

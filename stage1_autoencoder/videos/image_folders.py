@@ -14,8 +14,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 from stage1_autoencoder.videos.names import natural_order
-from stage1_autoencoder.videos.source import UNKNOWN_FPS, BrokenVideoError
+from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, BrokenVideoError, plausible_rate
 from stage1_autoencoder.videos.video_files import SINGLE_PICTURE, Probe
+
+# What Pillow may open, whatever a file is named: others run programs (EPS) or are no pictures of a camera.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WEBP = ".webp"
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg"})
@@ -34,6 +37,8 @@ def is_webp(path: Path) -> bool:
 def is_still_webp(path: str | Path) -> bool:
     """Whether a WebP file is a single picture, by its header; a file that cannot be read is not known to be one."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return False
         with open(path, "rb") as file:
             header = file.read(21)
     except OSError:
@@ -107,7 +112,8 @@ def probe_webp(path: Path, video_id: str) -> Probe:
             raise BrokenVideoError(video_id, f"is {SINGLE_PICTURE}")
         durations = [frame.load() and frame.info["duration"] for frame in ImageSequence.Iterator(image)]
         seconds = sum(durations) / 1000
-        return Probe(len(durations), len(durations) / seconds if seconds else UNKNOWN_FPS, *image.size)
+        rate = plausible_rate(len(durations) / seconds) if seconds else UNKNOWN_FPS
+        return Probe(len(durations), rate, *image.size)
 
 
 def decode_webp(path: Path, video_id: str, first: int, stop: int, step: int) -> Iterator[av.VideoFrame]:
@@ -136,8 +142,13 @@ def _open(path: Path, video_id: str) -> Iterator[Image.Image]:
     Raises:
         BrokenVideoError: it cannot be opened, or what is done with it inside fails.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise BrokenVideoError(video_id, f"{path.name} is not a regular file, but a pipe or device")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                size = f"{image.width}x{image.height}, more than {MOST_PIXELS} pixels"
+                raise BrokenVideoError(video_id, f"{path.name} has {size}")
             yield image
     except BrokenVideoError:
         raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stage1_autoencoder.videos.image_folders import IMAGE_EXTENSIONS, WEBP, is_frame, is_still_webp
-from stage1_autoencoder.videos.names import join_names, natural_order
+from stage1_autoencoder.videos.names import escaped, join_names, natural_order
 from stage1_autoencoder.videos.source import SkippedVideo, VideoError
 from stage1_autoencoder.videos.video_files import VIDEO_EXTENSIONS
 
@@ -144,8 +144,8 @@ def _nothing_found(folder: Path, extensions: Iterable[str]) -> str:
 
 
 def _text(name: str) -> str:
-    """A file name, which is bytes to the file system, as text: bytes that are not UTF-8 become \\xe9 and so on."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """A file name, which is bytes to the file system, as one line: bytes that are not UTF-8 become \\xe9 and so on."""
+    return escaped(os.fsencode(name).decode(errors="backslashreplace"))
 
 
 def _ids(folder: Path, found: list[str], folders_of_frames: set[str]) -> list[str]:

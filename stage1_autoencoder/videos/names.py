@@ -1,7 +1,15 @@
-"""Names of videos and files: their natural order, and how a message lists them."""
+"""Names of videos and files: their natural order, and how messages and ids show them."""
 
 import re
 from collections.abc import Iterable, Sequence
+
+# What moves a terminal's cursor, begins a line, or turns the direction of the text.
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def escaped(text: str) -> str:
+    """A text on one line: control characters become `\\x1b`, `\\n` and so on."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def natural_order(names: Sequence[str]) -> list[int]:

@@ -18,8 +18,19 @@ from stage1_autoencoder.videos.preprocessing import preprocessing_description
 # For videos without a frame rate; it only sets the speed at which previews play.
 UNKNOWN_FPS = 10.0
 
+# Rates of headers outside of this range are mistakes, and would make few frames of many or many of few.
+SLOWEST_FPS, FASTEST_FPS = 0.1, 100_000.0
+
+# Of a picture or a frame: 8192x8192, or 200 MB of RGB. A file of a few kilobytes can claim any size.
+MOST_PIXELS = 2**26
+
 # Opening a file again costs about as much as decoding this many small frames.
 MIN_SKIPPED = 64
+
+
+def plausible_rate(claimed: float) -> float:
+    """A frame rate as a file claims it, or `UNKNOWN_FPS` where no video has it."""
+    return claimed if SLOWEST_FPS <= claimed <= FASTEST_FPS else UNKNOWN_FPS
 
 
 class VideoError(Exception):

@@ -24,7 +24,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from stage1_autoencoder.videos.display import AS_STORED, Display
-from stage1_autoencoder.videos.source import UNKNOWN_FPS, BrokenVideoError
+from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, BrokenVideoError, plausible_rate
 
 VIDEO_EXTENSIONS = frozenset(
     ".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .asf .flv .ogv .mpg .mpeg .vob .ts .mts .m2ts .mxf .y4m "
@@ -32,6 +32,14 @@ VIDEO_EXTENSIONS = frozenset(
 )
 
 SINGLE_PICTURE = "a single picture; put the frames of a video into a folder of its own, as .png or .jpg"
+
+# What FFmpeg may open: containers that hold their frames, no playlists (concat, HLS, DASH, SDP) that name other files;
+# raw streams; and single pictures, to say what they are.
+_FORMATS = (
+    "mov,matroska,avi,asf,flv,ogg,mpeg,mpegts,mxf,yuv4mpegpipe,gif,apng,nut,ivf,dv,"
+    "mpegvideo,m4v,h264,hevc,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+)
+_LIMITS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(MOST_PIXELS)}
 
 # Smallest distance of the keyframes in the index, so that short videos have none and long ones a short list.
 KEYFRAME_SPACING = 64
@@ -76,8 +84,10 @@ class Probe:
 
 def _open(path: Path, video_id: str) -> InputContainer:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BrokenVideoError(video_id, "cannot be opened as a video (not a regular file, but a pipe or device)")
         # Metadata in unknown encodings does not affect frames.
-        return av.open(os.path.abspath(path), metadata_errors="ignore")
+        return av.open(os.path.abspath(path), options=_LIMITS, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError) as error:
         if isinstance(error, av.error.InvalidDataError) and _begins_as_mp4(path):
             reason = "cannot be opened as a video: it begins as an mp4, but its index is missing, so it is cut off"
@@ -99,6 +109,10 @@ def _video_stream(container: InputContainer, video_id: str) -> VideoStream:
         raise BrokenVideoError(video_id, "has no video stream")
     if stream.codec_context is None:
         raise BrokenVideoError(video_id, "uses a codec that this build of FFmpeg cannot decode")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MOST_PIXELS:
+        raise BrokenVideoError(video_id, f"has frames of {width}x{height}, more than {MOST_PIXELS} pixels")
+    stream.codec_context.options = {"max_pixels": _LIMITS["max_pixels"]}
     # Measured: threads that decode ahead halve the rate at 160x120 and gain nothing up to 1280x720.
     stream.codec_context.thread_count = 1
     return stream
@@ -145,7 +159,7 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
             raise BrokenVideoError(video_id, f"is damaged after {packets} frames ({error.strerror})") from error
         if first is None:
             raise BrokenVideoError(video_id, "has no frame that can be decoded")
-        rate = float(stream.average_rate or stream.guessed_rate or UNKNOWN_FPS)
+        rate = plausible_rate(float(stream.average_rate or stream.guessed_rate or UNKNOWN_FPS))
         display = Display.of(stream, first)
     if missing := _missing_bytes(path):
         raise BrokenVideoError(video_id, f"is cut off: {missing}")
@@ -218,6 +232,7 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
     if name not in av.codecs_available or stream.metadata.get("alpha_mode") != "1":
         return stream.codec_context
     decoder = av.CodecContext.create(name, "r")
+    decoder.options = {"max_pixels": _LIMITS["max_pixels"]}
     decoder.thread_count = 1
     return decoder
 

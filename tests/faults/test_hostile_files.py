@@ -1,0 +1,174 @@
+"""Files from outside that were made to hang, to crash, to fill the memory or to read and write elsewhere.
+
+Each ends, within a second and a few megabytes, in the error that any damaged file of its kind ends in.
+"""
+
+import os
+import signal
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import load_config
+from pipelines.data.archives import Unpacked
+from pipelines.errors import UserError
+from pipelines.runtime.files import read_json
+from pipelines.runtime.progress import warn
+from stage1_autoencoder.videos import BrokenVideoError, open_video
+from stage1_autoencoder.videos.config import DatasetConfig
+
+VIDEOS = DatasetConfig(name="x", source="videos", image_size=32)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting() -> Iterator[None]:
+    """A test that waits for ever fails."""
+
+    def stop(number: int, frame: object) -> None:
+        pytest.fail("waited for 20 seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def merged(levels: int) -> str:
+    """YAML whose last mapping has two to the power of `levels` keys to merge."""
+    lines = ["b0: &b0 {x: 1}", *(f"b{n}: &b{n} {{<<: [*b{n - 1}, *b{n - 1}]}}" for n in range(1, levels))]
+    return "\n".join(lines)
+
+
+def repeated(levels: int) -> str:
+    """YAML whose last list has nine to the power of `levels` items."""
+    aliases = (f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels))
+    return "\n".join(["a0: &a0 [x]", *aliases])
+
+
+@pytest.mark.parametrize(("text", "needed"), [
+    ("a: " + "[" * 1000, "nested deeper than 32"),
+    (repeated(30), "11 more keys"),
+    (merged(40), "10000 merged keys"),
+    ("".join(f"k{n}: 1\n" for n in range(5_001)), "more than 10000 keys"),
+    ("seed: " + "9" * 5000, "a number of more than 100"),
+    ("seed: 2020-01-01", "'2020-01-01'"),
+    ("seed: !!int [1]", "line 1"),
+    ("seed: !!map [1]", "line 1"),
+    ("seed: !!null {}", "line 1"),
+    ('seed: "\\U99999999"', "no character"),
+    ("seed: !!python/object/apply:os.system [touch ran]", "python/object"),
+    ("a: &a [*a]", "recursive"),
+    ("#" * 2**20 + "\nseed: 1", "at most 1048576 bytes"),
+], ids=lambda value: value[:12].strip())  # fmt: skip
+def test_yaml(tmp_path: Path, text: str, needed: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert "x.yaml" in str(caught.value)
+    assert needed in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 21
+
+
+def test_yaml_based_on_a_thousand_files(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number}.yaml").write_text(f"base: {number + 1}.yaml")
+    with pytest.raises(UserError, match=r"\d+\.yaml: .*`base`"):
+        load_config(tmp_path / "0.yaml")
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+HOSTILE_JSON = {
+    "nested lists": b"[" * 100_000,
+    "nested objects": b'{"files":' * 100_000,
+    "list": b"[1, 2]",
+    "huge number": b'{"files": {"a": ' + b"9" * 5000 + b"}}",
+    "zero": b"\0",
+    "pipe": pipe,
+    "device": endless,
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_JSON.values(), ids=HOSTILE_JSON)
+def test_json(tmp_path: Path, content: bytes | Callable[[Path], None]) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    with pytest.raises(UserError, match=r"x\.json: .*; unpack it again") as caught:
+        read_json(path, Unpacked, "unpack it again")
+    assert len(str(caught.value)) < 400
+
+
+def test_messages_move_no_cursor_and_show_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    warn("\x1b[2J\x9b1m\u202egpj http://me:secret@host/a\nb")
+    shown = capsys.readouterr().err
+    assert shown == "warning: \\x1b[2J\\x9b1m\\u202egpj http://***@host/a\nb\n"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (head, b"IDAT")
+    )
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def gif(width: int, height: int) -> bytes:
+    """Two frames of one byte each."""
+    frame = b"\x21\xf9\4\0\x0a\0\0\0\x2c\0\0\0\0" + struct.pack("<HHB", width, height, 0) + b"\2\2\x44\1\0"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frame + frame + b";"
+
+
+def y4m(rate: str, width: int = 16, frames: int = 3) -> bytes:
+    return f"YUV4MPEG2 W{width} H16 F{rate} C420\n".encode() + (b"FRAME\n" + bytes(width * 24)) * frames
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n"
+HOSTILE_VIDEOS = {
+    "a billion pixels.png": png_header(31_622, 31_622),
+    "more than we take.png": png_header(9_000, 9_000),
+    "not what it is named.png": EPS,
+    "pipe.png": pipe,
+    "device.png": endless,
+    "a billion pixels.gif": gif(40_000, 40_000),
+    "more than we take.gif": gif(9_000, 9_000),
+    "more than we take.y4m": y4m("10:1", width=2**27, frames=0),
+    "a list.mp4": b"ffconcat version 1.0\nfile other.y4m\n",
+    "a playlist.ts": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1,\nother.y4m\n#EXT-X-ENDLIST\n",
+    "a session.mp4": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    "pipe.mp4": pipe,
+    "pipe.webp": pipe,
+    "device.mp4": endless,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_VIDEOS)
+def test_videos_and_pictures(tmp_path: Path, name: str) -> None:
+    (tmp_path / "other.y4m").write_bytes(y4m("10:1"))
+    path, content = tmp_path / "video" / name, HOSTILE_VIDEOS[name]
+    path.parent.mkdir()
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    (tmp_path / "video" / "other.y4m").write_bytes(y4m("10:1"))
+    given = path.parent if path.suffix == ".png" else path
+    with pytest.raises(BrokenVideoError) as caught:
+        open_video(VIDEOS, given).read(0)
+    assert name in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("rate", ["1:2000000000", "2000000000:1"])
+def test_a_rate_that_no_video_has_is_taken_for_unknown(tmp_path: Path, rate: str) -> None:
+    path = tmp_path / "x.y4m"
+    path.write_bytes(y4m(rate))
+    assert open_video(VIDEOS.model_copy(update={"fps": 10}), path).read(0).shape == (3, 32, 32, 3)
