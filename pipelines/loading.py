@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.config import parse_config
 from pipelines.config.yaml_files import read_yaml
@@ -25,6 +25,8 @@ from stage1_autoencoder.rcan import RCAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,15 +155,36 @@ def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> t
 def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
     """The autoencoder of a checkpoint, in eval mode: the averaged weights if it has them."""
     name = "ema" if checkpoint.has("ema") else "model"
+    model = _trained(checkpoint, name, lambda: build_autoencoder(parse_model_config(checkpoint.state["model"])))
+    return model.to(device, memory_format=image_memory_format(device))
+
+
+def _trained(checkpoint: Checkpoint, name: str, build: Callable[[], Network]) -> Network:
+    """A network with the weights of a checkpoint's file, on the CPU, in eval mode, frozen.
+
+    Raises:
+        UserError: weights that are damaged, not finite, or don't fit the sizes in state.json.
+    """
     try:
-        model = build_autoencoder(parse_model_config(checkpoint.state["model"]))
-        model.load_state_dict(checkpoint.tensors(name))
+        network = build()
+        network.load_state_dict(checkpoint.tensors(name))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
-    return model.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)
+    if (broken := not_finite(network)) is not None:
+        raise UserError(
+            f"{checkpoint.path}/{name}.safetensors: {broken} has NaN or inf: remove {checkpoint.path} to use the "
+            "previous checkpoint, or train again"
+        )
+    return network.eval().requires_grad_(False)
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def not_finite(network: nn.Module) -> str | None:
+    """The name of a network's first tensor with NaN or inf; None: all are finite."""
+    tensors = ((name, tensor) for name, tensor in network.state_dict().items() if tensor.numel())
+    return next((name for name, tensor in tensors if not torch.stack(tensor.aminmax()).isfinite().all()), None)
+
+
+def weights_digest(model: nn.Module) -> str:
     """sha256 over names, types, shapes and bytes of all weights: the identity of a network."""
     return _tensors_digest(model.state_dict())
 
@@ -214,13 +237,12 @@ def load_trained_field(
     checkpoint: Checkpoint, device: torch.device, weights: Literal["ema", "raw"] = "ema"
 ) -> VectorField:
     """The vector field of a checkpoint, in eval mode: the averaged weights if it has them, or the raw ones."""
-    try:
+
+    def build() -> VectorField:
         sizes = VectorFieldConfig.model_validate(checkpoint.state["model"])
-        field = VectorField(sizes, checkpoint.state["latent_shape"][0])
-        field.load_state_dict(checkpoint.tensors(_field_weights(checkpoint, weights)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
-    return field.to(device).eval().requires_grad_(False)
+        return VectorField(sizes, checkpoint.state["latent_shape"][0])
+
+    return _trained(checkpoint, _field_weights(checkpoint, weights), build).to(device)
 
 
 def _field_weights(checkpoint: Checkpoint, weights: Literal["ema", "raw"]) -> str:
@@ -228,9 +250,16 @@ def _field_weights(checkpoint: Checkpoint, weights: Literal["ema", "raw"]) -> st
 
 
 def standardization_in(checkpoint: Checkpoint) -> Standardization:
-    """The standardization that a flow was trained with, on the CPU."""
+    """The standardization that a flow was trained with, on the CPU.
+
+    Raises:
+        UserError: its numbers are not finite, or deviations are not positive.
+    """
     statistics = checkpoint.state["standardization"]
-    return Standardization(torch.tensor(statistics["mean"]), torch.tensor(statistics["std"]))
+    try:
+        return Standardization(torch.tensor(statistics["mean"]), torch.tensor(statistics["std"]))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}/state.json: standardization: {error}: restore it, or train again") from None
 
 
 def find_refiner(run_path: Path) -> Checkpoint | None:
@@ -239,14 +268,7 @@ def find_refiner(run_path: Path) -> Checkpoint | None:
 
 
 def load_trained_refiner(checkpoint: Checkpoint, device: torch.device) -> RCAN:
-    """The refiner of a checkpoint, in eval mode: the averaged weights if it has them.
-
-    Raises:
-        UserError: weights that don't fit the sizes in state.json.
-    """
-    try:
-        refiner = RCAN(RefinerModelConfig.model_validate(checkpoint.state["model"]))
-        refiner.load_state_dict(checkpoint.tensors("ema" if checkpoint.has("ema") else "model"))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path}: weights don't fit the sizes in state.json: {error}") from None
-    return refiner.to(device, memory_format=image_memory_format(device)).eval().requires_grad_(False)
+    """The refiner of a checkpoint, in eval mode: the averaged weights if it has them."""
+    name = "ema" if checkpoint.has("ema") else "model"
+    refiner = _trained(checkpoint, name, lambda: RCAN(RefinerModelConfig.model_validate(checkpoint.state["model"])))
+    return refiner.to(device, memory_format=image_memory_format(device))

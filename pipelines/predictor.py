@@ -35,6 +35,8 @@ from stage2_flow.vector_field import POSITIONS
 FRAMES_AT_ONCE = 64
 # Follows the description of such a sampler.
 CHOSEN = " (chosen by `study`)"
+# Follows the error about a result that is not finite, though what it was computed from is.
+DIVERGED = ": the network has diverged, or overflows: use an earlier checkpoint, or train it again"
 
 
 class VideoPredictor(PredictorParts):
@@ -143,7 +145,8 @@ class VideoPredictor(PredictorParts):
             [b samples, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then
             the prediction.
         Raises:
-            UserError: images of another shape or range; `refine` without a refiner.
+            UserError: images of another shape or range; `refine` without a refiner; NaN or inf, as `check_finite` says,
+                in what is given or computed.
         """
         if refine:
             self.check_refiner()
@@ -151,8 +154,8 @@ class VideoPredictor(PredictorParts):
             raise UserError(f"images must be [b, n, 3, h, w], not {list(images.shape)}")
         if 0 in images.shape or not images.is_floating_point():
             raise UserError(f"images must be at least one frame of floats, not {list(images.shape)} of {images.dtype}")
-        # Written so that NaN is refused as well.
-        if not (images.amin() >= -1.001 and images.amax() <= 1.001):
+        check_finite("images", images)
+        if images.amin() < -1.001 or images.amax() > 1.001:
             raise UserError(
                 f"images must be in [-1, 1], these range from {images.amin():.3g} to {images.amax():.3g}; convert "
                 "uint8 frames by x / 127.5 - 1"
@@ -189,7 +192,7 @@ class VideoPredictor(PredictorParts):
         Returns:
             [b samples, n + num_frames, c, h, w] raw latents, not quantized; the context is unchanged.
         Raises:
-            UserError: sampling options or shapes that do not fit.
+            UserError: sampling options or shapes that do not fit; NaN or inf in what is given or predicted.
         """
         options = self.sampling_with(sampling)
         if context.ndim != 5:
@@ -200,6 +203,9 @@ class VideoPredictor(PredictorParts):
         if len(keys) != len(context):
             raise UserError(f"{len(keys)} keys for {len(context)} videos: each row needs its own (video, sample)")
         self._check_grid(*context.shape[-2:])
+        check_finite("context", context)
+        if noise is not None:
+            check_finite("noise", noise.transpose(0, 1), samples)
         context = context.to(self.device).repeat_interleave(samples, dim=0)
         total = num_frames * len(context)
         try:
@@ -231,6 +237,7 @@ class VideoPredictor(PredictorParts):
         except ValueError as error:
             raise UserError(str(error)) from None
         raw = self.standardization.to_raw(final)
+        check_finite("predicted latents", raw, samples, f"{DIVERGED}, or predict with sampling.precision=fp32")
         raw[:, : context.shape[1]] = context  # bit for bit, without rounding
         return raw
 
@@ -285,11 +292,18 @@ class VideoPredictor(PredictorParts):
     @torch.inference_mode()
     @in_full_precision
     def encode_videos(self, images: Tensor) -> Tensor:
-        """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents."""
+        """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents.
+
+        Raises:
+            UserError: NaN or inf in images or latents.
+        """
+        check_finite("images", images)
         frames = rearrange(images, "b n c h w -> (b n) c h w")
         dtype = self.autoencoder.last_layer.weight.dtype
         latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
-        return rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
+        encoded = rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
+        check_finite("latents of the autoencoder", encoded, way_out=DIVERGED)
+        return encoded
 
     @torch.inference_mode()
     @in_full_precision
@@ -301,16 +315,19 @@ class VideoPredictor(PredictorParts):
             context: [b, k, 3, h f, w f] in [-1, 1], the real first frames of the videos, k >= 1: the decoded frames
                 after them are refined; None: none are.
         Raises:
-            UserError: there is a context, and no refiner.
+            UserError: there is a context, and no refiner; NaN or inf in latents or pixels.
         """
         refiner = None if context is None else self.check_refiner()
+        check_finite("latents", latents)
         frames = rearrange(latents, "b n c h w -> (b n) c h w")
         images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
         decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
+        check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
         if refiner is None:
             return decoded.clamp(-1, 1)
         given = context.shape[1]
         refined = refine_frames(refiner, context[:, -1], decoded[:, given:])
+        check_finite("pixels of the refiner", refined, way_out=DIVERGED)
         return torch.cat([decoded[:, :given].clamp(-1, 1), refined], 1)
 
     def check_refiner(self) -> RCAN:
@@ -332,6 +349,25 @@ class VideoPredictor(PredictorParts):
         words += ["raw weights"] if options.weights == "raw" else []
         words += ["refined"] if refine else []
         return ", ".join(words)
+
+
+def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "") -> None:
+    """Refuse NaN and inf, in one pass over the videos, for which the host waits once.
+
+    Args:
+        what: begins the message.
+        videos: [b samples, n, ...] of any type.
+        samples: rows per video.
+        way_out: ends the message.
+    Raises:
+        UserError: names the first frame that is not finite, and its video.
+    """
+    if torch.stack(videos.aminmax()).isfinite().all():  # NaN propagates
+        return
+    finite = videos.isfinite().flatten(2).all(2)
+    frame = int(finite.all(0).long().argmin())
+    row = int(finite[:, frame].long().argmin())
+    raise UserError(f"{what}: NaN or inf in frame {frame} of video {row // samples}{way_out}")
 
 
 def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pipelines.data.fetch import fetch
 from pipelines.errors import UserError
+from pipelines.loading import not_finite
 from pipelines.official import load_pickle
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.files import file_sha256
@@ -144,6 +145,8 @@ def load_lpips(vgg_weights: str | Path | None, device: torch.device, *, download
         model = LPIPS(state)
     except ValueError as error:
         raise UserError(f"{path}: {error}: use torchvision's {VGG16.name} ({VGG16.url})") from None
+    if (broken := not_finite(model)) is not None:
+        raise UserError(f"{path}: {broken} has NaN or inf: use torchvision's {VGG16.name} ({VGG16.url})")
     return model.to(device).to(memory_format=image_memory_format(device))
 
 
@@ -164,7 +167,7 @@ class VideoNetwork:
             path: a TorchScript file.
             setting: the key that names it, for messages.
         Raises:
-            UserError: no such file, or not a TorchScript file.
+            UserError: no such file, not a TorchScript file, or weights that are not finite.
         """
         found = I3D.find(path, setting, download=False)
         assert found is not None
@@ -180,6 +183,10 @@ class VideoNetwork:
                 f"{setting}: {path} is damaged or not a TorchScript file ({reason}): get {I3D.name} from {I3D.url}, or "
                 "set it to null"
             ) from None
+        if (broken := not_finite(self.network)) is not None:
+            raise UserError(
+                f"{setting}: {path}: {broken} has NaN or inf: get {I3D.name} from {I3D.url}, or set it to null"
+            )
         if self.sha256 != I3D.sha256:
             warn(
                 f"{setting}: {path} has sha256 {self.sha256}, the public {I3D.name} has {I3D.sha256}: results are not "

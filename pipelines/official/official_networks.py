@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from pipelines.loading import not_finite
 from pipelines.official.weight_files import OfficialCheckpoint, OfficialFormatError, read_official
 from stage1_autoencoder import vqgan, vqvae
 from stage1_autoencoder.autoencoder import Autoencoder
@@ -121,7 +122,7 @@ def _fill(path: str | Path, build: Callable[[], Network], found: Mapping[str, Te
     """Build a network, give it the tensors of a file, converted to its types, and set evaluation mode.
 
     Raises:
-        OfficialFormatError: missing, unexpected or misshapen tensors, by name.
+        OfficialFormatError: missing, unexpected, misshapen or non-finite tensors, by name.
     """
     with torch.device("meta"):
         network = build()
@@ -141,6 +142,8 @@ def _fill(path: str | Path, build: Callable[[], Network], found: Mapping[str, Te
     # The files may be in half precision. All tensors of a network are in its state dict, so nothing is left on meta.
     tensors = {name: tensor.to(expected[name].dtype) for name, tensor in found.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
+    if (broken := not_finite(network)) is not None:
+        raise OfficialFormatError(f"{path}: {broken} has NaN or inf: the file is damaged, or its training diverged")
     return network.eval()
 
 

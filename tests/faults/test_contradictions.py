@@ -15,6 +15,7 @@ from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.files import SEAL
 from pipelines.runtime.run_folder import only_training_of
 from stage1_autoencoder.vqgan import VQGAN
+from stage2_flow.vector_field import VectorField
 
 OTHER_SEED = ["seed=1"]
 
@@ -235,6 +236,19 @@ def test_loss_that_is_not_finite(trained, tmp_path: Path, story: ModuleType, mon
     assert "2 such steps in a row, 3 end the training" in outcome.err
     sixth, eighth = (place.runs / "flow" / "checkpoints" / f"step_{step:08d}" for step in (6, 8))
     assert (eighth / "model.safetensors").read_bytes() == (sixth / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_predictions_that_are_not_finite(copied, story: ModuleType, monkeypatch, command: str) -> None:
+    """No number and no picture is made of them, and the earlier results stay."""
+    before, calls, trunk = story.stamps(copied.runs), itertools.count(), VectorField.trunk
+
+    def overflows(field: VectorField, *inputs: object) -> torch.Tensor:
+        return trunk(field, *inputs) * (float("inf") if next(calls) == 5 else 1)  # two evaluations per frame
+
+    monkeypatch.setattr(VectorField, "trunk", overflows)
+    copied.run(command).refused(2, "predicted latents: NaN or inf in frame 4 of video 0")
+    assert story.stamps(copied.runs) == before
 
 
 def test_autoencoder_loss_that_is_not_finite(place, monkeypatch) -> None:

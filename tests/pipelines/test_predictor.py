@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
@@ -353,7 +354,6 @@ def test_bad_sampling_options_are_refused(tiny, changes, parts):
     ("made", "message"),
     [
         (lambda: images(1, 2) * 127.5, r"\[-1, 1\].*x / 127.5 - 1"),
-        (lambda: images(1, 2) * float("nan"), r"\[-1, 1\]"),
         (lambda: torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8), "torch.uint8"),
         (lambda: images(1, 2)[:, :, :1], r"\[b, n, 3, h, w\].* \[1, 2, 1, 16, 16\]"),
         (lambda: images(1, 2)[0], r" \[2, 3, 16, 16\]"),
@@ -364,6 +364,81 @@ def test_bad_sampling_options_are_refused(tiny, changes, parts):
 def test_bad_images_are_refused(tiny, made, message):
     with pytest.raises(UserError, match=message):
         tiny.generate_frames(made(), 2)
+
+
+def corrupt(tensor: torch.Tensor, *place: int, value: float = math.nan) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor[place] = value
+    return tensor
+
+
+def broken(network: str, parameter: str) -> VideoPredictor:
+    """As if activations had overflowed."""
+    changed = predictor()
+    nn.init.constant_(getattr(changed, network).get_parameter(parameter), math.inf)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("act", "needed"),
+    [
+        (lambda p: p.encode_videos(corrupt(images(2, 3), 1, 2)), ["images", "video 1", "frame 2"]),
+        (lambda p: p.generate_frames(corrupt(images(2, 3), 1, 2), 1), ["images", "video 1", "frame 2"]),
+        (lambda p: p.decode_videos(corrupt(torch.zeros(2, 3, 4, 4, 4), 0, 1)), ["latents", "video 0", "frame 1"]),
+        (
+            lambda p: p.generate_latents(corrupt(torch.zeros(2, 3, 4, 4, 4), 1, 0, value=-math.inf), 1),
+            ["context", "video 1", "frame 0"],
+        ),
+        (
+            lambda p: p.generate_latents(
+                torch.zeros(2, 3, 4, 4, 4), 3, noise=corrupt(torch.zeros(3, 2, 4, 4, 4), 1, 0)
+            ),
+            ["noise", "video 0", "frame 1"],
+        ),
+        (
+            lambda p: p.generate_latents(torch.zeros(1, 3, 4, 4, 4), 3, sampling={"warm_start": math.nan}),
+            ["warm_start"],
+        ),
+        (
+            lambda p: broken("autoencoder", "encoder.conv_out.bias").encode_videos(images(1, 1)),
+            ["latents", "autoencoder", "video 0", "frame 0"],
+        ),
+        (
+            lambda p: broken("vector_field", "project_out.4.bias").generate_frames(images(2, 3), 2),
+            ["predicted latents", "video 0", "frame 3"],
+        ),
+        (
+            lambda p: broken("autoencoder", "decoder.conv_out.bias").decode_videos(torch.zeros(1, 2, 4, 4, 4)),
+            ["pixels", "autoencoder", "video 0", "frame 0"],
+        ),
+    ],
+    ids=["images", "frames", "latents", "context", "noise", "setting", "encoder", "field", "decoder"],
+)  # fmt: skip
+def test_what_is_not_finite_is_named_where_it_begins(tiny, act, needed):
+    with pytest.raises(UserError) as error:
+        act(tiny)
+    for part in needed:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["flow", "autoencoder", "statistics"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, what):
+    """Even if they were saved so."""
+    save_run(
+        tmp_path / "run",
+        fields={"standardization": {"mean": MEAN, "std": [*STD[:3], math.nan]}} if what == "statistics" else None,
+    )
+    if what != "statistics":
+        folder = CheckpointFolder(tmp_path / "run" / what / "checkpoints")
+        found = folder.latest()
+        tensors = found.tensors("model")
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        state = {key: value for key, value in found.state.items() if key not in ("step", "files")}
+        folder.save(found.step + 1, {"model": tensors | {name: corrupt(tensors[name], -1)}}, state)
+    with pytest.raises(UserError) as error:
+        VideoPredictor.from_run(tmp_path / "run", device="cpu")
+    for part in ("standardization", "nan") if what == "statistics" else (f"step_0000000{found.step + 1}", name):
+        assert part in str(error.value)
 
 
 def test_no_frames_to_predict_and_wrong_keys_are_refused(tiny):

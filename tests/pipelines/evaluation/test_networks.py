@@ -149,8 +149,12 @@ def test_nothing_in_a_file_is_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{"features.0.weight": torch.zeros(1)}, {"features.0.weight": 1}, [torch.zeros(1)], b"", "truncated"]
-)
+    "content",
+    [
+        {"features.0.weight": torch.zeros(1)}, {"features.0.weight": 1}, [torch.zeros(1)], b"", "truncated",
+        vgg_state(float("nan")),
+    ],
+)  # fmt: skip
 def test_other_files_than_vgg16_are_refused(tmp_path, content):
     path = tmp_path / "other.pth"
     if content == "truncated":
@@ -237,11 +241,15 @@ def test_a_video_network_is_called_as_the_i3d(scripted, capsys):
         assert part in warning
 
 
-@pytest.mark.parametrize("content", [b"<html>404</html>", b"", "cut", {"a": torch.ones(2)}])
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"", "cut", "not finite", {"a": torch.ones(2)}])
 def test_files_that_hold_no_network_are_refused(tmp_path, scripted, content):
     path = tmp_path / "net.pt"
     if content == "cut":
         content = scripted(VideoStandIn(Halves())).read_bytes()[:900]
+    if content == "not finite":
+        convolved = Convolved()
+        nn.init.constant_(convolved.convolution.bias, float("inf"))
+        content = scripted(VideoStandIn(convolved)).read_bytes()
     path.write_bytes(content) if isinstance(content, bytes) else save(content, path)
     with pytest.raises(UserError, match=re.escape(f"{SETTING}: {path}")) as raised:
         VideoNetwork(path, CPU, SETTING)

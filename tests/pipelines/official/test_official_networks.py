@@ -249,6 +249,19 @@ def test_tensors_that_do_not_fit_are_named(official, kind, name, shape, named):
     assert "pydantic" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("field", f"{FIELD}project_in.1.weight"), ("vqgan", "quant_conv.weight"), ("refiner", "tail.bias")],
+)
+def test_weights_that_are_not_finite_are_named(official, kind, name):
+    def change(state: dict[str, Tensor]) -> None:
+        state[name] = torch.full_like(state[name], float("nan"))
+
+    path, load = save(official, kind, official.make(kind), change)
+    with pytest.raises(OfficialFormatError, match=f"^{re.escape(str(path))}: .*{name.removeprefix(FIELD)}"):
+        load(path)
+
+
 def test_a_network_without_blocks_is_refused(official):
     def drop(state: dict[str, Tensor]) -> None:
         for name in [name for name in state if "_blocks." in name or "encoder.residuals" in name]:
