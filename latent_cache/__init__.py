@@ -8,7 +8,9 @@ from latent_cache.errors import (
     DamagedFramesError,
     IncompleteStoreError,
     LockedStoreError,
+    LostManifestError,
     NoSpaceError,
+    ReplacedStoreError,
     StaleWriterError,
     StoreError,
     StoreMismatchError,
@@ -16,8 +18,10 @@ from latent_cache.errors import (
 from latent_cache.reading.reader import (
     LatentCache,
     SplitProgress,
+    changed_files,
     codebook_damages,
     is_complete,
+    is_sealed,
     open_metadata,
     open_notes,
     open_progress,
@@ -32,7 +36,7 @@ from latent_cache.sampling.streaming import StreamingSampler
 from latent_cache.schema import StoreMetadata
 from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
 from latent_cache.writing.chunk_writer import ChunkWriter
-from latent_cache.writing.writer import StoreWriter
+from latent_cache.writing.writer import StoreWriter, seal, unseal
 
 __all__ = [
     "ChunkPlan",
@@ -44,7 +48,9 @@ __all__ = [
     "IncompleteStoreError",
     "LatentCache",
     "LockedStoreError",
+    "LostManifestError",
     "NoSpaceError",
+    "ReplacedStoreError",
     "Residency",
     "ResidentSampler",
     "Sampler",
@@ -56,18 +62,22 @@ __all__ = [
     "StoreMismatchError",
     "StoreWriter",
     "StreamingSampler",
+    "changed_files",
     "choose_residency",
     "codebook_damages",
     "default_chunk_frames",
     "default_shard_chunks",
     "first_batch",
     "is_complete",
+    "is_sealed",
     "longest_distance",
     "open",
     "open_metadata",
     "open_notes",
     "open_progress",
     "open_sampler",
+    "seal",
     "splits",
     "step_generator",
+    "unseal",
 ]

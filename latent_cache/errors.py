@@ -1,6 +1,7 @@
 """Errors of stores. Every message names the path and the way out."""
 
 RESTORE = "restore the file from a copy, or write the store again: `make encode` with --overwrite"
+REMAKE = "copy it again, or write a new one with `inspect --seal`, which checks all other files by their checksums"
 
 
 class StoreError(Exception):
@@ -13,6 +14,14 @@ class IncompleteStoreError(StoreError):
 
 class CorruptStoreError(StoreError):
     """The store is marked as complete, but one of its files is missing, truncated or altered."""
+
+
+class LostManifestError(CorruptStoreError):
+    """The store's manifest is missing or damaged. Nothing is known about its other files."""
+
+
+class ReplacedStoreError(StoreError):
+    """The store was written again after it had been opened."""
 
 
 class DamagedFramesError(CorruptStoreError):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
-from latent_cache.errors import CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.errors import REMAKE, RESTORE, CorruptStoreError, IncompleteStoreError, LostManifestError, StoreError
+from latent_cache.manifest import MANIFEST, MANIFEST_KEY, CheckedStore, ManifestError
 from latent_cache.reading.remote import open_remote
 
 FORMAT = "river-latents"
@@ -126,15 +126,19 @@ class StoreMetadata:
         ]
 
 
-def open_group(url: str | Path) -> zarr.Group:
+def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
     """Open a store's root group for reading, whether complete or not.
 
     Args:
         url: a local path, or a URL that fsspec supports.
+        checked: compare the files of a complete store with its manifest, now and when they are read.
+    Returns:
+        The group. Its `store` is a `CheckedStore`.
     Raises:
         StoreError: no such path, no Zarr v3 group, a group of another format, an unknown version.
         IncompleteStoreError: a store whose writer stopped before the root group was written.
-        CorruptStoreError: metadata that cannot be parsed.
+        CorruptStoreError: metadata that cannot be parsed, or are not those in the manifest.
+        LostManifestError: the manifest is missing or damaged.
     """
     url = str(url).rstrip("/")
     path = local_path(url)
@@ -164,7 +168,25 @@ def open_group(url: str | Path) -> zarr.Group:
             f"{url}: format_version is {version!r}, but this version of the program supports {FORMAT_VERSION}: update "
             "the program, or move the store away and encode again"
         )
+    if checked and group.attrs.get("complete") is True:
+        _read_manifest(url, group)
     return group
+
+
+def _read_manifest(url: str, group: zarr.Group) -> None:
+    """Find the manifest of a complete store. A missing one is no error in a store that never had one."""
+    try:
+        manifest = group.store.read_manifest()
+    except ManifestError as error:
+        raise LostManifestError(f"{url}/{MANIFEST_KEY} {error}: {REMAKE}") from None
+    if manifest is None:
+        if MANIFEST in group.attrs:
+            raise LostManifestError(f"{url}/{MANIFEST_KEY} is missing: {REMAKE}")
+        return
+    try:
+        group.store.compare_with(manifest)
+    except ManifestError as error:
+        raise CorruptStoreError(f"{url}/{error}: {RESTORE}") from None
 
 
 def create_array(
@@ -208,9 +230,9 @@ def local_path(url: str | Path) -> Path | None:
     return None if "://" in text or "::" in text else Path(text)
 
 
-def _read_only_store(url: str) -> Store:
+def _read_only_store(url: str) -> CheckedStore:
     path = local_path(url)
-    return open_remote(url) if path is None else LocalStore(path, read_only=True)
+    return CheckedStore(open_remote(url) if path is None else LocalStore(path, read_only=True))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

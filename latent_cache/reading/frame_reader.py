@@ -19,10 +19,10 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.core.sync import sync
 
 from latent_cache import schema
-from latent_cache.errors import RESTORE, DamagedFramesError
+from latent_cache.errors import RESTORE, DamagedFramesError, ReplacedStoreError, StoreError
+from latent_cache.manifest import CHANGED, CHECKSUM_BYTES, CheckedStore, Manifest, ManifestError
 from latent_cache.schema import LATENTS
 
-CHECKSUM_BYTES = 4
 PLAIN_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 # Read, added to the checksum and searched for NaN while it is in the processor's cache.
 BLOCK_BYTES = 2**20
@@ -90,13 +90,14 @@ class FrameReader:
             return
         try:
             with open(self._plain_folder / self.chunk_key(index), "rb", buffering=0) as file:
-                if self.array.shards is not None:
-                    file.seek(self._place_in_shard(index, file))
-                self._read_plain(index, file, out)
+                start = 0 if self.array.shards is None else file.seek(self._place_in_shard(index, file))
+                checksum = self._read_plain(index, file, out)
         except FileNotFoundError as error:
             raise self._corrupt(index, "is missing") from error
+        self._check_identity(index, start, checksum)
 
-    def _read_plain(self, index: int, file: FileIO, out: np.ndarray) -> None:
+    def _read_plain(self, index: int, file: FileIO, out: np.ndarray) -> int:
+        """Read a chunk, and return its checksum."""
         flat = out.reshape(-1)
         checksum, finite = 0, True
         for start in range(0, len(flat), BLOCK_BYTES // flat.itemsize):
@@ -113,6 +114,14 @@ class FrameReader:
             raise self._corrupt(index, sync(self._file_state(index)) or "is damaged: its checksum does not match")
         if not finite:
             raise self._corrupt(index, NOT_FINITE)
+        return checksum
+
+    def _check_identity(self, index: int, start: int, checksum: int) -> None:
+        """Compare the part of a chunk's file that begins at byte `start` with the manifest, by its checksum."""
+        if self._manifest is not None:
+            file = self._manifest.files.get(self.chunk_key(index))
+            if file is None or file.crc32c.get(start) != checksum:
+                raise self._corrupt(index, CHANGED)
 
     def _place_in_shard(self, index: int, file: FileIO) -> int:
         """Offset of a chunk in its shard. A shard ends with an index: offset and size of each chunk, and a checksum."""
@@ -121,11 +130,14 @@ class FrameReader:
         if file.seek(0, os.SEEK_END) < size + CHECKSUM_BYTES:
             raise self._corrupt(index, sync(self._file_state(index)) or "is truncated")
         file.seek(-(size + CHECKSUM_BYTES), os.SEEK_END)
+        start = file.tell()
         content = file.read(size)
-        if google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little") != file.read():
+        checksum = google_crc32c.value(content)
+        if checksum.to_bytes(CHECKSUM_BYTES, "little") != file.read():
             raise self._corrupt(
                 index, sync(self._file_state(index)) or "is damaged: the checksum of its index does not match"
             )
+        self._check_identity(index, start, checksum)
         offset, length = struct.unpack_from("<QQ", content, 16 * place)
         if length != math.prod(self.array.chunks) * self.array.dtype.itemsize + CHECKSUM_BYTES:
             raise self._corrupt(index, f"is damaged: chunk {place} of the shard has {length} bytes")
@@ -181,7 +193,12 @@ class FrameReader:
 
     @property
     def _chunks_a_file(self) -> int:
-        return 1 if self.array.shards is None else self.array.shards[0] // self.chunk_frames
+        return chunks_per_file(self.array)
+
+    @property
+    def _manifest(self) -> Manifest | None:
+        store = self.array.store
+        return store.manifest if isinstance(store, CheckedStore) else None
 
     @cached_property
     def _plain_folder(self) -> Path | None:
@@ -202,6 +219,8 @@ class FrameReader:
         assert out.shape == (stop - start, *self.array.shape[1:]), (out.shape, start, stop)
         try:
             self.array.get_basic_selection(slice(start, stop), out=NDBuffer.from_numpy_array(out))
+        except ManifestError as error:
+            raise self._corrupt(index, sync(self._file_state(index)) or CHANGED) from error
         except (ValueError, RuntimeError) as error:  # crc32c raises the first, zstd the second
             raise self._corrupt(index, sync(self._file_state(index)) or f"is damaged: {error}") from error
         if out.dtype.kind == "f" and not all_finite(out):
@@ -231,7 +250,12 @@ class FrameReader:
             return f"is truncated or overlong: {size} bytes, expected {expected}"
         return None
 
-    def _corrupt(self, index: int, what: str, whole_file: bool = False) -> DamagedFramesError:
+    def _corrupt(self, index: int, what: str, whole_file: bool = False) -> StoreError:
+        if isinstance(self.array.store, CheckedStore) and self.array.store.was_replaced():
+            return ReplacedStoreError(
+                f"{self.url} was encoded again while it was in use: what was read before belongs to the old store, so "
+                "start this command again when `encode` is done"
+            )
         chunks = self._chunks_a_file if whole_file else 1
         start = index * self.chunk_frames
         stop = min(start + chunks * self.chunk_frames, self.array.shape[0])
@@ -244,6 +268,11 @@ class FrameReader:
         first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
         shown = [self.video_ids[row] for row in range(int(first), min(int(first) + 3, int(last) + 1))]
         return some_names(shown, int(last - first) + 1)
+
+
+def chunks_per_file(array: zarr.Array) -> int:
+    """Number of chunks in each file of an array that is chunked along its first axis."""
+    return 1 if array.shards is None else array.shards[0] // array.chunks[0]
 
 
 def some_names(names: Sequence[str], count: int | None = None) -> str:

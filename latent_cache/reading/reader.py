@@ -4,10 +4,13 @@ import difflib
 import hashlib
 import itertools
 import json
+import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,8 +22,11 @@ from zarr.errors import ZarrUserWarning
 
 from latent_cache import schema
 from latent_cache.errors import RESTORE, CorruptStoreError, IncompleteStoreError, StoreError
+from latent_cache.manifest import CHANGED
 from latent_cache.reading.frame_reader import FrameReader
 from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,11 +181,11 @@ class LatentCache:
 
         `codebook[codes]`, its last axis moved to axis 1, are the quantized latents, which a decoder takes.
         """
-        array = schema.open_group(self.url).get(schema.CODEBOOK)
+        array = _optional_array(schema.open_group(self.url), schema.CODEBOOK, self.url)
         return None if array is None else _read_small(array, self.url)
 
     def _per_video(self, name: str) -> np.ndarray | None:
-        array = self._group.get(name)
+        array = _optional_array(self._group, name, self.url)
         if array is None:
             return None
         values = _read_small(array, self.url)
@@ -192,8 +198,8 @@ class LatentCache:
     def index_damages(self) -> Iterator[CorruptStoreError]:
         """Read all that is stored for each video, such as names and offsets; yield an error for each damaged file."""
         for name, dimensions in schema.DIMENSIONS.items():
-            if dimensions[0].startswith("video") and isinstance(array := self._group.get(name), zarr.Array):
-                yield from _index_damages(array, self.url)
+            if dimensions[0].startswith("video"):
+                yield from _array_damages(self._group, name, self.url)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -216,11 +222,13 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
     group = schema.open_group(url)
     if group.attrs.get("complete") is not True:
         raise IncompleteStoreError(f"{url}: the store is not complete: run `make encode` again to resume")
+    if group.store.manifest is None:
+        _tell_unsealed(url)
     metadata = StoreMetadata.from_attrs(group.attrs, url)
     try:
         arrays = group.get(split)
         if not isinstance(arrays, zarr.Group):
-            raise StoreError(f"{url}: no split {split!r}: its splits are {_split_names(group)}")
+            raise StoreError(f"{url}: no split {split!r}: its splits are {split_names(group)}")
         latents, codes = arrays[LATENTS], arrays.get(CODES)
         offsets = np.asarray(arrays[schema.VIDEO_OFFSET][:], dtype=np.int64)
         video_ids, video_views = (Names(arrays[name], url) for name in (schema.VIDEO_ID, schema.VIDEO_VIEW))
@@ -262,6 +270,13 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
     )
 
 
+@cache  # once per store and process
+def _tell_unsealed(url: str) -> None:
+    logger.warning(
+        "%s has no manifest, so exchanged files would not be noticed: `inspect --seal %s` adds one", url, url
+    )
+
+
 def open_metadata(url: str | Path) -> StoreMetadata:
     """Metadata of a store, complete or not. Raises as `schema.open_group`."""
     return StoreMetadata.from_attrs(schema.open_group(url).attrs, str(url))
@@ -274,16 +289,16 @@ def open_notes(url: str | Path) -> dict[str, Any]:
 
 def codebook_damages(url: str | Path) -> Iterator[CorruptStoreError]:
     """Read the codebook of a store, if it has one; yield an error for each damaged file."""
-    if isinstance(array := schema.open_group(url).get(schema.CODEBOOK), zarr.Array):
-        yield from _index_damages(array, str(url).rstrip("/"))
+    yield from _array_damages(schema.open_group(url), schema.CODEBOOK, str(url).rstrip("/"))
 
 
 def splits(url: str | Path) -> list[str]:
     """Names of a store's splits: train, val, test, then any others. Raises as `schema.open_group`."""
-    return _split_names(schema.open_group(url))
+    return split_names(schema.open_group(url))
 
 
-def _split_names(group: zarr.Group) -> list[str]:
+def split_names(group: zarr.Group) -> list[str]:
+    """Names of the splits of a store's root group, in order."""
     written = group.attrs.get("splits")
     if isinstance(written, list):  # some remote stores cannot list their groups
         return [str(name) for name in written]
@@ -291,6 +306,32 @@ def _split_names(group: zarr.Group) -> list[str]:
         # zarr warns about the writer's folder in an incomplete store.
         warnings.filterwarnings("ignore", f"Object at {schema.PROGRESS_FOLDER}", ZarrUserWarning)
         return schema.in_order(group.group_keys())
+
+
+def is_sealed(url: str | Path) -> bool:
+    """Whether a store has a manifest, with which its files are compared. Raises as `schema.open_group`."""
+    return schema.open_group(url).store.manifest is not None
+
+
+def changed_files(url: str | Path) -> Iterator[tuple[str, str]]:
+    """Compare every file in the manifest of a store by sha256.
+
+    Yields:
+        For each file its key, which is its path in the store, and what is wrong with it; empty if nothing is.
+    Raises:
+        StoreError: as `schema.open_group`.
+    """
+    store = schema.open_group(url).store
+    files = {} if store.manifest is None else store.manifest.files
+
+    def what(key: str) -> str:
+        content = store.read(key)
+        if content is None:
+            return "is missing"
+        return "" if hashlib.sha256(content.as_numpy_array()).hexdigest() == files[key].sha256 else CHANGED
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from zip(files, pool.map(what, files), strict=True)
 
 
 def is_complete(url: str | Path) -> bool:
@@ -329,7 +370,7 @@ def open_progress(url: str | Path) -> dict[str, SplitProgress]:
     if path is None:
         raise StoreError(f"{url}: progress is known only for a local path: ask where the store is written")
     progress = {}
-    for split in _split_names(group):
+    for split in split_names(group):
         latents = group.get(f"{split}/{LATENTS}")
         if isinstance(latents, zarr.Array):
             size = (latents.shards or latents.chunks)[0]
@@ -412,6 +453,26 @@ class Names(Sequence[str]):
 
     def _corrupt(self, index: int, what: str) -> CorruptStoreError:
         return CorruptStoreError(f"{self._url}/{self._array.path}/c/{index} {what}: {RESTORE}")
+
+
+def _optional_array(group: zarr.Group, name: str, url: str) -> zarr.Array | None:
+    """An array that not every store has. Raises CorruptStoreError if it has one that cannot be opened."""
+    try:
+        return group.get(name)
+    except (KeyError, ValueError, TypeError) as error:
+        where = "/".join(filter(None, (url, group.path, name)))
+        raise CorruptStoreError(f"{where} cannot be opened ({error}): {RESTORE}") from error
+
+
+def _array_damages(group: zarr.Group, name: str, url: str) -> Iterator[CorruptStoreError]:
+    """Errors of an array that not every store has."""
+    try:
+        array = _optional_array(group, name, url)
+    except CorruptStoreError as error:
+        yield error
+    else:
+        if array is not None:
+            yield from _index_damages(array, url)
 
 
 def _read_small(array: zarr.Array, url: str) -> np.ndarray:

@@ -10,7 +10,8 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from latent_cache.errors import NoSpaceError, StaleWriterError, StoreError
-from latent_cache.reading.frame_reader import all_finite, some_names
+from latent_cache.manifest import StoredFile
+from latent_cache.reading.frame_reader import all_finite, chunks_per_file, some_names
 from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER
 from latent_cache.writing.chunk_plan import ChunkPlan
 from latent_cache.writing.disk import is_full, write_file
@@ -68,7 +69,8 @@ class ChunkWriter:
             values[CODES] = checked_codes(codes, shape[1:], chunk)
 
         files = {name: file_content(array, values[name]) for name, array in arrays.items()}
-        marker = ChunkMarker.of(chunk, values[LATENTS], files, measured or {})
+        stored = {name: StoredFile.of(content, chunks_per_file(arrays[name])) for name, content in files.items()}
+        marker = ChunkMarker.of(chunk, values[LATENTS], stored, measured or {})
         try:
             for name, content in files.items():
                 self._check_session()

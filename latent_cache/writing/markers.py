@@ -1,27 +1,30 @@
-"""Markers of finished chunks: checksums of their files, and their part of the statistics."""
+"""Markers of finished chunks: digests of their files, and their part of the statistics."""
 
+import hashlib
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
 
+from latent_cache.manifest import StoredFile
 from latent_cache.writing.chunk_plan import ChunkPlan
 from latent_cache.writing.disk import write_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ChunkMarker:
-    """A finished chunk. Written after the chunk's files are on disk, with checksums of their content.
+    """A finished chunk. Written after the chunk's files are on disk, with digests of their content.
 
     Args:
         key: key of the plan, see `ChunkPlan`.
         frames: frames of the chunk.
-        files: `checksum` of each of the chunk's files, by name of the array.
+        files: each of the chunk's files, by name of the array.
         count: values per channel.
         sum, sum_of_squares: [channel] float64, of the values as stored.
         measured: JSON values from the caller of `ChunkWriter.write`, not interpreted here.
@@ -29,15 +32,17 @@ class ChunkMarker:
 
     key: str
     frames: int
-    files: dict[str, int]
+    files: dict[str, StoredFile]
     count: int
     sum: list[float]
     sum_of_squares: list[float]
     measured: dict[str, Any]
 
     @classmethod
-    def of(cls, chunk: ChunkPlan, stored: np.ndarray, files: Mapping[str, bytes], measured: Mapping[str, Any]) -> Self:
-        """The marker of a chunk with stored latents `stored`, [frames, c, h, w], and file contents `files`."""
+    def of(
+        cls, chunk: ChunkPlan, stored: np.ndarray, files: Mapping[str, StoredFile], measured: Mapping[str, Any]
+    ) -> Self:
+        """The marker of a chunk with stored latents `stored`, [frames, c, h, w]."""
         sums, squares = [], []
         for channel in stored.swapaxes(0, 1):  # a float64 copy of the whole chunk would be four times its size
             exact = channel.astype(np.float64)
@@ -46,7 +51,7 @@ class ChunkMarker:
         return cls(
             key=chunk.key,
             frames=chunk.frames,
-            files={name: checksum(content) for name, content in files.items()},
+            files=dict(files),
             count=stored.size // stored.shape[1],
             sum=sums,
             sum_of_squares=squares,
@@ -55,8 +60,8 @@ class ChunkMarker:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a marker. Raises ValueError or TypeError for a file that is no marker."""
-        return cls(**json.loads(path.read_text()))
+        """Read a marker. Raises ValueError for a file that is no marker."""
+        return TypeAdapter(cls).validate_python(json.loads(path.read_text()))
 
     def write(self, path: Path) -> None:
         """Write the marker atomically."""
@@ -74,16 +79,8 @@ class ChunkMarker:
         if self.files.keys() != files.keys():
             raise ValueError(f"it has files {sorted(self.files)}, expected {sorted(files)}")
         for name, file in files.items():
-            if checksum(file.read_bytes()) != self.files[name]:
+            if hashlib.sha256(file.read_bytes()).hexdigest() != self.files[name].sha256:
                 raise ValueError(f"{file} is damaged")
-
-
-def checksum(content: bytes) -> int:
-    """crc32 of a file's content.
-
-    Not crc32c, which the codec appends to every chunk: the crc32c of data followed by its crc32c is a constant.
-    """
-    return zlib.crc32(content)
 
 
 def channel_statistics(markers: Sequence[ChunkMarker]) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +16,22 @@ import zarr
 from zarr.storage import LocalStore
 
 from latent_cache import schema
-from latent_cache.errors import IncompleteStoreError, NoSpaceError, StoreError, StoreMismatchError
+from latent_cache.errors import (
+    RESTORE,
+    CorruptStoreError,
+    IncompleteStoreError,
+    NoSpaceError,
+    StoreError,
+    StoreMismatchError,
+)
+from latent_cache.manifest import MANIFEST, ROOT_KEY, StoredFile
 from latent_cache.reading.frame_reader import FrameReader
 from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER, TRAIN, StoreMetadata
 from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan
 from latent_cache.writing.chunk_writer import ChunkWriter, file_path, session_path
-from latent_cache.writing.disk import PARTIAL, WriterLock, flush, flush_tree, is_full
+from latent_cache.writing.disk import PARTIAL, WriterLock, flush, flush_tree, is_full, write_file
 from latent_cache.writing.markers import ChunkMarker, channel_statistics
+from latent_cache.writing.sealing import make_manifest, root_document, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +202,9 @@ class StoreWriter:
             if codebook is not None:
                 _write_small(self._group, schema.CODEBOOK, np.asarray(codebook, np.float32), len(codebook))
             flush_tree(self.path)
-            self._group.update_attributes({"notes": dict(store_notes or {}), "complete": True})
-            flush(self.path / "zarr.json")
-            flush(self.path)
+            root = root_document(self._group, promised=True, notes=dict(store_notes or {}))
+            write_manifest(self.path, make_manifest(self.path, self._group, root, self._stored_files()))
+            write_file(self.path / ROOT_KEY, root)
         except OSError as error:
             if is_full(error):
                 raise NoSpaceError(
@@ -204,6 +213,15 @@ class StoreWriter:
             raise
         shutil.rmtree(self.path / PROGRESS_FOLDER)
         self.close()
+
+    def _stored_files(self) -> dict[str, StoredFile]:
+        """Files of latents and codes, by key."""
+        return {
+            self._frame_reader(split, name).chunk_key(index * plan.shard_chunks): marker.files[name]
+            for split, plan in self.plans.items()
+            for index, marker in self._finished[split].items()
+            for name in self._frame_arrays
+        }
 
     def _write_index(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
         statistics = channel_statistics(self.markers(TRAIN))
@@ -244,7 +262,7 @@ class StoreWriter:
         existing = StoreMetadata.from_attrs(group.attrs, str(self.path))
         differences = self.metadata.differences(existing)
         named = {file.parent.name for file in self.path.glob("*/zarr.json")}
-        others = sorted(named - self.plans.keys() - {schema.CODEBOOK})
+        others = sorted(named - self.plans.keys() - {schema.CODEBOOK, MANIFEST})
         if others:
             differences.append(f"splits: {sorted(self.plans)} here, also {others} there")
         for split, plan in self.plans.items():
@@ -324,6 +342,50 @@ class StoreWriter:
         return FrameReader(self._group[f"{split}/{name}"], str(self.path), plan.video_ids, plan.offsets)
 
 
+def seal(path: str | Path) -> None:
+    """Give a complete store a manifest of its files as they are. Check them before.
+
+    Raises:
+        StoreError: no complete store in a local folder, or one that cannot be read.
+        LockedStoreError: a writer has locked it.
+        NoSpaceError: the disk is full.
+    """
+    with _sealing(path) as (folder, group):
+        root = root_document(group, promised=True)
+        manifest = make_manifest(folder, group, root, {})
+        # In this order: a store without the manifest that its root document promises can be sealed again.
+        write_file(folder / ROOT_KEY, root)
+        write_manifest(folder, manifest)
+
+
+def unseal(path: str | Path) -> None:
+    """Take the manifest away: a damaged one, or one of files that were changed on purpose. Raises as `seal`."""
+    with _sealing(path) as (folder, group):
+        write_file(folder / ROOT_KEY, root_document(group, promised=False))
+        shutil.rmtree(folder / MANIFEST, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sealing(path: str | Path) -> Iterator[tuple[Path, zarr.Group]]:
+    """Lock a complete, local store, and turn errors of its files into ours."""
+    folder = schema.local_path(path)
+    if folder is None:
+        raise StoreError(f"{path}: only a store in a local folder gets a manifest: seal it where it was written")
+    group = schema.open_group(folder, checked=False)
+    if group.attrs.get("complete") is not True:
+        raise IncompleteStoreError(f"{folder}: the store is not complete: finish it with `make encode`")
+    lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
+    try:
+        yield folder, group
+    except OSError as error:
+        if is_full(error):
+            raise NoSpaceError(f"{folder}: no space left for the manifest: free some, then seal it again") from error
+        raise CorruptStoreError(f"{folder}: a file cannot be read or written ({error}): {RESTORE}") from error
+    finally:
+        _release(lock, folder)
+        _remove_empty_progress(folder)
+
+
 def _write_small(group: zarr.Group, name: str, values: np.ndarray, rows: int) -> None:
     """Write a whole array, in chunks along its first axis, of a given number of rows at most."""
     chunks = (min(len(values), rows), *values.shape[1:])
@@ -338,7 +400,7 @@ def _refuse_foreign(folder: Path) -> None:
         if any(folder.iterdir()) and not (folder / PROGRESS_FOLDER).exists():
             raise StoreError(f"{folder} contains other files, and is not overwritten: check paths.latents")
         return
-    schema.open_group(folder)
+    schema.open_group(folder, checked=False)
 
 
 def _release(lock: WriterLock, folder: Path) -> None:

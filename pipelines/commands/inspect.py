@@ -1,4 +1,4 @@
-"""`river inspect`: summarize a store, check it, decode one of its videos."""
+"""`river inspect`: summarize a store, check it, seal it, decode one of its videos."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "summarize a store; check its checksums; decode any of its videos"
+HELP = "summarize a store; check its checksums; give an old one a manifest; decode any of its videos"
 CONFIG_IS_OPTIONAL = True
 
 
@@ -25,17 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="latents/<dataset>.zarr, or a URL; default: the store of --config",
     )
     parser.add_argument("--verify", action="store_true", help="read the whole store and check its checksums")
+    parser.add_argument(
+        "--seal",
+        action="store_true",
+        help="read a store that has no manifest, check its checksums, and write a manifest of its files",
+    )
     parser.add_argument("--video", help="id of a video to decode")
     parser.add_argument("--view", help="the view of that video, such as hflip; default: the video itself")
     parser.add_argument("--gif", type=path, help="file for the decoded video")
 
 
 def run(config: RiverConfig | None, run_context: RunContext, options: argparse.Namespace) -> None:
-    from pipelines.encoding.store_summary import inspect_store
+    from pipelines.encoding.store_summary import inspect_store, seal_store
 
     store = options.store or (str(config.store_path) if config is not None else None)
     if store is None:
         raise UserError("name a store, such as latents/shapes.zarr, or a --config")
+    if options.seal:
+        seal_store(store)
     inspect_store(
         config, run_context, store, verify=options.verify, video=options.video, view=options.view, gif=options.gif
     )

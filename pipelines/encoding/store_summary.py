@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import latent_cache
-from latent_cache import CorruptStoreError, IncompleteStoreError, LatentCache
+from latent_cache import CorruptStoreError, IncompleteStoreError, LatentCache, LostManifestError
 from latent_cache.schema import IDENTITY_VIEW, local_path
 from pipelines.config import RiverConfig
 from pipelines.encoding.verification import WAY_OUT, check_checksums
@@ -67,6 +67,26 @@ def inspect_store(
         raise CheckFailed(f"{store}: {problem}: {WAY_OUT}")
     if gif is not None:
         _save_video(config, run_context, store, video, view or IDENTITY_VIEW, gif)
+
+
+def seal_store(store: str) -> None:
+    """Give a complete store in a local folder a manifest, if all its checksums match; one with a manifest keeps it.
+
+    Raises:
+        StoreError: no complete store, no local folder, or one that is being written.
+        CheckFailed: the store is damaged; each finding was printed on stderr.
+    """
+    try:
+        if latent_cache.is_sealed(store):
+            say(f"inspect: {store} has a manifest already; --verify compares its files with it")
+            return
+    except LostManifestError as error:
+        say(f"inspect: {error}")
+        latent_cache.unseal(store)
+    if problem := check_checksums(store)[0]:
+        raise CheckFailed(f"{store}: {problem}: {WAY_OUT}")
+    latent_cache.seal(store)
+    say(f"inspect: {store} has a manifest now")
 
 
 def summary_of_complete(store: str) -> Iterator[str]:

@@ -69,16 +69,21 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
     Raises:
         StoreError: no complete store, or one that cannot be reached.
     """
-    damages, names_are_sound, caches = 0, True, []
+    findings: list[str] = []
+
+    def tell(text: str) -> None:
+        findings.append(text)
+        _print_finding(text)
+
+    names_are_sound, caches = True, []
     for split in latent_cache.splits(store):
         try:
             caches.append(latent_cache.open(store, split))
         except CorruptStoreError as error:
-            damages, names_are_sound = damages + 1, False
-            _print_finding(f"{error}. The other files of {split} were not checked")
+            names_are_sound = False
+            tell(f"{error}. The other files of {split} were not checked")
     for error in latent_cache.codebook_damages(store):
-        damages += 1
-        _print_finding(str(error))
+        tell(str(error))
     readers = {cache: [reader for reader in (cache.latent_reader, cache.code_reader) if reader] for cache in caches}
     chunks = sum(reader.chunk_count for group in readers.values() for reader in group)
     size = sum(reader.array.nbytes for group in readers.values() for reader in group)
@@ -91,28 +96,40 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
         for cache in caches:
             index_damages = list(cache.index_damages())
             for error in index_damages:
-                _print_finding(str(error))
-            damages += len(index_damages)
+                tell(str(error))
             names_are_sound &= not index_damages
             for reader in readers[cache]:
                 # Adjacent chunks in one file with one cause, such as a missing shard, are one damage.
                 for found, group in itertools.groupby(reader.damages(), cause):
                     if found is None:
                         continue
-                    damages += 1
                     joined = list(group)
                     start, stop = joined[0].start, joined[-1].stop
                     videos = "videos of unknown names" if index_damages else _name_videos(cache, start, stop)
-                    _print_finding(
-                        f"{' '.join(found)}. It carries frames {start} to {stop - 1} of {cache.split}, of {videos}"
-                    )
-    if damages:
-        return f"{damages} damaged file(s) or chunk(s), listed above", caches if names_are_sound else []
+                    tell(f"{' '.join(found)}. It carries frames {start} to {stop - 1} of {cache.split}, of {videos}")
+    for text in _exchanged_files(store, findings):
+        tell(text)
+    if findings:
+        return f"{len(findings)} damaged file(s) or chunk(s), listed above", caches if names_are_sound else []
+    manifest = "checksums and the manifest" if latent_cache.is_sealed(store) else "checksums"
     say(
         f"verify: {store}: all {chunks} chunks of latents and codes, {size_text(size)}, and the names and offsets of "
-        "all videos match their checksums"
+        f"all videos match their {manifest}"
     )
     return "", caches
+
+
+def _exchanged_files(store: str, findings: Sequence[str]) -> Iterator[str]:
+    """What `findings` do not tell of files that differ from the manifest: one text for each array and kind."""
+    with progress(description="manifest", unit="file") as bar:
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for key, what in latent_cache.changed_files(store):
+            bar.update()
+            if what and not any(finding.startswith(f"{store}/{key} ") for finding in findings):
+                kinds.setdefault((key.partition("/c/")[0], what), []).append(key)
+    for (_, what), keys in kinds.items():
+        more = f", and so are {len(keys) - 1} more files of this array" if len(keys) > 1 else ""
+        yield f"{store}/{keys[0]} {what}{more}"
 
 
 def _load_autoencoder(config: RiverConfig, run_context: RunContext) -> Autoencoder:

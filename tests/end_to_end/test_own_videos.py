@@ -94,6 +94,7 @@ def test_a_folder_with_split_folders(place, story: ModuleType) -> None:
         path.rename(place.data / path.name)
     for folder in divided:
         (place.data / folder).rmdir()
+    latent_cache.unseal(place.store)
     attributes = json.loads((place.store / "zarr.json").read_text())
     del attributes["attributes"]["notes"]["division"]
     (place.store / "zarr.json").write_text(json.dumps(attributes))

@@ -88,6 +88,7 @@ def test_flow_of_a_store_of_another_autoencoder(copied, story: ModuleType) -> No
 
 
 def test_store_with_other_preprocessing(copied, trained, story: ModuleType) -> None:
+    latent_cache.unseal(copied.store)
     attributes = copied.store / "zarr.json"
     content = json.loads(attributes.read_text())
     content["attributes"]["preprocessing"]["frame_step"] = 2

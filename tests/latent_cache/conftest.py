@@ -132,6 +132,8 @@ def publish() -> Iterator[Callable[[Path], str]]:
     memory = fsspec.filesystem("memory")
 
     def copy(path: Path) -> str:
+        if memory.exists("/published"):  # otherwise it would be put into the folder that is there
+            memory.rm("/published", recursive=True)
         memory.put(str(path), "/published/toys.zarr", recursive=True)
         return "memory://published/toys.zarr"
 

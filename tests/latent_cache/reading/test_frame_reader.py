@@ -70,6 +70,7 @@ def test_many_missing_chunks_are_counted(kit, tmp_path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_behind_a_right_checksum_is_refused(toys, value) -> None:
+    latent_cache.unseal(toys)
     zarr.open_array(toys / "train/latents", mode="r+")[5, 1, 2, 3] = value
     cache = latent_cache.open(toys)
     for reading in READINGS.values():

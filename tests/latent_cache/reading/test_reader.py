@@ -72,6 +72,7 @@ def test_layout_is_the_documented_one(toys):
         "software": {"zarr": "3"},
         "splits": ["train", "test"],
         "notes": {},
+        "manifest": True,
         "complete": True,
     }
     assert group.metadata.consolidated_metadata is None
@@ -250,6 +251,7 @@ def edit_attrs(file: Path, **changes: object) -> None:
     ],
 )
 def test_root_attributes(toys, changes, error, message):
+    latent_cache.unseal(toys)
     edit_attrs(toys / "zarr.json", **changes)
     with pytest.raises(error, match=rf"{toys}.*{message}"):
         latent_cache.open(toys)
@@ -294,6 +296,7 @@ def test_places_without_a_store(toys, tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"node_type": "group"}'])
 @pytest.mark.parametrize("where", ["zarr.json", "train/latents/zarr.json", "train/video_offset/zarr.json"])
 def test_torn_metadata(toys, where, content):
+    latent_cache.unseal(toys)
     (toys / where).write_text(content)
     with pytest.raises(StoreError, match=str(toys)):
         latent_cache.open(toys)
@@ -314,6 +317,7 @@ def test_torn_metadata(toys, where, content):
     ids=["no mean", "short std", "nan", "fewer latents", "fewer codes", "fewer names", "first offset", "empty video"],
 )
 def test_arrays_that_do_not_fit_together(toys, break_it):
+    latent_cache.unseal(toys)
     break_it(toys / "train")
     with pytest.raises(CorruptStoreError, match=rf"{toys}/train.*--overwrite"):
         latent_cache.open(toys)

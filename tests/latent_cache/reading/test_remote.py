@@ -216,7 +216,7 @@ atexit.register(lambda: print([session.closed for session in sessions]))  # call
 import latent_cache
 cache = latent_cache.open({web_store!r})
 cache.load()
-sessions.append(cache.latents.store.fs._session)
+sessions.append(cache.latents.store._store.fs._session)
 """
     done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "[True]"), done.stderr

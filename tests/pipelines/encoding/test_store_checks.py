@@ -31,6 +31,7 @@ def save_autoencoder(kit, scale: float = 1) -> None:
 
 
 def edit_attributes(store: Path, **values: object) -> None:
+    latent_cache.unseal(store)
     root = store / "zarr.json"
     content = json.loads(root.read_text())
     content["attributes"] |= values

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import latent_cache
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
 from latent_cache.reading.remote import close_connections
 
@@ -153,6 +155,25 @@ def test_verify(write, inspect) -> None:
     (path / "train/video_id/c/0").unlink()
     inspect(path).refused(2, str(path))
     inspect(path, "--verify").refused(1, f"{path}/train/video_id/c/0 is missing", f"{second} is missing")
+
+
+def test_an_old_store_is_sealed_if_it_is_sound(write, inspect) -> None:
+    path = write()
+    latent_cache.unseal(path)
+    chunk = path / "train/latents/c/1/0/0/0"
+    content = chunk.read_bytes()
+    chunk.unlink()
+    inspect(path, "--seal").refused(1, f"{path}: 1 damaged", f"{chunk} is missing")
+    chunk.write_bytes(content)
+    for _ in range(2):  # the second time there is nothing to do
+        assert "has a manifest" in inspect(path, "--seal").ok().out
+    shutil.copy(path / "train/latents/c/2/0/0/0", chunk)
+    shutil.rmtree(path / "train/codes")
+    outcome = inspect(path, "--verify").refused(1, "damaged", f"{path}/train/codes/zarr.json is missing")
+    assert f"{chunk} is " in outcome.err
+
+    shutil.rmtree(path / "manifest")
+    inspect(path).refused(2, f"{path}/manifest/zarr.json is missing", "--seal")
 
 
 @pytest.fixture

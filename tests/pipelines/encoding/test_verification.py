@@ -191,11 +191,23 @@ def test_many_videos_of_a_chunk_are_named_by_their_rows(place, story: ModuleType
     ) in outcome.err
 
 
+def test_exchanged_chunks_are_named_with_their_videos(place) -> None:
+    first, second = (chunk_file(place, "train", index) for index in (1, 2))
+    first.write_bytes(second.read_bytes())
+    outcome = place.run("encode", "--verify", "3").refused(1, "1 damaged", "encode --overwrite")
+    line = line_with(outcome, f"verify: {first} is ")
+    for video in videos_of(place, "train", CHUNK, 2 * CHUNK):
+        assert repr(video) in line
+    place.run("train-flow").refused(2, str(first))
+
+
 # Sound checksums, wrong values
 
 
 def rewrite(place, split: str, array: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change an array through zarr, which writes right checksums."""
+    """Change an array through zarr, which writes right checksums, of a store that has no manifest."""
+    if latent_cache.is_sealed(place.store):
+        latent_cache.unseal(place.store)
     target = zarr.open_array(place.store / split / array, mode="r+")
     target[:] = change(target[:])
 
