@@ -272,9 +272,7 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
 
 @cache  # once per store and process
 def _tell_unsealed(url: str) -> None:
-    logger.warning(
-        "%s has no manifest, so exchanged files would not be noticed: `inspect --seal %s` adds one", url, url
-    )
+    logger.warning("%s has no manifest, which would show exchanged files: `inspect --seal %s` writes one", url, url)
 
 
 def open_metadata(url: str | Path) -> StoreMetadata:

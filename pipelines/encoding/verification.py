@@ -125,7 +125,7 @@ def _exchanged_files(store: str, findings: Sequence[str]) -> Iterator[str]:
         kinds: dict[tuple[str, str], list[str]] = {}
         for key, what in latent_cache.changed_files(store):
             bar.update()
-            if what and not any(finding.startswith(f"{store}/{key} ") for finding in findings):
+            if what and not any(f"{key} " in finding for finding in findings):
                 kinds.setdefault((key.partition("/c/")[0], what), []).append(key)
     for (_, what), keys in kinds.items():
         more = f", and so are {len(keys) - 1} more files of this array" if len(keys) > 1 else ""

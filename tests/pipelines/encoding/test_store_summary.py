@@ -169,7 +169,7 @@ def test_an_old_store_is_sealed_if_it_is_sound(write, inspect) -> None:
         assert "has a manifest" in inspect(path, "--seal").ok().out
     shutil.copy(path / "train/latents/c/2/0/0/0", chunk)
     shutil.rmtree(path / "train/codes")
-    outcome = inspect(path, "--verify").refused(1, "damaged", f"{path}/train/codes/zarr.json is missing")
+    outcome = inspect(path, "--verify").refused(1, "damaged", "train/codes/zarr.json is missing")
     assert f"{chunk} is " in outcome.err
 
     shutil.rmtree(path / "manifest")
