@@ -10,8 +10,9 @@ import numpy as np
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.division import split_training
 from stage1_autoencoder.videos.index import IndexCache
+from stage1_autoencoder.videos.names import escaped
 from stage1_autoencoder.videos.shards import ShardError, ShardSource, open_shards
-from stage1_autoencoder.videos.source import UNKNOWN_FPS, VideoError, VideoInfo
+from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, VideoError, VideoInfo
 from stage1_autoencoder.videos.tfrecords import Record, example_bytes, read_record, walk_records
 
 FOLDER = "softmotion30_44k"
@@ -19,6 +20,7 @@ FOLDER = "softmotion30_44k"
 DEFAULT_VAL = 0.006
 
 _KEY = re.compile(r"(\d+)/image_aux1/encoded")
+_MOST_DIGITS = 9  # of the number of a frame; Python converts no thousands of them
 _WAY_OUT = (
     "download the data with `make data DATASET=bair_64`, or unpack an archive with "
     "`make data DATASET=bair_64 MIRROR=<folder with bair_robot_pushing_dataset_v0.tar>`"
@@ -39,7 +41,7 @@ class BairSource(ShardSource):
         for number, record in enumerate(walk_records(path)):
             count, side = shape = shape or _count_and_side(path, record)
             info = VideoInfo(
-                id=f"{path.stem}/{number}",
+                id=f"{escaped(path.stem)}/{number}",
                 frames=(count - 1) // step + 1,
                 fps=UNKNOWN_FPS / step,
                 fingerprint=f"crc32c:{record.checksum:08x}:{record.length}",
@@ -68,9 +70,12 @@ def _frames(data: memoryview) -> list[memoryview]:
     """The raw frames of an example, in order.
 
     Raises:
-        ShardError: there are none, or one is missing.
+        ShardError: there are none, one is missing, or has an absurd number.
     """
-    found = {int(match[1]): value for key, value in example_bytes(data) if (match := _KEY.fullmatch(key))}
+    encoded = {match[1]: value for key, value in example_bytes(data) if (match := _KEY.fullmatch(key))}
+    if (longest := max(map(len, encoded), default=0)) > _MOST_DIGITS:
+        raise ShardError(f"has an example with a frame number of {longest} digits")
+    found = {int(number): value for number, value in encoded.items()}
     if not found:
         raise ShardError("has an example without '0/image_aux1/encoded', which BAIR stores frames under")
     if (missing := next((number for number in range(len(found)) if number not in found), None)) is not None:
@@ -84,6 +89,8 @@ def _count_and_side(path: Path, record: Record) -> tuple[int, int]:
     side = math.isqrt(len(frames[0]) // 3)
     if side == 0 or 3 * side * side != len(frames[0]):
         raise ShardError(f"has frames of {len(frames[0])} bytes, which are not square RGB pictures")
+    if side * side > MOST_PIXELS:
+        raise ShardError(f"has frames of {side}x{side}, more than {MOST_PIXELS} pixels")
     return len(frames), side
 
 

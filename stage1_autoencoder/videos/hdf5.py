@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.division import choose_fractions, split_training
 from stage1_autoencoder.videos.index import Entry, IndexCache, stamp
-from stage1_autoencoder.videos.names import natural_order
+from stage1_autoencoder.videos.names import escaped, natural_order
 from stage1_autoencoder.videos.shards import ShardError, ShardSource, open_shards
-from stage1_autoencoder.videos.source import UNKNOWN_FPS, VideoError, VideoInfo
+from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, VideoError, VideoInfo
 from stage1_autoencoder.videos.splits import skip_beside, split_folders
 from stage1_autoencoder.videos.video_files import Probe
 
@@ -38,7 +39,7 @@ class Hdf5Source(ShardSource):
         step, seen = self.dataset.frame_step, stamp(path)
         with _open(path) as shard:
             for name in _video_names(shard):
-                video_id, key = f"{path.stem}/{name}", f"{path.parent.name}/{path.name}/{name}"
+                video_id, key = f"{escaped(path.stem)}/{escaped(name)}", f"{path.parent.name}/{path.name}/{name}"
                 (entry,) = cache.get([key]) if cache else (None,)
                 if entry is None or entry.stamp != seen:
                     try:
@@ -93,18 +94,43 @@ def _open(path: Path) -> Iterator[Any]:
         yield shard
 
 
+def _member(group: Any, name: str) -> Any | None:
+    """A group or data set by its name in a group; None if there is none.
+
+    Raises:
+        ShardError: its content is not in this file, or is compressed in blocks that are larger than any picture.
+    """
+    h5py = _h5py()
+    link = group.get(name, getclass=True, getlink=True)
+    if link is None:
+        return None
+    if link is not h5py.HardLink:
+        raise ShardError(f"has a link instead of {group.name.rstrip('/')}/{name}, maybe to another file")
+    found = group[name]
+    if isinstance(found, h5py.Dataset):
+        if found.external or found.is_virtual:
+            raise ShardError(f"has its {found.name} in another file")
+        if math.prod(found.chunks or ()) * found.dtype.itemsize > 3 * MOST_PIXELS:
+            raise ShardError(f"has its {found.name} in blocks of {found.chunks}, more than {MOST_PIXELS} pixels")
+    return found
+
+
 @_damage_is_reported()
 def _video_names(shard: Any) -> list[str]:
     """Names of the videos that have a length, frames, or both, in natural order.
 
     There may be none: the official converter leaves an empty shard at the end.
     """
-    lengths = shard.get("len", {})
-    if not hasattr(lengths, "keys"):
+    lengths = _member(shard, "len")
+    if lengths is not None and not hasattr(lengths, "keys"):
         raise ShardError("has a 'len' that is not a group with one length per video")
-    names = set(lengths)
+    names = set(lengths or ())
     others = [name for name in shard if name not in names and name not in _NOT_VIDEOS]
-    found = [*lengths, *(name for name in others if shard.get(name, getclass=True) is _h5py().Group)]
+    if odd := next((name for name in (*names, *others) if not isinstance(name, str)), None):
+        raise ShardError(f"has a name that is not UTF-8: {odd!r}")
+    kinds = {name: shard.get(name, getclass=True, getlink=True) for name in others}
+    inside = (name for name in others if kinds[name] is _h5py().HardLink)
+    found = [*(lengths or ()), *(name for name in inside if shard.get(name, getclass=True) is _h5py().Group)]
     return [found[row] for row in natural_order(found)]
 
 
@@ -115,11 +141,12 @@ def _length(shard: Any, video: str) -> int | None:
     Raises:
         ShardError: the shard has lengths, but not this one, or it is not a number.
     """
-    if "len" not in shard:
+    lengths = _member(shard, "len")
+    if lengths is None:
         return None
-    if video not in shard["len"]:
+    stored = _member(lengths, video)
+    if stored is None:
         raise ShardError(f"has frames, but no len/{video}")
-    stored = shard["len"][video]
     if getattr(stored, "shape", None) not in ((), (1,)) or stored.dtype.kind not in "iu":
         raise ShardError(f"len/{video} is not an integer")
     return int(stored[()].item())
@@ -127,7 +154,7 @@ def _length(shard: Any, video: str) -> int | None:
 
 @_damage_is_reported()
 def _group(shard: Any, video: str) -> Any:
-    group = shard.get(video)
+    group = _member(shard, video)
     if not hasattr(group, "keys"):
         raise ShardError(f"has a length, but no group {video!r} of frames")
     return group
@@ -163,10 +190,12 @@ def _picture(group: Any, name: str, size: tuple[int, int] | None = None) -> np.n
     Raises:
         ShardError: type or shape differ, which is checked before reading.
     """
-    stored = group[name]
+    stored = _member(group, name)
     shape, kind = getattr(stored, "shape", ()), getattr(stored, "dtype", None)
     if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise ShardError(f"frame {name} is {kind} {list(shape)}, expected uint8 [h, w, 3]")
+    if math.prod(shape) > 3 * MOST_PIXELS:
+        raise ShardError(f"frame {name} is {shape[1]}x{shape[0]}, more than {MOST_PIXELS} pixels")
     if size not in (None, (shape[1], shape[0])):
         raise ShardError(
             f"frame {name} is {shape[1]}x{shape[0]}, the first one {size[0]}x{size[1]}; "

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Annotated, Self
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json
 from tqdm import tqdm
 
 from stage1_autoencoder.videos.config import Split
-from stage1_autoencoder.videos.display import Display
+from stage1_autoencoder.videos.display import MOST_ASPECT, Display
 from stage1_autoencoder.videos.image_folders import is_webp, list_frames, probe_folder, probe_webp
-from stage1_autoencoder.videos.source import BrokenVideoError
+from stage1_autoencoder.videos.source import FASTEST_FPS, MOST_PIXELS, SLOWEST_FPS, BrokenVideoError
 from stage1_autoencoder.videos.splits import SPLITS
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
 
@@ -34,16 +35,56 @@ CACHE_VERSION = 4
 _WORKERS = 8  # opening files is mostly waiting, and FFmpeg releases Python's lock
 _AHEAD = 16 * _WORKERS  # videos examined ahead of the one whose result is taken
 _COMMIT_SECONDS = 5.0  # longest time for which results may be lost by a crash
+_MOST_BYTES = 2**24  # of one value: the keyframes of weeks
+_BESIDE = ("-journal", "-wal", "-shm")  # SQLite's own files, named like the database
+# Errors that say that the file is damaged or has other tables than ours, by their first 8 bits: others come from the
+# disk, or from another process. https://sqlite.org/rescode.html
+_DAMAGED = {
+    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_TOOBIG,
+    sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH,
+}  # fmt: skip
 _TABLE = """CREATE TABLE video (
     name BLOB PRIMARY KEY, stamp TEXT NOT NULL, frames INTEGER NOT NULL, fps REAL NOT NULL, width INTEGER NOT NULL,
     height INTEGER NOT NULL, keyframes TEXT NOT NULL, orientation INTEGER NOT NULL, aspect TEXT NOT NULL,
     digest TEXT NOT NULL
 ) WITHOUT ROWID"""
 # Splits by name, for each rule by which videos are divided. Other versions of the index keep this table.
-_SPLIT_TABLE = """CREATE TABLE IF NOT EXISTS division (
+_SPLIT_TABLE = """CREATE TABLE division (
     rule TEXT NOT NULL, name BLOB NOT NULL, split TEXT NOT NULL, PRIMARY KEY (rule, name)
 ) WITHOUT ROWID"""
 _COLUMNS = "stamp, frames, fps, width, height, keyframes, orientation, aspect, digest"
+_TABLES = {("video", _TABLE), ("division", _SPLIT_TABLE)}
+
+
+def _plausible_aspect(text: str) -> str:
+    if not 1 / MOST_ASPECT <= Fraction(text) <= MOST_ASPECT:
+        raise ValueError("no shape of a pixel")
+    return text
+
+
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
+_Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _Row(BaseModel):
+    """A row of the table `video`: what a probe may be, since anything may have written it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    stamp: str
+    frames: _Count
+    fps: float = Field(ge=SLOWEST_FPS, le=FASTEST_FPS)
+    width: _Count = Field(le=MOST_PIXELS)
+    height: _Count = Field(le=MOST_PIXELS)
+    keyframes: Json[list[tuple[_Int64, _Int64]]]
+    orientation: int = Field(ge=1, le=8)
+    aspect: Annotated[str, Field(pattern=r"^\d{1,9}(/[1-9]\d{0,8})?$"), AfterValidator(_plausible_aspect)]
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+    def entry(self) -> "Entry":
+        chosen = tuple(Keyframe(*pair) for pair in self.keyframes)
+        display = Display(self.orientation, Fraction(self.aspect))
+        return Entry(self.stamp, Probe(self.frames, self.fps, self.width, self.height, chosen, display), self.digest)
 
 
 @dataclass(frozen=True)
@@ -162,15 +203,16 @@ def stamp(path: Path) -> str:
 class IndexCache:
     """Entries by name, in `<root>/.river_index.sqlite`, and the splits into which videos were divided.
 
-    A cache that is damaged is replaced, and so are the entries of another version. If the folder is read-only, or
-    another process locks the file for long, nothing is stored, but nothing fails.
+    A cache that is damaged, or has other tables, is replaced, and so are the entries of another version; an entry that
+    no video can have is unknown. If the folder is read-only, or another process locks the file for long, nothing is
+    stored, but nothing fails.
     """
 
     def __init__(self, root: Path, remember: bool = True) -> None:
         """Open the cache; read-only if not `remember`."""
         self._path = root / CACHE_NAME
-        self._database = self._open(remember)
         self._writes = remember
+        self._database = self._open()
         self._saved = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -195,12 +237,11 @@ class IndexCache:
             if self._database is not None:
                 query = f"SELECT name, {_COLUMNS} FROM video WHERE name IN ({', '.join('?' * len(keys))})"
                 for row in self._database.execute(query, keys):
-                    key, seen, frames, fps, width, height, keyframes, orientation, aspect, digest = row
-                    chosen = tuple(Keyframe(*pair) for pair in json.loads(keyframes))
-                    display = Display(orientation, Fraction(aspect))
-                    found[key] = Entry(seen, Probe(frames, fps, width, height, chosen, display), digest)
-        except (sqlite3.Error, ValueError, TypeError, ZeroDivisionError):
-            self._give_up()
+                    with contextlib.suppress(ValueError):  # as unknown, it is probed and stored again
+                        named = zip(_COLUMNS.split(", "), row[1:], strict=True)
+                        found[row[0]] = _Row.model_validate(dict(named)).entry()
+        except sqlite3.Error as error:
+            self._recover(error)
         return [found.get(key) for key in keys]
 
     def put(self, name: str, entry: Entry) -> None:
@@ -212,8 +253,8 @@ class IndexCache:
         row += (json.dumps(probe.keyframes), probe.display.orientation, str(probe.display.aspect), entry.digest)
         try:
             self._database.execute(f"INSERT OR REPLACE INTO video VALUES ({', '.join('?' * len(row))})", row)
-        except sqlite3.Error:
-            self._give_up()
+        except sqlite3.Error as error:
+            self._recover(error)
             return
         if time.monotonic() - self._saved > _COMMIT_SECONDS:
             self._commit()
@@ -225,8 +266,8 @@ class IndexCache:
         try:
             query = "SELECT split FROM division WHERE rule = ? AND name = ?"
             row = self._database.execute(query, (rule, os.fsencode(name))).fetchone()
-        except sqlite3.Error:  # a read-only index of an earlier version has no such table
-            self._give_up()
+        except sqlite3.Error as error:
+            self._recover(error)
             return None
         return row[0] if row and row[0] in SPLITS else None
 
@@ -237,8 +278,8 @@ class IndexCache:
         try:
             rows = ((rule, os.fsencode(name), split) for name in names if self.get_split(rule, name) is None)
             self._database.executemany("INSERT OR IGNORE INTO division VALUES (?, ?, ?)", rows)
-        except sqlite3.Error:
-            self._give_up()
+        except sqlite3.Error as error:
+            self._recover(error)
 
     def forget_others(self, names: Sequence[str]) -> None:
         """Delete entries of videos that are not among `names` if they are more than half of all."""
@@ -251,20 +292,25 @@ class IndexCache:
             kept = {os.fsencode(name) for name in names}
             gone = [row for row in self._database.execute("SELECT name FROM video") if row[0] not in kept]
             self._database.executemany("DELETE FROM video WHERE name = ?", gone)
-        except sqlite3.Error:
-            self._give_up()
+        except sqlite3.Error as error:
+            self._recover(error)
 
-    def _open(self, remember: bool) -> sqlite3.Connection | None:
-        if remember:
+    def _open(self) -> sqlite3.Connection | None:
+        if any(file.exists() and not file.is_file() for file in self._files()):  # a pipe would be waited for
+            return None
+        if self._writes:
             with contextlib.suppress(sqlite3.Error, OSError):
                 return self._create()
         if self._path.is_file():  # read-only
             with contextlib.suppress(sqlite3.Error):
                 database = self._connect("ro")
-                if database.execute("PRAGMA user_version").fetchone() == (CACHE_VERSION,):
+                if database.execute("PRAGMA user_version").fetchone() == (CACHE_VERSION,) and _is_ours(database):
                     return database
                 database.close()
         return None
+
+    def _files(self) -> list[Path]:
+        return [self._path, *(self._path.with_name(self._path.name + suffix) for suffix in _BESIDE)]
 
     def _create(self) -> sqlite3.Connection:
         """Open the cache for writing; create it, or empty it of entries of another version.
@@ -281,31 +327,50 @@ class IndexCache:
                 if database.execute("PRAGMA user_version").fetchone() != (CACHE_VERSION,):
                     database.execute("DROP TABLE IF EXISTS video")
                     database.execute(_TABLE)
+                    database.execute(_SPLIT_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
                     database.execute(f"PRAGMA user_version = {CACHE_VERSION}")
-                database.execute(_SPLIT_TABLE)
                 database.commit()
-                return database
-            except sqlite3.OperationalError:  # locked by another process, or read-only
-                database.close()
-                raise
-            except sqlite3.DatabaseError:  # not an SQLite file
-                pass
+                if _is_ours(database):
+                    return database
+            except sqlite3.Error as error:
+                if not _is_damage(error):  # locked by another process, or read-only
+                    database.close()
+                    raise
             database.close()
-            self._path.unlink()
+            self._remove()
         raise sqlite3.DatabaseError(f"{self._path} cannot be replaced")
 
+    def _remove(self) -> None:
+        for file in self._files():
+            file.unlink(missing_ok=True)
+
     def _connect(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(f"{self._path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10.0)
+        database = sqlite3.connect(f"{self._path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10.0)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+        return database
 
     def _commit(self) -> None:
         self._saved = time.monotonic()
         try:
             self._database.commit()
-        except sqlite3.Error:  # a full disk, for example
-            self._give_up()
+        except sqlite3.Error as error:  # a full disk, for example
+            self._recover(error)
 
-    def _give_up(self) -> None:
-        """Continue without the cache; videos are probed again."""
+    def _recover(self, error: sqlite3.Error) -> None:
+        """Continue with an empty cache in place of a damaged one, or without any; videos are probed again."""
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
         self._database = None
+        if self._writes and _is_damage(error):
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self._remove()
+                self._database = self._create()
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+
+
+def _is_ours(database: sqlite3.Connection) -> bool:
+    """Whether a database has our tables and nothing else: a view or a trigger could compute for ever."""
+    return set(database.execute("SELECT name, sql FROM sqlite_schema")) == _TABLES

@@ -28,7 +28,7 @@ def _natural_key(name: str) -> str:
 
 
 def _number_key(digits: str) -> str:
-    value = str(int(digits))
+    value = str(int(digits)) if len(digits) < 1000 else digits  # more than Python converts
     return f"\0{chr(len(value))}{value}"
 
 

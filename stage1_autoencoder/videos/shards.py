@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stage1_autoencoder.videos.config import DatasetConfig, Split
 from stage1_autoencoder.videos.index import IndexCache
-from stage1_autoencoder.videos.names import join_names, natural_order
+from stage1_autoencoder.videos.names import escaped, join_names, natural_order
 from stage1_autoencoder.videos.preprocessing import FramePreprocessor
 from stage1_autoencoder.videos.source import (
     BrokenVideoError,
@@ -55,13 +55,15 @@ class ShardSource(DivisibleSource):
             for number, name in enumerate(tqdm(files, f"index {folder.name}", leave=False, unit="file", disable=None)):
                 path = folder / name
                 try:
+                    if not path.is_file():  # a pipe would be waited for
+                        raise ShardError("is not a regular file")
                     for place, frames, info in self.index_shard(path, cache):
                         places.append(place)
                         file_of.append(number)
                         native.append(frames)
                         yield info
                 except (ShardError, OSError) as error:
-                    self.skip(path.stem, error, path)
+                    self.skip(escaped(path.stem), error, path)
 
         self.videos = VideoTable(infos())
         # Per video: what `read_pictures` finds it by, the number of its shard, and frames before `frame_step`.

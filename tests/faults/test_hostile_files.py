@@ -3,13 +3,18 @@
 Each ends, within a second and a few megabytes, in the error that any damaged file of its kind ends in.
 """
 
+import contextlib
 import os
 import signal
+import sqlite3
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import google_crc32c
+import h5py
+import numpy as np
 import pytest
 
 from pipelines.config import load_config
@@ -17,8 +22,9 @@ from pipelines.data.archives import Unpacked
 from pipelines.errors import UserError
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import warn
-from stage1_autoencoder.videos import BrokenVideoError, open_video
+from stage1_autoencoder.videos import BrokenVideoError, VideoSource, open_splits, open_video
 from stage1_autoencoder.videos.config import DatasetConfig
+from stage1_autoencoder.videos.index import CACHE_NAME, index_videos
 
 VIDEOS = DatasetConfig(name="x", source="videos", image_size=32)
 
@@ -172,3 +178,132 @@ def test_a_rate_that_no_video_has_is_taken_for_unknown(tmp_path: Path, rate: str
     path = tmp_path / "x.y4m"
     path.write_bytes(y4m(rate))
     assert open_video(VIDEOS.model_copy(update={"fps": 10}), path).read(0).shape == (3, 32, 32, 3)
+
+
+ENDLESS_VIEW = """
+    ALTER TABLE video RENAME TO old;
+    CREATE VIEW video AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)
+    SELECT * FROM old WHERE (SELECT count(*) FROM n) > 0"""
+HOSTILE_INDEXES = [
+    *(f"UPDATE video SET {change}" for change in (
+        "frames = -5", "frames = 0", "frames = 1000000000000000000", "frames = 'abc'", "frames = 1.5", "fps = 0",
+        "fps = 9e999", "fps = 'nan'", "fps = 1e-300", "width = 'x'", "height = 0", "orientation = 99",
+        "aspect = '1/0'", "aspect = '1e999999'", "aspect = '-1'", "digest = 5", "digest = x'ff'", "keyframes = '{}'",
+        "keyframes = '[[1e400, 2]]'", "keyframes = '[[1, 2, 3]]'", "keyframes = '[[1, 99999999999999999999]]'",
+        "keyframes = replace(hex(zeroblob(50000)), '0', '[')", "digest = hex(zeroblob(20000000))",
+    )),
+    ENDLESS_VIEW,
+    "CREATE TRIGGER t AFTER INSERT ON video BEGIN DELETE FROM video; END; DELETE FROM video",
+    "ALTER TABLE video RENAME COLUMN fps TO rate", "DROP TABLE video",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("statements", HOSTILE_INDEXES, ids=lambda text: " ".join(text.split())[:40])
+def test_index(tmp_path: Path, statements: str) -> None:
+    """It is rebuilt: videos are examined again, and known by the next call."""
+    (tmp_path / "x.y4m").write_bytes(y4m("10:1"))
+    examined = list(index_videos(tmp_path, ["x.y4m"]))
+    with contextlib.closing(sqlite3.connect(tmp_path / CACHE_NAME)) as database:
+        before = database.execute("SELECT * FROM video").fetchall()
+        database.executescript(statements)
+    assert list(index_videos(tmp_path, ["x.y4m"])) == examined
+    with contextlib.closing(sqlite3.connect(tmp_path / CACHE_NAME)) as database:
+        assert database.execute("SELECT * FROM video").fetchall() == before
+
+
+@pytest.mark.parametrize("suffix", ["", "-journal", "-wal"])
+def test_an_index_that_is_a_pipe_is_done_without(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "x.y4m").write_bytes(y4m("10:1"))
+    pipe(tmp_path / f"{CACHE_NAME}{suffix}")
+    assert [video.probe.frames for video in index_videos(tmp_path, ["x.y4m"])] == [3]
+
+
+def train_split(kind: str, root: Path, splits: dict[str, int]) -> VideoSource:
+    dataset = VIDEOS.model_copy(update={"source": kind, "root": str(root), "splits": splits})
+    return open_splits(dataset, root)["train"]
+
+
+PIXELS = np.zeros((32, 32, 3), np.uint8)
+
+
+def from_elsewhere(shard: h5py.File, folder: Path) -> None:
+    layout = h5py.VirtualLayout(PIXELS.shape, np.uint8)
+    layout[:] = h5py.VirtualSource(folder / "secret.h5", "0/0", PIXELS.shape)
+    shard.create_virtual_dataset("bad/0", layout)
+
+
+def stored_elsewhere(shard: h5py.File, folder: Path) -> None:
+    place = [(folder / "secret.h5", 0, PIXELS.nbytes)]
+    shard.create_dataset("bad/0", PIXELS.shape, np.uint8, external=place)
+
+
+def large(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Callable[[h5py.File, Path], None]:
+    return lambda shard, folder: shard.create_dataset(
+        "bad/0", shape, np.uint8, chunks=chunks, maxshape=(None, None, 3), compression="gzip"
+    )
+
+
+def linked(name: str, file: str, inside: str) -> Callable[[h5py.File, Path], None]:
+    return lambda shard, folder: shard.update({name: h5py.ExternalLink(folder / file, inside)})
+
+
+HOSTILE_SHARDS = {
+    "group of another file": linked("bad", "secret.h5", "0"),
+    "frame of another file": linked("bad/0", "secret.h5", "0/0"),
+    "pipe": linked("bad", "pipe", "0"),
+    "link to itself": lambda shard, folder: shard.update({"bad": h5py.SoftLink("/bad")}),
+    "virtual": from_elsewhere,
+    "external": stored_elsewhere,
+    "a billion pixels": large((31_622, 31_622, 3), (8, 8, 3)),
+    "huge chunks": large((32, 32, 3), (20_000, 20_000, 3)),
+    "huge number": lambda shard, folder: shard.update({f"bad/{'9' * 5000}": PIXELS, "bad/1": PIXELS}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_SHARDS)
+def test_hdf5(tmp_path: Path, name: str) -> None:
+    """The video is skipped, and its shard's other one is used."""
+    (tmp_path / "videos").mkdir()
+    pipe(tmp_path / "pipe")
+    for path in (tmp_path / "secret.h5", tmp_path / "videos" / "x.h5"):
+        with h5py.File(path, "w") as shard:
+            shard.update({"0/0": PIXELS, "len/0": 1})
+    with h5py.File(path, "r+") as shard:
+        HOSTILE_SHARDS[name](shard, tmp_path)
+        shard["len/bad"] = 2 if name == "huge number" else 1
+    source = train_split("hdf5", path.parent, {"val": 0, "test": 0})
+    assert [video.id for video in source.videos] == ["x/0"]
+    assert [video.id for video in source.skipped] == ["x/bad"]
+
+
+def record(frames: dict[str, bytes]) -> bytes:
+    """A TFRecord of one example."""
+
+    def field(number: int, content: bytes) -> bytes:
+        sizes = [len(content) >> shift & 0x7F for shift in (0, 7, 14, 21)]
+        return bytes([number << 3 | 2, *(size | 0x80 for size in sizes[:3]), sizes[3]]) + content
+
+    def checksum(content: bytes) -> bytes:
+        crc = google_crc32c.value(content)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    features = (field(1, key.encode()) + field(2, field(1, field(1, value))) for key, value in frames.items())
+    data = field(1, b"".join(field(1, feature) for feature in features))
+    length = struct.pack("<Q", len(data))
+    return length + checksum(length) + data + checksum(data)
+
+
+@pytest.mark.parametrize("content", [
+    record({f"{'9' * 5000}/image_aux1/encoded": PIXELS.tobytes()}),
+    record({"999999999999/image_aux1/encoded": PIXELS.tobytes()}), pipe, endless,
+], ids=["thousands of digits", "absurd number", "pipe", "device"])  # fmt: skip
+def test_tfrecords(tmp_path: Path, content: bytes | Callable[[Path], None]) -> None:
+    good = record({"0/image_aux1/encoded": PIXELS.tobytes()})
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "good.tfrecords").write_bytes(good)
+    path = tmp_path / "train" / "bad.tfrecords"
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    source = train_split("bair", tmp_path, {"val": 0})
+    assert [video.id for video in source.videos] == ["good/0"]
+    assert [video.id for video in source.skipped] == ["bad"]

@@ -198,7 +198,7 @@ SEEN_BY_THE_INDEX = [
     (replace("len/1", [6, 6]), "len/1.*integer"),
     (replace("len/1/more", 6, "len/1"), "len/1.*integer"),
     (lambda file: [delete(f"1/{number}")(file) for number in range(6)], "no frames"),
-    (replace("1/3", h5py.SoftLink("/nowhere")), "cannot be read as HDF5"),
+    (replace("1/3", h5py.SoftLink("/nowhere")), "link instead of /1/3"),
     (replace("1/0", np.zeros((32, 32, 4), np.uint8)), r"frame 0 .*uint8 \[32, 32, 4\].*\[h, w, 3\]"),
     (replace("1/5", np.zeros((32, 16, 3), np.uint8)), "frame 5 .*16x32.*32x32"),
     (replace("1/3", np.zeros((32, 32, 3), np.int8)), "frame 3 .*int8.*uint8"),
