@@ -20,6 +20,7 @@ from pipelines.official.official_networks import OFFICIAL_HEADS
 from pipelines.official.parts import OfficialFiles, load_official
 from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.pictures import to_video
+from pipelines.prediction.detail import restore_detail
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
 from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision
@@ -167,7 +168,9 @@ class VideoPredictor(PredictorParts):
         latents = self.generate_latents(
             context, num_frames, sampling=sampling, keys=keys, samples=samples, verbose=verbose
         )
-        return self.decode_videos(latents, images.repeat_interleave(samples, dim=0) if refine else None)
+        given = images.repeat_interleave(samples, dim=0)
+        predicted = self.decode_predictions(latents, given, sampling=sampling, refine=refine)
+        return torch.cat([self.decode_videos(latents[:, : images.shape[1]]), predicted], 1)
 
     def generate_latents(
         self,
@@ -307,28 +310,55 @@ class VideoPredictor(PredictorParts):
 
     @torch.inference_mode()
     @in_full_precision
-    def decode_videos(self, latents: Tensor, context: Tensor | None = None) -> Tensor:
+    def decode_videos(self, latents: Tensor) -> Tensor:
         """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1].
 
-        Args:
-            latents: the raw latents.
-            context: [b, k, 3, h f, w f] in [-1, 1], the real first frames of the videos, k >= 1: the decoded frames
-                after them are refined; None: none are.
         Raises:
-            UserError: there is a context, and no refiner; NaN or inf in latents or pixels.
+            UserError: NaN or inf in latents or pixels.
         """
-        refiner = None if context is None else self.check_refiner()
+        return self._decode(latents).clamp(-1, 1)
+
+    @torch.inference_mode()
+    @in_full_precision
+    def decode_predictions(
+        self,
+        latents: Tensor,
+        given: Tensor,
+        *,
+        sampling: Mapping[str, Any] | SamplingConfig | None = None,
+        refine: bool = False,
+    ) -> Tensor:
+        """Decode the frames after the given ones, with what is known of these.
+
+        Args:
+            latents: [b, k + n, c, h, w] raw latents, those of the given frames first.
+            given: [b, k, 3, h f, w f] float in [-1, 1], the real first frames of the videos, k >= 1.
+            sampling: options that differ from the run's; `restore_detail` is used.
+            refine: apply the refiner. Detail is not restored then: that is what the refiner is trained for.
+        Returns:
+            [b, n, 3, h f, w f] images in [-1, 1].
+        Raises:
+            UserError: `refine` without a refiner; NaN or inf in latents or pixels.
+        """
+        refiner = self.check_refiner() if refine else None
+        context = given.shape[1]
+        given, decoded = given.to(self.device), self._decode(latents[:, context:])
+        if refiner is not None:
+            refined = refine_frames(refiner, given[:, -1], decoded)
+            check_finite("pixels of the refiner", refined, way_out=DIVERGED)
+            return refined
+        shown = decoded.clamp(-1, 1)
+        if self.sampling_with(sampling).restore_detail:
+            return restore_detail(shown, given, self.decode_videos(latents[:, :context]))
+        return shown
+
+    def _decode(self, latents: Tensor) -> Tensor:
         check_finite("latents", latents)
         frames = rearrange(latents, "b n c h w -> (b n) c h w")
         images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
         decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
         check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
-        if refiner is None:
-            return decoded.clamp(-1, 1)
-        given = context.shape[1]
-        refined = refine_frames(refiner, context[:, -1], decoded[:, given:])
-        check_finite("pixels of the refiner", refined, way_out=DIVERGED)
-        return torch.cat([decoded[:, :given].clamp(-1, 1), refined], 1)
+        return decoded
 
     def check_refiner(self) -> RCAN:
         """The refiner.
@@ -347,7 +377,7 @@ class VideoPredictor(PredictorParts):
         words += ["one condition per frame"] if options.condition == "per-frame" else []
         words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
         words += ["raw weights"] if options.weights == "raw" else []
-        words += ["refined"] if refine else []
+        words += ["refined"] if refine else ["detail of the given frames"] if options.restore_detail else []
         return ", ".join(words)
 
 
@@ -401,8 +431,10 @@ def sample_clips(
             given, keys = torch.stack([clip.frames[:context] for clip in batch]), [(clip.key, 0) for clip in batch]
             encoded = predictor.encode_videos(given)
             latents.append(predictor.generate_latents(encoded, horizon, keys=keys, samples=samples))
-            real = given.repeat_interleave(samples, dim=0) if refine else None
-            pixels.append(to_video(predictor.decode_videos(latents[-1], real)))
+            real = given.repeat_interleave(samples, dim=0)
+            reconstructed = predictor.decode_videos(latents[-1][:, :context])
+            predicted = predictor.decode_predictions(latents[-1], real, refine=refine)
+            pixels.append(to_video(torch.cat([reconstructed, predicted], 1)))
             bar.update(len(batch))
     folder = config.run_path / "samples"
     listed = Samples(

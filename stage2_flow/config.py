@@ -196,6 +196,10 @@ class SamplingConfig(BaseModel):
     condition: ConditionTiming = Field(
         "per-evaluation", description="draw a condition at every evaluation (the paper), or once per frame"
     )
+    restore_detail: bool = Field(
+        False,
+        description="add to predicted frames what the autoencoder loses of the given ones, where they show the same",
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1)
     weights: Literal["ema", "raw"] = Field(
         "ema", description="ema: averaged weights, if there are any; raw: weights of the last step"

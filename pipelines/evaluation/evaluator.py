@@ -168,30 +168,13 @@ def _measure_batch(
         keys = [(clip.key, sample) for clip in batch]
         predicted_latents = predictor.generate_latents(given_latents, horizon, keys=keys)
         latent_distances.add("prediction", to_final(predicted_latents), sample)
-        predicted = decode_predicted(predictor, predicted_latents, given, refine)
+        predicted = predictor.decode_predictions(predicted_latents, given, refine=refine)
         measure("prediction", predicted, sample)
         if distances is not None:
             for against, start in given_by_set.items():
                 distances.add(against, "prediction", start, predicted, sample)
         on_predictions(len(batch))
     return values
-
-
-def decode_predicted(predictor: VideoPredictor, latents: Tensor, given: Tensor, refine: bool) -> Tensor:
-    """Decode the predicted frames only.
-
-    Args:
-        latents: [b, context + horizon, c, h, w] raw latents, the given frames' first.
-        given: [b, context, 3, h, w] in [-1, 1]; the refiner needs the last one.
-    Returns:
-        [b, horizon, 3, h, w] in [-1, 1].
-    Raises:
-        UserError: `refine` without a refiner.
-    """
-    context = given.shape[1]
-    if refine:
-        return predictor.decode_videos(latents[:, context - 1 :], given[:, -1:])[:, 1:]
-    return predictor.decode_videos(latents[:, context:])
 
 
 def summarize_metric(metric: Metric, values: dict[str, Tensor], counts: Tensor | None) -> MetricValues:

@@ -51,7 +51,7 @@ class StudyClips:
         self.keys = [(clip.key, 0) for clip in clips]
         frames = torch.stack([clip.frames for clip in clips])
         latents = predictor.encode_videos(frames)
-        self.given, self.truth = latents[:, :context], frames[:, context:]
+        self.given, self.given_frames, self.truth = latents[:, :context], frames[:, :context], frames[:, context:]
         energy = gradient_energy(self.truth).sum(1)
         # Divided by the mean, so that the numbers of the clips are about 1, as their mean is.
         self.scale, self.edges = energy.mean(), energy / energy.mean()
@@ -79,7 +79,7 @@ class StudyClips:
         seconds = time.perf_counter() - started
         if not torch.isfinite(latents).all():
             raise UserError(f"predictions with {SamplingPlan.from_config(options).describe()} are not finite")
-        videos = self.predictor.decode_videos(latents[:, self.context :])
+        videos = self.predictor.decode_predictions(latents, self.given_frames, sampling=options)
         truth = self.truth.to(videos.device)
         clips = {
             metric.name: Tally.of_values(measure_frames(metric, videos, truth).double().mean(1))

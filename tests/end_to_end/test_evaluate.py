@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.config import load_config
-from pipelines.evaluation.evaluator import decode_predicted
 from pipelines.evaluation.frechet import fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.metrics import gradient_energy, psnr, ssim
 from pipelines.evaluation.networks import load_lpips
@@ -137,19 +136,6 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
     assert max(len(line) for line in outcome.out.splitlines() if str(copied.folder) not in line) <= 120
     assert "has sha256" in outcome.err  # of the stand-in: not the usual network
     assert "measured on 4 clips, and the network has 6 features" in outcome.err
-
-
-@torch.inference_mode()
-def test_refined_frames_are_those_of_the_predictor(trained) -> None:
-    torch.manual_seed(0)
-    refiner = RCAN(RefinerModelConfig(groups=1, blocks=1, features=4, reduction=2)).eval()
-    predictor = replace(VideoPredictor.from_run(trained.runs, "cpu"), refiner=refiner)
-    given, keys = torch.rand(2, 3, 3, 32, 32) * 2 - 1, [(5, 0), (9, 1)]
-    for refine in (False, True):
-        latents = predictor.generate_latents(predictor.encode_videos(given), 4, keys=keys)
-        ours = decode_predicted(predictor, latents, given, refine)
-        whole = predictor.generate_frames(given, 4, keys=keys, refine=refine)
-        torch.testing.assert_close(ours, whole[:, 3:], rtol=1e-4, atol=1e-4)
 
 
 def test_the_protocol_tells_weights_and_settings(copied, everything, weights) -> None:

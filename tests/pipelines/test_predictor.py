@@ -13,6 +13,7 @@ from torch import nn
 from pipelines.config import dump_config, parse_config
 from pipelines.errors import UserError
 from pipelines.loading import weights_digest
+from pipelines.prediction.detail import restore_detail
 from pipelines.predictor import VideoPredictor, to_video
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import sampling_precision
@@ -295,6 +296,20 @@ def test_samples_are_refined_with_the_context_of_their_video(tiny):
     refiner, clips = Brighter(), images(2, 2)
     dataclasses.replace(tiny, refiner=refiner).generate_frames(clips, 1, samples=2, refine=True)
     torch.testing.assert_close(refiner.given[0][0], clips[[0, 0, 1, 1], -1])
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_predictions_are_decoded_with_the_given_frames(detail, tiny):
+    predicting, given = dataclasses.replace(tiny, refiner=Brighter()), images(2, 3)
+    sampling = {"restore_detail": detail}
+    latents = predicting.generate_latents(predicting.encode_videos(given), 2, sampling=sampling)
+    decoded = predicting.decode_videos(latents)
+    expected = restore_detail(decoded[:, 3:], given, decoded[:, :3]) if detail else decoded[:, 3:]
+    torch.testing.assert_close(predicting.decode_predictions(latents, given, sampling=sampling), expected)
+    whole = predicting.generate_frames(given, 2, sampling=sampling)
+    torch.testing.assert_close(whole, torch.cat([decoded[:, :3], expected], 1))
+    predicting.decode_predictions(latents, given, sampling=sampling, refine=True)
+    torch.testing.assert_close(predicting.refiner.given[0][1].clamp(-1, 1), decoded[:, 3])  # as it was trained
 
 
 def test_refining_without_a_refiner_is_refused_before_anything_is_predicted(tiny):

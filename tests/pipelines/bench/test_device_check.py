@@ -114,7 +114,7 @@ DAMAGES = [
         "encoding against the CPU", FrameEncoder, "encode",
         scaled(lambda encoded: dataclasses.replace(encoded, codes=encoded.codes.roll(1, -1))),
     ),
-    ("evaluation against the CPU", VideoPredictor, "decode_videos", scaled(lambda images: images * 0.99)),
+    ("evaluation against the CPU", VideoPredictor, "decode_predictions", scaled(lambda images: images * 0.99)),
     ("compiled against eager", VideoPredictor, "generate_latents", scaled(lambda latents: latents * 1.0001)),
 ]  # fmt: skip
 

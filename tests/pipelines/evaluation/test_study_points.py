@@ -28,10 +28,11 @@ def measured() -> StudyClips:
 
 
 def test_a_point_has_the_metrics_of_its_predictions(measured):
-    options = SamplingConfig(solver="heun", nfe=4, warm_start=0.25)
+    options = SamplingConfig(solver="heun", nfe=4, warm_start=0.25, restore_detail=True)
     found = measured.measure(options, None)
     latents = measured.predictor.generate_latents(measured.given, 3, sampling=options, keys=measured.keys)
-    frames = measured.predictor.decode_videos(latents)[:, 2:].double()
+    given = torch.stack([clip.frames for clip in clips(10)])[:, :2]
+    frames = measured.predictor.decode_predictions(latents, given, sampling=options).double()
     truth = torch.stack([clip.frames for clip in clips(10)])[:, 2:].double()
     errors = (frames - truth).square().mean((2, 3, 4))
     assert found.psnr == pytest.approx((10 * torch.log10(4 / errors)).mean().item(), rel=1e-5)
