@@ -19,8 +19,8 @@ from pipelines.loading import PredictorParts, load_run
 from pipelines.official.official_networks import OFFICIAL_HEADS
 from pipelines.official.parts import OfficialFiles, load_official
 from pipelines.prediction.clips import GivenVideo, open_clips
-from pipelines.prediction.pictures import to_video
 from pipelines.prediction.detail import restore_detail
+from pipelines.prediction.pictures import to_video
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
 from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from pipelines.loading import weights_digest
 from pipelines.prediction.clips import open_clips
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext
-from stage1_autoencoder.config import RefinerModelConfig
-from stage1_autoencoder.rcan import RCAN
 
 CPU = torch.device("cpu")
 LONG = ("evaluation.horizon=10",)  # 2 + 10 frames, enough for the I3D
