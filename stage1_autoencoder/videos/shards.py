@@ -55,7 +55,7 @@ class ShardSource(DivisibleSource):
             for number, name in enumerate(tqdm(files, f"index {folder.name}", leave=False, unit="file", disable=None)):
                 path = folder / name
                 try:
-                    if not path.is_file():  # a pipe would be waited for
+                    if path.exists() and not path.is_file():  # a pipe would be waited for
                         raise ShardError("is not a regular file")
                     for place, frames, info in self.index_shard(path, cache):
                         places.append(place)

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import google_crc32c
 import h5py
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from pipelines.runtime.progress import warn
 from stage1_autoencoder.videos import BrokenVideoError, VideoSource, open_splits, open_video
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.index import CACHE_NAME, index_videos
+from tests import small_data_sets
 
 VIDEOS = DatasetConfig(name="x", source="videos", image_size=32)
 
@@ -276,32 +276,18 @@ def test_hdf5(tmp_path: Path, name: str) -> None:
     assert [video.id for video in source.skipped] == ["x/bad"]
 
 
-def record(frames: dict[str, bytes]) -> bytes:
-    """A TFRecord of one example."""
-
-    def field(number: int, content: bytes) -> bytes:
-        sizes = [len(content) >> shift & 0x7F for shift in (0, 7, 14, 21)]
-        return bytes([number << 3 | 2, *(size | 0x80 for size in sizes[:3]), sizes[3]]) + content
-
-    def checksum(content: bytes) -> bytes:
-        crc = google_crc32c.value(content)
-        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    features = (field(1, key.encode()) + field(2, field(1, field(1, value))) for key, value in frames.items())
-    data = field(1, b"".join(field(1, feature) for feature in features))
-    length = struct.pack("<Q", len(data))
-    return length + checksum(length) + data + checksum(data)
+def numbered(frame: str) -> bytes:
+    """A TFRecord of a video whose only frame has this number."""
+    return small_data_sets.record(small_data_sets.example({f"{frame}/image_aux1/encoded": PIXELS.tobytes()}))
 
 
-@pytest.mark.parametrize("content", [
-    record({f"{'9' * 5000}/image_aux1/encoded": PIXELS.tobytes()}),
-    record({"999999999999/image_aux1/encoded": PIXELS.tobytes()}), pipe, endless,
-], ids=["thousands of digits", "absurd number", "pipe", "device"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content", [numbered("9" * 5000), numbered("9" * 12), pipe, endless], ids=["digits", "number", "pipe", "device"]
+)
 def test_tfrecords(tmp_path: Path, content: bytes | Callable[[Path], None]) -> None:
-    good = record({"0/image_aux1/encoded": PIXELS.tobytes()})
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
-        (tmp_path / split / "good.tfrecords").write_bytes(good)
+        (tmp_path / split / "good.tfrecords").write_bytes(numbered("0"))
     path = tmp_path / "train" / "bad.tfrecords"
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
     source = train_split("bair", tmp_path, {"val": 0})

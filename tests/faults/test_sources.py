@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import latent_cache
+from stage1_autoencoder.videos.names import escaped
 
 SPLITS = ("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
 NAMES = ("train/a", "train/b", "train/c", "train/d", "val/v", "test/t")
@@ -98,8 +99,10 @@ def test_names_of_any_kind(place, story: ModuleType) -> None:
     story.write_videos(place.data / "val", ["v"])
     place.run("encode").ok()
     cache = latent_cache.open(place.store)
-    assert sorted(cache.video_ids) == sorted(STRANGE)
-    for name in STRANGE:
+    ids = [escaped(name) for name in STRANGE]  # each is one line
+    assert sorted(cache.video_ids) == sorted(ids)
+    assert "new\\nline" in ids
+    for name in ids:
         assert cache.video(name).shape[0] == 4
     assert "store: done" in place.run("encode").ok().out
     shutil.rmtree(place.data / "train" / STRANGE[6])
