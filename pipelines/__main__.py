@@ -17,6 +17,7 @@ from pipelines.errors import (
     EXIT_SKIPPED,
     EXIT_USAGE,
     CheckFailed,
+    InputUnreadable,
     OutputClosed,
     StoppedBySignal,
     UserError,
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's errors end in one clear message and an exit code.
 
     Returns:
-        0 done; 1 failed; 2 bad usage, configuration or input; 3 finished, but some videos were skipped; 128 + signal.
+        0 done; 1 failed; 2 bad usage, configuration or input; 3 some videos were skipped, or could not be read and are
+        tried again by the next call; 128 + signal.
     """
     try:
         try:
@@ -61,6 +63,9 @@ def _main(arguments: Sequence[str]) -> int:
     except (UserError, StoreError, VideoError) as error:
         _complain(f"{name}: {error}")
         return EXIT_USAGE
+    except InputUnreadable as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_SKIPPED
     except StoppedBySignal as stopped:
         _complain(f"{name}: {stopped}")
         return 128 + stopped.signal_number
@@ -80,8 +85,8 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="river",
         description="Video prediction by latent flow matching, in two stages around a Zarr store of latents.",
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 done but videos were skipped, 130/143 stopped "
-        "by a signal after saving.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 videos were skipped or unreadable, "
+        "130/143 stopped by a signal after saving.",
     )
     parser.add_argument("--version", action="version", version=f"river {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -14,6 +14,10 @@ class CheckFailed(Exception):
     """A check that the user asked for found something wrong, which was listed. The message sums it up."""
 
 
+class InputUnreadable(Exception):
+    """The file system or the network did not give some input. What is done is kept, and the same command resumes."""
+
+
 class OutputClosed(Exception):
     """Whoever read what we print has left, as `head` does after its lines: there is nobody to tell it."""
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,13 @@ from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.frame_encoder import FrameEncoder, exact_kernels
-from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource, VideoTable
+from stage1_autoencoder.videos.source import (
+    RETRY_SECONDS,
+    BrokenVideoError,
+    UnreadableVideoError,
+    VideoSource,
+    VideoTable,
+)
 from stage1_autoencoder.views import ViewTransform, view_transform
 
 # Encoding threads on a GPU: one copies and fetches while the other computes. On a CPU there is one per core.
@@ -39,6 +46,7 @@ class EncodeJob:
         latent_shape: (channels, height, width) of a frame's latent.
         psnr_stride: by split, stride of the frames that are decoded again to measure round-trip PSNR.
         chunk_frames: frames of the largest chunk.
+        code: fingerprint of the program that gives the job.
     """
 
     splits: dict[str, VideoSource]
@@ -49,6 +57,7 @@ class EncodeJob:
     latent_shape: tuple[int, int, int]
     psnr_stride: dict[str, int]
     chunk_frames: int
+    code: str
 
 
 class BrokenVideosError(Exception):
@@ -61,6 +70,18 @@ class BrokenVideosError(Exception):
     def __init__(self, split: str, reasons: dict[str, str]) -> None:
         super().__init__(split, reasons)  # both arguments, so that the error can be pickled
         self.split, self.reasons = split, reasons
+
+
+class UnreadableVideosError(Exception):
+    """The file system or the network did not give videos of a chunk. Nothing of the chunk was written.
+
+    Attributes:
+        reasons: by id of the video.
+    """
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
 
 
 class EncodingStopped(Exception):
@@ -118,6 +139,7 @@ class ChunkEncoder:
 
         Raises:
             BrokenVideosError: names all videos of the chunk that cannot be decoded.
+            UnreadableVideosError: names all that could not be read, if none is broken.
             EncodingStopped: `stop_asked` or `closing` became true.
             UserError: out of GPU memory.
             StoreError: latents that cannot be stored.
@@ -209,6 +231,7 @@ class ChunkTask:
         self.codes_held, self.codes_changed = 0, 0
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
         self.cancelled = False
         self.lock = threading.Lock()
         self.blocks: dict[int, Block] = {}
@@ -222,6 +245,8 @@ class ChunkTask:
                 future.result()
             if self.broken:
                 raise BrokenVideosError(self.split, self.broken)
+            if self.unreadable:
+                raise UnreadableVideosError(self.unreadable)
             for future in self.encoding:
                 future.result()
         except BaseException as error:
@@ -263,16 +288,27 @@ class ChunkTask:
         self.check()
         source = self.encoder.job.splits[self.split]
         index = self.encoder.rows[self.split][video_id]
-        first, end = min(target.start for target in targets), max(target.stop for target in targets)
-        try:
-            for number, frame in enumerate(source.iterate(index, first, end), first):
+        number, end = min(target.start for target in targets), max(target.stop for target in targets)
+        for attempt in range(1 + len(RETRY_SECONDS)):
+            try:
+                for frame in source.iterate(index, number, end):
+                    self.check()
+                    for target in targets:
+                        if target.start <= number < target.stop:
+                            self.put(target.place + number - target.start, frame, target.view)
+                    number += 1
+                return
+            except BrokenVideoError as error:
+                unread = isinstance(error, UnreadableVideoError)
+                # A verdict is asked for twice: what decodes then was a disturbance, and what lasts need not be awaited.
+                if attempt >= (len(RETRY_SECONDS) if unread and error.may_pass else 1):
+                    with self.lock:
+                        (self.unreadable if unread else self.broken)[error.video_id] = error.reason
+                    return
+            until = time.monotonic() + RETRY_SECONDS[attempt]
+            while time.monotonic() < until:
                 self.check()
-                for target in targets:
-                    if target.start <= number < target.stop:
-                        self.put(target.place + number - target.start, frame, target.view)
-        except BrokenVideoError as error:
-            with self.lock:
-                self.broken[error.video_id] = error.reason
+                time.sleep(0.05)
 
     def put(self, place: int, frame: np.ndarray, transform: ViewTransform) -> None:
         """Put a frame into its block, and send the block to an encoding thread when it is full."""
@@ -291,8 +327,8 @@ class ChunkTask:
             if block.missing:
                 return
             del self.blocks[number]
-        if self.broken:
-            return  # the chunk will be planned again, without the broken videos
+        if self.broken or self.unreadable:
+            return  # the chunk will be encoded another time
         self.encoder.waiting.acquire()
         self.encoding.append(self.encoder.encoders.submit(self.encode, block))
 

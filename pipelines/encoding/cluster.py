@@ -3,32 +3,43 @@
 import contextlib
 import functools
 import getpass
+import hashlib
 import itertools
+import logging
+import socket
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.threaded
+import numpy as np
 import torch
 
+import latent_cache
+import pipelines
+import stage1_autoencoder
 from latent_cache import ChunkPlan, ChunkWriter, StoreWriter
 from latent_cache.writing.chunk_writer import session_path
 from latent_cache.writing.markers import ChunkMarker
-from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped
+from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped, UnreadableVideosError
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_autoencoder, weights_digest
 from pipelines.runtime.context import resolve_device
 from pipelines.runtime.files import locked
 from pipelines.runtime.progress import say
 from pipelines.runtime.run_folder import software_versions
+from stage1_autoencoder.videos import VideoError
+from stage1_autoencoder.videos.source import DivisibleSource, VideoSource
 
 Task = tuple[str, ChunkPlan]  # (split, chunk)
-CONNECT_SECONDS = 15
+CONNECT_SECONDS = 5
+# A dask server begins with the length of a greeting, which is some hundred bytes.
+LONGEST_GREETING = 1 << 20
 
 
 def _build_graph(call: tuple[Any, ...], tasks: Sequence[Task], session: str) -> tuple[dict[Any, Any], list[Any]]:
@@ -48,19 +59,27 @@ def _build_graph(call: tuple[Any, ...], tasks: Sequence[Task], session: str) -> 
 
 
 def run_here(
-    encoder: ChunkEncoder, writer: StoreWriter, tasks: Sequence[Task], on_frames: Callable[[int], object]
+    encoder: ChunkEncoder,
+    writer: StoreWriter,
+    tasks: Sequence[Task],
+    on_frames: Callable[[int], object],
+    on_unreadable: Callable[[dict[str, str]], object],
 ) -> None:
     """Run the graph with threads of this process.
 
     Args:
         on_frames: called with the number of frames just encoded.
+        on_unreadable: called with the videos that kept a chunk from being encoded (id -> reason). The others go on.
     Raises:
-        As `ChunkEncoder.encode`.
+        As `ChunkEncoder.encode`, but for unreadable videos.
     """
     encoder.on_frames = on_frames
 
     def encode(split: str, chunk: ChunkPlan) -> None:
-        writer.accept(split, chunk, encoder.encode(writer.chunk_writer, split, chunk))
+        try:
+            writer.accept(split, chunk, encoder.encode(writer.chunk_writer, split, chunk))
+        except UnreadableVideosError as error:
+            on_unreadable(error.reasons)
 
     graph, keys = _build_graph((encode,), tasks, writer.chunk_writer.session)
     with ThreadPoolExecutor(encoder.threads.chunks, thread_name_prefix="chunk") as pool:
@@ -80,12 +99,44 @@ def connect(address: str) -> Iterator[Any]:
     """
     from distributed import Client
 
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # with a traceback what our errors say in a line
     try:
+        _check_that_dask_answers(address)
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"--scheduler {address}: no dask scheduler answers there ({error})") from error
-    with client:
-        yield client
+    try:
+        with client:
+            yield client
+    finally:
+        log.setLevel(level)
+
+
+def _check_that_dask_answers(address: str) -> None:
+    """Dask's client waits for a name that does not exist, and takes what any server says for the length of a message.
+
+    Raises:
+        OSError, ValueError, OverflowError: no address; nobody answers within `CONNECT_SECONDS`; somebody else does.
+    """
+    from distributed.comm.addressing import get_address_host_port, parse_address
+
+    protocol, _ = parse_address(address)
+    if protocol not in ("tcp", "tls"):
+        return
+    end = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            with socket.create_connection(get_address_host_port(address), timeout=CONNECT_SECONDS) as connection:
+                greeting = connection.recv(8, socket.MSG_WAITALL) if protocol == "tcp" else b""
+            break
+        except ConnectionRefusedError:  # by a scheduler that is about to start
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    if int.from_bytes(greeting, "little") > LONGEST_GREETING:
+        raise ValueError("another program listens there")
 
 
 def run_on_cluster(
@@ -95,24 +146,26 @@ def run_on_cluster(
     writer: StoreWriter,
     tasks: Sequence[Task],
     on_frames: Callable[[int], object],
+    on_unreadable: Callable[[dict[str, str]], object],
 ) -> None:
     """Run the graph on a dask.distributed cluster whose workers see the same paths as this machine.
 
     Args:
         client: from `connect`.
         stop_asked: checked several times a second.
-        on_frames: called with the number of frames just encoded.
+        on_frames, on_unreadable: as of `run_here`.
     Raises:
-        UserError: workers see other files or have other libraries; workers die; the connection is lost.
+        UserError: workers see other files, have other libraries, or run another version of this program.
+        ConnectionError: the scheduler is lost, or workers die over one chunk.
         EncodingStopped: `stop_asked` became true.
-        As `encode_chunk`.
+        As `encode_chunk`, but for unreadable videos.
     """
     from distributed.client import CancelledError  # nobody cancels our tasks: they end so when the scheduler is lost
     from distributed.scheduler import KilledWorker
 
     address, session = client.scheduler.address, writer.chunk_writer.session
     _wait_for_workers(client, address, stop_asked)
-    check_workers(client, writer.path)
+    check_workers(client, writer.path, job.splits)
     job_key = f"encode-job-{session}"  # in the graph as a node of its own, so that it is sent only once
     graph, keys = _build_graph((encode_chunk, job_key, writer.chunk_writer), tasks, session)
     pending = dict(enumerate(client.get({job_key: job} | graph, keys, sync=False)))
@@ -120,16 +173,22 @@ def run_on_cluster(
         while pending:
             for number in [number for number, future in pending.items() if future.done()]:
                 split, chunk = tasks[number]
-                writer.accept(split, chunk, pending.pop(number).result())
-                on_frames(chunk.frames)
+                try:
+                    writer.accept(split, chunk, pending.pop(number).result())
+                    on_frames(chunk.frames)
+                except UnreadableVideosError as error:
+                    on_unreadable(error.reasons)
             if stop_asked:
                 raise EncodingStopped
             time.sleep(0.1)
     except KilledWorker as error:
-        raise UserError(f"--scheduler {address}: one chunk killed several workers: {error}") from error
+        raise ConnectionError(f"--scheduler {address}: one chunk killed several workers: {error}") from error
     except (CancelledError, OSError) as error:
         if isinstance(error, CancelledError) or client.status != "running":
-            raise UserError(f"--scheduler {address}: lost the connection ({error})") from error
+            raise ConnectionError(
+                f"--scheduler {address}: the connection is lost; {writer.path} keeps its finished chunks: start the "
+                "scheduler again, and the same command resumes"
+            ) from error
         raise
     finally:
         client.cancel(list(pending.values()))
@@ -146,27 +205,89 @@ def _wait_for_workers(client: Any, address: str, stop_asked: object) -> None:
         time.sleep(0.2)
 
 
-def check_workers(client: Any, store: Path) -> None:
+class Introduction(NamedTuple):
+    """What a worker, or this process, is.
+
+    Attributes:
+        versions: package -> version.
+        code: fingerprint of the program.
+        sees_store: whether it sees the store that is being written.
+        unreadable: split -> why its first video cannot be read.
+    """
+
+    versions: dict[str, str]
+    code: str
+    sees_store: bool
+    unreadable: dict[str, str]
+
+
+def check_workers(client: Any, store: Path, splits: Mapping[str, VideoSource]) -> None:
     """Refuse workers that would not write the chunks that this process writes.
 
     Raises:
-        UserError: a worker cannot import this program, has other library versions, or does not see the store.
+        UserError: a worker cannot import this program, has another version of it or of its libraries, or does not see
+            the store or the videos.
     """
-    ours = software_versions()
+    firsts = {
+        split: source.select(np.arange(1))
+        for split, source in splits.items()
+        if isinstance(source, DivisibleSource) and len(source.videos)
+    }
+    ours = introduce(store, firsts)
     try:
-        answers = client.run(_introduce, store)
+        answers = client.run(introduce, store, firsts)
     except ImportError as error:
         raise UserError(f"dask workers cannot import this program ({error}): install it where they run") from error
-    for worker, (versions, sees_store) in answers.items():
-        other = [f"{name} {ours[name]} here, {versions[name]} there" for name in ours if ours[name] != versions[name]]
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"dask workers run another version of this program ({error}): install the same one") from error
+    for worker, theirs in answers.items():
+        other = [
+            f"{name} {version} here, {theirs.versions[name]} there"
+            for name, version in ours.versions.items()
+            if version != theirs.versions[name]
+        ]
         if other:
             raise UserError(f"dask worker {worker} has other libraries: {', '.join(other)}: install the same versions")
-        if not sees_store:
+        if theirs.code != ours.code:
+            raise UserError(
+                f"dask worker {worker} runs another version of this program (code {theirs.code[:12]}... there, "
+                f"{ours.code[:12]}... here): install the same one"
+            )
+        if not theirs.sees_store:
             raise UserError(f"dask worker {worker} does not see {store}: workers need the same paths as this machine")
+        for split, problem in theirs.unreadable.items():
+            if split not in ours.unreadable:
+                raise UserError(
+                    f"dask worker {worker} cannot read the videos of {split} ({problem}): workers need the same paths "
+                    "as this machine"
+                )
 
 
-def _introduce(store: Path) -> tuple[dict[str, str], bool]:
-    return software_versions(), session_path(store).exists()
+def introduce(store: Path, firsts: Mapping[str, VideoSource]) -> Introduction:
+    """What this process is.
+
+    Args:
+        firsts: of some splits a source of the first video.
+    """
+    unreadable = {}
+    for split, source in firsts.items():
+        try:
+            next(source.iterate(0, 0, 1))
+        except VideoError as error:
+            unreadable[split] = str(error)
+    return Introduction(software_versions(), code_fingerprint(), session_path(store).exists(), unreadable)
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """sha256 (hexadecimal) of all sources that encode."""
+    digest = hashlib.sha256()
+    for package in (latent_cache, pipelines, stage1_autoencoder):
+        folder = Path(package.__file__).parent
+        for path in sorted(folder.rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{package.__name__}/{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 # On a worker
@@ -236,6 +357,8 @@ def claim_device(asked: str, held: contextlib.ExitStack) -> torch.device:
 
 def _make_encoder(job: EncodeJob) -> ChunkEncoder:
     device = _worker_device(job.device)
+    if job.code != code_fingerprint():  # a worker that came after the others had been checked
+        raise UserError("a dask worker runs another version of this program: install the same one")
     autoencoder = load_trained_autoencoder(job.checkpoint, device)
     digest = weights_digest(autoencoder)
     if digest != job.digest:

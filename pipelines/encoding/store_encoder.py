@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +17,10 @@ from latent_cache.schema import IDENTITY_VIEW, PROGRESS_FOLDER
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import division_note, open_videos
 from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkEncoder, EncodeJob, EncodingStopped
-from pipelines.encoding.cluster import connect, run_here, run_on_cluster
+from pipelines.encoding.cluster import code_fingerprint, connect, run_here, run_on_cluster
 from pipelines.encoding.store_checks import check_layout, check_sources, store_metadata, store_status
 from pipelines.encoding.store_summary import perplexity
-from pipelines.errors import StoppedBySignal, UserError
+from pipelines.errors import InputUnreadable, StoppedBySignal, UserError
 from pipelines.loading import load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
@@ -36,6 +37,8 @@ MOST_CODES_CHANGED = 1e-3
 # Every PSNR_STRIDE-th frame of a split is decoded again to measure the round trip, but at most PSNR_FRAMES of them.
 PSNR_STRIDE = 64
 PSNR_FRAMES = 32
+# Encoding goes on without the chunks of this many videos that cannot be read.
+MOST_UNREADABLE = 100
 # Without a terminal, which has a bar, the rate is reported after this many seconds, then at twice that time, and so on.
 REPORT_SECONDS = 20.0
 
@@ -52,6 +55,7 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
             complete and has another layout or other videos.
         StoreError: an incomplete store of another layout; a store that another process writes; a full disk.
         StoppedBySignal: after SIGINT or SIGTERM; finished chunks are kept.
+        InputUnreadable: videos could not be read this time; finished chunks are kept.
     """
     path, status = config.store_path, store_status(config)
     if not run_context.overwrite and status.state == "conflicting":
@@ -135,6 +139,7 @@ class StoreEncoder:
         self.splits, self.metadata = splits, store_metadata(config, autoencoder, splits)
         self.tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
         self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # split -> id -> reason
+        self.unreadable: dict[str, str] = {}  # id -> reason
         self.latent_shape = autoencoder.config.latent_shape(config.dataset.frame_size)
 
     def run(self) -> list[SplitSummary]:
@@ -159,6 +164,7 @@ class StoreEncoder:
         options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
         path, scheduler = self.config.store_path.absolute(), self.run_context.scheduler
         job, stop = self._job(plans), StopRequest()
+        self.unreadable.clear()
         with contextlib.ExitStack() as stack:
             # Whatever refuses to encode must do so before an old store is deleted.
             if scheduler is None:
@@ -173,6 +179,7 @@ class StoreEncoder:
             writer.check_space()
             try:
                 self._encode_pending(writer, encode_chunks)
+                self._check_unreadable(at_most=0)
                 summaries = [self._summary(writer, split) for split in plans]
                 notes = {summary.split: summary.measured for summary in summaries}
                 writer.finish(notes, {"skipped": self._skipped()} | division_note(self.config), self._codebook())
@@ -188,6 +195,22 @@ class StoreEncoder:
             if stop:
                 raise StoppedBySignal(stop.signal_number, f"stopped; {self.config.store_path} is complete")
         return summaries
+
+    def _note_unreadable(self, reasons: dict[str, str]) -> None:
+        """Videos that could not be read; if they are many, the disk or the network is away and nothing else works."""
+        self.unreadable |= reasons
+        self._check_unreadable(MOST_UNREADABLE)
+
+    def _check_unreadable(self, at_most: int) -> None:
+        """Raises InputUnreadable if more videos than these could not be read."""
+        if len(self.unreadable) > at_most:
+            listed = "".join(
+                f"\n  {video}: {reason}" for video, reason in itertools.islice(self.unreadable.items(), 20)
+            )
+            raise InputUnreadable(
+                f"{counted(len(self.unreadable), 'video')} could not be read; {self.config.store_path} keeps its "
+                f"finished chunks, and `encode` tries these videos again:{listed}"
+            )
 
     @property
     def _broken_file(self) -> Path:
@@ -275,10 +298,11 @@ class StoreEncoder:
             latent_shape=self.latent_shape,
             psnr_stride={split: max(PSNR_STRIDE, -(-self._index_frames(split) // PSNR_FRAMES)) for split in plans},
             chunk_frames=max(plan.file_frames for plan in plans.values()),
+            code=code_fingerprint(),
         )
 
     def _encode_pending(self, writer: StoreWriter, encode_chunks: Callable[..., None]) -> None:
-        """Call `encode_chunks(writer, [(split, chunk), ...], on_frames)` with the pending chunks, if there are any."""
+        """Call `encode_chunks(writer, [(split, chunk), ...], on_frames, on_unreadable)` with the pending chunks."""
         tasks = []
         for split, plan in writer.plans.items():
             pending = writer.pending(split)
@@ -302,7 +326,7 @@ class StoreEncoder:
                     left = duration(seconds * (frames - done) / done)
                     say(f"store: {done} of {frames} frames encoded, {done / seconds:.0f} frames/s, about {left} left")
 
-            encode_chunks(writer, tasks, on_frames)
+            encode_chunks(writer, tasks, on_frames, self._note_unreadable)
         seconds = time.monotonic() - started
         say(f"store: {frames} frames encoded in {duration(seconds)}, {frames / seconds:.0f} frames/s")
 

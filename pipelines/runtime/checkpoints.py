@@ -120,9 +120,14 @@ class CheckpointFolder:
         written = {}
         for name, tensors in sorted(files.items()):
             file = temporary / f"{name}.safetensors"
-            with usual_permissions(file):
-                # safetensors refuses shared and strided tensors; copies cost little compared to the disk.
-                save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, file)
+            # safetensors refuses shared and strided tensors; copies cost little compared to the disk.
+            copied = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+            try:
+                with usual_permissions(file):
+                    save_file(copied, file)
+            except SafetensorError as error:  # a full disk
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise OSError(f"{file}: {error}") from None
             written[name] = TensorFile(size=file.stat().st_size, sha256=file_sha256(file))
         content = StateFile(step=step, files=written, **state, **({} if best is None else {"best": best}))
         (temporary / "state.json").write_bytes(sealed(content.model_dump_json(exclude_unset=True)))

@@ -26,6 +26,7 @@ from stage1_autoencoder.videos.source import (
     DivisibleSource,
     Recording,
     SkippedVideo,
+    UnreadableVideoError,
     VideoError,
     VideoInfo,
     VideoTable,
@@ -311,6 +312,6 @@ def open_single(dataset: DatasetConfig, path: Path) -> FolderSource:
         if path.is_dir() and not list_frames(path):
             raise VideoError(f"{path}: the folder contains no .png or .jpg frames")
     except OSError as error:
-        raise BrokenVideoError(str(path), f"cannot be listed ({error.strerror})") from error
+        raise UnreadableVideoError.of(str(path), error) from error
     indexed = examine_video(path, str(path))
     return FolderSource(dataset, path.parent, [make_clip(dataset, path.stem, path.name, indexed)])

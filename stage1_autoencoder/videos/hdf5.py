@@ -17,7 +17,7 @@ from stage1_autoencoder.videos.division import choose_fractions, split_training
 from stage1_autoencoder.videos.index import Entry, IndexCache, stamp
 from stage1_autoencoder.videos.names import escaped, natural_order
 from stage1_autoencoder.videos.shards import ShardError, ShardSource, open_shards
-from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, VideoError, VideoInfo
+from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, VideoError, VideoInfo, is_of_the_system
 from stage1_autoencoder.videos.splits import skip_beside, split_folders
 from stage1_autoencoder.videos.video_files import Probe
 
@@ -73,8 +73,9 @@ def _damage_is_reported() -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        errno = getattr(error, "errno", None)  # with it h5py's own text is long
-        reason = os.strerror(errno) if errno else str(error).strip("'\"")
+        if is_of_the_system(error):  # whose text is long
+            raise OSError(error.errno, os.strerror(error.errno)) from error
+        reason = str(error).strip("'\"")
         raise ShardError(f"cannot be read as HDF5: {reason}") from error
 
 

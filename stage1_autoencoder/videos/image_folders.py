@@ -14,7 +14,14 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 from stage1_autoencoder.videos.names import natural_order
-from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, BrokenVideoError, plausible_rate
+from stage1_autoencoder.videos.source import (
+    MOST_PIXELS,
+    UNKNOWN_FPS,
+    BrokenVideoError,
+    UnreadableVideoError,
+    is_of_the_system,
+    plausible_rate,
+)
 from stage1_autoencoder.videos.video_files import SINGLE_PICTURE, Probe
 
 # What Pillow may open, whatever a file is named: others run programs (EPS) or are no pictures of a camera.
@@ -84,7 +91,7 @@ def decode_folder(folder: Path, video_id: str, first: int, stop: int, step: int)
     try:
         frames = list_frames(folder)
     except OSError as error:
-        raise BrokenVideoError(video_id, f"cannot be listed ({error.strerror})") from error
+        raise UnreadableVideoError.of(video_id, error) from error
     if len(frames) < stop:
         raise BrokenVideoError(video_id, f"has {len(frames)} frames, but its index expects {stop}")
     size = None
@@ -141,10 +148,11 @@ def _open(path: Path, video_id: str) -> Iterator[Image.Image]:
 
     Raises:
         BrokenVideoError: it cannot be opened, or what is done with it inside fails.
+        UnreadableVideoError: the system does not give it.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise BrokenVideoError(video_id, f"{path.name} is not a regular file, but a pipe or device")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BrokenVideoError(video_id, f"{path.name} is not a regular file, but a pipe or device")
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 size = f"{image.width}x{image.height}, more than {MOST_PIXELS} pixels"
@@ -153,6 +161,8 @@ def _open(path: Path, video_id: str) -> Iterator[Image.Image]:
     except BrokenVideoError:
         raise
     except Exception as error:  # Pillow has no error of its own for damaged files, and one for sizes out of reason
+        if is_of_the_system(error):
+            raise UnreadableVideoError.of(video_id, error, path.name) from error
         raise BrokenVideoError(video_id, f"{path.name} cannot be decoded ({error})") from error
 
 

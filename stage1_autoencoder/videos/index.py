@@ -25,7 +25,14 @@ from tqdm import tqdm
 from stage1_autoencoder.videos.config import Split
 from stage1_autoencoder.videos.display import MOST_ASPECT, Display
 from stage1_autoencoder.videos.image_folders import is_webp, list_frames, probe_folder, probe_webp
-from stage1_autoencoder.videos.source import FASTEST_FPS, MOST_PIXELS, SLOWEST_FPS, BrokenVideoError
+from stage1_autoencoder.videos.source import (
+    FASTEST_FPS,
+    MOST_PIXELS,
+    RETRY_SECONDS,
+    SLOWEST_FPS,
+    BrokenVideoError,
+    UnreadableVideoError,
+)
 from stage1_autoencoder.videos.splits import SPLITS
 from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
 
@@ -121,15 +128,21 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
     def examine(name: str, known: Entry | None) -> tuple[str, Indexed, bool]:
         """The stamp, the result, and whether it is new."""
         path, seen = root / name, ""
-        try:
-            seen = stamp(path)
-            if known is not None and known.stamp == seen:
-                return seen, Indexed(known.probe, known.digest), False
-            return seen, examine_video(path, name), True
-        except BrokenVideoError as error:
-            return seen, Indexed(reason=error.reason), True
-        except OSError as error:
-            return seen, Indexed(reason=f"cannot be read ({error.strerror})"), True
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                try:
+                    seen = stamp(path)
+                except OSError as error:
+                    raise UnreadableVideoError.of(name, error) from error
+                if known is not None and known.stamp == seen:
+                    return seen, Indexed(known.probe, known.digest), False
+                return seen, examine_video(path, name), True
+            except BrokenVideoError as error:
+                reason = error.reason
+                if pause is None or not (isinstance(error, UnreadableVideoError) and error.may_pass):
+                    break
+            time.sleep(pause)
+        return seen, Indexed(reason=reason), True
 
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(IndexCache(root, remember))
@@ -168,7 +181,7 @@ def examine_video(path: Path, video_id: str) -> Indexed:
         probe = probe_kind(path, video_id)
         return Indexed(probe, digest(path))
     except OSError as error:
-        raise BrokenVideoError(video_id, f"cannot be read ({error.strerror})") from error
+        raise UnreadableVideoError.of(video_id, error) from error
 
 
 def digest(path: Path) -> str:

@@ -21,6 +21,7 @@ from stage1_autoencoder.videos.source import (
     BrokenVideoError,
     DivisibleSource,
     SkippedVideo,
+    UnreadableVideoError,
     VideoError,
     VideoInfo,
     VideoTable,
@@ -121,8 +122,10 @@ class ShardSource(DivisibleSource):
             with contextlib.closing(pictures):
                 for pixels in pictures:
                     yield preprocess(av.VideoFrame.from_ndarray(pixels, "rgb24"))
-        except (ShardError, OSError) as error:
-            raise BrokenVideoError(video.id, f"{_reason(error)} (in {path}); {self.way_out}") from error
+        except OSError as error:
+            raise UnreadableVideoError.of(video.id, error, str(path)) from error
+        except ShardError as error:
+            raise BrokenVideoError(video.id, f"{error} (in {path}); {self.way_out}") from error
 
 
 def _reason(error: ShardError | OSError) -> str:

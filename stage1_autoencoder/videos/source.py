@@ -2,8 +2,10 @@
 
 import abc
 import copy
+import errno
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +25,11 @@ SLOWEST_FPS, FASTEST_FPS = 0.1, 100_000.0
 
 # Of a picture or a frame: 8192x8192, or 200 MB of RGB. A file of a few kilobytes can claim any size.
 MOST_PIXELS = 2**26
+
+# Pauses before further attempts to read a video, after errors that may pass.
+RETRY_SECONDS = (0.1, 1.0, 4.0)
+# Errors that stay until somebody changes a file, a permission or a mount.
+_LASTING = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
 
 # Opening a file again costs about as much as decoding this many small frames.
 MIN_SKIPPED = 64
@@ -52,6 +59,34 @@ class BrokenVideoError(VideoError):
 
     def __str__(self) -> str:
         return f"{self.video_id}: {self.reason}"
+
+
+class UnreadableVideoError(BrokenVideoError):
+    """The file system or the network does not give a video's bytes: no verdict on them, and another time it may.
+
+    Attributes:
+        may_pass: whether it may go better in a moment.
+    """
+
+    def __init__(self, video_id: str, reason: str, may_pass: bool = True) -> None:
+        super().__init__(video_id, reason)
+        self.args = (video_id, reason, may_pass)
+        self.may_pass = may_pass
+
+    @classmethod
+    def of(cls, video_id: str, error: OSError, name: str = "") -> Self:
+        """From an error of the system.
+
+        Args:
+            name: of the file in the video that the error is about.
+        """
+        reason = f"{name} cannot be read ({os.strerror(error.errno or 0)})".lstrip()
+        return cls(video_id, reason, error.errno not in _LASTING)
+
+
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether an error is one of the file system or the network; libraries raise numberless ones for damaged bytes."""
+    return isinstance(error, OSError) and bool(error.errno)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,14 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from stage1_autoencoder.videos.display import AS_STORED, Display
-from stage1_autoencoder.videos.source import MOST_PIXELS, UNKNOWN_FPS, BrokenVideoError, plausible_rate
+from stage1_autoencoder.videos.source import (
+    MOST_PIXELS,
+    UNKNOWN_FPS,
+    BrokenVideoError,
+    UnreadableVideoError,
+    is_of_the_system,
+    plausible_rate,
+)
 
 VIDEO_EXTENSIONS = frozenset(
     ".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .asf .flv .ogv .mpg .mpeg .vob .ts .mts .m2ts .mxf .y4m "
@@ -92,7 +99,23 @@ def _open(path: Path, video_id: str) -> InputContainer:
         if isinstance(error, av.error.InvalidDataError) and _begins_as_mp4(path):
             reason = "cannot be opened as a video: it begins as an mp4, but its index is missing, so it is cut off"
             raise BrokenVideoError(video_id, reason) from error
-        raise BrokenVideoError(video_id, f"cannot be opened as a video ({error.strerror})") from error
+        raise _failure(path, video_id, f"cannot be opened as a video ({error.strerror})", error) from error
+
+
+def _failure(path: Path, video_id: str, reason: str, error: Exception) -> BrokenVideoError:
+    """FFmpeg's error as ours. It has the system's numbers for damaged files, too: only those count that reading gives.
+
+    Args:
+        reason: if the bytes are to blame.
+    """
+    if is_of_the_system(error):
+        try:
+            with path.open("rb") as file:
+                while file.read(1 << 20):
+                    pass
+        except OSError as unreadable:
+            return UnreadableVideoError.of(video_id, unreadable)
+    return BrokenVideoError(video_id, reason)
 
 
 def _begins_as_mp4(path: Path) -> bool:
@@ -156,7 +179,7 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
                 if first is None:
                     first = next(iter(_decode(decoder, packet, begun)), None)
         except av.error.FFmpegError as error:
-            raise BrokenVideoError(video_id, f"is damaged after {packets} frames ({error.strerror})") from error
+            raise _failure(path, video_id, f"is damaged after {packets} frames ({error.strerror})", error) from error
         if first is None:
             raise BrokenVideoError(video_id, "has no frame that can be decoded")
         rate = plausible_rate(float(stream.average_rate or stream.guessed_rate or UNKNOWN_FPS))
@@ -214,7 +237,7 @@ def _count_decoded(path: Path, video_id: str) -> int:
             for _ in _decoded(container, _video_stream(container, video_id)):
                 frames += 1
         except av.error.FFmpegError as error:
-            raise BrokenVideoError(video_id, f"is damaged after {frames} frames ({error.strerror})") from error
+            raise _failure(path, video_id, f"is damaged after {frames} frames ({error.strerror})", error) from error
         return frames
 
 
@@ -408,7 +431,8 @@ def decode_video(
                 if position >= last:
                     return
         except av.error.FFmpegError as error:
-            raise BrokenVideoError(video_id, f"cannot be decoded after frame {position} ({error.strerror})") from error
+            reason = f"cannot be decoded after frame {position} ({error.strerror})"
+            raise _failure(path, video_id, reason, error) from error
     raise BrokenVideoError(video_id, f"ends after {position + 1} frames, but its index expects frame {last}")
 
 

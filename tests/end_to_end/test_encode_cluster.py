@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ import latent_cache
 from latent_cache import ChunkWriter, StaleWriterError, StoreWriter
 from pipelines.encoding import cluster as cluster_module
 from pipelines.encoding.chunk_encoder import EncodeJob, EncodingStopped
-from pipelines.encoding.cluster import check_workers, close_idle_encoders, encode_chunk
+from pipelines.encoding.cluster import Introduction, check_workers, close_idle_encoders, encode_chunk, introduce
 from pipelines.errors import UserError
 from pipelines.runtime.run_folder import software_versions
 
@@ -167,19 +168,36 @@ def test_a_scheduler_that_goes_away(place, whole, story: ModuleType, monkeypatch
         patch.setattr(cluster_module, "CONNECT_SECONDS", 1)
         patch.setattr(cluster_module, "encode_chunk", lambda *_: time.sleep(1))
         outcome = place.run("encode", "--scheduler", alone.scheduler_address)
-    outcome.refused(2, "--scheduler", "lost the connection")
+    outcome.refused(1, "--scheduler", "the connection is lost", str(place.store))
+    assert outcome.err.count("\n") == 1
     place.run("encode").ok()
     assert story.tree(place.store) == whole
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "x://y:1"])
-def test_no_scheduler_there(place, whole, story: ModuleType, monkeypatch, address: str) -> None:
-    monkeypatch.setattr(cluster_module, "CONNECT_SECONDS", 0.3)
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:1", "nonsense", "x://y:1", "tcp://no-such-host.invalid:8786", "tcp://127.0.0.1:{web}"]
+)
+def test_no_scheduler_there(place, whole, story: ModuleType, monkeypatch, tmp_path, address: str) -> None:
+    refused_for = 0.3
+    monkeypatch.setattr(cluster_module, "CONNECT_SECONDS", refused_for if ":1" in address else 60)
     for file, content in whole.items():
         (place.store / file).parent.mkdir(parents=True, exist_ok=True)
         (place.store / file).write_bytes(content)
-    place.run("encode", "--overwrite", "--scheduler", address).refused(2, f"--scheduler {address}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        address = address.format(web=port)
+        if str(port) in address:
+            threading.Thread(target=answer_as_a_web_server, args=[server]).start()
+        started = time.monotonic()
+        place.run("encode", "--overwrite", "--scheduler", address).refused(2, f"--scheduler {address}")
+        assert time.monotonic() - started < 15
     assert story.tree(place.store) == whole  # nothing is deleted before there are workers
+
+
+def answer_as_a_web_server(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def test_a_broken_video_that_a_worker_meets(place, cluster, story: ModuleType) -> None:
@@ -198,22 +216,25 @@ def test_a_broken_video_that_a_worker_meets(place, cluster, story: ModuleType) -
 @pytest.mark.parametrize(
     ("change", "needed"),
     [
-        ({"versions": {"torch": "0.1"}}, ["dask worker tcp://w:2", "torch", "0.1 there"]),
-        ({"versions": {"numpy": "9"}}, ["dask worker tcp://w:2", "numpy", "9 there"]),
-        ({"sees": False}, ["dask worker tcp://w:2 does not see toys.zarr"]),
-        ({"error": ModuleNotFoundError("No module named 'pipelines'")}, ["import", "'pipelines'"]),
+        ({"versions": software_versions() | {"torch": "0.1"}}, ["dask worker tcp://w:2", "torch", "0.1 there"]),
+        ({"versions": software_versions() | {"numpy": "9"}}, ["dask worker tcp://w:2", "numpy", "9 there"]),
+        ({"code": "0" * 64}, ["dask worker tcp://w:2", "another version", "000000000000..."]),
+        ({"sees_store": False}, ["dask worker tcp://w:2 does not see toys.zarr"]),
+        ({"unreadable": {"val": "a.mp4: no such file"}}, ["dask worker tcp://w:2", "val", "a.mp4: no such file"]),
+        (ModuleNotFoundError("No module named 'pipelines'"), ["import", "'pipelines'"]),
+        (AttributeError("module 'pipelines.encoding.cluster' has no attribute 'introduce'"), ["another version"]),
     ],
 )
-def test_workers_that_would_write_something_else_are_refused(change: dict[str, Any], needed: list[str]) -> None:
+def test_workers_that_would_write_something_else_are_refused(change: Any, needed: list[str]) -> None:
     class FakeClient:
         def run(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-            if "error" in change:
-                raise change["error"]
-            theirs = software_versions() | change.get("versions", {})
-            return {"tcp://w:1": (software_versions(), True), "tcp://w:2": (theirs, change.get("sees", True))}
+            if isinstance(change, Exception):
+                raise change
+            same: Introduction = introduce(*arguments)._replace(sees_store=True)
+            return {"tcp://w:1": same, "tcp://w:2": same._replace(**change)}
 
     with pytest.raises(UserError) as raised:
-        check_workers(FakeClient(), Path("toys.zarr"))
+        check_workers(FakeClient(), Path("toys.zarr"), {})
     for text in needed:
         assert text in str(raised.value)
 
@@ -227,7 +248,7 @@ class WorkerHere:
 
 def test_a_worker_sees_a_store_only_while_it_is_written(place, monkeypatch) -> None:
     def check() -> None:
-        check_workers(WorkerHere(), place.store)
+        check_workers(WorkerHere(), place.store, {})
 
     finish, checked = StoreWriter.finish, []
 
@@ -255,7 +276,7 @@ def jobs(place, monkeypatch) -> Callable[..., Any]:
     def with_jobs(use: Callable[[EncodeJob, list[Any]], Any], at: Any = place) -> Any:
         answers = []
 
-        def run_here(encoder: Any, writer: StoreWriter, tasks: list[Any], on_frames: Any) -> None:
+        def run_here(encoder: Any, writer: StoreWriter, tasks: list[Any], *_: Any) -> None:
             encoder.close()
             answers.append(use(encoder.job, [(writer.chunk_writer, *task) for task in tasks]))
             raise EncodingStopped
@@ -339,6 +360,8 @@ def test_a_worker_with_another_autoencoder_is_refused(jobs, place, trained, tmp_
     def use(job: EncodeJob, tasks: list[Any]) -> None:
         with pytest.raises(UserError, match=rf"{place.runs}/autoencoder.* 000000000000\.\.\."):
             encode_chunk(replace(job, digest="0" * 64), *tasks[0])
+        with pytest.raises(UserError, match="another version"):
+            encode_chunk(replace(job, code="0" * 64), *tasks[0])
         with pytest.raises(UserError, match="--device cuda:77"):
             encode_chunk(replace(job, device="cuda:77"), *tasks[0])
         assert not chunk_files(place.store)

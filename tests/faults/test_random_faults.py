@@ -60,8 +60,10 @@ MODULES = (
     "pipelines.report.page", "pipelines.data.frame_folders", "pipelines.encoding.store_summary",
     "pipelines.predictor", "matplotlib.figure", "torch._dynamo", "PIL.GifImagePlugin",
 )  # fmt: skip
-# Files whose content is the clock's, a process's number, or made from these.
-CLOCKED = re.compile(r"report\.html$|\.pid$")
+# Made from the clock's numbers.
+CLOCKED = re.compile(r"report\.html$")
+# Files for people: the pointers, and the number of the process that had a lock last.
+FOR_PEOPLE = re.compile(r"checkpoints/(latest|best)$|\.pid$")
 # What is replaced as a whole: the old file or the new one, never anything else.
 RESULTS = re.compile(
     r"runs/tiny/([\w.]+\.(yaml|json|tsv|png)|(samples|predictions)/[\w.]+\.(json|safetensors|png|gif|mp4))$"
@@ -150,14 +152,14 @@ class Lab:
 
 def content(folder: Path, story: ModuleType) -> dict[str, bytes]:
     """All files by name, without what depends on the clock."""
-    found = story.tree(folder)
+    found = {name: value for name, value in story.tree(folder).items() if not FOR_PEOPLE.search(name)}
     for name, value in found.items():
         if CLOCKED.search(name):
             found[name] = b"some" if value else b""
         elif name.endswith("log.jsonl"):
             found[name] = json.dumps(story.timeless([json.loads(line) for line in value.splitlines()])).encode()
         elif name.endswith("quality.json"):
-            found[name] = re.sub(rb'"milliseconds_per_frame":[^,}]*', b"", value)
+            found[name] = re.sub(rb'"(milliseconds_per_frame|content_sha256)":[^,}]*', b"", value)
     # The folder's name of a backup has the time in it.
     return {re.sub(r"\.\d{8}-\d{6}(?=/|$)", ".backup", name): value for name, value in found.items()}
 

@@ -1,16 +1,22 @@
 """Videos that are missing, broken, too short or no videos: named, counted, and never in a store."""
 
 import contextlib
+import errno
 import json
+import math
+import os
 import shutil
 import sqlite3
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from PIL import Image
 
 import latent_cache
+from pipelines.encoding import chunk_encoder
 from pipelines.encoding.chunk_encoder import ChunkTask
 
 OWN = ("dataset.source=videos", "dataset.splits={val: 0.2, test: 0.2}")
@@ -196,6 +202,64 @@ def test_encode_goes_on_after_a_broken_video_was_met(place, story: ModuleType, m
     place.run("encode").refused(3, "\n  b: ")
     assert stored(place) == {"a", "c", "d"}
     latent_cache.open(place.store, "train").load()
+
+
+class Reads:
+    """Of pictures, through Pillow: those of a folder fail, the first times or always."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, error: int, times: float) -> None:
+        self.left, opened = times, Image.open
+
+        def fails(path: Any, *arguments: Any, **options: Any) -> Any:
+            if self.left and getattr(path, "parent", None) == folder:
+                self.left -= 1
+                raise OSError(error, os.strerror(error), str(path))
+            return opened(path, *arguments, **options)
+
+        monkeypatch.setattr(Image, "open", fails)
+
+
+@pytest.fixture(scope="module")
+def four_videos(tmp_path_factory: pytest.TempPathFactory, story: ModuleType):
+    """A trained autoencoder, and videos that are not encoded."""
+    sets = ("dataset.source=videos", "dataset.splits={val: 0}", "cache.chunk_frames=10")
+    place = story.Place(tmp_path_factory.mktemp("unreadable") / "place", sets)
+    story.write_videos(place.data / "train", ["a", "b", "c", "d"])
+    place.run("train-autoencoder").ok()
+    return place
+
+
+@pytest.mark.parametrize(("error", "times"), [(errno.EIO, 3), (errno.EIO, math.inf), (errno.EACCES, math.inf)])
+def test_a_video_that_cannot_be_read_is_not_written_off(
+    four_videos, tmp_path: Path, story: ModuleType, monkeypatch, error: int, times: float
+) -> None:
+    """What passes is awaited; what does not ends with 3, and the next call goes on. No place remembers it."""
+    whole, place = (four_videos.copy(tmp_path / name, "data", "runs") for name in ("whole", "place"))
+    whole.run("encode").ok()
+    monkeypatch.setattr(chunk_encoder, "RETRY_SECONDS", (0.0, 0.01, 0.01))
+    with monkeypatch.context() as patch:
+        reads = Reads(patch, place.data / "train" / "b", error, times)
+        outcome = place.run("encode")
+    if times == 3:
+        assert not reads.left
+        outcome.ok()
+    else:
+        outcome.refused(3, "1 video could not be read", "\n  b: frame", f"cannot be read ({os.strerror(error)})")
+        assert not latent_cache.is_complete(place.store)
+        assert list(place.store.glob(".encoding/train/*.json"))  # of the others
+        place.run("encode").ok()
+    assert story.tree(place.store) == story.tree(whole.store)
+
+
+def test_an_index_waits_for_what_may_pass(four_videos, tmp_path: Path, monkeypatch) -> None:
+    place = four_videos.copy(tmp_path / "place", "data")
+    (place.data / ".river_index.sqlite").unlink()
+    monkeypatch.setattr("stage1_autoencoder.videos.index.RETRY_SECONDS", (0.0, 0.01, 0.01))
+    for times, code in ((3, 0), (math.inf, 3)):
+        with monkeypatch.context() as patch:
+            Reads(patch, place.data / "train" / "b", errno.ESTALE, times)
+            assert place.run("data").code == code
+        (place.data / ".river_index.sqlite").unlink()
 
 
 def test_only_video_of_a_split_breaks_in_the_middle(place, story: ModuleType) -> None:
