@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
 import time
 import uuid
+import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,12 @@ from pipelines.config import RiverConfig
 from pipelines.runtime.files import flush, write_text
 from pipelines.runtime.progress import say, warn
 
+# A line's object, without the bracket that closes it, and the checksum of the whole object.
+_CHECKED = re.compile(r'(\{.*), "crc32": "([0-9a-f]{8})"\}')
+
 
 class LogLine(BaseModel):
-    """One line of `log.jsonl`: a step, and the quantities that were logged at it."""
+    """One line of `log.jsonl`: a step, the quantities that were logged at it, and as `crc32` the line's checksum."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -68,13 +74,35 @@ def read_log(path: Path) -> Log | None:
         return Log({}, [f"{path}: cannot be read: {error}"])
     records: dict[float, dict[str, Any]] = {}
     problems = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            read = LogLine.model_validate_json(line)
+    for number, (_, read) in enumerate(_read_lines(text), start=1):
+        if isinstance(read, LogLine):
             records.setdefault(read.step, {}).update(read.model_extra or {})
-        except ValidationError as error:
-            problems.append(f"{path}, line {number}: ignored: {error.errors()[0]['msg']}")
+        else:
+            problems.append(f"{path}, line {number}: ignored: {read}")
     return Log(dict(sorted(records.items())), problems)
+
+
+def _with_checksum(line: str) -> str:
+    return f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode()):08x}"}}'
+
+
+def _read_lines(text: str) -> Iterator[tuple[str, LogLine | str]]:
+    """Each line without its checksum, and its content, or why that cannot be read.
+
+    In a log of an earlier version no line has a checksum.
+    """
+    lines = text.splitlines()
+    checked = any(map(_CHECKED.fullmatch, lines))
+    for line in lines:
+        found = _CHECKED.fullmatch(line)
+        content = f"{found[1]}}}" if found else line
+        if checked and _with_checksum(content) != line:
+            yield line, "damaged: it differs from its checksum"
+            continue
+        try:
+            yield content, LogLine.model_validate_json(content)
+        except ValidationError as error:
+            yield line, error.errors()[0]["msg"]
 
 
 class TrainingLog:
@@ -106,7 +134,7 @@ class TrainingLog:
         """Write one line; non-finite numbers become strings, so that every line is valid JSON."""
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
         try:
-            self._file.write(json.dumps(clean) + "\n")
+            self._file.write(_with_checksum(json.dumps(clean)) + "\n")
             self._file.flush()
         except OSError as error:  # which does not say of which file
             raise OSError(error.errno, error.strerror, str(self.path)) from None
@@ -126,17 +154,14 @@ class TrainingLog:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept, unreadable, lost = [], 0, 0
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if LogLine.model_validate_json(line).step <= step:
-                    kept.append(line + "\n")
-                    lost = unreadable
-            except ValidationError:  # a crash cuts the last line short, and only that
-                unreadable += 1
-        if lost:
-            warn(f"{self.path}: {lost} damaged line(s) of steps before {step} are removed")
-        write_text(self.path, "".join(kept))
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        lines = list(_read_lines(text))
+        kept = [line for line, read in lines if isinstance(read, LogLine) and read.step <= step]
+        # A crash cuts the last line short, and only that.
+        damaged = [read for _, read in lines[: None if text.endswith("\n") else -1] if isinstance(read, str)]
+        if damaged:
+            warn(f"{self.path}: {len(damaged)} damaged line(s) are removed")
+        write_text(self.path, "".join(_with_checksum(line) + "\n" for line in kept))
 
 
 def _start_wandb(config: RiverConfig, folder: Path, name: str, run_id: str) -> Any:

@@ -53,16 +53,29 @@ def test_damaged_lines_are_dropped(tmp_path, torn):
     assert steps(tmp_path) == [10, 20, 30]
 
 
-def test_damage_before_the_last_line_is_told(tmp_path, capsys):
+@pytest.mark.parametrize(("old", "new"), [(b'"step": 20', b'"step"& 20'), (b"0.05", b"0.15"), (b"crc32", b"crc22")])
+def test_a_damaged_line_is_told(tmp_path, capsys, old, new):
     write(tmp_path, [10, 20, 30])
     log = tmp_path / "log.jsonl"
-    log.write_bytes(log.read_bytes().replace(b'{"step": 20', b'{"step"& 20') + b'{"step": 40, "lo')
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0] + lines[1].replace(old, new) + lines[2] + b'{"step": 40, "lo')
+    problem, _ = read_log(log).problems
+    assert f"{log}, line 2: " in problem
     write(tmp_path, [40], resumed_step=30)
     assert steps(tmp_path) == [10, 30, 40]
     told = capsys.readouterr().err
     assert f"{log}: 1 damaged" in told
     assert told.count("\n") == 1
     write(tmp_path, [50], resumed_step=40)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_of_an_earlier_version_goes_on(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 10, "loss": 0.1}\n{"step": 20, "loss": 0.05}\n')
+    assert read_log(log).series("loss") == ([10, 20], [0.1, 0.05])
+    write(tmp_path, [20], resumed_step=10)
+    assert read_log(log).series("loss") == ([10, 20], [0.1, 0.05])
     assert capsys.readouterr().err == ""
 
 
@@ -80,7 +93,8 @@ def test_a_line_that_cannot_be_written_names_the_log(tmp_path):
 def test_lines_are_on_disk_at_once(tmp_path):
     log = TrainingLog(tmp_path / "made" / "for it", config(), "flow", 0)
     log.write({"step": 1, "loss": 2.5})
-    assert json.loads((tmp_path / "made" / "for it" / "log.jsonl").read_text()) == {"step": 1, "loss": 2.5}
+    line = json.loads((tmp_path / "made" / "for it" / "log.jsonl").read_text())
+    assert line == {"step": 1, "loss": 2.5, "crc32": "2d8596d8"}
     log.close()
 
 
@@ -91,6 +105,7 @@ def test_numbers_that_are_not_finite_are_strings(tmp_path):
         raise AssertionError(constant)
 
     line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    line.pop("crc32")
     assert line == {"step": 1, "loss": 1.0, "a": "nan", "b": "-inf", "c": None, "d": "x"}
 
 
