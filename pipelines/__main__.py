@@ -18,11 +18,12 @@ from pipelines.errors import (
     EXIT_USAGE,
     CheckFailed,
     InputUnreadable,
-    OutputClosed,
+    Interrupted,
     StoppedBySignal,
     UserError,
 )
 from pipelines.runtime.arguments import add_common_options, overrides, refuse_unknown_words
+from pipelines.runtime.signals import Interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,16 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tried again by the next call; 128 + signal.
     """
     try:
-        try:
+        with Interrupts():
             return _main(sys.argv[1:] if arguments is None else arguments)
-        finally:
-            sys.stdout.flush()  # when Python ends, it would be too late
-    except (OutputClosed, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+    except Interrupted as stopped:  # before the command began
+        return 128 + stopped.signal_number
+    except BrokenPipeError:  # of the parser, which prints a usage
         return 128 + signal.SIGPIPE
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # Python would try again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _main(arguments: Sequence[str]) -> int:
+    # Closed ones are None, and their descriptors would be those of the next files that are opened.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console need not have all characters
@@ -50,6 +59,7 @@ def _main(arguments: Sequence[str]) -> int:
     command, options = _parse(arguments)
     # These imports take seconds: not before the command line is known to be right.
     from latent_cache import NoSpaceError, StoreError
+    from pipelines.runtime.progress import say_error
     from stage1_autoencoder.videos.source import VideoError
 
     name = options.command
@@ -58,26 +68,20 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         return _run(command, options)
     except (NoSpaceError, CheckFailed, OSError) as error:
-        _complain(f"{name}: {error}")
+        say_error(f"{name}: {error}")
         return EXIT_FAILED
     except (UserError, StoreError, VideoError) as error:
-        _complain(f"{name}: {error}")
+        say_error(f"{name}: {error}")
         return EXIT_USAGE
     except InputUnreadable as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        say_error(f"{name}: {error}")
         return EXIT_SKIPPED
     except StoppedBySignal as stopped:
-        _complain(f"{name}: {stopped}")
+        say_error(f"{name}: {stopped}")
         return 128 + stopped.signal_number
-    except KeyboardInterrupt:
-        _complain(f"{name}: interrupted; finished work is kept, the same command resumes")
-        return 128 + signal.SIGINT
-
-
-def _complain(message: str) -> None:
-    from pipelines.runtime.progress import printable
-
-    print(printable(message), file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        say_error(f"{name}: interrupted; finished work is kept, the same command resumes")
+        return 128 + (stopped.signal_number if isinstance(stopped, Interrupted) else signal.SIGINT)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
@@ -86,7 +90,7 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         prog="river",
         description="Video prediction by latent flow matching, in two stages around a Zarr store of latents.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 videos were skipped or unreadable, "
-        "130/143 stopped by a signal after saving.",
+        "129/130/143 stopped by a signal after saving.",
     )
     parser.add_argument("--version", action="version", version=f"river {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -107,7 +111,7 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     from pipelines.config import dump_config, find_preset
     from pipelines.runtime.context import RunContext
     from pipelines.runtime.distributed import leave_processes
-    from pipelines.runtime.progress import say, set_quiet
+    from pipelines.runtime.progress import say, say_error, set_quiet
     from pipelines.runtime.run_folder import load_run_config
 
     run_context = RunContext.from_options(options)
@@ -132,9 +136,9 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
         command.run(config, run_context, options)
     leave_processes()
     if run_context.skipped and processes.is_first:
-        _complain(f"{options.command}: finished; {len(run_context.skipped)} video(s) were skipped:")
+        say_error(f"{options.command}: finished; {len(run_context.skipped)} video(s) were skipped:")
         for video_id, reason in list(run_context.skipped.items())[:20]:
-            _complain(f"  {video_id}: {reason}")
+            say_error(f"  {video_id}: {reason}")
         # torchrun takes every code but 0 for a crash.
         return EXIT_SKIPPED if processes.count == 1 else EXIT_DONE
     return EXIT_DONE

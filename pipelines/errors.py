@@ -18,12 +18,16 @@ class InputUnreadable(Exception):
     """The file system or the network did not give some input. What is done is kept, and the same command resumes."""
 
 
-class OutputClosed(Exception):
-    """Whoever read what we print has left, as `head` does after its lines: there is nobody to tell it."""
+class Interrupted(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP came; carries the signal's number."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
 
 
 class StoppedBySignal(Exception):
-    """The run was stopped by SIGINT or SIGTERM after it had saved; carries the signal's number."""
+    """The run was stopped by SIGINT, SIGTERM or SIGHUP after it had saved; carries the signal's number."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

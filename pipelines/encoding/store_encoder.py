@@ -54,7 +54,7 @@ def encode(config: RiverConfig, run_context: RunContext, checkpoint: Checkpoint)
         UserError: without `run_context.overwrite`: the store is of another autoencoder or other preprocessing, or is
             complete and has another layout or other videos.
         StoreError: an incomplete store of another layout; a store that another process writes; a full disk.
-        StoppedBySignal: after SIGINT or SIGTERM; finished chunks are kept.
+        StoppedBySignal: after a signal; finished chunks are kept.
         InputUnreadable: videos could not be read this time; finished chunks are kept.
     """
     path, status = config.store_path, store_status(config)

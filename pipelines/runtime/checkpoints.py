@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.runtime.files import backup_path, file_sha256, flush, sealed, unsealed, usual_permissions, write_text
+from pipelines.runtime.files import backup_folder, file_sha256, flush, sealed, unsealed, usual_permissions, write_text
 from pipelines.runtime.progress import warn
 
 Tensors = dict[str, Tensor]
@@ -193,8 +193,7 @@ class CheckpointFolder:
         later = [path for path in self._all() if int(path.name.removeprefix("step_")) > step]
         if not later:
             return None
-        backup = backup_path(self.folder)
-        backup.mkdir()
+        backup = backup_folder(self.folder)
         for path in later:
             path.rename(backup / path.name)
         return backup

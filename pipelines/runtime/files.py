@@ -223,11 +223,17 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         lock.release()
 
 
-def backup_path(path: Path) -> Path:
-    """A free name beside `path` to move it to: `flow.20261128-201500`, with `-2` and so on where that is taken."""
+def backup_folder(path: Path) -> Path:
+    """Make an empty folder beside `path` to move it to, or into, which nobody else gets.
+
+    `flow.20261128-201500`, with `-2` and so on where that is taken.
+    """
     first = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-    names = itertools.chain([first], (first.with_name(f"{first.name}-{number}") for number in itertools.count(2)))
-    return next(name for name in names if not name.exists())
+    for name in itertools.chain([first], (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))):
+        with suppress(FileExistsError):
+            name.mkdir()
+            return name
+    raise AssertionError
 
 
 def file_sha256(path: Path) -> str:

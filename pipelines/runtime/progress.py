@@ -3,10 +3,11 @@
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import TextIO
 
 from tqdm import tqdm
 
-from pipelines.errors import OutputClosed
 from stage1_autoencoder.videos.names import escaped
 
 _quiet = False
@@ -33,17 +34,9 @@ def hide_passwords(text: str) -> str:
 
 
 def say(message: str) -> None:
-    """Print one line without breaking a progress bar.
-
-    Raises:
-        OutputClosed: nobody reads any more.
-    """
+    """Print one line without breaking a progress bar."""
     if not _quiet:
-        try:
-            tqdm.write(printable(message), file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise OutputClosed from None
+        _print(message, sys.stdout)
 
 
 def duration(seconds: float) -> str:
@@ -56,7 +49,19 @@ def duration(seconds: float) -> str:
 
 def warn(message: str) -> None:
     """Print one line on stderr, also when the run is quiet."""
-    tqdm.write(printable(f"warning: {message}"), file=sys.stderr)
+    say_error(f"warning: {message}")
+
+
+def say_error(message: str) -> None:
+    """Print one line on stderr as it is."""
+    _print(message, sys.stderr)
+
+
+def _print(message: str, stream: TextIO) -> None:
+    """Print a line. A stream that takes no more (a closed pipe, a full disk, a lost terminal) ends no work."""
+    with suppress(OSError):
+        tqdm.write(printable(message), file=stream)
+        stream.flush()
 
 
 def progress(

@@ -14,7 +14,7 @@ from pipelines.config import RiverConfig, differences, dump_config, load_config,
 from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.files import backup_path, locked, write_json, write_text
+from pipelines.runtime.files import backup_folder, locked, write_json, write_text
 from pipelines.runtime.progress import say
 from stage1_autoencoder.videos import dataset_root
 
@@ -175,8 +175,8 @@ def move_to_backup(folder: Path, what: str, why: str = "--restart; the previous 
     Raises:
         UserError: another process trains in this folder.
     """
-    backup = backup_path(folder)
     with only_training_of(folder):
+        backup = backup_folder(folder)
         folder.rename(backup)
     say(f"{what}: {why} is kept in {backup}")
     return backup

@@ -53,7 +53,7 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
         The checkpoint to use: the best by validation if one was measured, else the last.
     Raises:
         UserError: no videos; a checkpoint that conflicts with the configuration; gradients that are not finite.
-        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+        StoppedBySignal: after a signal, with a checkpoint saved.
     """
     config = _of_all_runs(config)
     processes, plan = run_context.processes, autoencoder_plan(config)

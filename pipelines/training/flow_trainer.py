@@ -45,7 +45,7 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
         UserError: a checkpoint that conflicts with the configuration or the store; nothing to fine-tune; settings that
             fit neither store nor device; losses that are not finite; out of memory.
         StoreError: no complete store.
-        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+        StoppedBySignal: after a signal, with a checkpoint saved.
     """
     folder, processes = config.run_path / "flow", run_context.processes
     with processes.first_before_others():

@@ -59,7 +59,7 @@ def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
         UserError: no autoencoder; a checkpoint that conflicts with the configuration, the autoencoder or the store;
             videos that are not those of the store, or all too short; gradients that are not finite.
         StoreError: no complete store.
-        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+        StoppedBySignal: after a signal, with a checkpoint saved.
     """
     processes, plan = run_context.processes, refiner_plan(config)
 

@@ -208,7 +208,7 @@ def run_training(
         found: the checkpoint that the trainer was loaded from; None: it begins.
     Raises:
         UserError: non-finite loss or gradients, `max_bad_steps` times in a row, which changed nothing; out of memory.
-        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+        StoppedBySignal: after a signal, with a checkpoint saved.
     """
     first_step, logged = (0, None) if found is None else (found.step, found.state.get("logged"))
     means = RunningMeans(logged, trainer.device)
@@ -293,7 +293,7 @@ def steps_until(
         settings: of the loop; `steps` is not used.
     Raises:
         UserError: as `run_training`.
-        StoppedBySignal: after SIGINT or SIGTERM; nothing was trained.
+        StoppedBySignal: after a signal; nothing was trained.
     """
     started = time.perf_counter()
     before = _Snapshot(

@@ -161,7 +161,7 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
     Raises:
         UserError: the checkpoint conflicts with the configuration or the inputs; another process trains in the folder;
             losses that are not finite; out of memory.
-        StoppedBySignal: after SIGINT or SIGTERM, with a checkpoint saved.
+        StoppedBySignal: after a signal, with a checkpoint saved.
     """
     processes, started = run_context.processes, time.perf_counter()
     with processes.first_before_others():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,14 +118,38 @@ def test_a_console_of_any_encoding(encoding, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["sample", "--config", SHAPES, "--device", "cpu", "--dry-run"], ["--help"]])
-def test_a_reader_that_leaves_ends_the_command_without_a_word(words, monkeypatch, capfd):
+def test_a_reader_that_leaves_is_not_missed(words, monkeypatch, capfd):
     """As with `river ... | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as out:
         monkeypatch.setattr("sys.stdout", out)
-        assert main(words) == 128 + signal.SIGPIPE
+        try:
+            code = main(words)
+        except SystemExit as left:  # of the parser
+            code = left.code
+        assert code == 0
         assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_command_ends_in_order_by_a_signal(number, monkeypatch, capsys):
+    cleaned = []
+
+    def run(*_):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            cleaned.append(number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("pipelines.commands.sample.run", run)
+    assert main(["sample", "--config", SHAPES, "--device", "cpu"]) == 128 + number
+    assert cleaned == [number]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sample: interrupted")
+    assert signal.getsignal(number) is before
 
 
 def test_a_connection_that_breaks_is_told(monkeypatch, capsys, ran):

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from pipelines.errors import UserError
 from pipelines.runtime.files import (
     SEAL,
-    backup_path,
+    backup_folder,
     file_sha256,
     locked,
     read_json,
@@ -173,12 +174,13 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path, replace) -> Non
 
 
 def test_backups_have_free_names(tmp_path: Path) -> None:
-    names = set()
-    for _ in range(3):
-        backup_path(tmp_path / "flow").mkdir()
-        names = {path.name for path in tmp_path.iterdir()}
-    assert len(names) == 3
+    """However soon one asks after another."""
+    with ThreadPoolExecutor(4) as pool:
+        names = {path.name for path in pool.map(backup_folder, [tmp_path / "flow"] * 8)}
+    assert len(names) == 8
     assert all(name.startswith("flow.") for name in names)
+    (tmp_path / "flow" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "flow").rename(backup_folder(tmp_path / "flow"))
 
 
 def test_digest_and_sizes(tmp_path: Path) -> None:

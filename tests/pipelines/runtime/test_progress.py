@@ -1,5 +1,8 @@
 """Messages and progress bars."""
 
+import errno
+import io
+
 import pytest
 
 from pipelines.runtime.progress import duration, progress, say, set_quiet, warn
@@ -24,3 +27,15 @@ def test_quiet_silences_what_is_said_but_no_warning(capsys):
     say("y")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("y\n", "warning: seen\n")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO], ids=["pipe", "disk", "terminal"])
+def test_a_stream_that_takes_no_more_ends_no_work(number, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, "no more")
+
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}", Full())
+    say("lost")
+    warn("lost")
