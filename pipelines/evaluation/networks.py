@@ -1,7 +1,6 @@
 """Public networks that compare images and videos, VGG16 (for LPIPS) and the I3D: found, fetched, verified, called."""
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from pipelines.data.fetch import fetch
 from pipelines.errors import UserError
 from pipelines.loading import not_finite
-from pipelines.official import load_pickle
+from pipelines.official import is_state_dict, load_pickle
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say, warn
@@ -139,7 +138,7 @@ def load_lpips(vgg_weights: str | Path | None, device: torch.device, *, download
         state = load_pickle(path)
     except OSError as error:
         raise UserError(f"{VGG_SETTING}: {path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state_dict(state):
         raise UserError(f"{VGG_SETTING}: {path}: expected a dictionary of tensors, as in torchvision's {VGG16.name}")
     try:
         model = LPIPS(state)

@@ -5,6 +5,7 @@ import gzip
 import io
 import pickle
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +22,14 @@ VECTOR_FIELD_PREFIX = "vector_field_regressor."
 AUTOENCODER_PREFIXES = ("ae.backbone.", "ae.")  # the custom VQ-VAE, a Taming one; the longer is tried first
 LOSS_PREFIX = "loss."  # the discriminator and the perceptual network of an autoencoder's training
 # What torch and gzip raise for a damaged file depends on the place of the damage.
-DAMAGE = (RuntimeError, EOFError, OSError, zlib.error, ValueError, LookupError, TypeError, AttributeError)
+DAMAGE = (
+    RuntimeError, EOFError, OSError, zlib.error, ValueError, LookupError, TypeError, AttributeError, MemoryError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 HEAD_BYTES = 512
+# What a `.gz` may unpack to, in multiples of its size: weights do not compress by half, zeros by a thousand.
+MOST_COMPRESSED = 20
+MOST_WEIGHT_BYTES = 2**33
 
 
 class OfficialFormatError(UserError):
@@ -66,7 +73,7 @@ def read_official(path: str | Path) -> OfficialCheckpoint:
             "pass a released model.pth, vqvae.pth or vqvae.ckpt, or a refiner's .pth"
         )
     state = content[holder]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state_dict(state):
         raise OfficialFormatError(f"{path}: '{holder}' is not a dictionary of tensors: pass a released checkpoint")
     # Training on several GPUs writes the prefix.
     tensors = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
@@ -103,18 +110,24 @@ def load_pickle(path: str | Path, safe_globals: Iterable[Any] = ()) -> Any:
         safe_globals: classes that the file may hold besides tensors and plain containers.
     Raises:
         FileNotFoundError: no such file.
-        OfficialFormatError: a truncated or foreign file, or pickled objects that are not allowed.
+        OfficialFormatError: a truncated or foreign file, one that unpacks to far more than its size, a program
+            (TorchScript), or pickled objects that are not allowed.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        raise OfficialFormatError(f"{path} is not a regular file: copy its content to one")
     with path.open("rb") as file:
         other = foreign_content(file.read(HEAD_BYTES))
     if other is not None:
         raise OfficialFormatError(f"{path} is {other}: download it again")
     try:
-        source = io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        source = _decompressed(path) if path.suffix == ".gz" else path
+        _check_records(path, source)
+        if isinstance(source, io.BytesIO):
+            source.seek(0)
         with torch.serialization.safe_globals(list(safe_globals)):
             return torch.load(source, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+    except (FileNotFoundError, PermissionError, IsADirectoryError, OfficialFormatError):
         raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -128,6 +141,41 @@ def load_pickle(path: str | Path, safe_globals: Iterable[Any] = ()) -> Any:
         raise OfficialFormatError(
             f"{path} is truncated or no torch.save file ({type(error).__name__}): download it again"
         ) from error
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether this is a dictionary of dense tensors in memory, all together of at most `MOST_WEIGHT_BYTES`.
+
+    A file of some bytes can hold a tensor of any shape that repeats one number, or has none (sparse, meta).
+    """
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        return False
+    tensors = content.values()
+    if any(tensor.layout is not torch.strided or tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) <= MOST_WEIGHT_BYTES
+
+
+def _decompressed(path: Path) -> io.BytesIO:
+    most = MOST_COMPRESSED * path.stat().st_size
+    with gzip.open(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OfficialFormatError(f"{path} unpacks to over {MOST_COMPRESSED} times its size, as no weights do: refused")
+    return io.BytesIO(content)
+
+
+def _check_records(path: Path, source: Path | io.BytesIO) -> None:
+    """Refuse a zip archive that `torch.save` does not write; files of old versions of PyTorch are no archives."""
+    if not zipfile.is_zipfile(source):
+        return
+    with zipfile.ZipFile(source) as archive:
+        entries = archive.infolist()
+    size = len(source.getbuffer()) if isinstance(source, io.BytesIO) else source.stat().st_size
+    if any(entry.filename.rpartition("/")[2] == "constants.pkl" for entry in entries):
+        raise OfficialFormatError(f"{path} is a program (TorchScript), not a checkpoint: save its state_dict instead")
+    if sum(entry.file_size for entry in entries) > size:  # compressed, or bytes that are used twice
+        raise OfficialFormatError(f"{path} unpacks to more than its {size} bytes, as no torch.save file does: refused")
 
 
 def foreign_content(head: bytes) -> str | None:

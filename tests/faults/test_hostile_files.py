@@ -4,10 +4,12 @@ Each ends, within a second and a few megabytes, in the error that any damaged fi
 """
 
 import contextlib
+import gzip
 import os
 import signal
 import sqlite3
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +17,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from pipelines.config import load_config
 from pipelines.data.archives import Unpacked
 from pipelines.errors import UserError
+from pipelines.official import OfficialFormatError, read_official
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import warn
 from stage1_autoencoder.videos import BrokenVideoError, VideoSource, open_splits, open_video
@@ -293,3 +297,40 @@ def test_tfrecords(tmp_path: Path, content: bytes | Callable[[Path], None]) -> N
     source = train_split("bair", tmp_path, {"val": 0})
     assert [video.id for video in source.videos] == ["good/0"]
     assert [video.id for video in source.skipped] == ["bad"]
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+def packed_again(path: Path, more: str | None = None) -> None:
+    """As a compressed archive, with one more entry."""
+    torch.save({"model": {"ae.x": torch.zeros(1_000_000)}}, path.with_suffix(".whole"))
+    with (
+        zipfile.ZipFile(path.with_suffix(".whole")) as whole,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as other,
+    ):
+        for entry in whole.infolist():
+            other.writestr(entry.filename, whole.read(entry))
+        if more is not None:
+            other.writestr(more, b"")
+
+
+def saved(tensor: object) -> Callable[[Path], None]:
+    return lambda path: torch.save({"model": {"ae.x": tensor}}, path)
+
+
+@pytest.mark.parametrize(("name", "make"), [
+    ("code.pth", saved(Runs())), ("program.pth", lambda path: packed_again(path, "x/constants.pkl")),
+    ("bomb.pth", packed_again), ("bomb.pth.gz", lambda path: path.write_bytes(gzip.compress(bytes(10_000_000)))),
+    ("any shape.pth", saved(torch.zeros(1).expand(1_000_000, 1_000_000))),
+    ("sparse.pth", lambda path: saved(torch.eye(3).to_sparse())(path)),
+    ("nothing.pth", saved(torch.zeros(10**12, device="meta"))), ("pipe.pth", pipe),
+])  # fmt: skip
+def test_official_weights(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    make(tmp_path / name)
+    with pytest.raises(OfficialFormatError, match=name) as caught:
+        read_official(tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not Path("ran").exists()
