@@ -3,11 +3,13 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from pipelines.data.archives import (
     MARKER_NAME,
+    MAX_UNPACKED_BYTES,
     ArchiveError,
     NoRoomError,
     check_beginning,
@@ -27,6 +29,7 @@ from stage1_autoencoder.videos.kth import SEQUENCES_FILE, read_sequences
 # Both beside the unpacked folders, so that they outlive them.
 RECORD_NAME = ".archives.json"
 LOCK_NAME = ".download.lock"
+MOST_SEQUENCES_BYTES = 2**20  # KTH's file has 70 kB
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,12 @@ class Download:
         return lines + [f"{archive.folder}: {self.status(archive).detail}" for archive in self.published.archives]
 
     def check_mirror(self) -> None:
-        """Raises VideoError if `mirror` is neither a URL nor a folder."""
+        """Raises VideoError if `mirror` is neither a URL without a password nor a folder."""
+        if self.mirror and self.mirror_folder is None and "@" in urlsplit(self.mirror).netloc:
+            raise VideoError(
+                f"MIRROR={self.mirror}: users and passwords in a URL are not supported; copy the archives into a "
+                "folder, and name that"
+            )
         if self.mirror_folder and not self.mirror_folder.is_dir():
             names = ", ".join(archive.name for archive in self.published.archives)
             raise VideoError(f"MIRROR={self.mirror}: no such folder, and no http(s) URL; expected one that has {names}")
@@ -223,7 +231,7 @@ class Download:
                 if self.mirror_folder:
                     shutil.copyfile(self.place(SEQUENCES_FILE), temporary)
                 else:
-                    fetch(self.place(SEQUENCES_FILE), temporary, way_out=self.way_out)
+                    fetch(self.place(SEQUENCES_FILE), temporary, most=MOST_SEQUENCES_BYTES, way_out=self.way_out)
                 read_sequences(temporary)
                 write_bytes(target, temporary.read_bytes())
             finally:
@@ -261,7 +269,13 @@ class Download:
         file, place = self.file(archive), self.place(archive.path)
         if not file.is_file():
             say(f"{archive.folder}: downloading {place}")
-            fetch(place, file, way_out=self.way_out, check_head=lambda head: check_beginning(file.suffix[1:], head))
+            fetch(
+                place,
+                file,
+                most=MAX_UNPACKED_BYTES,
+                way_out=self.way_out,
+                check_head=lambda head: check_beginning(file.suffix[1:], head),
+            )
         size = file.stat().st_size
         say(f"{archive.folder}: verifying and unpacking {place} ({size_text(size)})")
         try:

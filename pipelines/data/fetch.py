@@ -16,6 +16,7 @@ RETRIES = 3
 RETRY_SECONDS = 2.0  # before the first retry; doubles each time
 TIMEOUT_SECONDS = 30.0
 HEAD_BYTES = 512  # enough to tell the kind of a file
+SPARED_BYTES = 2**30  # that a file of unknown size leaves free on the disk
 _BLOCK = 1 << 18
 _AGENT = {"User-Agent": "river-two-stage"}
 
@@ -29,7 +30,7 @@ def announced_size(url: str) -> int | None:
     request = urllib.request.Request(url, method="HEAD", headers=_AGENT)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            return int(response.headers["Content-Length"])
+            return max(int(response.headers["Content-Length"]), 0)
     except (http.client.HTTPException, OSError, ValueError, TypeError):
         return None
 
@@ -44,35 +45,36 @@ def _size(path: Path) -> int:
 
 
 def fetch(
-    url: str, target: Path, *, way_out: str, check_head: Callable[[bytes], str | None] = lambda head: None
+    url: str, target: Path, *, most: int, way_out: str, check_head: Callable[[bytes], str | None] = lambda head: None
 ) -> None:
     """Download a file. Data goes to `<target>.part`, from which this call and the next one resume.
 
     Args:
         url: http or https.
         target: path of the complete file; its folder must exist.
+        most: bytes that such a file may have. A server that sends more is not believed, and nothing of it is kept.
         way_out: ends error messages.
         check_head: is given the first bytes of the file (`HEAD_BYTES`, or all of a smaller one) before any are written;
             returns why this is not the file, or None.
     Raises:
         FetchError: refused, not found, timed out, or interrupted more than `RETRIES` times without progress; another
-            file than expected; not enough disk space.
+            file than expected; larger than `most`; not enough disk space.
     """
     part = _part(target)
     failures = 0
     while True:
         before = _size(part)
         try:
-            reason = _fetch_once(url, part, before, way_out, check_head)
+            reason = _fetch_once(url, part, before, most, way_out, check_head)
         except urllib.error.HTTPError as error:
             error.close()
-            reason = f"the server answers {error.code} {error.reason}"
+            reason = f"the server answers {error.code} {' '.join(error.reason.split())}"
             if error.code < 500 and error.code not in (408, 429):  # a retry gets the same answer
                 raise FetchError(f"{url}: {reason}; {way_out}") from error
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.filename is not None:  # of a file, not of the connection
                 raise FetchError(f"{url}: cannot write {error.filename} ({error.strerror})") from error
-            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+            reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
         if reason is None:
             flush(part)
             part.replace(target)
@@ -95,7 +97,7 @@ def _tag(part: Path) -> Path:
 
 
 def _fetch_once(
-    url: str, part: Path, start: int, way_out: str, check_head: Callable[[bytes], str | None]
+    url: str, part: Path, start: int, most: int, way_out: str, check_head: Callable[[bytes], str | None]
 ) -> str | None:
     """Append to `part` what the server has from byte `start` on. Returns None if the file is complete, or why not."""
     request = urllib.request.Request(url, headers=_AGENT)
@@ -123,7 +125,9 @@ def _fetch_once(
                 return f"asked for bytes from {start} on, got {unit!r}"
         else:  # a server without ranges sends the file from its beginning
             start, total = 0, response.headers.get("Content-Length", "")
-        expected = int(total) if total.isdigit() else None
+        expected = int(total) if total.isdecimal() else None
+        if expected is not None and expected > most:
+            raise FetchError(f"{url}: has {size_text(expected)}, expected at most {size_text(most)}; {way_out}")
         head = b""
         if start == 0:
             head = response.read(HEAD_BYTES)
@@ -136,6 +140,8 @@ def _fetch_once(
                 f"{url}: {size_text(expected - start)} to download, but only {size_text(free)} are free in "
                 f"{part.parent}; free some space there"
             )
+        if expected is None:  # which may have no end
+            most = min(most, start + max(0, free_bytes(part.parent) - SPARED_BYTES))
         received = start
         # Unbuffered: an error comes where it happens, and everything before it is in the file.
         with part.open("ab" if start else "wb", buffering=0) as file:
@@ -144,6 +150,10 @@ def _fetch_once(
             with progress(total=expected, initial=start, description=url.rpartition("/")[2], unit="B") as bar:
                 while block := head or response.read(_BLOCK):
                     head = b""
+                    if received + len(block) > most:
+                        part.unlink()
+                        _tag(part).unlink(missing_ok=True)
+                        raise FetchError(f"{url}: does not end after {size_text(most)}; {way_out}")
                     _write(file, block, url, part)
                     received += len(block)
                     bar.update(len(block))

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from latent_cache import NoSpaceError
 from pipelines.config import RiverConfig
@@ -54,6 +54,13 @@ class RecordedVideo(BaseModel, frozen=True):
     frames: int
 
 
+def _inside(folder: str) -> str:
+    path = PurePosixPath(folder)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("expected a folder inside, such as train/clip")
+    return folder
+
+
 class ConvertRecord(BaseModel):
     """`.river_convert.json` of an output folder, written before its videos.
 
@@ -63,7 +70,7 @@ class ConvertRecord(BaseModel):
     """
 
     settings: dict[str, str | int | float | list[int]]
-    videos: dict[str, RecordedVideo]
+    videos: dict[Annotated[str, AfterValidator(_inside)], RecordedVideo]
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,8 @@ def _record(
 def _remove(folder: Path, temporary: Path) -> None:
     """Remove a video's folder, if there is one. It is renamed first, so that no part of it is ever at its place."""
     if folder.exists():
+        if not folder.resolve().is_relative_to(temporary.parents[1].resolve()):
+            raise UserError(f"{folder}: leads out of {temporary.parents[1]} by a link; remove the link")
         folder.rename(temporary)
         shutil.rmtree(temporary)
 

@@ -18,6 +18,7 @@ from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say, warn
 from stage1_autoencoder.lpips import LPIPS
 
+MOST_BYTES = 2**30  # of a public file
 VGG_SETTING = "autoencoder.training.vgg_weights"
 
 
@@ -93,7 +94,8 @@ class PublicFile:
                 f"a copy of {self.name}"
             ) from error
         unverified = self.path.with_name(f"unchecked-{self.name}")
-        fetch(self.url, unverified, way_out=f"or copy {self.name} to this machine and set {setting} to its path")
+        way_out = f"or copy {self.name} to this machine and set {setting} to its path"
+        fetch(self.url, unverified, most=MOST_BYTES, way_out=way_out)
         try:
             self.verify(unverified, f"get {self.name} elsewhere and set {setting} to its path")
         except UserError:

@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.loading import autoencoder_digest, find_autoencoder, find_flow, load_trained_autoencoder, weights_digest
 from pipelines.official.official_networks import OFFICIAL_HEADS, load_autoencoder
 from pipelines.official.parts import OfficialFiles, Part, check_channels, check_sizes, parts_of_run, read_networks
-from pipelines.official.weight_files import HEAD_BYTES, foreign_content
+from pipelines.official.weight_files import HEAD_BYTES, MOST_WEIGHT_BYTES, foreign_content
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
@@ -112,9 +112,8 @@ def download(config: RiverConfig, what: str) -> Path:
     url = f"{HUB}/{repository}/resolve/main/{name}"
     target.parent.mkdir(parents=True, exist_ok=True)
     say(f"import-official: downloading {url} -> {target}")
-    fetch(
-        url, target, way_out=f"get the file by other means and name it with --{what} <file>", check_head=foreign_content
-    )
+    way_out = f"get the file by other means and name it with --{what} <file>"
+    fetch(url, target, most=MOST_WEIGHT_BYTES, way_out=way_out, check_head=foreign_content)
     say(f"import-official: downloaded {size_text(target.stat().st_size)}")
     return target
 

@@ -85,7 +85,7 @@ class Continuation(BaseModel):
     frames: PositiveInt
     context: PositiveInt
     horizon: PositiveInt
-    samples: PositiveInt
+    samples: int = Field(ge=1, le=100_000)
 
     def files(self, name: str) -> list[str]:
         """Names of each sample's files, without suffix, if those of the first are called `name`."""

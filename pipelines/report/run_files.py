@@ -89,7 +89,7 @@ class Run:
         for path in sorted((self.config.training_folder(training) / "checkpoints").glob("step_*/state.json")):
             try:
                 json.loads(path.read_bytes())
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 problems.append(f"{path}: {error}; the checkpoint is ignored: remove it")
         return problems
 

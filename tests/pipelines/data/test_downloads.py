@@ -304,6 +304,7 @@ def test_what_a_killed_run_left_takes_no_space(site, run, tmp_path, monkeypatch)
 
 def test_incomplete_mirrors(run, tmp_path):
     refused(run, BAIR, "MIRROR=/no/where", TAR, mirror="/no/where")
+    refused(run, BAIR, "MIRROR=http://", "passwords", mirror="http://me:secret@127.0.0.1/x")
     write_zips(tmp_path)
     (tmp_path / "video_test.zip").unlink()
     refused(run, CLEVRER, f"MIRROR={tmp_path}", "video_test.zip", mirror=tmp_path)

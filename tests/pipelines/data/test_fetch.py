@@ -36,7 +36,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def get(server: FileServer, target: Path, **options: object) -> None:
-    fetch(f"{server.url}/file", target, way_out=WAY_OUT, **options)
+    fetch(f"{server.url}/file", target, **({"most": 10**8, "way_out": WAY_OUT} | options))
 
 
 def refused(server: FileServer, target: Path, *carried: str, **options: object) -> None:
@@ -107,6 +107,24 @@ def test_answers_that_end_a_download(server, target, status, requests):
     server.status = status
     refused(server, target, str(status), WAY_OUT)
     assert len(server.asked) == requests
+    assert left(target) == []
+
+
+@pytest.mark.parametrize("announced", [None, 10**18])
+@pytest.mark.parametrize("free", [10**9, 10**10])
+def test_a_file_without_an_end_is_not_kept(server, target, monkeypatch, announced, free):
+    def endless(handler) -> None:
+        handler.send_response(200)
+        if announced:
+            handler.send_header("Content-Length", str(announced))
+        handler.end_headers()
+        while True:
+            handler.wfile.write(CONTENT)
+
+    server.faults["file"] = endless
+    monkeypatch.setattr(fetch_module, "free_bytes", lambda path: free)
+    most = "0 bytes" if free < fetch_module.SPARED_BYTES and not announced else "1.0 MB"
+    refused(server, target, most, WAY_OUT, most=10**6)
     assert left(target) == []
 
 

@@ -378,6 +378,21 @@ def test_places_that_are_refused(noise) -> None:
     refused(noise, str(noise.out / RECORD_NAME), "settings", f"remove {noise.out}")
 
 
+@pytest.mark.parametrize("folder", ["../precious", "{}/precious", "train/../../precious", "link/precious"])
+def test_a_record_of_folders_elsewhere_removes_none_of_them(noise, tmp_path: Path, folder: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    noise.out.mkdir(parents=True)
+    (noise.out / "link").symlink_to(tmp_path)
+    video = {"id": "x", "fingerprint": "y", "frames": 1}
+    record = {"settings": {}, "videos": {folder.format(tmp_path): video}}
+    (noise.out / RECORD_NAME).write_text(json.dumps(record))
+    (noise.out / "train").mkdir()
+    with pytest.raises(UserError, match=re.escape(str(noise.out))):
+        run(noise, run_context(overwrite=True))
+    assert precious.is_dir()
+
+
 def test_one_at_a_time(noise) -> None:
     run(noise, videos=1)
     with locked(noise.out / LOCK_NAME, "busy"):
