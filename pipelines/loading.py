@@ -9,15 +9,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipelines.config import parse_config
-from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.results import Study, StudyPoint
-from pipelines.runtime.run_folder import chosen_checkpoint
+from pipelines.runtime.run_folder import chosen_checkpoint, read_run_config
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder
@@ -78,7 +76,7 @@ def load_run(
     if flow is None:
         raise UserError(f"{run}/flow/checkpoints holds no checkpoint: train one with `make train-flow`")
     try:
-        config = parse_config(read_yaml(run / "config.yaml"), f"{run}/config.yaml")
+        config = read_run_config(run / "config.yaml")
     except OSError as error:
         raise UserError(f"{run}/config.yaml: missing or unreadable: {error}") from None
     # A named run's folder lies in that of the default run.

@@ -1,5 +1,6 @@
 """The folder of a run: its configuration, its environment, its lock, and where its checkpoints come from."""
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +23,9 @@ from stage1_autoencoder.videos import dataset_root
 TRAININGS = ("autoencoder", "flow", "refiner")
 # Values by which a configuration leaves a setting to its training, which records what it chose.
 LEFT_OPEN = {"steps": None, "precision": "auto"}
+
+# Begins the last line of `config.yaml`.
+DIGEST_LINE = "# sha256 of the lines above: "
 
 
 class Environment(BaseModel):
@@ -50,7 +54,8 @@ def software_versions() -> dict[str, str]:
 def write_run_files(config: RiverConfig, device: torch.device) -> None:
     """Write `config.yaml` and `environment.json` of the run."""
     config.run_path.mkdir(parents=True, exist_ok=True)
-    write_text(config.run_path / "config.yaml", dump_config(config))
+    text = dump_config(config)
+    write_text(config.run_path / "config.yaml", f"{text}{DIGEST_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
     environment = Environment(
         software=software_versions(),
         platform=platform.platform(),
@@ -58,6 +63,22 @@ def write_run_files(config: RiverConfig, device: torch.device) -> None:
         threads=torch.get_num_threads(),
     )
     write_json(config.run_path / "environment.json", environment)
+
+
+def read_run_config(path: Path) -> RiverConfig:
+    """Read a run's `config.yaml`.
+
+    Raises:
+        OSError: it is missing, or cannot be read.
+        UserError: it is damaged, or was edited.
+    """
+    above, line, digest = path.read_bytes().rpartition(DIGEST_LINE.encode())
+    if line and digest.strip() != hashlib.sha256(above).hexdigest().encode():
+        raise UserError(
+            f"{path}: damaged or edited: it differs from the sha256 in its last line (if the change is right, remove "
+            "that line)"
+        )
+    return parse_config(read_yaml(path), str(path))
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Collection[str] = ()) -> RiverConfig:
@@ -103,7 +124,7 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     files = (config.run_path / "config.yaml", config.shared.run_path / "config.yaml")
     file = next((file for file in files if file.exists()), files[0])
     try:
-        stored = parse_config(read_yaml(file), str(file))
+        stored = read_run_config(file)
     except (OSError, UserError):
         return settings
     dataset = stored.dataset

@@ -9,7 +9,7 @@ import torch
 from pipelines.config import load_config, model_sizes, parse_config, parse_size, result_settings
 from pipelines.errors import UserError
 from pipelines.runtime.context import RunContext, resolve_device
-from pipelines.runtime.run_folder import write_run_files
+from pipelines.runtime.run_folder import read_run_config, write_run_files
 
 
 def test_devices():
@@ -52,6 +52,14 @@ def test_a_run_keeps_its_resolved_configuration_and_environment(tmp_path):
     settings = config(tmp_path, seed=4)
     write_run_files(settings, torch.device("cpu"))
     assert load_config(tmp_path / "runs" / "toy" / "config.yaml") == settings
+    path = tmp_path / "runs" / "toy" / "config.yaml"
+    assert read_run_config(path) == settings
+    changed = path.read_text().replace("seed: 4", "seed: 5")
+    path.write_text(changed)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        read_run_config(path)
+    path.write_text("".join(changed.splitlines(keepends=True)[:-1]))
+    assert read_run_config(path).seed == 5
     environment = json.loads((tmp_path / "runs" / "toy" / "environment.json").read_text())
     assert environment["software"]["torch"] == torch.__version__
     assert {"python", "zarr", "numpy"} <= environment["software"].keys()
