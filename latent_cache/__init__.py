@@ -34,6 +34,7 @@ from latent_cache.sampling.resident import FlowIndices, ResidentSampler, first_b
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 from latent_cache.sampling.streaming import StreamingSampler
 from latent_cache.schema import StoreMetadata
+from latent_cache.writing.appending import discard_generation, replacing_store
 from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
 from latent_cache.writing.chunk_writer import ChunkWriter
 from latent_cache.writing.writer import StoreWriter, seal, unseal
@@ -67,6 +68,7 @@ __all__ = [
     "codebook_damages",
     "default_chunk_frames",
     "default_shard_chunks",
+    "discard_generation",
     "first_batch",
     "is_complete",
     "is_sealed",
@@ -76,6 +78,7 @@ __all__ = [
     "open_notes",
     "open_progress",
     "open_sampler",
+    "replacing_store",
     "seal",
     "splits",
     "step_generator",

@@ -150,7 +150,9 @@ class CheckedStore(WrapperStore[Store]):
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self.manifest: Manifest | None = None
-        self._root: bytes | None = None  # as it was when the store was opened
+        # As they were when the store was opened.
+        self._root: bytes | None = None
+        self._document: bytes | None = None
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Content of a file, or of a part of it; None for a missing chunk. Raises ManifestError."""
@@ -172,7 +174,8 @@ class CheckedStore(WrapperStore[Store]):
     def read_manifest(self) -> Manifest | None:
         """The store's manifest; None if there is none. Raises ManifestError for a damaged one."""
         document = self.read(MANIFEST_KEY)
-        return None if document is None else Manifest.parse(document.to_bytes())
+        self._document = None if document is None else document.to_bytes()
+        return None if self._document is None else Manifest.parse(self._document)
 
     def compare_with(self, manifest: Manifest) -> None:
         """Compare the root document, which was read before, and from now on every file that is read.
@@ -186,8 +189,9 @@ class CheckedStore(WrapperStore[Store]):
 
     def was_replaced(self) -> bool:
         """Whether another store is there now than the one that was opened."""
-        root = self.read(ROOT_KEY)
-        return root is None or root.to_bytes() != self._root
+        opened = {ROOT_KEY: self._root, MANIFEST_KEY: self._document}
+        now = {key: self.read(key) for key in opened}
+        return any((content and content.to_bytes()) != opened[key] for key, content in now.items())
 
 
 def manifest_attributes(manifest: Manifest) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore
 
-from latent_cache.errors import REMAKE, RESTORE, CorruptStoreError, IncompleteStoreError, LostManifestError, StoreError
+from latent_cache.errors import (
+    REMAKE,
+    RESTORE,
+    CorruptStoreError,
+    IncompleteStoreError,
+    LostManifestError,
+    StoreError,
+)
 from latent_cache.manifest import MANIFEST, MANIFEST_KEY, CheckedStore, ManifestError
 from latent_cache.reading.remote import open_remote
 
@@ -169,7 +176,12 @@ def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
             "the program, or move the store away and encode again"
         )
     if checked and group.attrs.get("complete") is True:
-        _read_manifest(url, group)
+        try:
+            _read_manifest(url, group)
+        except CorruptStoreError:
+            if group.store.was_replaced():  # between the reading of its two documents
+                return open_group(url)
+            raise
     return group
 
 

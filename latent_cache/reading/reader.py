@@ -234,6 +234,8 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         video_ids, video_views = (Names(arrays[name], url) for name in (schema.VIDEO_ID, schema.VIDEO_VIEW))
         mean, std = (np.array(latents.attrs[name], dtype=np.float32) for name in ("mean", "std"))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        if group.store.was_replaced():
+            return open_cache(url, split)
         raise CorruptStoreError(
             f"{url}/{split}: an array or attribute is missing or damaged ({error}): {RESTORE}"
         ) from error

@@ -12,6 +12,7 @@ from zarr.storage import LocalStore, MemoryStore
 from latent_cache.errors import NoSpaceError, StaleWriterError, StoreError
 from latent_cache.manifest import StoredFile
 from latent_cache.reading.frame_reader import all_finite, chunks_per_file, some_names
+from latent_cache.reading.reader import open_cache
 from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER
 from latent_cache.writing.chunk_plan import ChunkPlan
 from latent_cache.writing.disk import is_full, write_file
@@ -31,10 +32,13 @@ class ChunkWriter:
         path: the store's folder.
         session: session of the `StoreWriter`. A task that outlives it (of a worker that lost its scheduler) writes
             nothing.
+        before: the store that this one continues. A chunk that does not begin where its file begins goes on after the
+            frames that this store has there.
     """
 
     path: Path
     session: str
+    before: Path | None = None
 
     def write(
         self,
@@ -55,6 +59,7 @@ class ChunkWriter:
             StoreError: NaN or infinity in the latents, or values out of the dtype's range; names the videos.
             NoSpaceError: the disk is full.
             StaleWriterError: the session has ended.
+            CorruptStoreError: frames of the store before cannot be read.
             ValueError: arrays that do not fit the store.
         """
         group = self.path / split
@@ -67,6 +72,12 @@ class ChunkWriter:
         if codes is not None:
             arrays[CODES] = _open(group / CODES)
             values[CODES] = checked_codes(codes, shape[1:], chunk)
+
+        if head := chunk.start % (arrays[LATENTS].shards or arrays[LATENTS].chunks)[0]:
+            cache = open_cache(self.before, split)
+            for name, reader in ((LATENTS, cache.latent_reader), (CODES, cache.code_reader)):
+                if name in values:
+                    values[name] = np.concatenate([reader.read(chunk.start - head, chunk.start), values[name]])
 
         files = {name: file_content(array, values[name]) for name, array in arrays.items()}
         stored = {name: StoredFile.of(content, chunks_per_file(arrays[name])) for name, content in files.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 from latent_cache.errors import LockedStoreError, StoreError
 
+LOCK_FILE = "writer.lock"  # in the store's folder of markers
 PARTIAL = ".partial"  # suffix of files that are being written
 
 

@@ -42,7 +42,7 @@ class ChunkMarker:
     def of(
         cls, chunk: ChunkPlan, stored: np.ndarray, files: Mapping[str, StoredFile], measured: Mapping[str, Any]
     ) -> Self:
-        """The marker of a chunk with stored latents `stored`, [frames, c, h, w]."""
+        """The marker of a chunk whose file holds the latents `stored`, [frames, c, h, w]."""
         sums, squares = [], []
         for channel in stored.swapaxes(0, 1):  # a float64 copy of the whole chunk would be four times its size
             exact = channel.astype(np.float64)
@@ -50,7 +50,7 @@ class ChunkMarker:
             squares.append(float(np.square(exact).sum()))
         return cls(
             key=chunk.key,
-            frames=chunk.frames,
+            frames=len(stored),
             files=dict(files),
             count=stored.size // stored.shape[1],
             sum=sums,

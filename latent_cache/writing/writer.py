@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -27,15 +29,16 @@ from latent_cache.errors import (
 from latent_cache.manifest import MANIFEST, ROOT_KEY, StoredFile
 from latent_cache.reading.frame_reader import FrameReader
 from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER, TRAIN, StoreMetadata
+from latent_cache.writing.appending import clear_store
 from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan
 from latent_cache.writing.chunk_writer import ChunkWriter, file_path, session_path
-from latent_cache.writing.disk import PARTIAL, WriterLock, flush, flush_tree, is_full, write_file
+from latent_cache.writing.disk import LOCK_FILE, PARTIAL, WriterLock, flush_tree, is_full, write_file
 from latent_cache.writing.markers import ChunkMarker, channel_statistics
 from latent_cache.writing.sealing import make_manifest, root_document, write_manifest
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "writer.lock"
+BEFORE_FILE = "before"  # names the manifest of the store that an appending writer continues
 
 
 class StoreWriter:
@@ -54,6 +57,7 @@ class StoreWriter:
         codes: bool,
         dtype: str,
         lock: WriterLock,
+        before: Path | None,
     ) -> None:
         """Called by `StoreWriter.open`, which makes the checks."""
         self.path = path
@@ -62,6 +66,9 @@ class StoreWriter:
         self.dtype = dtype
         self.codes = codes
         self._lock = lock
+        self._before_path = before
+        self._before = None if before is None else schema.open_group(before)
+        self._frames_before = {split: self._count_before(split) for split in plans}
         self._session = uuid.uuid4().hex
         self._frame_arrays = (LATENTS, CODES) if codes else (LATENTS,)
         self._group: zarr.Group
@@ -77,6 +84,7 @@ class StoreWriter:
         codes: bool,
         dtype: Literal["float16", "float32"] = "float16",
         overwrite: bool = False,
+        before: Path | None = None,
     ) -> Self:
         """Create a store, or resume an incomplete one.
 
@@ -90,6 +98,9 @@ class StoreWriter:
             codes: whether codes are stored in addition to latents.
             dtype: dtype of the stored latents.
             overwrite: delete an existing store of latents.
+            before: another store, complete and with a manifest, that this one continues: each of its splits is planned,
+                with the same chunks, and begins with its videos. Its chunks are not written again, and its statistics
+                stay. Anything in `path` that does not continue it is deleted.
         Raises:
             StoreError: a URL, a complete store, a folder with other content, no `train`.
             StoreMismatchError: an incomplete store of another autoencoder, preprocessing, dtype or set of splits.
@@ -108,9 +119,9 @@ class StoreWriter:
         begun = (folder / PROGRESS_FOLDER).exists()
         lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
         try:
-            writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock)
-            if overwrite or not (folder / "zarr.json").exists():
-                _clear(folder)
+            writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock, before=before)
+            if overwrite or not (folder / "zarr.json").exists() or not writer._continues():
+                clear_store(folder)
             else:
                 writer._check_agreement(schema.open_group(folder))
             writer._prepare()
@@ -123,9 +134,34 @@ class StoreWriter:
 
     def pending(self, split: str) -> list[ChunkPlan]:
         """Chunks of a split that have not been written, in order."""
-        finished = self._finished[split]
-        plan = self.plans[split]
-        return [plan.chunk(index) for index in range(len(plan.chunks)) if index not in finished]
+        linked, finished = self._linked(split), self._finished[split]
+        indices = range(linked, len(self.plans[split].chunks))
+        return [self._task(split, index) for index in indices if index not in finished]
+
+    def _task(self, split: str, index: int) -> ChunkPlan:
+        """The part of a chunk that must be encoded: without the frames that the store before has."""
+        plan, frames = self.plans[split], self._frames_before[split]
+        chunk = plan.chunk(index)
+        if chunk.start >= frames:
+            return chunk
+        first = next(n for n, piece in enumerate(chunk.pieces) if plan.offsets[piece.video] >= frames)
+        return replace(
+            chunk,
+            start=frames,
+            pieces=chunk.pieces[first:],
+            video_ids=chunk.video_ids[first:],
+            video_views=chunk.video_views[first:],
+        )
+
+    def _count_before(self, split: str) -> int:
+        """Frames of a split in the store that this one continues."""
+        array = None if self._before is None else self._before.get(f"{split}/{LATENTS}")
+        return 0 if array is None else array.shape[0]
+
+    def _linked(self, split: str) -> int:
+        """Number of files, the first ones, that are those of the store before: all full ones, or all that there are."""
+        plan, frames = self.plans[split], self._frames_before[split]
+        return len(plan.chunks) if frames == plan.frames else frames // plan.file_frames
 
     def write_chunk(
         self,
@@ -139,7 +175,7 @@ class StoreWriter:
 
         Arguments and errors as in `ChunkWriter.write`; also ValueError for a chunk that is not in the plan.
         """
-        if chunk != self.plans[split].chunk(chunk.index):
+        if chunk != self._task(split, chunk.index):
             raise ValueError(f"chunk {chunk.index} of {split!r} is not in the plan: take chunks from `pending`")
         self._finished[split].pop(chunk.index, None)
         self.accept(split, chunk, self.chunk_writer.write(split, chunk, latents, codes, measured))
@@ -155,13 +191,13 @@ class StoreWriter:
     @property
     def chunk_writer(self) -> ChunkWriter:
         """Writes this store's chunks, in this or other processes, until `close`."""
-        return ChunkWriter(self.path, self._session)
+        return ChunkWriter(self.path, self._session, self._before_path)
 
     def bytes_needed(self) -> int:
         """Bytes of the latents of all pending chunks, without codes, which are compressed."""
         total = 0
         for split, plan in self.plans.items():
-            frames = (len(plan.chunks) - len(self._finished[split])) * plan.file_frames
+            frames = (len(plan.chunks) - self._linked(split) - len(self._finished[split])) * plan.file_frames
             total += frames * math.prod(plan.latent_shape) * np.dtype(self.dtype).itemsize
         return total
 
@@ -191,7 +227,7 @@ class StoreWriter:
             CorruptStoreError: written chunks have been removed.
             NoSpaceError: the disk is full.
         """
-        missing = {split: len(plan.chunks) - len(self._finished[split]) for split, plan in self.plans.items()}
+        missing = {split: len(self.pending(split)) for split in self.plans}
         if any(missing.values()):
             raise IncompleteStoreError(f"{self.path}: pending chunks: {missing}: write them, then call finish")
         for split in self.plans:
@@ -216,15 +252,21 @@ class StoreWriter:
 
     def _stored_files(self) -> dict[str, StoredFile]:
         """Files of latents and codes, by key."""
-        return {
-            self._frame_reader(split, name).chunk_key(index * plan.shard_chunks): marker.files[name]
-            for split, plan in self.plans.items()
-            for index, marker in self._finished[split].items()
-            for name in self._frame_arrays
-        }
+        files = {}
+        for split, plan in self.plans.items():
+            for name in self._frame_arrays:
+                reader = self._frame_reader(split, name)
+                keys = [reader.chunk_key(index * plan.shard_chunks) for index in range(len(plan.chunks))]
+                files |= {key: self._before.store.manifest.files[key] for key in keys[: self._linked(split)]}
+                files |= {keys[index]: marker.files[name] for index, marker in self._finished[split].items()}
+        return files
 
     def _write_index(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
-        statistics = channel_statistics(self.markers(TRAIN))
+        if self._before is None:
+            statistics = channel_statistics(self.markers(TRAIN))
+        else:
+            attrs = self._before[f"{TRAIN}/{LATENTS}"].attrs
+            statistics = {name: attrs[name] for name in ("mean", "std")}
         for split, plan in self.plans.items():
             group = self._group[split]
             assert isinstance(group, zarr.Group)
@@ -292,6 +334,8 @@ class StoreWriter:
         for stray in self.path.rglob(f"*{PARTIAL}"):  # of a writer that was killed before renaming it
             stray.unlink()
         session_path(self.path).write_text(self._session)
+        if self._before is not None:
+            write_file(self.path / PROGRESS_FOLDER / BEFORE_FILE, self._before.store.manifest.sha256.encode())
         attrs = self.metadata.to_attrs(list(self.plans), complete=False)
         self._group = zarr.open_group(LocalStore(self.path), mode="a", zarr_format=3, attributes=attrs)
         if dict(self._group.attrs) != attrs:  # other software: the last writer's is recorded
@@ -314,17 +358,39 @@ class StoreWriter:
             if not self.codes and CODES in group:
                 del group[CODES]
             (self.path / PROGRESS_FOLDER / split).mkdir(parents=True, exist_ok=True)
+            self._link(split)
             self._find_finished(split)
         flush_tree(self.path)
 
+    def _continues(self) -> bool:
+        """Whether what is there was begun as the continuation of the same store, if of any."""
+        if self._before is None:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            return (self.path / PROGRESS_FOLDER / BEFORE_FILE).read_text() == self._before.store.manifest.sha256
+        return False
+
+    def _link(self, split: str) -> None:
+        """Take over the files of the store before."""
+        for index in range(self._linked(split)):
+            for name in self._frame_arrays:
+                array = self._group[f"{split}/{name}"]
+                ours, theirs = (file_path(root / split / name, array, index) for root in (self.path, self._before_path))
+                if not (ours.exists() and ours.samefile(theirs)):
+                    ours.unlink(missing_ok=True)
+                    ours.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(theirs, ours)
+
     def _find_finished(self, split: str) -> None:
-        plan = self.plans[split]
+        plan, linked = self.plans[split], self._linked(split)
         arrays = {name: self._group[f"{split}/{name}"] for name in self._frame_arrays}
 
         def check(file: Path) -> None:
             try:
                 marker = ChunkMarker.read(file)
                 index = int(file.stem)
+                if index < linked:
+                    raise ValueError("the store before has its frames")
                 chunk = plan.chunks[index]
                 files = {name: file_path(self.path / split / name, array, index) for name, array in arrays.items()}
                 marker.check(chunk, files)
@@ -417,16 +483,3 @@ def _remove_empty_progress(folder: Path) -> None:
             for split in (folder / PROGRESS_FOLDER).iterdir():
                 split.rmdir()
             (folder / PROGRESS_FOLDER).rmdir()
-
-
-def _clear(folder: Path) -> None:
-    """Remove everything but the lock; the root first, so that a half removed store is never complete."""
-    (folder / "zarr.json").unlink(missing_ok=True)
-    flush(folder)
-    for entry in [*folder.iterdir(), *(folder / PROGRESS_FOLDER).iterdir()]:
-        if entry.name in (PROGRESS_FOLDER, LOCK_FILE):
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pipelines.config import RiverConfig
     from pipelines.runtime.context import RunContext
 
-HELP = "encode all splits into the store of latents, or --verify it"
+HELP = "encode all splits into the store of latents, append new videos to it, or --verify it"
 # Sections of the configuration that --restart, --overwrite and --fine-tune take from the file again.
 BEGINS_ANEW = ("cache",)
 
@@ -29,6 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write nothing: check all checksums, encode N frames (default 64) again and compare",
     )
+
+
+def dry_run(config: RiverConfig, run_context: RunContext) -> None:
+    """Print the configuration, what would be done, and what would be added to a complete store."""
+    from pipelines.config import dump_config
+    from pipelines.encoding.store_encoder import preview_appending
+    from pipelines.runtime.progress import say
+    from pipelines.stages import describe
+
+    say(dump_config(config))
+    say(describe(config, run_context.device))
+    if added := preview_appending(config, run_context):
+        say(added)
 
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:

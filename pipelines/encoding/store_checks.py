@@ -1,7 +1,8 @@
 """The store of a configuration: what it must say about itself, how far it is, and whether it is the right one."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import latent_cache
@@ -142,8 +143,18 @@ def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:
     Raises:
         UserError: names videos that were added, removed or replaced.
     """
+    if added := added_videos(config, splits):
+        _refuse_changes(config.store_path, _changes(added, "added"), "add them with `encode`")
+
+
+def added_videos(config: RiverConfig, splits: dict[str, VideoSource]) -> dict[str, set[str]]:
+    """Ids of the videos that a complete store does not have, by split; splits without any are left out.
+
+    Raises:
+        UserError: videos were removed or replaced since they were encoded; names these and the added ones.
+    """
     path = config.store_path
-    changes = []
+    added, changes = dict[str, set[str]](), []
     stored_splits = latent_cache.splits(path)
     skipped = latent_cache.open_notes(path).get("skipped", {})
     for split in {**dict.fromkeys(stored_splits), **splits}:
@@ -153,16 +164,26 @@ def check_sources(config: RiverConfig, splits: dict[str, VideoSource]) -> None:
         if split in stored_splits:
             cache = latent_cache.open(path, split)
             before |= dict(zip(cache.video_ids, cache.fingerprints, strict=True))
-        for what, ids in (
-            ("added", now.keys() - before.keys()),
-            ("removed", before.keys() - now.keys()),
-            ("replaced", {video for video in now.keys() & before.keys() if now[video] != before[video]}),
-        ):
-            if ids:
-                names = ", ".join(sorted(ids)[:MOST_NAMES]) + (", ..." if len(ids) > MOST_NAMES else "")
-                changes.append(f"{split}: {len(ids)} {what}: {names}")
+        if new := now.keys() - before.keys():
+            added[split] = set(new)
+        changes += _changes({split: before.keys() - now.keys()}, "removed")
+        replaced = {video for video in now.keys() & before.keys() if now[video] != before[video]}
+        changes += _changes({split: replaced}, "replaced")
     if changes:
-        raise UserError(
-            f"{path} is complete, but its videos have changed since:\n  " + "\n  ".join(changes)
-            + "\nencode them with `encode --overwrite`, or restore the old videos"
-        )  # fmt: skip
+        way_out = "encode them with `encode --overwrite`, or restore the old videos"
+        _refuse_changes(path, [*_changes(added, "added"), *changes], way_out)
+    return added
+
+
+def _changes(videos: Mapping[str, Set[str]], what: str) -> list[str]:
+    """A line for each split: how many of its videos are `what`, and the first ones."""
+    lines = []
+    for split, ids in videos.items():
+        names = ", ".join(sorted(ids)[:MOST_NAMES]) + (", ..." if len(ids) > MOST_NAMES else "")
+        lines += [f"{split}: {len(ids)} {what}: {names}"] if ids else []
+    return lines
+
+
+def _refuse_changes(path: Path, changes: Sequence[str], way_out: str) -> None:
+    lines = "\n  ".join(changes)
+    raise UserError(f"{path} is complete, but its videos have changed since:\n  {lines}\n{way_out}")

@@ -163,6 +163,8 @@ def _summary_of_split(cache: LatentCache) -> Iterator[str]:
         f"{chunk} frames{shards}, {cache.nbytes / 1e6:.1f} MB"
     )
     notes = cache.notes
+    if "appended_videos" in notes:
+        yield f"         {notes['appended_videos']} videos were appended later; what follows is of the others"
     if "codes_used" in notes:
         yield (
             f"         {notes['codes_used']} of {cache.metadata.autoencoder['codes']} codes used, perplexity "

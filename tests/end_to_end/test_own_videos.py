@@ -103,8 +103,31 @@ def test_a_folder_with_split_folders(place, story: ModuleType) -> None:
     place.run("sample", "--videos", "9").ok()
     assert {path.stem for path in (place.runs / "samples").glob("*.mp4")} == {"five", "four"}
     story.write_videos(place.data, ["seven.mp4"], first_seed=20)
-    outcome = place.run("encode").refused(2, "1 added: seven", "encode --overwrite")
-    assert "removed" not in outcome.err
+    place.run("encode").refused(2, str(place.store), "manifest", "inspect --seal")
+    latent_cache.seal(place.store)
+
+    before = story.tree(place.store)
+    place.run("encode", "--verify", "2").refused(2, "1 added: seven", "`encode`")
+    frames = 12
+    assert f"would add 1 video to train: {frames} frames, in about" in place.run("encode", "--dry-run").ok().out
+    (place.data / "two.gif").rename(place.folder / "two.gif")
+    place.run("encode").refused(2, "1 added: seven", "1 removed: two", "encode --overwrite")
+    place.run("encode", "--dry-run").refused(2, "1 added: seven", "1 removed: two")
+    (place.folder / "two.gif").rename(place.data / "two.gif")
+    assert story.tree(place.store) == before
+    mean = latent_cache.open(place.store).mean
+    outcome = place.run("encode").ok()
+    assert "1 new video" in outcome.out
+    assert ids(place) == divided | {"train": ["one", "three", "two", "seven"]}
+    np.testing.assert_array_equal(latent_cache.open(place.store).mean, mean)
+    assert [path.name for path in place.store.parent.iterdir()] == [place.store.name]
+    assert "store: done" in place.run("encode").ok().out
+    assert "24 equal" in place.run("encode", "--verify", "24").ok().out
+    assert "1 videos were appended" in place.run("inspect").ok().out
+    place.run("train-flow").refused(2, "store.fingerprint", "--fine-tune")
+    place.run("train-flow", "--fine-tune", "--restart").ok()
+    place.run("sample", "--videos", "9").ok()
+
     shutil.rmtree(place.store)  # the folder of the videos remembers
     place.run("encode").ok()
     found = ids(place)

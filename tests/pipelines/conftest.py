@@ -100,6 +100,7 @@ class EncodingKit:
     Attributes:
         store: where it is.
         splits: what is encoded.
+        added: which of these videos are appended to the complete store.
     """
 
     folder: Path
@@ -111,6 +112,7 @@ class EncodingKit:
     )
     model: VQGAN = field(default_factory=random_autoencoder)
     run_context: RunContext = field(default_factory=lambda: RunContext(torch.device("cpu")))
+    added: dict[str, set[str]] = field(default_factory=dict)
     Source = NoiseSource
 
     def config(self, **cache: Any) -> RiverConfig:
@@ -133,7 +135,7 @@ class EncodingKit:
         """The encoder of the store; `cache` has its settings."""
         checkpoint = Checkpoint(self.folder / "none", {"step": 0})
         context = replace(self.run_context, overwrite=overwrite)
-        return StoreEncoder(self.config(**cache), context, checkpoint, self.model, self.splits)
+        return StoreEncoder(self.config(**cache), context, checkpoint, self.model, self.splits, self.added)
 
     def encode(self, overwrite: bool = False, **cache: Any) -> dict[str, SplitSummary]:
         """Encode what is pending; the summaries by split."""

@@ -576,3 +576,39 @@ def test_a_store_without_codes_has_the_same_summary(kit) -> None:
     other = kit.another("other")
     assert other.encode(codes=False) == kit.encode()
     assert latent_cache.open(other.store).codes is None
+
+
+# New videos of a complete store
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_new_videos_are_encoded_as_if_they_had_been_there(kit, monkeypatch, interrupted: bool) -> None:
+    """But behind the others; their decoding, and no other, is what is done. A broken one is left out and named."""
+    kit.encode(views=VIEWS)
+    old = {split: latent_cache.open(kit.store, split) for split in kit.splits}
+    expected = {split: cache.load() for split, cache in old.items()}
+    fingerprints = {split: cache.fingerprint for split, cache in old.items()}
+    train = {"new1": 6, "a": 7, "b": 13, "c": 1, "torn": 9, "d": 22, "e": 5, "new2": 17}
+    kit.splits = {"train": kit.Source(train), "val": kit.splits["val"]}
+    kit.splits["train"].ends["torn"] = 4
+    kit.added = {"train": {"new1", "torn", "new2"}}
+    if interrupted:
+        kit.interrupt(after=2, views=VIEWS)
+    summaries = kit.encode(views=VIEWS)
+    assert (list(summaries), summaries["train"].videos, summaries["train"].frames) == (["train"], 2, 3 * 23)
+    assert {video for video, *_ in kit.splits["train"].passes} == {"new1", "torn", "new2"}
+    assert list(kit.run_context.skipped) == ["torn"]
+    assert latent_cache.open_notes(kit.store)["skipped"] == {"train": {"torn": "of torn"}}
+
+    alone = kit.another("alone")
+    alone.splits = {"train": kit.Source({"new1": 6, "new2": 17})}
+    alone.encode(views=VIEWS)
+    now = latent_cache.open(kit.store)
+    assert list(dict.fromkeys(now.video_ids)) == ["a", "b", "c", "d", "e", "new1", "new2"]
+    assert torch.equal(now.load(), torch.cat([expected["train"], latent_cache.open(alone.store).load()]))
+    np.testing.assert_array_equal(now.mean, old["train"].mean)
+    assert now.fingerprint != fingerprints["train"]
+    assert now.notes == old["train"].notes | {"appended_videos": 2}
+    val = latent_cache.open(kit.store, "val")
+    assert val.fingerprint == fingerprints["val"]
+    assert torch.equal(val.load(), expected["val"])
