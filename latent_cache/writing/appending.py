@@ -15,7 +15,6 @@ import ctypes
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,31 +39,34 @@ def replacing_store(store: Path) -> Iterator[Path]:
     """
     if not is_sealed(store):
         raise StoreError(f"{store} has no manifest, which says what its chunks are: `inspect --seal {store}` adds one")
-    _check_file_system(store)
     lock, folder = WriterLock(store / PROGRESS_FOLDER / LOCK_FILE), next_generation(store)
     try:
+        _check_file_system(store, folder / PROGRESS_FOLDER / "probe")
         yield folder
         exchange(folder, store)
         _remove(folder)  # where the lock is now
     except BaseException:
         lock.release()
-        with contextlib.suppress(OSError):  # it is not empty
-            (store / PROGRESS_FOLDER).rmdir()
+        _remove_empty(store / PROGRESS_FOLDER)
         raise
     finally:
         lock.release()
 
 
 def discard_generation(store: Path) -> None:
-    """Remove what an interrupted `replacing_store` left beside a store, unless a process works on it."""
-    folder = next_generation(store)
+    """Remove what killed writers left in and beside a complete store, unless a process works on it."""
+    folder, progress = next_generation(store), store / PROGRESS_FOLDER
+    if not folder.is_dir() and not progress.is_dir():
+        return
     with contextlib.suppress(StoreError):  # no store of latents, or one that is being written
-        if (folder / PROGRESS_FOLDER).is_dir() or is_complete(folder):
-            lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
-            try:
+        lock = WriterLock(progress / LOCK_FILE)
+        try:
+            if (folder / PROGRESS_FOLDER).is_dir() or is_complete(folder):
                 _remove(folder)
-            finally:
-                lock.release()
+            if is_complete(store):
+                shutil.rmtree(progress)
+        finally:
+            lock.release()
 
 
 def _remove(folder: Path) -> None:
@@ -76,7 +78,7 @@ def clear_store(folder: Path) -> None:
     """Remove everything but the lock; the root first, so that a half removed store is never complete."""
     (folder / "zarr.json").unlink(missing_ok=True)
     flush(folder)
-    for entry in [*folder.iterdir(), *(folder / PROGRESS_FOLDER).iterdir()]:
+    for entry in [*folder.iterdir(), *folder.glob(f"{PROGRESS_FOLDER}/*")]:
         if entry.name in (PROGRESS_FOLDER, LOCK_FILE):
             continue
         if entry.is_dir():
@@ -100,18 +102,26 @@ def exchange(one: Path, other: Path) -> None:
     flush(other.absolute().parent)
 
 
-def _check_file_system(store: Path) -> None:
+def _check_file_system(store: Path, probe: Path) -> None:
     """Raise StoreError where a store cannot be replaced, before anything is encoded."""
-    with tempfile.TemporaryDirectory(prefix=f".{store.name}.", dir=store.absolute().parent) as folder:
-        one, other = Path(folder, "one"), Path(folder, "other")
-        one.mkdir()
-        other.mkdir()
-        try:
-            (one / "file").touch()
-            os.link(one / "file", other / "file")
-            exchange(one, other)
-        except OSError as error:
-            raise StoreError(
-                f"{store}: this file system cannot exchange folders ({error}), so videos cannot be appended to the "
-                "store safely: encode all of them again with `encode --overwrite`, or move the store to another disk"
-            ) from error
+    shutil.rmtree(probe, ignore_errors=True)  # of a process that was killed here
+    try:
+        for name in ("one", "other"):
+            (probe / name).mkdir(parents=True)
+        (probe / "one" / "file").touch()
+        os.link(probe / "one" / "file", probe / "other" / "file")
+        exchange(probe / "one", probe / "other")
+    except OSError as error:
+        raise StoreError(
+            f"{store}: no videos can be appended, since its file system cannot exchange folders ({error}): encode all "
+            "videos again with `encode --overwrite`, or move the store to another disk"
+        ) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+        _remove_empty(probe.parent, probe.parent.parent)
+
+
+def _remove_empty(*folders: Path) -> None:
+    with contextlib.suppress(OSError):  # one is not empty, or not there
+        for folder in folders:
+            folder.rmdir()

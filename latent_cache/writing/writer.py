@@ -315,7 +315,7 @@ class StoreWriter:
                 f"{self.path} was written with other settings:\n  " + "\n  ".join(differences) + "\n"
                 "Write it again with --overwrite, or write another store, or use the settings of this store"
             )
-        if group.attrs.get("complete"):
+        if group.attrs.get("complete") and self._before is None:  # one that did not take its place is finished again
             raise StoreError(f"{self.path} is complete: to write it again, use --overwrite")
 
     def _array_differences(self, group: zarr.Group, split: str, plan: SplitPlan) -> list[str]:
