@@ -218,7 +218,7 @@ class StoreEncoder:
         self.config, self.run_context, self.checkpoint, self.autoencoder = config, run_context, checkpoint, autoencoder
         self.splits, self.metadata = splits, store_metadata(config, autoencoder, splits)
         self.tables = {split: VideoTable.of(source.videos) for split, source in splits.items()}
-        self.path = config.store_path.absolute()
+        self.path = config.store_path
         self.before: dict[str, LatentCache] = {}  # splits of the store that is appended to
         if added:
             self.before = {split: latent_cache.open(self.path, split) for split in latent_cache.splits(self.path)}
@@ -266,7 +266,7 @@ class StoreEncoder:
             stack.enter_context(stop)
             if self.before:
                 stack.enter_context(latent_cache.replacing_store(options["before"]))
-            writer = stack.enter_context(StoreWriter.open(self.path, self.metadata, plans, **options))
+            writer = stack.enter_context(StoreWriter.open(self.path.absolute(), self.metadata, plans, **options))
             writer.check_space()
             try:
                 self._encode_pending(writer, encode_chunks)
