@@ -7,6 +7,7 @@ A store that was written before there were manifests has none, and its root docu
 
 import hashlib
 import struct
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Self
 
@@ -92,6 +93,7 @@ class Manifest(BaseModel):
         return draft.model_copy(update={"sha256": draft._own_sha256()})
 
     @classmethod
+    @lru_cache(maxsize=4)  # a command opens the same store several times
     def parse(cls, document: bytes) -> Self:
         """Read the manifest from its document. Raises ManifestError for a damaged one."""
         try:

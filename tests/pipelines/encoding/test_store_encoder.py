@@ -189,7 +189,7 @@ def test_memory_does_not_grow_with_the_videos(kit, network_batch, monkeypatch, i
 
 def encoder_with(kit, chunk_frames: int = 10, **cache: object) -> ChunkEncoder:
     settings = kit.config(**cache).cache
-    job = EncodeJob(kit.splits, settings, None, "", "cpu", (4, 4, 4), {}, chunk_frames)
+    job = EncodeJob(kit.splits, settings, None, "", "cpu", (4, 4, 4), {}, chunk_frames, "")
     return ChunkEncoder(job, kit.model, torch.device("cpu"))
 
 
