@@ -17,7 +17,11 @@ endif
 $(foreach name,DATASET RUN ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TRIALS SEED TORCH_INDEX,\
 	$(eval override $(name) := $$(value $(name))))
 export DEVICE MIRROR SCHEDULER DOWNLOAD
-quoted = '$(subst ','\'',$(1))'
+define newline
+
+
+endef
+quoted = '$(subst $(newline),'$$'\n'',$(subst ','\'',$(1)))'
 option = $(if $(2),$(1)$(call quoted,$(2)))
 # The words of ARGS. A word in quotes may have spaces.
 SPLIT := import shlex, sys; print(shlex.join(shlex.split(sys.argv[1])))

@@ -18,6 +18,7 @@ ODD = [
     "$(touch ran)`touch ran` $HOME $$.mp4",
     "$(shell touch ran);touch ran;a&b|c>d*\\.mp4",
     "-clip.mp4",
+    "new\nline'\ntouch ran\n\\\n'.mp4",
 ]
 
 

@@ -24,12 +24,11 @@ from pipelines.runtime.progress import say
 from pipelines.runtime.status import Status
 from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.kth import SEQUENCES_FILE, read_sequences
+from stage1_autoencoder.videos.kth import MOST_SEQUENCES_BYTES, SEQUENCES_FILE, read_sequences
 
 # Both beside the unpacked folders, so that they outlive them.
 RECORD_NAME = ".archives.json"
 LOCK_NAME = ".download.lock"
-MOST_SEQUENCES_BYTES = 2**20  # KTH's file has 70 kB
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import shutil
 import threading
 import unicodedata
@@ -339,9 +340,10 @@ def _reading_back(config: RiverConfig, out: Path, splits: Sequence[Split]) -> st
     if "train" not in splits:
         return f"convert: to train on {out} (dataset.source=videos), convert the train split too"
     held_out = "" if "val" in splits else " --set dataset.splits='{val: 0}'"  # or a tenth of the training videos is
+    root = shlex.quote(str(out))
     as_they_are = "" if config.dataset.fps is None else " --set dataset.fps=null"
     return (
-        f"convert: to read them: --set dataset.source=videos --set dataset.root={out} --set dataset.frame_step=1"
+        f"convert: to read them: --set dataset.source=videos --set dataset.root={root} --set dataset.frame_step=1"
         f"{as_they_are}{held_out}"
     )
 

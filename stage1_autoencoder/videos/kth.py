@@ -1,6 +1,7 @@
 """The KTH actions: `<action>/person01_<action>_d1_uncomp.avi`, split by persons, optionally cut into sequences."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stage1_autoencoder.videos.splits import assign_numbers
 
 ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
 SEQUENCES_FILE = "00sequences.txt"
+MOST_SEQUENCES_BYTES = 2**20  # the file has 70 kB
 # The paper's splits. Person 20 is held out for validation, see `persons_of_splits`.
 PERSONS: dict[Split, str] = {"train": "1-20", "test": "21-25"}
 
@@ -46,7 +48,8 @@ def open_kth(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[
     splits = dataset.splits or PERSONS
     owner = persons_of_splits(splits)
     if any(root.glob("*.zip")) and not any((root / action).is_dir() for action in ACTIONS):
-        raise VideoError(f"{root}: has archives that are not unpacked: run `make data DATASET=kth MIRROR={root}`")
+        quoted = shlex.quote(str(root))
+        raise VideoError(f"{root}: has archives that are not unpacked: run `make data DATASET=kth MIRROR={quoted}`")
     listing = find_named_videos(root, _video_id, "person01_boxing_d1_uncomp.avi", _WAY_OUT)
     ranges = read_sequences(root / SEQUENCES_FILE) if dataset.sequences else {}
 
@@ -98,12 +101,17 @@ def read_sequences(path: Path) -> dict[str, list[tuple[int, int]]]:
     Returns:
         ranges per video id as in the file: counted from 1, both ends included. The list may be empty.
     Raises:
-        VideoError: no file, or no ranges in it.
+        VideoError: no file, no ranges in it, or absurdly many or large ones.
     """
     try:
-        text = path.read_text(encoding="latin-1")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise VideoError(f"{path}: not a regular file; {_WAY_OUT}")
+        with path.open(encoding="latin-1") as file:
+            text = file.read(MOST_SEQUENCES_BYTES + 1)
     except OSError as error:
         raise VideoError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
+    if len(text) > MOST_SEQUENCES_BYTES or re.search(r"\d{10}", text):
+        raise VideoError(f"{path}: has more than {MOST_SEQUENCES_BYTES} bytes or 9 digits in a number; {_WAY_OUT}")
     sequences: dict[str, list[tuple[int, int]]] = {}
     for line in text.splitlines():
         if match := re.fullmatch(r"\s*(person\d+_[a-z]+_d\d+)\s+frames\b(.*)", line):

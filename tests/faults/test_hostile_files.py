@@ -25,9 +25,10 @@ from pipelines.errors import UserError
 from pipelines.official import OfficialFormatError, read_official
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import warn
-from stage1_autoencoder.videos import BrokenVideoError, VideoSource, open_splits, open_video
+from stage1_autoencoder.videos import BrokenVideoError, VideoError, VideoSource, open_splits, open_video
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.videos.index import CACHE_NAME, index_videos
+from stage1_autoencoder.videos.kth import read_sequences
 from tests import small_data_sets
 
 VIDEOS = DatasetConfig(name="x", source="videos", image_size=32)
@@ -297,6 +298,16 @@ def test_tfrecords(tmp_path: Path, content: bytes | Callable[[Path], None]) -> N
     source = train_split("bair", tmp_path, {"val": 0})
     assert [video.id for video in source.videos] == ["good/0"]
     assert [video.id for video in source.skipped] == ["bad"]
+
+
+@pytest.mark.parametrize("content", [
+    b"person01_boxing_d1  frames  1-" + b"9" * 5000, b"person01_boxing_d1  frames  1-9\n" * 50_000, pipe, endless,
+], ids=["digits", "size", "pipe", "device"])  # fmt: skip
+def test_frame_ranges_of_kth(tmp_path: Path, content: bytes | Callable[[Path], None]) -> None:
+    path = tmp_path / "00sequences.txt"
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    with pytest.raises(VideoError, match=r"00sequences\.txt.*make data"):
+        read_sequences(path)
 
 
 class Runs:
