@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
 # More files than this burden file systems and copies: then chunks are grouped into shards.
 MOST_FILES, SHARD_CHUNKS = 5000, 8
+# More than any store has; metadata can claim any number.
+MOST_VIDEOS, MOST_CHUNKS, MOST_FPS = 10**8, 10**7, 10**6
 # Names and offsets per chunk, so that one name is read without all the others.
 NAME_CHUNK, OFFSET_CHUNK = 2**14, 2**20
 
@@ -82,7 +84,7 @@ class StoreMetadata:
         autoencoder: at least `sha256` of the weights; also architecture and down-sampling factor.
         software: versions that wrote it. Stores that differ only here, or in `fps`, have the same latents.
     Raises:
-        ValueError: a value that JSON cannot represent, or no `autoencoder.sha256`.
+        ValueError: a value of another type or that JSON cannot represent, or no `autoencoder.sha256`.
     """
 
     dataset: str
@@ -98,6 +100,14 @@ class StoreMetadata:
                 object.__setattr__(self, name, json.loads(json.dumps(value, allow_nan=False)))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"metadata.{name} = {value!r} cannot be written as JSON: {error}") from error
+        rate = self.fps
+        if not isinstance(self.dataset, str) or isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise ValueError(f"metadata.dataset = {self.dataset!r}, fps = {rate!r}: expected a name and a number")
+        if not 0 <= rate <= MOST_FPS:
+            raise ValueError(f"metadata.fps = {rate!r}: expected frames per second, at most {MOST_FPS}")
+        for name in ("preprocessing", "autoencoder", "software"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"metadata.{name} = {value!r}: expected keys and values")
         if not self.autoencoder.get("sha256"):
             raise ValueError(
                 f"metadata.autoencoder = {self.autoencoder!r}: `sha256`, the digest of the weights, is missing; it "
@@ -153,6 +163,8 @@ def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
         raise StoreError(f"{url}: no such path: write the store with `make encode`, or check paths.latents")
     if path is not None and not path.is_dir():
         raise StoreError(f"{url}: a file, but a store is a folder: check paths.latents")
+    if path is not None and (path / "zarr.json").is_fifo():  # it would be waited for
+        raise StoreError(f"{url}/zarr.json: a pipe, not a file: check paths.latents")
     try:
         group = zarr.open_group(_read_only_store(url), mode="r", zarr_format=3, use_consolidated=False)
     except ContainsArrayError as error:
@@ -161,7 +173,7 @@ def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
         if path is not None and (path / PROGRESS_FOLDER).exists():
             raise IncompleteStoreError(f"{url}: writing has only begun: run `make encode` again") from error
         raise StoreError(f"{url}: not a Zarr v3 group (no zarr.json): check paths.latents") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptStoreError(
             f"{url}/zarr.json cannot be parsed ({error}): remove the store and write it again with `make encode`"
         ) from error

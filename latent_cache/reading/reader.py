@@ -230,10 +230,13 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         if not isinstance(arrays, zarr.Group):
             raise StoreError(f"{url}: no split {split!r}: its splits are {split_names(group)}")
         latents, codes = arrays[LATENTS], arrays.get(CODES)
+        videos = arrays[schema.VIDEO_OFFSET].shape[0] - 1
+        if latents.nchunks > schema.MOST_CHUNKS or videos > schema.MOST_VIDEOS:
+            raise ValueError(f"{latents.nchunks} chunks and {videos} videos are more than any store has")
         offsets = np.asarray(arrays[schema.VIDEO_OFFSET][:], dtype=np.int64)
         video_ids, video_views = (Names(arrays[name], url) for name in (schema.VIDEO_ID, schema.VIDEO_VIEW))
         mean, std = (np.array(latents.attrs[name], dtype=np.float32) for name in ("mean", "std"))
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
         if group.store.was_replaced():
             return open_cache(url, split)
         raise CorruptStoreError(
@@ -247,7 +250,8 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         and bool((np.diff(offsets) > 0).all())
         and latents.chunks[1:] == latents.shape[1:]
         and mean.shape == std.shape == latents.shape[1:2]
-        and bool(np.isfinite([mean, std]).all())
+        and bool(np.isfinite([mean, std]).all() and (std >= 0).all())
+        and latents.dtype.name in ("float16", "float32")
         and (codes is None or codes.shape == (latents.shape[0], *latents.shape[2:]))
     )
     if not consistent:
@@ -284,7 +288,10 @@ def open_metadata(url: str | Path) -> StoreMetadata:
 
 def open_notes(url: str | Path) -> dict[str, Any]:
     """JSON that the writer stored with a complete store. Raises as `schema.open_group`."""
-    return dict(schema.open_group(url).attrs.get("notes", {}))
+    notes = schema.open_group(url).attrs.get("notes", {})
+    if not isinstance(notes, dict):
+        raise CorruptStoreError(f"{url}/zarr.json: its notes are {type(notes).__name__}, not keys: {RESTORE}")
+    return dict(notes)
 
 
 def codebook_damages(url: str | Path) -> Iterator[CorruptStoreError]:

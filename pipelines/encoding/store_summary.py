@@ -106,8 +106,11 @@ def summary_of_complete(store: str) -> Iterator[str]:
     yield f"{store}: latents of {metadata.dataset}, {rates_text(caches)} frames/s; complete{written}"
     yield from _origin(metadata)
     for cache in caches:
-        yield from _summary_of_split(cache)
-        skipped = list(notes.get("skipped", {}).get(cache.split, {}))
+        try:
+            lines, skipped = list(_summary_of_split(cache)), list(notes.get("skipped", {}).get(cache.split, {}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptStoreError(f"{store}/{cache.split}: its notes are damaged ({error!r}): {WAY_OUT}") from error
+        yield from lines
         if skipped:
             names = ", ".join(skipped[:MOST_NAMES]) + (", ..." if len(skipped) > MOST_NAMES else "")
             yield f"         without {len(skipped)} video(s) that could not be decoded: {names}"

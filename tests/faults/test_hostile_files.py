@@ -5,6 +5,7 @@ Each ends, within a second and a few megabytes, in the error that any damaged fi
 
 import contextlib
 import gzip
+import json
 import os
 import signal
 import sqlite3
@@ -18,7 +19,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import zarr
 
+import latent_cache
 from pipelines.config import load_config
 from pipelines.data.archives import Unpacked
 from pipelines.errors import UserError
@@ -345,3 +348,53 @@ def test_official_weights(tmp_path: Path, name: str, make: Callable[[Path], None
         read_official(tmp_path / name)
     assert len(str(caught.value).splitlines()) == 1
     assert not Path("ran").exists()
+
+
+HOSTILE_METADATA = [
+    ("train/latents", {"shape": [10**18, 4, 4, 4]}), ("train/latents", {"shape": "x"}),
+    ("train/latents", "[" * 100_000),
+    ("train/latents", {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 4, 4, 4]}}}),
+    ("train/latents", {"data_type": "bfloat16"}), ("train/latents", {"data_type": "bool", "fill_value": False}),
+    ("train/latents", {"codecs": [{"name": "numcodecs.pickle"}]}), ("train/latents", {"attributes": []}),
+    ("train/latents", {"attributes": {"mean": [10**400] * 4, "std": [1] * 4}}),
+    ("train/latents", {"attributes": {"mean": [0] * 4, "std": [-1] * 4}}),
+    ("train/video_offset", {"shape": [10**15]}), ("train/video_id", {"shape": [10**15]}),
+    ("", "[" * 100_000), ("", {"node_type": "x"}), ("", {"attributes": [1]}),
+    ("", {"fps": "fast"}), ("", {"fps": 10**400}),
+    ("", {"preprocessing": [1]}), ("", {"dataset": {}}), ("", {"autoencoder": "x"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "change"), HOSTILE_METADATA, ids=lambda value: str(value)[:60])
+def test_store(first_store: Path, key: str, change: str | dict[str, object]) -> None:
+    path = first_store / key / "zarr.json"
+    metadata = json.loads(path.read_text())
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        part = metadata["attributes"] if change.keys() <= metadata["attributes"].keys() else metadata
+        part |= change
+        path.write_text(json.dumps(metadata))
+    with pytest.raises(latent_cache.StoreError, match=r"tiny\.zarr"):
+        latent_cache.open(first_store, "train")
+
+
+def test_store_whose_offsets_and_shape_agree_on_absurd_numbers(first_store: Path) -> None:
+    group = zarr.open_group(first_store / "train", mode="r+")
+    group["video_offset"][-1] = 10**18
+    for name in ("latents", "codes"):
+        path = first_store / "train" / name / "zarr.json"
+        metadata = json.loads(path.read_text())
+        metadata["shape"][0] = 10**18
+        path.write_text(json.dumps(metadata))
+    with pytest.raises(latent_cache.StoreError, match="chunks"):
+        latent_cache.open(first_store, "train")
+
+
+def test_store_whose_notes_are_none(command: Callable, first_store: Path) -> None:
+    path = first_store / "zarr.json"
+    for notes in ([1], {"skipped": "x"}):
+        metadata = json.loads(path.read_text())
+        metadata["attributes"]["notes"] = notes
+        path.write_text(json.dumps(metadata))
+        command(["inspect", str(first_store)]).refused(2, str(first_store), "notes")
