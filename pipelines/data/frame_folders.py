@@ -126,7 +126,7 @@ def convert(
         unfinished.mkdir()
         try:
             _record(out, settings, list(itertools.chain(*jobs.values())), asked, run_context.overwrite)
-            pictures = {job: sum(1 for _ in (out / job.folder).glob(f"*.{image_format}")) for job in asked}
+            pictures = {job: _count_pictures(out / job.folder, image_format) for job in asked}
             pending = [job for job, count in pictures.items() if count != job.video.frames]
             writer = _Writer(out, sources, image_format, quality)
             _announce(config, asked, pending, writer)
@@ -211,6 +211,11 @@ def _record(
     videos = {folder: video for folder, video in ours.items() if folder not in stale}
     videos |= {job.folder: job.video for job in asked}
     write_json(path, ConvertRecord(settings=settings, videos=dict(sorted(videos.items()))))
+
+
+def _count_pictures(folder: Path, image_format: ImageFormat) -> int:
+    """The pictures of a video's folder that are not empty."""
+    return sum(1 for picture in folder.glob(f"*.{image_format}") if picture.stat().st_size)
 
 
 def _remove(folder: Path, temporary: Path) -> None:

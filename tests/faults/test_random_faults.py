@@ -53,7 +53,7 @@ READERS: tuple[tuple[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]], 
     ("runs/tiny/autoencoder/", ((("sample",), ()), (("train-autoencoder",), ("autoencoder.training.steps=8",)))),
     ("runs/tiny/flow/", ((("evaluate",), ()), (("train-flow",), ("flow.training.steps=10",)))),
     ("runs/tiny/refiner/", ((("sample", "--refine"), ()), (("train-refiner",), ("refiner.training.steps=6",)))),
-    ("", ((("sample",), ()), (("evaluate",), ()), (("report",), ()))),
+    ("", ((("sample",), ()), (("report",), ()))),
 )
 # What these commands import when they run.
 MODULES = (

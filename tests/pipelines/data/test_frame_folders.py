@@ -157,7 +157,7 @@ def test_complete_videos_are_not_written_again(noise, capsys: pytest.CaptureFixt
     assert visible(noise.out) == ["train", "val"]
 
 
-@pytest.mark.parametrize("damage", ["frame", "folder", "killed"])
+@pytest.mark.parametrize("damage", ["frame", "empty", "folder", "killed"])
 def test_what_is_damaged_is_written_again(damage: str, noise) -> None:
     expected = whole(noise)
     run(noise)
@@ -165,6 +165,8 @@ def test_what_is_damaged_is_written_again(damage: str, noise) -> None:
         case "frame":
             (noise.out / "train/d/00003.png").unlink()
             (noise.out / "train/d/notes.txt").touch()
+        case "empty":
+            (noise.out / "train/d/00003.png").write_bytes(b"")
         case "folder":
             shutil.rmtree(noise.out / "train/d")
         case "killed":  # in the middle of a video
