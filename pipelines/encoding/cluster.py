@@ -37,7 +37,7 @@ from stage1_autoencoder.videos import VideoError
 from stage1_autoencoder.videos.source import DivisibleSource, VideoSource
 
 Task = tuple[str, ChunkPlan]  # (split, chunk)
-CONNECT_SECONDS = 5
+CONNECT_SECONDS = 10
 # A dask server begins with the length of a greeting, which is some hundred bytes.
 LONGEST_GREETING = 1 << 20
 
