@@ -16,7 +16,7 @@ from pipelines.config.yaml_files import read_yaml
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.files import backup_folder, locked, write_json, write_text
-from pipelines.runtime.progress import say
+from pipelines.runtime.progress import say, warn
 from stage1_autoencoder.videos import dataset_root
 
 # Sections of the configuration that a checkpoint of the training of this name records.
@@ -111,8 +111,8 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     """What the stages of a configuration's run were trained with, by section.
 
     The seed, whole sections of the trainings, and of `dataset` and `cache` what results depend on; the folder of the
-    videos, too, if it is still there. Imported weights have no settings. Nothing of files that cannot be read, which
-    the stages report.
+    videos, too, if it is still there. Imported weights have no settings. Nothing of checkpoints that cannot be read,
+    which the stages report; a `config.yaml` that cannot be read is a warning.
     """
     settings: dict[str, Any] = {}
     for name in ("autoencoder", "refiner", "flow"):  # a run's seed is that of its flow
@@ -125,7 +125,10 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     file = next((file for file in files if file.exists()), files[0])
     try:
         stored = read_run_config(file)
-    except (OSError, UserError):
+    except FileNotFoundError:
+        return settings
+    except (OSError, UserError) as error:
+        warn(f"{error}; `dataset` and `cache` are those of the command's configuration")
         return settings
     dataset = stored.dataset
     is_there = dataset.root is not None and dataset_root(dataset, stored.data_root).is_dir()

@@ -8,8 +8,9 @@ import torch
 
 from pipelines.config import load_config, model_sizes, parse_config, parse_size, result_settings
 from pipelines.errors import UserError
+from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.context import RunContext, resolve_device
-from pipelines.runtime.run_folder import read_run_config, write_run_files
+from pipelines.runtime.run_folder import read_run_config, trained_settings, write_run_files
 
 
 def test_devices():
@@ -63,6 +64,19 @@ def test_a_run_keeps_its_resolved_configuration_and_environment(tmp_path):
     environment = json.loads((tmp_path / "runs" / "toy" / "environment.json").read_text())
     assert environment["software"]["torch"] == torch.__version__
     assert {"python", "zarr", "numpy"} <= environment["software"].keys()
+
+
+def test_a_damaged_configuration_of_a_run_is_told(tmp_path, capsys):
+    settings, recorded = config(tmp_path, seed=4), {"flow": {}, "seed": 4}
+    CheckpointFolder(settings.training_folder("flow") / "checkpoints").save(1, {}, {"settings": recorded})
+    assert trained_settings(settings) == recorded
+    write_run_files(settings, torch.device("cpu"))
+    assert trained_settings(settings).keys() == {*recorded, "dataset", "cache"}
+    assert capsys.readouterr().err == ""
+    path = tmp_path / "runs" / "toy" / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 4", "seed: 5"))
+    assert trained_settings(settings) == recorded
+    assert str(path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
