@@ -50,7 +50,7 @@ def test_log(trained, story: ModuleType, what: str, steps: list[int], keys: set[
     assert [record["step"] for record in records] == steps
     for record in records:
         assert record.keys() >= {"step", "loss", "steps_per_second", "learning_rate"} | keys
-        assert all(math.isfinite(value) for value in record.values())
+        assert all(math.isfinite(value) for name, value in record.items() if name != "crc32")
         assert record["steps_per_second"] > 0
 
 
