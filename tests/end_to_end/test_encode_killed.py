@@ -17,7 +17,7 @@ from tests.forked_commands import ForkedCommands, kill
 
 CHUNKS = ("cache.chunk_frames=6",)  # of 24 x 12 frames: 48 chunks, and 8 each of val and test
 ALL = 48 + 8 + 8
-KILLS = 12
+KILLS = 6  # `make test-faults` kills it far more often
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_encode_killed_at_any_moment(trained, tmp_path: Path, story: ModuleType,
 
     # They fell into the encoding, and into many places of it.
     assert sum(0 < done < ALL for done in hits) >= KILLS / 2, hits
-    assert len(set(hits)) >= 4, hits
+    assert len(set(hits)) >= KILLS / 2, hits
     ended = commands.run(killed.arguments("encode"))
     assert ended.code == 0, ended.err
     assert story.tree(killed.store) == expected
