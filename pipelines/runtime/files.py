@@ -124,7 +124,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
+    remove_leftovers(path.parent)
     temporary, descriptor = _new_temporary(path)
     try:
         yield temporary
@@ -151,7 +151,7 @@ def replacing_files(folder: Path, index: str, stale: Iterable[str] = ()) -> Iter
         OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     temporary, descriptor = _new_temporary(folder / "files", os.mkdir)
     try:
         yield temporary
@@ -184,7 +184,7 @@ def _new_temporary(path: Path, create: Callable[[Path], object] = _create) -> tu
             os.close(descriptor)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove temporaries whose writers are dead: the kernel dropped their locks."""
     for leftover in folder.glob(f".*{disk.PARTIAL}*"):
         with suppress(OSError):

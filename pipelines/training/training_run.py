@@ -14,6 +14,7 @@ from pipelines.config import RiverConfig, differences, result_settings, with_def
 from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.files import remove_leftovers
 from pipelines.runtime.logs import TrainingLog
 from pipelines.runtime.progress import say
 from pipelines.runtime.run_folder import (
@@ -169,6 +170,8 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
     plan = plan.known_from(found)
     if found is not None and _status_of(plan, found).is_done:
         say(f"{plan.name}: done, {describe_progress(found)}, {found.path}")
+        if processes.is_first:
+            remove_leftovers(checkpoints.folder)  # of one that was killed when all but a pointer was written
         return chosen_checkpoint(plan.folder)
     with ExitStack() as held, explain_out_of_memory(plan.loop):
         lock = held.enter_context(ExitStack())
