@@ -378,7 +378,7 @@ def open_progress(url: str | Path) -> dict[str, SplitProgress]:
         raise StoreError(f"{url}: progress is known only for a local path: ask where the store is written")
     progress = {}
     for split in split_names(group):
-        latents = group.get(f"{split}/{LATENTS}")
+        latents = _optional_array(group, f"{split}/{LATENTS}", str(url))
         if isinstance(latents, zarr.Array):
             size = (latents.shards or latents.chunks)[0]
             chunks = -(-latents.shape[0] // size)
