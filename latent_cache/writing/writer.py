@@ -120,10 +120,12 @@ class StoreWriter:
         lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
         try:
             writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock, before=before)
-            if overwrite or not (folder / "zarr.json").exists() or not writer._continues():
-                clear_store(folder)
-            else:
+            fresh = overwrite or not (folder / "zarr.json").exists() or not writer._continues()
+            if not fresh:
                 writer._check_agreement(schema.open_group(folder))
+            begun = True  # whatever fails from here on leaves a store that can be resumed
+            if fresh:
+                clear_store(folder)
             writer._prepare()
         except BaseException:
             _release(lock, folder)
