@@ -33,7 +33,7 @@ from latent_cache.sampling.residency import Residency, choose_residency, open_sa
 from latent_cache.sampling.resident import FlowIndices, ResidentSampler, first_batch
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 from latent_cache.sampling.streaming import StreamingSampler
-from latent_cache.schema import StoreMetadata
+from latent_cache.schema import StoreMetadata, has_only_begun
 from latent_cache.writing.appending import discard_generation, replacing_store
 from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
 from latent_cache.writing.chunk_writer import ChunkWriter
@@ -70,6 +70,7 @@ __all__ = [
     "default_shard_chunks",
     "discard_generation",
     "first_batch",
+    "has_only_begun",
     "is_complete",
     "is_sealed",
     "longest_distance",

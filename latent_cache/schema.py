@@ -143,6 +143,27 @@ class StoreMetadata:
         ]
 
 
+def has_only_begun(folder: Path) -> bool:
+    """Whether nothing of a store that a writer left is worth keeping.
+
+    It stopped while it removed an older store or wrote the documents of this one: some are missing or, after a loss of
+    power, cut off, and there is no chunk.
+    """
+    if not (folder / PROGRESS_FOLDER).exists():
+        return False
+    if not (folder / "zarr.json").exists():
+        return True
+    return not any(folder.glob(f"*/{LATENTS}/c/*")) and not all(map(_is_whole, folder.rglob("zarr.json")))
+
+
+def _is_whole(document: Path) -> bool:
+    try:
+        json.loads(document.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
 def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
     """Open a store's root group for reading, whether complete or not.
 
@@ -170,10 +191,12 @@ def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
     except ContainsArrayError as error:
         raise StoreError(f"{url}: a Zarr array, not a store: use the folder above it that ends in .zarr") from error
     except FileNotFoundError as error:
-        if path is not None and (path / PROGRESS_FOLDER).exists():
+        if path is not None and has_only_begun(path):
             raise IncompleteStoreError(f"{url}: writing has only begun: run `make encode` again") from error
         raise StoreError(f"{url}: not a Zarr v3 group (no zarr.json): check paths.latents") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        if path is not None and has_only_begun(path):
+            raise IncompleteStoreError(f"{url}: writing has only begun: run `make encode` again") from error
         raise CorruptStoreError(
             f"{url}/zarr.json cannot be parsed ({error}): remove the store and write it again with `make encode`"
         ) from error

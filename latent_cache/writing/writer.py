@@ -120,7 +120,7 @@ class StoreWriter:
         lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
         try:
             writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock, before=before)
-            fresh = overwrite or not (folder / "zarr.json").exists() or not writer._continues()
+            fresh = overwrite or schema.has_only_begun(folder) or not writer._continues()
             if not fresh:
                 writer._check_agreement(schema.open_group(folder))
             begun = True  # whatever fails from here on leaves a store that can be resumed
@@ -468,7 +468,8 @@ def _refuse_foreign(folder: Path) -> None:
         if any(folder.iterdir()) and not (folder / PROGRESS_FOLDER).exists():
             raise StoreError(f"{folder} contains other files, and is not overwritten: check paths.latents")
         return
-    schema.open_group(folder, checked=False)
+    with contextlib.suppress(IncompleteStoreError):
+        schema.open_group(folder, checked=False)
 
 
 def _release(lock: WriterLock, folder: Path) -> None:

@@ -41,7 +41,7 @@ def store_status(config: RiverConfig) -> Status:
                 f"{path}: the store is not complete, and no interrupted `encode` left it: it was copied "
                 "too early or changed. Copy it again, or write all of it with `encode --overwrite`"
             )
-        if not (path / "zarr.json").exists():
+        if latent_cache.has_only_begun(path):
             return Status("partial", "no chunk is written yet", path)
         _check_origin(config)
         splits = latent_cache.open_progress(path).values()

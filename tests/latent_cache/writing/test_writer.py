@@ -87,6 +87,17 @@ def test_an_interruption_anywhere_leaves_no_trace(kit, tmp_path, path, all_files
     assert 25 < stop_at < 999
 
 
+def test_documents_that_a_loss_of_power_left_empty_are_written_again(kit, tmp_path, path, all_files):
+    kit.build(path, stop_after=0)
+    documents = [*path.rglob("zarr.json")]
+    assert len(documents) > 3
+    for document in documents:
+        document.write_bytes(b"")
+    assert not latent_cache.is_complete(path)
+    kit.build(path)
+    assert all_files(path) == all_files(kit.build(tmp_path / "whole.zarr"))
+
+
 def test_each_chunk_is_on_disk_before_its_marker_and_all_before_complete(kit, path, monkeypatch):
     """A file counts as on disk once its content was flushed, and its name in its folder, and so on up to the store."""
     flushed, named = {}, set()
