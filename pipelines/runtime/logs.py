@@ -142,8 +142,9 @@ class TrainingLog:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def flush(self) -> None:
-        """Wait until all lines are on disk: a checkpoint must not outlive the lines before it."""
+        """Wait until all lines and the file's name are on disk: a checkpoint must not outlive the lines before it."""
         flush(self.path)
+        flush(self.path.parent)
 
     def close(self) -> None:
         with suppress(OSError):  # a line that did not fit on the disk, which was reported

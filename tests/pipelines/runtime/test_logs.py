@@ -79,6 +79,15 @@ def test_a_log_of_an_earlier_version_goes_on(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_flushed_log_has_its_lines_and_its_name_on_disk(tmp_path, monkeypatch):
+    log, flushed = TrainingLog(tmp_path / "made", config(), "flow", 0), []
+    log.write({"step": 1})
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(Path(f"/dev/fd/{descriptor}").resolve()))
+    log.flush()
+    log.close()
+    assert flushed == [log.path, log.path.parent]
+
+
 def test_a_line_that_cannot_be_written_names_the_log(tmp_path):
     log, limits = TrainingLog(tmp_path, config(), "flow", 0), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
