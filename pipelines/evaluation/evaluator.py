@@ -1,32 +1,36 @@
 """Quality of predictions: measures of frames and of sets beside two baselines, on the clips of a protocol."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import pipelines
 from pipelines.config import RiverConfig
+from pipelines.evaluation.clip_records import RecordFolder
+from pipelines.evaluation.forecasts import RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
-from pipelines.evaluation.intervals import Tally, draw_counts, summarize
-from pipelines.evaluation.metrics import Metric, choose_best, gradient_energy, load_frame_metrics, measure_frames
+from pipelines.evaluation.intervals import draw_counts
+from pipelines.evaluation.measures import ClipBatch, Forecast, Measure, Records
+from pipelines.evaluation.metrics import FrameMeasure, SharpnessMeasure, load_frame_metrics
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.table import format_table
-from pipelines.prediction.clips import Clip, open_clips
+from pipelines.loading import weights_digest
+from pipelines.prediction.clips import ClipReader, open_clips
 from pipelines.prediction.pictures import save_picture
 from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.files import write_json
+from pipelines.runtime.files import file_sha256, write_json
 from pipelines.runtime.progress import progress, say
-from pipelines.runtime.results import BestOf, Evaluation, MetricValues
+from pipelines.runtime.results import Evaluation
 from stage1_autoencoder.videos.shapes import ShapesSource
-from stage1_autoencoder.videos.source import Recording
 
 I3D_SETTING = "evaluation.video_network"
-SUBJECTS = ("prediction", "copy_last", "reconstruction")
 
 
 def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None]:
@@ -46,7 +50,8 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
 
     Of `shapes`, the shapes are measured, too, and `objects.png` shows the best and the worst clips.
 
-    Clips are read and predicted one batch at a time, and not kept.
+    Clips are read and predicted one batch at a time, and not kept. What was measured of them is, until all is done: an
+    evaluation that was stopped goes on where it was.
 
     Args:
         refine: measure refined predictions.
@@ -54,147 +59,153 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
         UserError: no clips; a file of weights that is of another network.
     """
     evaluation = config.evaluation
-    vgg, i3d = find_networks(config, run_context)
+    networks = find_networks(config, run_context)
     predictor = load_predictor(config, run_context)
     clips = open_clips(config, run_context, evaluation.videos)
-    metrics, missing = load_frame_metrics(config, run_context)
-    distances = None
-    try:
-        segments = Segments.choose(evaluation)
-    except ValueError as error:
-        missing["fvd"] = str(error)
-    else:
-        if i3d is None:
-            missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
-        else:
-            distances = VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments)
-    latent_distances = LatentDistances(evaluation.context)
-    audit = None
-    if isinstance(clips.source, ShapesSource):
-        try:
-            audit = ObjectAudit(clips.source, evaluation.context)
-        except ValueError as error:
-            missing["objects"] = str(error)
+    measures, missing = choose_measures(config, run_context, clips, networks[1])
+    forecast = RunForecast(predictor, evaluation.context, evaluation.samples, refine)
+    about = _what_decides(config, predictor, clips, measures, networks, refine)
+    folder = RecordFolder(config.run_path / "evaluation_records", about)
+    records = measure_clips(clips, forecast, measures, _clips_at_once(config), evaluation.samples, folder)
 
-    videos: list[int] = []
-    recordings: list[Recording] = []
-    parts = defaultdict(list)  # (metric, subject) -> [b, samples, horizon] of each batch
-    with progress(total=len(clips) * evaluation.samples, description="evaluate", unit="prediction") as bar:
-        for batch in clips.batches(evaluation.batch_size):
-            videos += [clip.video for clip in batch]
-            recordings += [clip.recording for clip in batch]
-            measured = _measure_batch(
-                config, predictor, batch, metrics, distances, latent_distances, audit, refine, bar.update
-            )
-            for key, values in measured.items():
-                parts[key].append(torch.stack(values, dim=1))
-
+    videos = (records["clip"]["key"] & 0xFFFFFFFF).tolist()
+    recordings = [clips.source.recording(video) for video in videos]
     try:
         counts = draw_counts(recordings, evaluation.resamples, evaluation.seed)
     except ValueError as error:
         counts, missing["interval"] = None, str(error)
-    values: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for (name, subject), tensors in parts.items():
-        values[name][subject] = torch.cat(tensors)
-    results = {metric.name: summarize_metric(metric, values[metric.name], counts) for metric in metrics}
-    energy = {subject: of_samples.mean(1) for subject, of_samples in values["sharpness"].items()}
-    results["sharpness"] = summarize({subject: Tally(energy[subject], energy["truth"]) for subject in SUBJECTS}, counts)
-    for name, of_sets in {"fvd": distances, "latent_frechet": latent_distances}.items():
-        if of_sets is not None:
-            try:
-                results[name] = of_sets.results(counts)
-            except ValueError as error:
-                missing[name] = str(error)
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
+    for measure in measures:
+        try:
+            parts[measure.part] |= measure.results(records[measure.name], counts)
+        except ValueError as error:
+            missing[measure.name] = str(error)
+    vgg, i3d = networks
     protocol = describe_protocol(config, predictor, videos, recordings, missing, refine=refine, vgg=vgg, i3d=i3d)
-    result = Evaluation(protocol=protocol, metrics=results, objects=audit and audit.results(counts))
-    if audit is not None:
-        save_picture(config.run_path / "objects.png", audit.picture())
+    result = Evaluation(protocol=protocol, **parts)
+
+    def predict_again(numbers: Sequence[int]) -> ClipBatch:
+        return forecast(clips.read(records["clip"]["number"][list(numbers)].tolist()))
+
+    for measure in measures:
+        for name, picture in measure.pictures(records[measure.name], predict_again).items():
+            save_picture(config.run_path / name, picture)
     path = config.run_path / "evaluation.json"
     write_json(path, result)
+    folder.remove()
     say("")
     say(format_table(result))
     say(f"\nevaluate: {path}")
     return result
 
 
-def _measure_batch(
-    config: RiverConfig,
-    predictor: VideoPredictor,
-    batch: list[Clip],
-    metrics: list[Metric],
-    distances: VideoDistances | None,
-    latent_distances: LatentDistances,
-    audit: ObjectAudit | None,
-    refine: bool,
-    on_predictions: Callable[[int], object],
-) -> dict[tuple[str, str], list[Tensor]]:
-    """(metric, subject) -> [clips, horizon] of each sample; `sharpness` stands for the gradient energy.
+def choose_measures(
+    config: RiverConfig, run_context: RunContext, clips: ClipReader, i3d: Path | None
+) -> tuple[list[Measure], dict[str, str]]:
+    """Everything that can be measured of these clips; measure -> reason of what cannot.
 
-    Features are added to `distances` and `latent_distances`, shapes to `audit`.
+    Raises:
+        UserError, FetchError: of a network's file.
     """
-    context, horizon = config.evaluation.context, config.evaluation.horizon
-    frames = torch.stack([clip.frames for clip in batch]).to(predictor.device)
-    latents, to_final = predictor.encode_videos(frames), predictor.standardization.to_final
-    autoencoded = predictor.decode_videos(latents)
-    given, truth = frames[:, :context], frames[:, context:]
-    values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-
-    def measure(subject: str, videos: Tensor, sample: int = 0) -> None:
-        for metric in metrics:
-            values[metric.name, subject].append(measure_frames(metric, videos, truth))
-        values["sharpness", subject].append(gradient_energy(videos))
-        if audit is not None:
-            audit.add(subject, videos, sample)
-
-    def copy_last(videos: Tensor) -> Tensor:
-        return videos[:, -1:].expand(-1, horizon, -1, -1, -1)
-
-    values["sharpness", "truth"].append(gradient_energy(truth))
-    given_latents = latents[:, :context]
-    latent_distances.add("truth", to_final(latents))
-    latent_distances.add("copy_last", to_final(torch.cat([given_latents, copy_last(given_latents)], dim=1)))
-
-    if audit is not None:
-        audit.begin(batch)
-    measure("copy_last", copy_last(given))
-    measure("reconstruction", autoencoded[:, context:])
-    given_by_set = {"real": given, "autoencoded": autoencoded[:, :context]}
-    if distances is not None:
-        distances.add("real", "truth", given, truth)
-        distances.add("autoencoded", "truth", autoencoded[:, :context], autoencoded[:, context:])
-        for against, start in given_by_set.items():
-            distances.add(against, "copy_last", start, copy_last(start))
-    for sample in range(config.evaluation.samples):
-        keys = [(clip.key, sample) for clip in batch]
-        predicted_latents = predictor.generate_latents(given_latents, horizon, keys=keys)
-        latent_distances.add("prediction", to_final(predicted_latents), sample)
-        predicted = predictor.decode_predictions(predicted_latents, given, refine=refine)
-        measure("prediction", predicted, sample)
-        if distances is not None:
-            for against, start in given_by_set.items():
-                distances.add(against, "prediction", start, predicted, sample)
-        on_predictions(len(batch))
-    return values
+    metrics, missing = load_frame_metrics(config, run_context)
+    measures = [*(FrameMeasure(metric) for metric in metrics), SharpnessMeasure(), LatentDistances()]
+    try:
+        segments = Segments.choose(config.evaluation)
+    except ValueError as error:
+        missing["fvd"] = str(error)
+    else:
+        if i3d is None:
+            missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
+        else:
+            measures.append(VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments))
+    if isinstance(clips.source, ShapesSource):
+        try:
+            measures.append(ObjectAudit(clips.source))
+        except ValueError as error:
+            missing["objects"] = str(error)
+    return measures, missing
 
 
-def summarize_metric(metric: Metric, values: dict[str, Tensor], counts: Tensor | None) -> MetricValues:
-    """One metric of all subjects, see `summarize`, and its best-of-K.
+def measure_clips(
+    clips: ClipReader,
+    forecast: Forecast,
+    measures: Sequence[Measure],
+    size: int,
+    samples: int,
+    folder: RecordFolder,
+) -> dict[str, Records]:
+    """Measure all clips, one batch at a time; batches that are in the folder are not measured again.
 
     Args:
-        values: by subject [clips, samples, horizon]; baselines have one sample.
-        counts: [resamples, clips] of the bootstrap; None: no intervals.
+        size: clips of a batch.
+        samples: predictions per clip.
+        folder: gets the records of each batch.
+    Returns:
+        Measure -> records of all clips; and `clip`: `key` [clips] and `number` [clips] among those of the reader.
+    Raises:
+        UserError: no video can be decoded.
     """
-    found = summarize({subject: Tally.of_values(values[subject].double().mean(1)) for subject in SUBJECTS}, counts)
-    samples = values["prediction"].shape[1]
-    if samples == 1:
-        return found
-    chosen = choose_best(values["prediction"], metric.higher_is_better)
-    best = summarize({"prediction": Tally.of_values(chosen)}, counts)
-    assert best.per_frame is not None
-    best_of = BestOf(
-        samples=samples,
-        value=best.prediction,
-        per_frame=best.per_frame["prediction"],
-        interval=(best.interval or {}).get("prediction"),
-    )
-    return found.model_copy(update={"best_of": best_of})
+    parts: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    with progress(total=len(clips) * samples, description="evaluate", unit="prediction") as bar:
+        for batch, first in enumerate(range(0, len(clips), size)):
+            numbers = range(first, min(first + size, len(clips)))
+            records = folder.read(batch)
+            if records is None:
+                records = _measure_batch(clips, numbers, forecast, measures)
+                if len(records.get("clip/number", [])) == len(numbers):  # broken videos are reported each time
+                    folder.write(batch, records)
+            for name, tensor in records.items():
+                measure, _, record = name.partition("/")
+                parts[measure][record].append(tensor)
+            bar.update(len(numbers) * samples)
+    if not parts:
+        raise clips.nothing_found()
+    return {
+        measure: {record: torch.cat(tensors) for record, tensors in records.items()}
+        for measure, records in parts.items()
+    }
+
+
+def _measure_batch(
+    clips: ClipReader, numbers: Sequence[int], forecast: Forecast, measures: Sequence[Measure]
+) -> Records:
+    """`<measure>/<record>` -> [clips, ...]; nothing if no video of the batch can be decoded."""
+    read = {number: clip for number in numbers for clip in clips.read([number])}
+    if not read:
+        return {}
+    keys = torch.tensor([clip.key for clip in read.values()])
+    records = {"clip/number": torch.tensor([*read]), "clip/key": keys}
+    batch = forecast([*read.values()])
+    for measure in measures:
+        records |= {f"{measure.name}/{record}": tensor for record, tensor in measure.measure(batch).items()}
+    return records
+
+
+def _clips_at_once(config: RiverConfig) -> int:
+    """Clips of a batch: `evaluation.batch_size` predictions, or all predictions of one clip."""
+    return max(1, config.evaluation.batch_size // config.evaluation.samples)
+
+
+def _what_decides(
+    config: RiverConfig,
+    predictor: VideoPredictor,
+    clips: ClipReader,
+    measures: Sequence[Measure],
+    networks: Sequence[Path | None],
+    refine: bool,
+) -> dict[str, Any]:
+    """Everything that the records of the clips depend on."""
+    chosen = {window.video for window in clips.windows}
+    return {
+        "version": pipelines.__version__,
+        "dataset": config.dataset.model_dump(mode="json"),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"resamples"}),
+        "clips": [(window.video, window.start) for window in clips.windows],
+        "videos": [clips.source.videos[video].fingerprint for video in sorted(chosen)],
+        "sampling": predictor.sampling.model_dump(mode="json", exclude={"batch_size", "compile", "cuda_graphs"}),
+        "weights": [weights_digest(module) for module in (predictor.autoencoder, predictor.vector_field)],
+        "refiner": weights_digest(predictor.check_refiner()) if refine else None,
+        "networks": [path and file_sha256(path) for path in networks],
+        "measures": [measure.name for measure in measures],
+        "device": str(predictor.device),
+    }

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pipelines.config import EvaluationConfig
 from pipelines.evaluation.intervals import normal_interval
+from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.networks import VideoNetwork
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.progress import progress, warn
@@ -136,81 +137,89 @@ class Segments:
         )
 
 
-# (set, subject, sample) -> [b, s, d] of each batch. A set is `real` or `autoencoded`, its own clips are `truth`.
-Features = Mapping[tuple[str, str, int], list[Tensor]]
+# (set, subject, sample) -> [clips, s, d]. A set is `real` or `autoencoded`, its own clips are `truth`.
+Features = Mapping[tuple[str, str, int], Tensor]
 
 
-class VideoDistances:
-    """FVD: collects the features of all clips, then compares the sets."""
+class VideoDistances(Measure):
+    """FVD. Records: `<set> <subject>` -> features [clips, samples, segments, d]."""
+
+    name = "fvd"
 
     def __init__(self, network: VideoNetwork, segments: Segments) -> None:
-        self.network = network
-        self.segments = segments
-        self._features: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
+        self.network, self.segments = network, segments
+
+    def measure(self, batch: ClipBatch) -> Records:
+        context = batch.given.shape[1]
+        real = {"truth": batch.truth[:, None], **batch.futures}
+        del real["reconstruction"]  # it is the other set
+        given, future = batch.autoencoded[:, :context], batch.autoencoded[:, None, context:]
+        copies = given[:, None, -1:].expand_as(future)
+        autoencoded = {"truth": future, "prediction": batch.futures["prediction"], "copy_last": copies}
+        return {
+            f"{against} {subject}": torch.stack([self._features(start, x) for x in samples.unbind(1)], dim=1)
+            for against, start, videos in (("real", batch.given, real), ("autoencoded", given, autoencoded))
+            for subject, samples in videos.items()
+        }
 
     @torch.inference_mode()
-    def add(self, against: str, subject: str, given: Tensor, following: Tensor, sample: int = 0) -> None:
-        """Compute the features of a batch of clips.
-
-        Args:
-            against: `real` or `autoencoded`: the set that the clips are compared with, and whose frames are given.
-            subject: `truth` for that set itself, `copy_last` or `prediction`.
-            given: [b, context, 3, h, w] in [-1, 1] on the network's device.
-            following: [b, horizon, 3, h, w], likewise.
-            sample: number of the prediction.
-        """
+    def _features(self, given: Tensor, following: Tensor) -> Tensor:
+        """[b, segments, d] float64 on the CPU."""
         segments = rearrange(self.segments.cut(given, following), "b s t c h w -> (b s) t c h w")
         with computing_in("fp32", segments.device):
             parts = [self.network.features(part.clamp(-1, 1)) for part in segments.split(CLIPS_AT_ONCE)]
-        features = rearrange(torch.cat(parts), "(b s) d -> b s d", s=self.segments.count)
-        self._features[against, subject, sample].append(features.double().cpu())
+        return rearrange(torch.cat(parts), "(b s) d -> b s d", s=self.segments.count).double().cpu()
 
-    def results(self, counts: Tensor | None) -> MetricValues:
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
         """The distances of all subjects from the real and from the autoencoded clips, see `compare_sets`.
 
         Raises:
             ValueError: fewer than two clips, or features that are not finite.
         """
-        parts = self._features["real", "truth", 0]
-        sets, dimensions = sum(len(part) for part in parts) * self.segments.count, parts[0].shape[-1]
-        found = compare_sets(self._features, counts, "FVD")
-        if sets <= dimensions:
+        features = by_sample({tuple(name.split(" ", 1)): values for name, values in records.items()})
+        clips, segments, dimensions = features["real", "truth", 0].shape
+        found = compare_sets(features, counts, "FVD")
+        if clips * segments <= dimensions:
             warn(
-                f"the Fréchet video distance is measured on {sets} clips, and the network has {dimensions} "
+                f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
                 "features: such distances are much too high; compare them only with those of as many clips"
             )
-        return MetricValues(**found["real"].model_dump(), autoencoded=found["autoencoded"])
+        return {self.name: MetricValues(**found["real"].model_dump(), autoencoded=found["autoencoded"])}
 
 
-class LatentDistances:
-    """The Fréchet distance of latents: collects the features of all clips, then compares the sets."""
+class LatentDistances(Measure):
+    """The Fréchet distance of latents. Records: subject -> features [clips, samples, horizon, d]."""
 
-    def __init__(self, context: int) -> None:
-        """Nothing collected yet, of clips with this number of given frames."""
-        self._context = context
-        self._features: dict[tuple[str, str, int], list[Tensor]] = defaultdict(list)
+    name = "latent_frechet"
 
-    def add(self, subject: str, latents: Tensor, sample: int = 0) -> None:
-        """Add a batch of clips.
+    def measure(self, batch: ClipBatch) -> Records:
+        context = batch.given.shape[1]
+        return {
+            subject: torch.stack([latent_features(x, context) for x in latents.unbind(1)], dim=1)
+            for subject, latents in batch.latents.items()
+        }
 
-        Args:
-            subject: `truth`, `copy_last` or `prediction`.
-            latents: [b, context + horizon, c, h, w] final latents.
-            sample: number of the prediction.
-        """
-        self._features["real", subject, sample].append(latent_features(latents, self._context))
-
-    def results(self, counts: Tensor | None) -> MetricValues:
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
         """The distances from the latents of the real clips, see `compare_sets`.
 
         Raises:
             ValueError: fewer than two clips, or features that are not finite.
         """
-        found = compare_sets(self._features, counts, "the distance of latents")
-        return MetricValues(**found["real"].model_dump())
+        features = by_sample({("real", subject): values for subject, values in records.items()})
+        found = compare_sets(features, counts, "the distance of latents")
+        return {self.name: MetricValues(**found["real"].model_dump())}
 
 
-def compare_sets(parts: Features, counts: Tensor | None, name: str) -> dict[str, Distances]:
+def by_sample(records: Mapping[tuple[str, str], Tensor]) -> Features:
+    """(set, subject) -> [clips, samples, s, d], by sample number."""
+    return {
+        (*key, sample): features
+        for key, of_samples in records.items()
+        for sample, features in enumerate(of_samples.unbind(1))
+    }
+
+
+def compare_sets(features: Features, counts: Tensor | None, name: str) -> dict[str, Distances]:
     """By set, the distances of all subjects from it, with intervals.
 
     The first predictions of all clips are one set, as large as the real one (the distance depends on the number of
@@ -222,7 +231,6 @@ def compare_sets(parts: Features, counts: Tensor | None, name: str) -> dict[str,
     Raises:
         ValueError: fewer than two clips, or features that are not finite.
     """
-    features = {key: torch.cat(batches) for key, batches in parts.items()}
     if len(features["real", "truth", 0]) < 2:
         raise ValueError("a distance of sets needs two clips or more, and there is one")
     measured = _distances(features, None)
@@ -240,7 +248,7 @@ def compare_sets(parts: Features, counts: Tensor | None, name: str) -> dict[str,
     return found
 
 
-def _distances(features: dict[tuple[str, str, int], Tensor], counts: Tensor | None) -> dict[str, dict[str, float]]:
+def _distances(features: Features, counts: Tensor | None) -> dict[str, dict[str, float]]:
     """By set and subject, the mean over samples; each clip is drawn with its predictions and all that is of it."""
     gaussians = {}
     for key, values in features.items():

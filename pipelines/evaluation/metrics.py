@@ -9,8 +9,11 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from pipelines.config import SSIM_WINDOW, RiverConfig
+from pipelines.evaluation.intervals import Tally, summarize
+from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.runtime.context import RunContext, computing_in
+from pipelines.runtime.results import BestOf, MetricValues
 from stage1_autoencoder.lpips import SMALLEST_SIDE
 
 # Pixels per call of a metric: LPIPS holds some kB for each.
@@ -164,3 +167,60 @@ def choose_best(values: Tensor, higher_is_better: bool) -> Tensor:
 def flatten(videos: Tensor) -> Tensor:
     """[b, n, 3, h, w] to [b n, 3, h, w]."""
     return rearrange(videos, "b n c h w -> (b n) c h w")
+
+
+class FrameMeasure(Measure):
+    """A metric of every predicted frame, of all subjects. Records: subject -> [clips, samples, horizon]."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric, self.name = metric, metric.name
+
+    def measure(self, batch: ClipBatch) -> Records:
+        return {
+            subject: torch.stack([measure_frames(self.metric, x, batch.truth) for x in videos.unbind(1)], dim=1)
+            for subject, videos in batch.futures.items()
+        }
+
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
+        return {self.name: summarize_metric(self.metric, records, counts)}
+
+
+class SharpnessMeasure(Measure):
+    """Gradient energy as a share of the true frames'. Records: subject -> [clips, horizon], mean over samples."""
+
+    name = "sharpness"
+
+    def measure(self, batch: ClipBatch) -> Records:
+        energy = {subject: torch.stack([gradient_energy(x) for x in videos.unbind(1)]).mean(0)
+                  for subject, videos in batch.futures.items()}  # fmt: skip
+        return energy | {"truth": gradient_energy(batch.truth)}
+
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
+        truth = records["truth"]
+        tallies = {subject: Tally(energy, truth) for subject, energy in records.items() if subject != "truth"}
+        return {self.name: summarize(tallies, counts)}
+
+
+def summarize_metric(metric: Metric, values: Records, counts: Tensor | None) -> MetricValues:
+    """One metric of all subjects, see `summarize`, and its best-of-K.
+
+    Args:
+        values: by subject [clips, samples, horizon]; baselines have one sample.
+        counts: [resamples, clips] of the bootstrap; None: no intervals.
+    """
+    means = {subject: Tally.of_values(of_samples.double().mean(1)) for subject, of_samples in values.items()}
+    found = summarize(means, counts)
+    samples = values["prediction"].shape[1]
+    if samples == 1:
+        return found
+    best = summarize(
+        {"prediction": Tally.of_values(choose_best(values["prediction"], metric.higher_is_better))}, counts
+    )
+    assert best.per_frame is not None
+    best_of = BestOf(
+        samples=samples,
+        value=best.prediction,
+        per_frame=best.per_frame["prediction"],
+        interval=(best.interval or {}).get("prediction"),
+    )
+    return found.model_copy(update={"best_of": best_of})

@@ -4,7 +4,7 @@ The shapes of a video have different colors. So a shape is the largest connected
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.evaluation.intervals import Tally, summarize
+from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.prediction.clips import Clip
-from pipelines.prediction.pictures import Strip, clip_strips, contact_sheet, to_video
+from pipelines.prediction.pictures import clip_strips, contact_sheet, to_video
 from pipelines.runtime.results import MetricValues
 from stage1_autoencoder.videos.shapes import (
     BACKGROUND,
@@ -276,79 +277,58 @@ def true_shapes(source: ShapesSource, clips: Sequence[Clip], first: int) -> Visi
     return source.shapes(videos, np.concatenate([clip.start + steps for clip in clips]))
 
 
-class ObjectAudit:
-    """The audit of an evaluation's clips, one batch at a time: `begin`, then `add` for each subject and sample."""
+class ObjectAudit(Measure):
+    """The audit of the shapes of all subjects, and a picture of the best and the worst clips.
 
-    def __init__(self, source: ShapesSource, context: int) -> None:
-        """An audit of nothing yet.
+    Records: `<measure> <subject>` -> [clips, horizon, 2], total and count of `Tally`, added up over samples; `rank`
+    -> [clips, 2] of the first prediction, smaller for better ones.
+    """
 
-        Args:
-            source: what the clips are read from.
-            context: number of given frames of each clip.
+    name, part = "objects", "objects"
+
+    def __init__(self, source: ShapesSource) -> None:
+        """An audit of clips of this source.
+
         Raises:
             ValueError: as `check_shapes`.
         """
         check_shapes(source)
-        self._source, self._context = source, context
-        # [clips, horizon] of each batch; all samples added up
-        self._tallies: dict[tuple[str, str], list[Tally]] = defaultdict(list)
-        self._shown: list[tuple[tuple[float, float], str, list[Strip]]] = []
+        self._source = source
 
-    def begin(self, clips: list[Clip]) -> None:
-        """Begin the next batch of clips."""
-        self._clips, self._frames = clips, torch.stack([clip.frames for clip in clips])
+    def measure(self, batch: ClipBatch) -> Records:
         # From the last given frame on: the way to the first predicted one starts there.
-        self._truth = true_shapes(self._source, clips, self._context - 1)
+        truth = true_shapes(self._source, batch.clips, batch.given.shape[1] - 1)
+        records: Records = {}
+        for subject, samples in batch.futures.items():
+            of_samples = [audit_objects(torch.cat([batch.given[:, -1:], x], 1), truth) for x in samples.unbind(1)]
+            for measure in of_samples[0]:
+                tallies = [torch.stack([found[measure].total, found[measure].count], -1) for found in of_samples]
+                records[f"{measure} {subject}"] = torch.stack(tallies).sum(0)[:, 1:]
+            if subject == "prediction":
+                whole, position = (of_samples[0][measure] for measure in ("whole", "position"))
+                error = position.total[:, 1:].sum(1) / position.count[:, 1:].sum(1)
+                records["rank"] = torch.stack([-whole.total[:, 1:].sum(1), error.nan_to_num(torch.inf)], dim=1)
+        return records
 
-    def add(self, subject: str, predicted: Tensor, sample: int = 0) -> None:
-        """Measure predicted frames of the batch.
-
-        Args:
-            predicted: [b, horizon, 3, h, w] in [-1, 1].
-            sample: its number; the picture shows the first one.
-        """
-        videos = torch.cat([self._frames[:, self._context - 1 : self._context], predicted.float().cpu()], dim=1)
-        measured = {
-            measure: Tally(tally.total[:, 1:], tally.count[:, 1:])
-            for measure, tally in audit_objects(videos, self._truth).items()
-        }
-        for measure, tally in measured.items():
-            parts = self._tallies[measure, subject]
-            if sample:
-                tally = Tally(parts[-1].total + tally.total, parts.pop().count + tally.count)
-            parts.append(tally)
-        if subject == "prediction" and not sample:
-            self._show(videos[:, 1:], measured)
-
-    def _show(self, predicted: Tensor, measured: dict[str, Tally]) -> None:
-        """Keep the best and the worst clips so far."""
-        whole, position = measured["whole"].total.sum(1), measured["position"]
-        error = position.total.sum(1) / position.count.sum(1)
-        given = self._frames[:, : self._context]
-        pixels = zip(to_video(self._frames), to_video(torch.cat([given, predicted], 1)), strict=True)
-        ranks = zip((-whole).tolist(), error.nan_to_num(torch.inf).tolist(), strict=True)
-        for clip, rank, (truth, video) in zip(self._clips, ranks, pixels, strict=True):
-            name = (
-                f"{clip.name}: whole in {-rank[0]:.0f} of {predicted.shape[1]} frames, {rank[1]:.1f} pixels of 64 off"
-            )
-            self._shown.append((rank, name, clip_strips(truth, video, self._context)))
-        self._shown.sort(key=lambda shown: shown[0])
-        del self._shown[CLIPS_SHOWN : max(CLIPS_SHOWN, len(self._shown) - CLIPS_SHOWN)]
-
-    def results(self, counts: Tensor | None) -> dict[str, MetricValues]:
-        """Measure -> values by subject, see `summarize`.
-
-        Args:
-            counts: [resamples, clips] of the bootstrap; None: no intervals.
-        """
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
         tallies: dict[str, dict[str, Tally]] = defaultdict(dict)
-        for (measure, subject), parts in self._tallies.items():
-            total, count = torch.cat([part.total for part in parts]), torch.cat([part.count for part in parts])
-            tallies[measure][subject] = Tally(total, count)
+        for name, values in records.items():
+            if name != "rank":
+                measure, subject = name.split(" ")
+                tallies[measure][subject] = Tally(*values.unbind(-1))
         return {measure: summarize(subjects, counts) for measure, subjects in tallies.items()}
 
-    def picture(self) -> Image.Image:
+    def pictures(self, records: Records, clips: Callable[[Sequence[int]], ClipBatch]) -> dict[str, Image.Image]:
         """The best clips, then the worst: those with fewer whole frames, or with a larger position error."""
-        shown = [(name, strips) for _, name, strips in self._shown]
-        best = min(CLIPS_SHOWN, len(shown))
-        return contact_sheet(shown, f"Objects of predicted clips: the best {best}, then the worst {len(shown) - best}")
+        ranks = [tuple(rank) for rank in records["rank"].tolist()]
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)
+        best = order[:CLIPS_SHOWN]
+        shown = best + order[max(CLIPS_SHOWN, len(order) - CLIPS_SHOWN) :]
+        batch, rows = clips(shown), []
+        predicted = batch.futures["prediction"][:, 0]
+        for number, clip, video in zip(shown, batch.clips, torch.cat([batch.given, predicted], 1), strict=True):
+            whole, error = ranks[number]
+            name = f"{clip.name}: whole in {-whole:.0f} of {predicted.shape[1]} frames, {error:.1f} pixels of 64 off"
+            rows.append((name, clip_strips(to_video(clip.frames), to_video(video), batch.given.shape[1])))
+        title = f"Objects of predicted clips: the best {len(best)}, then the worst {len(shown) - len(best)}"
+        return {"objects.png": contact_sheet(rows, title)}

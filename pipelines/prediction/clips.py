@@ -131,10 +131,20 @@ class ClipReader:
         Raises:
             UserError: at the end, if no video could be decoded.
         """
-        context, found = self.evaluation.context, False
+        found = False
+        for number in range(len(self)):
+            for clip in self.read([number]):
+                found = True
+                yield clip
+        if not found:
+            raise self.nothing_found()
+
+    def read(self, numbers: Iterable[int]) -> list[Clip]:
+        """The clips of these numbers; those of broken videos are reported and left out."""
+        context, clips = self.evaluation.context, []
         needed = context + self.evaluation.horizon
-        for window in self.windows:
-            video, start = window.video, window.start
+        for number in numbers:
+            video, start = self.windows[number].video, self.windows[number].start
             try:
                 if self.evaluation.window == "moving":
                     start = most_moving(self.source.iterate(video), context, needed)
@@ -142,22 +152,19 @@ class ClipReader:
             except BrokenVideoError as error:
                 self.run_context.skip(error.video_id, error.reason)
                 continue
-            found, info = True, self.source.videos[video]
+            info = self.source.videos[video]
             # The same clip has the same key and so the same prediction, however many clips are asked for.
             key, recording = start << 32 | video, self.source.recording(video)
             frames = image_to_unit(torch.from_numpy(pixels))
-            yield Clip(f"{info.id}@{start}" if start else info.id, key, recording, info.fps, frames)
-        if not found:
-            raise UserError(
-                f"split {self.evaluation.split} of {self.source.dataset.name}: none of {len(self.windows)} videos can "
-                "be decoded"
-            )
+            clips.append(Clip(f"{info.id}@{start}" if start else info.id, key, recording, info.fps, frames))
+        return clips
 
-    def batches(self, size: int) -> Iterator[list[Clip]]:
-        """Lists of `size` clips, the last one shorter; errors as of the iterator."""
-        clips = iter(self)
-        while batch := list(itertools.islice(clips, size)):
-            yield batch
+    def nothing_found(self) -> UserError:
+        """The error of videos of which none can be decoded."""
+        return UserError(
+            f"split {self.evaluation.split} of {self.source.dataset.name}: none of {len(self.windows)} videos can be "
+            "decoded"
+        )
 
 
 def check_clips(config: RiverConfig) -> None:

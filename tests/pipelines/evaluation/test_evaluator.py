@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.evaluator import summarize_metric
 from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import PSNR, Metric
+from pipelines.evaluation.metrics import PSNR, Metric, summarize_metric
 from pipelines.runtime.results import MetricValues
 
 LOWER = Metric("lpips", PSNR.function, higher_is_better=False)

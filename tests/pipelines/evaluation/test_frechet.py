@@ -18,6 +18,8 @@ from pipelines.evaluation.frechet import (
     latent_features,
 )
 from pipelines.evaluation.intervals import draw_counts
+from pipelines.evaluation.measures import ClipBatch, Measure, Records
+from pipelines.runtime.results import MetricValues
 
 
 def draw(n: int, d: int, seed: int) -> Tensor:
@@ -159,18 +161,29 @@ def clips(seed: int, n: int = 40, frames: int = 12, noise: float = 0.5) -> Tenso
     return (torch.randn(n, frames, 3, 2, 2, generator=generator) * noise).clamp(-1, 1)
 
 
-REAL, AUTOENCODED = ("real", "truth", 0), ("autoencoded", "truth", 0)
-KEYS = [(against, *subject) for subject in (("truth", 0), ("copy_last", 0), ("prediction", 0), ("prediction", 1))
-        for against in ("real", "autoencoded")]  # fmt: skip
-VIDEOS = {key: clips(number, noise=0.1 + 0.1 * number) for number, key in enumerate(KEYS)}
+# What is shown of clips of 2 given and 10 predicted frames: real ones, autoencoded ones, and futures.
+REAL, AUTOENCODED, COPIES, *SAMPLES = (clips(number, noise=0.1 + 0.1 * number) for number in range(5))
 
 
-def collect(segments: Segments, subjects: dict[tuple[str, str, int], Tensor], context: int = 2) -> VideoDistances:
+def batch_of(real: Tensor, autoencoded: Tensor, copies: Tensor, *samples: Tensor, context: int = 2) -> ClipBatch:
+    """Clips [n, frames, 3, h, w]; of futures, the frames after the given ones count."""
+    futures = {
+        "prediction": torch.stack(samples, 1)[:, :, context:],
+        "copy_last": copies[:, None, context:],
+        "reconstruction": autoencoded[:, None, context:],
+    }
+    return ClipBatch([], real[:, :context], real[:, context:], autoencoded, futures, {})
+
+
+def records_of(measure: Measure, videos: list[Tensor]) -> Records:
+    """Of batches of 16 clips."""
+    parts = [measure.measure(batch_of(*batch)) for batch in zip(*(x.split(16) for x in videos), strict=True)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def measured(segments: Segments, videos: list[Tensor], counts: Tensor | None) -> MetricValues:
     distances = VideoDistances(Means(), segments)
-    for (against, subject, sample), videos in subjects.items():
-        for part in videos.split(16):
-            distances.add(against, subject, part[:, :context], part[:, context:], sample)
-    return distances
+    return distances.results(records_of(distances, videos), counts)["fvd"]
 
 
 def between(first: Tensor, second: Tensor) -> float:
@@ -179,28 +192,31 @@ def between(first: Tensor, second: Tensor) -> float:
 
 @pytest.mark.parametrize("segments", [Segments(2, 10, 12, 1), Segments(0, 10, 10, 1)])
 def test_distances_of_all_subjects_from_both_sets(segments):
-    distances = collect(segments, VIDEOS)
-    found = distances.results(draw_counts(range(40), 50, 0))
-    shown = {key: videos[:, -segments.frames :] for key, videos in VIDEOS.items()}
-    for against, values in (("real", found), ("autoencoded", found.autoencoded)):
-        truth = shown[against, "truth", 0]
-        assert values.copy_last == pytest.approx(between(shown[against, "copy_last", 0], truth))
+    found = measured(segments, [REAL, AUTOENCODED, COPIES, *SAMPLES], draw_counts(range(40), 50, 0))
+
+    def shown(given: Tensor, following: Tensor) -> Tensor:
+        return torch.cat([given[:, :2], following[:, 2:]], 1)[:, -segments.frames :]
+
+    last = AUTOENCODED[:, 1:2].expand_as(AUTOENCODED)
+    for given, copies, values in ((REAL, COPIES, found), (AUTOENCODED, last, found.autoencoded)):
+        truth = shown(given, given)
+        assert values.copy_last == pytest.approx(between(shown(given, copies), truth))
         # One set per sample number, and the mean over these.
-        each = [between(shown[against, "prediction", number], truth) for number in (0, 1)]
+        each = [between(shown(given, sample), truth) for sample in SAMPLES]
         assert values.prediction == pytest.approx(np.mean(each))
         for subject, (low, high) in values.interval.items():
             assert low < getattr(values, subject) < high
-    assert found.reconstruction == pytest.approx(between(shown[AUTOENCODED], shown[REAL]))
+    assert found.reconstruction == pytest.approx(between(shown(AUTOENCODED, AUTOENCODED), shown(REAL, REAL)))
     assert found.autoencoded.reconstruction is None
     assert found.interval.keys() == {"prediction", "copy_last", "reconstruction"}
-    assert distances.results(None).interval is None
+    assert measured(segments, [REAL, AUTOENCODED, COPIES, *SAMPLES], None).interval is None
 
 
 def test_a_resample_draws_clips_with_all_their_segments():
-    subjects = {key: clips(number, 20, 22) for number, key in enumerate(KEYS)}
+    real, autoencoded, copies, sample = (clips(number, 20, 22) for number in range(4))
     counts = draw_counts([*range(10), *range(10)], 30, 0)
-    found = collect(Segments(2, 20, 11, 2), subjects).results(counts)
-    copies, real = subjects["real", "copy_last", 0], subjects[REAL]
+    found = measured(Segments(2, 20, 11, 2), [real, autoencoded, copies, sample], counts)
+    copies = torch.cat([real[:, :2], copies[:, 2:]], 1)
     values = []
     for row in counts:
         chosen = torch.arange(20).repeat_interleave(row.long())
@@ -216,12 +232,15 @@ def test_a_resample_draws_clips_with_all_their_segments():
 def test_distances_of_latents_and_their_intervals():
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(20, 5, 4, 4, 4, generator=generator) for _ in range(3)]
-    distances, counts = LatentDistances(2), draw_counts(range(20), 30, 0)
+    distances, counts = LatentDistances(), draw_counts(range(20), 30, 0)
+    parts = []
     for part in (slice(12), slice(12, 20)):
-        distances.add("truth", latents[0][part])
-        for sample in (0, 1):
-            distances.add("prediction", latents[1 + sample][part], sample)
-    found = distances.results(counts)
+        of_subjects = {"truth": latents[0][part, None], "prediction": torch.stack(latents[1:], 1)[part]}
+        parts.append(
+            distances.measure(ClipBatch([], torch.zeros(1, 2), torch.empty(0), torch.empty(0), {}, of_subjects))
+        )
+    records = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = distances.results(records, counts)["latent_frechet"]
 
     def measure(chosen: Tensor) -> float:
         features = [latent_features(x[chosen], 2).flatten(0, 1) for x in latents]
@@ -234,12 +253,12 @@ def test_distances_of_latents_and_their_intervals():
 
 
 def test_few_clips_are_measured_with_a_warning_and_one_is_refused(capsys):
-    whole = Segments(2, 10, 12, 1)
-    assert collect(whole, {key: videos[:20] for key, videos in VIDEOS.items()}).results(None).prediction > 0
+    whole, videos = Segments(2, 10, 12, 1), [REAL, AUTOENCODED, COPIES, *SAMPLES]
+    assert measured(whole, [x[:20] for x in videos], None).prediction > 0
     warning = capsys.readouterr().err
     assert "20 clips" in warning
     assert "24 features" in warning
-    collect(whole, VIDEOS).results(None)
+    measured(whole, videos, None)
     assert capsys.readouterr().err == ""
     with pytest.raises(ValueError, match="two clips or more"):
-        collect(whole, {key: videos[:1] for key, videos in VIDEOS.items()}).results(None)
+        measured(whole, [x[:1] for x in videos], None)

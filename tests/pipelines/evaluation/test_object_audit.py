@@ -7,6 +7,7 @@ from scipy.ndimage import gaussian_filter, label
 from torch import Tensor
 
 from pipelines.evaluation.intervals import Tally, draw_counts
+from pipelines.evaluation.measures import ClipBatch
 from pipelines.evaluation.object_audit import ObjectAudit, audit_objects, label_areas
 from pipelines.prediction.clips import Clip
 from stage1_autoencoder.autoencoder import image_to_unit
@@ -257,16 +258,19 @@ def test_an_audit_of_batches_and_samples(shapes, true):
         start = video % 3
         part = frames[video, start : start + context + horizon]
         clips.append(Clip(f"clip {video}", start << 32 | video, Recording(f"{video}"), 10.0, part))
-    audit = ObjectAudit(shapes, context)
+    audit, parts = ObjectAudit(shapes), []
     for batch in (clips[:8], clips[8:]):
-        predicted = torch.stack([clip.frames for clip in batch])[:, context:]
-        empty = torch.from_numpy(BACKGROUND / 127.5 - 1)[:, None, None].expand_as(predicted)
-        audit.begin(batch)
-        audit.add("copy_last", torch.stack([clip.frames for clip in batch])[:, 1:2].expand_as(predicted))
-        audit.add("reconstruction", empty)
-        for sample in (0, 1):
-            audit.add("prediction", (predicted, empty)[sample], sample)
-    results = audit.results(draw_counts(range(CLIPS), 50, 0))
+        frames = torch.stack([clip.frames for clip in batch])
+        given, truth = frames[:, :context], frames[:, context:]
+        empty = torch.from_numpy(BACKGROUND / 127.5 - 1)[:, None, None].expand_as(truth)
+        futures = {
+            "prediction": torch.stack([truth, empty], 1),
+            "copy_last": given[:, -1:].expand_as(truth)[:, None],
+            "reconstruction": empty[:, None],
+        }
+        parts.append(audit.measure(ClipBatch(batch, given, truth, frames, futures, {})))
+    records = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    results = audit.results(records, draw_counts(range(CLIPS), 50, 0))
     for measure, (prediction, copying, nothing) in {
         "whole": (0.5, 1.0, 0.0), "kept": (0.5, 1.0, 0.0), "kind": (1.0, 1.0, np.nan), "ghosts": (0.0, 0.0, 0.0),
         "speed": (1.0, 0.0, np.nan), "color": (0.0, 0.0, np.nan),
@@ -286,4 +290,4 @@ def test_an_audit_of_batches_and_samples(shapes, true):
 
 def test_shapes_too_small_are_refused():
     with pytest.raises(ValueError, match=r"radius 3 .* 1\.17"):
-        ObjectAudit(source(24), 2)
+        ObjectAudit(source(24))

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from pipelines.evaluation.evaluator import summarize_metric
 from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import PSNR
+from pipelines.evaluation.metrics import PSNR, summarize_metric
 from pipelines.evaluation.table import format_table
 from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, MetricValues
 

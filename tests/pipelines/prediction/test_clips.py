@@ -198,11 +198,11 @@ def test_clips_are_read_when_they_are_asked_for(run_context):
     source = GrayVideos(*[[number] * 3 for number in range(4)])
     reader = read_clips(source, run_context)
     assert (len(reader), source.decoded) == (4, [])
-    sizes = []
-    for batch in reader.batches(3):
-        sizes.append(len(batch))
-        assert len(source.decoded) == 3 * sum(sizes)
-    assert sizes == [3, 1]
+    assert [clip.video for clip in reader.read([3, 1])] == [3, 1]
+    assert len(source.decoded) == 2 * 3
+    for number, clip in enumerate(reader):
+        assert clip.video == number
+        assert len(source.decoded) == 2 * 3 + 3 * (number + 1)
 
 
 def test_a_users_video_is_read_whole_and_must_hold_the_context(tmp_path):
