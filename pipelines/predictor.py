@@ -25,11 +25,12 @@ from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
 from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
-from stage1_autoencoder.autoencoder import image_to_unit
+from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import known_frames, make_draws, past_window
 from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
+from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import POSITIONS
 
 # Frames per call of the autoencoder.
@@ -40,7 +41,54 @@ CHOSEN = " (chosen by `study`)"
 DIVERGED = ": the network has diverged, or overflows: use an earlier checkpoint, or train it again"
 
 
-class VideoPredictor(PredictorParts):
+class FrameCoding:
+    """An autoencoder between frames and latents.
+
+    Attributes:
+        autoencoder: on the device, in eval mode.
+        standardization: of its raw latents.
+    """
+
+    autoencoder: Autoencoder
+    standardization: Standardization
+    device: torch.device
+
+    @torch.inference_mode()
+    @in_full_precision
+    def encode_videos(self, images: Tensor) -> Tensor:
+        """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents.
+
+        Raises:
+            UserError: NaN or inf in images or latents.
+        """
+        check_finite("images", images)
+        frames = rearrange(images, "b n c h w -> (b n) c h w")
+        dtype = self.autoencoder.last_layer.weight.dtype
+        latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
+        encoded = rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
+        check_finite("latents of the autoencoder", encoded, way_out=DIVERGED)
+        return encoded
+
+    @torch.inference_mode()
+    @in_full_precision
+    def decode_videos(self, latents: Tensor) -> Tensor:
+        """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1].
+
+        Raises:
+            UserError: NaN or inf in latents or pixels.
+        """
+        return self._decode(latents).clamp(-1, 1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        check_finite("latents", latents)
+        frames = rearrange(latents, "b n c h w -> (b n) c h w")
+        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
+        check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
+        return decoded
+
+
+class VideoPredictor(FrameCoding, PredictorParts):
     """An autoencoder and a vector field that were trained together; attributes as `PredictorParts`."""
 
     @classmethod
@@ -294,32 +342,6 @@ class VideoPredictor(PredictorParts):
 
     @torch.inference_mode()
     @in_full_precision
-    def encode_videos(self, images: Tensor) -> Tensor:
-        """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents.
-
-        Raises:
-            UserError: NaN or inf in images or latents.
-        """
-        check_finite("images", images)
-        frames = rearrange(images, "b n c h w -> (b n) c h w")
-        dtype = self.autoencoder.last_layer.weight.dtype
-        latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
-        encoded = rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
-        check_finite("latents of the autoencoder", encoded, way_out=DIVERGED)
-        return encoded
-
-    @torch.inference_mode()
-    @in_full_precision
-    def decode_videos(self, latents: Tensor) -> Tensor:
-        """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1].
-
-        Raises:
-            UserError: NaN or inf in latents or pixels.
-        """
-        return self._decode(latents).clamp(-1, 1)
-
-    @torch.inference_mode()
-    @in_full_precision
     def decode_predictions(
         self,
         latents: Tensor,
@@ -351,14 +373,6 @@ class VideoPredictor(PredictorParts):
         if self.sampling_with(sampling).restore_detail:
             return restore_detail(shown, given, self.decode_videos(latents[:, :context]))
         return shown
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        check_finite("latents", latents)
-        frames = rearrange(latents, "b n c h w -> (b n) c h w")
-        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
-        decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
-        check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
-        return decoded
 
     def check_refiner(self) -> RCAN:
         """The refiner.

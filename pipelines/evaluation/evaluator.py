@@ -1,8 +1,10 @@
 """Quality of predictions: measures of frames and of sets beside two baselines, on the clips of a protocol."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 import pipelines
 from pipelines.config import RiverConfig
 from pipelines.evaluation.clip_records import RecordFolder
-from pipelines.evaluation.forecasts import RunForecast
+from pipelines.evaluation.forecasts import Forecast, RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch, Forecast, Measure, Records
+from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.metrics import FrameMeasure, SharpnessMeasure, load_frame_metrics
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
@@ -23,7 +25,7 @@ from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import ClipReader, open_clips
 from pipelines.prediction.pictures import save_picture
-from pipelines.predictor import VideoPredictor, load_predictor
+from pipelines.predictor import FrameCoding, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import file_sha256, write_json
 from pipelines.runtime.progress import progress, say
@@ -31,6 +33,7 @@ from pipelines.runtime.results import Evaluation
 from stage1_autoencoder.videos.shapes import ShapesSource
 
 I3D_SETTING = "evaluation.video_network"
+NO_AUTOENCODER = "it needs an autoencoder"
 
 
 def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None]:
@@ -50,53 +53,145 @@ def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False)
 
     Of `shapes`, the shapes are measured, too, and `objects.png` shows the best and the worst clips.
 
-    Clips are read and predicted one batch at a time, and not kept. What was measured of them is, until all is done: an
-    evaluation that was stopped goes on where it was.
-
     Args:
         refine: measure refined predictions.
     Raises:
         UserError: no clips; a file of weights that is of another network.
     """
-    evaluation = config.evaluation
-    networks = find_networks(config, run_context)
     predictor = load_predictor(config, run_context)
-    clips = open_clips(config, run_context, evaluation.videos)
-    measures, missing = choose_measures(config, run_context, clips, networks[1])
-    forecast = RunForecast(predictor, evaluation.context, evaluation.samples, refine)
-    about = _what_decides(config, predictor, clips, measures, networks, refine)
-    folder = RecordFolder(config.run_path / "evaluation_records", about)
-    records = measure_clips(clips, forecast, measures, _clips_at_once(config), evaluation.samples, folder)
+    forecast = RunForecast(config.run_path, predictor, config.evaluation, refine)
+    return Evaluator(config, run_context, predictor).evaluate(forecast, config.run_path / "evaluation.json")
 
-    videos = (records["clip"]["key"] & 0xFFFFFFFF).tolist()
-    recordings = [clips.source.recording(video) for video in videos]
-    try:
-        counts = draw_counts(recordings, evaluation.resamples, evaluation.seed)
-    except ValueError as error:
-        counts, missing["interval"] = None, str(error)
-    parts: dict[str, dict[str, Any]] = defaultdict(dict)
-    for measure in measures:
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A forecast that was measured.
+
+    Attributes:
+        records: measure -> records of all clips; `clip` has their keys and numbers.
+        counts: of the bootstrap; None: no intervals.
+        evaluation: the result.
+        folder: of the records.
+    """
+
+    records: dict[str, Records]
+    counts: Tensor | None
+    evaluation: Evaluation
+    folder: RecordFolder
+
+
+class Evaluator:
+    """Measures forecasts on the clips of the protocol.
+
+    Clips are read and predicted one batch at a time, and not kept. What was measured of them is, until all is done: an
+    evaluation that was stopped goes on where it was.
+
+    Attributes:
+        clips: of the protocol.
+        measures: of what can be measured of them.
+    """
+
+    def __init__(
+        self,
+        config: RiverConfig,
+        run_context: RunContext,
+        coding: FrameCoding | None,
+        missing: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Choose clips and measures.
+
+        Args:
+            coding: the autoencoder of reconstructions and latents; None: there is none.
+            missing: what cannot be measured -> reason.
+        Raises:
+            UserError: no clips; a file of weights that is of another network.
+        """
+        self._config, self._device, self._coding = config, run_context.device, coding
+        self._networks = find_networks(config, run_context)
+        self.clips = open_clips(config, run_context, config.evaluation.videos)
+        self.measures, self._missing = choose_measures(config, run_context, self.clips, self._networks[1])
+        self._missing |= missing
+        if coding is None:
+            left_out = [measure for measure in self.measures if measure.needs_autoencoder]
+            self._missing |= {measure.name: NO_AUTOENCODER for measure in left_out}
+            self.measures = [measure for measure in self.measures if measure not in left_out]
+
+    def evaluate(self, forecast: Forecast, path: Path) -> Evaluation:
+        """Measure a forecast, write the result to `path` and pictures beside it, print the table."""
+        measured = self.measure(forecast, self._config.run_path / "evaluation_records")
+        numbers = measured.records["clip"]["number"]
+
+        def predict_again(chosen: Sequence[int]) -> ClipBatch:
+            return forecast(self.clips.read(numbers[list(chosen)].tolist()))
+
+        for measure in self.measures:
+            for name, picture in measure.pictures(measured.records[measure.name], predict_again).items():
+                ending = path.stem.removeprefix("evaluation")
+                save_picture(path.with_name(f"{Path(name).stem}{ending}{Path(name).suffix}"), picture)
+        write_json(path, measured.evaluation)
+        measured.folder.remove()
+        say("")
+        say(format_table(measured.evaluation))
+        say(f"\nevaluate: {path}")
+        return measured.evaluation
+
+    def measure(self, forecast: Forecast, folder: Path) -> Measured:
+        """Measure a forecast.
+
+        Args:
+            folder: for the records, until they are removed.
+        Raises:
+            UserError: no video can be decoded.
+        """
+        evaluation, clips = self._config.evaluation, self.clips
+        record_folder = RecordFolder(folder, self._what_decides(forecast))
+        size = max(1, evaluation.batch_size // forecast.samples)  # as many predictions, or all of one clip
+        records = measure_clips(clips, forecast, self.measures, size, forecast.samples, record_folder)
+
+        missing, videos = dict(self._missing), (records["clip"]["key"] & 0xFFFFFFFF).tolist()
+        recordings = [clips.source.recording(video) for video in videos]
         try:
-            parts[measure.part] |= measure.results(records[measure.name], counts)
+            counts = draw_counts(recordings, evaluation.resamples, evaluation.seed)
         except ValueError as error:
-            missing[measure.name] = str(error)
-    vgg, i3d = networks
-    protocol = describe_protocol(config, predictor, videos, recordings, missing, refine=refine, vgg=vgg, i3d=i3d)
-    result = Evaluation(protocol=protocol, **parts)
+            counts, missing["interval"] = None, str(error)
+        parts: dict[str, dict[str, Any]] = defaultdict(dict)
+        for measure in self.measures:
+            try:
+                parts[measure.part] |= measure.results(records[measure.name], counts)
+            except ValueError as error:
+                missing[measure.name] = str(error)
+        vgg, i3d = self._networks
+        protocol = describe_protocol(
+            self._config,
+            self._device,
+            forecast.description,
+            self._coding,
+            videos,
+            recordings,
+            missing,
+            vgg=vgg,
+            i3d=i3d,
+        )
+        return Measured(records, counts, Evaluation(protocol=protocol, **parts), record_folder)
 
-    def predict_again(numbers: Sequence[int]) -> ClipBatch:
-        return forecast(clips.read(records["clip"]["number"][list(numbers)].tolist()))
-
-    for measure in measures:
-        for name, picture in measure.pictures(records[measure.name], predict_again).items():
-            save_picture(config.run_path / name, picture)
-    path = config.run_path / "evaluation.json"
-    write_json(path, result)
-    folder.remove()
-    say("")
-    say(format_table(result))
-    say(f"\nevaluate: {path}")
-    return result
+    def _what_decides(self, forecast: Forecast) -> dict[str, Any]:
+        """Everything that the records of the clips depend on."""
+        config, windows, source = self._config, self.clips.windows, self.clips.source
+        description = forecast.description.model_dump(mode="json")
+        for name in ("batch_size", "compile", "cuda_graphs"):
+            description.get("sampling", {}).pop(name, None)
+        return {
+            "version": pipelines.__version__,
+            "dataset": config.dataset.model_dump(mode="json"),
+            "evaluation": config.evaluation.model_dump(mode="json", exclude={"resamples"}),
+            "clips": [(window.video, window.start) for window in windows],
+            "videos": [source.videos[video].fingerprint for video in sorted({window.video for window in windows})],
+            "predictor": description,
+            "autoencoder": self._coding and weights_digest(self._coding.autoencoder),
+            "networks": [path and file_sha256(path) for path in self._networks],
+            "measures": [measure.name for measure in self.measures],
+            "device": str(self._device),
+        }
 
 
 def choose_measures(
@@ -179,33 +274,3 @@ def _measure_batch(
     for measure in measures:
         records |= {f"{measure.name}/{record}": tensor for record, tensor in measure.measure(batch).items()}
     return records
-
-
-def _clips_at_once(config: RiverConfig) -> int:
-    """Clips of a batch: `evaluation.batch_size` predictions, or all predictions of one clip."""
-    return max(1, config.evaluation.batch_size // config.evaluation.samples)
-
-
-def _what_decides(
-    config: RiverConfig,
-    predictor: VideoPredictor,
-    clips: ClipReader,
-    measures: Sequence[Measure],
-    networks: Sequence[Path | None],
-    refine: bool,
-) -> dict[str, Any]:
-    """Everything that the records of the clips depend on."""
-    chosen = {window.video for window in clips.windows}
-    return {
-        "version": pipelines.__version__,
-        "dataset": config.dataset.model_dump(mode="json"),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"resamples"}),
-        "clips": [(window.video, window.start) for window in clips.windows],
-        "videos": [clips.source.videos[video].fingerprint for video in sorted(chosen)],
-        "sampling": predictor.sampling.model_dump(mode="json", exclude={"batch_size", "compile", "cuda_graphs"}),
-        "weights": [weights_digest(module) for module in (predictor.autoencoder, predictor.vector_field)],
-        "refiner": weights_digest(predictor.check_refiner()) if refine else None,
-        "networks": [path and file_sha256(path) for path in networks],
-        "measures": [measure.name for measure in measures],
-        "device": str(predictor.device),
-    }

@@ -152,13 +152,16 @@ class VideoDistances(Measure):
     def measure(self, batch: ClipBatch) -> Records:
         context = batch.given.shape[1]
         real = {"truth": batch.truth[:, None], **batch.futures}
-        del real["reconstruction"]  # it is the other set
-        given, future = batch.autoencoded[:, :context], batch.autoencoded[:, None, context:]
-        copies = given[:, None, -1:].expand_as(future)
-        autoencoded = {"truth": future, "prediction": batch.futures["prediction"], "copy_last": copies}
+        real.pop("reconstruction", None)  # it is the other set
+        sets = [("real", batch.given, real)]
+        if batch.autoencoded is not None:
+            given, future = batch.autoencoded[:, :context], batch.autoencoded[:, None, context:]
+            copies = given[:, None, -1:].expand_as(future)
+            autoencoded = {"truth": future, "prediction": batch.futures["prediction"], "copy_last": copies}
+            sets.append(("autoencoded", given, autoencoded))
         return {
             f"{against} {subject}": torch.stack([self._features(start, x) for x in samples.unbind(1)], dim=1)
-            for against, start, videos in (("real", batch.given, real), ("autoencoded", given, autoencoded))
+            for against, start, videos in sets
             for subject, samples in videos.items()
         }
 
@@ -184,13 +187,13 @@ class VideoDistances(Measure):
                 f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
                 "features: such distances are much too high; compare them only with those of as many clips"
             )
-        return {self.name: MetricValues(**found["real"].model_dump(), autoencoded=found["autoencoded"])}
+        return {self.name: MetricValues(**found["real"].model_dump(), autoencoded=found.get("autoencoded"))}
 
 
 class LatentDistances(Measure):
     """The Fréchet distance of latents. Records: subject -> features [clips, samples, horizon, d]."""
 
-    name = "latent_frechet"
+    name, needs_autoencoder = "latent_frechet", True
 
     def measure(self, batch: ClipBatch) -> Records:
         context = batch.given.shape[1]

@@ -22,7 +22,8 @@ class ClipBatch:
         clips: b of them.
         given: [b, context, 3, h, w] in [-1, 1].
         truth: [b, horizon, 3, h, w] in [-1, 1].
-        autoencoded: [b, context + horizon, 3, h, w] in [-1, 1], reconstructions of all true frames.
+        autoencoded: [b, context + horizon, 3, h, w] in [-1, 1], reconstructions of all true frames; None: there is no
+            autoencoder, and so neither a `reconstruction` nor latents.
         futures: subject -> [b, samples, horizon, 3, h, w] in [-1, 1]; of `SUBJECTS`, of which only `prediction` can
             have more than one sample.
         latents: subject -> [b, samples, context + horizon, c, y, x] final latents; of `truth` and some of `SUBJECTS`.
@@ -31,13 +32,9 @@ class ClipBatch:
     clips: Sequence[Clip]
     given: Tensor
     truth: Tensor
-    autoencoded: Tensor
+    autoencoded: Tensor | None
     futures: Mapping[str, Tensor]
     latents: Mapping[str, Tensor]
-
-
-# Clips -> the same clips with their futures.
-Forecast = Callable[[Sequence[Clip]], ClipBatch]
 
 
 class Measure(ABC):
@@ -46,10 +43,12 @@ class Measure(ABC):
     Attributes:
         name: unique, in messages and file names.
         part: the field of `Evaluation` that has its results.
+        needs_autoencoder: without one there is nothing to measure.
     """
 
     name: str
     part: ClassVar[str] = "metrics"
+    needs_autoencoder: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, batch: ClipBatch) -> Records:

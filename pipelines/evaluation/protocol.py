@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
+from pipelines.config import PROTOCOL_DATA, PROTOCOLS, EvaluationConfig, RiverConfig
 from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
 from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
 from pipelines.loading import find_flow, find_refiner, weights_digest
-from pipelines.predictor import VideoPredictor
+from pipelines.predictor import FrameCoding, VideoPredictor
 from pipelines.runtime.context import sampling_precision
 from pipelines.runtime.files import file_sha256
-from pipelines.runtime.results import EvaluationProtocol
+from pipelines.runtime.results import EvaluationProtocol, FilePredictor, RunPredictor
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.videos.source import Recording
 from stage2_flow.sampling_plan import SamplingPlan
@@ -20,28 +20,30 @@ from stage2_flow.sampling_plan import SamplingPlan
 
 def describe_protocol(
     config: RiverConfig,
-    predictor: VideoPredictor,
+    device: torch.device,
+    predictor: RunPredictor | FilePredictor,
+    coding: FrameCoding | None,
     videos: list[int],
     recordings: list[Recording],
     missing: dict[str, str],
     *,
-    refine: bool,
     vgg: Path | None,
     i3d: Path | None,
 ) -> EvaluationProtocol:
     """Everything that decides the numbers.
 
     Args:
+        predictor: what predicts.
+        coding: what reconstructions and latents are of.
         videos, recordings: the video and the recording of each measured clip.
         missing: metric, or `interval`, that was not measured -> reason.
         vgg, i3d: files of the networks.
     """
     evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
-    flow, refiner = find_flow(config.run_path), find_refiner(config.run_path) if refine else None
-    assert flow is not None
     best_of = "per clip and metric, the sample with the best mean over the horizon by that metric"
     return EvaluationProtocol(
-        **common_protocol(config, predictor, recordings, missing, evaluation.resamples),
+        **common_protocol(config, device, coding, recordings, missing, evaluation.resamples),
+        predictor=predictor,
         protocol=describe_preset(config),
         clips=len(videos),
         videos=len(set(videos)),
@@ -61,26 +63,46 @@ def describe_protocol(
             "fit": config.dataset.fit,
             "size": config.dataset.image_size,
         },
-        sampling=predictor.resolved_sampling(predictor.sampling, evaluation.context, evaluation.horizon).model_dump(
-            mode="json"
-        ),
-        seed=predictor.sampling.seed,
-        nfe=SamplingPlan.from_config(predictor.sampling).evaluations,
-        description=predictor.describe_sampling(refine),
-        flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
-        refine=refine,
-        refiner_step=None if refiner is None else refiner.step,
-        refiner_sha256=weights_digest(predictor.check_refiner()) if refine else None,
-        store_fingerprint=flow.state["store"]["fingerprint"],
         vgg_sha256=None if vgg is None or "lpips" in missing else file_sha256(vgg),
         fvd=None if i3d is None or "fvd" in missing else _describe_fvd(config, i3d, "interval" not in missing),
         torch=torch.__version__,
     )
 
 
+def describe_run(run: Path, predictor: VideoPredictor, evaluation: EvaluationConfig, refine: bool) -> RunPredictor:
+    """A run as what predicts clips of a protocol.
+
+    Args:
+        run: its folder.
+        predictor: its networks.
+        refine: predicted frames are refined.
+    Raises:
+        UserError: `refine` without a refiner.
+    """
+    flow, refiner, sampling = find_flow(run), find_refiner(run) if refine else None, predictor.sampling
+    assert flow is not None
+    resolved = predictor.resolved_sampling(sampling, evaluation.context, evaluation.horizon)
+    return RunPredictor(
+        flow_step=flow.step,
+        flow_sha256=weights_digest(predictor.vector_field),
+        flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
+        store_fingerprint=flow.state["store"]["fingerprint"],
+        autoencoder_sha256=flow.state["store"]["autoencoder"],
+        refine=refine,
+        refiner_step=None if refiner is None else refiner.step,
+        refiner_sha256=weights_digest(predictor.check_refiner()) if refine else None,
+        sampling=resolved.model_dump(mode="json"),
+        seed=sampling.seed,
+        nfe=SamplingPlan.from_config(sampling).evaluations,
+        precision=sampling_precision(sampling, predictor.device),
+        description=predictor.describe_sampling(refine),
+    )
+
+
 def common_protocol(
     config: RiverConfig,
-    predictor: VideoPredictor,
+    device: torch.device,
+    coding: FrameCoding | None,
     recordings: list[Recording],
     missing: dict[str, str],
     resamples: int,
@@ -88,11 +110,11 @@ def common_protocol(
     """The fields of `Protocol`.
 
     Args:
+        coding: what reconstructions and latents are of.
         recordings: the recording of each measured clip.
         resamples: of the bootstrap.
     """
-    flow, seed = find_flow(config.run_path), config.evaluation.seed
-    assert flow is not None
+    seed = config.evaluation.seed
     interval = f"95 %, bootstrap over recordings: percentiles of {resamples} resamples, seed {seed}"
     return {
         **config.evaluation.model_dump(include={"split", "window", "context", "horizon"}),
@@ -103,11 +125,8 @@ def common_protocol(
         "interval": None if "interval" in missing else interval,
         "missing": missing,
         "image_size": config.dataset.image_size,
-        "flow_step": flow.step,
-        "flow_sha256": weights_digest(predictor.vector_field),
-        "autoencoder_sha256": flow.state["store"]["autoencoder"],
-        "precision": sampling_precision(predictor.sampling, predictor.device),
-        "device": str(predictor.device),
+        "autoencoder_sha256": None if coding is None else weights_digest(coding.autoencoder),
+        "device": str(device),
     }
 
 

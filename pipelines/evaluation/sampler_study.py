@@ -23,7 +23,7 @@ from pipelines.evaluation.protocol import common_protocol
 from pipelines.evaluation.sampler_choice import choose, score_points
 from pipelines.evaluation.study_points import StudyClips, point_key
 from pipelines.evaluation.study_table import format_study, plot_study
-from pipelines.loading import find_autoencoder, find_flow, flow_digest
+from pipelines.loading import find_autoencoder, find_flow, flow_digest, weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
 from pipelines.predictor import load_predictor
 from pipelines.runtime.context import RunContext, sampling_precision
@@ -270,7 +270,8 @@ class Comparison:
 
     def open_clips(self, clips: list[Clip]) -> tuple[StudyProtocol, StudyClips]:
         """Some of the clips, ready to be predicted, and what decides the numbers of that."""
-        config, missing = self._config, dict(self._missing)
+        config, missing, flow = self._config, dict(self._missing), find_flow(self._config.run_path)
+        assert flow is not None
         context, recordings = config.evaluation.context, [clip.recording for clip in clips]
         counts = shapes = None
         try:
@@ -284,7 +285,10 @@ class Comparison:
             except ValueError as error:
                 missing["objects"] = str(error)
         protocol = StudyProtocol(
-            **common_protocol(config, self._predictor, recordings, missing, RESAMPLES),
+            **common_protocol(config, self._predictor.device, self._predictor, recordings, missing, RESAMPLES),
+            flow_step=flow.step,
+            flow_sha256=weights_digest(self._predictor.vector_field),
+            precision=sampling_precision(self._predictor.sampling, self._predictor.device),
             clips=[clip.name for clip in clips],
             past_horizon=config.sampling.past_horizon,
             frechet=LATENT_DEFINITION,

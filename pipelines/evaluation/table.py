@@ -2,7 +2,7 @@
 
 import textwrap
 
-from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, Interval, MetricValues
+from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, Interval, MetricValues, RunPredictor
 
 TITLES = {
     "prediction": "prediction",
@@ -27,7 +27,7 @@ def format_table(evaluation: Evaluation) -> str:
     lines = _wrap(
         f"{protocol.dataset}, {protocol.split} split: {protocol.clips} clips of {protocol.describe_recordings()}, "
         f"{protocol.context} frames given, {protocol.horizon} predicted, {protocol.samples} sample(s) per clip, "
-        f"{protocol.description}",
+        f"{protocol.predictor.describe()}",
         "",
     )
     for metric, (heading, digits) in METRICS.items():
@@ -57,6 +57,7 @@ def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int)
     rows = [
         (title, getattr(values, subject), (values.interval or {}).get(subject), values.per_frame[subject])
         for subject, title in TITLES.items()
+        if subject in values.per_frame
     ]
     best = values.best_of
     if best is not None:
@@ -119,16 +120,20 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
     resize, size = protocol.resize, protocol.image_size
     height, width = (size, size) if isinstance(size, int) else size
     fitted = {"pad": "padded", "stretch": "stretched"}.get(resize.get("fit", ""), "resized")
-    weights = {"autoencoder": protocol.autoencoder_sha256, f"flow (step {protocol.flow_step})": protocol.flow_sha256,
-               "refiner": protocol.refiner_sha256, "VGG16": protocol.vgg_sha256,
-               "I3D": protocol.fvd and protocol.fvd["network_sha256"]}  # fmt: skip
+    predictor, weights, sampling = protocol.predictor, {"autoencoder": protocol.autoencoder_sha256}, None
+    if isinstance(predictor, RunPredictor):
+        weights |= {f"flow (step {predictor.flow_step})": predictor.flow_sha256, "refiner": predictor.refiner_sha256}
+        sampling = f"{predictor.description}, {predictor.precision}, seed {predictor.seed}"
+    else:
+        weights["predictions"] = predictor.sha256
+    weights |= {"VGG16": protocol.vgg_sha256, "I3D": protocol.fvd and protocol.fvd["network_sha256"]}
     facts = {
         "protocol": protocol.protocol or "none of the literature's (evaluation.protocol)",
         "clips": f"{window}, {step}, {fitted} to {width}x{height} (filter {resize['filter']})",
         "FVD": protocol.fvd and protocol.fvd["clips_of_frames"],
         "SSIM": protocol.ssim,
         "interval": protocol.interval,
-        "sampling": f"{protocol.description}, {protocol.precision}, seed {protocol.seed}",
+        "sampling": sampling,
         "weights": ", ".join(f"{name} {digest[:12]}" for name, digest in weights.items() if digest),
     }
     return {name: fact for name, fact in facts.items() if fact}

@@ -7,7 +7,7 @@ from pipelines.errors import UserError
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import warn
-from pipelines.runtime.results import Evaluation
+from pipelines.runtime.results import Evaluation, RunPredictor
 from pipelines.runtime.run_folder import chosen_checkpoint, describe_progress, run_names, trained_settings
 
 DEFAULT = "default"
@@ -44,9 +44,11 @@ def _row(config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
     of_all = f" of {steps}" if newest.step < steps else ""
     psnr, evaluation = "", _evaluation(config)
     if evaluation is not None:
-        used, step = chosen_checkpoint(config.training_folder("flow")), evaluation.protocol.flow_step
+        used, predictor = chosen_checkpoint(config.training_folder("flow")), evaluation.protocol.predictor
         psnr = f"{evaluation.metrics['psnr'].prediction:.2f} dB" + (
-            "" if used is None or used.step == step else f" at step {step}"
+            f" at step {predictor.flow_step}"
+            if used is not None and isinstance(predictor, RunPredictor) and used.step != predictor.flow_step
+            else ""
         )
         settings["evaluation"] = evaluation.protocol.model_dump(include=set(_MEASURED))
     ours = default.model_dump(mode="json")

@@ -9,7 +9,7 @@ from pipelines.report.charts import number_text
 from pipelines.report.quality import METRICS
 from pipelines.report.run_files import Run
 from pipelines.runtime.logs import Log
-from pipelines.runtime.results import Evaluation
+from pipelines.runtime.results import Evaluation, RunPredictor
 
 # Relative rise of the validation loss above its minimum that is no scatter.
 LOSS_RISE = 0.05
@@ -63,17 +63,18 @@ def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:
 
 def _out_of_date(run: Run, evaluation: Evaluation) -> Iterator[str]:
     flow, protocol = run.checkpoints["flow"], evaluation.protocol
-    if flow is None:
+    predictor = protocol.predictor
+    if flow is None or not isinstance(predictor, RunPredictor):
         return
-    if protocol.flow_step != flow.step:
+    if predictor.flow_step != flow.step:
         yield (
-            f"The metrics belong to the flow at step {protocol.flow_step}, but the run is now at step {flow.step}: "
+            f"The metrics belong to the flow at step {predictor.flow_step}, but the run is now at step {flow.step}: "
             f"`{run.command('evaluate')}` measures it."
         )
-    autoencoder = flow.state.get("store", {}).get("autoencoder", protocol.autoencoder_sha256)
-    if autoencoder != protocol.autoencoder_sha256:
+    autoencoder = flow.state.get("store", {}).get("autoencoder", predictor.autoencoder_sha256)
+    if autoencoder != predictor.autoencoder_sha256:
         yield (
-            f"The metrics belong to another autoencoder ({protocol.autoencoder_sha256[:12]}) than the flow's "
+            f"The metrics belong to another autoencoder ({predictor.autoencoder_sha256[:12]}) than the flow's "
             f"({autoencoder[:12]}): `{run.command('evaluate')}` measures again."
         )
 

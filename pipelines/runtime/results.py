@@ -64,7 +64,7 @@ class MetricValues(Distances):
 
 
 class Protocol(Result):
-    """What decides the numbers of an evaluation and of a study: the frames, and the networks that predict them.
+    """What decides the numbers of an evaluation and of a study, whatever predicts: the frames, and what is measured.
 
     Attributes:
         recordings: number of files or drawn videos that the clips were cut from.
@@ -73,6 +73,7 @@ class Protocol(Result):
         interval: how intervals were made; None where there are none.
         missing: metric, or `interval`, that was not measured -> reason.
         image_size: side of square frames, or [height, width].
+        autoencoder_sha256: of the one that reconstructions and latents are of; None: there is none.
     """
 
     dataset: str
@@ -86,10 +87,7 @@ class Protocol(Result):
     context: int
     horizon: int
     image_size: int | list[int]
-    flow_step: int
-    flow_sha256: str
-    autoencoder_sha256: str
-    precision: str
+    autoencoder_sha256: str | None
     device: str
 
     def describe_recordings(self) -> str:
@@ -99,17 +97,63 @@ class Protocol(Result):
         return " of ".join(parts)
 
 
+class RunPredictor(Result):
+    """A run as what predicts: its weights and its sampler.
+
+    Attributes:
+        nfe: evaluations of the vector field per predicted frame.
+        description: of the sampler, in words.
+    """
+
+    flow_step: int
+    flow_sha256: str
+    flow_origin: dict[str, Any]
+    store_fingerprint: str | None
+    autoencoder_sha256: str
+    refine: bool
+    refiner_step: int | None
+    refiner_sha256: str | None
+    sampling: dict[str, Any]
+    seed: int
+    nfe: int
+    precision: str
+    description: str
+
+    def describe(self) -> str:
+        """In a few words."""
+        return f"flow at step {self.flow_step}, {self.description}"
+
+
+class FilePredictor(Result):
+    """Any other predictor, known by the files that it wrote.
+
+    Attributes:
+        path: as it was given.
+        sha256: over the names of the measured clips and the content of their files.
+        black: the value of black in arrays of floats; None: there are none.
+    """
+
+    path: str
+    sha256: str
+    black: int | None
+
+    def describe(self) -> str:
+        """In a few words."""
+        return f"predictions in {self.path}"
+
+
 class EvaluationProtocol(Protocol):
     """Everything that decides the numbers of an evaluation.
 
     Attributes:
+        predictor: what predicts.
         protocol: preset of `evaluation.protocol`, with the settings that differ from it.
         clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
         fps: that videos were resampled to (`dataset.fps`); None: they were not.
         sharpness, latent_frechet: their definitions; None where they were not measured.
-        nfe: evaluations of the vector field per predicted frame.
     """
 
+    predictor: RunPredictor | FilePredictor
     protocol: str | None
     clips: int
     videos: int
@@ -123,15 +167,6 @@ class EvaluationProtocol(Protocol):
     fps: float | None = None
     frame_step: int
     resize: dict[str, Any]
-    sampling: dict[str, Any]
-    seed: int
-    nfe: int
-    description: str
-    flow_origin: dict[str, Any]
-    refine: bool
-    refiner_step: int | None
-    refiner_sha256: str | None
-    store_fingerprint: str | None
     vgg_sha256: str | None
     fvd: dict[str, Any] | None
     torch: str
@@ -220,6 +255,9 @@ class StudyProtocol(Protocol):
         clips: names of the clips.
     """
 
+    flow_step: int
+    flow_sha256: str
+    precision: str
     clips: list[str]
     past_horizon: int | None
     frechet: str

@@ -129,7 +129,7 @@ def test_evaluation(trained) -> None:
     assert result.keys() >= {"protocol", "metrics", "objects"}
     protocol = result["protocol"]
     assert (protocol["clips"], protocol["context"], protocol["horizon"], protocol["samples"]) == (4, 2, 6, 1)
-    assert protocol["store_fingerprint"] == latent_cache.open(trained.store, "train").fingerprint
+    assert protocol["predictor"]["store_fingerprint"] == latent_cache.open(trained.store, "train").fingerprint
     for metric in ("psnr", "ssim"):
         values = result["metrics"][metric]
         for subject in ("prediction", "copy_last", "reconstruction"):

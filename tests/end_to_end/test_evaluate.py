@@ -139,7 +139,7 @@ def test_the_protocol_tells_weights_and_settings(copied, everything, weights) ->
     copied.run("evaluate", sets=[*everything, "evaluation.window=random", "evaluation.fvd_context=false"]).ok()
     protocol = result_of(copied)["protocol"]
     predictor = VideoPredictor.from_run(copied.runs, "cpu")
-    assert protocol["flow_sha256"] == weights_digest(predictor.vector_field)
+    assert protocol["predictor"]["flow_sha256"] == weights_digest(predictor.vector_field)
     assert protocol["autoencoder_sha256"] == weights_digest(predictor.autoencoder)
     assert protocol["vgg_sha256"] == hashlib.sha256(weights["vgg"].read_bytes()).hexdigest()
     assert protocol["fvd"]["network_sha256"] == hashlib.sha256(weights["video"].read_bytes()).hexdigest()
@@ -147,7 +147,7 @@ def test_the_protocol_tells_weights_and_settings(copied, everything, weights) ->
     assert protocol["fvd"]["frames"] == 10
     assert (protocol["clips"], protocol["videos"], protocol["window"], protocol["window_seed"]) == (4, 4, "random", 0)
     assert (protocol["split"], protocol["recordings"], protocol["persons"]) == ("test", 4, None)
-    assert (protocol["nfe"], protocol["seed"]) == (2, 0)
+    assert (protocol["predictor"]["nfe"], protocol["predictor"]["seed"]) == (2, 0)
     assert protocol["resize"]["filter"] == "area"
     assert protocol["resize"]["size"] == 32
 

@@ -84,12 +84,12 @@ def test_evaluate_says_that_it_refined(refined, tmp_path) -> None:
     place = refined.copy(tmp_path / "evaluated", "latents", "runs")
     place.run("evaluate").ok()
     plain = evaluation(place)
-    assert plain["protocol"]["refine"] is False
-    assert plain["protocol"]["refiner_step"] is None
+    assert plain["protocol"]["predictor"]["refine"] is False
+    assert plain["protocol"]["predictor"]["refiner_step"] is None
     assert "refined" in place.run("evaluate", "--refine").ok().out
     with_refiner = evaluation(place)
-    assert with_refiner["protocol"]["refine"] is True
-    assert with_refiner["protocol"]["refiner_step"] in (4, 8)  # the better one by validation
+    assert with_refiner["protocol"]["predictor"]["refine"] is True
+    assert with_refiner["protocol"]["predictor"]["refiner_step"] in (4, 8)  # the better one by validation
     for subject in ("copy_last", "reconstruction"):
         assert with_refiner["metrics"]["psnr"][subject] == plain["metrics"]["psnr"][subject]
     assert with_refiner["metrics"]["psnr"]["prediction"] != plain["metrics"]["psnr"]["prediction"]

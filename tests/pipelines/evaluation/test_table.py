@@ -6,18 +6,22 @@ import torch
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, summarize_metric
 from pipelines.evaluation.table import format_table
-from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, MetricValues
+from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, MetricValues, RunPredictor
 
+RUN = RunPredictor(
+    sampling={}, seed=7, precision="fp32", nfe=396, description="rk4-38, 396 evaluations per frame, warm start 0",
+    flow_step=300000, flow_sha256="f" * 64, flow_origin={}, refine=True, refiner_step=5, refiner_sha256="b" * 64,
+    autoencoder_sha256="a" * 64, store_fingerprint="e" * 64,
+)  # fmt: skip
 PROTOCOL = EvaluationProtocol(
+    predictor=RUN,
     protocol="kth_10_30, with videos=64", dataset="kth", split="test", clips=64, videos=60, recordings=40, persons=5,
     window="random", window_seed=3, ssim="Gaussian windows", context=10, horizon=30, samples=2,
     aggregation="mean over clips, samples and predicted frames", best_of="per clip the best",
     interval="95 %", pixels="floats", image_size=64, frame_step=5,
     resize={"filter": "area", "upscale_filter": "bicubic", "crop": "centred square of the short side, offset "
             "(long - short) // 2", "size": 64},
-    sampling={}, seed=7, precision="fp32", nfe=396, description="rk4-38, 396 evaluations per frame, warm start 0",
-    flow_step=300000, flow_sha256="f" * 64, flow_origin={}, refine=True, refiner_step=5, refiner_sha256="b" * 64,
-    autoencoder_sha256="a" * 64, store_fingerprint="e" * 64, vgg_sha256="c" * 64, device="cpu", torch="2",
+    autoencoder_sha256="a" * 64, vgg_sha256="c" * 64, device="cpu", torch="2",
     fvd={"network_sha256": "d" * 64, "clips_of_frames": "1 segment of 40 frames", "resize": "by the network: 224x224",
          "statistics": "float64", "interval": "-+", "samples": "one set per sample number"}, missing={},
 )  # fmt: skip
@@ -54,11 +58,10 @@ def test_the_table_tells_everything_that_is_needed_to_measure_again(everything):
 
 
 def test_the_table_says_what_is_missing_and_leaves_no_trace_of_it():
-    nothing = {"protocol", "persons", "ssim", "best_of", "interval", "fvd", "vgg_sha256", "refiner_sha256"}
-    protocol = PROTOCOL.model_copy(
-        update=dict.fromkeys(nothing)
-        | {"samples": 1, "frame_step": 1, "refine": False, "missing": {"lpips": "no weights", "fvd": "no network"}}
-    )
+    nothing = {"protocol", "persons", "ssim", "best_of", "interval", "fvd", "vgg_sha256"}
+    changes = {"samples": 1, "frame_step": 1, "missing": {"lpips": "no weights", "fvd": "no network"}}
+    changes["predictor"] = RUN.model_copy(update={"refiner_sha256": None})
+    protocol = PROTOCOL.model_copy(update=dict.fromkeys(nothing) | changes)
     text = format_table(Evaluation(protocol=protocol, metrics={"psnr": values(1, None)}))
     assert [line.strip() for line in text.splitlines()[-2:]] == [
         "lpips was not measured: no weights",

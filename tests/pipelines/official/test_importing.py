@@ -306,7 +306,7 @@ def test_after_the_import_the_other_commands_need_no_training(official, capsys, 
     assert "steps/s" not in out
     evaluation = json.loads((official.path / "runs" / "kth" / "evaluation.json").read_text())
     assert evaluation["protocol"]["autoencoder_sha256"] == weights_digest(official.autoencoder)
-    assert evaluation["protocol"]["flow_step"] == 13
+    assert evaluation["protocol"]["predictor"]["flow_step"] == 13
     # The store of another autoencoder does not stop predictions, but is reported.
     official.randomize(official.autoencoder)
     again = ["import-official", *common, "--model", str(official.model("other.pth"))]

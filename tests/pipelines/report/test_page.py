@@ -6,7 +6,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.prediction.pictures import animation, clip_strips, file_name, save_gif
 from pipelines.report import page, predictions
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.results import EvaluationProtocol, Interval, StudyPoint, StudyProtocol
+from pipelines.runtime.results import EvaluationProtocol, Interval, RunPredictor, StudyPoint, StudyProtocol
 from pipelines.training.flow_trainer import flow_plan
 
 SIDE, CONTEXT, HORIZON = 32, 2, 4
@@ -34,8 +34,8 @@ def filled(model: type[BaseModel], **values: Any) -> dict[str, Any]:
     return {name: some.get(field.annotation) for name, field in model.model_fields.items()} | values
 
 
-def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
-    """As `evaluate` writes it; `prediction` is its PSNR."""
+def evaluation(predictor: Mapping[str, Any] = {}, *, prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
+    """As `evaluate` writes it; `prediction` is its PSNR, `predictor` changes the run's part of the protocol."""
     subjects = {"prediction": prediction, "copy_last": 15.0, "reconstruction": 30.0}
     curves = {subject: [value + 1, value, value - 0.5, value - 0.5] for subject, value in subjects.items()}
     psnr = {
@@ -48,10 +48,11 @@ def evaluation(prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
     fvd = {"prediction": 120.5, "copy_last": 300.25, "reconstruction": 40.0, "interval": {"prediction": [110.0, 131.0]}}
     fvd["autoencoded"] = {"prediction": 77.25, "copy_last": 250.0, "interval": {"prediction": [70.0, 85.0]}}
     whole = filled(
-        EvaluationProtocol, clips=64, recordings=60, persons=5, context=CONTEXT, horizon=HORIZON, samples=3, nfe=5,
-        flow_step=400, interval="95 %, bootstrap over recordings", sampling={"solver": "euler", "steps": 5},
-        autoencoder_sha256="cd" * 32, missing={"lpips": "the weights of VGG16 are not here"},
+        EvaluationProtocol, clips=64, recordings=60, persons=5, context=CONTEXT, horizon=HORIZON, samples=3,
+        interval="95 %, bootstrap over recordings", missing={"lpips": "the weights of VGG16 are not here"},
     )  # fmt: skip
+    run = {"flow_step": 400, "nfe": 5, "sampling": {"solver": "euler", "steps": 5}, "autoencoder_sha256": "cd" * 32}
+    whole["predictor"] = filled(RunPredictor, **run | predictor)
     sharpness = {"prediction": 0.625, "per_frame": {"prediction": [0.75, math.nan, 0.5, 0.625]}}
     latent_frechet = {"prediction": 0.0123, "copy_last": 1.5}
     metrics = {"psnr": psnr, "sharpness": sharpness, "fvd": fvd, "latent_frechet": latent_frechet}
@@ -355,7 +356,7 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(whole: Toys, name: str, 
 
 def test_text_of_files_is_escaped(whole: Toys):
     whole.write_samples(EVIL, "jump")
-    whole.write("evaluation.json", evaluation(description=EVIL, sampling={EVIL: EVIL}, missing={EVIL: EVIL}))
+    whole.write("evaluation.json", evaluation({"description": EVIL, "sampling": {EVIL: EVIL}}, missing={EVIL: EVIL}))
     whole.write("config.yaml", f"x: {EVIL}")
     whole.write("benchmark.json", BENCHMARK | {"measurements": [{"name": EVIL, "value": 1.0, "unit": EVIL}]})
     whole.write("environment.json", ENVIRONMENT | {"device": EVIL, "software": {EVIL: EVIL}})
@@ -370,8 +371,8 @@ def test_text_of_files_is_escaped(whole: Toys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda toys: toys.write("evaluation.json", evaluation(14.0)), ["PSNR", "14.00", "15.00"]),
-        (lambda toys: toys.write("evaluation.json", evaluation(15.5)), ["PSNR", "intervals overlap"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(prediction=14.0)), ["PSNR", "14.00", "15.00"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(prediction=15.5)), ["PSNR", "intervals overlap"]),
         (lambda toys: toys.write_log("flow", *rising(1.2)), ["validation loss rises", "20 %", "step 200"]),
         (lambda toys: toys.write_log("flow", {"step": 9, "loss": 1.0, "skipped_steps": 3}), ["3 steps of the flow"]),
         (lambda toys: toys.write_log("flow", *falling(20.0, 19.0)), ["19.00 dB", "20.00 dB"]),
@@ -379,8 +380,8 @@ def test_text_of_files_is_escaped(whole: Toys):
          ["codebook", "30 of 100 codes"]),
         (lambda toys: toys.write_log("autoencoder", {"step": 400, "codes_used": 99, "code_perplexity": 3.0}),
          ["codebook", "perplexity of 3"]),
-        (lambda toys: toys.write("evaluation.json", evaluation(flow_step=300)), ["step 300", "step 400"]),
-        (lambda toys: toys.write("evaluation.json", evaluation(autoencoder_sha256="0" * 64)), ["0" * 12, "cd" * 6]),
+        (lambda toys: toys.write("evaluation.json", evaluation({"flow_step": 300})), ["step 300", "step 400"]),
+        (lambda toys: toys.write("evaluation.json", evaluation({"autoencoder_sha256": "0" * 64})), ["0" * 9, "cd" * 6]),
         (lambda toys: toys.write("evaluation.json", evaluation(recordings=4)), ["4 recordings"]),
         (lambda toys: toys.write("benchmark.json", BENCHMARK), ["load"]),
     ],
