@@ -27,7 +27,7 @@ from pipelines.data.datasets import open_videos
 from pipelines.encoding.frame_verifier import Encoded, unexplained_codes
 from pipelines.encoding.store_encoder import encode
 from pipelines.errors import StoppedBySignal
-from pipelines.evaluation.evaluator import SUBJECTS, evaluate
+from pipelines.evaluation.evaluator import evaluate
 from pipelines.loading import load_trained_autoencoder
 from pipelines.prediction.rollouts import FieldRollouts
 from pipelines.predictor import VideoPredictor
@@ -463,7 +463,7 @@ def same_metrics(story: Story) -> Iterator[CheckRow]:
     yield compared("evaluation: settings of the protocol that differ", len(wrong), 0, why)
     for metric, bound, unit in (("psnr", PSNR_BOUND, " in dB"), ("ssim", SSIM_BOUND, "")):
         curves = [result.metrics[metric].per_frame for result in (ours, theirs)]
-        gaps = [np.abs(np.subtract(curves[0][subject], curves[1][subject])).max() for subject in SUBJECTS]
+        gaps = [np.abs(np.subtract(curves[0][subject], curves[1][subject])).max() for subject in curves[0]]
         yield compared(
             f"evaluation: {metric} of each frame against the CPU{unit}", float(max(gaps)), bound,
             "rounding, and codes that are as near as another",
