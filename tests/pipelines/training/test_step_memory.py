@@ -113,11 +113,9 @@ def allocated(folder: Path, run: Callable[[], None]) -> int:
 
 
 CASES = [
-    ({}, {"precision": "bf16"}),
     ({"head": "bn"}, {"precision": "bf16", "ema_decay": 0.9}),
-    ({"qk_norm": True, "reference": False}, {}),
     ({"recent_frames": 4, "past_noise": 0.5, "convolutions": True}, {}),
-    ({}, {"accumulate": 4, "precision": "bf16", "ema_decay": 0.9}),
+    ({"qk_norm": True, "reference": False}, {"accumulate": 4, "precision": "bf16"}),
 ]
 
 
@@ -132,10 +130,8 @@ def test_steps_dominated_by_activations(tmp_path, sizes, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"precision": "bf16"},
-        {"ema_decay": 0.9},
-        {"optimizer": "muon"},
-        {"grad_clip": 1.0},
+        {"precision": "bf16", "ema_decay": 0.9},
+        {"optimizer": "muon", "grad_clip": 1.0},
         {"accumulate": 2, "batch_size": 2},
     ],
     ids=str,
@@ -315,9 +311,8 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
         for part in writer.pending("train"):
             writer.write_chunk("train", part, torch.randn(10, 4, 12, 20).numpy(), None)
         writer.finish()
-    found = lines()
+    found = lines(residency="host")
     assert found[flow + 2].endswith(", latents 19.2 kB")
-    assert "cache.residency auto" in found[flow + 3]
+    assert found[flow + 3].startswith("sampler ")
     memory = estimate_flow_memory(VectorFieldConfig(**SMALL), training, (4, 12, 20), latents_bytes=10 * 4 * 240 * 2)
     assert memory.describe() in found[flow + 2]
-    assert lines(residency="host")[flow + 3].startswith("sampler ")

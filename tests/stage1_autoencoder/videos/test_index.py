@@ -231,7 +231,7 @@ def test_digests_of_frame_folders(make_frames):
     assert len(set(seen)) == len(seen)
 
 
-VIDEOS = 30_000
+VIDEOS = 10_000
 BYTES_PER_VIDEO = 900  # a million of them, and the rest of the process, stay under 1 GB
 
 CODE = """
