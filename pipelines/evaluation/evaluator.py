@@ -1,7 +1,9 @@
 """Quality of predictions: measures of frames and of sets beside two baselines, on the clips of a protocol."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,13 +19,13 @@ from pipelines.evaluation.forecasts import Forecast, RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
-from pipelines.evaluation.metrics import FrameMeasure, SharpnessMeasure, load_frame_metrics
+from pipelines.evaluation.metrics import PSNR, FrameMeasure, SharpnessMeasure, load_frame_metrics
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
-from pipelines.prediction.clips import ClipReader, open_clips
+from pipelines.prediction.clips import Clip, ClipReader, open_clips
 from pipelines.prediction.pictures import save_picture
 from pipelines.predictor import FrameCoding, load_predictor
 from pipelines.runtime.context import RunContext
@@ -48,19 +50,22 @@ def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | 
     return vgg, I3D.find(config.evaluation.video_network, I3D_SETTING, download=download)
 
 
-def evaluate(config: RiverConfig, run_context: RunContext, refine: bool = False) -> Evaluation:
-    """Measure a trained run on the clips of the protocol; write `evaluation.json` and print the table.
+def evaluate(
+    config: RiverConfig, run_context: RunContext, refine: bool = False, name: str = "evaluation.json"
+) -> Evaluation:
+    """Measure a trained run on the clips of the protocol; write the result and print the table.
 
     Of `shapes`, the shapes are measured, too, and `objects.png` shows the best and the worst clips.
 
     Args:
         refine: measure refined predictions.
+        name: of the result in the run's folder.
     Raises:
         UserError: no clips; a file of weights that is of another network.
     """
     predictor = load_predictor(config, run_context)
     forecast = RunForecast(config.run_path, predictor, config.evaluation, refine)
-    return Evaluator(config, run_context, predictor).evaluate(forecast, config.run_path / "evaluation.json")
+    return Evaluator(config, run_context, predictor).evaluate(forecast, config.run_path / name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +177,11 @@ class Evaluator:
             vgg=vgg,
             i3d=i3d,
         )
-        return Measured(records, counts, Evaluation(protocol=protocol, **parts), record_folder)
+        psnr = {subject: values.double().mean((1, 2)) for subject, values in records[PSNR.name].items()}
+        gains = (psnr["prediction"] - psnr["copy_last"]).tolist()
+        names = map(clips.name, records["clip"]["key"].tolist())
+        result = Evaluation(protocol=protocol, **parts, clips=dict(zip(names, gains, strict=True)))
+        return Measured(records, counts, result, record_folder)
 
     def _what_decides(self, forecast: Forecast) -> dict[str, Any]:
         """Everything that the records of the clips depend on."""
@@ -241,12 +250,16 @@ def measure_clips(
         UserError: no video can be decoded.
     """
     parts: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    with progress(total=len(clips) * samples, description="evaluate", unit="prediction") as bar:
-        for batch, first in enumerate(range(0, len(clips), size)):
-            numbers = range(first, min(first + size, len(clips)))
-            records = folder.read(batch)
+    batches = [range(first, min(first + size, len(clips))) for first in range(0, len(clips), size)]
+    known = {number: records for number in range(len(batches)) if (records := folder.read(number)) is not None}
+    if known:
+        say(f"evaluate: {sum(len(batches[number]) for number in known)} of {len(clips)} clips were measured before")
+    coming = _reading_ahead(clips, [numbers for batch, numbers in enumerate(batches) if batch not in known])
+    with progress(total=len(clips) * samples, description="evaluate", unit="prediction") as bar, closing(coming):
+        for batch, numbers in enumerate(batches):
+            records = known.pop(batch, None)
             if records is None:
-                records = _measure_batch(clips, numbers, forecast, measures)
+                records = _measure_batch(next(coming), forecast, measures)
                 if len(records.get("clip/number", [])) == len(numbers):  # broken videos are reported each time
                     folder.write(batch, records)
             for name, tensor in records.items():
@@ -261,11 +274,24 @@ def measure_clips(
     }
 
 
-def _measure_batch(
-    clips: ClipReader, numbers: Sequence[int], forecast: Forecast, measures: Sequence[Measure]
-) -> Records:
-    """`<measure>/<record>` -> [clips, ...]; nothing if no video of the batch can be decoded."""
-    read = {number: clip for number in numbers for clip in clips.read([number])}
+def _reading_ahead(clips: ClipReader, batches: Sequence[range]) -> Iterator[dict[int, Clip]]:
+    """The clips of each batch by number; while one is measured, the next one is read."""
+
+    def read(numbers: range) -> dict[int, Clip]:
+        return {number: clip for number in numbers for clip in clips.read([number])}
+
+    if not batches:
+        return
+    with ThreadPoolExecutor(1, "clips") as pool:
+        coming = pool.submit(read, batches[0])
+        for following in batches[1:]:
+            now, coming = coming.result(), pool.submit(read, following)
+            yield now
+        yield coming.result()
+
+
+def _measure_batch(read: Mapping[int, Clip], forecast: Forecast, measures: Sequence[Measure]) -> Records:
+    """`<measure>/<record>` -> [clips, ...] of clips by number; nothing if there are none."""
     if not read:
         return {}
     keys = torch.tensor([clip.key for clip in read.values()])

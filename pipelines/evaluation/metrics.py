@@ -13,7 +13,7 @@ from pipelines.evaluation.intervals import Tally, summarize
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.runtime.context import RunContext, computing_in
-from pipelines.runtime.results import BestOf, MetricValues
+from pipelines.runtime.results import BestOf, Gain, MetricValues
 from stage1_autoencoder.lpips import SMALLEST_SIDE
 
 # Pixels per call of a metric: LPIPS holds some kB for each.
@@ -202,14 +202,16 @@ class SharpnessMeasure(Measure):
 
 
 def summarize_metric(metric: Metric, values: Records, counts: Tensor | None) -> MetricValues:
-    """One metric of all subjects, see `summarize`, and its best-of-K.
+    """One metric of all subjects, see `summarize`, its gain over copying, and its best-of-K.
 
     Args:
         values: by subject [clips, samples, horizon]; baselines have one sample.
         counts: [resamples, clips] of the bootstrap; None: no intervals.
     """
-    means = {subject: Tally.of_values(of_samples.double().mean(1)) for subject, of_samples in values.items()}
-    found = summarize(means, counts)
+    means = {subject: of_samples.double().mean(1) for subject, of_samples in values.items()}
+    found = summarize({subject: Tally.of_values(of_clips) for subject, of_clips in means.items()}, counts)
+    gains = means["prediction"] - means["copy_last"]
+    found = found.model_copy(update={"gain": summarize_gain(gains if metric.higher_is_better else -gains, counts)})
     samples = values["prediction"].shape[1]
     if samples == 1:
         return found
@@ -224,3 +226,15 @@ def summarize_metric(metric: Metric, values: Records, counts: Tensor | None) -> 
         interval=(best.interval or {}).get("prediction"),
     )
     return found.model_copy(update={"best_of": best_of})
+
+
+def summarize_gain(gains: Tensor, counts: Tensor | None) -> Gain:
+    """Differences [clips, horizon] that are positive where predictions are better than copying."""
+    found = summarize({"prediction": Tally.of_values(gains)}, counts)
+    assert found.per_frame is not None
+    return Gain(
+        value=found.prediction,
+        better=(gains.mean(1) > 0).double().mean().item(),
+        per_frame=found.per_frame["prediction"],
+        interval=(found.interval or {}).get("prediction"),
+    )

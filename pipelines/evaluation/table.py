@@ -19,6 +19,7 @@ METRICS = {
 # Predicted frames of the curves that are shown, and the last one.
 FRAMES_SHOWN = (1, 5, 10, 30, 100, 300, 1000)
 WIDTH = 120
+CLIPS_SHOWN = 3
 
 
 def format_table(evaluation: Evaluation) -> str:
@@ -37,9 +38,10 @@ def format_table(evaluation: Evaluation) -> str:
         lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
     if "latent_frechet" in metrics:
         lines += ["", *_distances_table("Fréchet of latents, lower is better", metrics["latent_frechet"])]
-    gain = metrics["psnr"].prediction - (metrics["psnr"].copy_last or 0.0)
-    better = "better" if gain >= 0 else "WORSE"
-    lines += ["", f"  The prediction is {abs(gain):.2f} dB {better} than copying the last frame."]
+    if (gain := evaluation.describe_gain()) is not None:
+        lines += ["", *_wrap(gain, "  ")]
+        worst = sorted((evaluation.clips or {}).items(), key=lambda clip: clip[1])[:CLIPS_SHOWN]
+        lines += _wrap("Worst clips: " + ", ".join(f"{name} ({value:+.1f} dB)" for name, value in worst), "  ")
     if evaluation.objects is not None:
         lines += _wrap(_describe_objects(evaluation.objects, protocol.horizon), "  ")
     lines.append("")

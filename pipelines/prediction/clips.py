@@ -152,12 +152,16 @@ class ClipReader:
             except BrokenVideoError as error:
                 self.run_context.skip(error.video_id, error.reason)
                 continue
-            info = self.source.videos[video]
             # The same clip has the same key and so the same prediction, however many clips are asked for.
             key, recording = start << 32 | video, self.source.recording(video)
             frames = image_to_unit(torch.from_numpy(pixels))
-            clips.append(Clip(f"{info.id}@{start}" if start else info.id, key, recording, info.fps, frames))
+            clips.append(Clip(self.name(key), key, recording, self.source.videos[video].fps, frames))
         return clips
+
+    def name(self, key: int) -> str:
+        """The name of the clip of a key: its video's id, with `@` and its first frame if that is not frame 0."""
+        start, video = divmod(key, 1 << 32)
+        return self.source.videos[video].id + (f"@{start}" if start else "")
 
     def nothing_found(self) -> UserError:
         """The error of videos of which none can be decoded."""

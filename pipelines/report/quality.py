@@ -17,6 +17,7 @@ SUBJECTS = {
 # Solver -> class of the style sheet.
 SOLVERS = {"euler": "s1", "midpoint": "s2", "heun": "s3", "rk4": "s4", "rk4-38": "s5"}
 RULER_WIDTH = 260
+WORST_CLIPS = 5
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,15 @@ def headline(run: Run) -> dict[str, Any]:
     """The metrics at the top of the page, each between its two baselines; nothing where nothing is measured."""
     evaluation = run.read_if_sound(Evaluation)
     if evaluation is None:
-        return {"protocol": None, "tiles": []}
+        return {"protocol": None, "tiles": [], "gain": None, "worst": []}
     measured = [(q, evaluation.metrics[q.key]) for q in (*IMAGE_METRICS, FVD) if q.key in evaluation.metrics]
-    return {"protocol": evaluation.protocol, "tiles": [_tile(metric, values) for metric, values in measured]}
+    worst = sorted((evaluation.clips or {}).items(), key=lambda clip: clip[1])[:WORST_CLIPS]
+    return {
+        "protocol": evaluation.protocol,
+        "tiles": [_tile(metric, values) for metric, values in measured],
+        "gain": evaluation.describe_gain(),
+        "worst": [f"{name} ({value:+.1f} dB)" for name, value in worst],
+    }
 
 
 def _tile(metric: Quantity, values: MetricValues) -> dict[str, Any]:

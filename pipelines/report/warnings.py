@@ -51,6 +51,13 @@ def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:
         if not metric.is_better(values.prediction, values.copy_last):
             yield f"By {metric.title} the prediction ({ours}) is no better than copying the last frame ({copied})."
             continue
+        if values.gain is not None:
+            if not values.gain.is_clear:
+                yield (
+                    f"By {metric.title} the prediction ({ours}) is hardly better than copying the last frame "
+                    f"({copied}): the 95 % interval of the difference contains 0."
+                )
+            continue
         intervals = values.interval or {}
         if {"prediction", "copy_last"} <= intervals.keys():
             (low, high), (copied_low, copied_high) = intervals["prediction"], intervals["copy_last"]

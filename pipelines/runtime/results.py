@@ -37,6 +37,27 @@ class BestOf(OptionalParts):
     interval: Interval | None = None
 
 
+class Gain(OptionalParts):
+    """How much better predictions are than copying the last given frame: differences on the same clips.
+
+    Attributes:
+        value: mean over clips, samples and frames, in units of the metric; positive is better.
+        better: share of the clips that are better in the mean over their samples and frames.
+        per_frame: [horizon] means over clips and samples.
+        interval: of the value; None where there are too few recordings.
+    """
+
+    value: float
+    better: float
+    per_frame: list[float]
+    interval: Interval | None = None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the predictions are better, and the interval, if there is one, says so."""
+        return self.value > 0 and (self.interval is None or self.interval[0] > 0)
+
+
 class Distances(OptionalParts):
     """Distances between sets of videos, by subject."""
 
@@ -53,6 +74,7 @@ class MetricValues(Distances):
         per_frame: subject -> [horizon] means over clips and samples; None for a distance between sets.
         interval, per_frame_interval: subject -> 95 % interval(s); None where there are too few recordings.
         best_of: None where there is one sample per clip.
+        gain: over copying; None where a metric is of no single frame, or neither more nor less is better.
         autoencoded: of FVD, the distances to autoencoded instead of real videos.
     """
 
@@ -60,6 +82,7 @@ class MetricValues(Distances):
     per_frame: dict[str, list[float]] | None = None
     per_frame_interval: dict[str, list[Interval]] | None = None
     best_of: BestOf | None = None
+    gain: Gain | None = None
     autoencoded: Distances | None = None
 
 
@@ -177,11 +200,29 @@ class Evaluation(OptionalParts):
 
     Attributes:
         objects: measure of `object_audit.audit_objects` -> values; None for videos that are no `shapes`.
+        clips: name of each clip -> its gain in PSNR, see `Gain`.
     """
 
     protocol: EvaluationProtocol
     metrics: dict[str, MetricValues]
     objects: dict[str, MetricValues] | None = None
+    clips: dict[str, float] | None = None
+
+    def describe_gain(self) -> str | None:
+        """The gain over copying in a sentence: how much, in how many clips, and from which frame on there is none."""
+        gain = self.metrics["psnr"].gain
+        if gain is None:
+            return None
+        interval = "" if gain.interval is None else f" (95 %: {gain.interval[0]:.2f} to {gain.interval[1]:.2f})"
+        count = round(gain.better * self.protocol.clips)
+        text = (
+            f"The prediction is {abs(gain.value):.2f} dB{interval} {'better' if gain.value >= 0 else 'WORSE'} than "
+            f"copying the last frame, and better in {count} of {self.protocol.clips} clips"
+        )
+        useful = next((n for n in range(len(gain.per_frame), 0, -1) if gain.per_frame[n - 1] > 0), 0)
+        if useful < len(gain.per_frame):
+            text += f"; after frame +{useful} it is no better" if useful else "; it is better at no frame"
+        return f"{text}."
 
 
 class StudyPoint(Result):

@@ -1,12 +1,20 @@
-"""Summaries of metrics over clips, samples and frames."""
+"""Summaries of metrics over clips, samples and frames, and an evaluation that is stopped."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pipelines.config import parse_config
+from pipelines.evaluation.clip_records import RecordFolder
+from pipelines.evaluation.evaluator import measure_clips
 from pipelines.evaluation.intervals import draw_counts
+from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.metrics import PSNR, Metric, summarize_metric
+from pipelines.prediction.clips import Clip, open_clips
+from pipelines.runtime.context import RunContext
 from pipelines.runtime.results import MetricValues
 
 LOWER = Metric("lpips", PSNR.function, higher_is_better=False)
@@ -40,6 +48,81 @@ def test_means_curves_intervals_and_the_best(metric):
     assert MetricValues.model_validate_json(found.model_dump_json()) == found
 
 
+@pytest.mark.parametrize(("metric", "sign"), [(PSNR, 1), (LOWER, -1)])
+def test_the_gain_over_copying_is_that_of_pairs(metric, sign):
+    """Clips of very different levels, nearly all a bit better: intervals of means overlap, the gain is clear."""
+    level, gain = torch.linspace(10, 50, 12)[:, None, None], 1 + numbers(12, 2, 4) / 20
+    gain[0] -= 3  # the first clip is worse
+    copied = level.expand(12, 1, 4)
+    values = {"prediction": copied + sign * gain, "copy_last": copied, "reconstruction": copied}
+    found = summarize_metric(metric, values, draw_counts(range(12), 500, 0))
+    assert found.gain.value == pytest.approx(gain.mean().item(), abs=1e-5)
+    assert found.gain.per_frame == pytest.approx(gain.mean((0, 1)).tolist(), abs=1e-5)
+    assert found.gain.better == pytest.approx(11 / 12)
+    assert found.gain.is_clear
+    assert found.interval["prediction"][0] < found.interval["copy_last"][1]
+
+
 def test_without_resamples_and_several_samples_there_are_means_only():
     found = summarize_metric(PSNR, {subject: numbers(2, 1, 3) for subject in SUBJECTS}, None)
-    assert found.model_dump().keys() == {*SUBJECTS, "per_frame"}
+    assert found.model_dump().keys() == {*SUBJECTS, "per_frame", "gain"}
+
+
+class Brightness(Measure):
+    """The mean of all true frames; the first batch can be measured, then it is interrupted."""
+
+    name = "brightness"
+
+    def __init__(self, batches: int = 100) -> None:
+        self.batches = batches
+
+    def measure(self, batch: ClipBatch) -> Records:
+        if not self.batches:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        return {"mean": batch.truth.mean((1, 2, 3, 4))}
+
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
+    """After a batch of which one file is damaged, and of other settings nothing is taken over."""
+    config = parse_config(
+        {
+            "dataset": {
+                "name": "toy",
+                "source": "shapes",
+                "image_size": 16,
+                "splits": {"test": 7},
+                "shapes": {"frames": 5},
+            },
+            "evaluation": {"context": 2, "horizon": 3, "videos": 7},
+        },
+        "a test",
+    )
+    clips = open_clips(config, RunContext(torch.device("cpu")), 7)
+    predicted = []
+
+    def forecast(batch: list[Clip]) -> ClipBatch:
+        predicted.extend(clip.video for clip in batch)
+        frames = torch.stack([clip.frames for clip in batch])
+        return ClipBatch(batch, frames[:, :2], frames[:, 2:], None, {}, {})
+
+    def measured(brightness: Brightness, **about: int) -> dict[str, Records]:
+        return measure_clips(clips, forecast, [brightness], 2, 1, RecordFolder(tmp_path, about))
+
+    whole = measured(Brightness())
+    assert whole["clip"]["number"].tolist() == [*range(7)]
+    RecordFolder(tmp_path, {}).remove()
+    with pytest.raises(KeyboardInterrupt):
+        measured(Brightness(batches=2))
+    predicted.clear()
+    (first, _) = sorted(tmp_path.glob("*/*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    again = measured(Brightness())
+    assert predicted == [0, 1, 4, 5, 6]
+    assert torch.equal(again["brightness"]["mean"], whole["brightness"]["mean"])
+    predicted.clear()
+    measured(Brightness(), seed=1)
+    assert predicted == [*range(7)]

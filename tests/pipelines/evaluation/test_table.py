@@ -6,7 +6,7 @@ import torch
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, summarize_metric
 from pipelines.evaluation.table import format_table
-from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, MetricValues, RunPredictor
+from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, Gain, MetricValues, RunPredictor
 
 RUN = RunPredictor(
     sampling={}, seed=7, precision="fp32", nfe=396, description="rk4-38, 396 evaluations per frame, warm start 0",
@@ -72,9 +72,18 @@ def test_the_table_says_what_is_missing_and_leaves_no_trace_of_it():
 
 
 def test_the_prediction_is_compared_with_copying_the_last_frame(everything):
-    for prediction, word in ((25.0, "2.50 dB better"), (20.0, "2.50 dB WORSE")):
-        psnr = everything.metrics["psnr"].model_copy(update={"prediction": prediction, "copy_last": 22.5})
-        assert word in format_table(everything.model_copy(update={"metrics": {"psnr": psnr}}))
+    curve = [5.0] * 20 + [-1.0] * 10
+    for gain, parts in (
+        (Gain(value=2.5, better=0.75, per_frame=curve, interval=(1.25, 3.5)),
+         ["2.50 dB (95 %: 1.25 to 3.50) better", "48 of 64 clips", "after frame +20",
+          "jump (-1.2 dB), walk (+3.0 dB)"]),
+        (Gain(value=-2.5, better=0.25, per_frame=[-2.5] * 30), ["2.50 dB WORSE", "16 of 64 clips", "at no frame"]),
+    ):  # fmt: skip
+        psnr = everything.metrics["psnr"].model_copy(update={"gain": gain})
+        changes = {"metrics": {"psnr": psnr}, "clips": {"walk": 3.0, "jump": -1.2}}
+        text = " ".join(format_table(everything.model_copy(update=changes)).split())
+        for part in parts:
+            assert part in text, part
 
 
 def test_objects_in_one_line(everything):
