@@ -156,7 +156,7 @@ class _Section(BaseModel):
 
 
 # Folders of a run. Its files, and backups of its folders, have a dot in their names, which names of runs have not.
-_RUN_FOLDERS = ("autoencoder", "flow", "refiner", "samples", "predictions")
+_RUN_FOLDERS = ("autoencoder", "flow", "refiner", "samples", "predictions", "evaluation_records")
 
 
 class PathsConfig(_Section):
