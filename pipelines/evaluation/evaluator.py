@@ -23,6 +23,7 @@ from pipelines.evaluation.metrics import PSNR, FrameMeasure, SharpnessMeasure, l
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.protocol import describe_protocol
+from pipelines.evaluation.sample_scores import sample_scores
 from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
@@ -212,7 +213,7 @@ def choose_measures(
         UserError, FetchError: of a network's file.
     """
     metrics, missing = load_frame_metrics(config, run_context)
-    measures = [*(FrameMeasure(metric) for metric in metrics), SharpnessMeasure(), LatentDistances()]
+    measures = [*(FrameMeasure(metric) for metric in metrics), SharpnessMeasure(), *sample_scores(), LatentDistances()]
     try:
         segments = Segments.choose(config.evaluation)
     except ValueError as error:

@@ -8,6 +8,7 @@ import torch
 from pipelines.config import PROTOCOL_DATA, PROTOCOLS, EvaluationConfig, RiverConfig
 from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
 from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
+from pipelines.evaluation.sample_scores import SCORES_DEFINITION
 from pipelines.loading import find_flow, find_refiner, weights_digest
 from pipelines.predictor import FrameCoding, VideoPredictor
 from pipelines.runtime.context import sampling_precision
@@ -52,6 +53,7 @@ def describe_protocol(
         aggregation="mean over clips, samples and predicted frames",
         best_of=best_of if evaluation.samples > 1 else None,
         sharpness=f"{SHARPNESS_DEFINITION}, sums over clips and samples",
+        scores=SCORES_DEFINITION,
         latent_frechet=None if "latent_frechet" in missing else LATENT_DEFINITION,
         pixels="clamped and compared as floats; data range 1 for values in [0, 1]",
         fps=config.dataset.fps,

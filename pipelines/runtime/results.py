@@ -86,6 +86,27 @@ class MetricValues(Distances):
     autoencoded: Distances | None = None
 
 
+class Calibration(OptionalParts):
+    """Whether the samples of a clip differ as much as they err.
+
+    Attributes:
+        samples: K per clip.
+        spread_skill: deviation of the samples over the error of their mean, times sqrt((K + 1) / K); 1 is calibrated.
+        ranks: [K + 1] share of the values of pixels that have 0..K samples below them; calibrated samples have equal shares.
+        ranks_interval: 95 % intervals of `ranks`; None where there are too few recordings.
+    """
+
+    samples: int
+    spread_skill: MetricValues
+    ranks: list[float]
+    ranks_interval: list[Interval] | None = None
+
+    @property
+    def outside(self) -> float:
+        """Share of the values that lie below or above all samples; 2 / (K + 1) if calibrated."""
+        return self.ranks[0] + self.ranks[-1]
+
+
 class Protocol(Result):
     """What decides the numbers of an evaluation and of a study, whatever predicts: the frames, and what is measured.
 
@@ -173,7 +194,7 @@ class EvaluationProtocol(Protocol):
         protocol: preset of `evaluation.protocol`, with the settings that differ from it.
         clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
         fps: that videos were resampled to (`dataset.fps`); None: they were not.
-        sharpness, latent_frechet: their definitions; None where they were not measured.
+        sharpness, scores, latent_frechet: their definitions; None where they were not measured.
     """
 
     predictor: RunPredictor | FilePredictor
@@ -185,6 +206,7 @@ class EvaluationProtocol(Protocol):
     aggregation: str
     best_of: str | None
     sharpness: str | None = None
+    scores: str | None = None
     latent_frechet: str | None = None
     pixels: str
     fps: float | None = None
@@ -200,12 +222,14 @@ class Evaluation(OptionalParts):
 
     Attributes:
         objects: measure of `object_audit.audit_objects` -> values; None for videos that are no `shapes`.
+        calibration: None where there is one sample per clip.
         clips: name of each clip -> its gain in PSNR, see `Gain`.
     """
 
     protocol: EvaluationProtocol
     metrics: dict[str, MetricValues]
     objects: dict[str, MetricValues] | None = None
+    calibration: Calibration | None = None
     clips: dict[str, float] | None = None
 
     def describe_gain(self) -> str | None:
