@@ -163,9 +163,11 @@ class Evaluator:
         parts: dict[str, dict[str, Any]] = defaultdict(dict)
         for measure in self.measures:
             try:
-                parts[measure.part] |= measure.results(records[measure.name], counts)
+                results = measure.results(records[measure.name], counts)
             except ValueError as error:
                 missing[measure.name] = str(error)
+            else:
+                parts[measure.part] |= results
         vgg, i3d = self._networks
         protocol = describe_protocol(
             self._config,

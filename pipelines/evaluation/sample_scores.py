@@ -68,11 +68,13 @@ def spread_and_error(samples: Tensor, truth: Tensor) -> Tensor:
 
 
 def count_ranks(samples: Tensor, truth: Tensor) -> Tensor:
-    """How many values have b samples below the truth and e equal to it, both rounded: [(k + 1)^2] int64, at b (k + 1) + e.
+    """How many values have b samples below the truth and e equal to it, all rounded.
 
     Args:
         samples: [k, n] float.
         truth: [n] float.
+    Returns:
+        [(k + 1)^2] int64, at b (k + 1) + e.
     """
     samples, truth, bins = samples.round(), truth.round(), len(samples) + 1
     places = (samples < truth).sum(0) * bins + (samples == truth).sum(0)
@@ -137,6 +139,8 @@ class PixelScore(Measure):
 
 class LatentScore(PixelScore):
     """A score of the latents of every predicted frame. Records: subject -> [clips, horizon]."""
+
+    needs_autoencoder = True
 
     def measure(self, batch: ClipBatch) -> Records:
         context = batch.given.shape[1]

@@ -2,7 +2,15 @@
 
 import textwrap
 
-from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, Interval, MetricValues, RunPredictor
+from pipelines.runtime.results import (
+    Calibration,
+    Distances,
+    Evaluation,
+    EvaluationProtocol,
+    Interval,
+    MetricValues,
+    RunPredictor,
+)
 
 TITLES = {
     "prediction": "prediction",
@@ -42,6 +50,10 @@ def format_table(evaluation: Evaluation) -> str:
         lines += ["", *_wrap(gain, "  ")]
         worst = sorted((evaluation.clips or {}).items(), key=lambda clip: clip[1])[:CLIPS_SHOWN]
         lines += _wrap("Worst clips: " + ", ".join(f"{name} ({value:+.1f} dB)" for name, value in worst), "  ")
+    if "crps" in metrics:
+        lines += _wrap(_describe_scores(metrics), "  ")
+    if evaluation.calibration is not None:
+        lines += _wrap(_describe_calibration(evaluation.calibration), "  ")
     if evaluation.objects is not None:
         lines += _wrap(_describe_objects(evaluation.objects, protocol.horizon), "  ")
     lines.append("")
@@ -75,6 +87,29 @@ def _columns(horizon: int) -> list[int]:
     """At most six predicted frames, counted from 0."""
     shown = [frame for frame in FRAMES_SHOWN if frame < horizon] + [horizon]
     return [frame - 1 for frame in (shown if len(shown) <= 6 else shown[:1] + shown[-5:])]
+
+
+def _describe_scores(metrics: dict[str, MetricValues]) -> str:
+    """Of the prediction, and of copying in parentheses."""
+
+    def both(metric: str, digits: int, word: str = "") -> str:
+        values = metrics[metric]
+        copying = "" if values.copy_last is None else f" ({word}{values.copy_last:.{digits}f})"
+        return f"{values.prediction:.{digits}f}{copying}"
+
+    latents = f", of latents {both('latent_energy_score', 3)}" if "latent_energy_score" in metrics else ""
+    pixels = f"CRPS {both('crps', 2, 'copying ')}, energy score {both('energy_score', 2)} levels of 255"
+    return f"{pixels}{latents}; lower is better."
+
+
+def _describe_calibration(found: Calibration) -> str:
+    ratio = found.spread_skill
+    interval = _interval((ratio.interval or {}).get("prediction"), 2)
+    spread = f"Spread/skill of {found.samples} samples {ratio.prediction:.2f} {interval}".rstrip()
+    flat = 200 / len(found.ranks)
+    return (
+        f"{spread} (calibrated 1); {100 * found.outside:.0f} % of pixels outside all samples (calibrated {flat:.0f} %)."
+    )
 
 
 def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:

@@ -1,4 +1,4 @@
-"""Line charts, which `templates/macros.html` draws as SVG, and numbers as text."""
+"""Line charts and histograms, which `templates/macros.html` draws as SVG, and numbers as text."""
 
 import json
 import math
@@ -29,6 +29,7 @@ class Line:
         y: [n] values; None and NaN are gaps.
         style: a class of the style sheet, which decides the color: `prediction`, `s1`...
         band: [n, 2] lower and upper ends around the line.
+        bars: drawn as bars from 0, of n >= 2 points, x whole numbers at equal steps.
     """
 
     name: str
@@ -36,12 +37,19 @@ class Line:
     y: np.ndarray
     style: str
     band: np.ndarray | None = None
+    bars: bool = False
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "band"):
             if getattr(self, name) is not None:
                 values = np.asarray(getattr(self, name), np.float64)
                 object.__setattr__(self, name, np.where(np.isfinite(values), values, np.nan))
+
+    @property
+    def edges(self) -> np.ndarray:
+        """[n + 1] ends of the bars."""
+        half = (self.x[1] - self.x[0]) / 2
+        return np.append(self.x - half, self.x[-1] + half)
 
     def thinned(self, limit: int = MAX_POINTS) -> "Line":
         """A line of at most `limit` points: means of neighbors, with their extremes as the band."""
@@ -124,15 +132,18 @@ class Chart:
         self.lines = [line.thinned() for line in lines if np.isfinite(line.y).any()]
         if not self.lines:
             return
-        xs = np.concatenate([line.x for line in self.lines])
+        xs = np.concatenate([line.edges if line.bars else line.x for line in self.lines])
         bands = [line.band.ravel() for line in self.lines if line.band is not None]
         ys = np.concatenate([line.y for line in self.lines] + bands)
+        histogram = any(line.bars for line in self.lines)
         log_y = log_y and np.nanmin(ys) > 0
         self.across = Scale(*padded_range(xs, log_x, 0.0), LEFT + 6, WIDTH - RIGHT, log_x)
-        self.up = Scale(*padded_range(ys, log_y, 0.05), HEIGHT - BOTTOM, TOP, log_y)
+        low, high = padded_range(ys, log_y, 0.05)
+        self.up = Scale(0.0 if histogram else low, high, HEIGHT - BOTTOM, TOP, log_y)
         self.x_ticks, self.y_ticks, end = [], self.up.ticks(), -math.inf
         for tick in self.across.ticks():
-            if self.across(tick) - end >= 8 + 7 * len(tick_text(tick)):  # texts must not touch each other
+            apart = self.across(tick) - end >= 8 + 7 * len(tick_text(tick))  # texts must not touch each other
+            if apart and not (histogram and tick % 1):
                 self.x_ticks.append(tick)
                 end = self.across(tick)
 
@@ -147,6 +158,12 @@ class Chart:
         x, (low, high) = line.x, line.band.T
         found = pieces(np.isfinite(low + high + line.y))
         return [self.points(np.append(x[p], x[p][::-1]), np.append(high[p], low[p][::-1])) for p in found]
+
+    def bars(self, line: Line) -> list[list[float]]:
+        """[left, right, top, top of the band, bottom of the band] of each bar; NaN without a band."""
+        edges, tops = self.across(line.edges), self.up(line.y)
+        low, high = np.full((2, len(tops)), np.nan) if line.band is None else self.up(line.band.T)
+        return np.stack([edges[:-1], edges[1:], tops, high, low], axis=1).tolist()
 
     def pieces(self, line: Line) -> list[np.ndarray]:
         """Indices of a line's points, split at the gaps."""

@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.report.charts import Chart, Line, Scale, interval_text, number_text
 from pipelines.report.predictions import picture_file_url
 from pipelines.report.run_files import Missing, Run
-from pipelines.runtime.results import Evaluation, Interval, MetricValues, Study, StudyPoint
+from pipelines.runtime.results import Calibration, Evaluation, Interval, MetricValues, Study, StudyPoint
 
 SUBJECTS = {
     "prediction": "prediction",
@@ -58,9 +58,13 @@ FVD = Quantity("fvd", "FVD", "FVD", "lower", 1)
 METRICS = [
     *IMAGE_METRICS,
     SHARPNESS,
+    Quantity("crps", "CRPS", "CRPS [levels of 255]", "lower", 2),
+    Quantity("energy_score", "Energy score", "energy score [levels of 255]", "lower", 2),
+    Quantity("latent_energy_score", "Energy score of latents", "energy score of latents", "lower", 3),
     FVD,
     Quantity("latent_frechet", "Fréchet distance of latents", "Fréchet distance of latents", "lower", 4),
 ]
+SPREAD_SKILL = Quantity("spread_skill", "Spread/skill", "spread / skill", None, 2)
 WHOLE = Quantity("whole", "Clips with all objects whole", "share of clips", "higher", 3)
 OBJECTS = [
     WHOLE,
@@ -124,7 +128,7 @@ def _ruler(values: MetricValues, better: str | None) -> dict[str, Any] | None:
 
 
 def quality_section(run: Run) -> dict[str, Any]:
-    """Curves over predicted frames, a table of all metrics, the audit of objects, and the protocol."""
+    """Curves over predicted frames, a table of all metrics, the audits, and the protocol."""
     evaluation = run.read(Evaluation)
     if evaluation is None:
         raise Missing(f"Nothing is measured yet: `{run.command('evaluate')}` measures it.")
@@ -146,8 +150,19 @@ def quality_section(run: Run) -> dict[str, Any]:
         "charts": [_curves(metric, values) for metric, values in measured],
         "head": ["mean over frames", *(heading for heading, _, _ in columns)],
         "rows": rows,
+        "calibration": None if evaluation.calibration is None else _calibration(evaluation.calibration),
         "objects": None if evaluation.objects is None else _objects(run, evaluation.objects),
     }
+
+
+def _calibration(found: Calibration) -> list[Chart]:
+    """Spread/skill of each predicted frame, and the rank histogram."""
+    spread = _curves(SPREAD_SKILL, found.spread_skill, level=1.0)
+    ranks = range(len(found.ranks))
+    bars = Line("truth", ranks, found.ranks, "prediction", found.ranks_interval, bars=True)
+    flat = Line("calibrated", ranks, [1 / len(ranks) for _ in ranks], "reference")
+    title = f"Rank of the truth among {found.samples} samples"
+    return [spread, Chart(title, [bars, flat], "samples below the truth", "share of the pixels")]
 
 
 def _objects(run: Run, objects: dict[str, MetricValues]) -> dict[str, Any]:
@@ -162,7 +177,8 @@ def _objects(run: Run, objects: dict[str, MetricValues]) -> dict[str, Any]:
     return {"charts": charts, "sheet": sheet, "problem": problem}
 
 
-def _curves(metric: Quantity, values: MetricValues) -> Chart:
+def _curves(metric: Quantity, values: MetricValues, level: float | None = None) -> Chart:
+    """A line per subject; `level` is that of calibrated samples."""
     lines, curves = [], values.per_frame or {}
     for subject in (subject for subject in SUBJECTS if subject in curves):
         y = curves[subject]
@@ -171,6 +187,9 @@ def _curves(metric: Quantity, values: MetricValues) -> Chart:
     if values.best_of is not None:
         y = values.best_of.per_frame
         lines.insert(1, Line(f"best of {values.best_of.samples} samples", range(1, len(y) + 1), y, "best"))
+    if level is not None:
+        x = lines[0].x
+        lines.append(Line("calibrated", x, [level for _ in x], "reference"))
     title = f"{metric.title} of each predicted frame"
     return Chart(title, lines, "predicted frame", metric.label, better=metric.better)
 

@@ -92,7 +92,7 @@ class Calibration(OptionalParts):
     Attributes:
         samples: K per clip.
         spread_skill: deviation of the samples over the error of their mean, times sqrt((K + 1) / K); 1 is calibrated.
-        ranks: [K + 1] share of the values of pixels that have 0..K samples below them; calibrated samples have equal shares.
+        ranks: [K + 1] share of the pixels' values that have 0..K samples below them; all equal if calibrated.
         ranks_interval: 95 % intervals of `ranks`; None where there are too few recordings.
     """
 

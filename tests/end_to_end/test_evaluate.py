@@ -21,6 +21,7 @@ from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext
 
 CPU = torch.device("cpu")
+SCORES = ("crps", "energy_score", "latent_energy_score")
 LONG = ("evaluation.horizon=10",)  # 2 + 10 frames, enough for the I3D
 
 
@@ -60,9 +61,9 @@ def result_of(place) -> dict[str, Any]:
 def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, weights) -> None:
     outcome = copied.run("evaluate", sets=[*everything, "evaluation.samples=2", "evaluation.batch_size=3"]).ok()
     result = result_of(copied)
-    protocol, metrics = result["protocol"], result["metrics"]
+    protocol, metrics, calibration = result["protocol"], result["metrics"], result["calibration"]
     assert protocol["missing"].keys() == {"interval"}  # of 4 recordings there is none
-    assert metrics.keys() == {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet"}
+    assert metrics.keys() == {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet", *SCORES}
 
     config = load_config(copied.folder / "tiny.yaml", LONG)
     predictor = VideoPredictor.from_run(copied.runs, "cpu")
@@ -96,6 +97,21 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
     copied_sharpness = gradient_energy(copies).mean(0) / true_energy.mean(0)
     assert metrics["sharpness"]["per_frame"]["copy_last"] == pytest.approx(copied_sharpness.tolist(), rel=1e-4)
     assert "best_of" not in metrics["sharpness"]  # neither more nor less is better
+
+    # [clip, frame, value] of two samples and the truth, in levels.
+    first, second, real = (127.5 * (x.clamp(-1, 1).double().flatten(2) + 1) for x in (*samples, truth))
+    error, spread = ((first - real).abs() + (second - real).abs()) / 2, (first - second).abs() / 2
+    assert metrics["crps"]["per_frame"]["prediction"] == pytest.approx((error - spread).mean((0, 2)).tolist(), rel=1e-4)
+    distances = [(x - y).square().mean(2).sqrt() for x, y in ((first, real), (second, real), (first, second))]
+    expected = ((distances[0] + distances[1] - distances[2]) / 2).mean(0)
+    assert metrics["energy_score"]["per_frame"]["prediction"] == pytest.approx(expected.tolist(), rel=1e-4)
+    mean, variance = (first + second) / 2, (first - second).square() / 2
+    ratio = (1.5 * variance.mean((0, 2)) / (mean - real).square().mean((0, 2))).sqrt()
+    assert calibration["spread_skill"]["per_frame"]["prediction"] == pytest.approx(ratio.tolist(), rel=1e-4)
+    order = torch.stack([first, second]).round() - real.round()
+    below, equal = (order < 0).sum(0), (order == 0).sum(0)
+    expected = [(((below <= bin) & (bin <= below + equal)) / (equal + 1.0)).mean().item() for bin in range(3)]
+    assert calibration["ranks"] == pytest.approx(expected, abs=1e-4)
 
     def latent_distance(latents: Tensor) -> float:
         sets = (predictor.standardization.to_final(x) for x in (latents, encoded))
@@ -164,12 +180,14 @@ def test_the_batch_changes_no_number(copied, everything) -> None:
 def test_what_is_not_here_is_said_and_the_rest_is_measured(copied) -> None:
     outcome = copied.run("evaluate", sets=LONG).ok()
     result = result_of(copied)
-    assert result["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet"}
-    assert result["protocol"]["missing"].keys() == {"lpips", "fvd", "interval"}
+    assert result["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet", *SCORES}
+    assert result["protocol"]["missing"].keys() == {"lpips", "fvd", "interval", "calibration"}
+    assert "calibration" not in result
     lines = [line for line in outcome.out.splitlines() if "was not measured" in line]
-    assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False, False]
-    assert ["evaluation.video_network" in line for line in lines] == [False, True, False]
-    assert ["--download" in line for line in lines] == [True, True, False]
+    assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False, False, False]
+    assert ["evaluation.video_network" in line for line in lines] == [False, True, False, False]
+    assert ["evaluation.samples" in line for line in lines] == [False, False, False, True]
+    assert ["--download" in line for line in lines] == [True, True, False, False]
     assert outcome.err == ""
 
 
@@ -178,7 +196,7 @@ def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> N
     assert "needs 10 frames or more, and the clips have 8" in result_of(copied)["protocol"]["missing"]["fvd"]
     outcome = copied.run("evaluate", sets=[*everything, "evaluation.videos=1"]).ok()
     missing = result_of(copied)["protocol"]["missing"]
-    assert missing.keys() == {"interval", "fvd", "latent_frechet"}
+    assert missing.keys() == {"interval", "fvd", "latent_frechet", "calibration"}
     assert all("two clips or more" in missing[name] for name in ("fvd", "latent_frechet"))
     assert "interval was not measured" in outcome.out
     # Of shapes, clips may be longer than the stored videos of 12 frames.

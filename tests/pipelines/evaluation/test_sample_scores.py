@@ -84,7 +84,9 @@ def test_one_sample_has_its_error_and_no_calibration() -> None:
     torch.testing.assert_close(records["energy_score"]["prediction"], error.square().mean((2, 3, 4)).sqrt(), **close)
     expected = latent_error.square().mean((2, 3, 4)).sqrt()
     torch.testing.assert_close(records["latent_energy_score"]["prediction"], expected, **close)
-    assert all(values.keys() == {"prediction", "copy_last"} for name, values in records.items() if name != "calibration")
+    assert all(
+        values.keys() == {"prediction", "copy_last"} for name, values in records.items() if name != "calibration"
+    )
     with pytest.raises(ValueError, match=r"evaluation\.samples"):
         calibration(of)
 

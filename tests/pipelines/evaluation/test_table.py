@@ -6,7 +6,15 @@ import torch
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, summarize_metric
 from pipelines.evaluation.table import format_table
-from pipelines.runtime.results import Distances, Evaluation, EvaluationProtocol, Gain, MetricValues, RunPredictor
+from pipelines.runtime.results import (
+    Calibration,
+    Distances,
+    Evaluation,
+    EvaluationProtocol,
+    Gain,
+    MetricValues,
+    RunPredictor,
+)
 
 RUN = RunPredictor(
     sampling={}, seed=7, precision="fp32", nfe=396, description="rk4-38, 396 evaluations per frame, warm start 0",
@@ -97,3 +105,30 @@ def test_objects_in_one_line(everything):
     for part in ("100 %, 96 %, 91 %, 71 %", "+1, +5, +10, +30", "10.0, 9.6, 9.1, 7.1"):
         assert part in line
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_scores_and_calibration_in_two_lines(everything):
+    before = format_table(everything).splitlines()
+    scores = {
+        name: MetricValues(prediction=value, copy_last=2 * value)
+        for name, value in {"crps": 23.456, "energy_score": 101.25, "latent_energy_score": 0.4567}.items()
+    }
+    found = Calibration(
+        samples=9, ranks=[0.25, *[0.05] * 8, 0.35],
+        spread_skill=MetricValues(prediction=0.625, interval={"prediction": (0.51, 0.74)}),
+    )  # fmt: skip
+    update = {"metrics": everything.metrics | scores, "calibration": found}
+    after = format_table(everything.model_copy(update=update)).splitlines()
+    assert len(after) - len(before) == 2
+    text = " ".join(line.strip() for line in after if line not in before)
+    for part in (
+        "23.46 (copying 46.91)",
+        "101.25 (202.50)",
+        "0.457 (0.913)",
+        "9 samples",
+        "0.62 [0.51, 0.74]",
+        "60 %",
+        "20 %",
+    ):
+        assert part in text
+    assert max(map(len, after)) <= 120

@@ -75,6 +75,26 @@ def test_a_chart_is_within_its_drawing_and_rises_where_values_rise():
     assert not re.search(r'(x\d?|y\d?|cx|cy)="(nan|inf)', markup)
 
 
+@pytest.mark.parametrize("band", [True, False])
+def test_bars_stand_on_zero_and_touch_each_other(band):
+    shares = np.array([0.5, 0.1, 0.4])
+    ends = np.stack([shares - 0.05, shares + 0.05], axis=1) if band else None
+    made = Chart("t", [Line("a", range(3), shares, "s1", ends, bars=True)], "x", "y")
+    found = re.findall(
+        r'<rect class="(\w+) s1" x="([\d.]+)" width="([\d.]+)" y="([\d.]+)" height="([\d.]+)"', drawn(made)
+    )
+    bars, bands = (np.array([numbers for kind, *numbers in found if kind == name], float) for name in ("bar", "band"))
+    left, width, top, height = bars.T
+    np.testing.assert_allclose(left + width, np.append(left[1:], WIDTH - RIGHT), atol=0.11)  # positions are rounded
+    np.testing.assert_allclose(top + height, made.up(0.0), atol=0.11)
+    np.testing.assert_allclose(height / height[0], shares / 0.5, atol=0.01)
+    assert len(bands) == (3 if band else 0)
+    if band:
+        np.testing.assert_allclose(bands[:, 2:].sum(1), made.up(shares - 0.05), atol=0.11)
+        np.testing.assert_allclose(bands[:, 2], made.up(shares + 0.05), atol=0.11)
+    assert made.x_ticks == [0, 1, 2]
+
+
 def test_gaps_break_a_line_and_its_band():
     y = [1.0, 2.0, None, 3.0, float("nan"), float("inf"), 4.0, 5.0]
     markup = drawn(Chart("t", [Line("ours", range(8), y, "s1", [(0, 6)] * 8)], "x", "y"))

@@ -295,6 +295,22 @@ def test_an_evaluation_without_intervals(whole: Toys):
     assert "<polygon" not in section(text, "quality")
 
 
+@pytest.mark.parametrize("intervals", [True, False])
+def test_scores_of_samples(whole: Toys, intervals: bool):
+    content = evaluation()
+    content["metrics"]["crps"] = {"prediction": 3.25, "per_frame": {"prediction": [3.0, 3.0, 3.5, 3.5]}}
+    ratio = {"prediction": 0.75, "per_frame": {"prediction": [1.0, 0.75, 0.5, 0.75]}}
+    content["calibration"] = {"samples": 3, "spread_skill": ratio, "ranks": [0.375, 0.125, 0.125, 0.375]}
+    content["calibration"] |= {"ranks_interval": [[0.0, 0.5]] * 4} if intervals else {}
+    whole.write("evaluation.json", content)
+    part = section(whole.page(), "quality")
+    for words in ("CRPS of each predicted frame", "Spread/skill of each predicted frame", "among 3 samples", "0.375"):
+        assert words in text_of(part)
+    assert len(re.findall('<rect class="bar ', part)) == 4
+    assert len(re.findall('<rect class="band ', part)) == 4 * intervals
+    assert whole.notes("problem") == []
+
+
 def test_the_audit_of_objects(whole: Toys):
     subjects = {"prediction": [1.0, 0.75, math.nan, 0.5], "copy_last": [1.0] * 4, "reconstruction": [1.0] * 4}
     values = {subject: np.nanmean(curve) for subject, curve in subjects.items()} | {"per_frame": subjects}
