@@ -82,19 +82,22 @@ def count_ranks(samples: Tensor, truth: Tensor) -> Tensor:
 
 
 def rank_histogram(counts: Tensor) -> Tensor:
-    """Shares of the ranks of the truth among the samples; equal values are put in a random order, in expectation.
+    """How often the truth has each rank among the samples; equal values are in a random order, in expectation.
+
+    Values that are equal in the truth and all samples tell nothing and are left out: a still background would hide all
+    others. Calibrated samples have equal ranks without them, too, since the truth could be exchanged with any sample.
 
     Args:
         counts: [clips, (k + 1)^2] of `count_ranks`.
     Returns:
-        [clips, k + 1] float64, of sum 1.
+        [clips, k + 1] float64.
     """
     bins = round(counts.shape[1] ** 0.5)
     below, equal = (x.flatten() for x in torch.meshgrid(torch.arange(bins), torch.arange(bins), indexing="ij"))
-    weights = counts.double() / (equal + 1)  # in each of the bins `below` to `below + equal`
+    weights = counts * (equal < bins - 1) / (equal + 1.0).double()  # in each of the bins `below` to `below + equal`
     steps = torch.zeros(len(counts), 2 * bins, dtype=torch.float64)
     steps.index_add_(1, below, weights).index_add_(1, below + equal + 1, -weights)
-    return steps.cumsum(1)[:, :bins].clamp(min=0) / counts.sum(1, keepdim=True)
+    return steps.cumsum(1)[:, :bins].clamp(min=0)
 
 
 def score_frames(score: Callable[[Tensor, Tensor], Tensor], videos: Tensor, truth: Tensor) -> Tensor:
@@ -173,12 +176,13 @@ class CalibrationMeasure(Measure):
             raise ValueError("it needs several samples per clip (evaluation.samples)")
         variance, error = records["spread"].double().unbind(-1)
         # Fortin et al., "Why should ensemble spread match the RMSE of the ensemble mean?", 2014.
-        ratio, ranks = RootTally((samples + 1) / samples * variance, error), Tally.of_values(records["ranks"])
-        intervals = None if counts is None else percentile_interval(ranks.resampled(counts)).T.tolist()
+        ratio, ranks = RootTally((samples + 1) / samples * variance, error), records["ranks"]
+        shares = Tally(ranks, ranks.sum(1, keepdim=True))
+        intervals = None if counts is None else percentile_interval(shares.resampled(counts)).T.tolist()
         return {
             "samples": samples,
             "spread_skill": summarize({"prediction": ratio}, counts),
-            "ranks": ranks.mean().tolist(),
+            "ranks": shares.mean().tolist(),
             "ranks_interval": intervals,
         }
 

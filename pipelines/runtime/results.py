@@ -92,7 +92,8 @@ class Calibration(OptionalParts):
     Attributes:
         samples: K per clip.
         spread_skill: deviation of the samples over the error of their mean, times sqrt((K + 1) / K); 1 is calibrated.
-        ranks: [K + 1] share of the pixels' values that have 0..K samples below them; all equal if calibrated.
+        ranks: [K + 1] share of the pixels' values with 0..K samples below them, but for those that all samples have
+            right; calibrated samples have equal shares.
         ranks_interval: 95 % intervals of `ranks`; None where there are too few recordings.
     """
 
