@@ -15,6 +15,7 @@ from torch import Tensor
 import pipelines
 from pipelines.config import RiverConfig
 from pipelines.evaluation.clip_records import RecordFolder
+from pipelines.evaluation.feature_cache import FeatureCache
 from pipelines.evaluation.forecasts import Forecast, RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
@@ -224,7 +225,8 @@ def choose_measures(
         if i3d is None:
             missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
         else:
-            measures.append(VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments))
+            cache = FeatureCache(config.store_path.with_suffix(".features.sqlite"))
+            measures.append(VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments, cache))
     if isinstance(clips.source, ShapesSource):
         try:
             measures.append(ObjectAudit(clips.source))

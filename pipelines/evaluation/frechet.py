@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.config import EvaluationConfig
+from pipelines.evaluation.feature_cache import FeatureCache
 from pipelines.evaluation.intervals import normal_interval
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.networks import VideoNetwork
@@ -146,8 +147,8 @@ class VideoDistances(Measure):
 
     name = "fvd"
 
-    def __init__(self, network: VideoNetwork, segments: Segments) -> None:
-        self.network, self.segments = network, segments
+    def __init__(self, network: VideoNetwork, segments: Segments, cache: FeatureCache) -> None:
+        self.network, self.segments, self.cache = network, segments, cache
 
     def measure(self, batch: ClipBatch) -> Records:
         context = batch.given.shape[1]
@@ -160,18 +161,28 @@ class VideoDistances(Measure):
             autoencoded = {"truth": future, "prediction": batch.futures["prediction"], "copy_last": copies}
             sets.append(("autoencoded", given, autoencoded))
         return {
-            f"{against} {subject}": torch.stack([self._features(start, x) for x in samples.unbind(1)], dim=1)
+            f"{against} {subject}": torch.stack(
+                [self._features(start, x, subject != "prediction") for x in samples.unbind(1)], dim=1
+            )
             for against, start, videos in sets
             for subject, samples in videos.items()
         }
 
     @torch.inference_mode()
-    def _features(self, given: Tensor, following: Tensor) -> Tensor:
-        """[b, segments, d] float64 on the CPU."""
-        segments = rearrange(self.segments.cut(given, following), "b s t c h w -> (b s) t c h w")
-        with computing_in("fp32", segments.device):
-            parts = [self.network.features(part.clamp(-1, 1)) for part in segments.split(CLIPS_AT_ONCE)]
-        return rearrange(torch.cat(parts), "(b s) d -> b s d", s=self.segments.count).double().cpu()
+    def _features(self, given: Tensor, following: Tensor, seen_again: bool) -> Tensor:
+        """[b, segments, d] float64 on the CPU.
+
+        Args:
+            seen_again: by other evaluations, so that the features are kept.
+        """
+        segments = rearrange(self.segments.cut(given, following), "b s t c h w -> (b s) t c h w").clamp(-1, 1)
+
+        def compute(videos: Tensor) -> Tensor:
+            with computing_in("fp32", videos.device):
+                return torch.cat([self.network.features(part) for part in videos.split(CLIPS_AT_ONCE)]).cpu()
+
+        features = self.cache.features(self.network.sha256, segments, compute) if seen_again else compute(segments)
+        return rearrange(features, "(b s) d -> b s d", s=self.segments.count).double()
 
     def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
         """The distances of all subjects from the real and from the autoencoded clips, see `compare_sets`.

@@ -1,6 +1,7 @@
 """The Fréchet distance against closed forms and scipy's root of a matrix, and distances of sets of clips."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig
+from pipelines.evaluation.feature_cache import FeatureCache
 from pipelines.evaluation.frechet import (
     LatentDistances,
     Segments,
@@ -151,6 +153,8 @@ def test_features_are_means_of_places_and_of_changes():
 class Means:
     """A video network whose features are the means of the frames, and of their squares, of one channel."""
 
+    sha256 = "0"
+
     def features(self, videos: Tensor) -> Tensor:
         assert videos.abs().max() <= 1
         return torch.cat([videos[:, :, 0].mean((2, 3)), videos[:, :, 1].square().mean((2, 3))], 1)
@@ -182,7 +186,7 @@ def records_of(measure: Measure, videos: list[Tensor]) -> Records:
 
 
 def measured(segments: Segments, videos: list[Tensor], counts: Tensor | None) -> MetricValues:
-    distances = VideoDistances(Means(), segments)
+    distances = VideoDistances(Means(), segments, FeatureCache(Path("no folder/features.sqlite")))
     return distances.results(records_of(distances, videos), counts)["fvd"]
 
 
