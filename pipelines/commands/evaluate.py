@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipelines.runtime.arguments import add_prerequisite_options, add_refine_option
+from pipelines.runtime.arguments import add_prerequisite_options, add_refine_option, path
 
 if TYPE_CHECKING:
     from pipelines.config import RiverConfig
@@ -18,21 +18,64 @@ HELP = "PSNR, SSIM, LPIPS, sharpness and Fréchet distances with intervals, base
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prerequisite_options(parser)
     add_refine_option(parser)
-    parser.add_argument(
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument(
         "--quick",
         action="store_true",
         help=f"measure {QUICK_CLIPS} clips only, to see whether all is well; the result is evaluation_quick.json",
+    )
+    others.add_argument(
+        "--export-clips",
+        type=path,
+        metavar="FOLDER",
+        help="measure nothing, but write given and true frames of all clips, for other predictors",
+    )
+    others.add_argument(
+        "--predictions",
+        type=path,
+        metavar="PATH",
+        help="measure another predictor: a folder of videos, arrays or frame folders that are called as the clips, or "
+        "one .npz or .safetensors file",
+    )
+    others.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="PATH",
+        help="measure several, and differences to the first: paths as for --predictions, folders of runs, or `run`",
+    )
+    parser.add_argument(
+        "--black", type=int, choices=(0, -1), help="black in arrays of floats: 0 of [0, 1], -1 of [-1, 1]"
     )
 
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.evaluation.evaluator import evaluate, find_networks
+    from pipelines.errors import UserError
+    from pipelines.evaluation.comparison import RUN, compare
+    from pipelines.evaluation.evaluator import evaluate, evaluate_files, find_networks
+    from pipelines.evaluation.prediction_files import export_clips
+    from pipelines.prediction.clips import open_clips
+    from pipelines.runtime.progress import say
 
-    find_networks(config, run_context)  # a missing one is reported before a training that may take days
-    stages.run_to_prediction(config, run_context, options.refine, of_clips=True)
-    name = "evaluation.json"
-    if options.quick:
-        name, fewer = "evaluation_quick.json", {"videos": min(QUICK_CLIPS, config.evaluation.videos)}
+    if options.refine and (options.export_clips or options.predictions):
+        raise UserError("--refine: only predictions of runs are refined")
+    own = not (options.export_clips or options.predictions or options.compare)
+    if not options.export_clips:
+        find_networks(config, run_context)  # a missing one is reported before a training that may take days
+    if own or RUN in (options.compare or []):
+        stages.run_to_prediction(config, run_context, options.refine, of_clips=True)
+    elif run_context.mirror is not None:
+        stages.run_to("videos", config, run_context)
+    if options.export_clips:
+        clips = open_clips(config, run_context, config.evaluation.videos)
+        say(f"evaluate: {export_clips(config, clips, options.export_clips)}")
+    elif options.predictions:
+        evaluate_files(config, run_context, options.predictions, options.black)
+    elif options.compare:
+        compare(config, run_context, options.compare, options.black, options.refine)
+    elif options.quick:
+        fewer = {"videos": min(QUICK_CLIPS, config.evaluation.videos)}
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=fewer)})
-    evaluate(config, run_context, options.refine, name)
+        evaluate(config, run_context, options.refine, "evaluation_quick.json")
+    else:
+        evaluate(config, run_context, options.refine)

@@ -16,19 +16,20 @@ import pipelines
 from pipelines.config import RiverConfig
 from pipelines.evaluation.clip_records import RecordFolder
 from pipelines.evaluation.feature_cache import FeatureCache
-from pipelines.evaluation.forecasts import Forecast, RunForecast
+from pipelines.evaluation.forecasts import FileForecast, Forecast, RunCoding, RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.metrics import PSNR, FrameMeasure, SharpnessMeasure, load_frame_metrics
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
+from pipelines.evaluation.prediction_files import PredictionFiles
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.sample_scores import sample_scores
 from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
-from pipelines.prediction.pictures import save_picture
+from pipelines.prediction.pictures import file_name, save_picture
 from pipelines.predictor import FrameCoding, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import file_sha256, write_json
@@ -37,7 +38,7 @@ from pipelines.runtime.results import Evaluation
 from stage1_autoencoder.videos.shapes import ShapesSource
 
 I3D_SETTING = "evaluation.video_network"
-NO_AUTOENCODER = "it needs an autoencoder"
+NO_AUTOENCODER = "it needs an autoencoder, and there is none"
 
 
 def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None]:
@@ -66,8 +67,34 @@ def evaluate(
         UserError: no clips; a file of weights that is of another network.
     """
     predictor = load_predictor(config, run_context)
-    forecast = RunForecast(config.run_path, predictor, config.evaluation, refine)
+    forecast = RunForecast(config.run_path, predictor, config.evaluation, predictor, refine)
     return Evaluator(config, run_context, predictor).evaluate(forecast, config.run_path / name)
+
+
+def evaluate_files(config: RiverConfig, run_context: RunContext, path: Path, black: int | None) -> Evaluation:
+    """Measure the predictions of any other predictor on the clips of the protocol, and print the table.
+
+    The result is `evaluation_of_<path>.json` in the run's folder. No trained network is needed: what needs an autoencoder
+    is measured with that of the run, or left out.
+
+    Args:
+        path, black: as `PredictionFiles`.
+    Raises:
+        UserError, VideoError: as `PredictionFiles`, and as `evaluate`.
+    """
+    coding, missing = find_coding(config, run_context.device)
+    evaluator = Evaluator(config, run_context, coding, missing)
+    files = PredictionFiles(config, evaluator.clips, path, black)
+    forecast = FileForecast(files, config.evaluation, coding, run_context.device)
+    return evaluator.evaluate(forecast, config.run_path / f"evaluation_of_{file_name(str(path))}.json")
+
+
+def find_coding(config: RiverConfig, device: torch.device) -> tuple[FrameCoding | None, dict[str, str]]:
+    """The autoencoder of a run; if there is none, what cannot be measured -> reason."""
+    try:
+        return RunCoding(config, device), {}
+    except LookupError as error:
+        return None, {"reconstruction": str(error)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +103,11 @@ class Measured:
 
     Attributes:
         records: measure -> records of all clips; `clip` has their keys and numbers.
-        counts: of the bootstrap; None: no intervals.
         evaluation: the result.
         folder: of the records.
     """
 
     records: dict[str, Records]
-    counts: Tensor | None
     evaluation: Evaluation
     folder: RecordFolder
 
@@ -170,22 +195,12 @@ class Evaluator:
             else:
                 parts[measure.part] |= results
         vgg, i3d = self._networks
-        protocol = describe_protocol(
-            self._config,
-            self._device,
-            forecast.description,
-            self._coding,
-            videos,
-            recordings,
-            missing,
-            vgg=vgg,
-            i3d=i3d,
-        )
+        protocol = describe_protocol(self._config, forecast, videos, recordings, missing, vgg=vgg, i3d=i3d)
         psnr = {subject: values.double().mean((1, 2)) for subject, values in records[PSNR.name].items()}
         gains = (psnr["prediction"] - psnr["copy_last"]).tolist()
         names = map(clips.name, records["clip"]["key"].tolist())
         result = Evaluation(protocol=protocol, **parts, clips=dict(zip(names, gains, strict=True)))
-        return Measured(records, counts, result, record_folder)
+        return Measured(records, result, record_folder)
 
     def _what_decides(self, forecast: Forecast) -> dict[str, Any]:
         """Everything that the records of the clips depend on."""

@@ -10,11 +10,20 @@ from torch import Tensor
 
 from pipelines.config import EvaluationConfig, RiverConfig
 from pipelines.evaluation.measures import ClipBatch
-from pipelines.evaluation.protocol import describe_run
-from pipelines.loading import find_autoencoder, find_flow, load_trained_autoencoder, standardization_in, weights_digest
+from pipelines.evaluation.prediction_files import PredictionFiles
+from pipelines.loading import (
+    find_autoencoder,
+    find_flow,
+    find_refiner,
+    load_trained_autoencoder,
+    standardization_in,
+    weights_digest,
+)
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import FrameCoding, VideoPredictor
+from pipelines.runtime.context import sampling_precision
 from pipelines.runtime.results import FilePredictor, RunPredictor
+from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.standardization import Standardization
 
 
@@ -38,18 +47,52 @@ class RunCoding(FrameCoding):
         self.standardization = standardization.to(device)
 
 
+def _describe_run(run: Path, predictor: VideoPredictor, evaluation: EvaluationConfig, refine: bool) -> RunPredictor:
+    """A run as what predicts clips of a protocol.
+
+    Args:
+        run: its folder.
+        predictor: its networks.
+        refine: predicted frames are refined.
+    Raises:
+        UserError: `refine` without a refiner.
+    """
+    flow, refiner, sampling = find_flow(run), find_refiner(run) if refine else None, predictor.sampling
+    assert flow is not None
+    resolved = predictor.resolved_sampling(sampling, evaluation.context, evaluation.horizon)
+    return RunPredictor(
+        flow_step=flow.step,
+        flow_sha256=weights_digest(predictor.vector_field),
+        flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
+        store_fingerprint=flow.state["store"]["fingerprint"],
+        autoencoder_sha256=flow.state["store"]["autoencoder"],
+        refine=refine,
+        refiner_step=None if refiner is None else refiner.step,
+        refiner_sha256=weights_digest(predictor.check_refiner()) if refine else None,
+        sampling=resolved.model_dump(mode="json"),
+        seed=sampling.seed,
+        nfe=SamplingPlan.from_config(sampling).evaluations,
+        precision=sampling_precision(sampling, predictor.device),
+        description=predictor.describe_sampling(refine),
+    )
+
+
 class Forecast(ABC):
     """Something that predicts clips, beside baselines: the last given frame, and the autoencoder's reconstruction.
 
     Attributes:
         description: of what predicts, for the protocol.
+        context: given frames of each clip.
         samples: predictions per clip.
+        device: of all frames.
         coding: the autoencoder of reconstructions and latents; None: there are none.
+        is_encoded: latents of predictions are those of the predicted frames.
     """
 
     description: RunPredictor | FilePredictor
     samples: int
     coding: FrameCoding | None
+    is_encoded: bool
 
     def __init__(self, evaluation: EvaluationConfig, coding: FrameCoding | None, device: torch.device) -> None:
         self.context, self.samples, self.coding, self.device = evaluation.context, evaluation.samples, coding, device
@@ -104,28 +147,29 @@ class RunForecast(Forecast):
         run: Path,
         predictor: VideoPredictor,
         evaluation: EvaluationConfig,
+        coding: FrameCoding | None,
         refine: bool = False,
-        coding: FrameCoding | None = None,
     ) -> None:
         """Nothing predicted yet.
 
         Args:
             run: its folder.
             predictor: its networks.
+            coding: the autoencoder of reconstructions and latents. If it is not the predictor, predicted frames are
+                encoded.
             refine: refine predicted frames.
-            coding: another autoencoder of reconstructions and latents, for which predicted frames are encoded; None:
-                the run's own, with the latents as they are predicted.
         Raises:
             UserError: `refine` without a refiner.
         """
-        super().__init__(evaluation, predictor if coding is None else coding, predictor.device)
+        super().__init__(evaluation, coding, predictor.device)
+        self.is_encoded = coding is not predictor
         self._predictor, self._refine = predictor, refine
-        self.description = describe_run(run, predictor, evaluation, refine)
+        self.description = _describe_run(run, predictor, evaluation, refine)
 
     def predict(
         self, clips: Sequence[Clip], given: Tensor, given_latents: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        own = self.coding is self._predictor
+        own = not self.is_encoded
         context = given_latents if own and given_latents is not None else self._predictor.encode_videos(given)
         keys, horizon = [(clip.key, 0) for clip in clips], len(clips[0].frames) - self.context
         latents = self._predictor.generate_latents(context, horizon, keys=keys, samples=self.samples)
@@ -134,3 +178,22 @@ class RunForecast(Forecast):
         )
         frames, latents = (rearrange(x, "(b k) t c h w -> b k t c h w", k=self.samples) for x in (frames, latents))
         return frames, latents if own else None
+
+
+class FileForecast(Forecast):
+    """Predictions of any other predictor, from files."""
+
+    is_encoded = True
+
+    def __init__(
+        self, files: PredictionFiles, evaluation: EvaluationConfig, coding: FrameCoding | None, device: torch.device
+    ) -> None:
+        """Of files that were checked."""
+        super().__init__(evaluation, coding, device)
+        self._files = files
+        self.description = FilePredictor(path=str(files.path), sha256=files.sha256, black=files.black)
+
+    def predict(
+        self, clips: Sequence[Clip], given: Tensor, given_latents: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return torch.stack([self._files.read(clip.name) for clip in clips]).to(self.device), None

@@ -16,7 +16,7 @@ from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.networks import VideoNetwork
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.progress import progress, warn
-from pipelines.runtime.results import Distances, Interval, MetricValues
+from pipelines.runtime.results import Distances, MetricValues
 
 MIN_FRAMES = 10  # the I3D halves time three times, then pools over two frames
 MAX_RESAMPLES = 200
@@ -198,7 +198,7 @@ class VideoDistances(Measure):
                 f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
                 "features: such distances are much too high; compare them only with those of as many clips"
             )
-        return {self.name: MetricValues(**found["real"].model_dump(), autoencoded=found.get("autoencoded"))}
+        return {self.name: MetricValues(**dict(found["real"]), autoencoded=found.get("autoencoded"))}
 
 
 class LatentDistances(Measure):
@@ -221,7 +221,7 @@ class LatentDistances(Measure):
         """
         features = by_sample({("real", subject): values for subject, values in records.items()})
         found = compare_sets(features, counts, "the distance of latents")
-        return {self.name: MetricValues(**found["real"].model_dump())}
+        return {self.name: MetricValues(**dict(found["real"]))}
 
 
 def by_sample(records: Mapping[tuple[str, str], Tensor]) -> Features:
@@ -252,13 +252,12 @@ def compare_sets(features: Features, counts: Tensor | None, name: str) -> dict[s
     resampled = [_distances(features, row) for row in rows]
     found = {}
     for against, values in measured.items():
-        intervals: dict[str, Interval] | None = None
-        if len(resampled) > 1:
-            intervals = {
-                subject: normal_interval(value, [distances[against][subject] for distances in resampled])
-                for subject, value in values.items()
-            }
-        found[against] = Distances(**values, interval=intervals)
+        by_subject = {subject: [distances[against][subject] for distances in resampled] for subject in values}
+        if len(resampled) < 2:
+            found[against] = Distances(**values)
+            continue
+        intervals = {subject: normal_interval(value, by_subject[subject]) for subject, value in values.items()}
+        found[against] = Distances(**values, interval=intervals, resampled=by_subject)
     return found
 
 

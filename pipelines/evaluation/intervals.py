@@ -71,17 +71,19 @@ def summarize(tallies: Mapping[str, Tally], counts: Tensor | None) -> MetricValu
         counts: [resamples, clips] of the bootstrap; None: no intervals.
     """
     curves = {subject: tally.mean() for subject, tally in tallies.items()}
-    intervals, frame_intervals = {}, {}
+    intervals, frame_intervals, means = {}, {}, {}
     if counts is not None:
         for subject, tally in tallies.items():
             resampled = tally.resampled(counts)
             frame_intervals[subject] = percentile_interval(resampled).T.tolist()
-            intervals[subject] = tuple(percentile_interval(resampled.nanmean(1)).tolist())
+            means[subject] = resampled.nanmean(1)
+            intervals[subject] = tuple(percentile_interval(means[subject]).tolist())
     return MetricValues(
         **{subject: curve.nanmean().item() for subject, curve in curves.items()},
         per_frame={subject: curve.tolist() for subject, curve in curves.items()},
         interval=intervals or None,
         per_frame_interval=frame_intervals or None,
+        resampled={subject: mean.tolist() for subject, mean in means.items()} or None,
     )
 
 

@@ -86,7 +86,7 @@ def gradient_energy(videos: Tensor) -> Tensor:
     """
 
     def of_images(images: Tensor) -> Tensor:
-        images = images.float().clamp(-1, 1)
+        images = images.float().clamp(-1, 1).contiguous()  # equal frames have equal sums, whatever their layout
         return images.diff(dim=-1).square().mean((1, 2, 3)) + images.diff(dim=-2).square().mean((1, 2, 3))
 
     return torch.stack([of_images(images) for images in videos.unbind(1)], dim=1).double().cpu()

@@ -5,25 +5,25 @@ from typing import Any
 
 import torch
 
-from pipelines.config import PROTOCOL_DATA, PROTOCOLS, EvaluationConfig, RiverConfig
+from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
+from pipelines.evaluation.forecasts import Forecast
 from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
 from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
 from pipelines.evaluation.sample_scores import SCORES_DEFINITION
-from pipelines.loading import find_flow, find_refiner, weights_digest
-from pipelines.predictor import FrameCoding, VideoPredictor
-from pipelines.runtime.context import sampling_precision
+from pipelines.loading import weights_digest
+from pipelines.predictor import FrameCoding
 from pipelines.runtime.files import file_sha256
-from pipelines.runtime.results import EvaluationProtocol, FilePredictor, RunPredictor
+from pipelines.runtime.results import EvaluationProtocol
 from stage1_autoencoder.videos.preprocessing import preprocessing_description
 from stage1_autoencoder.videos.source import Recording
-from stage2_flow.sampling_plan import SamplingPlan
+
+# Ends the definition of what is measured of latents, where these are not what was predicted.
+ENCODED = ", of predicted frames that were encoded"
 
 
 def describe_protocol(
     config: RiverConfig,
-    device: torch.device,
-    predictor: RunPredictor | FilePredictor,
-    coding: FrameCoding | None,
+    forecast: Forecast,
     videos: list[int],
     recordings: list[Recording],
     missing: dict[str, str],
@@ -34,8 +34,7 @@ def describe_protocol(
     """Everything that decides the numbers.
 
     Args:
-        predictor: what predicts.
-        coding: what reconstructions and latents are of.
+        forecast: what was measured.
         videos, recordings: the video and the recording of each measured clip.
         missing: metric, or `interval`, that was not measured -> reason.
         vgg, i3d: files of the networks.
@@ -43,8 +42,8 @@ def describe_protocol(
     evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
     best_of = "per clip and metric, the sample with the best mean over the horizon by that metric"
     return EvaluationProtocol(
-        **common_protocol(config, device, coding, recordings, missing, evaluation.resamples),
-        predictor=predictor,
+        **common_protocol(config, forecast.device, forecast.coding, recordings, missing, evaluation.resamples),
+        predictor=forecast.description,
         protocol=describe_preset(config),
         clips=len(videos),
         videos=len(set(videos)),
@@ -54,7 +53,7 @@ def describe_protocol(
         best_of=best_of if evaluation.samples > 1 else None,
         sharpness=f"{SHARPNESS_DEFINITION}, sums over clips and samples",
         scores=SCORES_DEFINITION,
-        latent_frechet=None if "latent_frechet" in missing else LATENT_DEFINITION,
+        latent_frechet=None if "latent_frechet" in missing else LATENT_DEFINITION + ENCODED * forecast.is_encoded,
         pixels="clamped and compared as floats; data range 1 for values in [0, 1]",
         fps=config.dataset.fps,
         frame_step=config.dataset.frame_step,
@@ -68,36 +67,6 @@ def describe_protocol(
         vgg_sha256=None if vgg is None or "lpips" in missing else file_sha256(vgg),
         fvd=None if i3d is None or "fvd" in missing else _describe_fvd(config, i3d, "interval" not in missing),
         torch=torch.__version__,
-    )
-
-
-def describe_run(run: Path, predictor: VideoPredictor, evaluation: EvaluationConfig, refine: bool) -> RunPredictor:
-    """A run as what predicts clips of a protocol.
-
-    Args:
-        run: its folder.
-        predictor: its networks.
-        refine: predicted frames are refined.
-    Raises:
-        UserError: `refine` without a refiner.
-    """
-    flow, refiner, sampling = find_flow(run), find_refiner(run) if refine else None, predictor.sampling
-    assert flow is not None
-    resolved = predictor.resolved_sampling(sampling, evaluation.context, evaluation.horizon)
-    return RunPredictor(
-        flow_step=flow.step,
-        flow_sha256=weights_digest(predictor.vector_field),
-        flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
-        store_fingerprint=flow.state["store"]["fingerprint"],
-        autoencoder_sha256=flow.state["store"]["autoencoder"],
-        refine=refine,
-        refiner_step=None if refiner is None else refiner.step,
-        refiner_sha256=weights_digest(predictor.check_refiner()) if refine else None,
-        sampling=resolved.model_dump(mode="json"),
-        seed=sampling.seed,
-        nfe=SamplingPlan.from_config(sampling).evaluations,
-        precision=sampling_precision(sampling, predictor.device),
-        description=predictor.describe_sampling(refine),
     )
 
 

@@ -4,6 +4,8 @@ import textwrap
 
 from pipelines.runtime.results import (
     Calibration,
+    Comparison,
+    Difference,
     Distances,
     Evaluation,
     EvaluationProtocol,
@@ -23,6 +25,13 @@ METRICS = {
     "ssim": ("SSIM, higher is better", 3),
     "lpips": ("LPIPS, lower is better", 3),
     "sharpness": ("sharpness, 1 is that of the true frames", 3),
+}
+COMPARED = METRICS | {
+    "crps": ("CRPS [levels of 255], lower is better", 2),
+    "energy_score": ("energy score [levels of 255], lower is better", 2),
+    "latent_energy_score": ("energy score of latents, lower is better", 3),
+    "fvd": ("FVD, lower is better", 1),
+    "latent_frechet": ("Fréchet of latents, lower is better", 4),
 }
 # Predicted frames of the curves that are shown, and the last one.
 FRAMES_SHOWN = (1, 5, 10, 30, 100, 300, 1000)
@@ -62,6 +71,43 @@ def format_table(evaluation: Evaluation) -> str:
     for what, reason in protocol.missing.items():
         lines += _wrap(f"{what} was not measured: {reason}", "  ")
     return "\n".join(lines)
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """Of each metric a line per predictor, with the difference to the first; at most 120 characters a line."""
+    first = comparison.evaluations[comparison.reference]
+    protocol = first.protocol
+    lines = _wrap(
+        f"{protocol.dataset}, {protocol.split} split: {protocol.clips} clips of {protocol.describe_recordings()}, "
+        f"{protocol.context} frames given, {protocol.horizon} predicted, {protocol.samples} sample(s) per clip; "
+        f"differences to {comparison.reference} on the same clips",
+        "",
+    )
+    for metric, differences in comparison.differences.get("metrics", {}).items():
+        heading, digits = COMPARED.get(metric, (metric, 4))
+        widths = (10, 20, 12, 20)
+        lines += ["", _row(heading, "mean", "95 % interval", "difference", "95 % interval", widths=widths)]
+        for name, evaluation in comparison.evaluations.items():
+            values = evaluation.metrics.get(metric)
+            if values is not None:
+                lines.append(_compared(name, values, "prediction", differences.get(name), digits, widths))
+        if "copy_last" in differences:
+            values, difference = first.metrics[metric], differences["copy_last"]
+            lines.append(_compared(TITLES["copy_last"], values, "copy_last", difference, digits, widths))
+    lines.append("")
+    lines += _wrap(protocol.interval or "", "  interval  ") if protocol.interval else []
+    for what, reason in protocol.missing.items():
+        lines += _wrap(f"{what} was not measured: {reason}", "  ")
+    return "\n".join(lines)
+
+
+def _compared(
+    title: str, values: MetricValues, subject: str, difference: Difference | None, digits: int, widths: tuple[int, ...]
+) -> str:
+    cells = [f"{getattr(values, subject):.{digits}f}", _interval((values.interval or {}).get(subject), digits)]
+    if difference is not None:
+        cells += [f"{difference.value:+.{digits}f}", _interval(difference.interval, digits)]
+    return _row(title if len(title) <= 44 else f"...{title[-41:]}", *cells, widths=widths)
 
 
 def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int) -> list[str]:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +120,8 @@ class ClipReader:
     windows: list[Window]
     evaluation: EvaluationConfig
     run_context: RunContext
+    # Of moving windows, by number.
+    _starts: dict[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of clips, including those of broken videos, which are skipped when they are read."""
@@ -141,27 +143,42 @@ class ClipReader:
 
     def read(self, numbers: Iterable[int]) -> list[Clip]:
         """The clips of these numbers; those of broken videos are reported and left out."""
-        context, clips = self.evaluation.context, []
-        needed = context + self.evaluation.horizon
+        clips, needed = [], self.evaluation.context + self.evaluation.horizon
         for number in numbers:
-            video, start = self.windows[number].video, self.windows[number].start
+            video = self.windows[number].video
             try:
-                if self.evaluation.window == "moving":
-                    start = most_moving(self.source.iterate(video), context, needed)
+                start = self._start(number)
                 pixels = self.source.read(video, range(start, start + needed))
             except BrokenVideoError as error:
                 self.run_context.skip(error.video_id, error.reason)
                 continue
             # The same clip has the same key and so the same prediction, however many clips are asked for.
-            key, recording = start << 32 | video, self.source.recording(video)
+            key, recording, info = start << 32 | video, self.source.recording(video), self.source.videos[video]
             frames = image_to_unit(torch.from_numpy(pixels))
-            clips.append(Clip(self.name(key), key, recording, self.source.videos[video].fps, frames))
+            clips.append(Clip(self.name(key), key, recording, info.fps, frames))
         return clips
+
+    def key(self, number: int) -> int | None:
+        """The key of a clip. Its video is read only if its start depends on that; None: it is broken, and reported."""
+        try:
+            return self._start(number) << 32 | self.windows[number].video
+        except BrokenVideoError as error:
+            self.run_context.skip(error.video_id, error.reason)
+            return None
 
     def name(self, key: int) -> str:
         """The name of the clip of a key: its video's id, with `@` and its first frame if that is not frame 0."""
         start, video = divmod(key, 1 << 32)
         return self.source.videos[video].id + (f"@{start}" if start else "")
+
+    def _start(self, number: int) -> int:
+        window, context = self.windows[number], self.evaluation.context
+        if self.evaluation.window != "moving":
+            return window.start
+        if number not in self._starts:
+            needed = context + self.evaluation.horizon
+            self._starts[number] = most_moving(self.source.iterate(window.video), context, needed)
+        return self._starts[number]
 
     def nothing_found(self) -> UserError:
         """The error of videos of which none can be decoded."""

@@ -59,12 +59,17 @@ class Gain(OptionalParts):
 
 
 class Distances(OptionalParts):
-    """Distances between sets of videos, by subject."""
+    """Distances between sets of videos, by subject.
+
+    Attributes:
+        resampled: subject -> the number in each bootstrap resample, for differences. It is not written.
+    """
 
     prediction: float | None = None
     copy_last: float | None = None
     reconstruction: float | None = None
     interval: dict[str, Interval] | None = None
+    resampled: dict[str, list[float]] | None = Field(None, exclude=True, repr=False)
 
 
 class MetricValues(Distances):
@@ -248,6 +253,31 @@ class Evaluation(OptionalParts):
         if useful < len(gain.per_frame):
             text += f"; after frame +{useful} it is no better" if useful else "; it is better at no frame"
         return f"{text}."
+
+
+class Difference(OptionalParts):
+    """A metric's difference to that of the reference, on the same clips.
+
+    Attributes:
+        interval: 95 %, of the same bootstrap resamples for both; None where there are too few recordings.
+    """
+
+    value: float
+    interval: Interval | None = None
+
+
+class Comparison(Result):
+    """`comparison.json`: several predictors on the same clips.
+
+    Attributes:
+        evaluations: predictor, as it was named, -> its evaluation. All have one protocol, but for the predictor.
+        reference: the predictor that differences are taken to.
+        differences: part of `Evaluation` -> metric -> predictor, or `copy_last` -> difference.
+    """
+
+    evaluations: dict[str, Evaluation] = Field(min_length=1)
+    reference: str
+    differences: dict[str, dict[str, dict[str, Difference]]]
 
 
 class StudyPoint(Result):

@@ -1,0 +1,220 @@
+"""Predictions of any other predictor, as users bring them: files of all kinds, what is refused, and comparisons."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from pipelines.evaluation.intervals import draw_counts
+from pipelines.evaluation.metrics import psnr
+from stage1_autoencoder.autoencoder import image_to_unit
+
+CONTEXT, HORIZON, CLIPS = 2, 6, 12
+SETS = ("dataset.splits={test: 12}", "evaluation.videos=12")  # enough recordings for intervals
+
+
+@pytest.fixture
+def clips(place, tmp_path: Path) -> Path:
+    """The exported clips of a place without any network."""
+    place.run("evaluate", "--export-clips", str(tmp_path / "clips"), sets=SETS).ok()
+    return tmp_path / "clips"
+
+
+def frames_of(clips: Path, part: str) -> dict[str, np.ndarray]:
+    """Name -> uint8 [n, h, w, 3], in the order of the index."""
+    names = [clip["name"] for clip in json.loads((clips / "clips.json").read_text())["clips"]]
+    return {name: np.load(clips / part / f"{name}.npy") for name in names}
+
+
+def copies_of(clips: Path) -> dict[str, np.ndarray]:
+    """The last given frame of each clip, over and over."""
+    return {name: np.repeat(given[-1:], HORIZON, axis=0) for name, given in frames_of(clips, "given").items()}
+
+
+def write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> str:
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return str(folder)
+
+
+def write_coded(folder: Path, arrays: dict[str, np.ndarray], suffix: str, codec: str, pixels: str) -> str:
+    folder.mkdir()
+    for name, array in arrays.items():
+        with av.open(str(folder / f"{name}{suffix}"), "w") as container:
+            stream = container.add_stream(codec, rate=Fraction(10))
+            stream.height, stream.width, stream.pix_fmt = *array.shape[1:3], pixels
+            for frame in array:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    return str(folder)
+
+
+def result_of(place, name: str = "comparison.json") -> dict[str, Any]:
+    return json.loads((place.runs / name).read_text())
+
+
+def test_files_of_all_kinds_with_copies_measure_as_copying_does(place, clips: Path, tmp_path: Path, story) -> None:
+    given, copies = frames_of(clips, "given"), copies_of(clips)
+    whole = {name: np.concatenate([given[name], copies[name]]) for name in copies}
+    kinds = {"arrays": write_arrays(tmp_path / "arrays", copies)}
+    np.savez(tmp_path / "floats.npz", **{name: image_to_unit(torch.from_numpy(x)).permute(0, 2, 3, 1).numpy()
+                                         for name, x in whole.items()})  # fmt: skip
+    kinds["floats"] = str(tmp_path / "floats.npz")
+    save_file(whole, tmp_path / "tensors.safetensors")
+    kinds["tensors"] = str(tmp_path / "tensors.safetensors")
+    for name, array in whole.items():
+        story.write_video(tmp_path / "frames" / name, array)
+    kinds["frames"] = str(tmp_path / "frames")
+    kinds["lossless"] = write_coded(tmp_path / "lossless", copies, ".mkv", "ffv1", "bgr0")
+    kinds["coded"] = write_coded(tmp_path / "coded", whole, ".mp4", "mpeg4", "yuv420p")
+    sets = [*SETS, "evaluation.batch_size=5"]
+    outcome = place.run("evaluate", "--compare", *kinds.values(), "--black", "-1", sets=sets).ok()
+
+    found = result_of(place)
+    assert [*found["evaluations"]] == [*kinds.values()]
+    for kind, path in kinds.items():
+        evaluation = found["evaluations"][path]
+        assert evaluation["protocol"]["predictor"]["path"] == path
+        assert evaluation["protocol"]["predictor"]["black"] == (-1 if kind == "floats" else None)
+        for part in ("metrics", "objects"):
+            for metric, values in evaluation[part].items():
+                if kind != "coded":
+                    assert values["per_frame"]["prediction"] == pytest.approx(
+                        values["per_frame"]["copy_last"], abs=0, nan_ok=True
+                    )
+                if kind not in ("arrays", "coded"):
+                    difference = found["differences"][part][metric][path]
+                    assert difference["value"] == 0 or np.isnan(difference["value"])
+                    assert difference["interval"] == [0, 0] or np.isnan(difference["interval"]).all()
+    psnrs = found["evaluations"][kinds["coded"]]["metrics"]["psnr"]
+    assert psnrs["prediction"] == pytest.approx(psnrs["copy_last"], abs=0.5)
+    assert {"lpips", "fvd", "reconstruction", "latent_frechet"} == psnr_missing(found, kinds["arrays"])
+    assert max(len(line) for line in outcome.out.splitlines() if str(place.folder) not in line) <= 120
+    assert not (place.runs / "evaluation_records").exists()
+
+
+def psnr_missing(found: dict[str, Any], path: str) -> set[str]:
+    return {*found["evaluations"][path]["protocol"]["missing"]}
+
+
+def test_differences_are_paired_and_clustered_by_recording(place, clips: Path, tmp_path: Path) -> None:
+    truth, copies, noise = frames_of(clips, "truth"), copies_of(clips), np.random.default_rng(0)
+    noisy = {name: np.clip(x + noise.normal(0, 30, x.shape), 0, 255).astype(np.uint8) for name, x in truth.items()}
+    two = {name: np.stack([noisy[name], copies[name], truth[name]]) for name in truth}  # of which the first two count
+    paths = [write_arrays(tmp_path / "copies", copies), write_arrays(tmp_path / "two", two)]
+    for name, array in copies.items():
+        np.save(tmp_path / "copies" / f"{name}-2.npy", array)
+    sets = (*SETS, "evaluation.samples=2", "evaluation.resamples=100")
+    place.run("evaluate", "--compare", *paths, sets=sets).ok()
+
+    def of_clips(arrays: dict[str, np.ndarray]) -> np.ndarray:
+        pairs = [(image_to_unit(torch.from_numpy(arrays[name])), image_to_unit(torch.from_numpy(truth[name])))
+                 for name in truth]  # fmt: skip
+        return np.array([psnr(*pair).double().mean().item() for pair in pairs])
+
+    expected = (of_clips(noisy) + of_clips(copies)) / 2 - of_clips(copies)
+    counts = draw_counts(range(CLIPS), 100, 0).numpy()
+    interval = np.quantile(counts @ expected / CLIPS, [0.025, 0.975])
+    difference = result_of(place)["differences"]["metrics"]["psnr"][paths[1]]
+    assert difference["value"] == pytest.approx(expected.mean(), rel=1e-6)
+    assert difference["interval"] == pytest.approx(interval.tolist(), rel=1e-6)
+    best = result_of(place)["evaluations"][paths[1]]["metrics"]["psnr"]["best_of"]
+    assert best["value"] == pytest.approx(np.maximum(of_clips(noisy), of_clips(copies)).mean(), rel=1e-6)
+
+
+def _rename(folder: Path) -> None:
+    (folder / "test_00003.npy").rename(folder / "third.npy")
+
+
+def _squeeze(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "test_00003.npz", "w") as archive:
+        archive.writestr("x.npy", (folder / "test_00003.npy").read_bytes()[:-5])
+    (folder / "test_00003.npy").unlink()
+
+
+def _claim(folder: Path) -> None:
+    """Say that there are a million million samples."""
+    with (folder / "test_00003.npy").open("wb") as file:
+        shape = (10**12, HORIZON, 32, 32, 3)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+
+
+def _pipe(folder: Path) -> None:
+    (folder / "test_00003.npy").unlink()
+    os.mkfifo(folder / "test_00003.npy")
+
+
+def _save(array: np.ndarray) -> Callable[[Path], None]:
+    return lambda folder: np.save(folder / "test_00003.npy", array)
+
+
+FLOATS = np.zeros((HORIZON, 32, 32, 3), np.float32)
+BAD = {
+    "missing": (lambda folder: (folder / "test_00003.npy").unlink(), ["1 of 12 clips", "test_00003"]),
+    "misnamed": (_rename, ["test_00003", "third"]),
+    "short": (_save(np.zeros((5, 32, 32, 3), np.uint8)), ["5 frames", "6 predicted", "2 given"]),
+    "small": (_save(np.zeros((6, 16, 32, 3), np.uint8)), ["32x16", "32x32"]),
+    "channels first": (_save(np.zeros((6, 3, 32, 32), np.uint8)), ["[6, 3, 32, 32]"]),
+    "integers": (_save(np.zeros((6, 32, 32, 3), np.int64)), ["int64"]),
+    "nan": (_save(np.full_like(FLOATS, np.nan)), ["nan"]),
+    "out of range": (_save(FLOATS - 1), ["-1", "--black"]),
+    "twice": (lambda folder: (folder / "test_00003").mkdir(), ["test_00003.npy", "test_00003"]),
+    "claimed": (_claim, ["ends after 0"]),
+    "pipe": (_pipe, ["1 of 12 clips"]),
+    "cut off": (_squeeze, ["test_00003.npz"]),
+    "pickled": (_save(np.array([{}], object)), ["object"]),
+}
+
+
+def test_what_cannot_be_measured_is_one_line(place, clips: Path, tmp_path: Path) -> None:
+    copies = copies_of(clips)
+    for number, (spoil, needed) in enumerate(BAD.values()):
+        folder = write_arrays(tmp_path / str(number), copies)
+        spoil(Path(folder))
+        outcome = place.run("evaluate", "--predictions", folder, "--black", "0", sets=SETS).refused(2, *needed)
+        assert "test_00003" in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+    floats = write_arrays(tmp_path / "floats", {name: x / np.float32(255) for name, x in copies.items()})
+    place.run("evaluate", "--predictions", floats, sets=SETS).refused(2, "--black 0", "--black -1")
+    place.run("evaluate", "--predictions", floats, "--black", "-1", sets=SETS).refused(2, "--black 0")
+    place.run("evaluate", "--predictions", str(tmp_path / "gone"), sets=SETS).refused(2, "gone", "folder")
+    place.run("evaluate", "--predictions", floats, "--refine", sets=SETS).refused(2, "--refine")
+    place.run("evaluate", "--export-clips", floats, sets=SETS).refused(2, "other files")
+    assert not place.runs.exists()
+
+
+def test_with_an_autoencoder_all_is_measured_and_the_run_itself_can_be_compared(copied, tmp_path: Path) -> None:
+    before = (copied.runs / "evaluation.json").read_bytes()
+    copied.run("evaluate", "--export-clips", str(tmp_path / "clips")).ok()
+    copies = write_arrays(tmp_path / "copies", copies_of(tmp_path / "clips"))
+    copied.run("evaluate", "--predictions", copies).ok()
+    (path,) = copied.runs.glob("evaluation_of_*.json")
+    own = json.loads(path.read_text())["metrics"]
+    reference = json.loads(before)["metrics"]
+    for metric in ("psnr", "latent_frechet"):
+        # Of copies the latents are those that copying has, up to the size of the autoencoder's batches.
+        assert own[metric]["prediction"] == pytest.approx(reference[metric]["copy_last"], rel=1e-4)
+    assert own["psnr"]["reconstruction"] == pytest.approx(reference["psnr"]["reconstruction"], rel=1e-4)
+
+    outcome = copied.run("evaluate", "--compare", "run", str(copied.runs), copies).ok()
+    found = result_of(copied)
+    assert found["reference"] == "run"
+    assert found["evaluations"]["run"]["metrics"]["psnr"]["prediction"] == pytest.approx(
+        reference["psnr"]["prediction"], rel=1e-6
+    )
+    for differences in (*found["differences"]["metrics"].values(), *found["differences"]["objects"].values()):
+        assert differences[str(copied.runs)]["value"] in (0, pytest.approx(np.nan, nan_ok=True))
+    psnr_difference = found["differences"]["metrics"]["psnr"][copies]["value"]
+    assert psnr_difference == pytest.approx(reference["psnr"]["copy_last"] - reference["psnr"]["prediction"], rel=1e-4)
+    assert "differences to run" in outcome.out
+    assert (copied.runs / "evaluation.json").read_bytes() == before
