@@ -74,8 +74,8 @@ def evaluate(
 def evaluate_files(config: RiverConfig, run_context: RunContext, path: Path, black: int | None) -> Evaluation:
     """Measure the predictions of any other predictor on the clips of the protocol, and print the table.
 
-    The result is `evaluation_of_<path>.json` in the run's folder. No trained network is needed: what needs an autoencoder
-    is measured with that of the run, or left out.
+    The result is `evaluation_of_<path>.json` in the run's folder. No trained network is needed: what needs an
+    autoencoder is measured with that of the run, or left out.
 
     Args:
         path, black: as `PredictionFiles`.

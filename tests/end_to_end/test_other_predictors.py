@@ -98,13 +98,9 @@ def test_files_of_all_kinds_with_copies_measure_as_copying_does(place, clips: Pa
                     assert difference["interval"] == [0, 0] or np.isnan(difference["interval"]).all()
     psnrs = found["evaluations"][kinds["coded"]]["metrics"]["psnr"]
     assert psnrs["prediction"] == pytest.approx(psnrs["copy_last"], abs=0.5)
-    assert {"lpips", "fvd", "reconstruction", "latent_frechet"} == psnr_missing(found, kinds["arrays"])
+    assert {"reconstruction", "latent_frechet"} < {*found["evaluations"][kinds["arrays"]]["protocol"]["missing"]}
     assert max(len(line) for line in outcome.out.splitlines() if str(place.folder) not in line) <= 120
     assert not (place.runs / "evaluation_records").exists()
-
-
-def psnr_missing(found: dict[str, Any], path: str) -> set[str]:
-    return {*found["evaluations"][path]["protocol"]["missing"]}
 
 
 def test_differences_are_paired_and_clustered_by_recording(place, clips: Path, tmp_path: Path) -> None:
