@@ -57,29 +57,34 @@ class Tally:
         """[...] over all clips; NaN where there was nothing to measure."""
         return self.total.sum(0) / self.count.sum(0)
 
+    def pooled(self) -> "Tally":
+        """All frames as one: [clips, 1] of [clips, frames]."""
+        return Tally(self.total.sum(1, keepdim=True), self.count.sum(1, keepdim=True))
+
     def resampled(self, counts: Tensor) -> Tensor:
         """Means [resamples, ...] over the clips of each resample, from `draw_counts`."""
         return torch.tensordot(counts, self.total, dims=1) / torch.tensordot(counts, self.count, dims=1)
 
 
-def summarize(tallies: Mapping[str, Tally], counts: Tensor | None) -> MetricValues:
+def summarize(tallies: Mapping[str, Tally], counts: Tensor | None, pooled: bool = False) -> MetricValues:
     """A measure of all subjects: of each frame over all clips and samples, the mean of these, and intervals.
 
     Args:
         tallies: by subject [clips, horizon]. A frame in which no clip has anything to measure is NaN, and left out of
             the mean.
         counts: [resamples, clips] of the bootstrap; None: no intervals.
+        pooled: instead of the mean of all frames, that of all that was measured, for what is rare in a frame.
     """
     curves = {subject: tally.mean() for subject, tally in tallies.items()}
+    summed = {subject: tally.pooled() if pooled else tally for subject, tally in tallies.items()}
     intervals, frame_intervals, means = {}, {}, {}
     if counts is not None:
         for subject, tally in tallies.items():
-            resampled = tally.resampled(counts)
-            frame_intervals[subject] = percentile_interval(resampled).T.tolist()
-            means[subject] = resampled.nanmean(1)
+            frame_intervals[subject] = percentile_interval(tally.resampled(counts)).T.tolist()
+            means[subject] = summed[subject].resampled(counts).nanmean(1)
             intervals[subject] = tuple(percentile_interval(means[subject]).tolist())
     return MetricValues(
-        **{subject: curve.nanmean().item() for subject, curve in curves.items()},
+        **{subject: tally.mean().nanmean().item() for subject, tally in summed.items()},
         per_frame={subject: curve.tolist() for subject, curve in curves.items()},
         interval=intervals or None,
         per_frame_interval=frame_intervals or None,

@@ -13,6 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from pipelines.evaluation.bounces import find_meetings
 from pipelines.evaluation.intervals import Tally, summarize
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.prediction.clips import Clip
@@ -20,6 +21,7 @@ from pipelines.prediction.pictures import clip_strips, contact_sheet, to_video
 from pipelines.runtime.results import MetricValues
 from stage1_autoencoder.videos.shapes import (
     BACKGROUND,
+    DROPS,
     KINDS,
     PALETTE,
     ShapesSource,
@@ -33,6 +35,12 @@ KEPT_AREA = (0.6, 1.5)
 GHOST_AREA = 0.125
 # In pixels; kinds of smaller shapes cannot be told apart.
 SMALLEST_RADIUS = 3.5
+# A bounce keeps the speed if it is this many times that before.
+KEPT_SPEED = (0.8, 1.25)
+# How much clearer a simulator's meeting is than one of found shapes, whose places are not exact.
+CLEARLY = 1.6
+# Measures of what happens in some frames only.
+EVENTS = ("bounces", "collisions", "elastic", "on_time", "lost_before")
 # Of the best and of the worst clips.
 CLIPS_SHOWN = 3
 # Pixels of frames that are measured at once.
@@ -58,7 +66,54 @@ class FoundShapes:
     others: np.ndarray
 
 
-def audit_objects(videos: Tensor, truth: VisibleShapes) -> dict[str, Tally]:
+@dataclass(frozen=True, eq=False)
+class MatchedShapes:
+    """The simulator's k shapes as they were found in b videos of t frames.
+
+    Attributes:
+        kept, right: [b, t, k] bool: whether its area is right, and then its kind.
+        centroid: [b, t, k, xy] pixels; of no area anything.
+        color_error: [b, t, k] levels of 0 to 255; NaN for an area so thin that no pixel is inside.
+        ghosts: [b, t] number of areas that are no shape of the video.
+    """
+
+    kept: np.ndarray
+    right: np.ndarray
+    centroid: np.ndarray
+    color_error: np.ndarray
+    ghosts: np.ndarray
+
+
+def match_shapes(videos: Tensor, truth: VisibleShapes) -> MatchedShapes:
+    """Find the shapes of every frame by their color.
+
+    Args:
+        videos: [b, t, 3, h, w] in [-1, 1].
+        truth: of the b t frames.
+    """
+    b, t, _, h, w = videos.shape
+    frames = rearrange(videos, "b t c h w -> (b t) h w c").float().clamp(-1, 1).add(1).mul(127.5).cpu().numpy()
+    size = max(1, PIXELS_AT_ONCE // (h * w))
+    parts = [find_shapes(frames[start : start + size], truth.radius) for start in range(0, len(frames), size)]
+    found = FoundShapes(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+    n, own, present = np.arange(len(frames))[:, None], truth.color, truth.present
+    ratio = found.area[n, own] / np.where(present, truth.coverage.sum((2, 3)), 1.0)
+    kept = present & (ratio >= KEPT_AREA[0]) & (ratio <= KEPT_AREA[1])
+    # An area of a color that no shape of the video has is a ghost, and so is a second area of a color.
+    expected = (present[..., None] & (own[..., None] == np.arange(len(PALETTE)))).any(1)
+    ghosts = found.others + (~expected & (found.area >= ghost_area(truth.radius)))
+    matched = {
+        "kept": kept,
+        "right": kept & (found.kind[n, own] == truth.kind),
+        "centroid": found.centroid[n, own],
+        "color_error": found.color_error[n, own],
+        "ghosts": ghosts.sum(1),
+    }
+    return MatchedShapes(**{name: values.reshape(b, t, *values.shape[1:]) for name, values in matched.items()})
+
+
+def audit_objects(found: MatchedShapes, truth: VisibleShapes) -> dict[str, Tally]:
     """Measure the shapes of every frame.
 
     - `whole`: share of the clips in which every shape is kept and has the right kind, and there is no ghost.
@@ -75,49 +130,95 @@ def audit_objects(videos: Tensor, truth: VisibleShapes) -> dict[str, Tally]:
       eighth of a disc.
 
     Args:
-        videos: [b, t, 3, h, w] in [-1, 1].
+        found: of b videos of t frames.
         truth: of the b t frames.
     Returns:
         Measure -> [b, t]. The first frames have no speed.
     """
-    b, _, _, h, w = videos.shape
-    frames = rearrange(videos, "b t c h w -> (b t) h w c").float().clamp(-1, 1).add(1).mul(127.5).cpu().numpy()
-    size = max(1, PIXELS_AT_ONCE // (h * w))
-    parts = [find_shapes(frames[start : start + size], truth.radius) for start in range(0, len(frames), size)]
-    found = FoundShapes(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
-
-    n, own, present = np.arange(len(frames))[:, None], truth.color, truth.present
-    true_area = np.where(present, truth.coverage.sum((2, 3)), 1.0)
+    shape = found.kept.shape
+    present, (h, w) = truth.present.reshape(shape), truth.coverage.shape[2:]
+    true_area = np.where(truth.present, truth.coverage.sum((2, 3)), 1.0)
     columns, rows = (truth.coverage.sum(axis) @ (np.arange(side) + 0.5) for axis, side in ((2, w), (3, h)))
-    true_centroid = np.stack([columns, rows], axis=-1) / true_area[..., None]
-    centroid, color_error = found.centroid[n, own], found.color_error[n, own]
-    ratio = found.area[n, own] / true_area
-    kept = present & (ratio >= KEPT_AREA[0]) & (ratio <= KEPT_AREA[1])
-    right = kept & (found.kind[n, own] == truth.kind)
-    # An area of a color that no shape of the video has is a ghost, and so is a second area of a color.
-    expected = (present[..., None] & (own[..., None] == np.arange(len(PALETTE)))).any(1)
-    ghosts = found.others + (~expected & (found.area >= ghost_area(truth.radius)))
+    true_centroid = (np.stack([columns, rows], axis=-1) / true_area[..., None]).reshape(*shape, 2)
 
-    way, true_way = np.zeros(kept.shape), np.zeros(kept.shape)
-    first = np.arange(len(frames)) % videos.shape[1] == 0
-    both = np.concatenate([kept[:1] & False, kept[1:] & kept[:-1]]) & ~first[:, None]
-    way[1:] = np.linalg.norm(np.diff(centroid, axis=0), axis=-1)
-    true_way[1:] = np.linalg.norm(np.diff(true_centroid, axis=0), axis=-1)
+    def way(places: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(np.diff(places, axis=1, prepend=places[:, :1]), axis=-1)
+
+    before = np.zeros_like(found.kept)
+    before[:, 1:] = found.kept[:, :-1]
 
     def tally(values: np.ndarray, of: np.ndarray, over: np.ndarray | float = 1.0) -> Tally:
         """Sums of the values and of what they are divided by, over the shapes `of`."""
-        sums = (np.where(of, x, 0.0).sum(-1) for x in (values, over))
-        return Tally(*(torch.from_numpy(x.reshape(b, -1)) for x in sums))
+        return Tally(*(torch.from_numpy(np.where(of, x, 0.0).sum(-1)) for x in (values, over)))
 
-    frame = np.ones((len(frames), 1), bool)
+    ghosts, clip = found.ghosts[..., None], np.ones((*found.ghosts.shape, 1), bool)
+    distance = np.linalg.norm(found.centroid - true_centroid, axis=-1) / truth.scale
     return {
-        "whole": tally(((right == present).all(1) & (ghosts.sum(1) == 0))[:, None], frame),
-        "kept": tally(kept, present),
-        "kind": tally(right, kept),
-        "position": tally(np.linalg.norm(centroid - true_centroid, axis=-1) / truth.scale, kept),
-        "speed": tally(way, both, true_way),
-        "color": tally(color_error, kept & np.isfinite(color_error)),
-        "ghosts": tally(ghosts.sum(1, keepdims=True), frame),
+        "whole": tally(((found.right == present).all(-1, keepdims=True) & (ghosts == 0)), clip),
+        "kept": tally(found.kept, present),
+        "kind": tally(found.right, found.kept),
+        "position": tally(distance, found.kept),
+        "speed": tally(way(found.centroid), found.kept & before, way(true_centroid)),
+        "color": tally(found.color_error, found.kept & np.isfinite(found.color_error)),
+        "ghosts": tally(ghosts, clip),
+    }
+
+
+def audit_bounces(found: MatchedShapes, truth: VisibleShapes, centers: np.ndarray) -> dict[str, Tally]:
+    """Measure how shapes bounce off walls and off each other, see `find_meetings`.
+
+    The first three ask what the found shapes do wherever they are. So they can be told at any time, when the simulator
+    and a prediction have long parted.
+
+    - `bounces`: share of the shapes' meetings with a wall after which they move away from it. The others go through the
+      wall, stay there, or vanish.
+    - `collisions`: the same of two shapes that meet.
+    - `elastic`: share of these bounces and collisions after which the speed is 0.8 to 1.25 times that before.
+    - `on_time`: share of the simulator's bounces and collisions after which the same shape moves away from the same
+      wall or shape, in the right frame or the one before or after it.
+    - `lost_before`: share of the simulator's bounces and collisions whose shape was lost before; `on_time` is about the
+      others.
+
+    Args:
+        found: of the last given frame and the predicted ones.
+        truth: of the same frames.
+        centers: [b, context + horizon, k, xy] the simulator's in pixels of these frames.
+    Returns:
+        Measure -> [b, horizon], in the frame after which a meeting begins.
+    """
+    given, k = centers.shape[1] - found.kept.shape[1] + 1, centers.shape[2]
+    present = np.broadcast_to(truth.present.reshape(found.kept.shape)[:, :1], centers.shape[:3])
+    drop = (DROPS[truth.kind] * truth.radius).reshape(found.kept.shape)
+    known, track = present.copy(), centers.astype(np.float64)
+    known[:, given:] = found.kept[:, 1:]
+    track[:, given:] = found.centroid[:, 1:]
+    track[:, given:, :, 1] -= drop[:, 1:]
+    size = np.array(truth.coverage.shape[:1:-1])
+    ours = find_meetings(track, known, truth.radius, size)
+    true = find_meetings(centers, present, truth.radius, size, clearly=CLEARLY)
+
+    def around(values: np.ndarray, frames: Sequence[int]) -> np.ndarray:
+        """[frames, b, t, m]: values so many frames later; at the ends, the last ones."""
+        most = max(map(abs, frames))
+        padded = np.pad(values, ((0, 0), (most, most), (0, 0)), "edge")
+        return np.stack([padded[:, most + n : most + n + values.shape[1]] for n in frames])
+
+    seen = known @ ours.members.T == ours.members.sum(1)
+    events, tracked = true.begin & true.alone, around(seen, [-2, -1, 0]).all(0)
+    own, is_wall = ours.begin & ours.alone, np.arange(len(ours.members)) < 4 * k
+    measurable = np.isfinite(ours.speed)
+    kept_speed = measurable & (ours.speed >= KEPT_SPEED[0]) & (ours.speed <= KEPT_SPEED[1])
+
+    def share(of: np.ndarray, among: np.ndarray) -> Tally:
+        counts = ((x & among)[:, given - 1 : -1].sum(-1, dtype=np.float64) for x in (of, among))
+        return Tally(*map(torch.from_numpy, counts))
+
+    return {
+        "bounces": share(ours.bounce, own & is_wall),
+        "collisions": share(ours.bounce, own & ~is_wall),
+        "elastic": share(kept_speed, measurable),
+        "on_time": share(around(ours.bounce, [-1, 0, 1]).any(0), events & tracked),
+        "lost_before": share(~tracked, events),
     }
 
 
@@ -297,17 +398,29 @@ class ObjectAudit(Measure):
 
     def measure(self, batch: ClipBatch) -> Records:
         # From the last given frame on: the way to the first predicted one starts there.
-        truth = true_shapes(self._source, batch.clips, batch.given.shape[1] - 1)
+        context, clips = batch.given.shape[1], batch.clips
+        truth = true_shapes(self._source, clips, context - 1)
+        videos, starts = (
+            np.array(numbers)[:, None] for numbers in zip(*((c.video, c.start) for c in clips), strict=True)
+        )
+        centers = self._source.centers(videos, starts + np.arange(len(clips[0].frames)))
         records: Records = {}
         for subject, samples in batch.futures.items():
-            of_samples = [audit_objects(torch.cat([batch.given[:, -1:], x], 1), truth) for x in samples.unbind(1)]
+            of_samples = []
+            for frames in samples.unbind(1):
+                found = match_shapes(torch.cat([batch.given[:, -1:], frames], 1), truth)
+                tallies = {
+                    name: Tally(tally.total[:, 1:], tally.count[:, 1:])
+                    for name, tally in audit_objects(found, truth).items()
+                }
+                of_samples.append(tallies | audit_bounces(found, truth, centers))
             for measure in of_samples[0]:
                 tallies = [torch.stack([found[measure].total, found[measure].count], -1) for found in of_samples]
-                records[f"{measure} {subject}"] = torch.stack(tallies).sum(0)[:, 1:]
+                records[f"{measure} {subject}"] = torch.stack(tallies).sum(0)
             if subject == "prediction":
                 whole, position = (of_samples[0][measure] for measure in ("whole", "position"))
-                error = position.total[:, 1:].sum(1) / position.count[:, 1:].sum(1)
-                records["rank"] = torch.stack([-whole.total[:, 1:].sum(1), error.nan_to_num(torch.inf)], dim=1)
+                error = position.total.sum(1) / position.count.sum(1)
+                records["rank"] = torch.stack([-whole.total.sum(1), error.nan_to_num(torch.inf)], dim=1)
         return records
 
     def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
@@ -316,7 +429,7 @@ class ObjectAudit(Measure):
             if name != "rank":
                 measure, subject = name.split(" ")
                 tallies[measure][subject] = Tally(*values.unbind(-1))
-        return {measure: summarize(subjects, counts) for measure, subjects in tallies.items()}
+        return {measure: summarize(subjects, counts, pooled=measure in EVENTS) for measure, subjects in tallies.items()}
 
     def pictures(self, records: Records, clips: Callable[[Sequence[int]], ClipBatch]) -> dict[str, Image.Image]:
         """The best clips, then the worst: those with fewer whole frames, or with a larger position error."""

@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.frechet import MAX_RESAMPLES, fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.intervals import Tally, half_width, normal_interval, percentile_interval
 from pipelines.evaluation.metrics import Metric, gradient_energy, measure_frames
-from pipelines.evaluation.object_audit import audit_objects
+from pipelines.evaluation.object_audit import audit_objects, match_shapes
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.results import Interval, StudyPoint
@@ -104,7 +104,9 @@ class StudyClips:
             "whole": None,
         }
         if self.shapes is not None:
-            measured["whole"] = float(audit_objects(videos, self.shapes)["whole"].mean().mean())
+            measured["whole"] = float(
+                audit_objects(match_shapes(videos, self.shapes), self.shapes)["whole"].mean().mean()
+            )
         for name, tally in clips.items():
             of_reference = tally.total.tolist() if reference is None else reference.per_clip[name]
             difference = Tally(tally.total - torch.tensor(of_reference, dtype=torch.float64), tally.count)

@@ -1,5 +1,6 @@
 """An evaluation as a table on the terminal."""
 
+import math
 import textwrap
 
 from pipelines.runtime.results import (
@@ -35,6 +36,13 @@ COMPARED = METRICS | {
 }
 # Predicted frames of the curves that are shown, and the last one.
 FRAMES_SHOWN = (1, 5, 10, 30, 100, 300, 1000)
+# Measures of `object_audit.audit_bounces`.
+BOUNCES = {
+    "bounces": "they bounce off walls",
+    "collisions": "off each other",
+    "elastic": "keep their speed then",
+    "on_time": "and do so when the true ones do",
+}
 WIDTH = 120
 CLIPS_SHOWN = 3
 
@@ -164,7 +172,15 @@ def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
     shares = ", ".join(f"{100 * whole[column]:.0f} %" for column in columns)
     distances = ", ".join(f"{position[column]:.1f}" for column in columns)
     frames = ", ".join(f"+{column + 1}" for column in columns)
-    return f"All objects are whole in {shares} of the clips at {frames}; they are {distances} pixels of 64 off there."
+    bounces = ", ".join(
+        f"{words} {100 * objects[measure].prediction:.0f} %"
+        for measure, words in BOUNCES.items()
+        if measure in objects and math.isfinite(objects[measure].prediction)
+    )
+    return (
+        f"All objects are whole in {shares} of the clips at {frames}; they are {distances} pixels of 64 off there"
+        + (f"; {bounces}." if bounces else ".")
+    )
 
 
 def _distances_table(heading: str, values: MetricValues) -> list[str]:

@@ -74,6 +74,10 @@ OBJECTS = [
     Quantity("speed", "Speed", "share of the true way", None, 3),
     Quantity("color", "Color error", "levels of 255", "lower", 2),
     Quantity("ghosts", "Ghosts", "per frame", "lower", 3),
+    Quantity("bounces", "Bounces off walls", "share of meetings with a wall", "higher", 3),
+    Quantity("collisions", "Bounces off each other", "share of meetings of two", "higher", 3),
+    Quantity("elastic", "Bounces that keep the speed", "share of bounces", "higher", 3),
+    Quantity("on_time", "Bounces on time", "share of the true bounces", "higher", 3),
 ]
 TIME = Quantity("milliseconds_per_frame", "Time", "ms per predicted frame", "lower", None)
 STUDIED = [

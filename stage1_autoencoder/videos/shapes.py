@@ -118,6 +118,10 @@ class ShapesSource(VideoSource):
             scale=self.scale,
         )
 
+    def centers(self, videos: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """Where the shapes are: [..., objects, xy] pixels; arguments as of `render`, of any equal shapes."""
+        return self.positions[videos, frames * self.dataset.frame_step] * self.scale
+
     def _paint(self, videos: np.ndarray, frames: np.ndarray, background: np.ndarray, colors: np.ndarray) -> np.ndarray:
         """Paint frames.
 
@@ -134,7 +138,7 @@ class ShapesSource(VideoSource):
         shape = len(videos), height + 2 * side, width + 2 * side, len(background)
         canvas = np.broadcast_to(background, shape).copy()
         rows = np.arange(len(videos))[:, None, None]
-        centers = self.positions[videos, frames * self.dataset.frame_step] * self.scale  # [n, objects, xy]
+        centers = self.centers(videos, frames)
         for k in range(centers.shape[1]):
             corner = np.floor(centers[:, k]).astype(np.int64) - side // 2
             x = corner[:, :1] + np.arange(side)

@@ -61,6 +61,11 @@ def test_ratios_are_of_sums_and_nothing_to_measure_is_left_out():
     assert first == pytest.approx((3 / 7, 1.0))  # resamples with one of both clips
     assert second == pytest.approx((0.5, 0.5))
     assert none == pytest.approx((math.nan, math.nan), nan_ok=True)
+    counts = draw_counts(RECORDINGS, 300, 1)
+    rare = summarize({"prediction": Tally(total * torch.tensor([1.0, 0.1, 1.0]), count)}, counts, pooled=True)
+    assert rare.prediction == pytest.approx((4 + 0.1 * 66) / (8 + 132))
+    assert rare.per_frame["prediction"] == pytest.approx([0.5, 0.05, math.nan], nan_ok=True)
+    assert rare.interval["prediction"][0] < rare.prediction < rare.interval["prediction"][1] < 0.3
 
 
 def test_intervals_cover_the_truth_and_those_over_clips_do_not():

@@ -1,14 +1,23 @@
 """The audit of objects: true frames are without fault, and each kind of damage shows in its own measure."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter, label
 from torch import Tensor
 
+from pipelines.evaluation.bounces import find_meetings
 from pipelines.evaluation.intervals import Tally, draw_counts
 from pipelines.evaluation.measures import ClipBatch
-from pipelines.evaluation.object_audit import ObjectAudit, audit_objects, label_areas
+from pipelines.evaluation.object_audit import (
+    ObjectAudit,
+    audit_bounces,
+    audit_objects,
+    label_areas,
+    match_shapes,
+)
 from pipelines.prediction.clips import Clip
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos.config import DatasetConfig
@@ -42,7 +51,12 @@ def mean(tally: Tally) -> float:
 
 
 def means(frames: Tensor, truth: VisibleShapes) -> dict[str, float]:
-    return {measure: mean(tally) for measure, tally in audit_objects(frames, truth).items()}
+    return {measure: mean(tally) for measure, tally in audit_objects(match_shapes(frames, truth), truth).items()}
+
+
+def bounce_means(frames: Tensor, truth: VisibleShapes, centers: np.ndarray) -> dict[str, float]:
+    tallies = audit_bounces(match_shapes(frames, truth), truth, centers)
+    return {measure: mean(tally) for measure, tally in tallies.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +81,50 @@ def test_true_frames_are_without_fault(size, options):
     # A centroid of whole pixels is off by at most half a pixel in x and in y.
     assert found["position"] < 0.3 / drawn.scale
     assert found["speed"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def long_clips() -> tuple[Tensor, VisibleShapes, np.ndarray]:
+    """Frames and shapes of six clips from the second frame on, and the centers in all 40 frames."""
+    drawn, videos, frames = source(frames=40), np.arange(6)[:, None], np.arange(1, 40)
+    every, each = np.broadcast_arrays(videos, frames)
+    pixels = image_to_unit(torch.from_numpy(drawn.render(every.ravel(), each.ravel())))
+    shapes = drawn.shapes(every.ravel(), each.ravel())
+    return pixels.unflatten(0, (6, 39)), shapes, drawn.centers(videos, np.arange(40))
+
+
+ELASTIC = {"bounces": 1.0, "collisions": 1.0, "elastic": 1.0, "on_time": 1.0, "lost_before": 0.0}
+
+
+def test_true_bounces_are_without_fault(long_clips):
+    frames, truth, centers = long_clips
+    tallies = audit_bounces(match_shapes(frames, truth), truth, centers)
+    assert {measure: mean(tally) for measure, tally in tallies.items()} == ELASTIC
+    assert all(tallies[measure].count.sum() >= least for measure, least in {"bounces": 20, "collisions": 3}.items())
+
+
+def test_far_ahead_only_the_time_of_bounces_is_wrong(long_clips):
+    """Mirrored clips are as good as the true ones, but with another future, once they have jumped there."""
+    frames, truth, centers = long_clips
+    tallies = audit_bounces(match_shapes(frames.flip(-1), truth), truth, centers)
+    found = {measure: mean(Tally(tally.total[:, 5:], tally.count[:, 5:])) for measure, tally in tallies.items()}
+    assert found.pop("on_time") < 0.7
+    assert found == {name: value for name, value in ELASTIC.items() if name != "on_time"}
+
+
+def test_every_contact_with_a_wall_is_found():
+    """A disc alone in a room of 48 pixels for its center, and what is known of its way: x and y are a triangle wave."""
+    velocity, frames = np.array([2.7, 1.9]), np.arange(120)
+    way = np.array([5.0, 11.0]) + frames[:, None] * velocity
+    centers = (8 + 48 - abs(way % 96 - 48))[None, :, None]
+    meetings = find_meetings(centers, np.ones((1, 120, 1), bool), 8.0, np.array([64.0, 64.0]))
+    for wall, (axis, offset) in enumerate([(0, 0), (0, 48), (1, 0), (1, 48)]):
+        contacts = (96 * np.arange(1, 9) + offset - 96 - way[0, axis]) / velocity[axis]
+        assert np.flatnonzero(meetings.begin[0, :, wall]).tolist() == [
+            int(time) for time in contacts if 1 <= time < 116
+        ]
+    assert (meetings.bounce == meetings.begin).all()
+    assert meetings.speed[np.isfinite(meetings.speed)] == pytest.approx(1)
 
 
 def paint(scene: dict[str, np.ndarray], scale: float) -> tuple[Tensor, np.ndarray]:
@@ -219,10 +277,97 @@ def test_damage_shows_in_its_own_measure(scale, damage, expected):
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
+RIGHT_WALL, MIDDLE = 10.4, 4.5  # when they are touched
+GIVEN, LAST = 2, 18
+
+
+def bouncing() -> np.ndarray:
+    """Tracks [frames, discs, xy]: a red disc bounces off the right wall, a green and a blue one off each other."""
+    after = np.arange(LAST)[:, None] - [RIGHT_WALL, MIDDLE, MIDDLE]
+    x = [56.0, 25.0, 41.0] - abs(after) * [2.5, 1.0, -1.0]
+    return np.stack([x, np.broadcast_to([12.0, 46.0, 46.0], x.shape)], axis=-1)
+
+
+AT_THE_WALL, TOGETHER = [0], [1, 2]
+
+
+def go_through(discs: list[int]) -> Callable[[np.ndarray], None]:
+    def damage(tracks: np.ndarray) -> None:
+        tracks[:, discs] = tracks[:1, discs] + np.arange(LAST)[:, None, None] * (tracks[1:2] - tracks[:1])[:, discs]
+
+    return damage
+
+
+def after_contact(speed: float, discs: list[int]) -> Callable[[np.ndarray], None]:
+    """Bounce with this share of the speed."""
+
+    def damage(tracks: np.ndarray) -> None:
+        frame = int(RIGHT_WALL if discs == AT_THE_WALL else MIDDLE) + 1
+        tracks[frame:, discs] = tracks[frame, discs] + speed * (tracks[frame:, discs] - tracks[frame, discs])
+
+    return damage
+
+
+def come_later(tracks: np.ndarray) -> None:
+    tracks[GIVEN + 3 :, 0] = tracks[GIVEN:-3, 0]
+
+
+def turn_up(tracks: np.ndarray) -> None:
+    """From the given frames on to the upper wall, which is touched later, too."""
+    tracks[GIVEN:, 0] = np.stack([np.full(LAST - GIVEN, 32.0), 8 + abs(np.arange(LAST - GIVEN) * 2.5 - 14)], -1)
+
+
+def vanish(tracks: np.ndarray) -> None:
+    tracks[GIVEN + 2 :, 0] = -100
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda tracks: None, {}),
+        (go_through(AT_THE_WALL), {"bounces": 0.0, "on_time": 0.5}),
+        (after_contact(0.0, AT_THE_WALL), {"bounces": 0.0, "on_time": 0.5}),
+        (after_contact(0.6, AT_THE_WALL), {"elastic": 0.5}),
+        (after_contact(1.5, AT_THE_WALL), {"elastic": 0.5}),
+        (come_later, {"on_time": 0.5}),
+        (turn_up, {"on_time": 0.5}),
+        (go_through(TOGETHER), {"collisions": 0.0, "on_time": 0.5}),
+        (after_contact(0.0, TOGETHER), {"collisions": 0.0, "on_time": 0.5}),
+        (after_contact(0.6, TOGETHER), {"elastic": 0.5}),
+        (vanish, {"bounces": NAN, "lost_before": 0.5}),
+    ],
+    ids=["nothing", "through the wall", "sticks at the wall", "slower", "faster", "late", "another wall",
+         "through each other", "stick together", "slower together", "lost"],
+)  # fmt: skip
+def test_each_bad_bounce_shows_in_its_own_measure(damage, expected):
+    tracks = bouncing()
+
+    def draw(tracks: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        return paint({"centroid": tracks[GIVEN - 1 :], "area": np.full(3, 64 * np.pi), "kind": np.full(3, DISC),
+                      "rgb": PALETTE[[RED, GREEN, BLUE]]}, 1.0)  # fmt: skip
+
+    damaged = tracks.copy()
+    damage(damaged)
+    frames = LAST - GIVEN + 1
+    truth = VisibleShapes(
+        present=np.ones((frames, 3), bool),
+        kind=np.full((frames, 3), DISC),
+        color=np.tile([RED, GREEN, BLUE], (frames, 1)),
+        coverage=draw(tracks)[1],
+        radius=8.0,
+        scale=1.0,
+    )
+    found = bounce_means(draw(damaged)[0], truth, tracks[None])
+    assert found == pytest.approx(ELASTIC | expected, nan_ok=True)
+
+
 def test_speed_needs_two_frames(true):
     frames, truth = true[0].clone(), true[1]
     frames[:, 3] = torch.from_numpy(BACKGROUND / 127.5 - 1)[:, None, None]
-    measured = audit_objects(frames, truth)
+    measured = audit_objects(match_shapes(frames, truth), truth)
     assert (measured["speed"].count > 0).double().mean(0).tolist() == [0, 1, 1, 0, 0, 1, 1, 1]
     assert mean(measured["speed"]) == pytest.approx(1, abs=0.02)
 

@@ -105,6 +105,11 @@ def test_objects_in_one_line(everything):
     for part in ("100 %, 96 %, 91 %, 71 %", "+1, +5, +10, +30", "10.0, 9.6, 9.1, 7.1"):
         assert part in line
     assert max(map(len, text.splitlines())) <= 120
+    shares = {"bounces": 0.98, "collisions": float("nan"), "elastic": 0.77, "on_time": 0.4}
+    objects |= {name: MetricValues(prediction=share) for name, share in shares.items()}
+    text = format_table(everything.model_copy(update={"objects": objects}))
+    assert all(part in text for part in ("98 %", "77 %", "40 %"))
+    assert "nan" not in text
 
 
 def test_scores_and_calibration_in_two_lines(everything):
