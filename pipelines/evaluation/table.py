@@ -38,10 +38,10 @@ COMPARED = METRICS | {
 FRAMES_SHOWN = (1, 5, 10, 30, 100, 300, 1000)
 # Measures of `object_audit.audit_bounces`.
 BOUNCES = {
-    "bounces": "they bounce off walls",
-    "collisions": "off each other",
-    "elastic": "keep their speed then",
-    "on_time": "and do so when the true ones do",
+    "bounces": "bounce off walls",
+    "collisions": "bounce off each other",
+    "elastic": "keep their speed at that",
+    "on_time": "are on time",
 }
 WIDTH = 120
 CLIPS_SHOWN = 3
@@ -173,7 +173,7 @@ def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
     distances = ", ".join(f"{position[column]:.1f}" for column in columns)
     frames = ", ".join(f"+{column + 1}" for column in columns)
     bounces = ", ".join(
-        f"{words} {100 * objects[measure].prediction:.0f} %"
+        f"{100 * objects[measure].prediction:.0f} % {words}"
         for measure, words in BOUNCES.items()
         if measure in objects and math.isfinite(objects[measure].prediction)
     )

@@ -227,7 +227,8 @@ class Evaluation(OptionalParts):
     """`evaluation.json`: metric (`psnr`, `sharpness`, `fvd`...) -> values, and the protocol they belong to.
 
     Attributes:
-        objects: measure of `object_audit.audit_objects` -> values; None for videos that are no `shapes`.
+        objects: measure of `object_audit.audit_objects` and `audit_bounces` -> values; None for videos that are no
+            `shapes`.
         calibration: None where there is one sample per clip.
         clips: name of each clip -> its gain in PSNR, see `Gain`.
     """
