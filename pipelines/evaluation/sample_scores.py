@@ -85,7 +85,7 @@ def rank_histogram(counts: Tensor) -> Tensor:
     """How often the truth has each rank among the samples; equal values are in a random order, in expectation.
 
     Values that are equal in the truth and all samples tell nothing and are left out: a still background would hide all
-    others. Calibrated samples have equal ranks without them, too, since the truth could be exchanged with any sample.
+    others. Without them calibrated samples still have equal counts, since the truth could be exchanged with any sample.
 
     Args:
         counts: [clips, (k + 1)^2] of `count_ranks`.

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.measures import ClipBatch, Records
-from pipelines.evaluation.sample_scores import CalibrationMeasure, crps, energy_score, sample_scores
+from pipelines.evaluation.sample_scores import (
+    CalibrationMeasure,
+    count_ranks,
+    crps,
+    energy_score,
+    rank_histogram,
+    sample_scores,
+)
 from pipelines.runtime.results import Calibration
 
 LEVEL = 1 / 127.5  # of frames in [-1, 1]
@@ -58,6 +65,11 @@ def test_scores_are_those_of_all_pairs_of_samples(samples: int, ours: Callable[[
     assert ours(x, y).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("score", [crps, energy_score])
+def test_nothing_is_made_on_another_device(score: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert score(torch.empty(5, 30, device="meta"), torch.empty(30, device="meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("samples", [2, 10])
 def test_scores_of_a_normal_ensemble_have_a_closed_form_for_any_number_of_samples(samples: int) -> None:
     deviation, values = 20.0, 200_000
@@ -89,6 +101,14 @@ def test_one_sample_has_its_error_and_no_calibration() -> None:
     )
     with pytest.raises(ValueError, match=r"evaluation\.samples"):
         calibration(of)
+
+
+def test_ranks_count_the_samples_below_and_leave_out_what_all_have_right() -> None:
+    truth = torch.full((6,), 100.0)
+    samples = torch.tensor([[90, 110, 100.4, 100, 90, 120], [95, 120, 99.7, 130, 100, 130]])
+    # Above both; below both; equal; two that share a rank with an equal sample; below both.
+    expected = [0 + 1 + 0 + 0.5 + 0 + 1, 0 + 0 + 0 + 0.5 + 0.5 + 0, 1 + 0 + 0 + 0 + 0.5 + 0]
+    assert rank_histogram(count_ranks(samples, truth)[None]).tolist() == [expected]
 
 
 # With a deviation of a third of a level most values are equal after rounding: ranks of ties are spread evenly.
