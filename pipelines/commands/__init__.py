@@ -15,6 +15,7 @@ COMMANDS = (
     "sample",
     "predict",
     "evaluate",
+    "protocols",
     "study",
     "report",
     "runs",

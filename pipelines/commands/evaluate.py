@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure several, and differences to the first: paths as for --predictions, folders of runs, or `run`",
     )
     parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="measure under exactly this protocol of the literature, or refuse; `river protocols` lists them",
+    )
+    parser.add_argument(
         "--black", type=int, choices=(0, -1), help="black in arrays of floats: 0 of [0, 1], -1 of [-1, 1]"
     )
 
@@ -54,11 +59,21 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines.evaluation.comparison import RUN, compare
     from pipelines.evaluation.evaluator import evaluate, evaluate_files, find_networks
     from pipelines.evaluation.prediction_files import export_clips
+    from pipelines.evaluation.published import check_protocol, format_published
     from pipelines.prediction.clips import open_clips
     from pipelines.runtime.progress import say
 
     if options.refine and (options.export_clips or options.predictions):
         raise UserError("--refine: only predictions of runs are refined")
+    if options.protocol and options.quick:
+        raise UserError(f"--quick: --protocol {options.protocol} has a number of clips: leave out one of them")
+    protocol = None
+    if options.protocol:
+        run_context.strict = True  # without a broken video it would be another set of clips
+        if run_context.mirror is not None:
+            stages.run_to("videos", config, run_context)
+        protocol = check_protocol(config)
+        say(f"evaluate: {protocol.name}: {protocol.title}")
     own = not (options.export_clips or options.predictions or options.compare)
     if not options.export_clips:
         find_networks(config, run_context)  # a missing one is reported before a training that may take days
@@ -79,3 +94,5 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
         evaluate(config, run_context, options.refine, "evaluation_quick.json")
     else:
         evaluate(config, run_context, options.refine)
+    if protocol is not None:
+        say(f"\n{format_published(protocol)}")

@@ -2,10 +2,9 @@
 
 from pipelines.config.comparing import differences, model_sizes, result_settings, with_defaults
 from pipelines.config.config_files import dump_config, load_config, parse_config
+from pipelines.config.literature import PublishedProtocol, find_protocol, protocol_files
 from pipelines.config.presets import find_preset, preset_folders
 from pipelines.config.settings import (
-    PROTOCOL_DATA,
-    PROTOCOLS,
     SSIM_WINDOW,
     CacheConfig,
     EvaluationConfig,
@@ -14,20 +13,21 @@ from pipelines.config.settings import (
 )
 
 __all__ = [
-    "PROTOCOLS",
-    "PROTOCOL_DATA",
     "SSIM_WINDOW",
     "CacheConfig",
     "EvaluationConfig",
+    "PublishedProtocol",
     "RiverConfig",
     "differences",
     "dump_config",
     "find_preset",
+    "find_protocol",
     "load_config",
     "model_sizes",
     "parse_config",
     "parse_size",
     "preset_folders",
+    "protocol_files",
     "result_settings",
     "with_defaults",
 ]

@@ -10,7 +10,7 @@ from pipelines.config.explanations import by_key, explain, odd_numbers, show
 from pipelines.config.presets import find_preset
 from pipelines.config.sections import anchor_paths, without_nulls
 from pipelines.config.settings import RiverConfig
-from pipelines.config.yaml_files import DEEPEST, parse_yaml, read_yaml, write_yaml
+from pipelines.config.yaml_files import DEEPEST, merge, parse_yaml, read_yaml, write_yaml
 from pipelines.errors import UserError
 
 MOST_SHOWN = 20  # wrong keys in a message
@@ -82,15 +82,7 @@ def _read_config(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         found = find_preset(base, path.parent)
     except UserError as error:
         raise UserError(f"{path}: base: {error}") from None
-    return _merge(_read_config(found, (*seen, path.resolve())), values)
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return merge(_read_config(found, (*seen, path.resolve())), values)
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:

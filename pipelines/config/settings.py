@@ -1,5 +1,6 @@
 """The schema of the configuration: its sections and keys, with a line of help each."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.config.literature import ProtocolSettings, find_protocol, is_protocol_path
 from pipelines.errors import UserError
 from stage1_autoencoder.config import (
     AutoencoderModelConfig,
@@ -23,7 +25,7 @@ from stage1_autoencoder.config import (
     VQGANConfig,
 )
 from stage1_autoencoder.setting_types import FilePath, Seed, Size
-from stage1_autoencoder.videos.config import DatasetConfig, Split
+from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.views import parse_view
 from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
 from stage2_flow.sampling_plan import SamplingPlan
@@ -62,80 +64,23 @@ SSIM_WINDOW = 11
 # Of the field. Training takes 16 bytes per weight: itself, its gradient, and two moments of AdamW.
 MOST_WEIGHTS = 2**40 // 16
 
-ProtocolName = Literal["kth_10_30", "kth_10_40", "bair_1_15", "clevrer_2_14"]
 
-# SRVP, SLAMP, MCVD and RaMViD prepend the given frames to the predicted ones and pass whole clips to the I3D.
-_FVD: dict[str, Any] = {"fvd_context": True, "fvd_frames": None}
-# SRVP's test set: 1000 clips drawn from the videos of persons 21-25. Its draw is unknown; ours is by evaluation.seed.
-_KTH: dict[str, Any] = {"split": "test", "context": 10, "videos": 1000, "samples": 1, "window": "random", "seed": 0}
-
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "kth_10_30": _KTH | {"horizon": 30} | _FVD,
-    "kth_10_40": _KTH | {"horizon": 40} | _FVD,
-    # The whole test set, the first 16 of 30 frames of each.
-    "bair_1_15": {"split": "test", "context": 1, "horizon": 15, "videos": 256, "samples": 1, "window": "first"} | _FVD,
-    # RIVER's lengths; its number of videos is unknown.
-    "clevrer_2_14": {"split": "test", "context": 2, "horizon": 14, "videos": 256, "samples": 1, "window": "first"}
-    | _FVD,
-}
-
-# Keys of `dataset:` that belong to a protocol. They are not set; a difference is reported.
-_EVERY_FRAME = {"fps": None, "frame_step": 1}
-_KTH_DATA = {
-    "source": "kth",
-    "image_size": 64,
-    "fit": "crop",
-    **_EVERY_FRAME,
-    "splits.test": "21-25",
-    "sequences": False,
-}
-PROTOCOL_DATA: dict[str, dict[str, Any]] = {
-    "kth_10_30": _KTH_DATA,
-    "kth_10_40": _KTH_DATA,
-    "bair_1_15": _EVERY_FRAME,
-    "clevrer_2_14": {"image_size": 128, "fit": "crop", "fps": None, "frame_step": 5},
-}
-
-
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(ProtocolSettings):
     """The protocol: which clips, how many frames are given, how many are predicted.
 
     With `protocol`, keys that are not set take the protocol's values instead of the defaults.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    protocol: ProtocolName | None = Field(
+    protocol: str | None = Field(
         None,
-        description="a protocol of the literature, which sets the keys below; keys set explicitly win, and the result "
-        "reports them",
-    )
-    split: Split = Field("test", description="split that `evaluate` measures and `sample` shows; `study` takes val")
-    context: Size = Field(10, description="frames given")
-    horizon: Size = Field(30, description="frames predicted")
-    videos: Size = Field(256, description="number of clips; with window: random a video can give several")
-    samples: Size = Field(1, description="predictions per clip, each with its own sampling seed")
-    window: Literal["first", "random", "moving"] = Field(
-        "first",
-        description="where a clip starts: at frame 0, at a random frame, or where the given frames move most",
+        description="a protocol of the literature, by its name (`river protocols`) or by the path of its file, which "
+        "sets the keys above; keys set explicitly win, and the result reports them",
     )
     batch_size: Size = Field(32, description="clips per batch; changes only memory and speed")
-    seed: Seed = Field(0, description="of random windows and of the bootstrap")
     video_network: FilePath | None = Field(
         None,
         description="path of the I3D, i3d_torchscript.pt, for the Fréchet video distance; null: the copy in torch's "
         "download folder (--download downloads it)",
-    )
-    fvd_context: bool = Field(
-        True,
-        description="whether clips of the Fréchet video distance begin with the given frames: yes in SRVP, SLAMP, MCVD "
-        "and RaMViD, no in FitVid",
-    )
-    fvd_frames: PositiveInt | None = Field(
-        16,
-        ge=10,
-        description="frames per input of the I3D: clips are cut into consecutive segments of this length, the last one "
-        "aligned with the end of the clip; null: the whole clip",
     )
     resamples: NonNegativeInt = Field(
         1000,
@@ -148,7 +93,15 @@ class EvaluationConfig(BaseModel):
     @classmethod
     def _fill_from_protocol(cls, values: Any) -> Any:
         name = values.get("protocol") if isinstance(values, dict) else None
-        return PROTOCOLS[name] | values if isinstance(name, str) and name in PROTOCOLS else values
+        if not isinstance(name, str):
+            return values
+        try:
+            protocol = find_protocol(name)
+        except UserError as error:
+            raise ValueError(f"protocol: {error}") from None
+        if is_protocol_path(name):  # a run's config.yaml is read in any folder
+            values = values | {"protocol": os.path.abspath(os.path.expanduser(name))}
+        return protocol.settings | values
 
 
 class _Section(BaseModel):

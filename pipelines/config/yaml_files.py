@@ -169,6 +169,15 @@ def _parsed(text: str) -> tuple[Any, int]:
     return (None, len(text)) if node is None else (loader.construct_document(node), node.end_mark.index)
 
 
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """The values of two files; where both have one, `over`'s, and sections are merged."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
 def write_yaml(values: dict[str, Any]) -> str:
     """The YAML text of plain data, which readers of YAML 1.1 and 1.2 understand alike."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,15 @@ from pipelines.evaluation.forecasts import FileForecast, Forecast, RunCoding, Ru
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
-from pipelines.evaluation.metrics import PSNR, FrameMeasure, SharpnessMeasure, load_frame_metrics
+from pipelines.evaluation.metrics import (
+    PSNR,
+    SSIM,
+    SSIM_8BIT,
+    FrameMeasure,
+    PooledErrorMeasure,
+    SharpnessMeasure,
+    load_frame_metrics,
+)
 from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
 from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.prediction_files import PredictionFiles
@@ -195,7 +203,9 @@ class Evaluator:
             else:
                 parts[measure.part] |= results
         vgg, i3d = self._networks
-        protocol = describe_protocol(self._config, forecast, videos, recordings, missing, vgg=vgg, i3d=i3d)
+        protocol = describe_protocol(
+            self._config, forecast, videos, recordings, missing, split_videos=len(clips.source.videos), vgg=vgg, i3d=i3d
+        )
         psnr = {subject: values.double().mean((1, 2)) for subject, values in records[PSNR.name].items()}
         gains = (psnr["prediction"] - psnr["copy_last"]).tolist()
         names = map(clips.name, records["clip"]["key"].tolist())
@@ -212,7 +222,7 @@ class Evaluator:
             "version": pipelines.__version__,
             "dataset": config.dataset.model_dump(mode="json"),
             "evaluation": config.evaluation.model_dump(mode="json", exclude={"resamples"}),
-            "clips": [(window.video, window.start) for window in windows],
+            "clips": [astuple(window) for window in windows],
             "videos": [source.videos[video].fingerprint for video in sorted({window.video for window in windows})],
             "predictor": description,
             "autoencoder": self._coding and weights_digest(self._coding.autoencoder),
@@ -232,6 +242,10 @@ def choose_measures(
     """
     metrics, missing = load_frame_metrics(config, run_context)
     measures = [*(FrameMeasure(metric) for metric in metrics), SharpnessMeasure(), *sample_scores(), LatentDistances()]
+    if "psnr_of_mean_mse" in config.evaluation.pitfalls:
+        measures.append(PooledErrorMeasure())
+    if "ssim_8bit" in config.evaluation.pitfalls and SSIM in metrics:
+        measures.append(FrameMeasure(SSIM_8BIT))
     try:
         segments = Segments.choose(config.evaluation)
     except ValueError as error:
@@ -240,8 +254,9 @@ def choose_measures(
         if i3d is None:
             missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
         else:
+            network = VideoNetwork(i3d, run_context.device, I3D_SETTING)
             cache = FeatureCache(config.store_path.with_suffix(".features.sqlite"))
-            measures.append(VideoDistances(VideoNetwork(i3d, run_context.device, I3D_SETTING), segments, cache))
+            measures.append(VideoDistances(network, segments, cache, config.evaluation.pitfalls))
     if isinstance(clips.source, ShapesSource):
         try:
             measures.append(ObjectAudit(clips.source))

@@ -1,7 +1,7 @@
 """Fréchet distances between sets of clips, by the features of a video network (FVD) or by latents."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.config import EvaluationConfig
+from pipelines.config.literature import Pitfall
 from pipelines.evaluation.feature_cache import FeatureCache
 from pipelines.evaluation.intervals import normal_interval
 from pipelines.evaluation.measures import ClipBatch, Measure, Records
@@ -142,13 +143,23 @@ class Segments:
 Features = Mapping[tuple[str, str, int], Tensor]
 
 
+# Of features [clips, samples, segments, d] those [clips, s, d] of one set.
+SAMPLE_SETS: dict[Pitfall, Callable[[Tensor], Tensor]] = {
+    "fvd_pooled": lambda features: rearrange(features, "b k s d -> b (k s) d"),
+    "fvd_first_sample": lambda features: features[:, 0],
+}
+
+
 class VideoDistances(Measure):
     """FVD. Records: `<set> <subject>` -> features [clips, samples, segments, d]."""
 
     name = "fvd"
 
-    def __init__(self, network: VideoNetwork, segments: Segments, cache: FeatureCache) -> None:
-        self.network, self.segments, self.cache = network, segments, cache
+    def __init__(
+        self, network: VideoNetwork, segments: Segments, cache: FeatureCache, pitfalls: Sequence[Pitfall] = ()
+    ) -> None:
+        """Distances of one set of samples per sample number, and of the sets of `pitfalls`."""
+        self.network, self.segments, self.cache, self.pitfalls = network, segments, cache, pitfalls
 
     def measure(self, batch: ClipBatch) -> Records:
         context = batch.given.shape[1]
@@ -198,7 +209,13 @@ class VideoDistances(Measure):
                 f"the Fréchet video distance is measured on {clips * segments} clips, and the network has {dimensions} "
                 "features: such distances are much too high; compare them only with those of as many clips"
             )
-        return {self.name: MetricValues(**dict(found["real"]), autoencoded=found.get("autoencoded"))}
+        distances = {self.name: MetricValues(**dict(found["real"]), autoencoded=found.get("autoencoded"))}
+        real = {name.split(" ", 1)[1]: values for name, values in records.items() if name.startswith("real ")}
+        for name, select in SAMPLE_SETS.items():
+            if name in self.pitfalls:
+                chosen = {("real", subject, 0): select(values) for subject, values in real.items()}
+                distances[name] = MetricValues(**dict(compare_sets(chosen, counts, name)["real"]))
+        return distances
 
 
 class LatentDistances(Measure):

@@ -74,6 +74,27 @@ def _window_weights(side: int, like: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
+def ssim_8bit(images: Tensor, truth: Tensor) -> Tensor:
+    """`ssim` of gray frames of 8 bits, as MCVD's code measures it.
+
+    Predictions are truncated to 8 bits, as torchvision's `ToPILImage` does, and gray as Pillow's `convert("L")`.
+
+    Args:
+        images: [n, 3, h, w] float; clamped to [-1, 1].
+        truth: [n, 3, h, w] float in [-1, 1], of 8 bits.
+    Returns:
+        [n] float64 in [-1, 1].
+    """
+    weights = torch.tensor([19595, 38470, 7471], device=images.device)[:, None, None]  # of Pillow, in 1 / 65536
+
+    def gray(levels: Tensor) -> Tensor:
+        return ((levels.long() * weights).sum(1, keepdim=True) + 2**15 >> 16) / 127.5 - 1
+
+    # A copied frame is of whole levels but for the rounding of floats, which must not take it to the level below.
+    levels = ((images.clamp(-1, 1).double() + 1) * 127.5 + 1e-3).floor()
+    return ssim(gray(levels), gray(((truth.double() + 1) * 127.5).round()))
+
+
 def gradient_energy(videos: Tensor) -> Tensor:
     """Mean squared difference to the right neighbor plus that to the lower one, of each frame.
 
@@ -108,6 +129,7 @@ class Metric:
 
 
 PSNR, SSIM = Metric("psnr", psnr, True), Metric("ssim", ssim, True)
+SSIM_8BIT = Metric("ssim_8bit", ssim_8bit, True)
 
 
 def lpips_metric(network: Callable[[Tensor, Tensor], Tensor]) -> Metric:
@@ -183,6 +205,22 @@ class FrameMeasure(Measure):
 
     def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
         return {self.name: summarize_metric(self.metric, records, counts)}
+
+
+class PooledErrorMeasure(FrameMeasure):
+    """PSNR of the squared error averaged over all frames of a clip, as MCVD's code measures it.
+
+    Records: subject -> [clips, samples, horizon], the PSNR of each frame.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Metric("psnr_of_mean_mse", psnr, True))
+
+    def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
+        errors = {subject: (10 ** (-decibels.double() / 10)).mean(2) for subject, decibels in records.items()}
+        clips = {subject: -10 * error.log10()[:, :, None] for subject, error in errors.items()}
+        found = summarize_metric(self.metric, clips, counts)
+        return {self.name: found.model_copy(update={"per_frame": None, "per_frame_interval": None})}
 
 
 class SharpnessMeasure(Measure):

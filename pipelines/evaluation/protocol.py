@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
-from pipelines.config import PROTOCOL_DATA, PROTOCOLS, RiverConfig
+from pipelines.config import RiverConfig, find_protocol
+from pipelines.config.literature import PITFALLS
 from pipelines.evaluation.forecasts import Forecast
 from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
 from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
+from pipelines.evaluation.published import describe_preset
 from pipelines.evaluation.sample_scores import SCORES_DEFINITION
 from pipelines.loading import weights_digest
 from pipelines.predictor import FrameCoding
@@ -28,6 +30,7 @@ def describe_protocol(
     recordings: list[Recording],
     missing: dict[str, str],
     *,
+    split_videos: int,
     vgg: Path | None,
     i3d: Path | None,
 ) -> EvaluationProtocol:
@@ -37,6 +40,7 @@ def describe_protocol(
         forecast: what was measured.
         videos, recordings: the video and the recording of each measured clip.
         missing: metric, or `interval`, that was not measured -> reason.
+        split_videos: number of videos that the clips were chosen from.
         vgg, i3d: files of the networks.
     """
     evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
@@ -44,7 +48,9 @@ def describe_protocol(
     return EvaluationProtocol(
         **common_protocol(config, forecast.device, forecast.coding, recordings, missing, evaluation.resamples),
         predictor=forecast.description,
-        protocol=describe_preset(config),
+        protocol=describe_preset(config, split_videos),
+        differs=[] if evaluation.protocol is None else list(find_protocol(evaluation.protocol).differs),
+        pitfalls={name: PITFALLS[name] for name in evaluation.pitfalls},
         clips=len(videos),
         videos=len(set(videos)),
         window_seed=evaluation.seed,
@@ -99,21 +105,6 @@ def common_protocol(
         "autoencoder_sha256": None if coding is None else weights_digest(coding.autoencoder),
         "device": str(device),
     }
-
-
-def describe_preset(config: RiverConfig) -> str | None:
-    """The preset, and where the settings differ from it: `kth_10_30, with videos=64`; None without a preset."""
-    evaluation, dataset = config.evaluation.model_dump(), config.dataset.model_dump()
-    name = evaluation["protocol"]
-    if name is None:
-        return None
-    preset = PROTOCOLS[name]
-    changes = [f"{key}={value}" for key, value in evaluation.items() if key in preset and preset[key] != value]
-    for path, value in PROTOCOL_DATA[name].items():
-        key, _, inner = path.partition(".")
-        ours = dataset[key].get(inner) if inner else dataset[key]
-        changes += [f"dataset.{path}={ours}"] if ours != value else []
-    return name + (f", with {', '.join(changes)}" if changes else "")
 
 
 def _describe_fvd(config: RiverConfig, i3d: Path, intervals: bool) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def format_table(evaluation: Evaluation) -> str:
         lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
     if "latent_frechet" in metrics:
         lines += ["", *_distances_table("Fréchet of latents, lower is better", metrics["latent_frechet"])]
+    if protocol.pitfalls:
+        lines += ["", *_pitfalls_table(protocol, metrics)]
     if (gain := evaluation.describe_gain()) is not None:
         lines += ["", *_wrap(gain, "  ")]
         worst = sorted((evaluation.clips or {}).items(), key=lambda clip: clip[1])[:CLIPS_SHOWN]
@@ -199,6 +201,21 @@ def _distances_table(heading: str, values: MetricValues) -> list[str]:
     return lines
 
 
+def _pitfalls_table(protocol: EvaluationProtocol, metrics: dict[str, MetricValues]) -> list[str]:
+    """The numbers that published code computes in its own way."""
+    widths = (12, 20, 12, 12)
+    lines = [_row("as published code (pitfalls)", "prediction", "95 % interval", "best", "copying", widths=widths)]
+    for name in protocol.pitfalls:
+        if name in metrics:
+            values, best = metrics[name], metrics[name].best_of
+            digits = 3 if name.startswith("ssim") else 2
+            numbers = (values.prediction, best and best.value, values.copy_last)
+            mean, chosen, copied = ("" if number is None else f"{number:.{digits}f}" for number in numbers)
+            interval = _interval((values.interval or {}).get("prediction"), digits)
+            lines.append(_row(name, mean, interval, chosen, copied, widths=widths))
+    return lines
+
+
 def _row(title: str, *cells: str, widths: tuple[int, ...] = (8, 18, 8, 8, 8, 8, 8, 8)) -> str:
     return f"  {title:<44}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
@@ -213,7 +230,7 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
         "first": "the first frames of each video",
         "random": f"windows drawn with seed {protocol.window_seed}",
         "moving": "where the given frames of a video move most",
-    }[protocol.window]
+    }.get(protocol.window, f"chosen as by {protocol.window}, seed {protocol.window_seed}")
     step = "every frame" if protocol.frame_step == 1 else f"one frame in {protocol.frame_step}"
     step += "" if protocol.fps is None else f" of videos resampled to {protocol.fps:g} frames per second"
     resize, size = protocol.resize, protocol.image_size

@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,21 @@ from stage1_autoencoder.videos.source import BrokenVideoError, Recording, VideoS
 MAX_FRAMES_SHOWN = 1000
 
 
+# A clip's key: its video in the low 32 bits, its start in the next 24, then which of several equal clips it is.
+_START_BIT, _REPEAT_BIT = 32, 56
+
+
 @dataclass(frozen=True)
 class Window:
-    """Frames `start` to `start + context + horizon` of one video of a split."""
+    """Frames `start` to `start + context + horizon` of one video of a split.
+
+    Attributes:
+        repeat: how often these frames were taken before, each time with other random draws.
+    """
 
     video: int
     start: int
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,32 +68,72 @@ class Clip:
     @property
     def start(self) -> int:
         """The number of its first frame in the video."""
-        return self.key >> 32
+        return self.key >> _START_BIT & 0xFFFFFF
 
 
-def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int) -> list[Window]:
+def choose_windows(videos: VideoTable, evaluation: EvaluationConfig, wanted: int) -> list[Window]:
     """Choose clips by the protocol.
 
     `window: first` takes the first frames of a video, each video once; fewer clips than videos are spread evenly over
     the split. `moving` does the same, but the start is decided when the video is read (`most_moving`). `random` draws
     an order of the videos and takes each once before any is taken again; the starts in a video are drawn from (seed,
-    video) without repetition, uniformly over all that fit.
+    video) without repetition, uniformly over all that fit. Others choose as the code of a paper does:
+
+    - `srvp`: action, person, take and start are drawn in turn by NumPy's old generator, which on the whole of KTH are
+      the test clips of SRVP;
+    - `mcvd`: clip i of n is of video round(i / (n - 1) * (videos - 1)), its start is drawn, and is never the last;
+    - `extdm`: the same videos, from frame 0;
+    - `stdiff`: whole videos, cut into clips that do not overlap, in the middle of the video.
 
     Args:
-        lengths: frames of the split's videos.
+        videos: of the split.
         wanted: number of clips; fewer are returned where there are fewer.
+    Raises:
+        UserError: `srvp` of other videos than KTH's.
     """
-    needed = evaluation.context + evaluation.horizon
+    needed, lengths = evaluation.context + evaluation.horizon, videos.frames.tolist()
     fitting = [i for i, length in enumerate(lengths) if length >= needed]
-    if evaluation.window in ("first", "moving"):
-        spread = np.linspace(0, len(fitting) - 1, min(wanted, len(fitting))).round().astype(int)
-        return [Window(fitting[i], 0) for i in spread]
-    order = np.random.default_rng(evaluation.seed).permutation(fitting).tolist()
-    rounds = max((lengths[video] - needed + 1 for video in order), default=0)
+    if not fitting:
+        return []
+    match evaluation.window:
+        case "random":
+            return _random_windows(fitting, lengths, needed, evaluation.seed, wanted)
+        case "srvp":
+            windows = _srvp_windows(videos, needed, evaluation.seed, wanted)
+        case "mcvd" | "extdm":
+            draw = np.random.default_rng(evaluation.seed)
+            chosen = [fitting[round(i / max(wanted - 1, 1) * (len(fitting) - 1))] for i in range(wanted)]
+            starts = [int(draw.integers(max(lengths[video] - needed, 1))) for video in chosen]
+            drawn = evaluation.window == "mcvd"
+            windows = [Window(video, start if drawn else 0) for video, start in zip(chosen, starts, strict=True)]
+        case "stdiff":
+            cut = [
+                Window(video, lengths[video] % needed // 2 + number * needed)
+                for video in fitting
+                for number in range(lengths[video] // needed)
+            ]
+            windows = [cut[i] for i in _spread(len(cut), wanted)]
+        case _:
+            windows = [Window(fitting[i], 0) for i in _spread(len(fitting), wanted)]
+    taken: Counter[Window] = Counter()
+    for number, window in enumerate(windows):
+        windows[number] = replace(window, repeat=taken[window])
+        taken[window] += 1
+    return windows
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Numbers below `count`, evenly spread: `wanted` of them, or all."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int).tolist()
+
+
+def _random_windows(fitting: list[int], lengths: list[int], needed: int, seed: int, wanted: int) -> list[Window]:
+    order = np.random.default_rng(seed).permutation(fitting).tolist()
+    rounds = max(lengths[video] - needed + 1 for video in order)
 
     @functools.cache
     def starts(video: int) -> np.ndarray:
-        return np.random.default_rng([evaluation.seed, video]).permutation(lengths[video] - needed + 1)
+        return np.random.default_rng([seed, video]).permutation(lengths[video] - needed + 1)
 
     # Lazily: there may be far more windows than are wanted.
     windows = (
@@ -92,6 +143,32 @@ def choose_windows(lengths: list[int], evaluation: EvaluationConfig, wanted: int
         if number < lengths[video] - needed + 1
     )
     return list(itertools.islice(windows, wanted))
+
+
+def _srvp_windows(videos: VideoTable, needed: int, seed: int, wanted: int) -> list[Window]:
+    found = {}
+    for number, video_id in enumerate(videos.ids):
+        match = re.fullmatch(r"person(\d+)_([a-z]+)_d(\d+)", video_id)
+        if match is None:
+            raise UserError(
+                f"evaluation.window: srvp draws whole videos of KTH, and {video_id} is none: use dataset.source: kth "
+                "with dataset.sequences: false, or another evaluation.window"
+            )
+        found[match[2], int(match[1]), int(match[3])] = number
+    actions, persons, takes = (sorted({name[part] for name in found}) for part in range(3))
+    draw = np.random.RandomState(seed % 2**32)
+    windows = []
+    for _ in range(wanted):
+        action, person, take = (names[draw.randint(len(names))] for names in (actions, persons, takes))
+        number = found.get((action, person, take))
+        length = 0 if number is None else int(videos.frames[number])
+        if number is None or length < needed:
+            raise UserError(
+                f"evaluation.window: srvp drew person{person:02d}_{action}_d{take}, of which there are {length} "
+                f"frames, and a clip has {needed}: restore this video, or use another evaluation.window"
+            )
+        windows.append(Window(number, int(draw.randint(length - needed + 1))))
+    return windows
 
 
 def most_moving(pixels: Iterable[np.ndarray], context: int, needed: int) -> int:
@@ -153,23 +230,29 @@ class ClipReader:
                 self.run_context.skip(error.video_id, error.reason)
                 continue
             # The same clip has the same key and so the same prediction, however many clips are asked for.
-            key, recording, info = start << 32 | video, self.source.recording(video), self.source.videos[video]
-            frames = image_to_unit(torch.from_numpy(pixels))
+            recording, info = self.source.recording(video), self.source.videos[video]
+            frames, key = image_to_unit(torch.from_numpy(pixels)), self._key(number, start)
             clips.append(Clip(self.name(key), key, recording, info.fps, frames))
         return clips
 
     def key(self, number: int) -> int | None:
         """The key of a clip. Its video is read only if its start depends on that; None: it is broken, and reported."""
         try:
-            return self._start(number) << 32 | self.windows[number].video
+            return self._key(number, self._start(number))
         except BrokenVideoError as error:
             self.run_context.skip(error.video_id, error.reason)
             return None
 
     def name(self, key: int) -> str:
-        """The name of the clip of a key: its video's id, with `@` and its first frame if that is not frame 0."""
-        start, video = divmod(key, 1 << 32)
-        return self.source.videos[video].id + (f"@{start}" if start else "")
+        """The name of the clip of a key: its video's id, `@` and its first frame if that is not frame 0, and `-2` if it
+        is the second of equal clips."""
+        start, repeat = key >> _START_BIT & 0xFFFFFF, key >> _REPEAT_BIT
+        video = self.source.videos[key & 0xFFFFFFFF]
+        return video.id + (f"@{start}" if start else "") + (f"-{repeat + 1}" if repeat else "")
+
+    def _key(self, number: int, start: int) -> int:
+        window = self.windows[number]
+        return window.repeat % 128 << _REPEAT_BIT | start << _START_BIT | window.video
 
     def _start(self, number: int) -> int:
         window, context = self.windows[number], self.evaluation.context
@@ -190,7 +273,7 @@ class ClipReader:
 
 def check_clips(config: RiverConfig) -> None:
     """Refuse videos without a clip of the protocol, before anything is trained for it. Raises as `open_clips`."""
-    _open_windows(config, 1)
+    open_windows(config, 1)
 
 
 def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> ClipReader:
@@ -200,7 +283,7 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
         UserError: no video is long enough; the message has the lengths of the videos.
         VideoError: no videos.
     """
-    source, windows = _open_windows(config, wanted)
+    source, windows = open_windows(config, wanted)
     for video in source.skipped:
         run_context.skip(video.id, video.reason)
     videos, needed = VideoTable.of(source.videos), config.evaluation.context + config.evaluation.horizon
@@ -211,14 +294,15 @@ def open_clips(config: RiverConfig, run_context: RunContext, wanted: int) -> Cli
     return ClipReader(source, windows, config.evaluation, run_context)
 
 
-def _open_windows(config: RiverConfig, wanted: int) -> tuple[VideoSource, list[Window]]:
+def open_windows(config: RiverConfig, wanted: int) -> tuple[VideoSource, list[Window]]:
+    """The videos of the protocol's split, and its clips. Raises as `open_clips`."""
     evaluation = config.evaluation
     dataset = _long_enough(config.dataset, evaluation.context + evaluation.horizon)
     source = open_source(dataset, config.data_root, evaluation.split, stored_splits(config))
-    lengths = VideoTable.of(source.videos).frames
-    windows = choose_windows(lengths.tolist(), evaluation, wanted)
+    videos = VideoTable.of(source.videos)
+    windows = choose_windows(videos, evaluation, wanted)
     if not windows:
-        found = "it is empty"
+        found, lengths = "it is empty", videos.frames
         if len(lengths):
             found = f"the {len(lengths)} videos have {lengths.min()} to {lengths.max()} frames"
         raise UserError(

@@ -148,12 +148,17 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
-    """The `--set` options of a command, and what its other options set.
+    """The `--set` options of a command, and what its other options set; the later ones win.
 
     Raises:
-        UserError: `--minutes` and a number of steps.
+        UserError: `--minutes` and a number of steps; no such `--protocol`.
     """
     asked = getattr(options, "training_minutes", None)
+    if (protocol := getattr(options, "protocol", None)) is not None:
+        from pipelines.config import find_protocol  # takes time, and most commands need none
+
+        settings = {"protocol": protocol} | find_protocol(protocol).settings
+        return [*(f"evaluation.{key}={json.dumps(value)}" for key, value in settings.items()), *options.set]
     if asked is None:
         return options.set
     key = f"{options.command.removeprefix('train-')}.training.steps"

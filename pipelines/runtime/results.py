@@ -197,7 +197,9 @@ class EvaluationProtocol(Protocol):
 
     Attributes:
         predictor: what predicts.
-        protocol: preset of `evaluation.protocol`, with the settings that differ from it.
+        protocol: `evaluation.protocol`, with the settings that differ from it.
+        differs: what is done otherwise than in the published code, whatever the settings.
+        pitfalls: name of a metric that is computed as published code does -> its definition.
         clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
         fps: that videos were resampled to (`dataset.fps`); None: they were not.
         sharpness, scores, latent_frechet: their definitions; None where they were not measured.
@@ -205,6 +207,8 @@ class EvaluationProtocol(Protocol):
 
     predictor: RunPredictor | FilePredictor
     protocol: str | None
+    differs: list[str] = []
+    pitfalls: dict[str, str] = {}
     clips: int
     videos: int
     window_seed: int

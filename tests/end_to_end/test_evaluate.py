@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,16 @@ def result_of(place) -> dict[str, Any]:
 
 
 def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, weights) -> None:
-    outcome = copied.run("evaluate", sets=[*everything, "evaluation.samples=2", "evaluation.batch_size=3"]).ok()
+    published = {"psnr_of_mean_mse", "ssim_8bit", "fvd_pooled"}
+    options = ("evaluation.samples=2", "evaluation.batch_size=3", f"evaluation.pitfalls=[{','.join(published)}]")
+    outcome = copied.run("evaluate", sets=[*everything, *options]).ok()
     result = result_of(copied)
     protocol, metrics, calibration = result["protocol"], result["metrics"], result["calibration"]
     assert protocol["missing"].keys() == {"interval"}  # of 4 recordings there is none
-    assert metrics.keys() == {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet", *SCORES}
+    assert metrics.keys() == {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet", *SCORES, *published}
+    assert protocol["pitfalls"].keys() == published
+    assert metrics["psnr_of_mean_mse"]["prediction"] < metrics["psnr"]["prediction"]
+    assert all(name in outcome.out for name in published)
 
     config = load_config(copied.folder / "tiny.yaml", LONG)
     predictor = VideoPredictor.from_run(copied.runs, "cpu")
@@ -209,6 +215,49 @@ def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> N
             ("prediction", "copy_last", "reconstruction"), 24
         )
     assert "+24" in outcome.out
+
+
+PROTOCOL = """\
+title: two clips of shapes
+paper: a test
+source: this file
+dataset: {source: shapes, image_size: 32, frame_step: 1}
+test_videos: 4
+evaluation: {split: test, context: 2, horizon: 4, videos: 2, samples: 1, window: first, fvd_context: true,
+             fvd_frames: null, pitfalls: [psnr_of_mean_mse]}
+aggregation: mean
+fvd_sets: "2:2"
+fvd_network: PyTorch
+numbers: {psnr: psnr_of_mean_mse}
+rows: [{method: Nobody, psnr: 12.34, source: nowhere}]
+differs: [The clips are drawn by nobody.]
+"""
+
+
+def test_a_protocol_of_ones_own_is_listed_and_run_exactly(copied, tmp_path: Path, monkeypatch, command) -> None:
+    (tmp_path / "configs" / "protocols").mkdir(parents=True)
+    (tmp_path / "configs" / "protocols" / "mine.yaml").write_text(PROTOCOL)
+    monkeypatch.chdir(tmp_path)
+    listed = command(["protocols"]).ok().out
+    assert re.search(r"^mine +2->4 +2/4 ", listed, re.MULTILINE)
+    assert "12.34" in command(["protocols", "mine"]).ok().out
+    outcome = copied.run("evaluate", "--protocol", "mine").ok()
+    result = result_of(copied)
+    assert (result["protocol"]["protocol"], result["protocol"]["clips"]) == ("mine", 2)
+    assert result["protocol"]["differs"] == ["The clips are drawn by nobody."]
+    assert "psnr_of_mean_mse" in result["metrics"]
+    assert "12.34" in outcome.out
+    assert "drawn by nobody" in outcome.out
+    before = (copied.runs / "evaluation.json").read_bytes()
+    refused = copied.run("evaluate", "--protocol", "mine", sets=["evaluation.videos=3", "evaluation.seed=5"])
+    refused.refused(2, "videos is 3, expected 2", "evaluation.protocol=mine")
+    copied.run("evaluate", "--protocol", "yours").refused(2, "yours", "mine")
+    assert (copied.runs / "evaluation.json").read_bytes() == before
+
+
+def test_a_strict_protocol_is_refused_before_anything_is_trained(place) -> None:
+    place.run("evaluate", "--protocol", "kth_srvp_10_30").refused(2, "dataset.source is shapes, expected kth")
+    assert not place.runs.exists()
 
 
 def test_a_named_file_is_looked_for_before_anything_is_trained(place) -> None:

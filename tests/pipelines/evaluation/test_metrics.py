@@ -1,15 +1,20 @@
 """Image metrics against closed forms, and the choice of the best of several samples."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
+from pipelines.evaluation.measures import ClipBatch
 from pipelines.evaluation.metrics import (
     PSNR,
     Metric,
+    PooledErrorMeasure,
     choose_best,
     gradient_energy,
     load_frame_metrics,
@@ -17,6 +22,7 @@ from pipelines.evaluation.metrics import (
     measure_frames,
     psnr,
     ssim,
+    ssim_8bit,
 )
 from pipelines.runtime.context import RunContext
 
@@ -82,6 +88,33 @@ def test_psnr_and_ssim_are_those_of_scikit_image(pair):
         _, similarity = structural_similarity(x, y, channel_axis=0, full=True, **options)
         expected.append(similarity[:, 5:-5, 5:-5].mean())  # windows inside the image
     np.testing.assert_allclose(ssim(*pair).numpy(), expected, rtol=1e-9)
+
+
+def test_psnr_of_the_mean_error_is_lower_than_the_mean_of_psnr():
+    # Squared errors in [0, 1] of 0.01 and 0.0001 (20 and 40 dB), and of another sample 0.0025 twice (26 dB).
+    truth = torch.zeros(1, 2, 3, 4, 4)
+    errors = torch.tensor([[[0.2, 0.02], [0.1, 0.1]]])[..., None, None, None]
+    futures = {"prediction": truth[:, None] + errors, "copy_last": truth[:, None] + 0.2}
+    measure = PooledErrorMeasure()
+    records = measure.measure(ClipBatch([], truth, truth, truth, futures, {}))
+    (found,) = measure.results(records, None).values()
+    pooled = [-10 * math.log10(0.00505), -10 * math.log10(0.0025)]  # 22.97 and 26.02 dB
+    assert found.prediction == pytest.approx(sum(pooled) / 2)
+    assert found.best_of.value == pytest.approx(pooled[1])
+    assert found.copy_last == pytest.approx(20)
+    assert psnr(futures["prediction"][0, 0], truth[0]).mean().item() == pytest.approx(30)
+
+
+def test_ssim_of_8_bits_is_that_of_pillow_and_scikit_image(pair):
+    truncated, whole = ((pair[0] + 1) * 127.4).byte(), ((pair[1] + 1) * 127.5).round().byte()
+    images, truth = (truncated + 0.7) / 127.5 - 1, whole / 127.5 - 1
+    expected = []
+    for x, y in zip(truncated, whole, strict=True):
+        gray = [np.asarray(Image.fromarray(levels.movedim(0, -1).numpy()).convert("L")) for levels in (x, y)]
+        options = {"gaussian_weights": True, "use_sample_covariance": False}
+        expected.append(structural_similarity(*gray, data_range=255, **options))
+    np.testing.assert_allclose(ssim_8bit(images, truth).numpy(), expected, rtol=1e-6)
+    assert ssim_8bit(truth, truth).tolist() == [1.0] * 4  # a copy is not truncated to the level below
 
 
 def test_ssim_is_not_defined_for_images_smaller_than_its_window():

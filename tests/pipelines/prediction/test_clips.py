@@ -1,7 +1,7 @@
 """Which clips the protocol takes, how they are read, and the end of a user's video."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,16 @@ from pipelines.runtime.context import RunContext
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.videos import open_source
 from stage1_autoencoder.videos.config import DatasetConfig
-from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource
+from stage1_autoencoder.videos.source import BrokenVideoError, VideoError, VideoInfo, VideoSource, VideoTable
 
 LENGTHS = [20, 9, 10, 35, 3, 12]
+
+
+def choose(lengths: list[int], evaluation: EvaluationConfig, wanted: int, ids: Sequence[str] = ()) -> list[Window]:
+    """Clips of videos of these lengths."""
+    names = ids or [f"v{number}" for number in range(len(lengths))]
+    videos = (VideoInfo(name, length, 10.0, "") for name, length in zip(names, lengths, strict=True))
+    return choose_windows(VideoTable(videos), evaluation, wanted)
 
 
 def protocol(**options) -> EvaluationConfig:
@@ -30,24 +37,62 @@ def protocol(**options) -> EvaluationConfig:
     [(LENGTHS, 100, [0, 2, 3, 5]), (LENGTHS, 2, [0, 5]), ([10] * 9, 3, [0, 4, 8]), ([3, 9], 5, []), ([], 5, [])],
 )
 def test_first_takes_the_first_frames_of_videos_spread_over_the_split(lengths, wanted, videos):
-    windows = choose_windows(lengths, protocol(window="first"), wanted)
+    windows = choose(lengths, protocol(window="first"), wanted)
     assert windows == [Window(video, 0) for video in videos]
 
 
 def test_random_takes_every_window_once_and_videos_in_turn():
-    windows = choose_windows(LENGTHS, protocol(window="random"), 400)
+    windows = choose(LENGTHS, protocol(window="random"), 400)
     # Video 2 has exactly one window, so its turn comes once.
     assert sorted(window.video for window in windows[:4]) == [0, 2, 3, 5]
     assert sorted(window.video for window in windows[4:7]) == [0, 3, 5]
     assert sorted(Counter(windows).values()) == [1] * 41
     assert set(windows) == {Window(v, s) for v in (0, 2, 3, 5) for s in range(LENGTHS[v] - 9)}
-    assert choose_windows([3, 9], protocol(window="random"), 5) == []
+    assert choose([3, 9], protocol(window="random"), 5) == []
 
 
 def test_random_windows_are_a_function_of_the_seed_and_their_number():
-    few = choose_windows(LENGTHS, protocol(window="random"), 5)
-    assert choose_windows(LENGTHS, protocol(window="random"), 50)[:5] == few
-    assert choose_windows(LENGTHS, protocol(window="random", seed=1), 50)[:5] != few
+    few = choose(LENGTHS, protocol(window="random"), 5)
+    assert choose(LENGTHS, protocol(window="random"), 50)[:5] == few
+    assert choose(LENGTHS, protocol(window="random", seed=1), 50)[:5] != few
+
+
+ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
+
+
+def test_srvps_draw_is_that_of_numpys_old_generator():
+    # Of all 120 test videos, whose length tells the person. Worked out by a Mersenne twister of its own, seed 42.
+    names = [(a, p, t) for p in range(21, 26) for a in ACTIONS for t in range(1, 5)]
+    ids = [f"person{p}_{a}_d{t}" for a, p, t in names]
+    windows = choose([300 + p for _, p, _ in names], protocol(window="srvp", seed=42, context=10, horizon=30), 5, ids)
+    assert [(*names[window.video], window.start) for window in windows] == [
+        ("jogging", 25, 3, 106), ("running", 25, 3, 121), ("handwaving", 23, 3, 87), ("running", 24, 4, 151),
+        ("handwaving", 25, 2, 191),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"person25_jogging_d3.* 0 frames"):
+        choose([300] * 119, protocol(window="srvp", seed=42), 5, [name for name in ids if "25_jogging_d3" not in name])
+    with pytest.raises(UserError, match=r"v0.*dataset\.sequences"):
+        choose(LENGTHS, protocol(window="srvp"), 5)
+
+
+def test_mcvd_spreads_256_clips_over_120_videos_and_never_takes_the_last_start():
+    windows = choose([12] * 120, protocol(window="mcvd"), 256)
+    # 119 / 255 = 0.4667: 0, 0.47, 0.93, 1.4, 1.87, 2.33 and, at the end, 118.07, 118.53, 119.
+    assert [window.video for window in windows[:6]] == [0, 0, 1, 1, 2, 2]
+    assert [window.video for window in windows[-3:]] == [118, 119, 119]
+    assert Counter(Counter(window.video for window in windows).values()) == {2: 104, 3: 16}
+    assert {window.start for window in windows} == {0, 1}  # 12 - 10, which starts below
+    assert {window.start for window in choose([10], protocol(window="mcvd"), 3)} == {0}
+    openings = choose([12] * 120, protocol(window="extdm"), 256)
+    assert [(w.video, w.start) for w in openings] == [(w.video, 0) for w in windows]
+    # Equal clips have random draws of their own.
+    assert Counter(window.repeat for window in openings) == {0: 120, 1: 120, 2: 16}
+
+
+def test_stdiff_cuts_the_middle_of_each_video_into_clips():
+    windows = choose([20, 9, 33], protocol(window="stdiff"), 100)
+    assert windows == [Window(0, 0), Window(0, 10), Window(2, 1), Window(2, 11), Window(2, 21)]
+    assert choose([20, 9, 33], protocol(window="stdiff"), 2) == [Window(0, 0), Window(2, 21)]
 
 
 def frames_that_move(changes: list[int]) -> list[np.ndarray]:
@@ -172,7 +217,7 @@ class GrayVideos(VideoSource):
 
 def read_clips(source: GrayVideos, run_context: RunContext, **evaluation) -> ClipReader:
     settings = EvaluationConfig(**{"context": 2, "horizon": 1} | evaluation)
-    windows = choose_windows([video.frames for video in source.videos], settings, 10)
+    windows = choose_windows(VideoTable(source.videos), settings, 10)
     return ClipReader(source, windows, settings, run_context)
 
 
@@ -192,6 +237,15 @@ def test_moving_clips_are_read_from_where_they_start(run_context):
     clips = list(read_clips(source, run_context, window="moving"))
     assert [clip.name for clip in clips] == ["v0@2", "v1"]
     assert [clip.frames[1, 0, 0, 0].item() for clip in clips] == pytest.approx([200 / 127.5 - 1, -1])
+
+
+def test_equal_clips_differ_in_name_and_key(run_context):
+    source = GrayVideos([0, 0, 0, 0], [9, 9, 9])
+    clips = list(read_clips(source, run_context, window="extdm", videos=4))
+    assert len({clip.key for clip in clips}) == len({clip.name for clip in clips}) == len(clips) > 2
+    assert {(clip.video, clip.start) for clip in clips} == {(0, 0), (1, 0)}
+    moved = Clip("v", 3 << 56 | 7 << 32 | 5, clips[0].recording, 10.0, clips[0].frames)
+    assert (moved.video, moved.start) == (5, 7)
 
 
 def test_clips_are_read_when_they_are_asked_for(run_context):

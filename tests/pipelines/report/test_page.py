@@ -30,7 +30,8 @@ EVIL = "<script>alert(1)</script>"
 
 def filled(model: type[BaseModel], **values: Any) -> dict[str, Any]:
     """All fields of a class: some value of the right type where none is given."""
-    some = {str: "text", int: 1, float: 1.0, bool: False, dict[str, Any]: {}, Interval: [0.0, 2.0], int | list[int]: 1}
+    some = {str: "text", int: 1, float: 1.0, bool: False, dict[str, Any]: {}, Interval: [0.0, 2.0], int | list[int]: 1,
+            list[str]: ["text"], dict[str, str]: {}}  # fmt: skip
     return {name: some.get(field.annotation) for name, field in model.model_fields.items()} | values
 
 
