@@ -251,6 +251,7 @@ def test_a_protocol_of_ones_own_is_listed_and_run_exactly(copied, tmp_path: Path
     before = (copied.runs / "evaluation.json").read_bytes()
     refused = copied.run("evaluate", "--protocol", "mine", sets=["evaluation.videos=3", "evaluation.seed=5"])
     refused.refused(2, "videos is 3, expected 2", "evaluation.protocol=mine")
+    copied.run("evaluate", "--protocol", "mine", "--quick").refused(2, "--quick", "--protocol mine")
     copied.run("evaluate", "--protocol", "yours").refused(2, "yours", "mine")
     assert (copied.runs / "evaluation.json").read_bytes() == before
 

@@ -221,14 +221,15 @@ def test_pooled_samples_and_the_first_alone():
     truth, samples = torch.tensor([0.0, 2.0]), torch.tensor([[0.0, 4.0], [2.0, 6.0]])
     records = {f"{against} {subject}": values.reshape(2, -1, 1, 1).double() for against in ("real", "autoencoded")
                for subject, values in (("truth", truth), ("prediction", samples), ("copy_last", truth))}  # fmt: skip
-    measure = VideoDistances(Means(), Segments(2, 10, 12, 1), ("fvd_pooled", "fvd_first_sample"))
+    parts = Means(), Segments(2, 10, 12, 1), FeatureCache(Path("no folder/features.sqlite"))
+    measure = VideoDistances(*parts, ("fvd_pooled", "fvd_first_sample"))
     found = measure.results(records, None)
     # {0, 2} and {4, 6} against {0, 2}: 0, and (5 - 1)^2. All four: mean 3, variance 20 / 3.
     assert found["fvd"].prediction == pytest.approx((0 + 16) / 2)
     assert found["fvd_first_sample"].prediction == pytest.approx(0)
     assert found["fvd_pooled"].prediction == pytest.approx((3 - 1) ** 2 + (math.sqrt(20 / 3) - math.sqrt(2)) ** 2)
     assert found["fvd_pooled"].copy_last == pytest.approx(0)
-    assert VideoDistances(Means(), Segments(2, 10, 12, 1)).results(records, None).keys() == {"fvd"}
+    assert VideoDistances(*parts).results(records, None).keys() == {"fvd"}
 
 
 def test_a_resample_draws_clips_with_all_their_segments():
