@@ -95,15 +95,17 @@ def format_comparison(comparison: Comparison) -> str:
     )
     for metric, differences in comparison.differences.get("metrics", {}).items():
         heading, digits = COMPARED.get(metric, (metric, 4))
-        widths = (10, 20, 12, 20)
+        widths = (8, 20, 12, 20, 10)
+        sign = 1 if "higher is better" in heading else -1 if "lower is better" in heading else 0
         lines += ["", _row(heading, "mean", "95 % interval", "difference", "95 % interval", widths=widths)]
         for name, evaluation in comparison.evaluations.items():
             values = evaluation.metrics.get(metric)
             if values is not None:
-                lines.append(_compared(name, values, "prediction", differences.get(name), digits, widths))
+                cells = _compared(values, "prediction", differences.get(name), digits, sign)
+                lines.append(_row(name if len(name) <= 44 else f"...{name[-41:]}", *cells, widths=widths))
         if "copy_last" in differences:
-            values, difference = first.metrics[metric], differences["copy_last"]
-            lines.append(_compared(TITLES["copy_last"], values, "copy_last", difference, digits, widths))
+            cells = _compared(first.metrics[metric], "copy_last", differences["copy_last"], digits, sign)
+            lines.append(_row(TITLES["copy_last"], *cells, widths=widths))
     lines.append("")
     lines += _wrap(protocol.interval or "", "  interval  ") if protocol.interval else []
     for what, reason in protocol.missing.items():
@@ -111,13 +113,21 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _compared(
-    title: str, values: MetricValues, subject: str, difference: Difference | None, digits: int, widths: tuple[int, ...]
-) -> str:
+def _compared(values: MetricValues, subject: str, difference: Difference | None, digits: int, sign: int) -> list[str]:
+    """Cells of a subject: its number, and what that is more than the reference's.
+
+    Args:
+        sign: 1 where more is better, -1 where less is, 0 where neither is.
+    """
     cells = [f"{getattr(values, subject):.{digits}f}", _interval((values.interval or {}).get(subject), digits)]
-    if difference is not None:
-        cells += [f"{difference.value:+.{digits}f}", _interval(difference.interval, digits)]
-    return _row(title if len(title) <= 44 else f"...{title[-41:]}", *cells, widths=widths)
+    if difference is None:
+        return cells
+    ends = difference.interval
+    cells += [f"{difference.value:+.{digits}f}", _interval(ends, digits)]
+    if ends is not None and sign:
+        worst, best = sorted(sign * end for end in ends)
+        cells.append("better" if worst > 0 else "worse" if best < 0 else "unclear")
+    return cells
 
 
 def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int) -> list[str]:

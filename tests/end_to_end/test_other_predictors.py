@@ -111,7 +111,7 @@ def test_differences_are_paired_and_clustered_by_recording(place, clips: Path, t
     for name, array in copies.items():
         np.save(tmp_path / "copies" / f"{name}-2.npy", array)
     sets = (*SETS, "evaluation.samples=2", "evaluation.resamples=100")
-    place.run("evaluate", "--compare", *paths, sets=sets).ok()
+    outcome = place.run("evaluate", "--compare", *paths, sets=sets).ok()
 
     def of_clips(arrays: dict[str, np.ndarray]) -> np.ndarray:
         pairs = [(image_to_unit(torch.from_numpy(arrays[name])), image_to_unit(torch.from_numpy(truth[name])))
@@ -124,6 +124,8 @@ def test_differences_are_paired_and_clustered_by_recording(place, clips: Path, t
     difference = result_of(place)["differences"]["metrics"]["psnr"][paths[1]]
     assert difference["value"] == pytest.approx(expected.mean(), rel=1e-6)
     assert difference["interval"] == pytest.approx(interval.tolist(), rel=1e-6)
+    assert interval[0] > 0
+    assert "better" in next(line for line in outcome.out.splitlines() if f"{expected.mean():+.2f}" in line)
     best = result_of(place)["evaluations"][paths[1]]["metrics"]["psnr"]["best_of"]
     assert best["value"] == pytest.approx(np.maximum(of_clips(noisy), of_clips(copies)).mean(), rel=1e-6)
 
