@@ -188,7 +188,8 @@ def test_text_of_files_runs_no_script(copied) -> None:
     path = copied.runs / "evaluation.json"
     content = json.loads(path.read_text())
     del content["content_sha256"]
-    content["protocol"] |= {"description": EVIL, "missing": {EVIL: EVIL}}
+    content["protocol"]["predictor"]["description"] = EVIL
+    content["protocol"]["missing"] = {EVIL: EVIL}
     path.write_text(json.dumps(content))
     samples = copied.runs / "samples"
     listed = json.loads((samples / "samples.json").read_text())
