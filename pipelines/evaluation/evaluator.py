@@ -1,7 +1,8 @@
 """Quality of predictions: measures of frames and of sets beside two baselines, on the clips of a protocol."""
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import astuple, dataclass
@@ -14,12 +15,13 @@ from torch import Tensor
 
 import pipelines
 from pipelines.config import RiverConfig
+from pipelines.evaluation.baselines import choose_baselines
 from pipelines.evaluation.clip_records import RecordFolder
 from pipelines.evaluation.feature_cache import FeatureCache
 from pipelines.evaluation.forecasts import FileForecast, Forecast, RunCoding, RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
+from pipelines.evaluation.measures import NO_AUTOENCODER, ClipBatch, Measure, Records
 from pipelines.evaluation.metrics import (
     PSNR,
     SSIM,
@@ -45,8 +47,9 @@ from pipelines.runtime.progress import progress, say
 from pipelines.runtime.results import Evaluation
 from stage1_autoencoder.videos.shapes import ShapesSource
 
+Predict = Callable[[Sequence[Clip]], ClipBatch]
+
 I3D_SETTING = "evaluation.video_network"
-NO_AUTOENCODER = "it needs an autoencoder, and there is none"
 
 
 def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None]:
@@ -128,6 +131,7 @@ class Evaluator:
 
     Attributes:
         clips: of the protocol.
+        baselines: beside those that every forecast has.
         measures: of what can be measured of them.
     """
 
@@ -155,6 +159,9 @@ class Evaluator:
             left_out = [measure for measure in self.measures if measure.needs_autoencoder]
             self._missing |= {measure.name: NO_AUTOENCODER for measure in left_out}
             self.measures = [measure for measure in self.measures if measure not in left_out]
+        self.baselines, of_training, without = choose_baselines(config, coding)
+        self.measures += of_training
+        self._missing |= without
 
     def evaluate(self, forecast: Forecast, path: Path) -> Evaluation:
         """Measure a forecast, write the result to `path` and pictures beside it, print the table."""
@@ -162,7 +169,7 @@ class Evaluator:
         numbers = measured.records["clip"]["number"]
 
         def predict_again(chosen: Sequence[int]) -> ClipBatch:
-            return forecast(self.clips.read(numbers[list(chosen)].tolist()))
+            return self._predict(forecast, self.clips.read(numbers[list(chosen)].tolist()))
 
         for measure in self.measures:
             for name, picture in measure.pictures(measured.records[measure.name], predict_again).items():
@@ -186,7 +193,8 @@ class Evaluator:
         evaluation, clips = self._config.evaluation, self.clips
         record_folder = RecordFolder(folder, self._what_decides(forecast))
         size = max(1, evaluation.batch_size // forecast.samples)  # as many predictions, or all of one clip
-        records = measure_clips(clips, forecast, self.measures, size, forecast.samples, record_folder)
+        predict = functools.partial(self._predict, forecast)
+        records = measure_clips(clips, predict, self.measures, size, forecast.samples, record_folder)
 
         missing, videos = dict(self._missing), (records["clip"]["key"] & 0xFFFFFFFF).tolist()
         recordings = [clips.source.recording(video) for video in videos]
@@ -212,6 +220,9 @@ class Evaluator:
         result = Evaluation(protocol=protocol, **parts, clips=dict(zip(names, gains, strict=True)))
         return Measured(records, result, record_folder)
 
+    def _predict(self, forecast: Forecast, clips: Sequence[Clip]) -> ClipBatch:
+        return self.baselines.add(forecast(clips))
+
     def _what_decides(self, forecast: Forecast) -> dict[str, Any]:
         """Everything that the records of the clips depend on."""
         config, windows, source = self._config, self.clips.windows, self.clips.source
@@ -227,6 +238,7 @@ class Evaluator:
             "predictor": description,
             "autoencoder": self._coding and weights_digest(self._coding.autoencoder),
             "networks": [path and file_sha256(path) for path in self._networks],
+            "training_clips": self.baselines.training and self.baselines.training.cache.fingerprint,
             "measures": [measure.name for measure in self.measures],
             "device": str(self._device),
         }
@@ -267,7 +279,7 @@ def choose_measures(
 
 def measure_clips(
     clips: ClipReader,
-    forecast: Forecast,
+    predict: Predict,
     measures: Sequence[Measure],
     size: int,
     samples: int,
@@ -294,7 +306,7 @@ def measure_clips(
         for batch, numbers in enumerate(batches):
             records = known.pop(batch, None)
             if records is None:
-                records = _measure_batch(next(coming), forecast, measures)
+                records = _measure_batch(next(coming), predict, measures)
                 if len(records.get("clip/number", [])) == len(numbers):  # broken videos are reported each time
                     folder.write(batch, records)
             for name, tensor in records.items():
@@ -325,13 +337,13 @@ def _reading_ahead(clips: ClipReader, batches: Sequence[range]) -> Iterator[dict
         yield coming.result()
 
 
-def _measure_batch(read: Mapping[int, Clip], forecast: Forecast, measures: Sequence[Measure]) -> Records:
+def _measure_batch(read: Mapping[int, Clip], predict: Predict, measures: Sequence[Measure]) -> Records:
     """`<measure>/<record>` -> [clips, ...] of clips by number; nothing if there are none."""
     if not read:
         return {}
     keys = torch.tensor([clip.key for clip in read.values()])
     records = {"clip/number": torch.tensor([*read]), "clip/key": keys}
-    batch = forecast([*read.values()])
+    batch = predict([*read.values()])
     for measure in measures:
         records |= {f"{measure.name}/{record}": tensor for record, tensor in measure.measure(batch).items()}
     return records

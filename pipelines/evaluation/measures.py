@@ -12,6 +12,8 @@ from pipelines.prediction.clips import Clip
 
 # Name -> [clips, ...] on the CPU: what a measure keeps of each clip. Frames are not kept.
 Records = dict[str, Tensor]
+# Why something was not measured.
+NO_AUTOENCODER = "it needs an autoencoder, and there is none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +26,8 @@ class ClipBatch:
         truth: [b, horizon, 3, h, w] in [-1, 1].
         autoencoded: [b, context + horizon, 3, h, w] in [-1, 1], reconstructions of all true frames; None: there is no
             autoencoder, and so neither a `reconstruction` nor latents.
-        futures: subject -> [b, samples, horizon, 3, h, w] in [-1, 1]; of `SUBJECTS`, of which only `prediction` can
-            have more than one sample.
+        futures: subject -> [b, samples, horizon, 3, h, w] in [-1, 1]; of `results.SUBJECTS`, of which only
+            `prediction` can have more than one sample.
         latents: subject -> [b, samples, context + horizon, c, y, x] final latents; of `truth` and some of `SUBJECTS`.
     """
 

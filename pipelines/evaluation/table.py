@@ -4,6 +4,7 @@ import math
 import textwrap
 
 from pipelines.runtime.results import (
+    SUBJECTS,
     Calibration,
     Comparison,
     Difference,
@@ -11,15 +12,14 @@ from pipelines.runtime.results import (
     Evaluation,
     EvaluationProtocol,
     Interval,
+    Memorization,
     MetricValues,
     RunPredictor,
 )
 
-TITLES = {
-    "prediction": "prediction",
-    "copy_last": "copying the last frame",
-    "reconstruction": "autoencoder's reconstruction",
-}
+# Metrics whose blocks have a row for every subject; the others have one for each of the main ones.
+OF_ALL_SUBJECTS = ("psnr", "ssim", "lpips")
+MAIN_SUBJECTS = ("prediction", "copy_last", "reconstruction")
 # Metric -> heading, digits
 METRICS = {
     "psnr": ("PSNR [dB], higher is better", 2),
@@ -56,9 +56,9 @@ def format_table(evaluation: Evaluation) -> str:
         f"{protocol.predictor.describe()}",
         "",
     )
-    for metric, (heading, digits) in METRICS.items():
+    for metric in METRICS:
         if metric in metrics:
-            lines += ["", *_frames_table(heading, metrics[metric], protocol.horizon, digits)]
+            lines += ["", *_frames_table(metric, metrics[metric], protocol.horizon)]
     if "fvd" in metrics:
         lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
     if "latent_frechet" in metrics:
@@ -75,6 +75,8 @@ def format_table(evaluation: Evaluation) -> str:
         lines += _wrap(_describe_calibration(evaluation.calibration), "  ")
     if evaluation.objects is not None:
         lines += _wrap(_describe_objects(evaluation.objects, protocol.horizon), "  ")
+    if evaluation.memorization is not None:
+        lines += _wrap(_describe_memorization(evaluation.memorization), "  ")
     lines.append("")
     for name, fact in _facts(protocol).items():
         lines += _wrap(fact, f"  {name:<10}")
@@ -105,7 +107,7 @@ def format_comparison(comparison: Comparison) -> str:
                 lines.append(_row(name if len(name) <= 44 else f"...{name[-41:]}", *cells, widths=widths))
         if "copy_last" in differences:
             cells = _compared(first.metrics[metric], "copy_last", differences["copy_last"], digits, sign)
-            lines.append(_row(TITLES["copy_last"], *cells, widths=widths))
+            lines.append(_row(SUBJECTS["copy_last"], *cells, widths=widths))
     lines.append("")
     lines += _wrap(protocol.interval or "", "  interval  ") if protocol.interval else []
     for what, reason in protocol.missing.items():
@@ -130,14 +132,15 @@ def _compared(values: MetricValues, subject: str, difference: Difference | None,
     return cells
 
 
-def _frames_table(heading: str, values: MetricValues, horizon: int, digits: int) -> list[str]:
+def _frames_table(metric: str, values: MetricValues, horizon: int) -> list[str]:
     """Means, intervals, and a few frames of the curves."""
     assert values.per_frame is not None
+    heading, digits = METRICS[metric]
     columns = _columns(horizon)
     rows = [
         (title, getattr(values, subject), (values.interval or {}).get(subject), values.per_frame[subject])
-        for subject, title in TITLES.items()
-        if subject in values.per_frame
+        for subject, title in SUBJECTS.items()
+        if subject in values.per_frame and (metric in OF_ALL_SUBJECTS or subject in MAIN_SUBJECTS)
     ]
     best = values.best_of
     if best is not None:
@@ -195,19 +198,26 @@ def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
     )
 
 
+def _describe_memorization(found: Memorization) -> str:
+    return (
+        f"Nearest training clip: {found.prediction:.2f} from the predictions (smallest "
+        f"{found.smallest['prediction']:.2f}, a copy: 0), {found.truth:.2f} from the truth; error {found.error:.2f}."
+    )
+
+
 def _distances_table(heading: str, values: MetricValues) -> list[str]:
     widths = (8, 18, 18, 18)
     heads = ("to real", "95 % interval", *(("to autoencoded", "95 % interval") if values.autoencoded else ()))
     lines = [_row(heading, *heads, widths=widths)]
-    digits = 1 if max(getattr(values, subject) or 0.0 for subject in TITLES) >= 10 else 4
-    for subject, title in TITLES.items():
+    digits = 1 if max(getattr(values, subject) or 0.0 for subject in MAIN_SUBJECTS) >= 10 else 4
+    for subject in MAIN_SUBJECTS:
         cells = []
         for distances in (values, values.autoencoded or Distances()):
             value = getattr(distances, subject)
             if value is not None:
                 cells += [f"{value:.{digits}f}", _interval((distances.interval or {}).get(subject), digits)]
         if cells:
-            lines.append(_row(title, *cells, widths=widths))
+            lines.append(_row(SUBJECTS[subject], *cells, widths=widths))
     return lines
 
 

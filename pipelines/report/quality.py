@@ -7,13 +7,17 @@ from typing import Any
 from pipelines.report.charts import Chart, Line, Scale, interval_text, number_text
 from pipelines.report.predictions import picture_file_url
 from pipelines.report.run_files import Missing, Run
-from pipelines.runtime.results import Calibration, Evaluation, Interval, MetricValues, Study, StudyPoint
+from pipelines.runtime.results import (
+    SUBJECTS,
+    Calibration,
+    Evaluation,
+    Interval,
+    Memorization,
+    MetricValues,
+    Study,
+    StudyPoint,
+)
 
-SUBJECTS = {
-    "prediction": "prediction",
-    "copy_last": "copying the last frame",
-    "reconstruction": "autoencoder's reconstruction",
-}
 # Solver -> class of the style sheet.
 SOLVERS = {"euler": "s1", "midpoint": "s2", "heun": "s3", "rk4": "s4", "rk4-38": "s5"}
 RULER_WIDTH = 260
@@ -106,7 +110,9 @@ def headline(run: Run) -> dict[str, Any]:
 
 
 def _tile(metric: Quantity, values: MetricValues) -> dict[str, Any]:
-    value, copying, limit = (number_text(getattr(values, subject), metric.digits) for subject in SUBJECTS)
+    value, copying, limit = (
+        number_text(x, metric.digits) for x in (values.prediction, values.copy_last, values.reconstruction)
+    )
     return {
         "metric": metric,
         "unit": metric.label.removeprefix(metric.title).strip(" []"),
@@ -143,6 +149,7 @@ def quality_section(run: Run) -> dict[str, Any]:
     rows: list[list[Any]] = [
         [title, *(metric.cell(getattr(v, subject), (v.interval or {}).get(subject)) for _, metric, v in columns)]
         for subject, title in SUBJECTS.items()
+        if any(getattr(values, subject) is not None for _, _, values in columns)
     ]
     best = [(metric, getattr(values, "best_of", None)) for _, metric, values in columns]
     if any(found for _, found in best):
@@ -156,6 +163,28 @@ def quality_section(run: Run) -> dict[str, Any]:
         "rows": rows,
         "calibration": None if evaluation.calibration is None else _calibration(evaluation.calibration),
         "objects": None if evaluation.objects is None else _objects(run, evaluation.objects),
+        "memorization": evaluation.memorization and _memorization(evaluation.memorization),
+    }
+
+
+def _memorization(found: Memorization) -> dict[str, Any]:
+    """A table of the distances, and the share of predictions that are nearer to the training clips."""
+    intervals = found.interval or {}
+
+    def row(title: str, name: str, smallest: float | None = None) -> list[Any]:
+        cell = (number_text(getattr(found, name), 3), interval_text(intervals.get(name), 3))
+        return [title, cell, "" if smallest is None else number_text(smallest, 3)]
+
+    return {
+        "training_clips": found.training_clips,
+        "share": number_text(100 * found.nearer, 0) + " %",
+        "interval": interval_text(tuple(100 * x for x in intervals["nearer"]), 0) if "nearer" in intervals else "",
+        "head": ["distance", "mean", "smallest"],
+        "rows": [
+            row("from the prediction to the nearest training clip", "prediction", found.smallest["prediction"]),
+            row("from the true frames to the nearest training clip", "truth", found.smallest["truth"]),
+            row("from the prediction to the true frames", "error"),
+        ],
     }
 
 

@@ -59,17 +59,23 @@ class Gain(OptionalParts):
 
 
 class Distances(OptionalParts):
-    """Distances between sets of videos, by subject.
+    """Distances between sets of videos, by subject; the fields with a title are `SUBJECTS`.
 
     Attributes:
         resampled: subject -> the number in each bootstrap resample, for differences. It is not written.
     """
 
-    prediction: float | None = None
-    copy_last: float | None = None
-    reconstruction: float | None = None
+    prediction: float | None = Field(None, title="prediction")
+    copy_last: float | None = Field(None, title="copying the last frame")
+    constant_motion: float | None = Field(None, title="constant motion")
+    nearest_clip: float | None = Field(None, title="nearest training clip")
+    reconstruction: float | None = Field(None, title="autoencoder's reconstruction")
     interval: dict[str, Interval] | None = None
     resampled: dict[str, list[float]] | None = Field(None, exclude=True, repr=False)
+
+
+# What is compared: the prediction and its baselines, by name -> title.
+SUBJECTS = {name: field.title for name, field in Distances.model_fields.items() if field.title is not None}
 
 
 class MetricValues(Distances):
@@ -111,6 +117,32 @@ class Calibration(OptionalParts):
     def outside(self) -> float:
         """Share of the values that lie below or above all samples; 2 / (K + 1) if calibrated."""
         return self.ranks[0] + self.ranks[-1]
+
+
+class Memorization(OptionalParts):
+    """How near predictions are to the training clips, see `nearest_clips.MemorizationMeasure`; means over clips.
+
+    Distances are root mean squares of final latents over the horizon.
+
+    Attributes:
+        prediction, truth: distance to the nearest training clip.
+        error: distance between prediction and truth.
+        nearer: share of the predictions that are nearer to a training clip than their truth is; 0.5 for a perfect
+            predictor, more for one that memorizes or blurs.
+        smallest: `prediction` and `truth` -> smallest distance to a training clip; about 0 for a copy.
+        interval: of the first four.
+        training_clips: number of them, as long as the horizon.
+        store_fingerprint: of the store that has them.
+    """
+
+    prediction: float
+    truth: float
+    error: float
+    nearer: float
+    smallest: dict[str, float]
+    interval: dict[str, Interval] | None = None
+    training_clips: int
+    store_fingerprint: str
 
 
 class Protocol(Result):
@@ -235,6 +267,7 @@ class Evaluation(OptionalParts):
             `shapes`.
         calibration: None where there is one sample per clip.
         clips: name of each clip -> its gain in PSNR, see `Gain`.
+        memorization: None without the store of the training videos.
     """
 
     protocol: EvaluationProtocol
@@ -242,6 +275,7 @@ class Evaluation(OptionalParts):
     objects: dict[str, MetricValues] | None = None
     calibration: Calibration | None = None
     clips: dict[str, float] | None = None
+    memorization: Memorization | None = None
 
     def describe_gain(self) -> str | None:
         """The gain over copying in a sentence: how much, in how many clips, and from which frame on there is none."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.config import load_config
+from pipelines.evaluation.baselines import continue_motion
 from pipelines.evaluation.frechet import fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.metrics import gradient_energy, psnr, ssim
 from pipelines.evaluation.networks import load_lpips
@@ -95,6 +97,8 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
         assert found["copy_last"] == pytest.approx(copied_values.mean().item(), **tolerance)
         again = function(autoencoded[:, 2:].flatten(0, 1), truth.flatten(0, 1))
         assert found["reconstruction"] == pytest.approx(again.mean().item(), **tolerance)
+        moved = function(continue_motion(given, 10).flatten(0, 1), truth.flatten(0, 1))
+        assert found["constant_motion"] == pytest.approx(moved.mean().item(), **tolerance)
 
     energy, true_energy = (gradient_energy(x) for x in (torch.cat(samples), truth))
     sharpness = energy.unflatten(0, (2, 4)).mean((0, 1)) / true_energy.mean(0)
@@ -185,17 +189,36 @@ def test_the_batch_changes_no_number(copied, everything) -> None:
 
 
 def test_what_is_not_here_is_said_and_the_rest_is_measured(copied) -> None:
+    shutil.rmtree(copied.store)
     outcome = copied.run("evaluate", sets=LONG).ok()
     result = result_of(copied)
     assert result["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet", *SCORES}
-    assert result["protocol"]["missing"].keys() == {"lpips", "fvd", "interval", "calibration"}
-    assert "calibration" not in result
-    lines = [line for line in outcome.out.splitlines() if "was not measured" in line]
-    assert ["autoencoder.training.vgg_weights" in line for line in lines] == [True, False, False, False]
-    assert ["evaluation.video_network" in line for line in lines] == [False, True, False, False]
-    assert ["evaluation.samples" in line for line in lines] == [False, False, False, True]
-    assert ["--download" in line for line in lines] == [True, True, False, False]
+    reasons = {
+        "lpips": ("autoencoder.training.vgg_weights", "--download"),
+        "fvd": ("evaluation.video_network", "--download"),
+        "nearest_clip": ("paths.latents",),
+        "memorization": ("paths.latents",),
+        "interval": (),
+        "calibration": ("evaluation.samples",),
+    }
+    assert result["protocol"]["missing"].keys() == reasons.keys()
+    assert not {"calibration", "memorization"} & result.keys()
+    printed = " ".join(outcome.out.split())
+    for name, reason in result["protocol"]["missing"].items():
+        assert all(part in reason for part in reasons[name])
+        assert f"{name} was not measured: {reason}" in printed
     assert outcome.err == ""
+
+
+def test_training_clips_are_found_with_their_continuation(copied) -> None:
+    copied.run("evaluate", sets=["evaluation.split=train", "evaluation.context=3"]).ok()
+    result = result_of(copied)
+    for metric in ("psnr", "ssim"):  # decoded from latents of 16 bits
+        values = result["metrics"][metric]["per_frame"]
+        assert values["nearest_clip"] == pytest.approx(values["reconstruction"], rel=0.01)
+    found = result["memorization"]
+    assert found["truth"] < 0.01 < found["smallest"]["prediction"]
+    assert (found["nearer"], found["training_clips"]) == (0, 24 * 7)  # of 24 videos of 12 frames
 
 
 def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> None:
@@ -212,7 +235,7 @@ def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> N
     assert "interval" not in result["metrics"]["psnr"]
     for values in (result["metrics"]["psnr"], result["metrics"]["sharpness"], result["objects"]["position"]):
         assert {subject: len(curve) for subject, curve in values["per_frame"].items()} == dict.fromkeys(
-            ("prediction", "copy_last", "reconstruction"), 24
+            ("prediction", "copy_last", "constant_motion", "reconstruction"), 24
         )
     assert "+24" in outcome.out
 

@@ -7,11 +7,13 @@ from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import PSNR, summarize_metric
 from pipelines.evaluation.table import format_table
 from pipelines.runtime.results import (
+    SUBJECTS,
     Calibration,
     Distances,
     Evaluation,
     EvaluationProtocol,
     Gain,
+    Memorization,
     MetricValues,
     RunPredictor,
 )
@@ -37,7 +39,7 @@ PROTOCOL = EvaluationProtocol(
 
 def values(samples: int, counts: torch.Tensor | None) -> MetricValues:
     generator = torch.Generator().manual_seed(0)
-    subjects = {"prediction": samples, "copy_last": 1, "reconstruction": 1}
+    subjects = {**dict.fromkeys(SUBJECTS, 1), "prediction": samples}
     numbers = {name: 20 * torch.rand(12, count, 30, generator=generator) for name, count in subjects.items()}
     return summarize_metric(PSNR, numbers, counts)
 
@@ -46,7 +48,7 @@ def values(samples: int, counts: torch.Tensor | None) -> MetricValues:
 def everything() -> Evaluation:
     interval = {"prediction": (1234.5, 12345.6), "copy_last": (1.0, 2.0), "reconstruction": (0.0, 1.0)}
     fvd = MetricValues(
-        prediction=2345.6, copy_last=1.5, reconstruction=0.5, interval=interval,
+        prediction=2345.6, copy_last=1.5, constant_motion=7777.7, reconstruction=0.5, interval=interval,
         autoencoded=Distances(prediction=99.9, copy_last=1.0, interval=interval),
     )  # fmt: skip
     metrics = {"psnr": values(2, draw_counts(range(12), 50, 0)), "ssim": values(2, None), "fvd": fvd}
@@ -92,6 +94,17 @@ def test_the_prediction_is_compared_with_copying_the_last_frame(everything):
         text = " ".join(format_table(everything.model_copy(update=changes)).split())
         for part in parts:
             assert part in text, part
+
+
+def test_more_baselines_have_rows_for_image_metrics_only_and_memorization_one_sentence(everything):
+    found = Memorization(prediction=0.41, truth=0.42, error=0.37, nearer=0.5, smallest={"prediction": 0.01},
+                         training_clips=10, store_fingerprint="f" * 64)  # fmt: skip
+    text = format_table(everything.model_copy(update={"memorization": found}))
+    for subject in ("constant_motion", "nearest_clip"):
+        assert sum(line.strip().startswith(f"{SUBJECTS[subject]}  ") for line in text.splitlines()) == 2  # PSNR, SSIM
+    assert all(number in text for number in ("0.41", "0.42", "0.37", "0.01"))
+    assert "7777.7" not in text  # FVD
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_objects_in_one_line(everything):
