@@ -60,12 +60,8 @@ def compare(
     for number, (name, forecast) in enumerate(forecasts.items(), start=1):
         say(f"{name} ({number} of {len(forecasts)})")
         evaluations[name] = evaluator.measure(forecast, folder / str(number)).evaluation
-    differences = {part: _differences(evaluations, part) for part in ("metrics", "objects")}
-    comparison = Comparison(
-        evaluations=evaluations,
-        reference=names[0],
-        differences={part: found for part, found in differences.items() if found},
-    )
+    differences = {part: found for part in Evaluation.model_fields if (found := _differences(evaluations, part))}
+    comparison = Comparison(evaluations=evaluations, reference=names[0], differences=differences)
     path = config.run_path / "comparison.json"
     write_json(path, comparison)
     shutil.rmtree(folder, ignore_errors=True)
@@ -76,10 +72,13 @@ def compare(
 
 
 def _differences(evaluations: Mapping[str, Evaluation], part: str) -> dict[str, dict[str, Difference]]:
-    """Metric -> predictor, or `copy_last` -> difference to the first predictor."""
-    first, *others = [(name, getattr(evaluation, part) or {}) for name, evaluation in evaluations.items()]
-    found = {}
-    for metric, reference in first[1].items():
+    """Metric -> predictor, or `copy_last` -> difference to the first predictor; nothing for parts without metrics."""
+    parts = [(name, getattr(evaluation, part)) for name, evaluation in evaluations.items()]
+    (_, first), *others = [(name, values if isinstance(values, dict) else {}) for name, values in parts]
+    found: dict[str, dict[str, Difference]] = {}
+    for metric, reference in first.items():
+        if not isinstance(reference, MetricValues):
+            continue
         found[metric] = {
             name: _difference(own[metric], "prediction", reference) for name, own in others if metric in own
         }
