@@ -1,4 +1,4 @@
-"""Quality of predictions: measures of frames and of sets beside two baselines, on the clips of a protocol."""
+"""Quality of predictions: measures of frames and of sets beside baselines, on the clips of a protocol."""
 
 import functools
 from collections import defaultdict
