@@ -36,6 +36,7 @@ from pipelines.evaluation.object_audit import ObjectAudit
 from pipelines.evaluation.prediction_files import PredictionFiles
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.sample_scores import sample_scores
+from pipelines.evaluation.silhouette_audit import SilhouetteAudit
 from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
@@ -274,6 +275,8 @@ def choose_measures(
             measures.append(ObjectAudit(clips.source))
         except ValueError as error:
             missing["objects"] = str(error)
+    else:
+        measures.append(SilhouetteAudit())
     return measures, missing
 
 

@@ -75,6 +75,8 @@ def format_table(evaluation: Evaluation) -> str:
         lines += _wrap(_describe_calibration(evaluation.calibration), "  ")
     if evaluation.objects is not None:
         lines += _wrap(_describe_objects(evaluation.objects, protocol.horizon), "  ")
+    if evaluation.silhouettes is not None:
+        lines += _wrap(_describe_silhouettes(evaluation.silhouettes), "  ")
     if evaluation.memorization is not None:
         lines += _wrap(_describe_memorization(evaluation.memorization), "  ")
     lines.append("")
@@ -196,6 +198,22 @@ def _describe_objects(objects: dict[str, MetricValues], horizon: int) -> str:
         f"All objects are whole in {shares} of the clips at {frames}; they are {distances} pixels of 64 off there"
         + (f"; {bounces}." if bounces else ".")
     )
+
+
+def _describe_silhouettes(silhouettes: dict[str, MetricValues]) -> str:
+    words = {
+        "kept": "has about its true area in {} of the frames",
+        "speed": "{} of the true speed",
+        "identity": "and looks like the same person in {}",
+    }
+    measured = {measure: values for measure, values in silhouettes.items() if measure in words}
+    parts = [words[measure].format(_percent(values)) for measure, values in measured.items()]
+    return f"What moves {', '.join(parts)}; in brackets the reconstruction."
+
+
+def _percent(values: MetricValues) -> str:
+    limit = "" if values.reconstruction is None else f" ({100 * values.reconstruction:.0f})"
+    return f"{100 * values.prediction:.0f} %{limit}"
 
 
 def _describe_memorization(found: Memorization) -> str:

@@ -83,6 +83,11 @@ OBJECTS = [
     Quantity("elastic", "Bounces that keep the speed", "share of bounces", "higher", 3),
     Quantity("on_time", "Bounces on time", "share of the true bounces", "higher", 3),
 ]
+SILHOUETTES = [
+    Quantity("kept", "Silhouettes of the right area", "share of the clips", "higher", 3),
+    Quantity("speed", "Speed of silhouettes", "share of the true way", None, 3),
+    Quantity("identity", "The same person", "share of the silhouettes", "higher", 3),
+]
 TIME = Quantity("milliseconds_per_frame", "Time", "ms per predicted frame", "lower", None)
 STUDIED = [
     *IMAGE_METRICS,
@@ -163,6 +168,11 @@ def quality_section(run: Run) -> dict[str, Any]:
         "rows": rows,
         "calibration": None if evaluation.calibration is None else _calibration(evaluation.calibration),
         "objects": None if evaluation.objects is None else _objects(run, evaluation.objects),
+        "silhouettes": [
+            _curves(measure, values)
+            for measure in SILHOUETTES
+            if (values := (evaluation.silhouettes or {}).get(measure.key)) is not None
+        ],
         "memorization": evaluation.memorization and _memorization(evaluation.memorization),
     }
 

@@ -265,6 +265,8 @@ class Evaluation(OptionalParts):
     Attributes:
         objects: measure of `object_audit.audit_objects` and `audit_bounces` -> values; None for videos that are no
             `shapes`.
+        silhouettes: measure of `silhouette_audit.SilhouetteAudit` -> values; None for `shapes`, and where backgrounds
+            move.
         calibration: None where there is one sample per clip.
         clips: name of each clip -> its gain in PSNR, see `Gain`.
         memorization: None without the store of the training videos.
@@ -273,6 +275,7 @@ class Evaluation(OptionalParts):
     protocol: EvaluationProtocol
     metrics: dict[str, MetricValues]
     objects: dict[str, MetricValues] | None = None
+    silhouettes: dict[str, MetricValues] | None = None
     calibration: Calibration | None = None
     clips: dict[str, float] | None = None
     memorization: Memorization | None = None

@@ -150,3 +150,15 @@ def test_scores_and_calibration_in_two_lines(everything):
     ):
         assert part in text
     assert max(map(len, after)) <= 120
+
+
+def test_silhouettes_in_one_sentence(everything):
+    silhouettes = {
+        name: MetricValues(prediction=share, reconstruction=limit)
+        for name, share, limit in (("kept", 0.78, 0.99), ("speed", 0.87, 1.09), ("identity", 0.59, None))
+    }
+    text = format_table(everything.model_copy(update={"silhouettes": silhouettes}))
+    assert all(part in text for part in ("78 % (99)", "87 % (109)", "59 %"))
+    assert max(map(len, text.splitlines())) <= 120
+    del silhouettes["identity"]
+    assert "59 %" not in format_table(everything.model_copy(update={"silhouettes": silhouettes}))

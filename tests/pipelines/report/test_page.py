@@ -330,6 +330,14 @@ def test_the_audit_of_objects(whole: Toys):
     assert str(path) in problem
 
 
+def test_the_audit_of_silhouettes(whole: Toys):
+    values = {"prediction": 0.75, "per_frame": {"prediction": [1.0, 0.75, math.nan, 0.5]}}
+    whole.write("evaluation.json", evaluation() | {"silhouettes": {"kept": values, "speed": values}})
+    part = text_of(section(whole.page(), "quality"))
+    assert "Speed of silhouettes of each predicted frame" in part
+    assert "The same person of each predicted frame" not in part
+
+
 def test_a_study_that_is_not_finished_has_chosen_no_sampler(whole: Toys):
     content = study() | {"chosen": None}
     content["protocol"]["missing"] = {"interval": "of two files only"}
