@@ -48,6 +48,7 @@ def test_a_folder_of_videos_split_by_fractions(own, story: ModuleType) -> None:
     result = json.loads((own.runs / "evaluation.json").read_text())
     assert result["protocol"]["clips"] == 2
     assert "objects" not in result  # of no shapes there is no audit
+    assert ("silhouettes" in result) != ("silhouettes" in result["protocol"]["missing"])
     assert not (own.runs / "objects.png").exists()
     before = story.stamps(own.store, own.runs / "flow")
     own.run("demo").ok()
@@ -181,7 +182,7 @@ def test_the_story_in_wide_frames(place, story: ModuleType) -> None:
     assert "resized to 40x24" in place.run("evaluate").ok().out
     evaluation = json.loads((place.runs / "evaluation.json").read_text())
     assert evaluation["protocol"]["image_size"] == [24, 40]
-    assert evaluation["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet"}
+    assert evaluation["metrics"].keys() >= {"psnr", "ssim", "sharpness", "latent_frechet"}
     place.run("report").ok()
     page = (place.runs / "report.html").read_text()
     assert page.count('<canvas width="40" height="24"') == 2 * 3
