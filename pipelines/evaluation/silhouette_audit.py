@@ -1,6 +1,6 @@
 """People in front of a still background: do predicted ones keep their area, their speed and their looks?
 
-What moves is found without a network, since it differs from the median of all true frames of its clip: all of somebody
+What moves is found without a network, since it differs from the median of the true frames of its clip: all of somebody
 who walks, and of somebody who stands, what moves.
 """
 
@@ -25,6 +25,8 @@ DIFFERENT = 25
 SMALLEST, STILL = 0.005, 0.2
 # A silhouette is kept if its area is this many times the true one.
 KEPT_AREA = (0.5, 2.0)
+# Frames of a clip, evenly spread, whose median is the background: at most this many.
+FRAMES_OF_MEDIAN = 16
 # Of the histogram of each channel.
 BINS = 8
 # Given frames that are compared with, at most, and predicted ones at once.
@@ -141,7 +143,7 @@ class SilhouetteAudit(Measure):
 
     def measure(self, batch: ClipBatch) -> Records:
         context, frames = batch.given.shape[1], torch.cat([batch.given, batch.truth], 1)
-        background = frames.median(1, keepdim=True).values
+        background = frames[:, :: -(-frames.shape[1] // FRAMES_OF_MEDIAN)].median(1, keepdim=True).values
         true = find_silhouettes(frames, background)
         known = [describe_looks(batch.given, true[:, :context])]
         if batch.autoencoded is not None:

@@ -208,7 +208,8 @@ def _describe_silhouettes(silhouettes: dict[str, MetricValues]) -> str:
     }
     measured = {measure: values for measure, values in silhouettes.items() if measure in words}
     parts = [words[measure].format(_percent(values)) for measure, values in measured.items()]
-    return f"What moves {', '.join(parts)}; in brackets the reconstruction."
+    limits = any(values.reconstruction is not None for values in measured.values())
+    return f"What moves {', '.join(parts)}{'; in brackets the reconstruction' if limits else ''}."
 
 
 def _percent(values: MetricValues) -> str:
