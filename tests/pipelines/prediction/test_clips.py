@@ -69,6 +69,8 @@ def test_srvps_draw_is_that_of_numpys_old_generator():
         ("jogging", 25, 3, 106), ("running", 25, 3, 121), ("handwaving", 23, 3, 87), ("running", 24, 4, 151),
         ("handwaving", 25, 2, 191),
     ]  # fmt: skip
+    short = choose([11] * 120, protocol(window="srvp"), 50, ids)
+    assert {window.start for window in short} == {0, 1}  # the last start of 11 - 10, too
     with pytest.raises(UserError, match=r"person25_jogging_d3.* 0 frames"):
         choose([300] * 119, protocol(window="srvp", seed=42), 5, [name for name in ids if "25_jogging_d3" not in name])
     with pytest.raises(UserError, match=r"v0.*dataset\.sequences"):
