@@ -18,10 +18,11 @@ from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import write_json
 from pipelines.runtime.progress import say
-from pipelines.runtime.results import Comparison, Difference, Evaluation, MetricValues
+from pipelines.runtime.results import SUBJECTS, Comparison, Difference, Evaluation, MetricValues
 
 # Stands for the run of the configuration.
 RUN = "run"
+BASELINES = SUBJECTS.keys() - {"prediction"}
 
 
 def compare(
@@ -37,10 +38,13 @@ def compare(
         black: as `PredictionFiles`.
         refine: measure refined predictions of runs.
     Raises:
-        UserError, VideoError: as `evaluate` and `PredictionFiles`; a name that is there twice.
+        UserError, VideoError: as `evaluate` and `PredictionFiles`; a name that is there twice, or is a baseline's.
     """
-    if len({*names}) < len(names):
-        raise UserError(f"--compare {' '.join(names)}: each predictor can be there once")
+    if len({*names} - BASELINES) < len(names):
+        raise UserError(
+            f"--compare {' '.join(names)}: each predictor can be there once, and baselines are always there; a folder "
+            f"that is called as one is ./{min(BASELINES)}"
+        )
     evaluation = config.evaluation
     coding, missing = find_coding(config, run_context.device)
     evaluator = Evaluator(config, run_context, coding, missing)
@@ -72,7 +76,7 @@ def compare(
 
 
 def _differences(evaluations: Mapping[str, Evaluation], part: str) -> dict[str, dict[str, Difference]]:
-    """Metric -> predictor, or `copy_last` -> difference to the first predictor; nothing for parts without metrics."""
+    """Metric -> predictor, or baseline -> difference to the first predictor; nothing for parts without metrics."""
     parts = [(name, getattr(evaluation, part)) for name, evaluation in evaluations.items()]
     (_, first), *others = [(name, values if isinstance(values, dict) else {}) for name, values in parts]
     found: dict[str, dict[str, Difference]] = {}
@@ -82,8 +86,8 @@ def _differences(evaluations: Mapping[str, Evaluation], part: str) -> dict[str, 
         found[metric] = {
             name: _difference(own[metric], "prediction", reference) for name, own in others if metric in own
         }
-        if reference.copy_last is not None:
-            found[metric]["copy_last"] = _difference(reference, "copy_last", reference)
+        baselines = [subject for subject in BASELINES if getattr(reference, subject) is not None]
+        found[metric] |= {subject: _difference(reference, subject, reference) for subject in baselines}
     return found
 
 

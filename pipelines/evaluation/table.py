@@ -107,9 +107,11 @@ def format_comparison(comparison: Comparison) -> str:
             if values is not None:
                 cells = _compared(values, "prediction", differences.get(name), digits, sign)
                 lines.append(_row(name if len(name) <= 44 else f"...{name[-41:]}", *cells, widths=widths))
-        if "copy_last" in differences:
-            cells = _compared(first.metrics[metric], "copy_last", differences["copy_last"], digits, sign)
-            lines.append(_row(SUBJECTS["copy_last"], *cells, widths=widths))
+        for subject, title in SUBJECTS.items():
+            is_shown = metric in OF_ALL_SUBJECTS or subject in MAIN_SUBJECTS
+            if subject in differences and subject != "reconstruction" and is_shown:
+                cells = _compared(first.metrics[metric], subject, differences[subject], digits, sign)
+                lines.append(_row(title, *cells, widths=widths))
     lines.append("")
     lines += _wrap(protocol.interval or "", "  interval  ") if protocol.interval else []
     for what, reason in protocol.missing.items():

@@ -314,7 +314,7 @@ class Comparison(Result):
     Attributes:
         evaluations: predictor, as it was named, -> its evaluation. All have one protocol, but for the predictor.
         reference: the predictor that differences are taken to.
-        differences: part of `Evaluation` -> metric -> predictor, or `copy_last` -> difference.
+        differences: part of `Evaluation` -> metric -> predictor, or baseline of `SUBJECTS` -> difference.
     """
 
     evaluations: dict[str, Evaluation] = Field(min_length=1)

@@ -47,16 +47,28 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> str:
     return str(folder)
 
 
-def write_coded(folder: Path, arrays: dict[str, np.ndarray], suffix: str, codec: str, pixels: str) -> str:
-    folder.mkdir()
-    for name, array in arrays.items():
-        with av.open(str(folder / f"{name}{suffix}"), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(10))
-            stream.height, stream.width, stream.pix_fmt = *array.shape[1:3], pixels
-            for frame in array:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-    return str(folder)
+def write_coded(file: Path, array: np.ndarray, codec: str, pixels: str) -> None:
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(10))
+        stream.height, stream.width, stream.pix_fmt = *array.shape[1:3], pixels
+        for frame in array:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_lossless(stem: Path, array: np.ndarray, kind: int, story: Any) -> None:
+    """One prediction, in one of five kinds of files."""
+    match kind:
+        case 0:
+            np.save(f"{stem}.npy", array)
+        case 1:
+            np.savez_compressed(f"{stem}.npz", anything=array)
+        case 2:
+            save_file({"anything": array}, f"{stem}.safetensors")
+        case 3:
+            story.write_video(stem, array)
+        case 4:
+            write_coded(Path(f"{stem}.mkv"), array, "ffv1", "bgr0")
 
 
 def result_of(place, name: str = "comparison.json") -> dict[str, Any]:
@@ -66,39 +78,34 @@ def result_of(place, name: str = "comparison.json") -> dict[str, Any]:
 def test_files_of_all_kinds_with_copies_measure_as_copying_does(place, clips: Path, tmp_path: Path, story) -> None:
     given, copies = frames_of(clips, "given"), copies_of(clips)
     whole = {name: np.concatenate([given[name], copies[name]]) for name in copies}
-    kinds = {"arrays": write_arrays(tmp_path / "arrays", copies)}
-    np.savez(tmp_path / "floats.npz", **{name: image_to_unit(torch.from_numpy(x)).permute(0, 2, 3, 1).numpy()
-                                         for name, x in whole.items()})  # fmt: skip
-    kinds["floats"] = str(tmp_path / "floats.npz")
-    save_file(whole, tmp_path / "tensors.safetensors")
-    kinds["tensors"] = str(tmp_path / "tensors.safetensors")
-    for name, array in whole.items():
-        story.write_video(tmp_path / "frames" / name, array)
-    kinds["frames"] = str(tmp_path / "frames")
-    kinds["lossless"] = write_coded(tmp_path / "lossless", copies, ".mkv", "ffv1", "bgr0")
-    kinds["coded"] = write_coded(tmp_path / "coded", whole, ".mp4", "mpeg4", "yuv420p")
+    floats, lossless, coded = (tmp_path / name for name in ("floats.npz", "lossless", "coded"))
+    np.savez(floats, **{name: image_to_unit(torch.from_numpy(x)).permute(0, 2, 3, 1).numpy()
+                        for name, x in whole.items()})  # fmt: skip
+    lossless.mkdir()
+    coded.mkdir()
+    for number, name in enumerate(copies):
+        write_lossless(lossless / name, (copies if number < 6 else whole)[name], number % 5, story)
+        write_coded(coded / f"{name}.mp4", whole[name], "mpeg4", "yuv420p")
+    kinds = [str(path) for path in (floats, lossless, coded)]
     sets = [*SETS, "evaluation.batch_size=5"]
-    outcome = place.run("evaluate", "--compare", *kinds.values(), "--black", "-1", sets=sets).ok()
+    outcome = place.run("evaluate", "--compare", *kinds, "--black", "-1", sets=sets).ok()
 
     found = result_of(place)
-    assert [*found["evaluations"]] == [*kinds.values()]
-    for kind, path in kinds.items():
-        evaluation = found["evaluations"][path]
-        assert evaluation["protocol"]["predictor"]["path"] == path
-        assert evaluation["protocol"]["predictor"]["black"] == (-1 if kind == "floats" else None)
-        for part in ("metrics", "objects"):
+    assert [*found["evaluations"]] == kinds
+    for kind, black in zip(kinds, (-1, None, None), strict=True):
+        evaluation = found["evaluations"][kind]
+        assert evaluation["protocol"]["predictor"]["path"] == kind
+        assert evaluation["protocol"]["predictor"]["black"] == black
+        assert {"reconstruction", "latent_frechet"} < {*evaluation["protocol"]["missing"]}
+        for part in ("metrics", "objects") if kind != kinds[2] else ():
             for metric, values in evaluation[part].items():
-                if kind != "coded":
-                    assert values["per_frame"]["prediction"] == pytest.approx(
-                        values["per_frame"]["copy_last"], abs=0, nan_ok=True
-                    )
-                if kind not in ("arrays", "coded"):
-                    difference = found["differences"][part][metric][path]
+                curves = values["per_frame"]
+                assert curves["prediction"] == pytest.approx(curves["copy_last"], abs=0, nan_ok=True)
+                for difference in (found["differences"][part][metric][name] for name in (kinds[1], "copy_last")):
                     assert difference["value"] == 0 or np.isnan(difference["value"])
                     assert difference["interval"] == [0, 0] or np.isnan(difference["interval"]).all()
-    psnrs = found["evaluations"][kinds["coded"]]["metrics"]["psnr"]
+    psnrs = found["evaluations"][kinds[2]]["metrics"]["psnr"]
     assert psnrs["prediction"] == pytest.approx(psnrs["copy_last"], abs=0.5)
-    assert {"reconstruction", "latent_frechet"} < {*found["evaluations"][kinds["arrays"]]["protocol"]["missing"]}
     assert max(len(line) for line in outcome.out.splitlines() if str(place.folder) not in line) <= 120
     assert not (place.runs / "evaluation_records").exists()
 
@@ -107,7 +114,8 @@ def test_differences_are_paired_and_clustered_by_recording(place, clips: Path, t
     truth, copies, noise = frames_of(clips, "truth"), copies_of(clips), np.random.default_rng(0)
     noisy = {name: np.clip(x + noise.normal(0, 30, x.shape), 0, 255).astype(np.uint8) for name, x in truth.items()}
     two = {name: np.stack([noisy[name], copies[name], truth[name]]) for name in truth}  # of which the first two count
-    paths = [write_arrays(tmp_path / "copies", copies), write_arrays(tmp_path / "two", two)]
+    paths = [write_arrays(tmp_path / "copies", copies), str(tmp_path / "two.safetensors")]
+    save_file(two, paths[1])
     for name, array in copies.items():
         np.save(tmp_path / "copies" / f"{name}-2.npy", array)
     sets = (*SETS, "evaluation.samples=2", "evaluation.resamples=100")
@@ -188,6 +196,8 @@ def test_what_cannot_be_measured_is_one_line(place, clips: Path, tmp_path: Path)
     place.run("evaluate", "--predictions", str(tmp_path / "gone"), sets=SETS).refused(2, "gone", "folder")
     place.run("evaluate", "--predictions", floats, "--refine", sets=SETS).refused(2, "--refine")
     place.run("evaluate", "--export-clips", floats, sets=SETS).refused(2, "other files")
+    for names in (("x", "x"), ("x", "copy_last")):
+        place.run("evaluate", "--compare", *names, sets=SETS).refused(2, "--compare x")
     assert not place.runs.exists()
 
 
