@@ -406,6 +406,8 @@ class ObjectAudit(Measure):
         centers = self._source.centers(videos, starts + np.arange(len(clips[0].frames)))
         records: Records = {}
         for subject, samples in batch.futures.items():
+            if subject == "nearest_clip":
+                continue  # its objects are those of another video
             of_samples = []
             for frames in samples.unbind(1):
                 found = match_shapes(torch.cat([batch.given[:, -1:], frames], 1), truth)

@@ -15,7 +15,7 @@ from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.metrics import PSNR, Metric, summarize_metric
 from pipelines.prediction.clips import Clip, open_clips
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.results import MetricValues
+from pipelines.runtime.results import SUBJECTS, MetricValues
 
 LOWER = Metric("lpips", PSNR.function, higher_is_better=False)
 SUBJECTS = ("prediction", "copy_last", "reconstruction")
