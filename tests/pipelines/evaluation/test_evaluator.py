@@ -18,7 +18,6 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.results import SUBJECTS, MetricValues
 
 LOWER = Metric("lpips", PSNR.function, higher_is_better=False)
-SUBJECTS = ("prediction", "copy_last", "reconstruction")
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
