@@ -9,7 +9,7 @@ from pipelines.report.charts import number_text
 from pipelines.report.quality import METRICS
 from pipelines.report.run_files import Run
 from pipelines.runtime.logs import Log
-from pipelines.runtime.results import Evaluation, RunPredictor
+from pipelines.runtime.results import Evaluation, MetricValues, RunPredictor
 
 # Relative rise of the validation loss above its minimum that is no scatter.
 LOSS_RISE = 0.05
@@ -43,29 +43,35 @@ def run_warnings(run: Run) -> Iterator[str]:
 
 
 def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:
+    worse, unclear = [], []
     for metric in METRICS:
         values = evaluation.metrics.get(metric.key)
-        if values is None or values.copy_last is None or math.isnan(values.prediction):
+        if values is None or metric.better is None or values.copy_last is None or math.isnan(values.prediction):
             continue
         ours, copied = (number_text(value, metric.digits) for value in (values.prediction, values.copy_last))
+        text = f"{metric.title} ({ours} against {copied})"
         if not metric.is_better(values.prediction, values.copy_last):
-            yield f"By {metric.title} the prediction ({ours}) is no better than copying the last frame ({copied})."
-            continue
-        if values.gain is not None:
-            if not values.gain.is_clear:
-                yield (
-                    f"By {metric.title} the prediction ({ours}) is hardly better than copying the last frame "
-                    f"({copied}): the 95 % interval of the difference contains 0."
-                )
-            continue
-        intervals = values.interval or {}
-        if {"prediction", "copy_last"} <= intervals.keys():
-            (low, high), (copied_low, copied_high) = intervals["prediction"], intervals["copy_last"]
-            if low <= copied_high and copied_low <= high:
-                yield (
-                    f"By {metric.title} the prediction ({ours}) is hardly better than copying the last frame "
-                    f"({copied}): their 95 % intervals overlap."
-                )
+            worse.append(text)
+        elif not _is_clear(values):
+            unclear.append(text)
+    if worse:
+        yield f"The prediction is no better than copying the last frame by {', '.join(worse)}."
+    if unclear:
+        yield (
+            f"The prediction is hardly better than copying the last frame by {', '.join(unclear)}: "
+            "the 95 % intervals do not exclude that copying is as good."
+        )
+
+
+def _is_clear(values: MetricValues) -> bool:
+    """Whether the intervals say that a prediction whose number is better is better."""
+    if values.gain is not None:
+        return values.gain.is_clear
+    intervals = values.interval or {}
+    if not {"prediction", "copy_last"} <= intervals.keys():
+        return True
+    (low, high), (copied_low, copied_high) = intervals["prediction"], intervals["copy_last"]
+    return low > copied_high or copied_low > high
 
 
 def _out_of_date(run: Run, evaluation: Evaluation) -> Iterator[str]:
