@@ -125,6 +125,8 @@ class PublishedProtocol(_Part):
         known = {*ProtocolSettings.model_fields}
         if lacking := sorted(known - _OPTIONAL - self.evaluation.model_fields_set):
             raise ValueError(f"evaluation: a protocol decides all of its settings, missing: {', '.join(lacking)}")
+        if not isinstance(self.dataset.get("splits", {}), dict):
+            raise ValueError("dataset: splits has a value per split, such as {test: 21-25}")
         for key, keys, allowed in (
             ("dataset", self.dataset, DatasetConfig.model_fields),
             ("not_stated", self.not_stated, {*known, "aggregation"}),

@@ -22,13 +22,13 @@ _STARTS = {"first": "frame 0", "moving": "most moving", "srvp": "SRVP's draw", "
 
 def differences(config: RiverConfig, protocol: PublishedProtocol) -> dict[str, tuple[Any, Any]]:
     """Key -> its value, and that of the protocol, where they differ; of `dataset`, the whole path."""
-    evaluation = config.evaluation.model_dump()
+    evaluation, dataset = config.evaluation.model_dump(), config.dataset.model_dump()
     pairs = {key: (evaluation[key], protocol.settings[key]) for key in evaluation if key in protocol.settings}
     for key, value in protocol.dataset.items():
         if key == "splits":
             pairs |= {f"dataset.splits.{split}": (_videos_of(config.dataset, split), value[split]) for split in value}
         else:
-            pairs[f"dataset.{key}"] = getattr(config.dataset, key), value
+            pairs[f"dataset.{key}"] = dataset[key], value
     return {key: pair for key, pair in pairs.items() if not _are_equal(key, *pair)}
 
 
@@ -69,24 +69,25 @@ def check_protocol(config: RiverConfig) -> PublishedProtocol:
         UserError: names all that differs; no videos, or too short ones.
         VideoError: no videos.
     """
-    assert config.evaluation.protocol is not None
-    protocol = find_protocol(config.evaluation.protocol)
+    name = config.evaluation.protocol
+    assert name is not None
+    protocol = find_protocol(name)
     found = differences(config, protocol)
-    _refuse(protocol, [f"{key} is {_show(ours)}, expected {_show(theirs)}" for key, (ours, theirs) in found.items()])
+    _refuse(name, [f"{key} is {_show(ours)}, expected {_show(theirs)}" for key, (ours, theirs) in found.items()])
     wanted = config.evaluation.videos
     source, windows = open_windows(config, wanted)
     counts = {f"videos in split {config.evaluation.split}": (len(source.videos), protocol.test_videos),
               "clips in these videos": (len(windows), None if wanted == ALL_CLIPS else wanted)}  # fmt: skip
-    _refuse(protocol, [f"{what}: {ours}, expected {n}" for what, (ours, n) in counts.items() if n not in (None, ours)])
+    _refuse(name, [f"{what}: {ours}, expected {n}" for what, (ours, n) in counts.items() if n not in (None, ours)])
     return protocol
 
 
-def _refuse(protocol: PublishedProtocol, wrong: list[str]) -> None:
+def _refuse(name: str, wrong: list[str]) -> None:
     if wrong:
         raise UserError(
-            f"--protocol {protocol.name}: {'; '.join(wrong)}: change this (other frames need an autoencoder and a flow "
-            f"of their own: --set dataset.name=...), or measure with --set evaluation.protocol={protocol.name}, which "
-            "reports the differences"
+            f"--protocol {name}: {'; '.join(wrong)}: change this (other frames need an autoencoder and a flow of their "
+            f"own: --set dataset.name=...), or measure with --set evaluation.protocol={name}, which reports the "
+            "differences"
         )
 
 

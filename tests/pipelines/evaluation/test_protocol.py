@@ -197,6 +197,7 @@ def test_a_strict_run_refuses_other_persons(persons):
         (("split: test, ", ""), ["evaluation", "split"]),
         (("source: my own\n", ""), ["source"]),
         (("fps: null", "rate: null"), ["dataset", "rate", "fps"]),
+        (("splits: {test: 4}", "splits: 4"), ["dataset", "splits"]),
         (("title:", "base: mine\ntitle:"), ["base"]),
         (("paper: me", "paper: me\nauthor: me"), ["author"]),
         ((MINE, "- 1"), ["title"]),
