@@ -81,7 +81,7 @@ def export_clips(config: RiverConfig, clips: ClipReader, folder: Path) -> Path:
     """Write the frames of all clips, so that any predictor can be run on them.
 
     Args:
-        clips: with known starts.
+        clips: of the protocol.
         folder: new, or of an earlier export, whose files are replaced.
     Returns:
         `clips.json`, which is written last.
@@ -220,8 +220,7 @@ class PredictionFiles:
             others = f"; it has {_some(unused)}, which no clip is called" if unused else ""
             raise UserError(
                 f"{self.path}: predictions of {len(missing)} of {len(names)} clips are missing: {_some(missing)}"
-                f"{others}: "
-                "`evaluate --export-clips FOLDER` writes the clips with their names"
+                f"{others}: `evaluate --export-clips FOLDER` writes the clips with their names"
             )
         if not chosen:
             raise clips.nothing_found()
@@ -259,7 +258,7 @@ class PredictionFiles:
 
     def _array_frames(self, entry: _Entry) -> Tensor:
         with self._open_array(entry) as array:
-            if len(array.shape) not in (4, 5) or array.shape[-1] != 3:
+            if len(array.shape) not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
                 raise ValueError(
                     f"an array {list(array.shape)}, expected [frames, height, width, 3] or several of these"
                 )

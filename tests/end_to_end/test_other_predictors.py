@@ -171,6 +171,7 @@ BAD = {
     "short": (_save(np.zeros((5, 32, 32, 3), np.uint8)), ["5 frames", "6 predicted", "2 given"]),
     "small": (_save(np.zeros((6, 16, 32, 3), np.uint8)), ["32x16", "32x32"]),
     "channels first": (_save(np.zeros((6, 3, 32, 32), np.uint8)), ["[6, 3, 32, 32]"]),
+    "no samples": (_save(np.zeros((0, 6, 32, 32, 3), np.uint8)), ["[0, 6, 32, 32, 3]"]),
     "integers": (_save(np.zeros((6, 32, 32, 3), np.int64)), ["int64"]),
     "nan": (_save(np.full_like(FLOATS, np.nan)), ["nan"]),
     "out of range": (_save(FLOATS - 1), ["-1", "--black"]),
