@@ -73,7 +73,7 @@ def find_meetings(
     way, passing = velocity[:, :, 4 * k :], centers[:, :, second] - centers[:, :, first]
     gap = (pushes * centers.repeat(4, 2)).sum(-1) + np.tile(world[[0, 0, 1, 1]] * [0, 1, 0, 1], k) - radius
     with np.errstate(divide="ignore", invalid="ignore"):
-        frames = gap / -(pushes * velocity[:, :, : 4 * k]).sum(-1)
+        wait = gap / -(pushes * velocity[:, :, : 4 * k]).sum(-1)
         square, along = (way**2).sum(-1), (way * passing).sum(-1)
         closest = (passing**2).sum(-1) - along**2 / square
         depth = (2 * radius) ** 2 - closest
@@ -83,13 +83,13 @@ def find_meetings(
             [np.ones(gap.shape, bool), (along < 0) & (closest <= (GRAZING / clearly * 2 * radius) ** 2)], 2
         )
     gap = np.concatenate([gap, np.linalg.norm(passing, axis=-1) - 2 * radius], 2)
-    frames = np.concatenate([frames, until], 2)
+    wait = np.concatenate([wait, until], 2)
     pushes = np.concatenate([pushes, contact], 2)
 
     steps = np.linalg.norm(relative(centers - later(centers, -1)), axis=-1)
     # A contact shortens the step in which it is, so the longer one counts.
     close = gap <= np.fmax(steps, later(steps, 1)) / 2 + 0.5
-    meets = direct & (frames <= 1) & ((pushes * velocity).sum(-1) <= -APPROACH * clearly)
+    meets = direct & (wait <= 1) & ((pushes * velocity).sum(-1) <= -APPROACH * clearly)
     # The frame that is closest to the contact may be the next one.
     delayed = later(gap, 1) < gap
     judged = (frame >= 1)[:, None] & (frame[:, None] + 3 + delayed < t)

@@ -184,7 +184,7 @@ def audit_bounces(found: MatchedShapes, truth: VisibleShapes, centers: np.ndarra
         truth: of the same frames.
         centers: [b, context + horizon, k, xy] the simulator's in pixels of these frames.
     Returns:
-        Measure -> [b, horizon], in the frame after which a meeting begins.
+        Measure -> [b, horizon], in the frame in which they touch, if nothing changes their way.
     """
     given, k = centers.shape[1] - found.kept.shape[1] + 1, centers.shape[2]
     present = np.broadcast_to(truth.present.reshape(found.kept.shape)[:, :1], centers.shape[:3])
