@@ -218,7 +218,7 @@ class AdversarialConfig(_Settings):
 
 
 class AutoencoderTrainingConfig(_Settings):
-    """Training of the autoencoder: reconstruction (L1, L2, LPIPS) + codebook + adversarial loss."""
+    """Training of the autoencoder: reconstruction (L1, L2, perceptual) + codebook + adversarial loss."""
 
     steps: PositiveInt | None = Field(
         None, description="null: as many as suit the amount of data", json_schema_extra=NO_EFFECT
@@ -236,7 +236,9 @@ class AutoencoderTrainingConfig(_Settings):
     grad_clip: PositiveFloat | None = Field(1.0, description="largest gradient norm; null: no clipping")
     l1_weight: NonNegativeFloat = 1.0
     l2_weight: NonNegativeFloat = Field(0.0, description="weight of the mean squared error; helps short trainings")
-    perceptual: Literal["none", "lpips"] = Field("none", description="lpips needs the weights of VGG16")
+    perceptual: Literal["none", "lpips", "st_lpips"] = Field(
+        "none", description="lpips needs the weights of VGG16, st_lpips (AlexNet) the package stlpips_pytorch"
+    )
     perceptual_weight: NonNegativeFloat = 1.0
     vgg_weights: FilePath | None = Field(
         None,
@@ -278,7 +280,7 @@ class AutoencoderTrainingConfig(_Settings):
     best_by: Literal["auto", "psnr", "ssim", "lpips", "last"] = Field(
         "auto",
         description="metric of the checkpoint that `encode` uses; auto: the last one with adversarial training, else "
-        "lpips with a perceptual loss, else psnr",
+        "the perceptual loss if there is one, else psnr",
         json_schema_extra=NO_EFFECT,
     )
 

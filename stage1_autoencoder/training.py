@@ -20,7 +20,7 @@ class ReconstructionLoss:
     Attributes:
         total: their weighted sum.
         l1, l2: mean absolute and mean squared error in [-1, 1].
-        perceptual: mean LPIPS; None without a perceptual network.
+        perceptual: mean LPIPS or ST-LPIPS; None without a perceptual network.
     """
 
     total: Tensor
@@ -32,7 +32,7 @@ class ReconstructionLoss:
 def reconstruction_loss(
     reconstructed: Tensor, images: Tensor, config: AutoencoderTrainingConfig, perceptual: nn.Module | None = None
 ) -> ReconstructionLoss:
-    """The weighted sum of L1, L2 and LPIPS, reduced in fp32.
+    """The weighted sum of L1, L2 and the perceptual distance, reduced in fp32.
 
     Args:
         reconstructed, images: [b, 3, h, w], about [-1, 1].

@@ -31,8 +31,17 @@ from pipelines.evaluation.metrics import (
     SharpnessMeasure,
     load_frame_metrics,
 )
-from pipelines.evaluation.networks import I3D, VGG16, VGG_SETTING, VideoNetwork
+from pipelines.evaluation.networks import (
+    I3D,
+    NO_ST_LPIPS,
+    VGG16,
+    VGG_SETTING,
+    VideoNetwork,
+    find_st_lpips,
+    load_st_lpips,
+)
 from pipelines.evaluation.object_audit import ObjectAudit
+from pipelines.evaluation.perception import FeatureDistances, FeatureReader, PerceptualMeasure
 from pipelines.evaluation.prediction_files import PredictionFiles
 from pipelines.evaluation.protocol import describe_protocol
 from pipelines.evaluation.sample_scores import sample_scores
@@ -46,6 +55,7 @@ from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import file_sha256, write_json
 from pipelines.runtime.progress import progress, say
 from pipelines.runtime.results import Evaluation
+from stage1_autoencoder.st_lpips import STLPIPS
 from stage1_autoencoder.videos.shapes import ShapesSource
 
 Predict = Callable[[Sequence[Clip]], ClipBatch]
@@ -53,8 +63,8 @@ Predict = Callable[[Sequence[Clip]], ClipBatch]
 I3D_SETTING = "evaluation.video_network"
 
 
-def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None]:
-    """The files of VGG16 and of the I3D, downloaded if that is allowed; None: not on this machine.
+def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | None, Path | None, Path | None]:
+    """The files of VGG16 and of the I3D, downloaded if that is allowed, and of ST-LPIPS; None: not on this machine.
 
     Raises:
         UserError: a configured file that does not exist; a damaged one.
@@ -62,7 +72,7 @@ def find_networks(config: RiverConfig, run_context: RunContext) -> tuple[Path | 
     """
     download = run_context.download
     vgg = VGG16.find(config.autoencoder.training.vgg_weights, VGG_SETTING, download=download)
-    return vgg, I3D.find(config.evaluation.video_network, I3D_SETTING, download=download)
+    return vgg, I3D.find(config.evaluation.video_network, I3D_SETTING, download=download), find_st_lpips()
 
 
 def evaluate(
@@ -154,7 +164,7 @@ class Evaluator:
         self._config, self._device, self._coding = config, run_context.device, coding
         self._networks = find_networks(config, run_context)
         self.clips = open_clips(config, run_context, config.evaluation.videos)
-        self.measures, self._missing = choose_measures(config, run_context, self.clips, self._networks[1])
+        self.measures, self._missing = choose_measures(config, run_context, self.clips, *self._networks[1:])
         self._missing |= missing
         if coding is None:
             left_out = [measure for measure in self.measures if measure.needs_autoencoder]
@@ -211,9 +221,17 @@ class Evaluator:
                 missing[measure.name] = str(error)
             else:
                 parts[measure.part] |= results
-        vgg, i3d = self._networks
+        vgg, i3d, st_lpips = self._networks
         protocol = describe_protocol(
-            self._config, forecast, videos, recordings, missing, split_videos=len(clips.source.videos), vgg=vgg, i3d=i3d
+            self._config,
+            forecast,
+            videos,
+            recordings,
+            missing,
+            split_videos=len(clips.source.videos),
+            vgg=vgg,
+            i3d=i3d,
+            st_lpips=st_lpips,
         )
         psnr = {subject: values.double().mean((1, 2)) for subject, values in records[PSNR.name].items()}
         gains = (psnr["prediction"] - psnr["copy_last"]).tolist()
@@ -246,7 +264,7 @@ class Evaluator:
 
 
 def choose_measures(
-    config: RiverConfig, run_context: RunContext, clips: ClipReader, i3d: Path | None
+    config: RiverConfig, run_context: RunContext, clips: ClipReader, i3d: Path | None, st_lpips: Path | None
 ) -> tuple[list[Measure], dict[str, str]]:
     """Everything that can be measured of these clips; measure -> reason of what cannot.
 
@@ -255,6 +273,13 @@ def choose_measures(
     """
     metrics, missing = load_frame_metrics(config, run_context)
     measures = [*(FrameMeasure(metric) for metric in metrics), SharpnessMeasure(), *sample_scores(), LatentDistances()]
+    if st_lpips is None:
+        missing["st_lpips"] = NO_ST_LPIPS
+    elif min(config.dataset.frame_size) < STLPIPS.smallest_side:
+        missing["st_lpips"] = f"it needs images of {STLPIPS.smallest_side} pixels a side (dataset.image_size)"
+    else:
+        reader = FeatureReader(load_st_lpips(st_lpips, run_context.device))
+        measures += [PerceptualMeasure(reader), FeatureDistances(reader, "frame"), FeatureDistances(reader, "motion")]
     if "psnr_of_mean_mse" in config.evaluation.pitfalls:
         measures.append(PooledErrorMeasure())
     if "ssim_8bit" in config.evaluation.pitfalls and SSIM in metrics:

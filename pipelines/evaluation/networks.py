@@ -1,5 +1,6 @@
 """Public networks that compare images and videos, VGG16 (for LPIPS) and the I3D: found, fetched, verified, called."""
 
+import importlib.metadata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.files import file_sha256
 from pipelines.runtime.progress import say, warn
 from stage1_autoencoder.lpips import LPIPS
+from stage1_autoencoder.st_lpips import STLPIPS
 
 MOST_BYTES = 2**30  # of a public file
 VGG_SETTING = "autoencoder.training.vgg_weights"
@@ -116,7 +118,11 @@ I3D = PublicFile(
     sha256="bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
     size="50 MB",
 )
-# Why there is no LPIPS, and the ways out.
+ST_LPIPS_PACKAGE = "stlpips_pytorch"
+ST_LPIPS_FILE = "stlpips_pytorch/weights/vST0.0/alex_shift_tolerant.pth"
+ST_LPIPS_SHA256 = "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"
+# Why there is no ST-LPIPS or LPIPS, and the ways out.
+NO_ST_LPIPS = "the package with its weights is not installed: pip install stlpips_pytorch==0.0.2"
 NO_VGG16 = f"no weights of VGG16: set {VGG_SETTING}, or download them with --download"
 
 
@@ -149,6 +155,32 @@ def load_lpips(vgg_weights: str | Path | None, device: torch.device, *, download
     if (broken := not_finite(model)) is not None:
         raise UserError(f"{path}: {broken} has NaN or inf: use torchvision's {VGG16.name} ({VGG16.url})")
     return model.to(device).to(memory_format=image_memory_format(device))
+
+
+def find_st_lpips() -> Path | None:
+    """The weights of ST-LPIPS in the installed package, whose code is not imported; None: it is not installed."""
+    try:
+        return Path(str(importlib.metadata.distribution(ST_LPIPS_PACKAGE).locate_file(ST_LPIPS_FILE)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def load_st_lpips(path: Path, device: torch.device) -> STLPIPS:
+    """ST-LPIPS on a device.
+
+    Args:
+        path: from `find_st_lpips`.
+    Raises:
+        UserError: no such file, or another one.
+    """
+    way_out = "pip install --force-reinstall stlpips_pytorch==0.0.2"
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}: {way_out}") from error
+    if digest != ST_LPIPS_SHA256:
+        raise UserError(f"{path}: sha256 is {digest}, expected {ST_LPIPS_SHA256}: damaged or another file: {way_out}")
+    return STLPIPS(load_pickle(path)).to(device).to(memory_format=torch.channels_last)
 
 
 class VideoNetwork:

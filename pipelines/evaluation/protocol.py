@@ -10,6 +10,7 @@ from pipelines.config.literature import PITFALLS
 from pipelines.evaluation.forecasts import Forecast
 from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
 from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
+from pipelines.evaluation.perception import FEATURES_DEFINITION
 from pipelines.evaluation.published import describe_preset
 from pipelines.evaluation.sample_scores import SCORES_DEFINITION
 from pipelines.loading import weights_digest
@@ -33,6 +34,7 @@ def describe_protocol(
     split_videos: int,
     vgg: Path | None,
     i3d: Path | None,
+    st_lpips: Path | None,
 ) -> EvaluationProtocol:
     """Everything that decides the numbers.
 
@@ -41,7 +43,7 @@ def describe_protocol(
         videos, recordings: the video and the recording of each measured clip.
         missing: metric, or `interval`, that was not measured -> reason.
         split_videos: number of videos that the clips were chosen from.
-        vgg, i3d: files of the networks.
+        vgg, i3d, st_lpips: files of the networks.
     """
     evaluation, frames = config.evaluation, preprocessing_description(config.dataset)
     best_of = "per clip and metric, the sample with the best mean over the horizon by that metric"
@@ -71,6 +73,8 @@ def describe_protocol(
             "size": config.dataset.image_size,
         },
         vgg_sha256=None if vgg is None or "lpips" in missing else file_sha256(vgg),
+        st_lpips_sha256=None if st_lpips is None or "st_lpips" in missing else file_sha256(st_lpips),
+        features=None if st_lpips is None or "st_lpips" in missing else FEATURES_DEFINITION,
         fvd=None if i3d is None or "fvd" in missing else _describe_fvd(config, i3d, "interval" not in missing),
         torch=torch.__version__,
     )

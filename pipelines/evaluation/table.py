@@ -25,7 +25,14 @@ METRICS = {
     "psnr": ("PSNR [dB], higher is better", 2),
     "ssim": ("SSIM, higher is better", 3),
     "lpips": ("LPIPS, lower is better", 3),
+    "st_lpips": ("ST-LPIPS, lower is better", 3),
     "sharpness": ("sharpness, 1 is that of the true frames", 3),
+}
+FEATURE_DISTANCES = {
+    "frame_frechet": "frames, Fréchet",
+    "frame_mmd": "frames, MMD",
+    "motion_frechet": "motion, Fréchet",
+    "motion_mmd": "motion, MMD",
 }
 COMPARED = METRICS | {
     "crps": ("CRPS [levels of 255], lower is better", 2),
@@ -33,6 +40,7 @@ COMPARED = METRICS | {
     "latent_energy_score": ("energy score of latents, lower is better", 3),
     "fvd": ("FVD, lower is better", 1),
     "latent_frechet": ("Fréchet of latents, lower is better", 4),
+    **{name: (f"features of {title}, lower is better", 4) for name, title in FEATURE_DISTANCES.items()},
 }
 # Predicted frames of the curves that are shown, and the last one.
 FRAMES_SHOWN = (1, 5, 10, 30, 100, 300, 1000)
@@ -63,6 +71,8 @@ def format_table(evaluation: Evaluation) -> str:
         lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
     if "latent_frechet" in metrics:
         lines += ["", *_distances_table("Fréchet of latents, lower is better", metrics["latent_frechet"])]
+    if any(name in metrics for name in FEATURE_DISTANCES):
+        lines += ["", *_features_table(metrics)]
     if protocol.pitfalls:
         lines += ["", *_pitfalls_table(protocol, metrics)]
     if (gain := evaluation.describe_gain()) is not None:
@@ -257,6 +267,18 @@ def _pitfalls_table(protocol: EvaluationProtocol, metrics: dict[str, MetricValue
     return lines
 
 
+def _features_table(metrics: dict[str, MetricValues]) -> list[str]:
+    """The distances of ST-LPIPS' features side by side; their intervals are in the file."""
+    columns = {title: metrics[name] for name, title in FEATURE_DISTANCES.items() if name in metrics}
+    widths = (17,) * len(columns)
+    lines = [_row("distances of features, lower is better", *columns, widths=widths)]
+    for subject, title in TITLES.items():
+        values = [getattr(of, subject) for of in columns.values()]
+        if None not in values:
+            lines.append(_row(title, *(f"{value:.4f}" for value in values), widths=widths))
+    return lines
+
+
 def _row(title: str, *cells: str, widths: tuple[int, ...] = (8, 18, 8, 8, 8, 8, 8, 8)) -> str:
     return f"  {title:<44}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
 
@@ -283,7 +305,11 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
         sampling = f"{predictor.description}, {predictor.precision}, seed {predictor.seed}"
     else:
         weights["predictions"] = predictor.sha256
-    weights |= {"VGG16": protocol.vgg_sha256, "I3D": protocol.fvd and protocol.fvd["network_sha256"]}
+    weights |= {
+        "VGG16": protocol.vgg_sha256,
+        "ST-LPIPS": protocol.st_lpips_sha256,
+        "I3D": protocol.fvd and protocol.fvd["network_sha256"],
+    }
     facts = {
         "protocol": protocol.protocol or "none of the literature's (evaluation.protocol)",
         "clips": f"{window}, {step}, {fitted} to {width}x{height} (filter {resize['filter']})",

@@ -57,16 +57,23 @@ IMAGE_METRICS = [
     Quantity("ssim", "SSIM", "SSIM", "higher", 3),
     Quantity("lpips", "LPIPS", "LPIPS", "lower", 3),
 ]
+ST_LPIPS = Quantity("st_lpips", "ST-LPIPS", "ST-LPIPS", "lower", 3)
 SHARPNESS = Quantity("sharpness", "Sharpness", "sharpness [share of the true frames']", None, 3)
 FVD = Quantity("fvd", "FVD", "FVD", "lower", 1)
 METRICS = [
     *IMAGE_METRICS,
+    ST_LPIPS,
     SHARPNESS,
     Quantity("crps", "CRPS", "CRPS [levels of 255]", "lower", 2),
     Quantity("energy_score", "Energy score", "energy score [levels of 255]", "lower", 2),
     Quantity("latent_energy_score", "Energy score of latents", "energy score of latents", "lower", 3),
     FVD,
     Quantity("latent_frechet", "Fréchet distance of latents", "Fréchet distance of latents", "lower", 4),
+    *(
+        Quantity(f"{what}_{kind}", f"{title} of {what} features", f"{title} of {what} features", "lower", 4)
+        for what in ("frame", "motion")
+        for kind, title in (("frechet", "Fréchet distance"), ("mmd", "MMD"))
+    ),
 ]
 SPREAD_SKILL = Quantity("spread_skill", "Spread/skill", "spread / skill", None, 2)
 WHOLE = Quantity("whole", "Clips with all objects whole", "share of clips", "higher", 3)
@@ -104,7 +111,7 @@ def headline(run: Run) -> dict[str, Any]:
     evaluation = run.read_if_sound(Evaluation)
     if evaluation is None:
         return {"protocol": None, "tiles": [], "gain": None, "worst": []}
-    measured = [(q, evaluation.metrics[q.key]) for q in (*IMAGE_METRICS, FVD) if q.key in evaluation.metrics]
+    measured = [(q, evaluation.metrics[q.key]) for q in (*IMAGE_METRICS, ST_LPIPS, FVD) if q.key in evaluation.metrics]
     worst = sorted((evaluation.clips or {}).items(), key=lambda clip: clip[1])[:WORST_CLIPS]
     return {
         "protocol": evaluation.protocol,

@@ -40,9 +40,10 @@ IMAGE_METRICS = [
     Panel("Validation PSNR", "PSNR [dB]", {"validation_psnr": "PSNR"}, "higher"),
     Panel("Validation SSIM", "SSIM", {"validation_ssim": "SSIM"}, "higher"),
     Panel("Validation LPIPS", "LPIPS", {"validation_lpips": "LPIPS"}, "lower"),
+    Panel("Validation ST-LPIPS", "ST-LPIPS", {"validation_st_lpips": "ST-LPIPS"}, "lower"),
 ]
 PATH_TIMES = ("t from 0 to 0.25 (noise)", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1 (data)")
-TERMS = {"l1": "L1", "l2": "L2", "perceptual": "LPIPS", "codebook": "codebook", "adversarial": "adversarial"}
+TERMS = {"l1": "L1", "l2": "L2", "perceptual": "perceptual", "codebook": "codebook", "adversarial": "adversarial"}
 CODES = {
     "codes_used": "in use, training",
     "code_perplexity": "perplexity, training",

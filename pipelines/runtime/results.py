@@ -234,7 +234,7 @@ class EvaluationProtocol(Protocol):
         pitfalls: name of a metric that is computed as published code does -> its definition.
         clips, videos: how many were measured; with `dataset.sequences`, several videos are cut from one recording.
         fps: that videos were resampled to (`dataset.fps`); None: they were not.
-        sharpness, scores, latent_frechet: their definitions; None where they were not measured.
+        sharpness, scores, latent_frechet, features: their definitions; None where they were not measured.
     """
 
     predictor: RunPredictor | FilePredictor
@@ -255,6 +255,8 @@ class EvaluationProtocol(Protocol):
     frame_step: int
     resize: dict[str, Any]
     vgg_sha256: str | None
+    st_lpips_sha256: str | None = None
+    features: str | None = None
     fvd: dict[str, Any] | None
     torch: str
 

@@ -16,7 +16,7 @@ from pipelines.config import SSIM_WINDOW, RiverConfig, parse_size
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
-from pipelines.evaluation.networks import NO_VGG16, load_lpips
+from pipelines.evaluation.networks import NO_ST_LPIPS, NO_VGG16, find_st_lpips, load_lpips, load_st_lpips
 from pipelines.prediction.pictures import reconstruction_sheet, save_picture
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, in_full_precision, training_in
@@ -33,7 +33,8 @@ from stage1_autoencoder.config import AutoencoderTrainingConfig
 from stage1_autoencoder.discriminator import DiscriminatorWatch, PatchDiscriminator, adversarial_weight
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.frame_pool import FramePool
-from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE
+from stage1_autoencoder.lpips import LPIPS, FeatureDistance
+from stage1_autoencoder.st_lpips import STLPIPS
 from stage1_autoencoder.training import DiscriminatorStep, backward, learning_rate_factor
 from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 
@@ -93,7 +94,8 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
             f"{_describe_loss(training, perceptual)}, {training.precision}"
         )
         best = None if validation is None else best_by(training, perceptual is not None)
-        return trainer, replace(plan.loop, best=best, lowest=best == "validation_lpips"), sentence
+        lowest = best in ("validation_lpips", "validation_st_lpips")
+        return trainer, replace(plan.loop, best=best, lowest=lowest), sentence
 
     return train(plan, config, run_context, open_trainer)
 
@@ -120,13 +122,13 @@ def best_by(training: AutoencoderTrainingConfig, perceptual: bool) -> str | None
     """Name of the validated value that selects the best checkpoint; None: the last checkpoint is used.
 
     Args:
-        perceptual: whether LPIPS is available.
+        perceptual: whether the network of the perceptual loss is available.
     """
     best = training.best_by
     if best == "auto":
         # Adversarial training lowers PSNR, though pictures get better: PSNR would select a checkpoint from before it.
         by_psnr = "last" if training.adversarial.weight else "psnr"
-        best = "lpips" if perceptual else by_psnr
+        best = training.perceptual if perceptual else by_psnr
     return None if best == "last" else f"validation_{best}"
 
 
@@ -161,7 +163,7 @@ class AutoencoderTrainer(Trainer):
 
         Args:
             pool: source of the training frames.
-            perceptual: LPIPS on the device, or None.
+            perceptual: LPIPS or ST-LPIPS on the device, or None.
             validation: in rank 0.
             state: further JSON of the checkpoints.
         """
@@ -251,7 +253,7 @@ class AutoencoderTrainer(Trainer):
     @torch.no_grad()
     @in_full_precision
     def validate(self, step: int) -> dict[str, float]:
-        """PSNR, SSIM and LPIPS of reconstructions, the number of codes in use, and a sheet of pictures."""
+        """PSNR, SSIM and perceptual distance of reconstructions, number of codes in use, and a sheet of pictures."""
         if self.validation is None:
             return {}
         model = self.train_state.best_model.eval()
@@ -282,8 +284,8 @@ class AutoencoderTrainer(Trainer):
             if min(truth.shape[-2:]) >= SSIM_WINDOW:
                 values["ssim"].append(ssim(images, truth))
             if self.perceptual is not None:
-                lpips = self.perceptual(images.to(self.device), truth.to(self.device))
-                values["lpips"].append(lpips.cpu())
+                distance = self.perceptual(images.to(self.device), truth.to(self.device))
+                values[self.training.perceptual].append(distance.cpu())
         return {f"validation_{name}": torch.cat(each).mean().item() for name, each in values.items()}
 
     def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
@@ -429,24 +431,26 @@ def _last_restart(steps: int) -> int:
 
 def _in_words(measured: dict[str, float]) -> str:
     words = [f"PSNR {measured['validation_psnr']:.2f} dB"]
-    others = {"SSIM": "validation_ssim", "LPIPS": "validation_lpips"}
+    others = {"SSIM": "validation_ssim", "LPIPS": "validation_lpips", "ST-LPIPS": "validation_st_lpips"}
     words += [f"{title} {measured[name]:.3f}" for title, name in others.items() if name in measured]
     return ", ".join([*words, f"{measured['validation_codes']} codes in use"])
 
 
-def _describe_loss(training: AutoencoderTrainingConfig, perceptual: LPIPS | None) -> str:
+def _describe_loss(training: AutoencoderTrainingConfig, perceptual: FeatureDistance | None) -> str:
     """The terms of the loss in a few words."""
     words = [name for name, weight in (("L1", training.l1_weight), ("L2", training.l2_weight)) if weight]
     if perceptual is not None and training.perceptual_weight:
-        words.append("LPIPS")
+        words.append({"lpips": "LPIPS", "st_lpips": "ST-LPIPS"}[training.perceptual])
     words.append("codebook")
     if training.adversarial.weight:
         words.append(f"adversarial from step {training.adversarial.start}")
     return " + ".join(words)
 
 
-def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Checkpoint | None) -> LPIPS | None:
-    """LPIPS if the configuration wants it and its weights are on this machine, else None and a warning.
+def _perceptual_network(
+    config: RiverConfig, run_context: RunContext, found: Checkpoint | None
+) -> FeatureDistance | None:
+    """The network of the perceptual loss if its weights are on this machine, else None and a warning.
 
     A training that began without it continues without it.
 
@@ -454,23 +458,36 @@ def _perceptual_network(config: RiverConfig, run_context: RunContext, found: Che
         UserError: `best_by: lpips` without LPIPS; frames too small for it; a named file of weights that can't be used.
     """
     training, network = config.autoencoder.training, None
-    if training.perceptual == "lpips":
-        if min(config.dataset.frame_size) < SMALLEST_SIDE:
+    if training.perceptual != "none":
+        smallest = (LPIPS if training.perceptual == "lpips" else STLPIPS).smallest_side
+        if min(config.dataset.frame_size) < smallest:
             raise UserError(
-                f"autoencoder.training.perceptual: lpips compares images of at least {SMALLEST_SIDE} pixels a side, "
-                f"and dataset.image_size is {config.dataset.image_size}: set it to none, or use larger frames"
+                f"autoencoder.training.perceptual: {training.perceptual} compares images of at least {smallest} pixels "
+                f"a side, and dataset.image_size is {config.dataset.image_size}: set it to none, or use larger frames"
             )
         if found is not None and found.state["perceptual"] == "none":
             say("autoencoder: this training began without the perceptual loss, because its weights were missing")
         else:
-            network = load_lpips(training.vgg_weights, run_context.device, download=run_context.download)
-            if network is None and run_context.processes.is_first:
-                warn(f"autoencoder: {NO_VGG16}; continuing as with autoencoder.training.perceptual: none")
-    if network is None and training.best_by == "lpips":
+            network = _load_perceptual(training, run_context)
+    if training.best_by == "lpips" and (network is None or training.perceptual != "lpips"):
         raise UserError(
             "autoencoder.training.best_by: lpips needs the perceptual network: set autoencoder.training.perceptual to "
             "lpips and provide its weights, or use best_by: psnr"
         )
+    return network
+
+
+def _load_perceptual(training: AutoencoderTrainingConfig, run_context: RunContext) -> FeatureDistance | None:
+    """The network on the device; None and a warning where its weights are missing."""
+    if training.perceptual == "lpips":
+        network = load_lpips(training.vgg_weights, run_context.device, download=run_context.download)
+        reason = f"{NO_VGG16}, or set autoencoder.training.perceptual to st_lpips, whose weights are in a package"
+    else:
+        path = find_st_lpips()
+        network = None if path is None else load_st_lpips(path, run_context.device)
+        reason = f"autoencoder.training.perceptual: {training.perceptual}: {NO_ST_LPIPS}"
+    if network is None and run_context.processes.is_first:
+        warn(f"autoencoder: {reason}; continuing as with autoencoder.training.perceptual: none")
     return network
 
 

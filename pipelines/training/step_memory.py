@@ -32,6 +32,7 @@ from stage1_autoencoder.discriminator import PatchDiscriminator
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.lpips import LPIPS, STAGES, vgg16
 from stage1_autoencoder.rcan import RCAN
+from stage1_autoencoder.st_lpips import STLPIPS, WIDTHS, shift_tolerant_alexnet
 from stage1_autoencoder.training import DiscriminatorStep, backward
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import FlowDraws, flow_matching_loss
@@ -151,6 +152,11 @@ def estimate_autoencoder_memory(
             heads = {f"lin{i}.model.1.weight": torch.empty(1, stage[-1], 1, 1) for i, stage in enumerate(STAGES)}
             perceptual = autocasting(LPIPS(trunk, heads))
             del trunk, heads
+        elif training.perceptual == "st_lpips":
+            weights = {f"net.slice.{name}": value for name, value in shift_tolerant_alexnet().state_dict().items()}
+            weights |= {f"lin{i}.model.1.weight": torch.empty(1, width, 1, 1) for i, width in enumerate(WIDTHS)}
+            perceptual = autocasting(STLPIPS(weights))
+            del weights
         if adversarial.weight:
             discriminator = PatchDiscriminator(adversarial.filters, adversarial.layers)
             trained.append(_Trained(discriminator, discriminator_settings(training), []))
@@ -340,7 +346,7 @@ def autoencoder_costs(config: RiverConfig, device: torch.device) -> list[str]:
     memory = estimate_autoencoder_memory(
         config.autoencoder.model, training, config.dataset.frame_size, device=device.type
     )
-    unit = "frames with LPIPS" if training.perceptual == "lpips" else "frames"
+    unit = {"none": "frames", "lpips": "frames with LPIPS", "st_lpips": "frames with ST-LPIPS"}[training.perceptual]
     return [
         _peak_text(training.batch_size, unit, device, training.precision, memory),
         f"plus decoded frames in host memory, at most {training.pool_memory} (autoencoder.training.pool_memory)",

@@ -27,6 +27,7 @@ import yaml
 from PIL import Image
 
 from pipelines.__main__ import main
+from pipelines.evaluation import networks
 from stage1_autoencoder.lpips import STAGES
 from stage2_flow.vector_field import VectorField
 
@@ -175,10 +176,20 @@ def run_main(words: Sequence[str]) -> Outcome:
 
 
 @pytest.fixture(autouse=True)
-def _no_downloads_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """torch's folder of downloads is empty, whatever this machine has."""
+def _no_networks_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """torch's folder of downloads is empty, whatever this machine has; ST-LPIPS is there where a test asks for it."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    if "st_lpips" not in request.fixturenames:
+        monkeypatch.setattr(networks, "ST_LPIPS_PACKAGE", "no-such-package")
+
+
+@pytest.fixture
+def st_lpips() -> Path:
+    """The weights of ST-LPIPS, which commands of this test find as well."""
+    path = networks.find_st_lpips()
+    assert path is not None
+    return path
 
 
 @pytest.fixture

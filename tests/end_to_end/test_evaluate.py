@@ -17,7 +17,7 @@ from pipelines.config import load_config
 from pipelines.evaluation.baselines import continue_motion
 from pipelines.evaluation.frechet import fit_gaussian, frechet_distance, latent_features
 from pipelines.evaluation.metrics import gradient_energy, psnr, ssim
-from pipelines.evaluation.networks import load_lpips
+from pipelines.evaluation.networks import load_lpips, load_st_lpips
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import open_clips
 from pipelines.predictor import VideoPredictor
@@ -61,14 +61,17 @@ def result_of(place) -> dict[str, Any]:
     return json.loads((place.runs / "evaluation.json").read_text())
 
 
-def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, weights) -> None:
+def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, weights, st_lpips) -> None:
     published = {"psnr_of_mean_mse", "ssim_8bit", "fvd_pooled"}
     options = ("evaluation.samples=2", "evaluation.batch_size=3", f"evaluation.pitfalls=[{','.join(published)}]")
     outcome = copied.run("evaluate", sets=[*everything, *options]).ok()
     result = result_of(copied)
     protocol, metrics, calibration = result["protocol"], result["metrics"], result["calibration"]
     assert protocol["missing"].keys() == {"interval"}  # of 4 recordings there is none
-    assert metrics.keys() == {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet", *SCORES, *published}
+    features = {"st_lpips", "frame_frechet", "frame_mmd", "motion_frechet", "motion_mmd"}
+    others = {"psnr", "ssim", "lpips", "sharpness", "fvd", "latent_frechet"}
+    assert metrics.keys() == {*others, *features, *SCORES, *published}
+    assert protocol["st_lpips_sha256"] == hashlib.sha256(st_lpips.read_bytes()).hexdigest()
     assert protocol["pitfalls"].keys() == published
     assert metrics["psnr_of_mean_mse"]["prediction"] < metrics["psnr"]["prediction"]
     assert all(name in outcome.out for name in published)
@@ -84,14 +87,15 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
     ]
     copies = given[:, 1:].expand_as(truth)
     lpips = load_lpips(weights["vgg"], CPU, download=False)
-    functions = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    perceptual = load_st_lpips(st_lpips, CPU)
+    functions = {"psnr": psnr, "ssim": ssim, "lpips": lpips, "st_lpips": perceptual}
     for name, function in functions.items():
         values = [function(x.flatten(0, 1), truth.flatten(0, 1)).view(4, 10).double() for x in samples]
         found, tolerance = metrics[name], {"rel": 1e-4, "abs": 1e-5}
         assert found["prediction"] == pytest.approx(torch.stack(values).mean().item(), **tolerance)
         assert found["per_frame"]["prediction"] == pytest.approx(torch.stack(values).mean((0, 1)).tolist(), **tolerance)
         of_clips = torch.stack([x.mean(1) for x in values])
-        best = of_clips.amin(0) if name == "lpips" else of_clips.amax(0)
+        best = of_clips.amin(0) if name.endswith("lpips") else of_clips.amax(0)
         assert found["best_of"]["value"] == pytest.approx(best.mean().item(), **tolerance)
         copied_values = function(copies.flatten(0, 1), truth.flatten(0, 1))
         assert found["copy_last"] == pytest.approx(copied_values.mean().item(), **tolerance)
@@ -138,6 +142,15 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
     assert found["copy_last"] == pytest.approx(latent_distance(still), **near)
     assert "reconstruction" not in found
 
+    def frame_distance(videos: Tensor) -> float:
+        sets = (perceptual.maps(x.flatten(0, 1).clamp(-1, 1))[-1].mean((2, 3)) for x in (videos, truth))
+        return frechet_distance(*map(fit_gaussian, sets))
+
+    found, coarse = metrics["frame_frechet"], {"rel": 0.01, "abs": 1e-5}  # of features in half precision
+    assert found["prediction"] == pytest.approx(np.mean([frame_distance(x) for x in samples]), **coarse)
+    assert found["copy_last"] == pytest.approx(frame_distance(copies), **coarse)
+    assert metrics["motion_mmd"]["copy_last"] > 0
+
     def distance(first: Tensor, second: Tensor) -> float:
         halves = (x.unflatten(1, (2, 6)).mean((2, 4, 5)) for x in (first, second))
         # The network has the channels before the halves.
@@ -156,6 +169,7 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
 
     assert "FVD, lower is better" in outcome.out
     assert "LPIPS, lower is better" in outcome.out
+    assert "frames, Fréchet" in outcome.out
     assert "prediction, best of 2" in outcome.out
     assert max(len(line) for line in outcome.out.splitlines() if str(copied.folder) not in line) <= 120
     assert "has sha256" in outcome.err  # of the stand-in: not the usual network
@@ -195,6 +209,7 @@ def test_what_is_not_here_is_said_and_the_rest_is_measured(copied) -> None:
     assert result["metrics"].keys() == {"psnr", "ssim", "sharpness", "latent_frechet", *SCORES}
     reasons = {
         "lpips": ("autoencoder.training.vgg_weights", "--download"),
+        "st_lpips": ("pip install stlpips_pytorch",),
         "fvd": ("evaluation.video_network", "--download"),
         "nearest_clip": ("paths.latents",),
         "memorization": ("paths.latents",),
@@ -221,13 +236,14 @@ def test_training_clips_are_found_with_their_continuation(copied) -> None:
     assert (found["nearer"], found["training_clips"]) == (0, 24 * 7)  # of 24 videos of 12 frames
 
 
-def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything) -> None:
+def test_clips_too_short_for_the_i3d_and_few_recordings(copied, everything, st_lpips) -> None:
     copied.run("evaluate", sets=[*everything, "evaluation.horizon=6"]).ok()
     assert "needs 10 frames or more, and the clips have 8" in result_of(copied)["protocol"]["missing"]["fvd"]
     outcome = copied.run("evaluate", sets=[*everything, "evaluation.videos=1"]).ok()
     missing = result_of(copied)["protocol"]["missing"]
-    assert missing.keys() == {"interval", "fvd", "latent_frechet", "calibration"}
-    assert all("two clips or more" in missing[name] for name in ("fvd", "latent_frechet"))
+    of_sets = {"fvd", "latent_frechet", "frame_features", "motion_features"}
+    assert missing.keys() == {"interval", "calibration", *of_sets}
+    assert all("two clips or more" in missing[name] for name in of_sets)
     assert "interval was not measured" in outcome.out
     # Of shapes, clips may be longer than the stored videos of 12 frames.
     outcome = copied.run("evaluate", sets=["evaluation.resamples=0", "evaluation.horizon=24"]).ok()

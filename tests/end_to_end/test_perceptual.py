@@ -38,6 +38,27 @@ def test_without_weights_there_is_one_warning_and_a_way_out(place, vgg: Path) ->
     assert "6 steps" in again.out
 
 
+def test_st_lpips_stands_in_for_lpips(place, story, st_lpips) -> None:
+    sets = ["autoencoder.training.perceptual=st_lpips", "autoencoder.training.steps=3"]
+    outcome = place.run("train-autoencoder", sets=sets).ok()
+    assert "L1 + ST-LPIPS + codebook" in outcome.out
+    assert "ST-LPIPS 0." in outcome.out
+    assert outcome.err == ""
+    line = story.read_log(place, "autoencoder")[-1]
+    assert line["loss"] == pytest.approx(line["l1"] + line["perceptual"] + line["codebook"], rel=1e-4)
+    checkpoint = place.checkpoint("autoencoder")
+    assert (checkpoint.parent / "best").read_text() == checkpoint.name
+    assert '"validation_st_lpips"' in (checkpoint / "state.json").read_text()
+
+
+def test_without_its_package_st_lpips_is_left_out(place) -> None:
+    sets = ["autoencoder.training.perceptual=st_lpips", "autoencoder.training.steps=1"]
+    outcome = place.run("train-autoencoder", sets=sets).ok()
+    assert outcome.err.count("warning") == 1
+    assert "pip install stlpips_pytorch" in outcome.err
+    assert ", L1 + codebook, " in outcome.out
+
+
 def test_half_a_training_does_not_change_its_loss(place, vgg: Path, story, monkeypatch) -> None:
     from pipelines.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -57,9 +78,15 @@ def test_weights_that_are_named_must_be_there(place) -> None:
     place.run("train-autoencoder", sets=["autoencoder.training.best_by=lpips"]).refused(
         2, "autoencoder.training.best_by", "lpips"
     )
+    place.run(
+        "train-autoencoder", sets=["autoencoder.training.best_by=lpips", "autoencoder.training.perceptual=st_lpips"]
+    ).refused(2, "autoencoder.training.best_by", "lpips")
 
 
 def test_frames_too_small_for_the_network_are_refused(place, vgg: Path) -> None:
     place.run(
         "train-autoencoder", sets=(*WANTED, f"autoencoder.training.vgg_weights={vgg}", "dataset.image_size=8")
     ).refused(2, "autoencoder.training.perceptual", "16 pixels", "dataset.image_size is 8")
+    place.run("train-autoencoder", sets=("autoencoder.training.perceptual=st_lpips", "dataset.image_size=16")).refused(
+        2, "autoencoder.training.perceptual", "21 pixels", "dataset.image_size is 16"
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipelines.data.fetch import FetchError
 from pipelines.errors import UserError
-from pipelines.evaluation.networks import I3D, VGG16, PublicFile, VideoNetwork, load_lpips
+from pipelines.evaluation.networks import I3D, VGG16, PublicFile, VideoNetwork, load_lpips, load_st_lpips
 from stage1_autoencoder.lpips import HEADS_FILE, STAGES
 from tests.file_server import FileServer, serving
 
@@ -129,6 +129,15 @@ def test_a_file_under_the_public_name_must_be_that_file(tmp_path, hub, configure
     copy = save(vgg_state(), folder / VGG16.name)
     with pytest.raises(UserError, match=f"{VGG16.name}: sha256.*{VGG16.url}"):
         load_lpips(copy if configured else None, CPU, download=False)
+
+
+def test_another_file_than_the_packages_is_refused(tmp_path):
+    for content in (b"damaged", None):
+        path = tmp_path / ("weights.pth" if content else "gone.pth")
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*pip install --force-reinstall"):
+            load_st_lpips(path, CPU)
 
 
 class Runs:

@@ -40,6 +40,7 @@ class Pool:
 def make(
     validation: Validation | None = None, perceptual=None, processes=None, codes: int = 16, **training: Any
 ) -> AutoencoderTrainer:
+    training = ({} if perceptual is None else {"perceptual": "lpips"}) | training
     config = parse_config(
         {
             "dataset": {"name": "toy", "source": "shapes", "image_size": SIDE},
@@ -447,6 +448,7 @@ def test_augmentation_reaches_the_images(options):
     [
         ({}, "validation_psnr"),
         ({"perceptual": "lpips"}, "validation_lpips"),
+        ({"perceptual": "st_lpips"}, "validation_st_lpips"),
         ({"perceptual": "lpips", "best_by": "psnr"}, "validation_psnr"),
         ({"best_by": "last"}, None),
         ({"adversarial": ADVERSARIAL}, None),
@@ -456,7 +458,7 @@ def test_augmentation_reaches_the_images(options):
 )
 def test_the_value_that_selects_the_best_autoencoder(training, best):
     settings = AutoencoderTrainingConfig(**training)
-    assert best_by(settings, perceptual=settings.perceptual == "lpips") == best
+    assert best_by(settings, perceptual=settings.perceptual != "none") == best
 
 
 def test_an_autoencoder_depends_on_its_seed_and_not_on_the_place_of_its_videos():

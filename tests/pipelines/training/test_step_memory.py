@@ -28,6 +28,7 @@ from pipelines.training.step_memory import (
 from stage1_autoencoder.config import AutoencoderTrainingConfig, VQGANConfig
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.lpips import vgg16
+from stage1_autoencoder.st_lpips import shift_tolerant_alexnet
 from stage2_flow.config import FlowTrainingConfig, VectorFieldConfig
 from stage2_flow.loss import draw_flow, flow_matching_loss
 from stage2_flow.vector_field import VectorField
@@ -185,16 +186,19 @@ def test_steps_of_the_refiner_on_wide_frames(tmp_path):
 
 
 def test_a_perceptual_network_takes_memory():
-    """VGG16's weights, and its feature maps of images and reconstructions."""
+    """The weights, and feature maps of images and reconstructions."""
     model, training = VQGANConfig(**SMALL_VQGAN), AutoencoderTrainingConfig()
-    plain, lpips = (
+    plain, lpips, st_lpips = (
         estimate_autoencoder_memory(model, training.model_copy(update={"perceptual": name}), (24, 40))
-        for name in ("none", "lpips")
+        for name in ("none", "lpips", "st_lpips")
     )
     weights = sum(tensor.numel() for tensor in vgg16()[0].parameters())
     assert lpips.parameters - plain.parameters == pytest.approx(4 * weights, rel=1e-3)
     assert lpips.activations > plain.activations + 16 * 2 * 4 * 64 * 24 * 40
     assert lpips.optimizer == plain.optimizer
+    weights = sum(tensor.numel() for tensor in shift_tolerant_alexnet().parameters())
+    assert st_lpips.parameters - plain.parameters == pytest.approx(4 * weights, rel=1e-3)
+    assert plain.activations < st_lpips.activations < lpips.activations
 
 
 def test_the_parts_of_the_estimate():
