@@ -272,10 +272,10 @@ def _features_table(metrics: dict[str, MetricValues]) -> list[str]:
     columns = {title: metrics[name] for name, title in FEATURE_DISTANCES.items() if name in metrics}
     widths = (17,) * len(columns)
     lines = [_row("distances of features, lower is better", *columns, widths=widths)]
-    for subject, title in TITLES.items():
+    for subject in MAIN_SUBJECTS:
         values = [getattr(of, subject) for of in columns.values()]
         if None not in values:
-            lines.append(_row(title, *(f"{value:.4f}" for value in values), widths=widths))
+            lines.append(_row(SUBJECTS[subject], *(f"{value:.4f}" for value in values), widths=widths))
     return lines
 
 
