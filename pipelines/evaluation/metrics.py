@@ -1,6 +1,6 @@
 """Image metrics, one number per frame: PSNR, SSIM, LPIPS, and the gradient energy that sharpness compares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from pipelines.evaluation.measures import ClipBatch, Measure, Records
 from pipelines.evaluation.networks import NO_VGG16, load_lpips
 from pipelines.runtime.context import RunContext, computing_in
 from pipelines.runtime.results import BestOf, Gain, MetricValues
-from stage1_autoencoder.lpips import SMALLEST_SIDE
+from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE
 
 # Pixels per call of a metric: LPIPS holds some kB for each.
 PIXELS_AT_ONCE = 2**18
@@ -121,11 +121,17 @@ class Metric:
         name: its key in results.
         function: (images, truth), both [n, 3, h, w] in [-1, 1] -> [n].
         higher_is_better: whether a higher number means closer to the truth.
+        to_truth: truth -> images -> [n], the same in two steps, of which the first is done once for all subjects.
     """
 
     name: str
     function: Callable[[Tensor, Tensor], Tensor]
     higher_is_better: bool
+    to_truth: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+
+    def compare_with(self, truth: Tensor) -> Callable[[Tensor], Tensor]:
+        """Images -> [n], for truth and images [n, 3, h, w]."""
+        return self.to_truth(truth) if self.to_truth else lambda images: self.function(images, truth)
 
 
 PSNR, SSIM = Metric("psnr", psnr, True), Metric("ssim", ssim, True)
@@ -134,7 +140,16 @@ SSIM_8BIT = Metric("ssim_8bit", ssim_8bit, True)
 
 def lpips_metric(network: Callable[[Tensor, Tensor], Tensor]) -> Metric:
     """LPIPS by a loaded network; images are clamped to [-1, 1] as for the others."""
-    return Metric("lpips", lambda images, truth: network(images.clamp(-1, 1), truth), False)
+
+    def to_truth(truth: Tensor) -> Callable[[Tensor], Tensor]:
+        assert isinstance(network, LPIPS)
+        theirs = network.maps(truth)
+        return lambda images: network.compare(network.maps(images.clamp(-1, 1)), theirs).sum(0)
+
+    def distance(images: Tensor, truth: Tensor) -> Tensor:
+        return network(images.clamp(-1, 1), truth)
+
+    return Metric("lpips", distance, False, to_truth if isinstance(network, LPIPS) else None)
 
 
 def load_frame_metrics(config: RiverConfig, run_context: RunContext) -> tuple[list[Metric], dict[str, str]]:
@@ -166,11 +181,33 @@ def measure_frames(metric: Metric, videos: Tensor, truth: Tensor) -> Tensor:
     Returns:
         [b, n] float, on the CPU.
     """
-    images, targets = flatten(videos).float(), flatten(truth).float()
-    size = max(1, PIXELS_AT_ONCE // (images.shape[2] * images.shape[3]))
-    with computing_in("fp32", images.device), torch.inference_mode():
-        parts = [metric.function(*pair) for pair in zip(images.split(size), targets.split(size), strict=True)]
-    return torch.cat(parts).view(videos.shape[:2]).cpu()
+    return measure_futures(metric, {"videos": videos[:, None]}, truth)["videos"][:, 0]
+
+
+def measure_futures(metric: Metric, futures: Mapping[str, Tensor], truth: Tensor) -> Records:
+    """A metric of every frame of all subjects: subject -> [b, samples, n], see `measure_frames`.
+
+    Args:
+        futures: subject -> [b, samples, n, 3, h, w].
+        truth: [b, n, 3, h, w].
+    """
+    videos = {
+        (subject, sample): flatten(of_sample).float()
+        for subject, of_subject in futures.items()
+        for sample, of_sample in enumerate(of_subject.unbind(1))
+    }
+    parts: dict[tuple[str, int], list[Tensor]] = {key: [] for key in videos}
+    size = max(1, PIXELS_AT_ONCE // (truth.shape[3] * truth.shape[4]))
+    with computing_in("fp32", truth.device), torch.inference_mode():
+        for number, targets in enumerate(flatten(truth).float().split(size)):
+            compare = metric.compare_with(targets)
+            for key, images in videos.items():
+                parts[key].append(compare(images[number * size :][:size]))
+    found = {key: torch.cat(of_frames).view(truth.shape[:2]).cpu() for key, of_frames in parts.items()}
+    return {
+        subject: torch.stack([found[subject, sample] for sample in range(of_subject.shape[1])], dim=1)
+        for subject, of_subject in futures.items()
+    }
 
 
 def choose_best(values: Tensor, higher_is_better: bool) -> Tensor:
@@ -198,10 +235,7 @@ class FrameMeasure(Measure):
         self.metric, self.name = metric, metric.name
 
     def measure(self, batch: ClipBatch) -> Records:
-        return {
-            subject: torch.stack([measure_frames(self.metric, x, batch.truth) for x in videos.unbind(1)], dim=1)
-            for subject, videos in batch.futures.items()
-        }
+        return measure_futures(self.metric, batch.futures, batch.truth)
 
     def results(self, records: Records, counts: Tensor | None) -> dict[str, MetricValues]:
         return {self.name: summarize_metric(self.metric, records, counts)}
