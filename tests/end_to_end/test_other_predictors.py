@@ -18,7 +18,8 @@ from pipelines.evaluation.intervals import draw_counts
 from pipelines.evaluation.metrics import psnr
 from stage1_autoencoder.autoencoder import image_to_unit
 
-CONTEXT, HORIZON, CLIPS = 2, 6, 12
+HORIZON, CLIPS = 6, 12
+EXACT = {"psnr", "ssim", "sharpness", "crps", "energy_score"}
 SETS = ("dataset.splits={test: 12}", "evaluation.videos=12")  # enough recordings for intervals
 
 
@@ -99,6 +100,9 @@ def test_files_of_all_kinds_with_copies_measure_as_copying_does(place, clips: Pa
         assert {"reconstruction", "latent_frechet"} < {*evaluation["protocol"]["missing"]}
         for part in ("metrics", "objects") if kind != kinds[2] else ():
             for metric, values in evaluation[part].items():
+                if metric not in EXACT and part == "metrics":  # of a network, which depends on its batch
+                    assert values["prediction"] == pytest.approx(values["copy_last"], rel=1e-4)
+                    continue
                 curves = values["per_frame"]
                 assert curves["prediction"] == pytest.approx(curves["copy_last"], abs=0, nan_ok=True)
                 for difference in (found["differences"][part][metric][name] for name in (kinds[1], "copy_last")):
