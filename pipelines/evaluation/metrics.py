@@ -274,7 +274,7 @@ class SharpnessMeasure(Measure):
 
 
 def summarize_metric(metric: Metric, values: Records, counts: Tensor | None) -> MetricValues:
-    """One metric of all subjects, see `summarize`, its gain over copying, and its best-of-K.
+    """One metric of all subjects, see `summarize`, its gains over the baselines, and its best-of-K.
 
     Args:
         values: by subject [clips, samples, horizon]; baselines have one sample.
@@ -282,8 +282,13 @@ def summarize_metric(metric: Metric, values: Records, counts: Tensor | None) -> 
     """
     means = {subject: of_samples.double().mean(1) for subject, of_samples in values.items()}
     found = summarize({subject: Tally.of_values(of_clips) for subject, of_clips in means.items()}, counts)
-    gains = means["prediction"] - means["copy_last"]
-    found = found.model_copy(update={"gain": summarize_gain(gains if metric.higher_is_better else -gains, counts)})
+    sign = 1 if metric.higher_is_better else -1
+    gains = {
+        subject: summarize_gain(sign * (means["prediction"] - of_clips), counts)
+        for subject, of_clips in means.items()
+        if subject not in ("prediction", "reconstruction")
+    }
+    found = found.model_copy(update={"gains": gains})
     samples = values["prediction"].shape[1]
     if samples == 1:
         return found
@@ -301,7 +306,7 @@ def summarize_metric(metric: Metric, values: Records, counts: Tensor | None) -> 
 
 
 def summarize_gain(gains: Tensor, counts: Tensor | None) -> Gain:
-    """Differences [clips, horizon] that are positive where predictions are better than copying."""
+    """Differences [clips, horizon] that are positive where predictions are better than a baseline."""
     found = summarize({"prediction": Tally.of_values(gains)}, counts)
     assert found.per_frame is not None
     return Gain(

@@ -24,6 +24,7 @@ def run_warnings(run: Run) -> Iterator[str]:
     evaluation, benchmark = run.read_if_sound(Evaluation), run.read_if_sound(Benchmark)
     if evaluation is not None:
         yield from _no_better_than_copying(evaluation)
+        yield from _no_better_than_motion(evaluation)
         yield from _out_of_date(run, evaluation)
         if evaluation.protocol.recordings < MIN_RECORDINGS:
             yield f"The metrics are measured on {evaluation.protocol.recordings} recordings only: expect large scatter."
@@ -63,10 +64,21 @@ def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:
         )
 
 
+def _no_better_than_motion(evaluation: Evaluation) -> Iterator[str]:
+    gains = evaluation.metrics["psnr"].gains if "psnr" in evaluation.metrics else None
+    gain = (gains or {}).get("constant_motion")
+    if gain is not None and not gain.is_clear:
+        interval = "" if gain.interval is None else f" (95 %: {gain.interval[0]:.2f} to {gain.interval[1]:.2f})"
+        yield (
+            f"By PSNR the prediction is no better, or hardly, than letting the last motion go on: {gain.value:+.2f} dB"
+            f"{interval}. It has learned little about what happens."
+        )
+
+
 def _is_clear(values: MetricValues) -> bool:
     """Whether the intervals say that a prediction whose number is better is better."""
-    if values.gain is not None:
-        return values.gain.is_clear
+    if values.gains is not None:
+        return values.gains["copy_last"].is_clear
     intervals = values.interval or {}
     if not {"prediction", "copy_last"} <= intervals.keys():
         return True

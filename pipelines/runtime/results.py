@@ -38,7 +38,7 @@ class BestOf(OptionalParts):
 
 
 class Gain(OptionalParts):
-    """How much better predictions are than copying the last given frame: differences on the same clips.
+    """How much better predictions are than a baseline: differences on the same clips.
 
     Attributes:
         value: mean over clips, samples and frames, in units of the metric; positive is better.
@@ -85,7 +85,7 @@ class MetricValues(Distances):
         per_frame: subject -> [horizon] means over clips and samples; None for a distance between sets.
         interval, per_frame_interval: subject -> 95 % interval(s); None where there are too few recordings.
         best_of: None where there is one sample per clip.
-        gain: over copying; None where a metric is of no single frame, or neither more nor less is better.
+        gains: by baseline; None where a metric is of no single frame, or neither more nor less is better.
         autoencoded: of FVD, the distances to autoencoded instead of real videos.
     """
 
@@ -93,7 +93,7 @@ class MetricValues(Distances):
     per_frame: dict[str, list[float]] | None = None
     per_frame_interval: dict[str, list[Interval]] | None = None
     best_of: BestOf | None = None
-    gain: Gain | None = None
+    gains: dict[str, Gain] | None = None
     autoencoded: Distances | None = None
 
 
@@ -261,6 +261,11 @@ class EvaluationProtocol(Protocol):
     torch: str
 
 
+def _difference_text(gain: Gain) -> str:
+    ends = "" if gain.interval is None else f" (95 %: {gain.interval[0]:.2f} to {gain.interval[1]:.2f})"
+    return f"{abs(gain.value):.2f} dB {'better' if gain.value >= 0 else 'WORSE'}{ends}"
+
+
 class Evaluation(OptionalParts):
     """`evaluation.json`: metric (`psnr`, `sharpness`, `fvd`...) -> values, and the protocol they belong to.
 
@@ -270,7 +275,7 @@ class Evaluation(OptionalParts):
         silhouettes: measure of `silhouette_audit.SilhouetteAudit` -> values; None for `shapes`, and where backgrounds
             move.
         calibration: None where there is one sample per clip.
-        clips: name of each clip -> its gain in PSNR, see `Gain`.
+        clips: name of each clip -> its gain in PSNR over copying.
         memorization: None without the store of the training videos.
     """
 
@@ -283,19 +288,20 @@ class Evaluation(OptionalParts):
     memorization: Memorization | None = None
 
     def describe_gain(self) -> str | None:
-        """The gain over copying in a sentence: how much, in how many clips, and from which frame on there is none."""
-        gain = self.metrics["psnr"].gain
-        if gain is None:
+        """The gain in PSNR in a sentence: how much, in how many clips, from which frame on there is none."""
+        gains = self.metrics["psnr"].gains
+        if gains is None:
             return None
-        interval = "" if gain.interval is None else f" (95 %: {gain.interval[0]:.2f} to {gain.interval[1]:.2f})"
-        count = round(gain.better * self.protocol.clips)
+        gain, clips = gains["copy_last"], self.protocol.clips
         text = (
-            f"The prediction is {abs(gain.value):.2f} dB{interval} {'better' if gain.value >= 0 else 'WORSE'} than "
-            f"copying the last frame, and better in {count} of {self.protocol.clips} clips"
+            f"The prediction is {_difference_text(gain)} than copying the last frame, and better in "
+            f"{round(gain.better * clips)} of {clips} clips"
         )
         useful = next((n for n in range(len(gain.per_frame), 0, -1) if gain.per_frame[n - 1] > 0), 0)
         if useful < len(gain.per_frame):
             text += f"; after frame +{useful} it is no better" if useful else "; it is better at no frame"
+        if "constant_motion" in gains:
+            text += f". It is {_difference_text(gains['constant_motion'])} than constant motion"
         return f"{text}."
 
 

@@ -85,11 +85,11 @@ def test_the_prediction_is_compared_with_copying_the_last_frame(everything):
     curve = [5.0] * 20 + [-1.0] * 10
     for gain, parts in (
         (Gain(value=2.5, better=0.75, per_frame=curve, interval=(1.25, 3.5)),
-         ["2.50 dB (95 %: 1.25 to 3.50) better", "48 of 64 clips", "after frame +20",
+         ["2.50 dB better (95 %: 1.25 to 3.50)", "48 of 64 clips", "after frame +20",
           "jump (-1.2 dB), walk (+3.0 dB)"]),
         (Gain(value=-2.5, better=0.25, per_frame=[-2.5] * 30), ["2.50 dB WORSE", "16 of 64 clips", "at no frame"]),
     ):  # fmt: skip
-        psnr = everything.metrics["psnr"].model_copy(update={"gain": gain})
+        psnr = everything.metrics["psnr"].model_copy(update={"gains": {"copy_last": gain}})
         changes = {"metrics": {"psnr": psnr}, "clips": {"walk": 3.0, "jump": -1.2}}
         text = " ".join(format_table(everything.model_copy(update=changes)).split())
         for part in parts:

@@ -35,8 +35,13 @@ def filled(model: type[BaseModel], **values: Any) -> dict[str, Any]:
     return {name: some.get(field.annotation) for name, field in model.model_fields.items()} | values
 
 
-def evaluation(predictor: Mapping[str, Any] = {}, *, prediction: float = 20.0, **protocol: Any) -> dict[str, Any]:
-    """As `evaluate` writes it; `prediction` is its PSNR, `predictor` changes the run's part of the protocol."""
+def evaluation(
+    predictor: Mapping[str, Any] = {}, *, prediction: float = 20.0, motion: float = 3.0, **protocol: Any
+) -> dict[str, Any]:
+    """As `evaluate` writes it: `prediction` is its PSNR, `motion` its gain over constant motion.
+
+    `predictor` changes the run's part of the protocol.
+    """
     subjects = {"prediction": prediction, "copy_last": 15.0, "reconstruction": 30.0}
     curves = {subject: [value + 1, value, value - 0.5, value - 0.5] for subject, value in subjects.items()}
     psnr = {
@@ -47,11 +52,9 @@ def evaluation(predictor: Mapping[str, Any] = {}, *, prediction: float = 20.0, *
         "best_of": {"samples": 3, "value": 21.5, "per_frame": [22.0, 21.5, 21.0, 21.5], "interval": [20.5, 22.5]},
     }
     gain = prediction - subjects["copy_last"]
-    psnr["gain"] = {
-        "value": gain,
-        "better": 0.75,
-        "per_frame": [gain, gain, -1.0, -2.0],
-        "interval": [gain - 1, gain + 1],
+    psnr["gains"] = {
+        baseline: {"value": x, "better": 0.75, "per_frame": [x, x, -1.0, -2.0], "interval": [x - 1, x + 1]}
+        for baseline, x in (("copy_last", gain), ("constant_motion", motion))
     }
     fvd = {"prediction": 120.5, "copy_last": 300.25, "reconstruction": 40.0, "interval": {"prediction": [110.0, 131.0]}}
     fvd["autoencoded"] = {"prediction": 77.25, "copy_last": 250.0, "interval": {"prediction": [70.0, 85.0]}}
@@ -406,6 +409,7 @@ def test_text_of_files_is_escaped(whole: Toys):
     [
         (lambda toys: toys.write("evaluation.json", evaluation(prediction=14.0)), ["PSNR", "14.00", "15.00"]),
         (lambda toys: toys.write("evaluation.json", evaluation(prediction=15.5)), ["PSNR", "hardly better"]),
+        (lambda toys: toys.write("evaluation.json", evaluation(motion=0.5)), ["+0.50 dB", "-0.50 to 1.50"]),
         (lambda toys: toys.write_log("flow", *rising(1.2)), ["validation loss rises", "20 %", "step 200"]),
         (lambda toys: toys.write_log("flow", {"step": 9, "loss": 1.0, "skipped_steps": 3}), ["3 steps of the flow"]),
         (lambda toys: toys.write_log("flow", *falling(20.0, 19.0)), ["19.00 dB", "20.00 dB"]),
