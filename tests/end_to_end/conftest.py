@@ -176,12 +176,22 @@ def run_main(words: Sequence[str]) -> Outcome:
 
 
 @pytest.fixture(autouse=True)
-def _no_networks_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """torch's folder of downloads is empty, whatever this machine has; ST-LPIPS is there where a test asks for it."""
+def _no_downloads_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch's folder of downloads is empty, whatever this machine has."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def hide_st_lpips(patch: pytest.MonkeyPatch) -> None:
+    """Let its package not be found: it would be half of each evaluation's time."""
+    patch.setattr(networks, "ST_LPIPS_PACKAGE", "no-such-package")
+
+
+@pytest.fixture(autouse=True)
+def _no_st_lpips(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Only a test that asks for ST-LPIPS has it."""
     if "st_lpips" not in request.fixturenames:
-        monkeypatch.setattr(networks, "ST_LPIPS_PACKAGE", "no-such-package")
+        hide_st_lpips(monkeypatch)
 
 
 @pytest.fixture
@@ -202,7 +212,9 @@ def place(tmp_path: Path) -> Place:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A place in which `demo` was run. Tests must not change it: they copy it."""
     place = Place(tmp_path_factory.mktemp("story") / "trained")
-    outcome = place.run("demo").ok()
+    with pytest.MonkeyPatch.context() as patch:
+        hide_st_lpips(patch)
+        outcome = place.run("demo").ok()
     (place.folder / "demo.txt").write_text(outcome.out)
     return place
 
