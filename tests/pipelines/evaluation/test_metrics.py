@@ -1,6 +1,7 @@
 """Image metrics against closed forms, and the choice of the best of several samples."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from pipelines.evaluation.metrics import (
     ssim_8bit,
 )
 from pipelines.runtime.context import RunContext
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.fixture
@@ -63,9 +66,16 @@ def test_every_image_has_its_own_number(metric, truth, images):
     assert metric(images[:1], truth[:1]).shape == (1,)
 
 
-@pytest.fixture(params=["noise", "edges", "flat", "smallest"])
+@pytest.fixture(params=["noise", "edges", "flat", "smallest", "those of LPIPS"])
 def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of images [4, 3, h, w] in [-1, 1]: textured, or smooth, where variances are small differences."""
+    """Two sets of images [n, 3, h, w] in [-1, 1]: textured, or smooth, where variances are small differences.
+
+    The last ones are those on which LPIPS equals the public one, see `test_lpips`.
+    """
+    if request.param == "those of LPIPS":
+        recorded = np.load(FIXTURES / "lpips_vgg_reference.npz")
+        differ = recorded["distance"] > 0
+        return torch.from_numpy(recorded["image_a"][differ]), torch.from_numpy(recorded["image_b"][differ])
     generator = torch.Generator().manual_seed(2)
     side = (11, 11) if request.param == "smallest" else (40, 24)
     truth = torch.rand(4, 3, *side, generator=generator)
@@ -114,7 +124,7 @@ def test_ssim_of_8_bits_is_that_of_pillow_and_scikit_image(pair):
         options = {"gaussian_weights": True, "use_sample_covariance": False}
         expected.append(structural_similarity(*gray, data_range=255, **options))
     np.testing.assert_allclose(ssim_8bit(images, truth).numpy(), expected, rtol=1e-6)
-    assert ssim_8bit(truth, truth).tolist() == [1.0] * 4  # a copy is not truncated to the level below
+    assert ssim_8bit(truth, truth).tolist() == [1.0] * len(truth)  # a copy is not truncated to the level below
 
 
 def test_ssim_is_not_defined_for_images_smaller_than_its_window():
