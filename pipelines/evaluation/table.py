@@ -71,7 +71,7 @@ def format_table(evaluation: Evaluation) -> str:
         lines += ["", *_distances_table("FVD, lower is better", metrics["fvd"])]
     if "latent_frechet" in metrics:
         lines += ["", *_distances_table("Fréchet of latents, lower is better", metrics["latent_frechet"])]
-    if any(name in metrics for name in FEATURE_DISTANCES):
+    if metrics.keys() >= FEATURE_DISTANCES.keys():
         lines += ["", *_features_table(metrics)]
     if protocol.pitfalls:
         lines += ["", *_pitfalls_table(protocol, metrics)]
@@ -268,10 +268,10 @@ def _pitfalls_table(protocol: EvaluationProtocol, metrics: dict[str, MetricValue
 
 
 def _features_table(metrics: dict[str, MetricValues]) -> list[str]:
-    """The distances of ST-LPIPS' features side by side; their intervals are in the file."""
-    columns = {title: metrics[name] for name, title in FEATURE_DISTANCES.items() if name in metrics}
-    widths = (17,) * len(columns)
-    lines = [_row("distances of features, lower is better", *columns, widths=widths)]
+    """The Fréchet distances of ST-LPIPS' features side by side; intervals and kernel distances are in the file."""
+    columns = {name.removesuffix("_frechet"): metrics[name] for name in FEATURE_DISTANCES if name.endswith("_frechet")}
+    widths = (8,) * len(columns)
+    lines = [_row("Fréchet of features, lower is better", *columns, widths=widths)]
     for subject in MAIN_SUBJECTS:
         values = [getattr(of, subject) for of in columns.values()]
         if None not in values:
