@@ -15,6 +15,8 @@ from pipelines.runtime.results import Evaluation, MetricValues, RunPredictor
 LOSS_RISE = 0.05
 # dB that the validation PSNR may be below its maximum.
 PSNR_FALL = 0.5
+# Distances of sets of frames, in which a copied frame is a faultless one.
+OF_SINGLE_FRAMES = ("frame_frechet", "frame_mmd")
 # Below these shares of the codes, the codebook has collapsed.
 MIN_USED, MIN_PERPLEXITY = 0.5, 0.1
 
@@ -47,7 +49,9 @@ def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:
     worse, unclear = [], []
     for metric in METRICS:
         values = evaluation.metrics.get(metric.key)
-        if values is None or metric.better is None or values.copy_last is None or math.isnan(values.prediction):
+        if values is None or metric.better is None or metric.key in OF_SINGLE_FRAMES:
+            continue
+        if values.copy_last is None or math.isnan(values.prediction):
             continue
         ours, copied = (number_text(value, metric.digits) for value in (values.prediction, values.copy_last))
         text = f"{metric.title} ({ours} against {copied})"
