@@ -169,7 +169,7 @@ def test_all_metrics_equal_those_of_the_predictors_frames(copied, everything, we
 
     assert "FVD, lower is better" in outcome.out
     assert "LPIPS, lower is better" in outcome.out
-    assert "frames, Fréchet" in outcome.out
+    assert "Fréchet of features, lower is better" in outcome.out
     assert "prediction, best of 2" in outcome.out
     assert max(len(line) for line in outcome.out.splitlines() if str(copied.folder) not in line) <= 120
     assert "has sha256" in outcome.err  # of the stand-in: not the usual network

@@ -88,7 +88,7 @@ def test_official_weights_are_fine_tuned_on_ones_own_videos(imported, story: Mod
     imported.run("evaluate").ok()
     evaluation = json.loads((imported.runs / "evaluation.json").read_text())
     assert evaluation["protocol"]["predictor"]["flow_step"] in (4, 8)
-    assert evaluation["protocol"]["flow_origin"]["fine_tuned_from"]["imported"]["file"] == "model.pth"
+    assert evaluation["protocol"]["predictor"]["flow_origin"]["fine_tuned_from"]["imported"]["file"] == "model.pth"
     frames = VideoPredictor.from_run(imported.runs, device="cpu").generate_frames(torch.zeros(1, 2, 3, 16, 16), 1)
     assert frames.shape == (1, 3, 3, 16, 16)
     # Importing over what was trained here needs a word.
