@@ -126,3 +126,4 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
     predicted.clear()
     measured(Brightness(), seed=1)
     assert predicted == [*range(7)]
+    assert len([*tmp_path.iterdir()]) == 1  # of the last one; what others left is removed
