@@ -344,7 +344,8 @@ def measure_clips(
     if not parts:
         raise clips.nothing_found()
     return {
-        measure: {record: torch.cat(tensors) for record, tensors in records.items()}
+        # In this order whether a batch was just measured or comes from its file, so that results are equal to the byte.
+        measure: {record: torch.cat(tensors) for record, tensors in sorted(records.items())}
         for measure, records in parts.items()
     }
 

@@ -80,7 +80,7 @@ class Brightness(Measure):
         if not self.batches:
             raise KeyboardInterrupt
         self.batches -= 1
-        return {"mean": batch.truth.mean((1, 2, 3, 4))}
+        return {"mean": batch.truth.mean((1, 2, 3, 4)), "first": batch.truth[:, 0, 0, 0, 0]}
 
     def results(self, records: Records, counts: Tensor | None) -> dict[str, Any]:
         raise NotImplementedError
@@ -123,6 +123,7 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path):
     again = measured(Brightness())
     assert predicted == [0, 1, 4, 5, 6]
     assert torch.equal(again["brightness"]["mean"], whole["brightness"]["mean"])
+    assert [*again["brightness"]] == [*whole["brightness"]]
     predicted.clear()
     measured(Brightness(), seed=1)
     assert predicted == [*range(7)]
