@@ -57,7 +57,7 @@ def find_meetings(
     members = np.concatenate([np.eye(k).repeat(4, 0), np.eye(k)[first] + np.eye(k)[second]])
 
     def later(values: np.ndarray, frames: int) -> np.ndarray:
-        """The values so many frames later; at the ends, the last ones."""
+        """The values this number of frames later; beyond the ends, those at the ends."""
         return values[:, (frame + frames).clip(0, t - 1)]
 
     def relative(vectors: np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ class TrainingClips:
         return cls(cache, coding.standardization, coding.device)
 
     def count(self, frames: int) -> int:
-        """Number of clips of so many frames."""
+        """Number of clips of this length."""
         return int(np.maximum(self.cache.lengths - frames + 1, 0).sum())
 
     @torch.inference_mode()

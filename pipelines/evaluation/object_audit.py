@@ -198,7 +198,7 @@ def audit_bounces(found: MatchedShapes, truth: VisibleShapes, centers: np.ndarra
     true = find_meetings(centers, present, truth.radius, size, clearly=CLEARLY)
 
     def around(values: np.ndarray, frames: Sequence[int]) -> np.ndarray:
-        """[frames, b, t, m]: values so many frames later; at the ends, the last ones."""
+        """[frames, b, t, m]: the values each number of frames later; beyond the ends, those at the ends."""
         most = max(map(abs, frames))
         padded = np.pad(values, ((0, 0), (most, most), (0, 0)), "edge")
         return np.stack([padded[:, most + n : most + n + values.shape[1]] for n in frames])

@@ -63,7 +63,7 @@ class ExportedClips(BaseModel):
     Attributes:
         context, horizon: frames of each array in `given/` and in `truth/`.
         image_size: height and width.
-        frame_step: the clips have one frame in so many of the video.
+        frame_step: the clips have every frame of the video (1), every second one (2), and so on.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -319,7 +319,7 @@ class _Array:
 
     Attributes:
         shape: as the file claims it.
-        read: reads the first so many entries of the first axis; None: all of them.
+        read: takes a number n, reads the first n entries of the first axis; None: all of them.
     """
 
     shape: tuple[int, ...]

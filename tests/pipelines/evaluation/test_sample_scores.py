@@ -78,7 +78,7 @@ def test_scores_of_a_normal_ensemble_have_a_closed_form_for_any_number_of_sample
     expected = np.mean(scoringrules.crps_normal(y.double().numpy(), 0.0, deviation))
     # The scatter of E|X - X'| / 2 of `values` values is below 0.9 deviations each.
     assert crps(x, y).item() == pytest.approx(expected, abs=5 * 0.9 * deviation / values**0.5)
-    # Distances of vectors of so many values are sqrt(2) deviations each.
+    # With this many values, all distances between vectors are about sqrt(2) deviations (root mean square).
     assert energy_score(x, y).item() == pytest.approx(deviation / 2**0.5, rel=0.01)
     short = torch.stack([energy_score(x[:, i : i + 4], y[i : i + 4]) for i in range(0, 8000, 4)])
     # In 4 dimensions E|X - X'| is sqrt(2) times the mean of a chi distribution, 3 sqrt(2 pi) / 4; half of it is left.
