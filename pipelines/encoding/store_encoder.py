@@ -234,9 +234,10 @@ class StoreEncoder:
         overwrite = self.run_context.overwrite
         if not overwrite:
             self._recall_broken()
+        stop = StopRequest()  # one for all attempts: it may come in one that a broken video ends
         while True:
             try:
-                return self._attempt(overwrite)
+                return self._attempt(overwrite, stop)
             except BrokenVideosError as error:
                 # The plan had frames of these videos. Chunks before them stay, the others are planned again.
                 self._skip(error.split, error.reasons)
@@ -244,7 +245,7 @@ class StoreEncoder:
                 # A store can lose videos, but no split: when a split lost its last video, start again.
                 overwrite = not self.before and not self._videos(error.split)
 
-    def _attempt(self, overwrite: bool) -> list[SplitSummary]:
+    def _attempt(self, overwrite: bool, stop: StopRequest) -> list[SplitSummary]:
         plans = {split: self._plan(split) for split in self.splits if self._videos(split) or split in self.before}
         if "train" not in plans:
             raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
@@ -252,7 +253,7 @@ class StoreEncoder:
         scheduler = self.run_context.scheduler
         if self.before:
             options["before"] = self.config.store_path.absolute()
-        job, stop = self._job(plans), StopRequest()
+        job = self._job(plans)
         self.unreadable.clear()
         with contextlib.ExitStack() as stack:
             # Whatever refuses to encode must do so before an old store is deleted.

@@ -17,7 +17,7 @@ from PIL import Image
 
 import latent_cache
 from pipelines.encoding import chunk_encoder
-from pipelines.encoding.chunk_encoder import ChunkTask
+from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkTask
 
 OWN = ("dataset.source=videos", "dataset.splits={val: 0.2, test: 0.2}")
 NAMES = ("a.mp4", "b.avi", "c", "d.mp4", "e.gif", "f.avi", "g", "h.mp4", "i.avi", "j")
@@ -191,13 +191,18 @@ def test_video_that_breaks_in_the_middle(place, story: ModuleType, name: str) ->
     assert "store: done" in place.run("encode").ok().out  # what is broken still is no change
 
 
-def test_encode_goes_on_after_a_broken_video_was_met(place, story: ModuleType, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [(BrokenVideosError, "__init__", 1), (ChunkTask, "encode", 4)], ids=["then", "later"]
+)
+def test_encode_that_is_stopped_after_it_met_a_broken_video(
+    place, story: ModuleType, monkeypatch, owner: type, name: str, call: int
+) -> None:
     place = place.with_sets("dataset.source=videos", "dataset.splits={}", "cache.chunk_frames=10")
     story.write_videos(place.data / "train", ["a", "b", "c", "d"])
     break_in_the_middle(place, place.data / "train" / "b")
     place.run("train-autoencoder")
     with monkeypatch.context() as patch:
-        story.send_at(patch, ChunkTask, "encode", 4)
+        story.send_at(patch, owner, name, call)
         place.run("encode").refused(143, "stopped")
     place.run("encode").refused(3, "\n  b: ")
     assert stored(place) == {"a", "c", "d"}
