@@ -1,4 +1,4 @@
-"""The Python API: predict videos from images or latents with a trained run; and what `sample` and `predict` do."""
+"""The Python API: predict videos from images or latents with a trained run."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -7,9 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from einops import rearrange
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -18,74 +16,17 @@ from pipelines.errors import UserError
 from pipelines.loading import PredictorParts, load_run
 from pipelines.official.official_networks import OFFICIAL_HEADS
 from pipelines.official.parts import OfficialFiles, load_official
-from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.detail import restore_detail
-from pipelines.prediction.pictures import to_video
+from pipelines.prediction.frame_coding import DIVERGED, FrameCoding, check_finite
+from pipelines.prediction.pictures import to_video as to_video  # of this API
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
-from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
 from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
-from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import known_frames, make_draws, past_window
 from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
-from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import POSITIONS
-
-# Frames per call of the autoencoder.
-FRAMES_AT_ONCE = 64
-# Follows the description of such a sampler.
-CHOSEN = " (chosen by `study`)"
-# Follows the error about a result that is not finite, though what it was computed from is.
-DIVERGED = ": the network has diverged, or overflows: use an earlier checkpoint, or train it again"
-
-
-class FrameCoding:
-    """An autoencoder between frames and latents.
-
-    Attributes:
-        autoencoder: on the device, in eval mode.
-        standardization: of its raw latents.
-    """
-
-    autoencoder: Autoencoder
-    standardization: Standardization
-    device: torch.device
-
-    @torch.inference_mode()
-    @in_full_precision
-    def encode_videos(self, images: Tensor) -> Tensor:
-        """[b, n, 3, h, w] images in [-1, 1] to [b, n, c, h / f, w / f] raw latents.
-
-        Raises:
-            UserError: NaN or inf in images or latents.
-        """
-        check_finite("images", images)
-        frames = rearrange(images, "b n c h w -> (b n) c h w")
-        dtype = self.autoencoder.last_layer.weight.dtype
-        latents = [self.autoencoder.encode(part.to(self.device, dtype)) for part in frames.split(FRAMES_AT_ONCE)]
-        encoded = rearrange(torch.cat(latents), "(b n) c h w -> b n c h w", b=len(images))
-        check_finite("latents of the autoencoder", encoded, way_out=DIVERGED)
-        return encoded
-
-    @torch.inference_mode()
-    @in_full_precision
-    def decode_videos(self, latents: Tensor) -> Tensor:
-        """[b, n, c, h, w] raw latents, quantized to their nearest codes, to [b, n, 3, h f, w f] images in [-1, 1].
-
-        Raises:
-            UserError: NaN or inf in latents or pixels.
-        """
-        return self._decode(latents).clamp(-1, 1)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        check_finite("latents", latents)
-        frames = rearrange(latents, "b n c h w -> (b n) c h w")
-        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
-        decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
-        check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
-        return decoded
 
 
 class VideoPredictor(FrameCoding, PredictorParts):
@@ -395,116 +336,6 @@ class VideoPredictor(FrameCoding, PredictorParts):
         return ", ".join(words)
 
 
-def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "") -> None:
-    """Refuse NaN and inf, in one pass over the videos, for which the host waits once.
-
-    Args:
-        what: begins the message.
-        videos: [b samples, n, ...] of any type.
-        samples: rows per video.
-        way_out: ends the message.
-    Raises:
-        UserError: names the first frame that is not finite, and its video.
-    """
-    if torch.stack(videos.aminmax()).isfinite().all():  # NaN propagates
-        return
-    finite = videos.isfinite().flatten(2).all(2)
-    frame = int(finite.all(0).long().argmin())
-    row = int(finite[:, frame].long().argmin())
-    raise UserError(f"{what}: NaN or inf in frame {frame} of video {row // samples}{way_out}")
-
-
 def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:
     """The predictor of a configuration's run, with the sampling options of that configuration."""
     return VideoPredictor(**vars(load_run(config.run_path, run_context.device, sampling=config.sampling)))
-
-
-def sample_clips(
-    config: RiverConfig, run_context: RunContext, videos: int = SHEET_CLIPS, refine: bool = False, samples: int = 1
-) -> Path:
-    """Predict clips of the protocol's split with a trained run; write pictures and latents, see `write_samples`.
-
-    Args:
-        videos: number of clips.
-        refine: refine predicted frames.
-        samples: different predictions per clip.
-    Returns:
-        The folder `samples` of the run.
-    Raises:
-        UserError: no clips; `refine` without a refiner.
-    """
-    predictor = load_predictor(config, run_context)
-    clips = list(open_clips(config, run_context, videos))
-    context, horizon, size = config.evaluation.context, config.evaluation.horizon, config.evaluation.batch_size
-    how, several = predictor.describe_sampling(refine), f", {samples} samples of each" if samples > 1 else ""
-    chosen = CHOSEN if predictor.sampler_is_chosen else ""
-    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}{chosen}")
-    latents, pixels = [], []
-    with progress(total=len(clips), description="predict", unit="clip") as bar:
-        for batch in (clips[first : first + size] for first in range(0, len(clips), size)):
-            given, keys = torch.stack([clip.frames[:context] for clip in batch]), [(clip.key, 0) for clip in batch]
-            encoded = predictor.encode_videos(given)
-            latents.append(predictor.generate_latents(encoded, horizon, keys=keys, samples=samples))
-            real = given.repeat_interleave(samples, dim=0)
-            reconstructed = predictor.decode_videos(latents[-1][:, :context])
-            predicted = predictor.decode_predictions(latents[-1], real, refine=refine)
-            pixels.append(to_video(torch.cat([reconstructed, predicted], 1)))
-            bar.update(len(batch))
-    folder = config.run_path / "samples"
-    listed = Samples(
-        clips=[clip.name for clip in clips],
-        fps=[clip.fps for clip in clips],
-        context=context,
-        horizon=horizon,
-        sampling=predictor.resolved_sampling(predictor.sampling, context, horizon).model_dump(mode="json"),
-        samples=samples,
-        refine=refine,
-    )
-    title = (
-        f"{config.dataset.name}, {config.evaluation.split} split: {context} frames given, {horizon} predicted ({how})"
-    )
-    predicted = np.concatenate(pixels)
-    predicted = predicted.reshape(len(clips), samples, *predicted.shape[1:])
-    raw = torch.cat(latents).unflatten(0, (len(clips), samples))
-    write_samples(folder, listed, clips, predicted, raw, title)
-    say(f"sample: {folder}/contact_sheet.png, overview.gif and {len(clips)} clips as GIF and MP4")
-    return folder
-
-
-def continue_video(
-    config: RiverConfig,
-    run_context: RunContext,
-    video: GivenVideo,
-    frames: int | None = None,
-    refine: bool = False,
-    marked: bool = False,
-    samples: int = 1,
-) -> Path:
-    """Continue a user's video from its last `evaluation.context` frames.
-
-    It is written to the run's folder `predictions`, see `write_continuation`.
-
-    Args:
-        frames: to predict; None: `evaluation.horizon`.
-        refine: refine predicted frames.
-        marked: give given frames a green border and predicted ones a red one.
-        samples: different continuations; the files of the second one end in `-2`, and so on.
-    Returns:
-        The GIF of the first sample.
-    Raises:
-        UserError: `refine` without a refiner.
-    """
-    context, horizon = config.evaluation.context, frames or config.evaluation.horizon
-    predictor = load_predictor(config, run_context)
-    several = f", {samples} samples" if samples > 1 else ""
-    say(
-        f"predict: {video.path}: last {context} of {video.length} frames given, {horizon} predicted{several}, "
-        f"{predictor.describe_sampling(refine)}{CHOSEN if predictor.sampler_is_chosen else ''}"
-    )
-    given = image_to_unit(torch.from_numpy(video.frames[-context:]))[None]
-    predicted = to_video(predictor.generate_frames(given, horizon, samples=samples, refine=refine, verbose=True))
-    title = f"{video.path.name}: {context} frames given, {horizon} predicted{', refined' if refine else ''}"
-    gif = write_continuation(config.run_path / "predictions", video, predicted, context, title, marked)
-    h, w = predicted.shape[2:4]
-    say(f"predict: {gif.parent}/{gif.stem}.mp4, .gif and .png: {video.length} + {horizon} frames of {w}x{h}")
-    return gif

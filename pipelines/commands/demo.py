@@ -31,9 +31,9 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines import stages
     from pipelines.evaluation.evaluator import evaluate
     from pipelines.prediction.clips import check_clips
-    from pipelines.predictor import sample_clips
     from pipelines.report.page import write_report
     from pipelines.runtime.progress import say
+    from pipelines.sampling.continuation import sample_clips
 
     def raw_videos() -> None:
         stages.run_to("videos", config, run_context)

@@ -28,7 +28,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines.evaluation.sampler_study import choose_sampler
     from pipelines.loading import find_flow, find_refiner
     from pipelines.prediction.clips import read_video
-    from pipelines.predictor import continue_video
+    from pipelines.sampling.continuation import continue_video
 
     video = read_video(config, options.video)  # a broken one is reported before a training that may take days
     if find_flow(config.run_path) is None:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.predictor import sample_clips
+    from pipelines.sampling.continuation import sample_clips
 
     stages.run_to_prediction(config, run_context, options.refine, of_clips=True)
     sample_clips(config, run_context, options.videos, options.refine, options.samples)

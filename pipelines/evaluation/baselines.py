@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from pipelines.config import RiverConfig
 from pipelines.evaluation.measures import ClipBatch, Measure
 from pipelines.evaluation.nearest_clips import MemorizationMeasure, TrainingClips
+from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.prediction.pictures import to_video
-from pipelines.predictor import FrameCoding
 
 MOTION, NEAREST = "constant_motion", "nearest_clip"
 # Longer side of the smallest frames whose flow OpenCV estimates.

@@ -49,8 +49,9 @@ from pipelines.evaluation.silhouette_audit import SilhouetteAudit
 from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
+from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.prediction.pictures import file_name, save_picture
-from pipelines.predictor import FrameCoding, load_predictor
+from pipelines.predictor import load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import file_sha256, write_json
 from pipelines.runtime.progress import progress, say

@@ -20,7 +20,8 @@ from pipelines.loading import (
     weights_digest,
 )
 from pipelines.prediction.clips import Clip
-from pipelines.predictor import FrameCoding, VideoPredictor
+from pipelines.prediction.frame_coding import FrameCoding
+from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import sampling_precision
 from pipelines.runtime.results import FilePredictor, RunPredictor
 from stage2_flow.sampling_plan import SamplingPlan

@@ -15,7 +15,7 @@ from pipelines.config import RiverConfig
 from pipelines.evaluation.intervals import Tally, percentile_interval
 from pipelines.evaluation.measures import NO_AUTOENCODER, ClipBatch, Measure, Records
 from pipelines.loading import weights_digest
-from pipelines.predictor import FrameCoding
+from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.runtime.context import computing_in
 from stage2_flow.standardization import Standardization
 

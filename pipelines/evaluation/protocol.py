@@ -14,7 +14,7 @@ from pipelines.evaluation.perception import FEATURES_DEFINITION
 from pipelines.evaluation.published import describe_preset
 from pipelines.evaluation.sample_scores import SCORES_DEFINITION
 from pipelines.loading import weights_digest
-from pipelines.predictor import FrameCoding
+from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.runtime.files import file_sha256
 from pipelines.runtime.results import EvaluationProtocol
 from stage1_autoencoder.videos.preprocessing import preprocessing_description

@@ -1,0 +1,1 @@
+"""What `sample` and `predict` do: clips and videos are continued, and written as pictures."""
