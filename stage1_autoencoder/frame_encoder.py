@@ -6,16 +6,17 @@ callers on a CPU use threads that compute alone (`torch.set_num_threads(1)`).
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
+from stage1_autoencoder.packing import can_pack, with_packed_convolutions
 from stage1_autoencoder.precision import float32_products
 from stage1_autoencoder.quantizer import Rounded
 from stage1_autoencoder.views import ViewTransform, apply_views
@@ -148,51 +149,3 @@ def _for_inference(autoencoder: Autoencoder, device: torch.device, dtype: torch.
     if device.type == "cpu" and can_pack(dtype):
         return with_packed_convolutions(autoencoder, dtype, shared)
     return autoencoder
-
-
-class PackedConv2d(nn.Module):
-    """An `nn.Conv2d` with constant weights in oneDNN's layout, for float32 or bfloat16 inputs of one shape on a CPU.
-
-    The layout is chosen in the first call, for the shape of its input and the number of threads of its caller.
-    """
-
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self._layer = [layer]  # in a list: not a submodule
-        self._arguments = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        self._packed: tuple[Tensor, Tensor | None] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if self._packed is None:  # concurrent threads compute the same
-            (layer,) = self._layer
-            weight = torch.ops.mkldnn._reorder_convolution_weight(
-                layer.weight.detach().to(self.dtype), *self._arguments, list(x.shape)
-            )
-            self._packed = weight, None if layer.bias is None else layer.bias.detach().to(self.dtype)
-        return torch.ops.mkldnn._convolution_pointwise(x, *self._packed, *self._arguments, "none", [], "")
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether torch has oneDNN, and it computes in `dtype` on this processor."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def with_packed_convolutions(network: nn.Module, dtype: torch.dtype, shared: Iterable[nn.Module]) -> nn.Module:
-    """A copy of a network on the CPU for inference, with packed convolutions.
-
-    Args:
-        dtype: float32 or bfloat16, see `can_pack`.
-        shared: parts that are not copied, but shared with the network.
-    """
-    parts = {id(part): part for part in shared}
-    packed = {
-        id(module): PackedConv2d(module, dtype)
-        for module in network.modules()
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros"
-    }
-    # The memo of `deepcopy` replaces convolutions, and keeps the shared parts whole.
-    return copy.deepcopy(network, {**packed, **parts})

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from stage1_autoencoder.autoencoder import Autoencoder, image_to_unit
 from stage1_autoencoder.config import VQGANConfig, VQVAEConfig
 from stage1_autoencoder.families import build_autoencoder
-from stage1_autoencoder.frame_encoder import (
-    FrameEncoder,
-    PackedConv2d,
-    Precision,
-    can_pack,
-    exact_kernels,
-    with_packed_convolutions,
-)
+from stage1_autoencoder.frame_encoder import FrameEncoder, Precision, exact_kernels
+from stage1_autoencoder.packing import PackedConv2d, can_pack
 from stage1_autoencoder.views import ViewTransform, view_transform
 from stage1_autoencoder.vqgan import AttnBlock, ResnetBlock
 
@@ -33,7 +27,6 @@ CONFIGS = {
 # Rms of float32 roundings: some 20 layers with sums of up to 576 terms, whose errors add up like sqrt(20 x 576); and
 # with one rounding to bfloat16 per layer like sqrt(20). Five times that.
 FP32_ERROR, BF16_ERROR = 5 * (20 * 576) ** 0.5 * 2.0**-24, 5 * 20**0.5 * 2.0**-9
-needs_onednn = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no oneDNN")
 
 
 @pytest.fixture(params=CONFIGS)
@@ -121,30 +114,6 @@ def test_without_onednn_the_autoencoder_itself_is_used(model, frames, monkeypatc
     encoder = encoder_of(model)
     assert encoder.network is model
     assert deviation(encoder.encode(frames, identity(frames)).latents, plainly(model, frames)) < FP32_ERROR
-
-
-@needs_onednn
-@pytest.mark.parametrize(
-    "layer",
-    [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.Conv2d(4, 6, 1),
-     nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=2)],
-    ids=str,
-)  # fmt: skip
-def test_packed_convolutions_of_any_kind(layer):
-    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
-    packed = with_packed_convolutions(nn.Sequential(layer), torch.float32, [])
-    assert isinstance(packed[0], PackedConv2d)
-    with torch.inference_mode():
-        torch.testing.assert_close(packed(x), layer(x), rtol=0, atol=36 * 2.0**-20)  # 36 products of values up to 4
-
-
-@needs_onednn
-def test_shared_parts_and_other_padding_are_not_packed():
-    shared = nn.Sequential(nn.Conv2d(3, 3, 1))
-    reflected = nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")
-    copied = with_packed_convolutions(nn.Sequential(nn.Conv2d(3, 3, 1), reflected, shared), torch.float32, [shared])
-    assert [type(copied[0]), type(copied[1]), type(shared[0])] == [PackedConv2d, nn.Conv2d, nn.Conv2d]
-    assert copied[2] is shared
 
 
 @pytest.mark.parametrize("kind", [lambda c: ResnetBlock(16, 16, c), lambda c: ResnetBlock(16, 32, c),
