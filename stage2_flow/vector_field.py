@@ -316,11 +316,10 @@ class VectorField(nn.Module):
             tokens = run(block, tokens)
         for merge, block in self.out_blocks:
             tokens = run(block, merge(torch.cat([skips.pop(), tokens], dim=-1)))
-        return self._head(tokens[:, 1:], height, width)
+        return self.to_velocity(F.gelu(self.project_out["0"](tokens[:, 1:])), height, width)
 
-    def _head(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """[b, h * w, features] -> [b, c, h, w]; the two heads differ in the norm and its position."""
-        tokens = F.gelu(self.project_out["0"](tokens))
+    def to_velocity(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The rest of the head, [b, h * w, features] -> [b, c, h, w]; the two heads differ in the norm's position."""
         if self.config.head == "ln":
             tokens = self.project_out["2"](tokens)
         features = rearrange(tokens, "b (h w) d -> b d h w", h=height, w=width)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from pipelines.errors import UserError
 from pipelines.runtime.context import computing_in, sampling_precision
 from pipelines.runtime.progress import warn
+from stage1_autoencoder.packing import can_pack
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import SamplingDraws
 from stage2_flow.config import SamplingConfig
-from stage2_flow.rollout import Rollout
+from stage2_flow.packed_trunk import PackedTrunk
+from stage2_flow.rollout import Rollout, Trunk
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
@@ -33,13 +35,13 @@ MIN_EVALUATIONS_TO_COMPILE = 10_000
 class FieldRollouts:
     """Rollouts of one vector field, whose weights must not change.
 
-    Tensors, compiled trunk and CUDA graph of a batch are used again for later batches of the same shape.
+    Packed or compiled weights are used again for all later batches, tensors and the CUDA graph of a batch for those of
+    the same shape.
     """
 
     def __init__(self, field: nn.Module, device: torch.device) -> None:
         self.field, self.device = field, device
-        self._fields: dict[str, nn.Module] = {}
-        self._trunks: dict[str, Callable[..., Tensor]] = {}
+        self._networks: dict[tuple[str, bool], tuple[nn.Module, Trunk | None]] = {}
         self._prepared: tuple[Any, Rollout] | None = None
 
     def generate(
@@ -92,26 +94,27 @@ class FieldRollouts:
         key = (plan, shape, num_frames, context.dtype, precision, records, compiles)
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # frees its memory before the new one is allocated
-            field = self._field_in(precision)
-            trunk = self._compiled_trunk(field, precision) if compiles else None
+            field, trunk = self._network(precision, compiles)
             record = partial(RecordedStep, device=self.device) if records else None
             rollout = Rollout(field, plan, shape, num_frames, context.dtype, self.device, trunk=trunk, record=record)
             self._prepared = (key, rollout)
         return self._prepared[1]
 
-    def _field_in(self, precision: str) -> nn.Module:
-        if precision != "bf16" or not isinstance(self.field, VectorField):
-            return self.field
-        if precision not in self._fields:
-            self._fields[precision] = with_matrices_in(self.field, torch.bfloat16)
-        return self._fields[precision]
-
-    def _compiled_trunk(self, field: nn.Module, precision: str) -> Callable[..., Tensor]:
-        if precision not in self._trunks:
-            # Shapes that vary become dynamic. Beyond torch's limit of versions of one function, which all predictors of
-            # a process share, it runs uncompiled; with `fullgraph` that would be an error.
-            self._trunks[precision] = torch.compile(field.trunk)
-        return self._trunks[precision]
+    def _network(self, precision: str, compiles: bool) -> tuple[nn.Module, Trunk | None]:
+        """The field in a precision, and what replaces its trunk."""
+        key, dtype = (precision, compiles), torch.bfloat16 if precision == "bf16" else torch.float32
+        if key not in self._networks:
+            field, trunk = self.field, None
+            if not compiles and packs(field, self.device, dtype):
+                trunk = PackedTrunk(field, dtype)
+            elif precision == "bf16" and isinstance(field, VectorField):
+                field = with_matrices_in(field, dtype)
+            if compiles:
+                # Shapes that vary become dynamic. Beyond torch's limit of versions of one function, which all
+                # predictors of a process share, it runs uncompiled; with `fullgraph` that would be an error.
+                trunk = torch.compile(field.trunk)
+            self._networks[key] = field, trunk
+        return self._networks[key]
 
     def _smaller(self, clips: int, options: SamplingConfig) -> int:
         """The next batch size, after an out-of-memory error with this many clips.
@@ -153,6 +156,16 @@ def uses_cuda_graphs(field: nn.Module, options: SamplingConfig, device: torch.de
     if options.cuda_graphs and device.type != "cuda":
         raise UserError(f"sampling.cuda_graphs: true: the device is {device}; use auto")
     return options.cuda_graphs
+
+
+def packs(field: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a field of float32 weights is computed in `dtype` by a `PackedTrunk`: on a CPU where oneDNN does it."""
+    return (
+        isinstance(field, VectorField)
+        and device.type == "cpu"
+        and field.project_out["0"].weight.dtype == torch.float32
+        and can_pack(dtype)
+    )
 
 
 def clips_that_fit(field: nn.Module, context: Tensor, num_frames: int, device: torch.device) -> int:
