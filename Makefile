@@ -36,7 +36,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow train-refiner sample predict evaluate study report runs import-official inspect verify bench gpu-check
+.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-refiner sample predict evaluate study report runs import-official inspect verify bench gpu-check
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -86,6 +86,10 @@ encode: setup  ## encode all splits into latents/<dataset>.zarr (SCHEDULER=tcp:/
 train-flow: setup  ## stage 2: train the flow from the store alone (NUM_GPUS=4; ARGS=--fine-tune starts from existing weights)
 	$(remember)
 	@$(TRAIN) train-flow $(CONFIG) $(OPTIONS)
+
+distill: setup  ## a student of the flow that needs one evaluation per frame, as a run called student (RUN=, NUM_GPUS=4)
+	$(remember)
+	@$(TRAIN) distill $(CONFIG) $(OPTIONS)
 
 train-refiner: setup  ## optional: train the network that refines decoded frames, for make sample ARGS=--refine
 	$(remember)

@@ -121,8 +121,9 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     if options.config is not None or not getattr(command, "CONFIG_IS_OPTIONAL", False):
         if options.config is None:
             say(f"configuration: {find_preset('shapes')} (--config NAME takes another preset or file)")
+            options.config = "shapes"
         anew = getattr(command, "BEGINS_ANEW", ()) if run_context.begins_anew else ()
-        config = load_run_config(options.config or "shapes", overrides(options), anew)
+        config = load_run_config(options.config, overrides(options), anew)
     if options.dry_run and config is not None:
         if hasattr(command, "dry_run"):
             command.dry_run(config, run_context)

@@ -100,17 +100,14 @@ def load_run(
     sampling = config.sampling if sampling is None else sampling
     if weights is not None:
         sampling = sampling.model_copy(update={"weights": weights})
-    choice = _find_choice(run, flow, sampling)
-    if choice is not None:
-        chosen = {"solver": choice.solver, "nfe": choice.nfe, "warm_start": choice.warm_start}
-        sampling = sampling.model_copy(update=chosen | {"condition": choice.condition})
+    sampling, is_chosen = with_chosen_sampler(run, flow, sampling)
     refiner, no_refiner = _find_refiner(run, here, device)
     return PredictorParts(
         autoencoder=autoencoder,
         vector_field=load_trained_field(flow, device, sampling.weights),
         standardization=standardization_in(flow).to(device),
         sampling=sampling,
-        sampler_is_chosen=choice is not None,
+        sampler_is_chosen=is_chosen,
         fps=flow.state["fps"],
         device=device,
         longest_distance=flow.state.get("longest_distance"),
@@ -118,6 +115,21 @@ def load_run(
         refiner=refiner,
         no_refiner=no_refiner,
     )
+
+
+def with_chosen_sampler(run: Path, flow: Checkpoint, sampling: SamplingConfig) -> tuple[SamplingConfig, bool]:
+    """The sampler settings of predictions: those that are given, with the choice of `study` where they leave it open.
+
+    Args:
+        run: folder of the flow's run.
+    Returns:
+        The settings, and whether `study` chose.
+    """
+    choice = _find_choice(run, flow, sampling)
+    if choice is None:
+        return sampling, False
+    chosen = {"solver": choice.solver, "nfe": choice.nfe, "warm_start": choice.warm_start}
+    return sampling.model_copy(update=chosen | {"condition": choice.condition}), True
 
 
 def _find_choice(run: Path, flow: Checkpoint, sampling: SamplingConfig) -> StudyPoint | None:

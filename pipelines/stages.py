@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,20 @@ from pipelines.evaluation.sampler_study import choose_sampler, sampler_status
 from pipelines.loading import find_autoencoder
 from pipelines.prediction.clips import check_clips
 from pipelines.runtime.context import RunContext
+from pipelines.runtime.progress import say
+from pipelines.runtime.run_folder import describe_progress, describe_run
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
 from pipelines.training.flow_trainer import check_flow, flow_status, train_flow, with_precision
 from pipelines.training.refiner_trainer import refiner_status, train_refiner
 from pipelines.training.step_memory import autoencoder_costs, flow_costs, refiner_costs
+from pipelines.training.student_trainer import (
+    check_teacher,
+    distill,
+    find_student,
+    find_teacher,
+    settings_of_student,
+)
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.vector_field import VectorField
@@ -97,6 +107,44 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
             if not needed.is_done:
                 run_to(need, config, run_context.for_prerequisites())
     stage.run(config, run_context)
+
+
+def run_to_student(
+    config: RiverConfig,
+    teacher: RiverConfig,
+    run_context: RunContext,
+    begin: Callable[[dict[str, Any]], RiverConfig],
+) -> None:
+    """Distill a student, after its teacher is trained and its teacher's sampler chosen.
+
+    Args:
+        config: of the student's run.
+        teacher: of the run with its teacher.
+        begin: settings of the teacher by section -> the configuration of a student that begins.
+
+    Raises:
+        UserError: the run has a flow that is no student; the teacher is another one than that which the student began
+            with; others as `run_to`.
+    """
+    if config.run == teacher.run:
+        raise UserError(
+            f"distillation.teacher: {describe_run(teacher.run)} can't be its own teacher: name another with --teacher, "
+            "or the student with --run"
+        )
+    found = None if run_context.restart else find_student(config)
+    if found is None:
+        for name in ("flow", "sampler"):
+            run_to(name, teacher, run_context.for_prerequisites())
+        known = find_teacher(teacher)
+        assert known is not None
+        config = begin(settings_of_student(config, teacher, known.flow))
+    else:
+        known = find_teacher(teacher)
+        if known is None and STAGES["flow"].status(config).is_done:
+            say(f"distill: done, {describe_progress(found)}, {found.path}")
+            return
+        known = check_teacher(teacher, found, known)
+    distill(config, known, run_context)
 
 
 def run_to_prediction(

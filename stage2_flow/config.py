@@ -160,6 +160,42 @@ class FlowTrainingConfig(BaseModel):
         return min(self.warmup_steps, (self.steps + 1) // 2)
 
 
+class DistillationConfig(BaseModel):
+    """A student: a flow of a few evaluations per frame that learns from another run's flow, its teacher.
+
+    Its network, and its training's settings but for those below, are the teacher's; `flow` sets others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: str | None = Field(
+        None,
+        description="name of the run with the teacher; null: the data set's default run; --teacher NAME sets it",
+        json_schema_extra=NO_EFFECT,  # its weights are compared
+    )
+    evaluations: int = Field(1, ge=1, le=64, description="Euler steps per frame, of which the student learns each")
+    own_past: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the samples whose newest past frame is the student's own prediction, as in a rollout",
+    )
+    steps_share: float = Field(
+        0.25,
+        gt=0,
+        le=10,
+        description="steps of a new student, as a share of its teacher's; flow.training.steps sets a number",
+        json_schema_extra=NO_EFFECT,
+    )
+    learning_rate_share: float = Field(
+        0.5,
+        gt=0,
+        le=10,
+        description="learning rates of a new student, as a share of its teacher's; flow.training sets other ones",
+        json_schema_extra=NO_EFFECT,
+    )
+
+
 class SamplingConfig(BaseModel):
     """Integration of latents from noise to the next frame, and its precision and speed."""
 

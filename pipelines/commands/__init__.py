@@ -11,6 +11,7 @@ COMMANDS = (
     "train-autoencoder",
     "encode",
     "train-flow",
+    "distill",
     "train-refiner",
     "sample",
     "predict",

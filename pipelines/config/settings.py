@@ -27,7 +27,7 @@ from stage1_autoencoder.config import (
 from stage1_autoencoder.setting_types import FilePath, Seed, Size
 from stage1_autoencoder.videos.config import DatasetConfig
 from stage1_autoencoder.views import parse_view
-from stage2_flow.config import FlowTrainingConfig, SamplingConfig, VectorFieldConfig
+from stage2_flow.config import DistillationConfig, FlowTrainingConfig, SamplingConfig, VectorFieldConfig
 from stage2_flow.sampling_plan import SamplingPlan
 
 _UNITS = {
@@ -210,6 +210,7 @@ class RiverConfig(_Section):
     autoencoder: AutoencoderConfig = Field(default_factory=AutoencoderConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     flow: FlowConfig = Field(default_factory=FlowConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     refiner: RefinerConfig = Field(default_factory=RefinerConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -31,7 +31,7 @@ from pipelines.runtime.files import read_json, write_json
 from pipelines.runtime.logs import read_log
 from pipelines.runtime.progress import duration, progress, say, warn
 from pipelines.runtime.results import Study, StudyPoint, StudyProtocol
-from pipelines.runtime.run_folder import is_imported
+from pipelines.runtime.run_folder import is_imported, is_student
 from pipelines.runtime.status import Status
 from stage1_autoencoder.videos.shapes import ShapesSource
 from stage1_autoencoder.videos.source import VideoError
@@ -103,7 +103,11 @@ def study(
     protocol, measured = comparison.open_clips(comparison.clips)
     for what, reason in protocol.missing.items():
         say(f"study: continuing without {what}: {reason}")
-    settings = sampler_settings(comparison.sampling, most_evaluations)
+    flow = find_flow(config.run_path)
+    if flow is not None and is_student(flow):
+        settings = student_settings(comparison.sampling, flow.state["sampler"])
+    else:
+        settings = sampler_settings(comparison.sampling, most_evaluations)
     path = config.run_path / "quality.json"
     known = _known_points(path, protocol, point_key(settings[0]))
     resumed = sum(point_key(options) in known for options in settings)
@@ -125,7 +129,7 @@ def study(
     plot_study(result, config.run_path / "quality.png")
     say("")
     say(format_study(result))
-    if not config.sampling.leaves_sampler_open:
+    if not config.sampling.leaves_sampler_open and not is_student(flow):
         say(f"  Not used as long as `sampling` sets {SamplingPlan.from_config(config.sampling).describe()}.")
     say(f"\nstudy: {path} and quality.png")
     return result
@@ -337,6 +341,11 @@ def sampler_settings(sampling: SamplingConfig, most_evaluations: int | None = No
     fewer = [options for options in found[1:] if evaluations(options) <= most_evaluations]
     reference = setting(solver="rk4-38", nfe=max(4, most_evaluations // 4 * 4))
     return [reference, *(options for options in fewer if options != reference)]
+
+
+def student_settings(sampling: SamplingConfig, sampler: dict[str, Any]) -> list[SamplingConfig]:
+    """What is measured of a student: the sampler that it was distilled for, with further seeds."""
+    return [_setting(sampling, **sampler | {"seed": sampling.seed + number}) for number in range(1 + OTHER_SEEDS)]
 
 
 def few_settings(sampling: SamplingConfig) -> list[SamplingConfig]:

@@ -161,7 +161,8 @@ def overrides(options: argparse.Namespace) -> list[str]:
         return [*(f"evaluation.{key}={json.dumps(value)}" for key, value in settings.items()), *options.set]
     if asked is None:
         return options.set
-    key = f"{options.command.removeprefix('train-')}.training.steps"
+    section = "flow" if options.command == "distill" else options.command.removeprefix("train-")
+    key = f"{section}.training.steps"
     for text in options.set:
         if text.partition("=")[0].strip() == key:
             raise UserError(f"--minutes {asked:g} decides how many steps, and so does --set {text}: use one")

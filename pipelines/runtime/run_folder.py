@@ -81,21 +81,27 @@ def read_run_config(path: Path) -> RiverConfig:
     return parse_config(read_yaml(path), str(path))
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Collection[str] = ()) -> RiverConfig:
+def load_run_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    anew: Collection[str] = (),
+    beginning: dict[str, Any] | None = None,
+) -> RiverConfig:
     """The configuration of a command: overrides, then what its run was trained with, then the file.
 
     Args:
         path, overrides: see `load_config`.
         anew: sections that the command begins anew, which are taken from the file again.
+        beginning: section -> values that replace those of the file for what is not trained yet.
     Raises:
         UserError: see `load_config`.
     """
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, beginning)
     kept = {name: value for name, value in trained_settings(config).items() if name not in anew}
     if not kept:
         return config
     try:
-        of_run = load_config(path, overrides, kept)
+        of_run = load_config(path, overrides, (beginning or {}) | kept)
     except UserError:
         return config  # overrides that contradict the run, which its stages refuse
     before, now = (each.model_dump(mode="json") for each in (config, of_run))
@@ -110,15 +116,18 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), anew: Colle
 def trained_settings(config: RiverConfig) -> dict[str, Any]:
     """What the stages of a configuration's run were trained with, by section.
 
-    The seed, whole sections of the trainings, and of `dataset` and `cache` what results depend on; the folder of the
-    videos, too, if it is still there. Imported weights have no settings. Nothing of checkpoints that cannot be read,
-    which the stages report; a `config.yaml` that cannot be read is a warning.
+    The seed, whole sections of the trainings, the sampler of a student, and of `dataset` and `cache` what results
+    depend on; the folder of the videos, too, if it is still there. Imported weights have no settings. Nothing of
+    checkpoints that cannot be read, which the stages report; a `config.yaml` that cannot be read is a warning.
     """
     settings: dict[str, Any] = {}
     for name in ("autoencoder", "refiner", "flow"):  # a run's seed is that of its flow
         newest = CheckpointFolder(config.training_folder(name) / "checkpoints").latest(warns=False)
         recorded = {} if newest is None else newest.state.get("settings", {})
-        settings |= {key: recorded[key] for key in (name, "seed") if name in recorded and key in recorded}
+        if name in recorded:
+            settings |= {key: recorded[key] for key in (name, "seed", "distillation") if key in recorded}
+        if newest is not None and is_student(newest):
+            settings["sampling"] = newest.state["sampler"]
     if not settings:
         return {}
     files = (config.run_path / "config.yaml", config.shared.run_path / "config.yaml")
@@ -136,6 +145,11 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
         "dataset": result_settings(dataset) | ({"root": dataset.root} if is_there else {}),
         "cache": result_settings(stored.cache),
     }
+
+
+def describe_run(name: str | None) -> str:
+    """A run of a data set by its name, for sentences."""
+    return "the default run" if name is None else f"run {name}"
 
 
 def run_names(config: RiverConfig) -> list[str]:
@@ -172,6 +186,11 @@ def is_fine_tuned(checkpoint: Checkpoint) -> bool:
     return "fine_tuned_from" in checkpoint.state
 
 
+def is_student(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's flow was distilled from another one's. Its `sampler` is the one that it learned."""
+    return "teacher" in checkpoint.state
+
+
 def chosen_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint of a training's folder to use: the best if one was measured, else the newest."""
     checkpoints = CheckpointFolder(folder / "checkpoints")
@@ -179,9 +198,12 @@ def chosen_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def describe_progress(checkpoint: Checkpoint) -> str:
-    """Progress of a checkpoint for people: `3000 steps`, or where it was imported or fine-tuned from."""
+    """Progress of a checkpoint for people: `3000 steps`, or where it was imported, fine-tuned or distilled from."""
     if is_imported(checkpoint):
         return f"imported from {checkpoint.state['imported']['file']}"
+    if is_student(checkpoint):
+        teacher = checkpoint.state["teacher"]
+        return f"{checkpoint.step} steps of distillation from step {teacher['step']} of {describe_run(teacher['run'])}"
     if is_fine_tuned(checkpoint):
         start = checkpoint.state["fine_tuned_from"]
         origin = start["imported"]["file"] if "imported" in start else f"step {start['step']} of the previous flow"

@@ -1,11 +1,12 @@
 """Stage 2's training: from the store alone to a trained vector field."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from latent_cache import FlowBatch, LatentCache, Sampler, StoreError, longest_di
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import standardization_in
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
+from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext, resolve_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.run_folder import is_fine_tuned, is_imported
+from pipelines.runtime.run_folder import describe_progress, is_fine_tuned, is_imported, is_student
 from pipelines.runtime.status import Status
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.train_state import TrainState
@@ -28,10 +29,12 @@ from pipelines.training.flow_validation import FlowValidation, open_flow_validat
 from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, TrainingAmount
 from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
 from stage2_flow.config import FlowTrainingConfig
-from stage2_flow.loss import FlowDraws, draw_flow, flow_matching_loss
+from stage2_flow.loss import draw_flow, flow_matching_loss
 from stage2_flow.schedule import learning_rate
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import POSITIONS, VectorField
+
+LESS_MEMORY = ", or keep the latents elsewhere (cache.residency=host)"
 
 
 def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
@@ -51,13 +54,43 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     with processes.first_before_others():
         finish_beginning(folder)
     asked, device = run_context.fine_tune, run_context.device
+    newest = CheckpointFolder(folder / "checkpoints").latest()
+    if newest is not None and is_student(newest) and not run_context.restart:
+        _refuse_to_train(newest, config, run_context)
     if asked:
         run_context = fine_tune(with_precision(config, device, anew=True), run_context, flow_state)
-    wanted_precision = config.flow.training.precision
-    config = with_precision(config, device, anew=run_context.restart)
-    newest = CheckpointFolder(folder / "checkpoints").latest()
+        newest = CheckpointFolder(folder / "checkpoints").latest()
     if newest is not None and is_imported(newest):
         _warn_of_another_store(newest, config.store_path)
+    resolved = with_precision(config, device, anew=run_context.restart)
+    plan = flow_plan(resolved, anew=run_context.restart)
+    if asked and training_status(plan).is_done:
+        say("flow: to fine-tune it again: `train-flow --fine-tune --restart`")
+    return train_field(plan, resolved, run_context, config.flow.training.precision)
+
+
+def train_field(
+    plan: TrainingPlan,
+    config: RiverConfig,
+    run_context: RunContext,
+    wanted_precision: str,
+    *,
+    standardization: Standardization | None = None,
+    state: dict[str, Any] | None = None,
+    build: Callable[..., "FlowTrainer"] | None = None,
+    open_validation: Callable[..., FlowValidation | None] = open_flow_validation,
+) -> Checkpoint:
+    """Train a field from the store to its last step, by a plan; see `train_flow`.
+
+    Args:
+        config: `with_precision`.
+        wanted_precision: as the configuration has it.
+        standardization: of a training that begins; None: by the configuration, from the training split.
+        state: what its checkpoints record besides.
+        build: the trainer; None: `FlowTrainer`.
+        open_validation: called as `open_flow_validation`.
+    """
+    processes, device = run_context.processes, run_context.device
 
     def open_trainer(
         config: RiverConfig, found: Checkpoint | None, held: ExitStack
@@ -66,33 +99,33 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
         cache = latent_cache.open(config.store_path, "train")
         sampler = held.enter_context(closing(_open_sampler(config, run_context, cache)))
         check_data(config, cache, sampler, found)
-        validation = open_flow_validation(config, cache.url, run_context.device) if processes.is_first else None
+        validation = open_validation(config, cache.url, device) if processes.is_first else None
         precision, best_here = config.flow.training.precision, resolve_precision(wanted_precision, device)
         if precision != best_here and processes.is_first:
             say(f"flow: precision {precision}, as this training began; auto would choose {best_here} on {device}")
         held.enter_context(training_in(precision))
-        wanted = config.flow.training.standardize
-        standardization = standardization_of(cache, wanted) if found is None else standardization_in(found)
-        state = {"order": sampler.order, **flow_state(config, cache, standardization)}
+        scale = standardization
+        if found is not None:
+            scale = standardization_in(found)
+        elif scale is None:
+            scale = standardization_of(cache, config.flow.training.standardize)
+        records = plan.state | field_state(config, cache, scale) | {"order": sampler.order} | (state or {})
         if found is not None and is_fine_tuned(found):
-            state["fine_tuned_from"] = found.state["fine_tuned_from"]
-        trainer = FlowTrainer(
+            records["fine_tuned_from"] = found.state["fine_tuned_from"]
+        trainer = (build or FlowTrainer)(
             config,
-            run_context.device,
+            device,
             cache,
             sampler,
             validation=validation,
-            samples=folder / "samples",
-            state=state,
-            standardization=standardization,
+            samples=plan.folder / "samples",
+            state=records,
+            standardization=scale,
             processes=processes,
         )
         best = "validation_loss" if validation and config.flow.training.best_by == "loss" else None
         return trainer, replace(plan.loop, best=best, lowest=True), _describe(config, trainer, sampler)
 
-    plan = flow_plan(config)
-    if asked and training_status(plan).is_done:
-        say("flow: to fine-tune it again: `train-flow --fine-tune --restart`")
     return train(plan, config, run_context, open_trainer)
 
 
@@ -101,20 +134,40 @@ def flow_status(config: RiverConfig) -> Status:
     return training_status(flow_plan(config))
 
 
-def flow_plan(config: RiverConfig) -> TrainingPlan:
-    """The training of this configuration on this store."""
+def flow_plan(config: RiverConfig, *, anew: bool = False) -> TrainingPlan:
+    """The training of this configuration on this store; of a student, if that is what the run has.
+
+    Args:
+        anew: whether a flow is trained whatever the run has.
+    """
     config = with_precision(config)
-    try:
-        cache = latent_cache.open(config.store_path, "train") if latent_cache.is_complete(config.store_path) else None
-    except StoreError:  # the store's own status reports it
-        cache = None
+    newest = None if anew else CheckpointFolder(config.run_path / "flow" / "checkpoints").latest(warns=False)
+    if newest is not None and is_student(newest):
+        return student_plan(config)
     return plan_training(
         "flow",
         config,
-        inputs={} if cache is None else {"store": _origin(cache)},
-        less_memory=", or keep the latents elsewhere (cache.residency=host)",
+        inputs=_inputs(config),
+        less_memory=LESS_MEMORY,
         way_out="fine-tune the existing weights (`train-flow --fine-tune --restart`), ",
     )
+
+
+def student_plan(config: RiverConfig) -> TrainingPlan:
+    """The training of a student with this configuration on this store."""
+    plan = plan_training(
+        "flow", config, also=("distillation",), inputs=_inputs(config), less_memory=LESS_MEMORY, command="distill"
+    )
+    return replace(plan, settings=plan.settings | {"distillation": config.distillation.model_dump(mode="json")})
+
+
+def _inputs(config: RiverConfig) -> dict[str, Any]:
+    try:
+        if latent_cache.is_complete(config.store_path):
+            return {"store": _origin(latent_cache.open(config.store_path, "train"))}
+    except StoreError:  # the store's own status reports it
+        pass
+    return {}
 
 
 def with_precision(config: RiverConfig, device: torch.device | None = None, *, anew: bool = False) -> RiverConfig:
@@ -141,8 +194,13 @@ def with_precision(config: RiverConfig, device: torch.device | None = None, *, a
 
 def flow_state(config: RiverConfig, cache: LatentCache, standardization: Standardization) -> dict[str, Any]:
     """What each checkpoint records: what the training depends on, and what sampling needs."""
+    return flow_plan(config).state | field_state(config, cache, standardization)
+
+
+def field_state(config: RiverConfig, cache: LatentCache, standardization: Standardization) -> dict[str, Any]:
+    """What each checkpoint records for sampling."""
     training = config.flow.training
-    return flow_plan(config).state | {
+    return {
         "model": config.flow.model.model_dump(mode="json"),
         "latent_shape": list(cache.latent_shape),
         "standardization": {"mean": standardization.mean.tolist(), "std": standardization.std.tolist()},
@@ -167,6 +225,29 @@ def check_flow(config: RiverConfig, run_context: RunContext) -> None:
         check_fine_tuning(config, run_context)
 
 
+def _refuse_to_train(student: Checkpoint, config: RiverConfig, run_context: RunContext) -> None:
+    """Refuse to train a student as a flow; nothing where it is done and nothing is asked of it.
+
+    Raises:
+        UserError: says what the run is, and the ways out.
+    """
+    if flow_status(config).is_done and not run_context.asks_for_more and run_context.training_minutes is None:
+        return
+    raise UserError(
+        f"{config.run_path} has a student ({describe_progress(student)}), which is no flow to train: finish it with "
+        f"`distill --run {config.run}`, or train a flow there with `train-flow --restart` (the student is moved to a "
+        "backup)"
+    )
+
+
+class Draws(Protocol):
+    """The random draws of a step, a row per sample."""
+
+    def rows(self, rows: slice) -> Self:
+        """Those of some samples."""
+        ...
+
+
 class FlowTrainer(Trainer):
     """The vector field, its standardization, optimizers and averaged copy.
 
@@ -189,6 +270,7 @@ class FlowTrainer(Trainer):
         state: dict[str, Any] | None = None,
         standardization: Standardization | None = None,
         processes: Processes = ALONE,
+        weights: Tensors | None = None,
     ) -> None:
         """Initialize everything from the configuration's seed.
 
@@ -199,6 +281,7 @@ class FlowTrainer(Trainer):
             samples: folder for the clips that validation predicts.
             state: the JSON of the checkpoints.
             standardization: of the training that is resumed; None: by the configuration, from the split.
+            weights: that a new training begins with; None: random ones.
         """
         self.config, self.training, self.device = config, config.flow.training, device
         self.draw_device = device
@@ -210,6 +293,8 @@ class FlowTrainer(Trainer):
         self.standardization = standardization.to(device)
         torch.manual_seed(config.seed)
         self.model = VectorField(config.flow.model, latents.latent_shape[0])
+        if weights is not None:
+            self.model.load_state_dict(weights)
         if processes.count > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(device)
@@ -219,7 +304,7 @@ class FlowTrainer(Trainer):
         if self.compile_mode is not None:
             network = torch.compile(self.model, dynamic=False, mode=self.compile_mode)
         self.network = processes.distribute(network, device)
-        self._step_flops = step_flops(config.flow.model, latents.latent_shape, self.training.batch_size)
+        self.step_flops = step_flops(config.flow.model, latents.latent_shape, self.training.batch_size)
         self._waited, self._steps = 0.0, 0
 
     def set_steps(self, steps: int) -> None:
@@ -238,15 +323,9 @@ class FlowTrainer(Trainer):
         self._waited += time.perf_counter() - started
         self._steps += 1
         # Drawn for the global batch, so that draws don't depend on the number of processes.
-        draws = draw_flow(
-            (training.batch_size, *batch.target.shape[1:]),
-            step_generator(seed, step, self.draw_device, "flow"),
-            self.device,
-            times=training.time_sampling,
-            time_mean=training.time_mean,
-            past_noise=self.model.config.past_noise,
-            past_frames=self.model.recent_frames + 1,
-        ).rows(processes.rows(training.batch_size))
+        shape = (training.batch_size, *batch.target.shape[1:])
+        draws = self.draw(shape, step_generator(seed, step, self.draw_device, "flow"))
+        draws = draws.rows(processes.rows(training.batch_size))
         torch.manual_seed(step_generator(seed, step, stream="dropout").initial_seed() + processes.rank)
         rate = learning_rate(
             step,
@@ -261,24 +340,41 @@ class FlowTrainer(Trainer):
         self.train_state.update(step, rate / training.learning_rate, norm, finite)
         return StepResult({"loss": loss, "gradient_norm": norm}, finite)
 
-    def _backward(self, batch: FlowBatch, draws: FlowDraws) -> Tensor:
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
+        """The draws of a global batch of targets of this shape, on the device."""
+        return draw_flow(
+            shape,
+            generator,
+            self.device,
+            times=self.training.time_sampling,
+            time_mean=self.training.time_mean,
+            past_noise=self.model.config.past_noise,
+            past_frames=self.model.recent_frames + 1,
+        )
+
+    def objective(self, batch: FlowBatch, draws: Draws) -> Callable[[nn.Module], Tensor]:
+        """The loss of a field on final latents, a scalar."""
+        return partial(flow_matching_loss, batch=batch, draws=draws)
+
+    def _backward(self, batch: FlowBatch, draws: Draws) -> Tensor:
         """Accumulate the gradients of the loss; `batch` has raw latents. Returns the loss, a scalar."""
         final = (self.standardization.to_final(frames) for frames in (batch.target, batch.reference, batch.condition))
         count = self.training.accumulate
         columns = (*final, batch.distance)
         self.model.train()
         losses = []
-        rows = len(draws.t) // count
+        rows = len(batch.target) // count
         for number, frames in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
-            part = FlowBatch(*frames), draws.rows(slice(number * rows, (number + 1) * rows))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss_of = self.objective(FlowBatch(*frames), draws.rows(slice(number * rows, (number + 1) * rows)))
             if self.compile_mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
             with self.processes.without_exchange(self.network, number < count - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    loss = flow_matching_loss(self.network, *part)
+                    loss = loss_of(self.network)
                 (loss / count).backward()
             losses.append(loss.detach())
-            self.train_state.observe(lambda average, part=part: flow_matching_loss(average, *part))
+            self.train_state.observe(loss_of)
         return torch.stack(losses).mean()
 
     def describe_batch(self, step: int) -> str:
@@ -301,7 +397,7 @@ class FlowTrainer(Trainer):
     def metrics(self, step: int, terms: dict[str, float], steps_per_second: float) -> dict[str, float]:
         """How well the device is used: samples per second, share of waiting for data, FLOP/s of the model, memory."""
         waited, self._waited, steps, self._steps = self._waited, 0.0, self._steps, 0
-        flops = steps_per_second * self._step_flops
+        flops = steps_per_second * self.step_flops
         best = _best_rate(self.device, self.precision) * self.processes.count
         return {
             "samples_per_second": steps_per_second * self.training.batch_size,

@@ -23,7 +23,7 @@ from stage1_autoencoder.autoencoder import Autoencoder
 from stage2_flow.conditioning import known_frames, make_draws
 from stage2_flow.config import SamplingConfig
 from stage2_flow.loss import FlowDraws
-from stage2_flow.path import path_sample
+from stage2_flow.path import PathSample, path_sample
 from stage2_flow.rollout import evaluation_mode, generate_latents
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.standardization import Standardization
@@ -100,8 +100,8 @@ class ValidationClips:
         pixels = zip(self.names, to_video(self.truth), to_video(torch.cat([given, predicted], 1)), strict=True)
         rows = [(name, clip_strips(real, shown, self.context)) for name, real, shown in pixels]
         title = (
-            f"{self.title}, step {step}: decoded latents and predictions ({SOLVER_STEPS} {SOLVER} steps per frame), "
-            f"PSNR {value:.2f} dB"
+            f"{self.title}, step {step}: decoded latents and predictions "
+            f"({SamplingPlan.from_config(self.sampling).describe()}), PSNR {value:.2f} dB"
         )
         save_picture(folder / f"step_{step:08d}.png", contact_sheet(rows, title))
         save_gif(folder / f"step_{step:08d}.gif", animation(rows), self.fps)
@@ -262,13 +262,19 @@ class FlowValidation:
             standardization.to_final(frames[rows].to(self.device))
             for frames in (self.batch.target, self.batch.reference, self.batch.condition)
         )
-        distance, noise, t = (
-            values[rows].to(self.device) for values in (self.batch.distance, self.draws.noise, self.draws.t)
-        )
-        sample = path_sample(target, noise, t)
+        distance, t = self.batch.distance[rows].to(self.device), self.draws.t[rows].to(self.device)
+        sample = self.sample(target, rows)
         predicted = field(sample.x_t, reference, condition, distance, t)
         # As `flow_matching_loss`, but per pair: the mean then does not depend on the batch size.
         return (predicted.double() - sample.velocity.double()).square().flatten(1).mean(1)
+
+    def sample(self, target: Tensor, rows: slice) -> PathSample:
+        """Points [rows, c, h, w] at the times of the draws, and the right velocities there, on the device.
+
+        Args:
+            target: [rows, c, h, w] final latents.
+        """
+        return path_sample(target, self.draws.noise[rows].to(self.device), self.draws.t[rows].to(self.device))
 
     @in_full_precision
     def write_samples(

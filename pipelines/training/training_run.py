@@ -60,6 +60,7 @@ class TrainingPlan:
         inputs: what else it depends on, under the names of the checkpoint's state, such as the store's fingerprint.
             Missing inputs are not compared.
         way_out: a further way out of a conflict, a phrase that ends in a comma.
+        command: that trains it.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class TrainingPlan:
     sections: dict[str, BaseModel] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     way_out: str = ""
+    command: str = ""
 
     @property
     def name(self) -> str:
@@ -108,6 +110,7 @@ def plan_training(
     inputs: dict[str, Any] | None = None,
     less_memory: str = "",
     way_out: str = "",
+    command: str | None = None,
 ) -> TrainingPlan:
     """The plan of the training that a section of the configuration describes.
 
@@ -115,6 +118,7 @@ def plan_training(
         name: of the section.
         also: other sections that the result depends on.
         inputs, way_out: see `TrainingPlan`.
+        command: that trains it; None: `train-<name>`.
         less_memory: see `LoopSettings`.
     """
     sections = {each: getattr(config, each) for each in (name, *also)}
@@ -138,6 +142,7 @@ def plan_training(
         sections=sections,
         inputs=inputs or {},
         way_out=way_out,
+        command=command or f"train-{name}",
     )
 
 
@@ -256,7 +261,7 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
     if found is None:
         return checkpoints, None
     if run_context.training_minutes not in (None, found.state.get("minutes")) and (found.step or is_imported(found)):
-        raise UserError(_too_late(plan.name, found, run_context.training_minutes))
+        raise UserError(_too_late(plan, found, run_context.training_minutes))
     if harmless := _changed_settings(plan, found):
         say(f"{plan.name}: resuming from {found.path.name} with changed settings: {'; '.join(harmless)}")
     planned = _recorded_steps(found, plan.name)
@@ -273,10 +278,11 @@ def _recorded_steps(found: Checkpoint, name: str) -> int | None:
     return found.state.get("settings", {}).get(name, {}).get("training", {}).get("steps")
 
 
-def _too_late(name: str, found: Checkpoint, minutes: float) -> str:
-    before, steps = found.state.get("minutes"), _recorded_steps(found, name)
+def _too_late(plan: TrainingPlan, found: Checkpoint, minutes: float) -> str:
+    before, steps = found.state.get("minutes"), _recorded_steps(found, plan.name)
     begun = describe_progress(found) + ("" if steps is None else f", to end at step {steps}")
-    further = " or, when it is done, `train-flow --fine-tune` to train its weights further" if name == "flow" else ""
+    tunes = plan.command == "train-flow"
+    further = " or, when it is done, `train-flow --fine-tune` to train its weights further" if tunes else ""
     return (
         f"--minutes {minutes:g} is for a training that begins, and {found.path} has begun ({begun}"
         + ("" if before is None else f", by --minutes {before:g}")
@@ -308,7 +314,7 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
 
 def _none_whole(plan: TrainingPlan) -> str:
     return (
-        f"{plan.folder}/checkpoints: none of them is whole: restore one, or train again with `train-{plan.name} "
+        f"{plan.folder}/checkpoints: none of them is whole: restore one, or train again with `{plan.command} "
         "--restart` (they are moved to a backup)"
     )
 
@@ -320,7 +326,7 @@ def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:
         f"{found.path} was {how} with other settings or inputs:\n  "
         + "\n  ".join(changed)
         + ("\nalso changed, without effect on the result:\n  " + "\n  ".join(harmless) if harmless else "")
-        + f"\nrestore the old values, train again with `train-{plan.name} --restart` (the existing training is moved "
+        + f"\nrestore the old values, train again with `{plan.command} --restart` (the existing training is moved "
         f"to a backup), {plan.way_out}or {another_name(plan.folder)}"
     )
 
