@@ -59,7 +59,7 @@ class SamplingPlan:
 
     def describe(self) -> str:
         """Solver and evaluations, in a few words."""
-        return f"{self.solver.name}, {self.evaluations} evaluations per frame"
+        return f"{self.solver.name}, {self.evaluations} evaluation{'s' * (self.evaluations != 1)} per frame"
 
     def time_points(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[points] times, made on the CPU because accelerators round a linspace differently."""

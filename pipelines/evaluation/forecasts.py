@@ -64,7 +64,7 @@ def _describe_run(run: Path, predictor: VideoPredictor, evaluation: EvaluationCo
     return RunPredictor(
         flow_step=flow.step,
         flow_sha256=weights_digest(predictor.vector_field),
-        flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from") if key in flow.state},
+        flow_origin={key: flow.state[key] for key in ("imported", "fine_tuned_from", "teacher") if key in flow.state},
         store_fingerprint=flow.state["store"]["fingerprint"],
         autoencoder_sha256=flow.state["store"]["autoencoder"],
         refine=refine,

@@ -38,7 +38,7 @@ def test_a_student_is_a_run_that_takes_one_evaluation_per_frame(
     place = distilled.copy(tmp_path / "place", "latents", "runs")
     place.run("evaluate", *STUDENT, sets=["evaluation.videos=2"]).ok()
     result = json.loads((place.runs / "student/evaluation.json").read_text())
-    assert result["protocol"]["predictor"]["evaluations_per_frame"] == 1
+    assert result["protocol"]["predictor"]["nfe"] == 1
     assert "step 8 of the default run" in place.run("runs").ok().out
     place.run("study", *STUDENT, "--videos", "2").ok()
     points = json.loads((place.runs / "student/quality.json").read_text())["points"]
