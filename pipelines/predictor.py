@@ -1,7 +1,8 @@
 """The Python API: predict videos from images or latents with a trained run."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +24,13 @@ from pipelines.prediction.rollouts import FieldRollouts, refine_frames
 from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.rcan import RCAN
-from stage2_flow.conditioning import known_frames, make_draws, past_window
+from stage2_flow.conditioning import FrameDraws, draw_frames, known_frames, make_draws, past_window
 from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import POSITIONS
+
+# From how many frames an endless rollout draws its conditions, where neither training nor options know a bound.
+ENDLESS_HORIZON = 1024
 
 
 class VideoPredictor(FrameCoding, PredictorParts):
@@ -140,6 +144,63 @@ class VideoPredictor(FrameCoding, PredictorParts):
         """
         if refine:
             self.check_refiner()
+        context = self._encode_context(images)
+        latents = self.generate_latents(
+            context, num_frames, sampling=sampling, keys=keys, samples=samples, verbose=verbose
+        )
+        given = images.repeat_interleave(samples, dim=0)
+        predicted = self.decode_predictions(latents, given, sampling=sampling, refine=refine)
+        return torch.cat([self.decode_videos(latents[:, : images.shape[1]]), predicted], 1)
+
+    def stream(
+        self,
+        images: Tensor,
+        *,
+        sampling: Mapping[str, Any] | SamplingConfig | None = None,
+        keys: Sequence[tuple[int, int]] | None = None,
+        samples: int = 1,
+    ) -> Iterator[Tensor]:
+        """Continue videos without end: each frame is computed when it is asked for, and memory stays the same.
+
+        All rows are predicted together. Where neither training nor `past_horizon` bounds how far back conditions are,
+        they are drawn from the last `ENDLESS_HORIZON` frames, which is said once.
+
+        Args:
+            images, sampling, keys, samples: as in `generate_frames`.
+        Returns:
+            One predicted frame after the other, [b samples, 3, h, w] float in [-1, 1] on the device, as in
+            `generate_frames` without its context. Closing the iterator (or no longer using it) frees its memory.
+        Raises:
+            UserError: as `generate_frames`; NaN or inf in what is computed is raised at the frame where it begins.
+        """
+        context = self._encode_context(images)
+        rows, given = self._check_rows(context, keys, samples), images.shape[1]
+        options = self.resolved_sampling(self.sampling_with(sampling), given, None)
+        try:
+            nfe, shape = SamplingPlan.from_config(options).evaluations, tuple(context.shape[2:])
+            draws = draw_frames(
+                options.seed, rows, nfe, given, shape, options.past_horizon, condition=options.condition
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        images, context = (part.to(self.device).repeat_interleave(samples, dim=0) for part in (images, context))
+        return self._stream(images, context, options, draws, samples)
+
+    def _stream(
+        self, given: Tensor, context: Tensor, options: SamplingConfig, draws: Iterable[FrameDraws], samples: int
+    ) -> Iterator[Tensor]:
+        reconstructed = self.decode_videos(context) if options.restore_detail else None
+        with closing(self._rollouts.stream(self.standardization.to_final(context), options, draws)) as latents:
+            for number, final in enumerate(latents, start=context.shape[1]):
+                raw = self.standardization.to_raw(final)[:, None]
+                self._check_predicted(raw, samples, number)
+                frame = self.decode_videos(raw)
+                if reconstructed is not None:
+                    frame = restore_detail(frame, given, reconstructed)
+                yield frame[:, 0].clone()  # unlike inference tensors, it can be changed
+
+    def _encode_context(self, images: Tensor) -> Tensor:
+        """Raw latents of given images, which are checked."""
         if images.ndim != 5 or images.shape[2] != 3:
             raise UserError(f"images must be [b, n, 3, h, w], not {list(images.shape)}")
         if 0 in images.shape or not images.is_floating_point():
@@ -151,15 +212,9 @@ class VideoPredictor(FrameCoding, PredictorParts):
                 "uint8 frames by x / 127.5 - 1"
             )
         try:
-            context = self.encode_videos(images)
+            return self.encode_videos(images)
         except ValueError as error:
             raise UserError(str(error)) from None
-        latents = self.generate_latents(
-            context, num_frames, sampling=sampling, keys=keys, samples=samples, verbose=verbose
-        )
-        given = images.repeat_interleave(samples, dim=0)
-        predicted = self.decode_predictions(latents, given, sampling=sampling, refine=refine)
-        return torch.cat([self.decode_videos(latents[:, : images.shape[1]]), predicted], 1)
 
     def generate_latents(
         self,
@@ -187,15 +242,9 @@ class VideoPredictor(FrameCoding, PredictorParts):
             UserError: sampling options or shapes that do not fit; NaN or inf in what is given or predicted.
         """
         options = self.sampling_with(sampling)
-        if context.ndim != 5:
-            raise UserError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
-        if min(num_frames, samples) < 1:
-            raise UserError(f"num_frames {num_frames} and samples {samples} must be at least 1")
-        keys = [(row, 0) for row in range(len(context))] if keys is None else keys
-        if len(keys) != len(context):
-            raise UserError(f"{len(keys)} keys for {len(context)} videos: each row needs its own (video, sample)")
-        self._check_grid(*context.shape[-2:])
-        check_finite("context", context)
+        if num_frames < 1:
+            raise UserError(f"num_frames {num_frames} must be at least 1")
+        rows = self._check_rows(context, keys, samples)
         if noise is not None:
             check_finite("noise", noise.transpose(0, 1), samples)
         context = context.to(self.device).repeat_interleave(samples, dim=0)
@@ -205,7 +254,7 @@ class VideoPredictor(FrameCoding, PredictorParts):
                 options = self.resolved_sampling(options, context.shape[1], num_frames)
             draws = make_draws(
                 options.seed,
-                [(video, first + number) for video, first in keys for number in range(samples)],
+                rows,
                 num_frames,
                 SamplingPlan.from_config(options).evaluations,
                 context.shape[1],
@@ -229,23 +278,47 @@ class VideoPredictor(FrameCoding, PredictorParts):
         except ValueError as error:
             raise UserError(str(error)) from None
         raw = self.standardization.to_raw(final)
-        check_finite("predicted latents", raw, samples, f"{DIVERGED}, or predict with sampling.precision=fp32")
+        self._check_predicted(raw, samples)
         raw[:, : context.shape[1]] = context  # bit for bit, without rounding
         return raw
 
-    def resolved_sampling(self, options: SamplingConfig, context: int, num_frames: int) -> SamplingConfig:
+    def _check_predicted(self, raw: Tensor, samples: int, first: int = 0) -> None:
+        way_out = f"{DIVERGED}, or predict with sampling.precision=fp32"
+        check_finite("predicted latents", raw, samples, way_out, first)
+
+    def _check_rows(
+        self, context: Tensor, keys: Sequence[tuple[int, int]] | None, samples: int
+    ) -> list[tuple[int, int]]:
+        """The (video, sample) of each row to predict from a context of latents, which is checked."""
+        if context.ndim != 5:
+            raise UserError(f"context must be [b, n, c, h, w], not {list(context.shape)}")
+        if samples < 1:
+            raise UserError(f"samples {samples} must be at least 1")
+        keys = [(row, 0) for row in range(len(context))] if keys is None else keys
+        if len(keys) != len(context):
+            raise UserError(f"{len(keys)} keys for {len(context)} videos: each row needs its own (video, sample)")
+        self._check_grid(*context.shape[-2:])
+        check_finite("context", context)
+        return [(video, first + number) for video, first in keys for number in range(samples)]
+
+    def resolved_sampling(self, options: SamplingConfig, context: int, num_frames: int | None) -> SamplingConfig:
         """Sampling options as a prediction uses them: in which precision, and from how many past frames.
 
         Conditions are not farther away than the field was trained for, which is said once. With preset official they
-        may be, since the official code draws from all frames.
+        may be, since the official code draws from all frames. A rollout without end draws from a bounded number.
 
         Args:
             context: number of given frames.
-            num_frames: number of frames to predict.
+            num_frames: number of frames to predict; None: without end.
         """
         options = options.model_copy(update={"precision": sampling_precision(options, self.device)})
-        longest = self.longest_distance
-        reached = past_window(known_frames(context) + num_frames - 1, options.past_horizon).count
+        longest, horizon = self.longest_distance, options.past_horizon or sys.maxsize
+        bounded = longest is not None and options.preset != "official"
+        if num_frames is None and not bounded and horizon > ENDLESS_HORIZON:
+            self._say_once(f"conditions are drawn from the last {ENDLESS_HORIZON} frames: memory is bounded")
+            options = options.model_copy(update={"past_horizon": ENDLESS_HORIZON})
+        length = sys.maxsize if num_frames is None else known_frames(context) + num_frames - 1
+        reached = past_window(length, options.past_horizon).count
         if longest is None or reached <= longest:
             return options
         if options.preset == "official":

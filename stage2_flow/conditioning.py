@@ -1,6 +1,7 @@
 """Which past frame conditions each evaluation of the field, and the keyed random draws of a rollout."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,14 @@ class SamplingDraws:
     condition_indices: Tensor
 
 
+@dataclass(frozen=True)
+class FrameDraws:
+    """Those of one frame: `noise` [b, c, h, w] and `condition_indices` [evaluations, b], on the CPU."""
+
+    noise: Tensor
+    condition_indices: Tensor
+
+
 def make_draws(
     seed: int,
     keys: Sequence[tuple[int, int]],
@@ -92,37 +101,54 @@ def make_draws(
     Raises:
         ValueError: no frame or key, a negative seed or key, or an invalid length or horizon (see `past_window`).
     """
-    if num_frames < 1 or not keys:
-        raise ValueError(f"draws need at least 1 frame and 1 key, got {num_frames} frames and {len(keys)} keys")
-    if min(seed, *(part for key in keys for part in key)) < 0:
-        raise ValueError(f"seed and keys must be at least 0, got seed {seed} and keys {list(keys)}")
-    first_length = known_frames(context_frames)
-    windows = [past_window(first_length + frame, past_horizon) for frame in range(num_frames)]
-    noise = np.empty((len(keys), num_frames, *latent_shape), dtype=np.float32)
-    uniforms = np.empty((len(keys), num_frames, nfe), dtype=np.float64)
-    for element, (video, sample) in enumerate(keys):
-        # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed. Noise and
-        # conditions are separate streams, each drawn frame by frame, so the noise does not depend on the solver.
-        key = (seed, video, sample)
-        noise[element] = np.random.default_rng((*key, 0)).standard_normal(noise.shape[1:], dtype=np.float32)
-        draws_per_frame = nfe if condition == "per-evaluation" else 1
-        uniforms[element] = np.random.default_rng((*key, 1)).random((num_frames, draws_per_frame))
-    indices = condition_indices(torch.from_numpy(uniforms).permute(1, 2, 0), windows)
+    if num_frames < 1:
+        raise ValueError(f"draws need at least 1 frame, got {num_frames} frames")
+    frames = draw_frames(seed, keys, nfe, context_frames, latent_shape, past_horizon, condition=condition)
+    drawn = list(itertools.islice(frames, num_frames))
     return SamplingDraws(
-        noise=torch.from_numpy(noise).transpose(0, 1).contiguous().to(device),
-        condition_indices=indices.contiguous().to(device),
+        noise=torch.stack([draw.noise for draw in drawn]).to(device),
+        condition_indices=torch.stack([draw.condition_indices for draw in drawn]).to(device),
     )
 
 
-def condition_indices(uniforms: Tensor, windows: Sequence[PastWindow]) -> Tensor:
+def draw_frames(
+    seed: int,
+    keys: Sequence[tuple[int, int]],
+    nfe: int,
+    context_frames: int,
+    latent_shape: tuple[int, int, int],
+    past_horizon: int | None,
+    *,
+    condition: ConditionTiming = "per-evaluation",
+) -> Iterator[FrameDraws]:
+    """Draw frame by frame, without end, what `make_draws` draws at once; arguments and errors as there."""
+    if not keys:
+        raise ValueError("draws need at least 1 key, got 0 keys")
+    if min(seed, *(part for key in keys for part in key)) < 0:
+        raise ValueError(f"seed and keys must be at least 0, got seed {seed} and keys {list(keys)}")
+    first_length = known_frames(context_frames)
+    past_window(first_length, past_horizon)
+    draws_per_frame = nfe if condition == "per-evaluation" else 1
+    # numpy, whose seed sequences mix any number of words: torch's CPU generator keeps 32 bits of a seed. Noise and
+    # conditions are separate streams, each drawn frame by frame, so the noise does not depend on the solver.
+    noises, conditions = ([np.random.default_rng((seed, *key, stream)) for key in keys] for stream in (0, 1))
+
+    def frames() -> Iterator[FrameDraws]:
+        for length in itertools.count(first_length):
+            noise = np.stack([stream.standard_normal(latent_shape, dtype=np.float32) for stream in noises])
+            uniforms = np.stack([stream.random(draws_per_frame) for stream in conditions], axis=1)
+            indices = condition_indices(torch.from_numpy(uniforms), past_window(length, past_horizon))
+            yield FrameDraws(torch.from_numpy(noise), indices.expand(nfe, -1))
+
+    return frames()
+
+
+def condition_indices(uniforms: Tensor, window: PastWindow) -> Tensor:
     """Map uniform numbers u to frame indices: first + floor(u count).
 
     Args:
-        uniforms: [frames, evaluations, b] float64 in [0, 1). In float64 the product stays below count.
-        windows: one per frame.
+        uniforms: [...] float64 in [0, 1). In float64 the product stays below count.
     Returns:
-        [frames, evaluations, b] int64.
+        [...] int64.
     """
-    first = torch.tensor([window.first for window in windows])[:, None, None]
-    count = torch.tensor([window.count for window in windows])[:, None, None]
-    return first + (uniforms * count).floor().long()
+    return window.first + (uniforms * window.count).floor().long()

@@ -253,7 +253,8 @@ class SamplingConfig(BaseModel):
         description="torch.compile the field; takes a minute at the start. auto: on a GPU, from 10^4 evaluations on",
     )
     cuda_graphs: bool | Literal["auto"] = Field(
-        "auto", description="record a solver step as a CUDA graph and replay it. auto: on a GPU"
+        "auto",
+        description="record a frame (of many evaluations: a solver step) as a CUDA graph and replay it. auto: on a GPU",
     )
 
     @property

@@ -15,6 +15,9 @@ from stage2_flow.path import SIGMA_MIN
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField, time_embedding
 
+# Evaluations of a frame up to which it is recorded as a whole; a longer one is recorded step by step: a graph of
+# hundreds of evaluations has some 10^5 nodes.
+MOST_RECORDED_EVALUATIONS = 64
 # Returns a function that does the same as the given one, which works on tensors that are allocated once.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 Trunk = Callable[[Tensor, Tensor, int, int], Tensor]  # see `VectorField.trunk`
@@ -59,26 +62,28 @@ def generate_latents(
         ValueError: shapes that do not fit together, or condition indices outside the past.
     Source: RIVER (ICCV 2023), section 3.4, Algorithm 2.
     """
-    _check_context(context)
+    if context.ndim != 5:
+        raise ValueError(f"context must be [b, n, c, h, w], got shape {list(context.shape)}")
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-    rollout = Rollout(field, plan, tuple(context.shape), num_frames, context.dtype, context.device)
-    return rollout.run(context, draws, past_horizon=past_horizon, on_frame=on_frame)
+    farthest = past_window(known_frames(context.shape[1]) + num_frames - 1, past_horizon).count
+    rollout = Rollout(field, plan, tuple(context[:, 0].shape), farthest, context.dtype, context.device)
+    return rollout.run(context, num_frames, draws, past_horizon=past_horizon, on_frame=on_frame)
 
 
 class Rollout:
-    """Continues batches of one shape, in tensors that are allocated once.
+    """Continues batches of one shape, frame by frame, in tensors that are allocated once.
 
-    A solver step reads and writes only these tensors (its own number is one of them), so it can be recorded and
-    replayed for all steps of all frames, and its cost does not depend on the number of past frames.
+    It keeps the frames that a condition can be drawn from, so that it can go on for ever. What computes a frame reads
+    and writes only these tensors (the number of the solver step is one of them), so it can be recorded and replayed.
     """
 
     def __init__(
         self,
         field: nn.Module,
         plan: SamplingPlan,
-        context_shape: tuple[int, ...],
-        num_frames: int,
+        frame_shape: tuple[int, ...],
+        farthest: int,
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -89,82 +94,107 @@ class Rollout:
 
         Args:
             field: a `VectorField`, or a module that is called like one; its weights must not change afterwards.
-            context_shape: (b, n, c, h, w) of the batches, n >= 1.
-            num_frames: frames to predict, at least 1.
+            frame_shape: (b, c, h, w).
+            farthest: largest distance between a condition and its reference, at least 1.
             dtype: dtype of the contexts; the state is float32, or float64 from float64.
             trunk: replaces `VectorField.trunk`, for example by its compiled form.
-            record: makes repetitions of a solver step faster, for example as a CUDA graph.
+            record: makes repetitions of a frame (of a solver step, if a frame has very many) faster, for example as a
+                CUDA graph.
         """
-        batch, given, *latent_shape = context_shape
-        self.field, self.plan, self.num_frames, self.given = field, plan, num_frames, given
-        self.first_length = known_frames(given)
+        batch, *latent_shape = frame_shape
+        self.field, self.plan, self.farthest, self.length = field, plan, farthest, 0
         dtype = torch.promote_types(dtype, torch.float32)
-        length = self.first_length + num_frames
+        self.recent = getattr(field, "recent_frames", 1)
+        kept = max(farthest + 1, self.recent)
         with torch.no_grad():
-            self.past = torch.zeros((batch, length, *latent_shape), dtype=dtype, device=device)
-            self.y = torch.zeros((batch, *latent_shape), dtype=dtype, device=device)
-            self.recent = getattr(field, "recent_frames", 1)
+            self.past = torch.zeros((batch, kept, *latent_shape), dtype=dtype, device=device)  # the newest is the last
+            self.noise = torch.zeros(frame_shape, dtype=dtype, device=device)
+            self.y = torch.zeros_like(self.noise)
             self.times = plan.time_points(dtype).to(device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
-            self.indices = torch.zeros((plan.evaluations, batch), dtype=torch.int64, device=device)
-            self.distances = torch.ones_like(self.indices)
+            self.distances = torch.ones((plan.evaluations, batch), dtype=torch.int64, device=device)
             self.rows = torch.arange(batch, device=device)
             self.evaluator: Evaluator = PlainEvaluator(field)
             if isinstance(field, VectorField):
                 evaluation_times = plan.evaluation_times(dtype).to(device)
-                self.evaluator = CachedEvaluator(field, evaluation_times, length - 2, self.y, trunk)
-        self._advance = self._solver_step if record is None else record(self._solver_step)
+                self.evaluator = CachedEvaluator(field, evaluation_times, farthest, self.y, trunk)
+        if record is not None and plan.evaluations <= MOST_RECORDED_EVALUATIONS:
+            self._compute_frame = record(self._compute_frame)
+        elif record is not None:
+            self._advance = record(self._advance)
 
     def run(
         self,
         context: Tensor,
+        num_frames: int,
         draws: SamplingDraws,
         *,
         past_horizon: int | None = None,
         on_frame: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Continue one batch; arguments and result as in `generate_latents`."""
-        _check_context(context)
-        noise_shape = (self.num_frames, *self.y.shape)
-        _check_draws(draws, noise_shape, self.plan.evaluations, known_frames(context.shape[1]), past_horizon)
-        first = self.first_length
-        context = context.detach()
-        self.past[:, first - self.given : first] = context
-        self.past[:, 0] = context[:, 0]  # the copy of a single context frame; otherwise unchanged
-        noise, indices = draws.noise.to(self.past), draws.condition_indices.to(self.past.device)
-        distances = torch.arange(first, first + self.num_frames, device=indices.device)[:, None, None] - 1 - indices
-        with torch.inference_mode(), evaluation_mode(self.field):
-            for frame in range(self.num_frames):
-                self._predict(first + frame, noise[frame], indices[frame], distances[frame])
+        noise_shape, given = (num_frames, *self.y.shape), context.shape[1]
+        _check_draws(draws, noise_shape, self.plan.evaluations, known_frames(given), past_horizon)
+        assert past_window(known_frames(given) + num_frames - 1, past_horizon).count <= self.farthest
+        noise, indices = draws.noise.to(self.noise), draws.condition_indices.to(self.distances)
+        video = self.past.new_empty((len(context), given + num_frames, *self.y.shape[1:]))
+        video[:, :given] = context.detach()
+        with evaluation_mode(self.field):
+            self.begin(video[:, :given])
+            for frame in range(num_frames):
+                video[:, given + frame] = self.predict(noise[frame], indices[frame])
                 if on_frame is not None:
                     on_frame(frame + 1)
-        return self.past[:, first - self.given :].clone()
+        return video
 
-    def _predict(self, length: int, noise: Tensor, indices: Tensor, distances: Tensor) -> None:
-        """Write frame `length` of the past, from all frames before it."""
-        self.indices.copy_(indices)
-        self.distances.copy_(distances)
+    @torch.inference_mode()
+    def begin(self, context: Tensor) -> None:
+        """Make [b, n, c, h, w] final latents the past."""
+        self.length = known_frames(context.shape[1])
+        kept = context[:, -self.past.shape[1] :]
+        self.past[:, -kept.shape[1] :] = kept
         # Before the first frame of a video is the first frame again, as in training.
-        recent = [self.past[:, max(0, length - back)] for back in range(1, self.recent + 1)]
+        self.past[:, : -kept.shape[1]] = kept[:, :1]
+
+    @torch.inference_mode()
+    def predict(self, noise: Tensor, condition_indices: Tensor) -> Tensor:
+        """Predict the next frame, which then belongs to the past.
+
+        Args:
+            noise: [b, c, h, w].
+            condition_indices: [evaluations, b] int64, of frames at most `farthest` before the newest one; counted from
+                the first frame of the context.
+        Returns:
+            [b, c, h, w] final latents.
+        """
+        self.noise.copy_(noise)
+        self.distances.copy_(self.length - 1 - condition_indices)
+        self._compute_frame()
+        self.length += 1
+        return self.y.clone()
+
+    def _compute_frame(self) -> None:
+        """Integrate from the noise to a frame. No Python number in it changes from frame to frame."""
+        recent = [self.past[:, -back] for back in range(1, self.recent + 1)]
         self.evaluator.begin_frame(torch.cat(recent, dim=1))
         # y0 = (1 - (1 - sigma_min) ws) noise + ws z_last: the point of the path from noise to the previous frame
         warm_start = self.plan.warm_start
-        self.y.copy_((1 - (1 - SIGMA_MIN) * warm_start) * noise + warm_start * recent[0])
+        self.y.copy_((1 - (1 - SIGMA_MIN) * warm_start) * self.noise + warm_start * recent[0])
         self.step.zero_()
         for _ in range(self.plan.steps):
             self._advance()
-        self.past[:, length] = self.y
+        self.past.copy_(torch.cat([self.past[:, 1:], self.y[:, None]], dim=1))
 
-    def _solver_step(self) -> None:
-        """One step of the solver. No Python number in it changes from step to step, so it can be recorded."""
+    def _advance(self) -> None:
+        """One step of the solver. No Python number in it changes from step to step."""
         solver = self.plan.solver
         first = self.step * solver.evaluations_per_step
 
         def velocity(t: Tensor, y: Tensor, evaluation: int) -> Tensor:
             number = first + evaluation
             # Each evaluation has its own condition, for each batch element.
-            condition = self.past[self.rows, self.indices[number][0]]
             distance = self.distances[number][0]
+            condition = self.past[self.rows, -1 - distance]
             return self.evaluator.velocity(t, y, number, condition, distance).to(y.dtype)
 
         t, t_next = self.times[self.step][0], self.times[self.step + 1][0]
@@ -264,11 +294,6 @@ def _layer(field: VectorField, columns: Sequence[Tensor]) -> Callable[[Tensor], 
     if field.config.convolutions:
         return partial(F.conv2d, weight=weight, padding=1)
     return partial(linear, weight=weight)
-
-
-def _check_context(context: Tensor) -> None:
-    if context.ndim != 5:
-        raise ValueError(f"context must be [b, n, c, h, w], got shape {list(context.shape)}")
 
 
 def _check_draws(

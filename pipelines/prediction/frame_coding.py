@@ -62,7 +62,7 @@ class FrameCoding:
         return decoded
 
 
-def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "") -> None:
+def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "", first: int = 0) -> None:
     """Refuse NaN and inf, in one pass over the videos, for which the host waits once.
 
     Args:
@@ -70,6 +70,7 @@ def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "")
         videos: [b samples, n, ...] of any type.
         samples: rows per video.
         way_out: ends the message.
+        first: number of the first frame.
     Raises:
         UserError: names the first frame that is not finite, and its video.
     """
@@ -78,4 +79,4 @@ def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "")
     finite = videos.isfinite().flatten(2).all(2)
     frame = int(finite.all(0).long().argmin())
     row = int(finite[:, frame].long().argmin())
-    raise UserError(f"{what}: NaN or inf in frame {frame} of video {row // samples}{way_out}")
+    raise UserError(f"{what}: NaN or inf in frame {first + frame} of video {row // samples}{way_out}")

@@ -1,7 +1,7 @@
 """Trained networks at work: rollouts of a vector field in batches that fit into memory, and the refiner after them."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,10 @@ from pipelines.runtime.context import computing_in, sampling_precision
 from pipelines.runtime.progress import warn
 from stage1_autoencoder.packing import can_pack
 from stage1_autoencoder.rcan import RCAN
-from stage2_flow.conditioning import SamplingDraws
+from stage2_flow.conditioning import FrameDraws, SamplingDraws, known_frames, past_window
 from stage2_flow.config import SamplingConfig
 from stage2_flow.packed_trunk import PackedTrunk
-from stage2_flow.rollout import Rollout, Trunk
+from stage2_flow.rollout import Rollout, Trunk, evaluation_mode
 from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.vector_field import VectorField
 
@@ -26,7 +26,7 @@ MAX_CLIPS = {"cpu": 32, "cuda": 512}
 MEMORY_SHARE = 0.6
 # Activations of a block that are alive together, as multiples of its tokens: qkv, attention, feed-forward, skips.
 LIVE_ACTIVATIONS = 24
-# Solver steps that run eagerly before one is recorded: they compile, tune kernels and allocate workspaces.
+# Frames, or solver steps, that run eagerly before one is recorded: they compile, tune kernels and allocate workspaces.
 WARM_UP_STEPS = 3
 # Evaluations per call from which compilation, which takes a minute, pays.
 MIN_EVALUATIONS_TO_COMPILE = 10_000
@@ -70,6 +70,7 @@ class FieldRollouts:
         if size == "auto":
             size = clips_that_fit(self.field, context, num_frames, self.device)
         parts: list[Tensor] = []
+        farthest = past_window(known_frames(context.shape[1]) + num_frames - 1, options.past_horizon).count
         first = 0
         while first < len(context):
             rows = slice(first, min(first + size, len(context)))
@@ -78,25 +79,65 @@ class FieldRollouts:
             on_frame = None if on_frames is None else lambda _, clips=clips: on_frames(clips)
             try:
                 with computing_in(precision, self.device):
-                    rollout = self._prepare(context[rows], num_frames, options, precision)
-                    parts.append(rollout.run(context[rows], part, past_horizon=options.past_horizon, on_frame=on_frame))
+                    rollout = self._prepare(context[rows, 0], farthest, options, precision, num_frames)
+                    frames = rollout.run(
+                        context[rows], num_frames, part, past_horizon=options.past_horizon, on_frame=on_frame
+                    )
+                parts.append(frames)
             except torch.OutOfMemoryError:
                 size = self._smaller(clips, options)
                 continue
             first = rows.stop
         return torch.cat(parts)
 
-    def _prepare(self, context: Tensor, num_frames: int, options: SamplingConfig, precision: str) -> Rollout:
-        """The rollout of the last batch, if it was like this one, else a new one."""
-        plan, shape = SamplingPlan.from_config(options), tuple(context.shape)
+    def stream(self, context: Tensor, options: SamplingConfig, draws: Iterable[FrameDraws]) -> Iterator[Tensor]:
+        """Continue videos frame by frame, all at once, as long as there are draws.
+
+        Other rollouts may go on meanwhile.
+
+        Args:
+            context: [b, n, c, h, w] final latents on the device.
+            options: with a `past_horizon`, which bounds the memory. `batch_size` is not used.
+            draws: of all rows.
+        Returns:
+            Final latents [b, c, h, w] of one frame after the other.
+        Raises:
+            UserError: not enough memory.
+        """
+        assert options.past_horizon is not None
+        precision = sampling_precision(options, self.device)
+        try:
+            with computing_in(precision, self.device):
+                rollout = self._prepare(context[:, 0], options.past_horizon - 1, options, precision, num_frames=0)
+            self._prepared = None  # nobody else may use it from now on
+            rollout.begin(context)
+            with evaluation_mode(rollout.field):
+                for draw in draws:
+                    with computing_in(precision, self.device):  # not while the caller has the frame
+                        frame = rollout.predict(draw.noise, draw.condition_indices)
+                    yield frame
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of memory predicting {len(context)} videos at once: predict fewer") from None
+
+    def _prepare(
+        self, frame: Tensor, farthest: int, options: SamplingConfig, precision: str, num_frames: int
+    ) -> Rollout:
+        """The rollout of the last batch, if it was like this one, else a new one.
+
+        Args:
+            frame: [b, c, h, w], of the shape and dtype of all frames.
+            farthest: largest distance between a condition and its reference.
+            num_frames: frames to predict; 0: who knows.
+        """
+        plan, shape = SamplingPlan.from_config(options), tuple(frame.shape)
         records = uses_cuda_graphs(self.field, options, self.device)
         compiles = uses_compilation(self.field, options, self.device, plan.evaluations * num_frames)
-        key = (plan, shape, num_frames, context.dtype, precision, records, compiles)
+        key = (plan, shape, farthest, frame.dtype, precision, records, compiles)
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # frees its memory before the new one is allocated
             field, trunk = self._network(precision, compiles)
             record = partial(RecordedStep, device=self.device) if records else None
-            rollout = Rollout(field, plan, shape, num_frames, context.dtype, self.device, trunk=trunk, record=record)
+            rollout = Rollout(field, plan, shape, farthest, frame.dtype, self.device, trunk=trunk, record=record)
             self._prepared = (key, rollout)
         return self._prepared[1]
 
@@ -144,7 +185,7 @@ def uses_compilation(field: nn.Module, options: SamplingConfig, device: torch.de
 
 
 def uses_cuda_graphs(field: nn.Module, options: SamplingConfig, device: torch.device) -> bool:
-    """Whether a solver step is recorded as a CUDA graph: as `sampling.cuda_graphs` says; auto: on a GPU.
+    """Whether a frame is recorded as a CUDA graph: as `sampling.cuda_graphs` says; auto: on a GPU.
 
     Raises:
         UserError: it is set, and the device is no GPU.
@@ -201,7 +242,7 @@ def with_matrices_in(field: VectorField, dtype: torch.dtype) -> VectorField:
 
 
 class RecordedStep:
-    """A solver step as a CUDA graph: a few calls run it, the next one captures it, and from then on it is replayed.
+    """A step of a rollout as a CUDA graph: a few calls run it, the next one captures it, and then it is replayed.
 
     For steps without gradients that read and write the same tensors at each call.
     """
@@ -243,7 +284,7 @@ class RecordedStep:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"CUDA cannot record a solver step as a graph ({reason}): use --set sampling.cuda_graphs=false"
+                f"CUDA cannot record a frame as a graph ({reason}): use --set sampling.cuda_graphs=false"
             ) from error
         return graph
 

@@ -1,6 +1,9 @@
 """The Python API, with tiny random networks."""
 
+import contextlib
 import dataclasses
+import gc
+import itertools
 import json
 import math
 import re
@@ -328,6 +331,67 @@ def test_recorded_draws_can_be_replayed(tiny):
     assert not torch.equal(replayed, tiny.generate_latents(context, 2, noise=noise, condition_indices=conditions + 1))
 
 
+@pytest.mark.parametrize(
+    ("context", "options"),
+    [
+        (1, {"restore_detail": True, "warm_start": 0.2}),
+        (3, {"past_horizon": 4}),
+        (20, {"preset": "official", "steps": 3}),
+    ],
+)
+def test_a_stream_is_a_prediction_without_an_end(tiny, context, options):
+    """Longer than the frames that it keeps, of which some lie before the first frame of the video."""
+    limited, given = dataclasses.replace(tiny, longest_distance=5), images(2, context)
+    arguments = {"sampling": options, "keys": [(5, 0), (8, 4)], "samples": 2}
+    with contextlib.closing(limited.stream(given, **arguments)) as stream:
+        frames = list(itertools.islice(stream, 14))
+    expected = limited.generate_frames(given, 14, **arguments)[:, context:]
+    torch.testing.assert_close(torch.stack(frames, 1), expected, atol=1e-5, rtol=0)
+
+
+def test_a_stream_leaves_room_for_other_predictions(tiny):
+    """Of the same shape, while it goes on; and in the caller's own modes."""
+    given = images(1, 2)
+    expected = tiny.generate_frames(given, 4, sampling={"past_horizon": 4, "precision": "bf16"})[:, 2:]
+    streams = [tiny.stream(given, sampling={"past_horizon": 4, "precision": "bf16"}) for _ in range(2)]
+    before = torch.get_float32_matmul_precision()
+    for number in range(4):
+        frames = [next(stream) for stream in streams]
+        assert torch.get_float32_matmul_precision() == before
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        tiny.generate_frames(given, 2, sampling={"past_horizon": 4, "precision": "bf16"}, keys=[(1, 1)])
+        for frame in frames:
+            torch.testing.assert_close(frame, expected[:, number], atol=1e-5, rtol=0)
+
+
+def test_a_stream_keeps_as_many_frames_as_conditions_can_be_far_away(tiny):
+    def numbers() -> int:
+        gc.collect()
+        return sum(each.numel() for each in gc.get_objects() if type(each) is torch.Tensor)
+
+    limited = dataclasses.replace(tiny, longest_distance=7)
+    next(limited.stream(images(1, 2)))  # packs weights, which are kept
+    held = [numbers()]
+    stream = limited.stream(images(1, 2), sampling={"steps": 1})
+    for frames in (2, 100):
+        for _ in range(frames):
+            next(stream)
+        held.append(numbers())
+    stream.close()
+    assert held[2] == held[1] > held[0]
+    assert numbers() == held[0]
+
+
+def test_a_stream_without_a_bound_says_from_where_it_draws(tiny, capsys):
+    """Imported weights know no longest distance."""
+    for _ in range(2):
+        next(tiny.stream(images(1, 1)))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert re.search(r"last 1024 frames", said)
+
+
 def test_sampling_options_change_the_prediction_for_one_call(tiny):
     context = torch.randn(1, 2, 4, 4, 4)
     default = tiny.generate_latents(context, 1)
@@ -377,8 +441,9 @@ def test_bad_sampling_options_are_refused(tiny, changes, parts):
     ],
 )
 def test_bad_images_are_refused(tiny, made, message):
-    with pytest.raises(UserError, match=message):
-        tiny.generate_frames(made(), 2)
+    for predict in (tiny.stream, lambda images: tiny.generate_frames(images, 2)):
+        with pytest.raises(UserError, match=message):
+            predict(made())
 
 
 def corrupt(tensor: torch.Tensor, *place: int, value: float = math.nan) -> torch.Tensor:
@@ -423,11 +488,15 @@ def broken(network: str, parameter: str) -> VideoPredictor:
             ["predicted latents", "video 0", "frame 3"],
         ),
         (
+            lambda p: next(broken("vector_field", "project_out.4.bias").stream(images(2, 3))),
+            ["predicted latents", "video 0", "frame 3"],
+        ),
+        (
             lambda p: broken("autoencoder", "decoder.conv_out.bias").decode_videos(torch.zeros(1, 2, 4, 4, 4)),
             ["pixels", "autoencoder", "video 0", "frame 0"],
         ),
     ],
-    ids=["images", "frames", "latents", "context", "noise", "setting", "encoder", "field", "decoder"],
+    ids=["images", "frames", "latents", "context", "noise", "setting", "encoder", "field", "stream", "decoder"],
 )  # fmt: skip
 def test_what_is_not_finite_is_named_where_it_begins(tiny, act, needed):
     with pytest.raises(UserError) as error:

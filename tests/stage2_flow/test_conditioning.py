@@ -40,8 +40,8 @@ def test_past_window_refuses(length, horizon):
 @given(length=st.integers(2, 300), horizon=st.none() | st.integers(2, 400))
 def test_indices_fill_the_window_and_never_leave_it(length, horizon):
     window = past_window(length, horizon)
-    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)[None, :, None]
-    lowest, _, highest = condition_indices(uniforms, [window])[0, :, 0].tolist()
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    lowest, _, highest = condition_indices(uniforms, window).tolist()
     assert lowest == window.first == max(0, length - horizon if horizon else 0)
     assert highest == length - 2
 
@@ -118,5 +118,5 @@ def test_noise_tells_nothing_about_the_conditions():
     """They are of different streams: numbers of one stream would give the same bits to both."""
     drawn = make_draws(5, [(3, 0)], 1, 4096, 9, (1, 64, 64), None, "cpu")
     uniforms = np.random.default_rng((5, 3, 0, 0)).random(4096)  # what the noise's own stream would draw
-    shared = condition_indices(torch.from_numpy(uniforms)[None, :, None], [past_window(9, None)])
+    shared = condition_indices(torch.from_numpy(uniforms)[None, :, None], past_window(9, None))
     assert (drawn.condition_indices == shared).float().mean() < 0.3  # by chance 1 in 8

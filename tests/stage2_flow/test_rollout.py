@@ -350,21 +350,23 @@ def test_embeddings_are_exact_under_autocast():
         assert torch.equal(ours, exact)
 
 
-def test_a_solver_step_can_be_recorded_and_batches_follow_one_another():
-    field, resolved, calls = small_field(), plan(nfe=6), []
+@pytest.mark.parametrize(("options", "calls_per_frame"), [({"nfe": 6}, 1), ({"preset": "official", "nfe": 80}, 20)])
+def test_a_frame_or_a_step_can_be_recorded_and_batches_follow_one_another(options, calls_per_frame):
+    """A frame of many evaluations would be too large a graph: its steps are recorded."""
+    field, resolved, calls = small_field(), plan(**options), []
 
     def record(step):
         return lambda: (calls.append("step"), step())
 
-    rollout = Rollout(field, resolved, (2, 2, *SHAPE), 3, torch.float32, torch.device("cpu"), record=record)
+    rollout = Rollout(field, resolved, (2, *SHAPE), 4, torch.float32, torch.device("cpu"), record=record)
     results, frames = [], []
     for seed in (0, 1):
         context = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(seed))
         draws = draws_for(resolved, [(0, 0), (1, 0)], 3, 2, seed=seed)
-        results.append(rollout.run(context, draws, on_frame=frames.append))
+        results.append(rollout.run(context, 3, draws, on_frame=frames.append))
         assert torch.equal(results[-1], generate_latents(field, context, 3, resolved, draws))
     assert not torch.equal(*results)  # what was returned first has not been overwritten
-    assert calls == ["step"] * (2 * 3 * 3)
+    assert calls == ["step"] * (2 * 3 * calls_per_frame)
     assert frames == [1, 2, 3, 1, 2, 3]
 
 

@@ -122,7 +122,7 @@ def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):
     def init(rollout, *arguments, **others):
         original(rollout, *arguments, **others)
         made.append(rollout)
-        played.extend([rollout.y, rollout.step])
+        played.append(rollout.past)
 
     monkeypatch.setattr(Rollout, "__init__", init)
     record_steps(monkeypatch)
@@ -165,7 +165,7 @@ def test_a_batch_that_cannot_be_captured_for_memory_is_made_smaller(field, monke
 
     def init(rollout, *arguments, **others):
         original(rollout, *arguments, **others)
-        played[:] = [rollout.y, rollout.step]
+        played[:] = [rollout.past]
 
     monkeypatch.setattr(Rollout, "__init__", init)
     torch.testing.assert_close(generate(FieldRollouts(field, CPU), options, rows=4), expected)
