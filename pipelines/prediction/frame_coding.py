@@ -1,5 +1,7 @@
 """The autoencoder between frames and latents, and the check that both are finite."""
 
+from functools import cached_property
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from pipelines.errors import UserError
 from pipelines.runtime.context import in_full_precision
 from stage1_autoencoder.autoencoder import Autoencoder
+from stage1_autoencoder.packing import can_pack, with_packed_convolutions
 from stage2_flow.standardization import Standardization
 
 # Frames per call of the autoencoder.
@@ -19,7 +22,7 @@ class FrameCoding:
     """An autoencoder between frames and latents.
 
     Attributes:
-        autoencoder: on the device, in eval mode.
+        autoencoder: on the device, in eval mode. Its weights do not change.
         standardization: of its raw latents.
     """
 
@@ -56,10 +59,19 @@ class FrameCoding:
     def _decode(self, latents: Tensor) -> Tensor:
         check_finite("latents", latents)
         frames = rearrange(latents, "b n c h w -> (b n) c h w")
-        images = [self.autoencoder.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        images = [self._decoding.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
         decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
         check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
         return decoded
+
+    @cached_property
+    def _decoding(self) -> Autoencoder:
+        """The autoencoder, or on a CPU a copy that decodes in less time."""
+        dtype = self.autoencoder.last_layer.weight.dtype
+        if self.device.type != "cpu" or dtype != torch.float32 or not can_pack(dtype):
+            return self.autoencoder
+        shared = (self.autoencoder.encoder, self.autoencoder.quantizer)
+        return with_packed_convolutions(self.autoencoder, dtype, shared)
 
 
 def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "", first: int = 0) -> None:
