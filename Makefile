@@ -36,7 +36,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-refiner sample predict evaluate study report runs import-official inspect verify bench gpu-check
+.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -103,6 +103,10 @@ predict: setup  ## continue any clip: make predict VIDEO=clip.mp4
 	$(remember)
 	@test -n $(call quoted,$(VIDEO)) || { echo "expected a video: make predict VIDEO=clip.mp4" >&2; exit 2; }
 	@$(RIVER) predict $(CONFIG) $(OPTIONS) -- $(call quoted,$(VIDEO))
+
+play: setup  ## a page in the browser: predictions that go on live from a clip (ARGS="--port 8000 --no-browser")
+	$(remember)
+	@$(RIVER) play $(CONFIG) $(OPTIONS)
 
 evaluate: setup  ## measure quality beside two baselines (DOWNLOAD=1 fetches VGG16 and the I3D)
 	$(remember)

@@ -15,6 +15,7 @@ COMMANDS = (
     "train-refiner",
     "sample",
     "predict",
+    "play",
     "evaluate",
     "protocols",
     "study",

@@ -324,7 +324,7 @@ class GivenVideo:
 
     Attributes:
         path: of the file or folder.
-        frames: [n, h, w, 3] uint8, all frames or the last thousand.
+        frames: [n, h, w, 3] uint8, all frames or the last ones.
         length: frames of the whole video.
         fps: frames per second.
         fingerprint: of its content.
@@ -337,11 +337,14 @@ class GivenVideo:
     fingerprint: str
 
 
-def read_video(config: RiverConfig, path: Path) -> GivenVideo:
+def read_video(config: RiverConfig, path: Path, held: int = MAX_FRAMES_SHOWN, longest: int | None = None) -> GivenVideo:
     """Read a video file or a folder of frames, preprocessed as the data set is.
 
+    Args:
+        held: frames to read, the last ones.
+        longest: refuse a video of more frames than this.
     Raises:
-        UserError: it is shorter than the context.
+        UserError: it is shorter than the context, or longer than `longest`.
         VideoError: it does not exist, or cannot be decoded.
     """
     source, context = open_video(config.dataset, path), config.evaluation.context
@@ -352,5 +355,7 @@ def read_video(config: RiverConfig, path: Path) -> GivenVideo:
             f"{path}: {length} frames after {config.dataset.sampling_text}, but evaluation.context is {context}: take "
             f"a longer video or --set evaluation.context={length}"
         )
-    frames = source.read(0, range(max(0, length - MAX_FRAMES_SHOWN), length))
+    if longest is not None and length > longest:
+        raise UserError(f"{path}: {length} frames, expected at most {longest}: cut out the part to continue")
+    frames = source.read(0, range(max(0, length - held), length))
     return GivenVideo(path, frames, length, info.fps, info.fingerprint)

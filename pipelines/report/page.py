@@ -57,7 +57,7 @@ def write_report(config: RiverConfig) -> Path:
             "makes one in minutes, and --set paths.runs=<folder> reads another place"
         )
     environment = template_environment()
-    style, script = _read("page.css"), _read("page.js")
+    style, script = _read("house.css") + _read("page.css"), _read("page.js")
     text = environment.get_template("page.html").render(
         name=run.name,
         summary=_render(environment, run, "summary", lambda run: headline(run) | {"warnings": [*run_warnings(run)]}),

@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
@@ -81,3 +82,14 @@ class StopRequest(_Handlers):
         name = signal.Signals(number).name
         with suppress(OSError):
             os.write(2, f"\n{name}: saving after this step; press Ctrl-C again to quit immediately\n".encode())
+
+
+class CallOnSignal(_Handlers):
+    """Inside it the first signal calls a function, such as one that ends an event loop."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__()
+        self._call = call
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        self._call()

@@ -1,0 +1,1 @@
+"""The page on which one plays with a trained run."""
