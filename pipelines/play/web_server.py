@@ -127,6 +127,7 @@ class Player:
             if other is not tab:
                 other.tell({"ended": "Another tab plays now. Any button goes on in this one."})
         self._playing, self._runs = (tab, prediction), self._worker.submit(run)
+        self._runs.add_done_callback(lambda done: done.cancelled() or done.result())  # logs what it raised
 
     def leave(self, tab: "Tab") -> None:
         """A tab was closed: its prediction ends."""
@@ -275,8 +276,10 @@ class Tab(WebSocketHandler, Guarded):
         def run() -> None:
             try:
                 prediction.run(self.player.predictor, send)
-            except (UserError, RuntimeError) as error:  # torch reports missing memory as a RuntimeError
-                self._loop.call_soon_threadsafe(self.tell, {"ended": str(error)})
+            except Exception as error:  # the page says whatever it is
+                self._loop.call_soon_threadsafe(self.tell, {"ended": str(error) or type(error).__name__})
+                if not isinstance(error, UserError):
+                    raise
 
         self.player.begin(self, prediction, run)
 

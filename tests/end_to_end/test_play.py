@@ -176,10 +176,7 @@ def test_a_chosen_clip_goes_on_live(tab, player):
     tab.wait_for_selector("#rate:text('frames/s')")
     assert player.is_predicting
     tab.close()
-    end = time.monotonic() + 10
-    while player.is_predicting:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not player.is_predicting)
 
 
 def test_several_futures_begin_at_the_shown_frame_of_one(tab):
@@ -200,7 +197,10 @@ def test_several_futures_begin_at_the_shown_frame_of_one(tab):
     tab.evaluate(WATCH, 40)
 
 
-def test_a_wrong_file_and_one_that_is_too_large_are_refused_in_a_sentence(tab, tmp_path, story):
+def test_a_wrong_file_and_one_that_is_too_large_are_refused_in_a_sentence(tab, tmp_path, story, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     notes, large, clip = tmp_path / "notes.mp4", tmp_path / "large.mp4", tmp_path / "clip.mp4"
     notes.write_text("no video")
     with large.open("wb") as file:
@@ -209,11 +209,12 @@ def test_a_wrong_file_and_one_that_is_too_large_are_refused_in_a_sentence(tab, t
     for path in (notes, large):
         tab.set_input_files("#file", path)
         tab.wait_for_selector(f"#note:has-text('{path.name}'):not(:has-text('Reading'))")
-        assert tempfile.gettempdir() not in tab.inner_text("#note")
+        assert str(temporary) not in tab.inner_text("#note")
     before = tab.locator("#clips button").count()
     tab.set_input_files("#file", clip)
     tab.wait_for_selector(f"#clips button:nth-child({before + 1})[aria-pressed=true]")
     assert tab.is_hidden("#note")
+    wait_until(lambda: not list(temporary.iterdir()))
     tab.select_option("#speed", "fast")
     tab.evaluate(WATCH, 10)
 
@@ -230,6 +231,13 @@ def test_one_tab_plays_at_a_time_and_memory_does_not_grow(tab, browser, url):
     before = resident()
     tab.evaluate(WATCH, 400)
     assert resident() - before < 8 * 2**20
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def resident() -> int:
