@@ -229,7 +229,7 @@ def test_one_tab_plays_at_a_time_and_memory_does_not_grow(tab, browser, url):
         tab.click("#pause")
         other.wait_for_selector("#note:has-text('tab')")
     before = resident()
-    tab.evaluate(WATCH, 400)
+    tab.evaluate(WATCH, 350)
     assert resident() - before < 8 * 2**20
 
 
@@ -250,13 +250,13 @@ def test_the_picture_of_the_docs(browser, repository):
     run = Path(os.environ["PLAY_PICTURE"])
     with (
         served(player_of(run, run / "config.yaml")) as url,
-        contextlib.closing(browser.new_page(viewport={"width": 1060, "height": 760})) as page,
+        contextlib.closing(browser.new_page(viewport={"width": 1060, "height": 700})) as page,
     ):
         page.goto(url)
         page.locator("#clips button").nth(3).click()
         page.select_option("#speed", "fast")
         page.evaluate(WATCH, 10)
         page.click("#branch")
-        page.evaluate(WATCH, 90)
+        page.evaluate(WATCH, 60)
         page.wait_for_selector("#rate:text('frames/s')")
         page.screenshot(path=repository / "docs" / "play.png")
