@@ -257,6 +257,6 @@ def test_the_picture_of_the_docs(browser, repository):
         page.select_option("#speed", "fast")
         page.evaluate(WATCH, 10)
         page.click("#branch")
-        page.evaluate(WATCH, 60)
+        page.evaluate(WATCH, 40)
         page.wait_for_selector("#rate:text('frames/s')")
         page.screenshot(path=repository / "docs" / "play.png")
