@@ -36,7 +36,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check
+.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -142,3 +142,10 @@ bench: setup  ## measure this machine: decoding, encoding, store, flow; runs/<da
 
 gpu-check: setup  ## compare this machine's GPU with its CPU and measure it, in minutes (DEVICE=cpu: a rehearsal)
 	@$(RIVER) gpu-check --config configs/shapes.yaml $(OPTIONS)
+
+clean: setup  ## list leftovers and caches, with sizes; ARGS=--yes removes them (others: --backups, --latents, RUN=wide)
+	$(remember)
+	@$(RIVER) clean $(CONFIG) $(OPTIONS)
+
+doctor: setup  ## print one screen for a bug report
+	@$(RIVER) doctor $(OPTIONS)

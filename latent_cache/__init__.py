@@ -34,7 +34,7 @@ from latent_cache.sampling.resident import FlowIndices, ResidentSampler, first_b
 from latent_cache.sampling.sampler import FlowBatch, Sampler
 from latent_cache.sampling.streaming import StreamingSampler
 from latent_cache.schema import StoreMetadata, has_only_begun
-from latent_cache.writing.appending import discard_generation, replacing_store
+from latent_cache.writing.appending import discard_generation, remove_store, replacing_store
 from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan, default_chunk_frames, default_shard_chunks
 from latent_cache.writing.chunk_writer import ChunkWriter
 from latent_cache.writing.writer import StoreWriter, seal, unseal
@@ -79,6 +79,7 @@ __all__ = [
     "open_notes",
     "open_progress",
     "open_sampler",
+    "remove_store",
     "replacing_store",
     "seal",
     "splits",

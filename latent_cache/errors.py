@@ -1,6 +1,6 @@
 """Errors of stores. Every message names the path and the way out."""
 
-RESTORE = "restore the file from a copy, or write the store again: `make encode` with --overwrite"
+RESTORE = "restore the file from a copy, or write the store again: `river encode` with --overwrite"
 REMAKE = "copy it again, or write a new one with `inspect --seal`, which checks all other files by their checksums"
 
 

@@ -181,7 +181,7 @@ def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
     url = str(url).rstrip("/")
     path = local_path(url)
     if path is not None and not path.exists():
-        raise StoreError(f"{url}: no such path: write the store with `make encode`, or check paths.latents")
+        raise StoreError(f"{url}: no such path: write the store with `river encode`, or check paths.latents")
     if path is not None and not path.is_dir():
         raise StoreError(f"{url}: a file, but a store is a folder: check paths.latents")
     if path is not None and (path / "zarr.json").is_fifo():  # it would be waited for
@@ -192,13 +192,13 @@ def open_group(url: str | Path, *, checked: bool = True) -> zarr.Group:
         raise StoreError(f"{url}: a Zarr array, not a store: use the folder above it that ends in .zarr") from error
     except FileNotFoundError as error:
         if path is not None and has_only_begun(path):
-            raise IncompleteStoreError(f"{url}: writing has only begun: run `make encode` again") from error
+            raise IncompleteStoreError(f"{url}: writing has only begun: run `river encode` again") from error
         raise StoreError(f"{url}: not a Zarr v3 group (no zarr.json): check paths.latents") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         if path is not None and has_only_begun(path):
-            raise IncompleteStoreError(f"{url}: writing has only begun: run `make encode` again") from error
+            raise IncompleteStoreError(f"{url}: writing has only begun: run `river encode` again") from error
         raise CorruptStoreError(
-            f"{url}/zarr.json cannot be parsed ({error}): remove the store and write it again with `make encode`"
+            f"{url}/zarr.json cannot be parsed ({error}): remove the store and write it again with `river encode`"
         ) from error
 
     found = group.attrs.get("format")

@@ -104,6 +104,7 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parsers[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.parser, options.parsers = parser, parsers  # for `completion`
     return modules[options.command], options
 
 
@@ -124,7 +125,7 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
             options.config = "shapes"
         anew = getattr(command, "BEGINS_ANEW", ()) if run_context.begins_anew else ()
         config = load_run_config(options.config, overrides(options), anew)
-    if options.dry_run and config is not None:
+    if options.dry_run and config is not None and not getattr(command, "LISTS_BY_DEFAULT", False):
         if hasattr(command, "dry_run"):
             command.dry_run(config, run_context)
         else:

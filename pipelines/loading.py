@@ -74,7 +74,7 @@ def load_run(
     """
     flow = find_flow(run)
     if flow is None:
-        raise UserError(f"{run}/flow/checkpoints holds no checkpoint: train one with `make train-flow`")
+        raise UserError(f"{run}/flow/checkpoints holds no checkpoint: train one with `river train-flow`")
     try:
         config = read_run_config(run / "config.yaml")
     except OSError as error:
@@ -152,7 +152,7 @@ def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> t
     """The refiner of a run, or None and why it cannot be used."""
     found = find_refiner(run)
     if found is None:
-        return None, f"{run}/refiner/checkpoints holds no checkpoint: train one with `make train-refiner`"
+        return None, f"{run}/refiner/checkpoints holds no checkpoint: train one with `river train-refiner`"
     trained_for = found.state["autoencoder"]
     if trained_for != autoencoder_digest:
         return None, (

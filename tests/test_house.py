@@ -23,8 +23,8 @@ ALLOWED = {
 }
 # Rooms of `pipelines`, from the top: each imports from those below it.
 LAYERS = (
-    "__main__", "commands", "stages", "play", "report", "bench", "training", "evaluation", "sampling", "predictor",
-    "encoding", "official", "prediction", "loading", "data", "runtime", "config", "errors",
+    "__main__", "commands", "stages", "upkeep", "play", "report", "bench", "training", "evaluation", "sampling",
+    "predictor", "encoding", "official", "prediction", "loading", "data", "runtime", "config", "errors",
 )  # fmt: skip
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
@@ -141,7 +141,7 @@ def test_files_are_replaced_locked_and_digested_in_one_place():
 @pytest.mark.parametrize("words", [["--help"], ["sample", "--help"], ["sample", "--no-such-option"]])
 def test_help_and_wrong_usage_load_nothing_heavy(words):
     script = (
-        "import sys, pipelines.__main__ as river\n"
+        "import sys, river_two_stage, pipelines.__main__ as river\n"
         f"try: river.main({words!r})\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'wandb', 'zarr', 'numpy', 'dask'} & set(sys.modules)))"

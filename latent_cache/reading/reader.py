@@ -221,7 +221,7 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
     url = str(url).rstrip("/")
     group = schema.open_group(url)
     if group.attrs.get("complete") is not True:
-        raise IncompleteStoreError(f"{url}: the store is not complete: run `make encode` again to resume")
+        raise IncompleteStoreError(f"{url}: the store is not complete: run `river encode` again to resume")
     if group.store.manifest is None:
         _tell_unsealed(url)
     metadata = StoreMetadata.from_attrs(group.attrs, url)

@@ -69,6 +69,19 @@ def discard_generation(store: Path) -> None:
             lock.release()
 
 
+def remove_store(store: Path) -> None:
+    """Remove a store; after a kill the rest of it is not complete.
+
+    Raises:
+        LockedStoreError: it is being written.
+    """
+    lock = WriterLock(store / PROGRESS_FOLDER / LOCK_FILE)
+    try:
+        _remove(store)
+    finally:
+        lock.release()
+
+
 def _remove(folder: Path) -> None:
     clear_store(folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -441,7 +441,7 @@ def _sealing(path: str | Path) -> Iterator[tuple[Path, zarr.Group]]:
         raise StoreError(f"{path}: only a store in a local folder gets a manifest: seal it where it was written")
     group = schema.open_group(folder, checked=False)
     if group.attrs.get("complete") is not True:
-        raise IncompleteStoreError(f"{folder}: the store is not complete: finish it with `make encode`")
+        raise IncompleteStoreError(f"{folder}: the store is not complete: finish it with `river encode`")
     lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
     try:
         yield folder, group

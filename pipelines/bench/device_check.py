@@ -131,8 +131,8 @@ def check_device(
     if device.type == "cpu" and run_context.asked_device == "auto" and (driver := driver_version()) is not None:
         raise UserError(
             f"this machine has an NVIDIA driver, version {driver}, but torch {torch.__version__} finds no GPU: install "
-            "a build of torch for that driver (remove .venv, then `make setup TORCH_INDEX=...`), or rehearse on the "
-            "CPU with DEVICE=cpu"
+            "a build of torch for that driver (pip's --index-url https://download.pytorch.org/whl/..., or remove .venv "
+            "and `make setup TORCH_INDEX=...`), or rehearse with --device cpu"
         )
     sizes = sizes or (CheckSizes() if device.type == "cuda" else REHEARSAL)
     if device.type == "cuda":  # read when cuBLAS starts: without it, its sums have no fixed order
@@ -273,6 +273,8 @@ def driver_version() -> str | None:
 def commit() -> str | None:
     """The commit of this program, with a + if files were changed; None outside a git checkout."""
     here = str(Path(__file__).parent)
+    if _output("git", "-C", here, "ls-files", "--error-unmatch", __file__) is None:
+        return None  # installed into the folder of another project
     found = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
     return found and found + (
         "+" if _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else ""

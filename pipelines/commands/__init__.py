@@ -25,4 +25,7 @@ COMMANDS = (
     "import-official",
     "bench",
     "gpu-check",
+    "clean",
+    "doctor",
+    "completion",
 )

@@ -8,6 +8,7 @@ from pipelines.config.settings import (
     SSIM_WINDOW,
     CacheConfig,
     EvaluationConfig,
+    PathsConfig,
     RiverConfig,
     parse_size,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "SSIM_WINDOW",
     "CacheConfig",
     "EvaluationConfig",
+    "PathsConfig",
     "PublishedProtocol",
     "RiverConfig",
     "differences",

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 
-PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel they are in the package, see setup.py; in the repository beside it.
+SHIPPED = next((folder for folder in (_PACKAGE / "presets", _PACKAGE.parent / "configs") if folder.is_dir()), None)
 
 
 def preset_folders(path: str | Path | None = None) -> list[Path]:
-    """Folders of presets: that of a configuration file, ./configs, the repository's, the package's."""
+    """Folders of presets: that of a configuration file, ./configs, and the one that this program comes with."""
     beside = [] if path is None else [Path(path).parent]
-    shipped = [PACKAGE.parent / "configs", PACKAGE / "presets"]
-    return list(dict.fromkeys([*beside, Path("configs"), *(folder for folder in shipped if folder.is_dir())]))
+    return list(dict.fromkeys([*beside, Path("configs"), *([] if SHIPPED is None else [SHIPPED])]))
 
 
 def find_preset(name: str | Path, beside: Path | None = None) -> Path:
@@ -20,7 +21,7 @@ def find_preset(name: str | Path, beside: Path | None = None) -> Path:
 
     Args:
         beside: folder of a file that names this one; it comes before the presets. None: the working folder, in which a
-            bare name such as `kth` means the preset.
+            bare name such as `kth` means the preset rather than `kth.yaml`.
     Raises:
         UserError: no such file; names the presets.
     """
@@ -31,7 +32,7 @@ def find_preset(name: str | Path, beside: Path | None = None) -> Path:
     if beside is not None:
         files = [beside / path, beside / f"{path}.yaml", *presets]
     else:
-        files = [path, *presets] if path.suffix else [*presets, path]
+        files = [path, *presets] if path.suffix else [*presets, Path(f"{path}.yaml"), path]
     for file in files:
         if file.is_file():
             return file

@@ -37,7 +37,7 @@ def prepare_data(config: RiverConfig, run_context: RunContext) -> dict[Split, Vi
     if download is not None:
         download.run()
     elif run_context.mirror:
-        say(f"MIRROR is ignored: nothing to download for source {config.dataset.source!r}")
+        say(f"--mirror is ignored: nothing to download for source {config.dataset.source!r}")
     status = videos_status(config)
     if config.dataset.name in _NOT_PUBLISHED and status.state == "missing":
         raise VideoError(f"{status.path}: no videos here. {status.detail}")
@@ -108,7 +108,7 @@ def videos_status(config: RiverConfig) -> Status:
     if done == len(statuses) and not download.needs_sequences():
         return Status("done", detail, root)
     started = any(status.state != "missing" for status in statuses)
-    return Status("partial" if started else "missing", f"{detail}; run `make data DATASET={dataset.name}`", root)
+    return Status("partial" if started else "missing", f"{detail}; run `river data --config {dataset.name}`", root)
 
 
 def preview_data(config: RiverConfig, run_context: RunContext) -> None:

@@ -139,7 +139,7 @@ class Download:
         names = " ".join(archive.name for archive in self.published.archives)
         return (
             "get the archives by other means and name their folder: "
-            f"make data DATASET={self.dataset.name} MIRROR=<folder with {names}>"
+            f"river data --config {self.dataset.name} --mirror <folder with {names}>"
         )
 
     def place(self, path: str) -> str:
@@ -187,12 +187,14 @@ class Download:
         """Raises VideoError if `mirror` is neither a URL without a password nor a folder."""
         if self.mirror and self.mirror_folder is None and "@" in urlsplit(self.mirror).netloc:
             raise VideoError(
-                f"MIRROR={self.mirror}: users and passwords in a URL are not supported; copy the archives into a "
+                f"--mirror {self.mirror}: users and passwords in a URL are not supported; copy the archives into a "
                 "folder, and name that"
             )
         if self.mirror_folder and not self.mirror_folder.is_dir():
             names = ", ".join(archive.name for archive in self.published.archives)
-            raise VideoError(f"MIRROR={self.mirror}: no such folder, and no http(s) URL; expected one that has {names}")
+            raise VideoError(
+                f"--mirror {self.mirror}: no such folder, and no http(s) URL; expected one that has {names}"
+            )
 
     def run(self) -> None:
         """Download, verify and unpack what is missing; where nothing is, nothing is written.
@@ -213,7 +215,7 @@ class Download:
                 else:
                     needed.append(archive)
             if self.mirror_folder and (missing := [a.name for a in needed if not self.file(a).is_file()]):
-                raise VideoError(f"MIRROR={self.mirror}: no {', '.join(missing)}; put them there")
+                raise VideoError(f"--mirror {self.mirror}: no {', '.join(missing)}; put them there")
             if needed or self.needs_sequences():
                 with locked(self.root / LOCK_NAME, busy):
                     self._get_all(needed)

@@ -16,6 +16,7 @@ from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.pictures import LEGIBLE_SIDE, enlargement, save_gif, to_video
 from pipelines.runtime.context import RunContext, computing_in
+from pipelines.runtime.files import stored_bytes
 from pipelines.runtime.progress import duration, say
 
 DECODE_FRAMES = 64  # frames per batch of the decoder
@@ -62,7 +63,9 @@ def inspect_store(
         for line in summary_of_incomplete(store):
             say(line)
         if verify or gif is not None:
-            raise IncompleteStoreError(f"{store}: the store is not complete: finish it with `make encode`, then repeat")
+            raise IncompleteStoreError(
+                f"{store}: the store is not complete: finish it with `river encode`, then repeat"
+            )
     if verify and (problem := check_checksums(store)[0]):
         raise CheckFailed(f"{store}: {problem}: {WAY_OUT}")
     if gif is not None:
@@ -101,8 +104,7 @@ def summary_of_complete(store: str) -> Iterator[str]:
     caches = [latent_cache.open(store, split) for split in latent_cache.splits(store)]
     written = ""
     if path is not None:
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        written = f", written {_ago((path / 'zarr.json').stat().st_mtime)}, {size / 1e6:.1f} MB on disk"
+        written = f", written {_ago((path / 'zarr.json').stat().st_mtime)}, {stored_bytes(path) / 1e6:.1f} MB on disk"
     yield f"{store}: latents of {metadata.dataset}, {rates_text(caches)} frames/s; complete{written}"
     yield from _origin(metadata)
     for cache in caches:
@@ -127,9 +129,9 @@ def summary_of_incomplete(store: str) -> Iterator[str]:
     try:
         metadata = latent_cache.open_metadata(store)
     except IncompleteStoreError:  # nothing but a lock
-        yield f"{store}: no chunk is written yet; finish it with `make encode`"
+        yield f"{store}: no chunk is written yet; finish it with `river encode`"
         return
-    yield f"{store}: latents of {metadata.dataset}, {metadata.fps:g} frames/s; not complete: `make encode` resumes it"
+    yield f"{store}: latents of {metadata.dataset}, {metadata.fps:g} frames/s; not complete: `river encode` resumes it"
     yield from _origin(metadata)
     if local_path(store) is None:
         yield "  its progress is visible only on the machine that writes it"

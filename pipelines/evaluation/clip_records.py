@@ -12,6 +12,9 @@ from safetensors.torch import load, save
 from pipelines.evaluation.measures import Records
 from pipelines.runtime.files import write_bytes
 
+# Of the folder in a run with the records of its evaluation.
+RECORDS_NAME = "evaluation_records"
+
 
 class RecordFolder:
     """Files `<batch>-<sha256>.safetensors` in a folder that is named after everything that the records depend on.

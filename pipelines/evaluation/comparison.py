@@ -9,6 +9,7 @@ import torch
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
+from pipelines.evaluation.clip_records import RECORDS_NAME
 from pipelines.evaluation.evaluator import Evaluator, find_coding
 from pipelines.evaluation.forecasts import FileForecast, Forecast, RunForecast
 from pipelines.evaluation.intervals import half_width, percentile_interval
@@ -60,7 +61,7 @@ def compare(
             forecasts[name] = FileForecast(files, evaluation, coding, run_context.device)
             continue
         forecasts[name] = RunForecast(path, predictor, evaluation, coding, refine)
-    folder, evaluations = config.run_path / "evaluation_records", {}
+    folder, evaluations = config.run_path / RECORDS_NAME, {}
     for number, (name, forecast) in enumerate(forecasts.items(), start=1):
         say(f"{name} ({number} of {len(forecasts)})")
         evaluations[name] = evaluator.measure(forecast, folder / str(number)).evaluation

@@ -16,8 +16,8 @@ from torch import Tensor
 import pipelines
 from pipelines.config import RiverConfig
 from pipelines.evaluation.baselines import choose_baselines
-from pipelines.evaluation.clip_records import RecordFolder
-from pipelines.evaluation.feature_cache import FeatureCache
+from pipelines.evaluation.clip_records import RECORDS_NAME, RecordFolder
+from pipelines.evaluation.feature_cache import FeatureCache, feature_file
 from pipelines.evaluation.forecasts import FileForecast, Forecast, RunCoding, RunForecast
 from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
 from pipelines.evaluation.intervals import draw_counts
@@ -177,7 +177,7 @@ class Evaluator:
 
     def evaluate(self, forecast: Forecast, path: Path) -> Evaluation:
         """Measure a forecast, write the result to `path` and pictures beside it, print the table."""
-        measured = self.measure(forecast, self._config.run_path / "evaluation_records")
+        measured = self.measure(forecast, self._config.run_path / RECORDS_NAME)
         numbers = measured.records["clip"]["number"]
 
         def predict_again(chosen: Sequence[int]) -> ClipBatch:
@@ -294,7 +294,7 @@ def choose_measures(
             missing["fvd"] = f"no I3D network: set {I3D_SETTING} to its file, or download it with --download"
         else:
             network = VideoNetwork(i3d, run_context.device, I3D_SETTING)
-            cache = FeatureCache(config.store_path.with_suffix(".features.sqlite"))
+            cache = FeatureCache(feature_file(config.store_path))
             measures.append(VideoDistances(network, segments, cache, config.evaluation.pitfalls))
     if isinstance(clips.source, ShapesSource):
         try:

@@ -16,6 +16,11 @@ from torch import Tensor
 from pipelines.runtime.progress import warn
 
 
+def feature_file(store: Path) -> Path:
+    """The file of features beside a store."""
+    return store.with_suffix(".features.sqlite")
+
+
 class FeatureCache:
     """Features by network and content: a changed frame or network has features of its own."""
 

@@ -53,7 +53,7 @@ def write_report(config: RiverConfig) -> Path:
     run = Run(config)
     if run.is_empty():
         raise UserError(
-            f"{run.path}: there is no run to report on; `{run.command('train-flow')}` starts one, `make demo` "
+            f"{run.path}: there is no run to report on; `{run.command('train-flow')}` starts one, `river demo` "
             "makes one in minutes, and --set paths.runs=<folder> reads another place"
         )
     environment = template_environment()

@@ -25,7 +25,7 @@ from pipelines.training.refiner_trainer import refiner_status
 
 TRAININGS = ("autoencoder", "flow", "refiner")
 STATUS = {"autoencoder": autoencoder_status, "store": store_status, "flow": flow_status, "refiner": refiner_status}
-# Class -> file and the target that writes it.
+# Class -> file and the command that writes it.
 FILES: dict[type[BaseModel], tuple[str, str]] = {
     Evaluation: ("evaluation.json", "evaluate"),
     Study: ("quality.json", "study"),
@@ -95,8 +95,8 @@ class Run:
 
     def command(self, target: str) -> str:
         """The command that makes a missing part."""
-        of_run = f" RUN={self.config.run}" if self.config.run else ""
-        return f"make {target} DATASET={self.config.dataset.name}{of_run}"
+        of_run = f" --run {self.config.run}" if self.config.run else ""
+        return f"river {target} --config {self.config.dataset.name}{of_run}"
 
     def is_empty(self) -> bool:
         """Whether there is nothing to report on."""

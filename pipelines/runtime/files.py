@@ -185,15 +185,37 @@ def _new_temporary(path: Path, create: Callable[[Path], object] = _create) -> tu
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporaries whose writers are dead: the kernel dropped their locks."""
+    """Remove temporaries in a folder whose writers are dead."""
+    for leftover in leftovers(folder):
+        with suppress(OSError):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Temporaries in a folder whose writers are dead: the kernel dropped their locks. They are ours in the meantime."""
     for leftover in folder.glob(f".*{disk.PARTIAL}*"):
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                yield leftover
             finally:
                 os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, or a link to one. A folder has another name before any of it is gone."""
+    if path.is_dir() and not path.is_symlink():
+        path = path.rename(path.with_name(f".{uuid.uuid4().hex}{disk.PARTIAL}"))
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def stored_bytes(path: Path) -> int:
+    """Size of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
 
 
 @contextmanager

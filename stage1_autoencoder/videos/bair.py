@@ -22,8 +22,8 @@ DEFAULT_VAL = 0.006
 _KEY = re.compile(r"(\d+)/image_aux1/encoded")
 _MOST_DIGITS = 100  # of the number of a frame; Python converts no thousands of them
 _WAY_OUT = (
-    "download the data with `make data DATASET=bair_64`, or unpack an archive with "
-    "`make data DATASET=bair_64 MIRROR=<folder with bair_robot_pushing_dataset_v0.tar>`"
+    "download the data with `river data --config bair_64`, or unpack an archive with "
+    "`river data --config bair_64 --mirror <folder with bair_robot_pushing_dataset_v0.tar>`"
 )
 
 

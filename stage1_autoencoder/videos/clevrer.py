@@ -14,8 +14,8 @@ from stage1_autoencoder.videos.splits import assign_numbers
 NUMBERS: dict[Split, str] = {"train": "0-9999", "val": "10000-14999", "test": "15000-19999"}
 
 _WAY_OUT = (
-    "download the data with `make data DATASET=clevrer`, or unpack archives with "
-    "`make data DATASET=clevrer MIRROR=<folder with video_train.zip, video_validation.zip, video_test.zip>`"
+    "download the data with `river data --config clevrer`, or unpack archives with "
+    "`river data --config clevrer --mirror <folder with video_train.zip, video_validation.zip, video_test.zip>`"
 )
 
 

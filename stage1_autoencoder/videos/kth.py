@@ -18,8 +18,8 @@ MOST_SEQUENCES_BYTES = 2**20  # the file has 70 kB
 PERSONS: dict[Split, str] = {"train": "1-20", "test": "21-25"}
 
 _WAY_OUT = (
-    "download the data with `make data DATASET=kth`, or unpack archives with "
-    "`make data DATASET=kth MIRROR=<folder with the zips>`"
+    "download the data with `river data --config kth`, or unpack archives with "
+    "`river data --config kth --mirror <folder with the zips>`"
 )
 
 
@@ -49,7 +49,7 @@ def open_kth(dataset: DatasetConfig, root: Path, remember: bool = True) -> dict[
     owner = persons_of_splits(splits)
     if any(root.glob("*.zip")) and not any((root / action).is_dir() for action in ACTIONS):
         quoted = shlex.quote(str(root))
-        raise VideoError(f"{root}: has archives that are not unpacked: run `make data DATASET=kth MIRROR={quoted}`")
+        raise VideoError(f"{root}: has archives that are not unpacked: run `river data --config kth --mirror {quoted}`")
     listing = find_named_videos(root, _video_id, "person01_boxing_d1_uncomp.avi", _WAY_OUT)
     ranges = read_sequences(root / SEQUENCES_FILE) if dataset.sequences else {}
 

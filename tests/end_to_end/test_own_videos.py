@@ -257,7 +257,7 @@ def test_kth_from_a_mirror(place, kth_mirror: Path, story: ModuleType) -> None:
 
 def test_encoding_fetches_missing_archives_from_a_mirror(place, kth_mirror: Path) -> None:
     place = place.with_sets(*KTH)
-    place.run("encode").refused(2, "no such folder", "MIRROR=")
+    place.run("encode").refused(2, "no such folder", "--mirror ")
     outcome = place.run("encode", "--mirror", str(kth_mirror)).ok()
     assert "boxing: unpacked 6 files" in outcome.out
     assert latent_cache.is_complete(place.store)

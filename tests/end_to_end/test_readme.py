@@ -87,10 +87,10 @@ class Shell:
         self.dataset = "shapes"
 
     def arguments(self, line: str) -> tuple[list[str], dict[str, str]] | None:
-        """Arguments and environment of the `python -m pipelines` that a line calls; None: it calls something else."""
+        """Arguments and environment of the `river` that a line calls; None: it calls something else."""
         words = shlex.split(line)
-        if "pipelines" in words:
-            return words[words.index("pipelines") + 1 :], {}
+        if words[0].rpartition("/")[2] == "river":
+            return words[1:], {}
         if "make" not in words:
             return None
         variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
@@ -197,7 +197,7 @@ def test_commands_that_are_not_run_are_valid(page: Path, elsewhere: Path) -> Non
     """Commands of marked blocks and of the text: their targets, options, keys and values."""
     shell = Shell()
     lines = [line for block in blocks(page) if block.language == "bash" and not block.is_run for line in block.commands]
-    spans = [span for span in code_spans(page) if re.match(r"(\w+=\S+ )*make \S|python -m pipelines ", span)]
+    spans = [span for span in code_spans(page) if re.match(r"(\w+=\S+ )*make \S|river \S", span)]
     for line in [*lines, *(span for span in spans if "TARGET" not in span and "COMMAND" not in span)]:
         called = shell.arguments(re.sub(r" N$", " 8", line))
         if called is None:

@@ -170,7 +170,7 @@ def test_the_python_api_refines_when_asked(refined, trained) -> None:
     plain, better = (predictor.generate_frames(images, 2, refine=refine) for refine in (False, True))
     assert torch.equal(plain[:, :2], better[:, :2])
     assert not torch.equal(plain[:, 2:], better[:, 2:])
-    with pytest.raises(UserError, match=r"refiner/checkpoints .*`make train-refiner`"):
+    with pytest.raises(UserError, match=r"refiner/checkpoints .*`river train-refiner`"):
         VideoPredictor.from_run(trained.runs, "cpu").generate_frames(images, 2, refine=True)
 
 

@@ -309,7 +309,7 @@ def test_tfrecords(tmp_path: Path, content: bytes | Callable[[Path], None]) -> N
 def test_frame_ranges_of_kth(tmp_path: Path, content: bytes | Callable[[Path], None]) -> None:
     path = tmp_path / "00sequences.txt"
     path.write_bytes(content) if isinstance(content, bytes) else content(path)
-    with pytest.raises(VideoError, match=r"00sequences\.txt.*make data"):
+    with pytest.raises(VideoError, match=r"00sequences\.txt.*river data"):
         read_sequences(path)
 
 

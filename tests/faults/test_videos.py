@@ -71,7 +71,7 @@ def test_folder_without_videos(place, files: list[str], needed: str) -> None:
 
 def test_missing_kth(place) -> None:
     place = place.with_sets("dataset.source=kth", "dataset.splits={}")
-    place.run("train-flow").refused(2, f"{place.data}: no such folder", "make data DATASET=kth")
+    place.run("train-flow").refused(2, f"{place.data}: no such folder", "river data --config kth")
     place.run("data", "--mirror", str(place.folder / "nowhere")).refused(2, "nowhere: no such folder")
 
 
@@ -93,7 +93,7 @@ def test_archives_that_are_none(place, story: ModuleType) -> None:
         archive.writestr("../outside.avi", b"x")
     place.run("data", "--mirror", str(mirror)).refused(2, "refused", "'../outside.avi'")
     (mirror / "jogging.zip").unlink()
-    place.run("data", "--mirror", str(mirror)).refused(2, "MIRROR=", "jogging.zip")
+    place.run("data", "--mirror", str(mirror)).refused(2, "--mirror ", "jogging.zip")
 
     # Nothing of the bad ones was left behind, and what was good is not unpacked again.
     assert not (place.data / "jogging").exists()

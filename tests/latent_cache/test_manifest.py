@@ -226,7 +226,7 @@ def test_sealing_that_is_interrupted_is_repeated(toys, monkeypatch) -> None:
 def test_what_cannot_be_sealed(kit, toys, publish, tmp_path) -> None:
     with pytest.raises(StoreError, match=r"memory://.*local"):
         latent_cache.seal(publish(toys))
-    with pytest.raises(StoreError, match=r"not complete.*make encode"):
+    with pytest.raises(StoreError, match=r"not complete.*river encode"):
         latent_cache.seal(kit.build(tmp_path / "half.zarr", stop_after=2))
     (toys / ".encoding").mkdir()
     (toys / ".encoding/writer.lock").write_text('{"host": "elsewhere", "pid": 12}')

@@ -12,6 +12,7 @@ import pytest
 
 from pipelines import __version__
 from pipelines.__main__ import main
+from pipelines.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 SHAPES = str(ROOT / "configs" / "shapes.yaml")
@@ -61,6 +62,38 @@ def test_the_version(capsys):
         main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out == f"river {__version__}\n"
+
+
+# What bash does when Tab is pressed behind a line.
+PRESS_TAB = """
+eval "$1"; COMP_WORDS=($2); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_river; echo ${COMPREPLY[@]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("river train-au", "train-autoencoder"),
+        ("river encode --ov", "--overwrite"),
+        ("river convert --ou", "--out"),
+        ("river completion f", "fish"),
+        ("river sample --config pyproj", "pyproject.toml"),
+    ],
+)
+def test_bash_completes_commands_options_and_files(line, completed, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    pressed = subprocess.run(
+        ["bash", "-c", PRESS_TAB, "bash", script, line], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert pressed.stdout.split() == [completed]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_know_all_commands(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
 
 
 @pytest.fixture

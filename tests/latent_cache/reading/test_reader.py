@@ -241,8 +241,8 @@ def edit_attrs(file: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"complete": False}, IncompleteStoreError, "`make encode`"),
-        ({"complete": "yes"}, IncompleteStoreError, "`make encode`"),
+        ({"complete": False}, IncompleteStoreError, "`river encode`"),
+        ({"complete": "yes"}, IncompleteStoreError, "`river encode`"),
         ({"format": "river-pixels"}, StoreError, "'river-pixels'.*'river-latents'"),
         ({"format": None}, StoreError, "None"),
         ({"format_version": 2}, StoreError, "format_version is 2.* 1: update"),
@@ -278,11 +278,11 @@ def test_places_without_a_store(toys, tmp_path):
     for place in (tmp_path / "nowhere", empty, begun):
         assert not latent_cache.is_complete(place)
     for place, error, message in [
-        (tmp_path / "nowhere", StoreError, "no such path.*`make encode`"),
+        (tmp_path / "nowhere", StoreError, "no such path.*`river encode`"),
         (tmp_path, StoreError, "Zarr v3 group.*paths.latents"),
         (old, StoreError, "Zarr v3 group"),
         (file, StoreError, "a file.*folder"),
-        (begun, IncompleteStoreError, "`make encode`"),
+        (begun, IncompleteStoreError, "`river encode`"),
         (toys / "train" / "latents", StoreError, "Zarr array, not a store"),
         (toys / "train", StoreError, "format is None"),
         ("nonsense://bucket/a.zarr", StoreError, "protocol"),

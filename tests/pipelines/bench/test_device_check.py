@@ -230,7 +230,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_rehearsal(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(comparisons, "CHECKS", {"two": good})
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match=r"123\.45.*TORCH_INDEX.*DEVICE=cpu"):
+    with pytest.raises(UserError, match=r"123\.45.*TORCH_INDEX.*--device cpu"):
         check_device(config, RunContext(CPU), 0, SIZES)
     assert check_device(config, RunContext(CPU, asked_device="cpu"), 0, SIZES).checks
     assert device_check.gpu_versions(torch.device("cuda"))["driver"] == "123.45"

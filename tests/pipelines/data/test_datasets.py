@@ -131,7 +131,7 @@ def test_kth_from_a_site(story, mirror, site, tmp_path):
 def test_the_publishers_site_must_have_the_known_archives(story, mirror, site, tmp_path, monkeypatch):
     published = dataclasses.replace(PUBLISHED["kth"], url=site.url)
     monkeypatch.setitem(PUBLISHED, "kth", published)
-    story.refused(None, f"{site.url}/boxing.zip", KTH_SHA1["boxing"], "MIRROR=<folder")
+    story.refused(None, f"{site.url}/boxing.zip", KTH_SHA1["boxing"], "--mirror <folder")
     assert not list((tmp_path / "data/kth").glob("*boxing*"))
     known = [dataclasses.replace(a, sha1=file_digest(mirror / a.name, "sha1")) for a in published.archives]
     monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(published, archives=tuple(known)))
@@ -143,7 +143,7 @@ def test_no_network(story, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "kth", dataclasses.replace(PUBLISHED["kth"], url="http://127.0.0.1:9"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("pipelines.data.fetch.RETRIES", 0)
-    story.refused(None, "http://127.0.0.1:9/boxing.zip", "make data DATASET=kth MIRROR=")
+    story.refused(None, "http://127.0.0.1:9/boxing.zip", "river data --config kth --mirror ")
 
 
 def test_sequences_are_taken_when_asked_for(story, mirror, tmp_path):
@@ -196,7 +196,7 @@ def test_other_sources_are_indexed_and_reported(story, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     assert sum("skipped video notes: " in line for line in story.lines) == 1
     story.counts("/somewhere", **mine)
-    assert "MIRROR" in story.lines[0]
+    assert "--mirror" in story.lines[0]
     assert "train: 1 video, 6 frames (6 to 6, median 6), 1 skipped" in story.lines
     assert sum("notes" in line for line in story.lines) == 1
     assert videos_status(story.config(**mine)).is_done

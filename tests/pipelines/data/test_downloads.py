@@ -170,13 +170,15 @@ def test_what_was_stopped_while_unpacking_is_not_downloaded_again(site, run, tmp
 
 def test_a_page_instead_of_the_archive(site, run, tmp_path):
     site.page = b"<!DOCTYPE html><title>Gone</title>"
-    refused(run, BAIR, f"{site.url}/{TAR}", "HTML or XML page", f"make data DATASET=bair_64 MIRROR=<folder with {TAR}>")
+    refused(
+        run, BAIR, f"{site.url}/{TAR}", "HTML or XML page", f"river data --config bair_64 --mirror <folder with {TAR}>"
+    )
     assert tree(tmp_path / "data/bair_64") == []
 
 
 def test_not_found(site, run, tmp_path):
     (tmp_path / "site/validation/video_validation.zip").unlink()
-    refused(run, CLEVRER, "/video_validation.zip", "404", "MIRROR=<folder with video_train.zip")
+    refused(run, CLEVRER, "/video_validation.zip", "404", "--mirror <folder with video_train.zip")
     found = tree(tmp_path / "data/clevrer")
     assert "train/.unpacked.json" in found, "what came before it stays"
     assert not [name for name in found if "validation" in name or name.endswith((".zip", ".part"))]
@@ -303,11 +305,11 @@ def test_what_a_killed_run_left_takes_no_space(site, run, tmp_path, monkeypatch)
 
 
 def test_incomplete_mirrors(run, tmp_path):
-    refused(run, BAIR, "MIRROR=/no/where", TAR, mirror="/no/where")
-    refused(run, BAIR, "MIRROR=http://", "passwords", mirror="http://me:secret@127.0.0.1/x")
+    refused(run, BAIR, "--mirror /no/where", TAR, mirror="/no/where")
+    refused(run, BAIR, "--mirror http://", "passwords", mirror="http://me:secret@127.0.0.1/x")
     write_zips(tmp_path)
     (tmp_path / "video_test.zip").unlink()
-    refused(run, CLEVRER, f"MIRROR={tmp_path}", "video_test.zip", mirror=tmp_path)
+    refused(run, CLEVRER, f"--mirror {tmp_path}", "video_test.zip", mirror=tmp_path)
     assert not (tmp_path / "data").exists()
 
 

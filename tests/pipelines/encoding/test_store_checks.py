@@ -122,7 +122,7 @@ def a_file(kit) -> dict[str, object]:
         (resampled_before, ["fps", "10.0 in the store, None in the configuration", "encode --overwrite"]),
         (padded_before, ["fit", "'pad' in the store, None in the configuration"]),
         (copied_too_early, ["not complete", "encode --overwrite"]),
-        (damaged, ["zarr.json", "make encode"]),
+        (damaged, ["zarr.json", "river encode"]),
         (of_another_program, ["pictures"]),
         (a_folder_of_files, ["paths.latents"]),
         (a_file, ["paths.latents"]),

@@ -107,7 +107,7 @@ def test_an_incomplete_store_tells_how_far_it_is(write, inspect, stop_after: int
     outcome = inspect(path).ok()
     assert outcome.err == ""
     chunks = 8 // shard_chunks
-    assert re.search(rf"{path}: latents of toys, 12.5 frames/s; not complete.*make encode", outcome.out)
+    assert re.search(rf"{path}: latents of toys, 12.5 frames/s; not complete.*river encode", outcome.out)
     last = ", the last one [0-9]+ s ago" if stop_after else ""
     assert re.search(
         rf"train  {min(stop_after, chunks)} of {chunks} chunks are written{last}; 30 frames, "
@@ -121,14 +121,14 @@ def test_an_incomplete_store_tells_how_far_it_is(write, inspect, stop_after: int
 def test_what_an_incomplete_store_cannot_do(write, inspect, tmp_path: Path) -> None:
     path = write(stop_after=3)
     for words in (["--verify"], ["--gif", tmp_path / "a.gif"]):
-        outcome = inspect(path, *words).refused(2, f"inspect: {path}: ", "not complete", "make encode")
+        outcome = inspect(path, *words).refused(2, f"inspect: {path}: ", "not complete", "river encode")
         assert "3 of 8 chunks" in outcome.out
 
 
 def test_a_store_that_is_only_begun(tmp_path: Path, inspect) -> None:
     (tmp_path / "toys.zarr" / ".encoding").mkdir(parents=True)
     outcome = inspect(tmp_path / "toys.zarr").ok()
-    assert re.search(rf"{tmp_path}/toys.zarr: .*make encode", outcome.out)
+    assert re.search(rf"{tmp_path}/toys.zarr: .*river encode", outcome.out)
 
 
 def test_no_store(tmp_path: Path, inspect) -> None:

@@ -310,12 +310,12 @@ def test_changed_videos(place, story: ModuleType) -> None:
 
 def test_no_store(place, monkeypatch) -> None:
     shutil.rmtree(place.store)
-    place.run("encode", "--verify", "3").refused(2, str(place.store), "make encode")
+    place.run("encode", "--verify", "3").refused(2, str(place.store), "river encode")
     assert not place.store.exists()
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "finish", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         place.run("encode").refused(1)
-    place.run("encode", "--verify", "3").refused(2, str(place.store), "make encode")
+    place.run("encode", "--verify", "3").refused(2, str(place.store), "river encode")
 
 
 def test_overwrite_is_another_command(encoded) -> None:

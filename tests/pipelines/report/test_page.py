@@ -177,7 +177,7 @@ def whole(toys: Toys) -> Toys:
 def test_a_missing_run_is_refused(toys: Toys):
     with pytest.raises(UserError, match=re.escape(str(toys.run))) as refused:
         toys.page()
-    assert "make train-flow DATASET=toys" in str(refused.value)
+    assert "river train-flow --config toys" in str(refused.value)
     assert not toys.run.exists()
 
 
@@ -268,14 +268,14 @@ def test_a_part_of_a_run_is_enough(whole: Toys, part: str):
     text = " ".join(whole.notes("missing"))
     for name, target in commands.items():
         if name != part:
-            assert f"make {target} DATASET=toys" in text
+            assert f"river {target} --config toys" in text
 
 
 def test_stages_that_are_not_done(toys: Toys):
     toys.save_flow(100)
     (warning,) = toys.notes("warning")
     assert "100 of 400" in warning
-    assert "make train-flow DATASET=toys" in warning
+    assert "river train-flow --config toys" in warning
     toys.save_flow(200, identity={"seed": 7})
     (warning,) = toys.notes("warning")
     assert str(toys.run / "flow" / "checkpoints" / "step_00000200") in warning
@@ -326,7 +326,7 @@ def test_the_audit_of_objects(whole: Toys):
     subjects = {"prediction": [1.0, 0.75, math.nan, 0.5], "copy_last": [1.0] * 4, "reconstruction": [1.0] * 4}
     values = {subject: np.nanmean(curve) for subject, curve in subjects.items()} | {"per_frame": subjects}
     whole.write("evaluation.json", evaluation() | {"objects": {"whole": values, "position": values}})
-    assert any("make evaluate DATASET=toys" in note for note in whole.notes("missing"))
+    assert any("river evaluate --config toys" in note for note in whole.notes("missing"))
     path = whole.run / "objects.png"
     Image.new("RGB", (40, 30)).save(path)
     part = section(whole.page(), "quality")
@@ -457,7 +457,7 @@ def test_a_clip_that_is_too_large_is_left_out(whole: Toys, monkeypatch: pytest.M
     monkeypatch.setattr(predictions, "PICTURE_BUDGET", 100)
     problems = whole.notes("problem")
     assert [name in problem for name, problem in zip(("walk.gif", "jump.gif"), problems, strict=True)] == [True, True]
-    assert "make sample DATASET=toys" in problems[0]
+    assert "river sample --config toys" in problems[0]
 
 
 def test_the_budgets_leave_room_for_the_rest():

@@ -168,7 +168,7 @@ def test_of_a_file_that_is_cut_off_the_whole_examples_are_used(data):
     assert "record 1" in source.skipped[0].reason
     (data / "softmotion30_44k/test/traj_2_to_2.tfrecords").unlink()
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(VideoError, match=r"test: .*1 files.*traj_0_to_1: .*record 0.*make data"):
+    with pytest.raises(VideoError, match=r"test: .*1 files.*traj_0_to_1: .*record 0.*river data"):
         open_splits(config(), data)
 
 
@@ -190,14 +190,14 @@ def test_examples_unlike_the_first_of_their_file(data, video, message):
 
 
 def test_missing_folders_and_files(data):
-    with pytest.raises(VideoError, match=r"nowhere: .*make data DATASET=bair_64"):
+    with pytest.raises(VideoError, match=r"nowhere: .*river data --config bair_64"):
         open_splits(config(root="{data}/nowhere"), data)
     for file in (data / "softmotion30_44k/test").iterdir():
         file.rename(file.with_suffix(".txt"))
-    with pytest.raises(VideoError, match=r"test: .*\.tfrecords.* \.txt.*make data"):
+    with pytest.raises(VideoError, match=r"test: .*\.tfrecords.* \.txt.*river data"):
         open_splits(config(), data)
     shutil.rmtree(data / "softmotion30_44k/test")
-    with pytest.raises(VideoError, match=r"softmotion30_44k/test: .*make data"):
+    with pytest.raises(VideoError, match=r"softmotion30_44k/test: .*river data"):
         open_splits(config(), data)
 
 

@@ -38,7 +38,7 @@ def test_other_splits(data):
         "train": ["video_00003", "video_00012"],
         "test": ["video_10000"],
     }
-    with pytest.raises(VideoError, match=r"splits\.train.*500-600.*make data"):
+    with pytest.raises(VideoError, match=r"splits\.train.*500-600.*river data"):
         open_splits(config(splits={"train": "500-600", "test": "3-9"}), data)
 
 
@@ -56,10 +56,10 @@ def test_other_names_and_broken_files_are_skipped_once(data, make_video):
 
 def test_folders_that_contain_something_else(tmp_path, make_video):
     for root in ("{data}/nowhere", "{data}"):
-        with pytest.raises(VideoError, match=r"make data DATASET=clevrer .*MIRROR=<folder with video_train"):
+        with pytest.raises(VideoError, match=r"river data --config clevrer .*--mirror <folder with video_train"):
             open_splits(config(root=root), tmp_path)
     for names, error in (
-        (["a.mp4"], r"1 videos .*video_00000\.mp4.*make data"),
+        (["a.mp4"], r"1 videos .*video_00000\.mp4.*river data"),
         (["x/video_3.mp4", "y/video_03.mp4"], "remove one"),
     ):
         for name in names:

@@ -62,7 +62,7 @@ def test_given_splits_replace_the_default(data):
     assert counts(train="1-16", test="17-25") == {"train": 4, "test": 2}  # person 16, held out, has no video
     with pytest.raises(VideoError, match=r"val split of 'kth'"):
         open_source(config(splits={"train": 1, "test": 10}), data, "val")
-    with pytest.raises(VideoError, match=r"splits\.train.*3-4.*make data"):
+    with pytest.raises(VideoError, match=r"splits\.train.*3-4.*river data"):
         open_splits(config(splits={"train": "3-4", "test": "21"}), data)
 
 
@@ -122,23 +122,23 @@ def test_broken_and_foreign_files(data):
 
 def test_folders_that_contain_something_else(tmp_path, make_video):
     root = tmp_path / "kth"
-    with pytest.raises(VideoError, match=r"kth: .*make data DATASET=kth"):
+    with pytest.raises(VideoError, match=r"kth: .*river data --config kth"):
         open_splits(config(), tmp_path)
     root.mkdir()
-    with pytest.raises(VideoError, match=r"kth: .*MIRROR=<folder with the zips>"):
+    with pytest.raises(VideoError, match=r"kth: .*--mirror <folder with the zips>"):
         open_splits(config(), tmp_path)
     with zipfile.ZipFile(root / "boxing.zip", "w"):
         pass
-    with pytest.raises(VideoError, match=rf"make data DATASET=kth MIRROR={root}"):
+    with pytest.raises(VideoError, match=rf"river data --config kth --mirror {root}"):
         open_splits(config(), tmp_path)
     make_video("kth/boxing/holiday.avi")
     with pytest.raises(VideoError, match=r"1 videos .*person01_boxing_d1_uncomp"):
         open_splits(config(), tmp_path)
     make_video("kth/boxing/person01_boxing_d1_uncomp.avi")
-    with pytest.raises(VideoError, match=r"00sequences\.txt: .*No such file.*make data"):
+    with pytest.raises(VideoError, match=r"00sequences\.txt: .*No such file.*river data"):
         open_splits(config(sequences=True), tmp_path)
     (root / "00sequences.txt").write_text("<html>not found</html>")
-    with pytest.raises(VideoError, match=r"00sequences\.txt: .*person01_boxing_d1  frames  1-95.*make data"):
+    with pytest.raises(VideoError, match=r"00sequences\.txt: .*person01_boxing_d1  frames  1-95.*river data"):
         open_splits(config(sequences=True), tmp_path)
 
 
