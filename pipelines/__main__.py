@@ -127,7 +127,7 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
         config = load_run_config(options.config, overrides(options), anew)
     if options.dry_run and config is not None and not getattr(command, "LISTS_BY_DEFAULT", False):
         if hasattr(command, "dry_run"):
-            command.dry_run(config, run_context)
+            command.dry_run(config, run_context, options)
         else:
             from pipelines.stages import describe
 

@@ -15,12 +15,13 @@ from pipelines.runtime.context import image_memory_format
 from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.results import Study, StudyPoint
-from pipelines.runtime.run_folder import chosen_checkpoint, read_run_config
+from pipelines.runtime.run_folder import chosen_checkpoint, is_student, read_run_config
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
+from stage2_flow.sampling_plan import SamplingPlan
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
 
@@ -101,6 +102,10 @@ def load_run(
     if weights is not None:
         sampling = sampling.model_copy(update={"weights": weights})
     sampling, is_chosen = with_chosen_sampler(run, flow, sampling)
+    if is_student(flow):
+        learned = SamplingPlan.from_config(SamplingConfig(**flow.state["sampler"]))
+        if (plan := SamplingPlan.from_config(sampling)) != learned:
+            warn(f"{flow.path} is a student that learned {learned.describe()}, and is used with {plan.describe()}")
     refiner, no_refiner = _find_refiner(run, here, device)
     return PredictorParts(
         autoencoder=autoencoder,

@@ -30,6 +30,7 @@ from pipelines.training.student_trainer import (
     find_student,
     find_teacher,
     settings_of_student,
+    student_config,
 )
 from stage1_autoencoder.families import build_autoencoder
 from stage1_autoencoder.rcan import RCAN
@@ -109,28 +110,23 @@ def run_to(name: str, config: RiverConfig, run_context: RunContext) -> None:
     stage.run(config, run_context)
 
 
-def run_to_student(
-    config: RiverConfig,
-    teacher: RiverConfig,
-    run_context: RunContext,
-    begin: Callable[[dict[str, Any]], RiverConfig],
-) -> None:
-    """Distill a student, after its teacher is trained and its teacher's sampler chosen.
+# Settings of a teacher by section -> the configuration of its student.
+BeginStudent = Callable[[dict[str, Any]], RiverConfig]
+
+
+def run_to_student(config: RiverConfig, teacher: RiverConfig, begin: BeginStudent, run_context: RunContext) -> None:
+    """Distill a student, after its teacher is trained and the teacher's sampler chosen.
 
     Args:
         config: of the student's run.
-        teacher: of the run with its teacher.
-        begin: settings of the teacher by section -> the configuration of a student that begins.
+        teacher: of its teacher's run.
+        begin: for a student that begins.
 
     Raises:
         UserError: the run has a flow that is no student; the teacher is another one than that which the student began
             with; others as `run_to`.
     """
-    if config.run == teacher.run:
-        raise UserError(
-            f"distillation.teacher: {describe_run(teacher.run)} can't be its own teacher: name another with --teacher, "
-            "or the student with --run"
-        )
+    _check_names(config, teacher)
     found = None if run_context.restart else find_student(config)
     if found is None:
         for name in ("flow", "sampler"):
@@ -145,6 +141,25 @@ def run_to_student(
             return
         known = check_teacher(teacher, found, known)
     distill(config, known, run_context)
+
+
+def preview_student(
+    config: RiverConfig, teacher: RiverConfig, begin: BeginStudent, run_context: RunContext
+) -> tuple[RiverConfig, str]:
+    """The configuration of the student of `run_to_student`, and how far its teacher is, in words."""
+    _check_names(config, teacher)
+    known, status = find_teacher(teacher), STAGES["flow"].status(teacher)
+    if known is not None and (run_context.restart or find_student(config) is None):
+        config = student_config(begin(settings_of_student(config, teacher, known.flow)), known)
+    return config, f"{'teacher':12} {status.state:12} {describe_run(teacher.run)}; {status.detail}"
+
+
+def _check_names(config: RiverConfig, teacher: RiverConfig) -> None:
+    if config.run == teacher.run:
+        raise UserError(
+            f"distillation.teacher: {describe_run(teacher.run)} can't be its own teacher: name another with --teacher, "
+            "or the student with --run"
+        )
 
 
 def run_to_prediction(

@@ -178,8 +178,9 @@ class DistillationConfig(BaseModel):
         0.0,
         ge=0,
         le=1,
-        description="share of the samples whose newest past frame is the student's own prediction, as in a rollout",
+        description="share of the samples whose newest past frames are the student's own predictions, as in a rollout",
     )
+    own_frames: int = Field(3, ge=1, le=64, description="largest number of these frames")
     steps_share: float = Field(
         0.25,
         gt=0,

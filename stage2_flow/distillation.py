@@ -23,6 +23,9 @@ from stage2_flow.solvers import SOLVERS
 if TYPE_CHECKING:  # for annotations only, as in `loss`
     from latent_cache.sampling.sampler import FlowBatch
 
+# (sqrt(5) - 1) / 2
+GOLDEN_RATIO = 0.6180339887498949
+
 Field = Callable[..., Tensor]  # a `VectorField`, or a wrapper that is called like one
 
 
@@ -59,41 +62,55 @@ class DistillationDraws:
     Attributes:
         noise: [b, c, h, w] from N(0, I).
         segment: [b] int64, the segment that is learned.
-        own_noise: [b, c, h, w] from N(0, I), for the student's own prediction.
-        is_own: [b] bool, whether that becomes the newest past frame.
+        own_noise: [n, b, c, h, w] from N(0, I), for predictions of the student itself.
+        own_frames: of each of the b rows, how many of these, one after the other, are its newest past frames: 0 to n.
     """
 
     noise: Tensor
     segment: Tensor
     own_noise: Tensor
-    is_own: Tensor
+    own_frames: tuple[int, ...]
 
     def rows(self, rows: slice) -> DistillationDraws:
         """The draws of some batch elements."""
-        return DistillationDraws(self.noise[rows], self.segment[rows], self.own_noise[rows], self.is_own[rows])
+        return DistillationDraws(self.noise[rows], self.segment[rows], self.own_noise[:, rows], self.own_frames[rows])
 
 
 def draw_distillation(
     batch_shape: tuple[int, ...],
     segments: int,
-    own_past: float,
+    own_frames: tuple[int, ...],
     generator: torch.Generator,
     device: torch.device | str,
 ) -> DistillationDraws:
-    """Draw noise, segments, and the samples that have the student's own past.
+    """Draw noise and segments.
 
     Args:
         batch_shape: (b, c, h, w).
         segments: their number.
-        own_past: share of the samples, in [0, 1].
+        own_frames: see `DistillationDraws`.
         generator: source of the numbers, which are drawn on its device and then moved to `device`.
         device: where the draws are placed.
     """
     on, b = generator.device, batch_shape[0]
-    noise, own_noise = torch.randn((2, *batch_shape), generator=generator, device=on)
+    noise = torch.randn(batch_shape, generator=generator, device=on)
     segment = torch.randint(segments, (b,), generator=generator, device=on)
-    is_own = torch.rand(b, generator=generator, device=on) < own_past
-    return DistillationDraws(*(x.to(device) for x in (noise, segment, own_noise, is_own)))
+    own_noise = torch.randn((max(own_frames), *batch_shape), generator=generator, device=on)
+    return DistillationDraws(*(x.to(device) for x in (noise, segment, own_noise)), own_frames)
+
+
+def spread_own_frames(rows: int, share: float, most: int) -> tuple[int, ...]:
+    """Numbers of own past frames for the rows of a batch.
+
+    Which rows have which number is fixed, as rows are drawn alike, so that shapes are known. Any part of the batch has
+    nearly its share of each number.
+
+    Args:
+        share: of the rows with 1 to `most`, each as often; the others have 0.
+    """
+    # Multiples of the golden ratio fill [0, 1) evenly from the first on.
+    places = [row * GOLDEN_RATIO % 1 for row in range(rows)]
+    return tuple(1 + int(place / share * most) if place < share else 0 for place in places)
 
 
 def solve(field: Field, batch: FlowBatch, noise: Tensor, plan: SamplingPlan) -> Tensor:
@@ -168,39 +185,47 @@ def distillation_loss(field: Field, batch: FlowBatch, sample: DistillationSample
 def with_own_past(
     student: Field, batch: FlowBatch, draws: DistillationDraws, plan: SamplingPlan, longest_distance: int
 ) -> FlowBatch:
-    """The samples of the next frame, after the student predicted the target, for those rows that have their own past.
+    """The past of a later frame, for the rows whose newest past frames are the student's own predictions.
 
-    A field has no target to be told: the teacher gives one for any past.
+    In a rollout the past is the student's own imperfect frames. No true frame follows them, and none is needed: the
+    teacher predicts one from any past.
 
     Args:
         student: in evaluation mode.
         batch: final latents, see `solve`.
         plan: the student's.
-        longest_distance: of a condition. One that would be farther is replaced by the former newest frame.
+        longest_distance: of a condition. One that would be farther is replaced by the newest frame before the own one.
     Returns:
         Past frames; the target stays as it is.
     """
-    own = solve(student, batch, draws.own_noise, plan)[-1].to(batch.reference.dtype)
-    newest, channels = batch.reference, own.shape[1]
-    too_far = batch.distance >= longest_distance
-    condition = torch.where(_spread(too_far), newest[:, :channels], batch.condition)
-    distance = torch.where(too_far, 1, batch.distance + 1)
-    reference = torch.cat([own, newest[:, :-channels]], dim=1)
-    is_own = draws.is_own
-    return replace(
-        batch,
-        reference=torch.where(_spread(is_own), reference, newest),
-        condition=torch.where(_spread(is_own), condition, batch.condition),
-        distance=torch.where(is_own, distance, batch.distance),
-    )
+    reference, condition, distance = batch.reference, batch.condition, batch.distance
+    channels = condition.shape[1]
+    for number in range(max(draws.own_frames)):
+        rows = _index(tuple(row for row, own in enumerate(draws.own_frames) if own > number), reference.device)
+        past = replace(
+            batch,
+            target=batch.target[rows],
+            reference=reference[rows],
+            condition=condition[rows],
+            distance=distance[rows],
+        )
+        own = solve(student, past, draws.own_noise[number][rows], plan)[-1].to(reference.dtype)
+        newest = past.reference[:, :channels]
+        too_far = past.distance >= longest_distance
+        moved = torch.cat([own, past.reference[:, :-channels]], dim=1)
+        reference = reference.index_copy(0, rows, moved)
+        condition = condition.index_copy(0, rows, torch.where(too_far[:, None, None, None], newest, past.condition))
+        distance = distance.index_copy(0, rows, torch.where(too_far, 1, past.distance + 1))
+    return replace(batch, reference=reference, condition=condition, distance=distance)
+
+
+@cache
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Row numbers on a device, copied once: a copy makes the host wait for a GPU."""
+    return torch.tensor(rows, device=device)
 
 
 @cache
 def _times(plan: SamplingPlan, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A plan's times on a device, copied once: a copy makes the host wait for a GPU."""
+    """A plan's times on a device, copied once."""
     return plan.time_points(dtype).to(device)
-
-
-def _spread(rows: Tensor) -> Tensor:
-    """[b] -> [b, 1, 1, 1]."""
-    return rows[:, None, None, None]

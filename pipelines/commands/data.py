@@ -24,7 +24,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     stages.run_to("videos", config, run_context)
 
 
-def dry_run(config: RiverConfig, run_context: RunContext) -> None:
+def dry_run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     """Print what would be fetched, and what the videos that are there contain."""
     from pipelines.data.datasets import preview_data
 

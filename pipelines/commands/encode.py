@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dry_run(config: RiverConfig, run_context: RunContext) -> None:
+def dry_run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     """Print the configuration, what would be done, and what would be added to a complete store."""
     from pipelines.config import dump_config
     from pipelines.encoding.store_encoder import preview_appending

@@ -39,7 +39,8 @@ def _row(config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
     newest = CheckpointFolder(config.training_folder("flow") / "checkpoints").latest(warns=False)
     if newest is None:
         return None
-    settings = {name: value for name, value in trained_settings(config).items() if name in ("seed", "flow", "refiner")}
+    sections = ("seed", "flow", "distillation", "refiner")
+    settings = {name: value for name, value in trained_settings(config).items() if name in sections}
     steps = settings.get("flow", {}).get("training", {}).get("steps") or newest.step
     of_all = f" of {steps}" if newest.step < steps else ""
     psnr, evaluation = "", _evaluation(config)

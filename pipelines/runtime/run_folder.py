@@ -108,6 +108,8 @@ def load_run_config(
     for name in TRAININGS:
         ours, theirs = before[name]["training"], now[name]["training"]
         ours |= {key: theirs[key] for key, value in LEFT_OPEN.items() if key in ours and ours[key] == value}
+    for name in ("flow", "sampling") if "sampling" in kept else ():  # of a student: they follow from its teacher
+        before[name] = now[name]
     if changed := differences(now, before):
         say(f"run {config.run_path}: as it was trained, not as in {path}: {'; '.join(changed)} (--set changes it)")
     return of_run

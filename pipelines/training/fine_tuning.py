@@ -119,7 +119,7 @@ def _check_start(start: Checkpoint, config: RiverConfig, cache: LatentCache) -> 
             "imported weights: `import-official`) and `encode --overwrite`, or train from random weights on this "
             "store with `train-flow --restart`"
         )
-    standardized = not _is_identity(start)
+    standardized = not takes_raw_latents(start)
     if config.flow.training.standardize != standardized:
         known, right = ("standardized", "true") if standardized else ("raw", "false")
         raise UserError(
@@ -189,7 +189,7 @@ def _digest(start: Checkpoint, weights: Tensors) -> str:
     return weights_digest(field)
 
 
-def _is_identity(start: Checkpoint) -> bool:
+def takes_raw_latents(start: Checkpoint) -> bool:
     """Whether a flow was trained on raw latents."""
     standardization = standardization_in(start)
     return bool((standardization.mean == 0).all() and (standardization.std == 1).all())

@@ -234,8 +234,8 @@ def _refuse_to_train(student: Checkpoint, config: RiverConfig, run_context: RunC
     if flow_status(config).is_done and not run_context.asks_for_more and run_context.training_minutes is None:
         return
     raise UserError(
-        f"{config.run_path} has a student ({describe_progress(student)}), which is no flow to train: finish it with "
-        f"`distill --run {config.run}`, or train a flow there with `train-flow --restart` (the student is moved to a "
+        f"{config.run_path} has a student ({describe_progress(student)}), which `distill --run {config.run}` "
+        "trains; or train a flow there with `train-flow --restart` (the student is moved to a "
         "backup)"
     )
 
@@ -365,6 +365,7 @@ class FlowTrainer(Trainer):
         losses = []
         rows = len(batch.target) // count
         for number, frames in enumerate(zip(*(x.chunk(count) for x in columns), strict=True)):
+            # Of its own: autocast would go on using casts of weights that an objective without gradients made.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss_of = self.objective(FlowBatch(*frames), draws.rows(slice(number * rows, (number + 1) * rows)))
             if self.compile_mode == "reduce-overhead":

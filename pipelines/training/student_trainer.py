@@ -12,26 +12,29 @@ from torch import Tensor, nn
 
 import latent_cache
 from latent_cache import FlowBatch
-from pipelines.config import RiverConfig, differences, model_sizes
+from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.loading import find_flow, flow_digest, load_trained_field, standardization_in, with_chosen_sampler
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.context import RunContext, computing_in
 from pipelines.runtime.progress import say
 from pipelines.runtime.run_folder import describe_run, is_student
+from pipelines.training.fine_tuning import takes_raw_latents
 from pipelines.training.flow_trainer import FlowTrainer, student_plan, train_field, with_precision
 from pipelines.training.flow_validation import FlowValidation, open_flow_validation
 from pipelines.training.training_run import training_status
-from stage2_flow.config import SAMPLER_KEYS, SamplingConfig, VectorFieldConfig
+from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
 from stage2_flow.distillation import (
     DistillationDraws,
     Segments,
     distillation_loss,
     distillation_sample,
     draw_distillation,
+    spread_own_frames,
     with_own_past,
 )
 from stage2_flow.path import PathSample
+from stage2_flow.rollout import evaluation_mode
 from stage2_flow.sampling_plan import SamplingPlan
 
 
@@ -109,10 +112,25 @@ def settings_of_student(config: RiverConfig, teacher: RiverConfig, flow: Checkpo
         "muon_learning_rate": shares.learning_rate_share * training.muon_learning_rate,
         "checkpoint_every": of_steps(training.checkpoint_every),
         "validate_every": of_steps(training.validate_every),
+        "standardize": not takes_raw_latents(flow),  # imported weights do, whatever the configuration says
     }
     if config.flow.training.precision == "auto":  # the teacher's is that of the machine that it was trained on
         changed["precision"] = "auto"
     return {"flow": {"model": flow.state["model"], "training": training.model_dump(mode="json") | changed}}
+
+
+def student_config(config: RiverConfig, teacher: Teacher) -> RiverConfig:
+    """The configuration with the one sampler that a student of this teacher learns.
+
+    Raises:
+        UserError: the teacher's steps can't be divided.
+    """
+    student = _segments(config, teacher).student
+    sampler = {
+        "preset": "default", "solver": student.solver.name, "steps": None, "nfe": student.steps,
+        "warm_start": student.warm_start, "condition": teacher.sampling.condition,
+    }  # fmt: skip
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=sampler)})
 
 
 def check_teacher(config: RiverConfig, student: Checkpoint, teacher: Teacher | None) -> Teacher:
@@ -149,28 +167,23 @@ def distill(config: RiverConfig, teacher: Teacher, run_context: RunContext) -> C
     Returns:
         The checkpoint to use: the best by validation if one was measured, else the last.
     Raises:
-        UserError: as `train_flow`; a teacher of another size, of another autoencoder's latents, or whose steps can't be
-            divided.
+        UserError: as `train_flow`; a teacher of another autoencoder's latents, or whose steps can't be divided.
         StoreError: no complete store.
         StoppedBySignal: after a signal, with a checkpoint saved.
     """
     segments = _segments(config, teacher)
-    _check_sizes(config, teacher)
     _check_latents(config, teacher)
-    sampler = {
-        "preset": "default", "solver": segments.student.solver.name, "steps": None, "nfe": segments.count,
-        "warm_start": segments.student.warm_start, "condition": teacher.sampling.condition,
-    }  # fmt: skip
     wanted_precision = config.flow.training.precision
     config = with_precision(config, run_context.device, anew=run_context.restart)
     if run_context.training_minutes is not None:
         training = config.flow.training.model_copy(update={"steps": None})
         config = config.model_copy(update={"flow": config.flow.model_copy(update={"training": training})})
-    config = config.model_copy(update={"sampling": config.sampling.model_copy(update=sampler)})
+    config = student_config(config, teacher)
     device, plan = run_context.device, student_plan(config)
+    cost = forward_passes(segments, config.distillation.own_past * (1 + config.distillation.own_frames) / 2) / 3
     say(
         f"distill: {describe_run(teacher.run)}, step {teacher.flow.step}, {segments.teacher.describe()} -> "
-        f"{segments.student.describe()}"
+        f"{segments.student.describe()}; a step costs {cost:.1f} times that of `train-flow`"
     )
     if training_status(plan).is_done and not run_context.restart:
         return train_field(plan, config, run_context, wanted_precision)
@@ -181,7 +194,10 @@ def distill(config: RiverConfig, teacher: Teacher, run_context: RunContext) -> C
         run_context,
         wanted_precision,
         standardization=standardization_in(teacher.flow),
-        state={"teacher": teacher.state, "sampler": sampler},
+        state={
+            "teacher": teacher.state,
+            "sampler": config.sampling.model_dump(mode="json", include=set(SAMPLER_KEYS)),
+        },
         build=partial(StudentTrainer, teacher=field, segments=segments),
         open_validation=partial(
             open_student_validation,
@@ -203,16 +219,6 @@ def _segments(config: RiverConfig, teacher: Teacher) -> Segments:
         ) from None
 
 
-def _check_sizes(config: RiverConfig, teacher: Teacher) -> None:
-    theirs = VectorFieldConfig.model_validate(teacher.flow.state["model"])
-    changed = differences(*({"flow": {"model": model_sizes(sizes)}} for sizes in (config.flow.model, theirs)))
-    if changed:
-        raise UserError(
-            f"a student has its teacher's network, and {teacher.flow.path} differs: {'; '.join(changed)}: leave these "
-            "settings out"
-        )
-
-
 def _check_latents(config: RiverConfig, teacher: Teacher) -> None:
     knows = teacher.flow.state["store"]["autoencoder"]
     stored = latent_cache.open_metadata(config.store_path).autoencoder["sha256"]
@@ -221,6 +227,15 @@ def _check_latents(config: RiverConfig, teacher: Teacher) -> None:
             f"{config.store_path} was encoded by autoencoder {stored[:12]}..., and {teacher.flow.path} was trained on "
             f"latents of {knows[:12]}...: encode again with that autoencoder (`encode --overwrite`)"
         )
+
+
+def forward_passes(segments: Segments, own_frames: float) -> float:
+    """Forward passes of a training step, of which a backward pass takes two.
+
+    Args:
+        own_frames: mean number per sample.
+    """
+    return 3 + segments.teacher.evaluations + own_frames * segments.count
 
 
 class StudentTrainer(FlowTrainer):
@@ -235,10 +250,9 @@ class StudentTrainer(FlowTrainer):
         """Begin with the teacher's weights; other arguments as for `FlowTrainer`."""
         super().__init__(*arguments, weights=teacher.state_dict(), **options)
         self.teacher, self.segments = teacher, segments
-        self.own_past = self.config.distillation.own_past
-        # Forward passes: three of the student's training, those of the teacher and of the student's own past.
-        passes = 3 + segments.teacher.evaluations + (segments.count if self.own_past else 0)
-        self.step_flops *= passes / 3
+        settings, rows = self.config.distillation, self.training.batch_size
+        self.own_frames = spread_own_frames(rows, settings.own_past, settings.own_frames)
+        self.step_flops *= forward_passes(segments, sum(self.own_frames) / rows) / 3
         self._teach: Callable[..., Tensor] = teacher
         self._predict: Callable[..., Tensor] = self.train_state.best_model
         if self.compile_mode is not None:
@@ -246,13 +260,13 @@ class StudentTrainer(FlowTrainer):
             self._predict = torch.compile(self.train_state.best_model, dynamic=False)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> DistillationDraws:
-        return draw_distillation(shape, self.segments.count, self.own_past, generator, self.device)
+        return draw_distillation(shape, self.segments.count, self.own_frames, generator, self.device)
 
     def objective(self, batch: FlowBatch, draws: DistillationDraws) -> Callable[[nn.Module], Tensor]:
-        if self.own_past:
-            batch = with_own_past(
-                self._predict, batch, draws, self.segments.student, self.checkpoint_state["longest_distance"]
-            )
+        longest, student = self.checkpoint_state["longest_distance"], self.train_state.best_model
+        if max(draws.own_frames):
+            with evaluation_mode(student):
+                batch = with_own_past(self._predict, batch, draws, self.segments.student, longest)
         sample = distillation_sample(self._teach, batch, draws.noise, draws.segment, self.segments)
         return partial(distillation_loss, batch=batch, sample=sample)
 

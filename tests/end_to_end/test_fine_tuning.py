@@ -67,6 +67,11 @@ def test_official_weights_are_fine_tuned_on_ones_own_videos(imported, story: Mod
     assert not torch.equal(weights_of(still)["project_in.1.weight"], field.state_dict()["project_in.1.weight"])
 
     assert "flow: done, imported from model.pth" in imported.run("train-flow").ok().out
+    imported.run("distill").ok()
+    student = json.loads((imported.checkpoint("student/flow") / "state.json").read_text())
+    assert student["teacher"]["weights"] == weights_digest(field)
+    assert (student["teacher"]["sampler"]["preset"], student["sampler"]["nfe"]) == ("official", 1)
+    assert student["standardization"] == {"mean": [0.0] * 4, "std": [1.0] * 4}
     outcome = imported.run("train-flow", "--fine-tune").ok()
     assert "steps 0 to 8" in outcome.out
     assert re.search(r"flow: step 0: validation loss \d", outcome.out)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.predictor import VideoPredictor
-from stage2_flow.vector_field import VectorField
+from stage2_flow.rollout import CachedEvaluator
 
 STUDENT = ("--run", "student")
 LONG = ("distillation.steps_share=0.5", "distillation.own_past=0.5")
@@ -32,7 +32,7 @@ def test_a_student_is_a_run_that_takes_one_evaluation_per_frame(
     assert story.tree(distilled.runs / "student/flow/checkpoints") == before
     assert story.tree(distilled.runs / "flow") == story.tree(trained.runs / "flow")
     predictor = VideoPredictor.from_run(distilled.runs / "student", device="cpu")
-    calls = story.count_calls(monkeypatch, VectorField, "trunk")
+    calls = story.count_calls(monkeypatch, CachedEvaluator, "velocity")
     predictor.generate_frames(torch.zeros(1, 2, 3, 32, 32), num_frames=3)
     assert calls == [3]
     place = distilled.copy(tmp_path / "place", "latents", "runs")
@@ -69,7 +69,6 @@ def test_what_a_student_refuses(distilled, tmp_path) -> None:
         (("train-flow", *STUDENT, "--minutes", "1"), "distill --run student"),
         (("distill", "--teacher", "student"), "--teacher"),
         (("distill", "--run", "other", "--set", "distillation.evaluations=2"), "distillation.evaluations"),
-        (("distill", "--run", "other", "--set", "flow.model.width=64"), "flow.model.width"),
     ):
         outcome = place.run(*words).refused(2, needed)
         assert outcome.err.count("\n") == 1

@@ -11,6 +11,7 @@ from stage2_flow.distillation import (
     distillation_sample,
     draw_distillation,
     solve,
+    spread_own_frames,
     with_own_past,
 )
 from stage2_flow.sampling_plan import SamplingPlan
@@ -93,28 +94,47 @@ def test_a_teacher_without_anything_to_learn(teacher, count):
 
 
 @pytest.mark.parametrize("frames", [1, 2])
-def test_the_own_past_is_a_frame_further(frames):
-    """The prediction is the newest frame, and the condition is one frame farther from it, as far as was trained."""
-    past, own_noise = batch(frames), torch.randn(SHAPE, dtype=torch.float64)
-    is_own = torch.tensor([True, False, True, True, True, True])
-    draws = DistillationDraws(own_noise, torch.zeros(6, dtype=torch.int64), own_noise, is_own)
+def test_own_frames_are_the_newest_and_the_condition_is_farther(frames):
+    """As far as was trained; then the frame before the own one is the condition."""
+    past, own_noise = batch(frames), torch.randn(2, *SHAPE, dtype=torch.float64)
+    draws = DistillationDraws(own_noise[0], torch.zeros(6, dtype=torch.int64), own_noise, (1, 0, 2, 1, 2, 0))
     moved = with_own_past(growth, past, draws, plan("euler", 1), longest_distance=4)
-    own = 2 * own_noise + offset(past.reference, past.condition, past.distance)
-    assert moved.distance.tolist() == [2, 2, 4, 1, 1, 1]
-    torch.testing.assert_close(moved.reference[is_own][:, :2], own[is_own])
-    assert torch.equal(moved.reference[is_own][:, 2:], past.reference[is_own][:, :-2])
-    assert torch.equal(moved.reference[1], past.reference[1])
-    assert torch.equal(moved.condition[:3], past.condition[:3])
-    assert torch.equal(moved.condition[3:], past.reference[3:, :2])
+    first = 2 * own_noise[0] + offset(past.reference, past.condition, past.distance)
+    assert moved.distance.tolist() == [2, 2, 1, 1, 2, 6]  # row 2: 3, 4, and then 1
+    for row in (1, 5):
+        assert torch.equal(moved.reference[row], past.reference[row])
+        assert torch.equal(moved.condition[row], past.condition[row])
+    for row in (0, 3):
+        torch.testing.assert_close(moved.reference[row, :2], first[row])
+        assert torch.equal(moved.reference[row, 2:], past.reference[row, :-2])
+    newest = past.reference[:, :2]
+    assert torch.equal(moved.condition[0], past.condition[0])
+    assert torch.equal(moved.condition[3], newest[3])
+    assert torch.equal(moved.condition[4], newest[4])
+    torch.testing.assert_close(moved.condition[2], first[2])
+    second = 2 * own_noise[1, 4] + first[4] - 2 * newest[4] + 1
+    torch.testing.assert_close(moved.reference[4, :2], second)
+    if frames == 2:
+        torch.testing.assert_close(moved.reference[4, 2:], first[4])
+
+
+def test_every_part_of_a_batch_has_its_share_of_own_frames():
+    numbers = spread_own_frames(600, 0.5, 3)
+    for part in (numbers[:120], numbers[300:420], numbers):
+        for number, share in {0: 1 / 2, 1: 1 / 6, 2: 1 / 6, 3: 1 / 6}.items():
+            assert abs(part.count(number) - share * len(part)) <= 3
+    assert spread_own_frames(8, 0.0, 3) == (0,) * 8
+    assert set(spread_own_frames(8, 1.0, 1)) == {1}
 
 
 def test_draws_are_those_of_the_generator_whatever_the_rows():
     def drawn():
-        return draw_distillation((400, 1, 1, 1), 2, 0.25, torch.Generator().manual_seed(3), "cpu")
+        own_frames = spread_own_frames(400, 0.5, 2)
+        return draw_distillation((400, 1, 1, 1), 2, own_frames, torch.Generator().manual_seed(3), "cpu")
 
     draws, part = drawn(), drawn().rows(slice(100, 200))
     assert torch.equal(draws.noise[100:200], part.noise)
-    assert torch.equal(draws.is_own[100:200], part.is_own)
-    assert abs(draws.is_own.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert torch.equal(draws.own_noise[:, 100:200], part.own_noise)
+    assert draws.own_frames[100:200] == part.own_frames
     assert abs(draws.segment.float().mean() - 0.5) < 4 * (0.25 / 400) ** 0.5
-    assert not torch.equal(draws.noise, draws.own_noise)
+    assert len({*draws.noise.flatten().tolist(), *draws.own_noise.flatten().tolist()}) == 1200

@@ -1,6 +1,7 @@
 """The flow's training step: settings that reach it, parts of a batch, processes, and overfitting one store."""
 
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,10 +26,14 @@ from pipelines.training.flow_trainer import (
     flow_plan,
     standardization_of,
 )
-from stage2_flow.config import FlowTrainingConfig
+from pipelines.training.student_trainer import StudentTrainer
+from stage2_flow.config import DistillationConfig, FlowTrainingConfig
+from stage2_flow.distillation import Segments
 from stage2_flow.loss import draw_flow, flow_matching_loss
 from stage2_flow.path import path_sample
-from stage2_flow.vector_field import POSITIONS
+from stage2_flow.sampling_plan import SamplingPlan
+from stage2_flow.solvers import SOLVERS
+from stage2_flow.vector_field import POSITIONS, VectorField
 from tests.no_host_sync import NoHostSync
 
 CPU = torch.device("cpu")
@@ -61,13 +66,23 @@ def store(tmp_path: Path) -> latent_cache.LatentCache:
     return latent_cache.open(write_store(tmp_path / "toy.zarr", [12, 9, 3]), "train")
 
 
-def trainer(store, settings: RiverConfig, processes: Processes | None = None) -> FlowTrainer:
+def trainer(store, settings: RiverConfig, processes: Processes | None = None, build=FlowTrainer) -> FlowTrainer:
     training = settings.flow.training
     sampler = open_sampler(
         store, CPU, settings.seed, training.batch_size, training.clip_frames, residency="auto", memory_budget=2**20,
         past_horizon=training.past_horizon, recent_frames=settings.flow.model.recent_frames,
     )  # fmt: skip
-    return FlowTrainer(settings, CPU, store, sampler, processes=processes or Processes())
+    return build(settings, CPU, store, sampler, processes=processes or Processes())
+
+
+def student(store, settings: RiverConfig, processes: Processes | None = None) -> StudentTrainer:
+    """Of a field with random weights and four Euler steps; half of the samples have own frames."""
+    torch.manual_seed(0)
+    teacher = VectorField(settings.flow.model, store.latent_shape[0]).eval().requires_grad_(False)
+    segments = Segments(SamplingPlan(SOLVERS["euler"], 0.0, 5), 2)
+    state = {"longest_distance": 6}
+    settings = settings.model_copy(update={"distillation": DistillationConfig(evaluations=2, own_past=0.5)})
+    return trainer(store, settings, processes, partial(StudentTrainer, teacher=teacher, segments=segments, state=state))
 
 
 def inputs_of(made: FlowTrainer) -> list[tuple[torch.Tensor, ...]]:
@@ -152,16 +167,18 @@ class TwoProcesses(Processes):
         return flag
 
 
-def test_processes_share_out_the_rows_of_one_batch(store):
+@pytest.mark.parametrize("build", [trainer, student])
+def test_processes_share_out_the_rows_of_one_batch(store, build):
     settings = config(time_sampling="logit_normal")
     seen = {}
     for name, processes in {"all": Processes(), "0": TwoProcesses(0, 2), "1": TwoProcesses(1, 2)}.items():
-        made = trainer(store, settings, processes)
+        made = build(store, settings, processes)
         rows = inputs_of(made)
         made.train_step(3)
         (seen[name],) = rows
     for whole, first, second in zip(seen["all"], seen["0"], seen["1"], strict=True):
-        assert torch.equal(whole, torch.cat([first, second]))
+        # Of a student the inputs are computed, in batches of another size.
+        torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=0 if build is trainer else 1e-5)
     assert len(seen["0"][0]) == 8
 
 
@@ -204,9 +221,11 @@ def test_what_is_not_finite_updates_nothing(store, value, optimizer):
     assert not torch.equal(made.files()["model"]["project_out.0.weight"], before["model"]["project_out.0.weight"])
 
 
-@pytest.mark.parametrize("values", [{}, {"accumulate": 2, "grad_clip": 1.0}])
-def test_the_host_does_not_wait_for_the_device_in_a_step(store, values):
-    made = trainer(store, config({"head": "bn"}, ema_decay=0.9, **values))
+@pytest.mark.parametrize(
+    ("build", "values"), [(trainer, {}), (trainer, {"accumulate": 2, "grad_clip": 1.0}), (student, {"accumulate": 2})]
+)
+def test_the_host_does_not_wait_for_the_device_in_a_step(store, build, values):
+    made = build(store, config({"head": "bn"}, ema_decay=0.9, **values))
     made.train_step(0)
     with NoHostSync():
         made.train_step(1)
