@@ -1,5 +1,6 @@
 """The Python API: predict videos from images or latents with a trained run."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -21,7 +22,7 @@ from pipelines.prediction.detail import restore_detail
 from pipelines.prediction.frame_coding import DIVERGED, FrameCoding, check_finite
 from pipelines.prediction.pictures import to_video as to_video  # of this API
 from pipelines.prediction.rollouts import FieldRollouts, refine_frames
-from pipelines.runtime.context import RunContext, in_full_precision, resolve_device, sampling_precision
+from pipelines.runtime.context import RunContext, fastest_threads, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import FrameDraws, draw_frames, known_frames, make_draws, past_window
@@ -327,6 +328,30 @@ class VideoPredictor(FrameCoding, PredictorParts):
         self._say_once(f"conditions are drawn from the last {longest + 1} frames: training knew none farther back")
         return options.model_copy(update={"past_horizon": longest + 1})
 
+    def choose_threads(self, clips: int) -> None:
+        """Compute on a CPU with as many threads as predict fastest now, which is measured in less than a second.
+
+        The last digits of predictions may depend on it.
+
+        Args:
+            clips: predicted at once.
+        """
+        if self.device.type != "cpu":
+            return
+        grid = self.trained_grid or (8, 8)
+        options = SamplingConfig(solver="euler", nfe=1, precision=self.sampling.precision)
+
+        def predict(clips: int) -> None:
+            context = torch.zeros(clips, 2, self.vector_field.latent_channels, *grid)
+            self.decode_videos(self.generate_latents(context, 1, sampling=options)[:, 2:])
+
+        self.threads = self._rollouts.threads = fastest_threads(predict, clips)
+
+    def describe_threads(self) -> str:
+        """How many threads predict on a CPU, for the end of a line; empty on a GPU."""
+        threads = self.threads or torch.get_num_threads()
+        return "" if self.device.type != "cpu" else f", {threads} thread{'s' if threads > 1 else ''}"
+
     def _check_grid(self, height: int, width: int) -> None:
         """Say where the field has never seen positions of the latents; refuse what it has no position codes for."""
         if max(height, width) > POSITIONS:
@@ -352,7 +377,7 @@ class VideoPredictor(FrameCoding, PredictorParts):
 
     @cached_property
     def _rollouts(self) -> FieldRollouts:
-        return FieldRollouts(self.vector_field, self.device)
+        return FieldRollouts(self.vector_field, self.device, self.threads)
 
     @torch.inference_mode()
     @in_full_precision
@@ -409,6 +434,15 @@ class VideoPredictor(FrameCoding, PredictorParts):
         return ", ".join(words)
 
 
-def load_predictor(config: RiverConfig, run_context: RunContext) -> VideoPredictor:
-    """The predictor of a configuration's run, with the sampling options of that configuration."""
-    return VideoPredictor(**vars(load_run(config.run_path, run_context.device, sampling=config.sampling)))
+def load_predictor(config: RiverConfig, run_context: RunContext, clips: int | None = None) -> VideoPredictor:
+    """The predictor of a configuration's run, with the sampling options of that configuration.
+
+    On a CPU it chooses its threads, unless the user did, with `--threads` or OMP_NUM_THREADS.
+
+    Args:
+        clips: predicted at once; None: `evaluation.batch_size`.
+    """
+    predictor = VideoPredictor(**vars(load_run(config.run_path, run_context.device, sampling=config.sampling)))
+    if run_context.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        predictor.choose_threads(clips or config.evaluation.batch_size)
+    return predictor

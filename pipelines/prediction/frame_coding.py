@@ -24,11 +24,13 @@ class FrameCoding:
     Attributes:
         autoencoder: on the device, in eval mode. Its weights do not change.
         standardization: of its raw latents.
+        threads: of a CPU; None: those of the process.
     """
 
     autoencoder: Autoencoder
     standardization: Standardization
     device: torch.device
+    threads: int | None = None
 
     @torch.inference_mode()
     @in_full_precision

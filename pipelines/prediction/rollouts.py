@@ -39,8 +39,8 @@ class FieldRollouts:
     the same shape.
     """
 
-    def __init__(self, field: nn.Module, device: torch.device) -> None:
-        self.field, self.device = field, device
+    def __init__(self, field: nn.Module, device: torch.device, threads: int | None = None) -> None:
+        self.field, self.device, self.threads = field, device, threads
         self._networks: dict[tuple[str, bool], tuple[nn.Module, Trunk | None]] = {}
         self._prepared: tuple[Any, Rollout] | None = None
 
@@ -78,7 +78,7 @@ class FieldRollouts:
             part = SamplingDraws(draws.noise[:, rows], draws.condition_indices[:, :, rows])
             on_frame = None if on_frames is None else lambda _, clips=clips: on_frames(clips)
             try:
-                with computing_in(precision, self.device):
+                with computing_in(precision, self.device, self.threads):
                     rollout = self._prepare(context[rows, 0], farthest, options, precision, num_frames)
                     frames = rollout.run(
                         context[rows], num_frames, part, past_horizon=options.past_horizon, on_frame=on_frame
@@ -107,13 +107,13 @@ class FieldRollouts:
         assert options.past_horizon is not None
         precision = sampling_precision(options, self.device)
         try:
-            with computing_in(precision, self.device):
+            with computing_in(precision, self.device, self.threads):
                 rollout = self._prepare(context[:, 0], options.past_horizon - 1, options, precision, num_frames=0)
             self._prepared = None  # nobody else may use it from now on
             rollout.begin(context)
             with evaluation_mode(rollout.field):
                 for draw in draws:
-                    with computing_in(precision, self.device):  # not while the caller has the frame
+                    with computing_in(precision, self.device, self.threads):  # not while the caller has the frame
                         frame = rollout.predict(draw.noise, draw.condition_indices)
                     yield frame
         except torch.OutOfMemoryError:

@@ -88,6 +88,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=os.environ.get("DEVICE") or "auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="threads of PyTorch on a CPU; default: all cores, and for predictions as many as are fastest now",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and what would be done, then stop"
     )
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")

@@ -1,6 +1,8 @@
-"""Options of a command besides its configuration, the videos it skipped, its device and precision."""
+"""Options of a command besides its configuration, the videos it skipped, its device, threads and precision."""
 
 import argparse
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,11 @@ from pipelines.runtime.progress import say
 from stage1_autoencoder.precision import float32_products
 from stage2_flow.config import SamplingConfig
 
+# Seconds that measuring numbers of threads takes, and the size of work that is measured, by one thread.
+THREADS_MEASURED, THREADS_WORK = 0.3, 0.1
+# Times as long with fewer threads that are taken all the same: they leave cores to others.
+FEWER_THREADS = 1.1
+
 Method, Result = ParamSpec("Method"), TypeVar("Result")
 
 
@@ -24,6 +31,7 @@ class RunContext:
 
     Attributes:
         device: where networks run.
+        threads: of a CPU, as the user says; None: rollouts measure how many are fastest, all else uses all cores.
         strict: a broken video stops the command (exit code 2) instead of being skipped (exit code 3).
         overwrite: replace a store that conflicts with the configuration.
         restart: train again from step 0; the existing training is moved to a backup folder.
@@ -39,6 +47,7 @@ class RunContext:
     """
 
     device: torch.device
+    threads: int | None = None
     strict: bool = False
     overwrite: bool = False
     restart: bool = False
@@ -64,7 +73,10 @@ class RunContext:
         with processes.sharing_failures():
             device = processes.own_device(resolve_device(options.device))
             processes.connect(device)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         taken = (
+            "threads",
             "strict", "overwrite", "restart", "resume", "fine_tune", "training_minutes",
             "mirror", "scheduler", "download",
         )  # fmt: skip
@@ -154,20 +166,68 @@ def training_in(precision: str, *, measure_kernels: bool = False) -> Iterator[No
 
 
 @contextmanager
-def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Inference in `fp32`, `tf32` or `bf16` inside, whatever was set before, which is restored afterwards."""
+def computing_in(precision: str, device: torch.device, threads: int | None = None) -> Iterator[None]:
+    """Inference in `fp32`, `tf32` or `bf16` inside, whatever was set before, which is restored afterwards.
+
+    Args:
+        threads: of a CPU; None: as they are.
+    """
     # Without the cache of casts: a CUDA graph recorded inside would go on reading it when it is gone.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    before = torch.get_num_threads()
     with training_in(precision), autocast:
-        yield
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            if threads is not None:
+                torch.set_num_threads(before)
 
 
 def in_full_precision(method: Callable[Method, Result]) -> Callable[Method, Result]:
-    """Decorate a method of an object with a `device`: what it computes is `computing_in` fp32."""
+    """Decorate a method of an object with a `device`, and perhaps `threads`: it is `computing_in` fp32."""
 
     @wraps(method)
     def computed(*arguments: Method.args, **options: Method.kwargs) -> Result:
-        with computing_in("fp32", arguments[0].device):
+        with computing_in("fp32", arguments[0].device, getattr(arguments[0], "threads", None)):
             return method(*arguments, **options)
 
     return computed
+
+
+def fastest_threads(work: Callable[[int], object], size: int) -> int:
+    """The number of threads of a CPU that does some work in the least time now, beside all else that the machine does.
+
+    More threads are often slower: they wait for each other, and where other programs use a core, for these.
+
+    Args:
+        work: of a size. What takes a thread longer than `THREADS_WORK` is measured at a smaller one.
+        size: at least 1.
+    Returns:
+        1, 2, 4, ... or all cores, without a measurement if work of size 1 takes longer than `THREADS_MEASURED`.
+    """
+    cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    counts = {2**power for power in range(cores.bit_length())} | {cores}
+    seconds = dict.fromkeys(sorted(counts), 0.0)
+
+    def measured(threads: int, size: int) -> float:
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        work(size)
+        return time.perf_counter() - started
+
+    try:
+        one = min(measured(1, 1) for _ in range(2))  # the first one warms up
+        if one > THREADS_MEASURED:
+            return cores
+        size, started, turns = max(1, min(size, int(THREADS_WORK / one))), time.perf_counter(), 0
+        while len(seconds) > 1 and (turns < 3 or time.perf_counter() - started < THREADS_MEASURED):
+            turns += 1
+            for threads in list(seconds):
+                seconds[threads] += measured(threads, size)
+            seconds = {count: spent for count, spent in seconds.items() if spent < 2 * min(seconds.values())}
+    finally:
+        torch.set_num_threads(before)
+    # The sum and not the least: what is fast only while nobody disturbs it is not fast here.
+    return next(count for count, spent in seconds.items() if spent <= FEWER_THREADS * min(seconds.values()))

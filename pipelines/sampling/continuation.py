@@ -32,12 +32,13 @@ def sample_clips(
     Raises:
         UserError: no clips; `refine` without a refiner.
     """
-    predictor = load_predictor(config, run_context)
+    predictor = load_predictor(config, run_context, min(videos, config.evaluation.batch_size) * samples)
     clips = list(open_clips(config, run_context, videos))
     context, horizon, size = config.evaluation.context, config.evaluation.horizon, config.evaluation.batch_size
     how, several = predictor.describe_sampling(refine), f", {samples} samples of each" if samples > 1 else ""
     chosen = CHOSEN if predictor.sampler_is_chosen else ""
-    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {how}{chosen}")
+    computed = f"{how}{chosen}{predictor.describe_threads()}"
+    say(f"sample: {len(clips)} clips, {context} frames given, {horizon} predicted{several}, {computed}")
     latents, pixels = [], []
     with progress(total=len(clips), description="predict", unit="clip") as bar:
         for batch in (clips[first : first + size] for first in range(0, len(clips), size)):
@@ -94,11 +95,12 @@ def continue_video(
         UserError: `refine` without a refiner.
     """
     context, horizon = config.evaluation.context, frames or config.evaluation.horizon
-    predictor = load_predictor(config, run_context)
+    predictor = load_predictor(config, run_context, samples)
     several = f", {samples} samples" if samples > 1 else ""
     say(
         f"predict: {video.path}: last {context} of {video.length} frames given, {horizon} predicted{several}, "
         f"{predictor.describe_sampling(refine)}{CHOSEN if predictor.sampler_is_chosen else ''}"
+        f"{predictor.describe_threads()}"
     )
     given = image_to_unit(torch.from_numpy(video.frames[-context:]))[None]
     predicted = to_video(predictor.generate_frames(given, horizon, samples=samples, refine=refine, verbose=True))

@@ -71,6 +71,21 @@ def tiny() -> VideoPredictor:
     return predictor()
 
 
+def test_a_prediction_has_the_threads_that_were_fastest_and_others_keep_theirs(monkeypatch):
+    predicting, threads, used = predictor(), [5], set()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    expected = predicting.generate_frames(images(1, 1), 1)
+    monkeypatch.setattr("pipelines.predictor.fastest_threads", lambda work, clips: work(clips) or 7)
+    for part in (predicting.vector_field.project_out["4"], predicting.autoencoder.encoder.conv_in):
+        part.register_forward_hook(lambda *_: used.add(torch.get_num_threads()))
+    predicting.choose_threads(1)
+    used.clear()
+    torch.testing.assert_close(predicting.generate_frames(images(1, 1), 1), expected)
+    assert (used, threads[-1]) == ({7}, 5)
+    assert "7" in predicting.describe_threads()
+
+
 @pytest.mark.parametrize("context", [1, 2, 3])
 def test_the_context_is_reconstructed_and_frames_follow(tiny, context):
     given = images(2, context)

@@ -1,15 +1,19 @@
 """Devices, skipped videos, and what a run folder records."""
 
+import argparse
 import json
 import re
+import time
 
 import pytest
 import torch
 
 from pipelines.config import load_config, model_sizes, parse_config, parse_size, result_settings
 from pipelines.errors import UserError
+from pipelines.runtime import context
+from pipelines.runtime.arguments import add_common_options
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.context import RunContext, resolve_device
+from pipelines.runtime.context import RunContext, fastest_threads, resolve_device
 from pipelines.runtime.run_folder import read_run_config, trained_settings, write_run_files
 
 
@@ -20,6 +24,38 @@ def test_devices():
         resolve_device("toaster")
     with pytest.raises(UserError, match=r"--device cuda:99: this machine has \d+ CUDA devices; use --device cpu"):
         resolve_device("cuda:99")
+
+
+@pytest.mark.parametrize("delays", [(0.004, 0.001, 0.002), (0.001, 0.004, 0.004), (0.001, 0.001, 0.001)])
+def test_the_fastest_number_of_threads_is_found_and_the_one_before_restored(monkeypatch, delays):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(context, "THREADS_MEASURED", 0.02)
+    before, sizes = torch.get_num_threads(), set()
+
+    def work(size: int) -> None:
+        sizes.add(size)
+        time.sleep(delays[(1, 2, 4).index(torch.get_num_threads())])
+
+    assert delays[(1, 2, 4).index(fastest_threads(work, 3))] == min(delays)
+    assert (torch.get_num_threads(), sizes) == (before, {1, 3})
+
+
+def test_what_takes_long_gets_all_cores_without_a_measurement(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
+    monkeypatch.setattr(context, "THREADS_MEASURED", 0.001)
+    calls = []
+    assert fastest_threads(lambda size: calls.append(time.sleep(0.002)), 8) == 3
+    assert len(calls) == 2
+
+
+def test_the_user_decides_how_many_threads_compute(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    parser = argparse.ArgumentParser()
+    add_common_options(parser)
+    assert RunContext.from_options(parser.parse_args(["--threads", "3", "--device", "cpu"])).threads == 3
+    assert RunContext.from_options(parser.parse_args(["--device", "cpu"])).threads is None
+    assert set_to == [3]
 
 
 def test_a_skipped_video_is_noted_and_said_once(capsys):
