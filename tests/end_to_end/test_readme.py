@@ -375,10 +375,11 @@ def test_drawn_layout(inside: Path) -> None:
 
 
 def test_shapes_in_the_python_api(inside: Path) -> None:
-    frames, latents, networks = run_python(REPOSITORY / "docs" / "sampling.md")
+    frames, stream, latents, networks = run_python(REPOSITORY / "docs" / "sampling.md")
     assert frames["frames"].shape == (2, 19, 3, 64, 64)
     assert frames["several"].shape == (6, 19, 3, 64, 64)
     assert frames["video"].shape == (2, 19, 64, 64, 3)
+    assert stream["frame"].shape == (4, 3, 64, 64)
     assert latents["latents"].shape == (2, 19, *latents["context"].shape[2:])
     assert latents["replayed"].shape == (2, 5, *latents["context"].shape[2:])
     assert networks["pixels"].shape == (2, 3, 64, 64)
