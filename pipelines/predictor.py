@@ -21,7 +21,7 @@ from pipelines.official.parts import OfficialFiles, load_official
 from pipelines.prediction.detail import restore_detail
 from pipelines.prediction.frame_coding import DIVERGED, FrameCoding, check_finite
 from pipelines.prediction.pictures import to_video as to_video  # of this API
-from pipelines.prediction.rollouts import FieldRollouts, refine_frames
+from pipelines.prediction.rollouts import FieldRollouts, overlapped, refine_frames
 from pipelines.runtime.context import RunContext, fastest_threads, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
 from stage1_autoencoder.rcan import RCAN
@@ -191,14 +191,19 @@ class VideoPredictor(FrameCoding, PredictorParts):
         self, given: Tensor, context: Tensor, options: SamplingConfig, draws: Iterable[FrameDraws], samples: int
     ) -> Iterator[Tensor]:
         reconstructed = self.decode_videos(context) if options.restore_detail else None
+
+        @torch.inference_mode()
+        def decode(numbered: tuple[int, Tensor]) -> Tensor:
+            number, final = numbered
+            raw = self.standardization.to_raw(final)[:, None]
+            self._check_predicted(raw, samples, number)
+            frame = self._decode(raw).clamp(-1, 1)
+            return (frame if reconstructed is None else restore_detail(frame, given, reconstructed))[:, 0]
+
         with closing(self._rollouts.stream(self.standardization.to_final(context), options, draws)) as latents:
-            for number, final in enumerate(latents, start=context.shape[1]):
-                raw = self.standardization.to_raw(final)[:, None]
-                self._check_predicted(raw, samples, number)
-                frame = self.decode_videos(raw)
-                if reconstructed is not None:
-                    frame = restore_detail(frame, given, reconstructed)
-                yield frame[:, 0].clone()  # unlike inference tensors, it can be changed
+            numbered = enumerate(latents, start=context.shape[1])
+            for frame in overlapped(decode, numbered, self.device, options.precision, self.threads):
+                yield frame.clone()  # unlike inference tensors, it can be changed
 
     def _encode_context(self, images: Tensor) -> Tensor:
         """Raw latents of given images, which are checked."""

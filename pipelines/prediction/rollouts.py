@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -113,7 +115,9 @@ class FieldRollouts:
             rollout.begin(context)
             with evaluation_mode(rollout.field):
                 for draw in draws:
-                    with computing_in(precision, self.device, self.threads):  # not while the caller has the frame
+                    # Not while the caller has the frame. It may share the threads.
+                    threads = self.threads and min(self.threads, torch.get_num_threads())
+                    with computing_in(precision, self.device, threads):
                         frame = rollout.predict(draw.noise, draw.condition_indices)
                     yield frame
         except torch.OutOfMemoryError:
@@ -239,6 +243,65 @@ def with_matrices_in(field: VectorField, dtype: torch.dtype) -> VectorField:
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
     return copied
+
+
+def overlapped(
+    work: Callable[[Any], Tensor],
+    items: Iterator[Any],
+    device: torch.device,
+    precision: str,
+    threads: int | None = None,
+) -> Iterator[Tensor]:
+    """The work on each item, in fp32, while the next item is computed.
+
+    On a CPU another thread does the work, and both have at most half of the process's threads. If that has a single
+    one, or items are computed in another precision, which is a setting of the whole process, the work is done before
+    the next item. On a GPU it is done in another stream.
+
+    Args:
+        items: without an end.
+        precision: of what computes the items.
+        threads: that the work has at most; None: those of the process.
+    """
+    all_threads = torch.get_num_threads()
+    if device.type != "cuda" and (all_threads == 1 or precision != "fp32"):
+        for item in items:
+            with computing_in("fp32", device, threads):
+                result = work(item)
+            yield result
+        return
+    with _beside(device) as begin:
+        item = next(items)
+        while True:
+            with computing_in("fp32", device, min(threads or all_threads, max(1, all_threads // 2))):
+                finish = begin(work, item)
+                item = next(items)
+                result = finish()
+            yield result
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[Callable[[Any], Tensor], Any], Callable[[], Tensor]]]:
+    """A function that begins work on an item beside what the caller does next, and returns what finishes it."""
+    if device.type != "cuda":
+        with ThreadPoolExecutor(1) as pool:
+            yield lambda work, item: pool.submit(work, item).result
+        return
+    stream = torch.cuda.Stream(device)
+
+    def begin(work: Callable[[Any], Tensor], item: Any) -> Callable[[], Tensor]:
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)  # for the item
+
+        def finish() -> Tensor:  # queued after the next item, which is a single call if it is a graph
+            with torch.cuda.stream(stream):
+                result = work(item)
+            current.wait_stream(stream)
+            return result
+
+        return finish
+
+    yield begin
 
 
 class RecordedStep:

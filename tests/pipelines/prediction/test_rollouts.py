@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipelines.prediction.rollouts import (
     FieldRollouts,
     clip_bytes,
     clips_that_fit,
+    overlapped,
     refine_frames,
     uses_compilation,
     uses_cuda_graphs,
@@ -130,6 +132,69 @@ def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):
     for seed in (0, 1):
         torch.testing.assert_close(generate(recorded, options, rows=6, seed=seed), expected[seed])
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(("threads", "precision", "beside"), [(4, "fp32", 1), (4, "bf16", 0), (1, "fp32", 0)])
+def test_work_is_done_beside_the_next_item(threads, precision, beside):
+    """On a CPU in another thread; without one, or where items change settings of the process, before the next item."""
+    meeting, computed = threading.Barrier(2), []
+
+    def items() -> Iterator[int]:
+        for number in range(4):
+            if beside and number:
+                meeting.wait(20)
+            computed.append(number)
+            yield number
+
+    def work(number: int) -> Tensor:
+        if beside:
+            meeting.wait(20)
+        if number == 2:
+            raise ValueError("work 2")
+        return torch.tensor([number, torch.get_num_threads()])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = overlapped(work, items(), CPU, precision)
+        for number in range(2):
+            assert next(results).tolist() == [number, threads // 2 if beside else threads]
+            assert len(computed) == number + 1 + beside
+            assert torch.get_num_threads() == threads
+        with pytest.raises(ValueError, match="work 2"):
+            next(results)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_on_a_gpu_work_is_done_in_another_stream(monkeypatch):
+    """It waits for its item, but not for the next one, whose kernels are queued first."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = name if isinstance(name, str) else "beside"
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def inside(stream: Stream) -> Iterator[None]:
+        log.append(f"in {stream.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    items = iter(log.append(f"item {number}") or number for number in range(5))
+    results = overlapped(lambda number: log.append(f"work {number}") or torch.tensor(number), items, GPU, "bf16")
+    for number in range(2):
+        log.clear()
+        assert next(results) == number
+        expected = ["beside waits for current", f"item {number + 1}", "in beside", f"work {number}"]
+        assert log[-5:] == [*expected, "current waits for beside"]
 
 
 def refuse(monkeypatch, error: RuntimeError, times: int) -> None:
