@@ -260,8 +260,6 @@ class Tab(WebSocketHandler, Guarded):
                 raise UserError("This clip is not there any more: choose another one.")
             first, is_new = len(past.frames), True
         prediction = Prediction(past, asked.samples, asked.sampling(), first, is_new)
-        if self._prediction is not None:
-            self._prediction.stop()
         self._prediction = prediction
         height, width = past.frames.shape[1:3]
         sizes = {"samples": asked.samples, "height": height, "width": width}
