@@ -31,7 +31,8 @@ BIN := .venv/bin
 RIVER = $(BIN)/python -m pipelines
 # NUM_GPUS=4 trains in four processes on this machine.
 MANY = $(filter-out 0 1,$(NUM_GPUS))
-TRAIN = $(BIN)/python $(if $(MANY),-m torch.distributed.run --standalone --nproc-per-node $(call quoted,$(NUM_GPUS)) )-m pipelines
+# Without --, torchrun would take --run for an option of its own.
+TRAIN = $(BIN)/python $(if $(MANY),-m torch.distributed.run --standalone --nproc-per-node $(call quoted,$(NUM_GPUS)) -m -- ,-m )pipelines
 FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 ROOT = Path(__file__).parents[1]
 # Stands in for the Python of .venv.
@@ -107,9 +108,18 @@ def test_help_runs_no_name_of_a_preset(folder):
 
 
 def test_processes_and_counts(folder):
-    done = make(folder, "train-flow", "NUM_GPUS=4")
+    done = make(folder, "train-flow", "NUM_GPUS=4", "RUN=wide")
     words = json.loads(done.stdout)[0]
-    assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    assert words[:2] == ["-m", "torch.distributed.run"]
+    # torchrun reads its own options only: it has some that begin with --run.
+    parsed = torchrun_parser().parse_args(words[2:])
+    assert (parsed.standalone, parsed.nproc_per_node, parsed.module, parsed.training_script) == (
+        True,
+        "4",
+        True,
+        "pipelines",
+    )
+    assert parsed.training_script_args == ["train-flow", "--config", "configs/shapes.yaml", "--run=wide"]
     assert called(folder, "train-flow", "NUM_GPUS=1")[0][0] == "train-flow"
     assert called(folder, "verify", "N=8")[0][:3] == ["encode", "--verify", "8"]
     assert called(folder, "verify")[0] == ["encode", "--verify", "--config", "configs/shapes.yaml"]
