@@ -5,6 +5,7 @@ import io
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,11 +140,12 @@ class Prediction:
             send(self._next - 1, True, frame)
         images = image_to_unit(torch.from_numpy(np.ascontiguousarray(self._given.frames)))[None]
         stream = predictor.stream(images, sampling=self._sampling, keys=[(self._given.key, 0)], samples=self._samples)
-        for predicted in stream:
-            frame = to_video(predicted)
-            if not self._add(frame):
-                return
-            send(self._next - 1, False, frame)
+        with closing(stream):
+            for predicted in stream:
+                frame = to_video(predicted)
+                if not self._add(frame):
+                    return
+                send(self._next - 1, False, frame)
 
     def _add(self, frame: np.ndarray) -> bool:
         """Wait until a further frame may be sent, and keep it; False: the prediction was stopped."""

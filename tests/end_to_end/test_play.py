@@ -229,7 +229,7 @@ def test_one_tab_plays_at_a_time_and_memory_does_not_grow(tab, browser, url):
         tab.click("#pause")
         other.wait_for_selector("#note:has-text('tab')")
     before = resident()
-    tab.evaluate(WATCH, 350)
+    tab.evaluate(WATCH, 250)
     assert resident() - before < 8 * 2**20
 
 
