@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import latent_cache
-from latent_cache import StoreError
+from latent_cache import CorruptStoreError, IncompleteStoreError
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import videos_status
 from pipelines.errors import UserError
@@ -47,7 +47,7 @@ def clean(config: RiverConfig, kind: Kind, *, remove_it: bool) -> None:
             trainings that were begun anew; the configuration's `run`, which has a name; the store, `latents`.
     Raises:
         UserError: no such run or store; it is in use.
-        StoreError: another process writes the store.
+        StoreError: another process writes the store; the folder is no store.
     """
     found = list(_FINDERS[kind](config))
     for item in found:
@@ -98,7 +98,7 @@ def _latents(config: RiverConfig) -> Iterator[Removable]:
     try:
         caches = [latent_cache.open(store, split) for split in latent_cache.splits(store)]
         videos = f"{' + '.join(str(len(cache.video_ids)) for cache in caches)} videos"
-    except StoreError:
+    except (IncompleteStoreError, CorruptStoreError):
         videos = "the videos"
     raw = videos_status(config)
     is_there = "which are there" if raw.is_done else f"which are not all there ({raw.path}: {raw.detail})"

@@ -47,11 +47,11 @@ def describe_machine(paths: PathsConfig, device: torch.device) -> Iterator[str]:
     yield f"extras     {', '.join(_extras())}"
     weights = [f"{file.name} {'is there' if file.path.exists() else 'missing'}" for file in (VGG16, I3D)]
     yield f"weights    {', '.join(weights)} ({VGG16.path.parent})"
+    roots = (paths.data, paths.latents, paths.runs)
+    yield f"free       {', '.join(f'{root} {size_text(free_bytes(Path(root)))}' for root in roots)}"
     yield f"folder     {Path.cwd()}"
-    for root in (paths.data, paths.latents, paths.runs):
-        yield f"  {root}: {size_text(free_bytes(Path(root)))} free"
     names = sorted(path.name for path in Path(paths.data).glob("*") if path.is_dir())
-    yield f"  {paths.data}: {', '.join(names) or 'no data set'}"
+    yield f"  {paths.data}: {', '.join(names) or 'nothing'}"
     yield from _shortened([_store_line(store) for store in sorted(Path(paths.latents).glob("*.zarr"))])
     runs = sorted({file.parent for depth in ("*", "*/*") for file in Path(paths.runs).glob(f"{depth}/config.yaml")})
     yield from _shortened([_run_line(run) for run in runs])

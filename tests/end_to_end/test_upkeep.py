@@ -75,6 +75,11 @@ def test_clean_refuses_what_it_does_not_know_or_is_in_use(used, copied, story):
         copied.run("clean", "--run", "wide", "--yes").refused(2, f"{copied.runs}/wide/flow")
     copied.run("clean", "--latents", "--yes", sets=("paths.latents=/no/where",)).refused(2, "/no/where/tiny.zarr")
     assert {name for name in before if ".lock" not in name} <= story.tree(copied.folder).keys()
+    foreign = copied.folder / "mine" / "tiny.zarr"
+    foreign.mkdir(parents=True)
+    (foreign / "letters.txt").touch()
+    copied.run("clean", "--latents", "--yes", sets=(f"paths.latents={foreign.parent}",)).refused(2, str(foreign))
+    assert (foreign / "letters.txt").exists()
 
 
 def test_doctor_fits_a_bug_report(used, copied, command, monkeypatch):
