@@ -106,11 +106,11 @@ class Shell:
             text=True,
             check=True,
         ).stdout.replace("\\\n", " ")
-        (call,) = (line for line in called.splitlines() if "-m pipelines" in line)
+        (call,) = re.findall(r" -m (?:-- )?pipelines (.+)", called)
         exported = {
             name: variables[name] for name in ("DEVICE", "MIRROR", "SCHEDULER", "DOWNLOAD") if name in variables
         }
-        return shlex.split(call.partition("-m pipelines")[2]), exported
+        return shlex.split(call), exported
 
 
 @pytest.fixture(scope="module")
