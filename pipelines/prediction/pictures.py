@@ -4,7 +4,8 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -205,27 +206,41 @@ def save_gif(path: Path, video: np.ndarray, fps: float, scale: int = 1) -> None:
 
 
 def save_mp4(path: Path, video: np.ndarray, fps: float, scale: int = 1) -> None:
-    """Write [n, h, w, 3] uint8 as H.264 (MPEG-4 without that encoder), as a whole or not at all.
+    """Write [n, h, w, 3] uint8 as a whole or not at all; other arguments as of `writing_mp4`."""
+    with writing_mp4(path, video.shape[1:3], fps, scale) as write:
+        for frame in video:
+            write(frame)
 
-    Odd sides are padded by one line.
+
+@contextmanager
+def writing_mp4(
+    path: Path, size: tuple[int, int], fps: float, scale: int = 1
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that writes one frame [h, w, 3] uint8 after the other as H.264 (MPEG-4 without that encoder).
+
+    The file is there when the block ends, and is not on an error. Odd sides are padded by one line.
 
     Args:
+        size: height and width of a frame.
         fps: frames per second.
         scale: factor by which frames are enlarged (nearest neighbor).
     """
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # 1001 is the denominator of NTSC rates. Slow rates are fractions of their period.
     rate = Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / Fraction(1 / fps).limit_denominator(1001)
-    h, w = (side * scale for side in video.shape[1:3])
+    h, w = (side * scale for side in size)
     with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = h + h % 2, w + w % 2
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "16"} if codec == "libx264" else {"qscale": "2"}
-        for frame in video:
+
+        def write(frame: np.ndarray) -> None:
             whole = np.pad(_enlarged(frame[None], scale)[0], ((0, h % 2), (0, w % 2), (0, 0)), mode="edge")
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(whole), format="rgb24")):
                 container.mux(packet)
+
+        yield write
         for packet in stream.encode():
             container.mux(packet)
 

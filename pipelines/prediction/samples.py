@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipelines.prediction.pictures import (
     save_mp4,
     save_picture,
     to_video,
+    writing_mp4,
 )
 from pipelines.runtime.files import read_json, replacing_files, write_bytes, write_json
 from pipelines.runtime.progress import progress
@@ -86,6 +87,18 @@ class Continuation(BaseModel):
     context: PositiveInt
     horizon: PositiveInt
     samples: int = Field(ge=1, le=100_000)
+
+    @classmethod
+    def of(cls, video: GivenVideo, context: int, horizon: int, samples: int) -> "Continuation":
+        return cls(
+            video=video.path.absolute(),
+            fingerprint=video.fingerprint,
+            fps=video.fps,
+            frames=video.length,
+            context=context,
+            horizon=horizon,
+            samples=samples,
+        )
 
     def files(self, name: str) -> list[str]:
         """Names of each sample's files, without suffix, if those of the first are called `name`."""
@@ -162,18 +175,8 @@ def write_continuation(
     Returns:
         The GIF of the first sample.
     """
-    listed = Continuation(
-        video=video.path.absolute(),
-        fingerprint=video.fingerprint,
-        fps=video.fps,
-        frames=video.length,
-        context=context,
-        horizon=predicted.shape[1] - context,
-        samples=len(predicted),
-    )
+    listed = Continuation.of(video, context, horizon=predicted.shape[1] - context, samples=len(predicted))
     stem, old = _choose_name(folder, listed)
-    if not old:  # so that this name is taken, whatever happens next
-        write_json(folder / f"{stem}.json", listed)
     labels = [f"sample {n}" for n in range(1, len(predicted) + 1)] if len(predicted) > 1 else ["prediction"]
     strips = [Strip(label, frames, context, RED) for label, frames in zip(labels, predicted, strict=True)]
     scale = enlargement(max(predicted.shape[2:4]), LEGIBLE_SIDE)
@@ -188,8 +191,40 @@ def write_continuation(
     return folder / f"{stem}.gif"
 
 
+def write_live(
+    folder: Path, video: GivenVideo, predicted: Iterable[np.ndarray], context: int, samples: int, marked: bool
+) -> Path:
+    """Write the continued video as MP4 alone, each frame as soon as it is predicted, and a `Continuation`.
+
+    The files are there when the frames end; otherwise as `write_continuation`.
+
+    Args:
+        predicted: at least one frame of each sample: [sample, h, w, 3] uint8.
+    Returns:
+        The MP4 of the first sample.
+    """
+
+    def shown(frames: np.ndarray, given: int) -> np.ndarray:
+        return framed(Strip("", frames, given, RED), scale=1) if marked else frames
+
+    listed, horizon = Continuation.of(video, context, horizon=1, samples=samples), 0
+    stem, old = _choose_name(folder, listed)
+    given, scale = shown(video.frames, len(video.frames)), enlargement(max(video.frames.shape[1:3]), LEGIBLE_SIDE)
+    with replacing_files(folder, f"{stem}.json", [*_with_suffixes(old), f"{stem}.png"]) as new:
+        with ExitStack() as files:
+            paths = [new / f"{name}.mp4" for name in listed.files(stem)]
+            writers = [files.enter_context(writing_mp4(path, given.shape[1:3], video.fps, scale)) for path in paths]
+            for frame, write in itertools.product(given, writers):
+                write(frame)
+            for horizon, frames in enumerate(predicted, start=1):  # noqa: B007
+                for frame, write in zip(shown(frames, 0), writers, strict=True):
+                    write(frame)
+        write_json(new / f"{stem}.json", listed.model_copy(update={"horizon": horizon}))
+    return folder / f"{stem}.mp4"
+
+
 def _choose_name(folder: Path, listed: Continuation) -> tuple[str, set[str]]:
-    """Choose the name of a continuation's files.
+    """Choose the name of a continuation's files, and take it, whatever happens next.
 
     Returns:
         Its video's name, with `_2` and so on where others have it; and the names of the same video's files so far.
@@ -202,4 +237,6 @@ def _choose_name(folder: Path, listed: Continuation) -> tuple[str, set[str]]:
                 own |= {*other.files(file.stem)}
     taken = {file.stem for file in folder.glob("*")} - own
     (stem,) = file_names([listed.video.stem], taken, endings=listed.files(""))
+    if not own:
+        write_json(folder / f"{stem}.json", listed)
     return stem, own

@@ -1,17 +1,23 @@
 """Clips of a split, or a user's video, are continued by a trained run and written."""
 
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipelines.config import RiverConfig
+from pipelines.errors import StoppedBySignal
 from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.pictures import to_video
-from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_samples
-from pipelines.predictor import load_predictor
+from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_live, write_samples
+from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import progress, say
+from pipelines.runtime.signals import StopRequest
 from stage1_autoencoder.autoencoder import image_to_unit
 
 # Follows the description of such a sampler.
@@ -95,17 +101,68 @@ def continue_video(
         UserError: `refine` without a refiner.
     """
     context, horizon = config.evaluation.context, frames or config.evaluation.horizon
-    predictor = load_predictor(config, run_context, samples)
-    several = f", {samples} samples" if samples > 1 else ""
-    say(
-        f"predict: {video.path}: last {context} of {video.length} frames given, {horizon} predicted{several}, "
-        f"{predictor.describe_sampling(refine)}{CHOSEN if predictor.sampler_is_chosen else ''}"
-        f"{predictor.describe_threads()}"
-    )
-    given = image_to_unit(torch.from_numpy(video.frames[-context:]))[None]
+    predictor, given = _begin(config, run_context, video, f"{horizon} predicted", samples, refine)
     predicted = to_video(predictor.generate_frames(given, horizon, samples=samples, refine=refine, verbose=True))
     title = f"{video.path.name}: {context} frames given, {horizon} predicted{', refined' if refine else ''}"
     gif = write_continuation(config.run_path / "predictions", video, predicted, context, title, marked)
     h, w = predicted.shape[2:4]
     say(f"predict: {gif.parent}/{gif.stem}.mp4, .gif and .png: {video.length} + {horizon} frames of {w}x{h}")
     return gif
+
+
+def continue_live(
+    config: RiverConfig,
+    run_context: RunContext,
+    video: GivenVideo,
+    frames: int | None = None,
+    marked: bool = False,
+    samples: int = 1,
+) -> Path:
+    """Continue a user's video on and on, until a signal ends it, and write the frames as they come, see `write_live`.
+
+    Args:
+        frames: to predict; None: without end.
+        marked, samples: as in `continue_video`.
+    Returns:
+        The MP4 of the first sample.
+    Raises:
+        StoppedBySignal: after the MP4 was written.
+    """
+    context, done = config.evaluation.context, 0
+    plan = "predicted until Ctrl-C" if frames is None else f"{frames} predicted"
+    predictor, given = _begin(config, run_context, video, plan, samples)
+    with (
+        StopRequest() as stop,
+        progress(total=frames, description="predict", unit="frame") as bar,
+        closing(predictor.stream(given, samples=samples)) as stream,
+    ):
+
+        def predicted() -> Iterator[np.ndarray]:
+            nonlocal done
+            for frame in itertools.islice(stream, frames):
+                yield to_video(frame)
+                done += 1
+                bar.update()
+                if stop:
+                    return
+
+        mp4 = write_live(config.run_path / "predictions", video, predicted(), context, samples, marked)
+    written = f"{mp4}: {video.length} + {done} frames"
+    if stop:
+        raise StoppedBySignal(stop.signal_number, written)
+    say(f"predict: {written}")
+    return mp4
+
+
+def _begin(
+    config: RiverConfig, run_context: RunContext, video: GivenVideo, plan: str, samples: int, refine: bool = False
+) -> tuple[VideoPredictor, Tensor]:
+    """The run's predictor and the given frames [1, n, 3, h, w], after a line that says what is predicted."""
+    predictor, context = load_predictor(config, run_context, samples), config.evaluation.context
+    several = f", {samples} samples" if samples > 1 else ""
+    say(
+        f"predict: {video.path}: last {context} of {video.length} frames given, {plan}{several}, "
+        f"{predictor.describe_sampling(refine)}{CHOSEN if predictor.sampler_is_chosen else ''}"
+        f"{predictor.describe_threads()}"
+    )
+    return predictor, image_to_unit(torch.from_numpy(video.frames[-context:]))[None]

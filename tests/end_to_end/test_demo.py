@@ -5,9 +5,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import av
 import numpy as np
@@ -19,6 +22,7 @@ from safetensors.torch import load_file
 
 import latent_cache
 from pipelines.config import load_config
+from pipelines.predictor import VideoPredictor
 
 
 def test_demo_says_what_it_does_and_where_to_look(trained) -> None:
@@ -277,6 +281,39 @@ def test_predict_marks_what_was_given_and_samples_differ(copied, story: ModuleTy
     # The frames that were there are shown as they are, the predicted ones differ.
     assert np.abs(videos[0][4].astype(int) - videos[1][4]).mean() < 1
     assert np.abs(videos[0][7].astype(int) - videos[1][7]).mean() > 1
+
+
+def test_predict_live_writes_its_frames_whenever_it_is_stopped(
+    copied, story: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, predictions = str(copied.folder / "clip.mp4"), copied.runs / "predictions"
+
+    def frames(name: str = "clip.mp4") -> np.ndarray:
+        with av.open(str(predictions / name)) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+    story.write_video(copied.folder / "clip.mp4", story.moving_square(5, 1))
+    options = ("--frames", "3", "--marked", "--samples", "2")
+    copied.run("predict", clip, *options).ok()
+    at_once = [frames(), frames("clip-2.mp4")]
+    copied.run("predict", clip, "--live", *options).ok()
+    np.testing.assert_allclose([frames(), frames("clip-2.mp4")], at_once, atol=2)
+    assert {path.name for path in predictions.iterdir()} == {"clip.mp4", "clip-2.mp4", "clip.json"}
+
+    original = VideoPredictor.stream
+
+    def stopped_at_the_fourth(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        for number, frame in enumerate(original(*arguments, **options)):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield frame
+
+    monkeypatch.setattr(VideoPredictor, "stream", stopped_at_the_fourth)
+    copied.run("predict", clip, "--live").refused(130, "clip.mp4", "5 + 4 frames")
+    assert len(frames()) == 5 + 4
+    assert json.loads((predictions / "clip.json").read_text())["horizon"] == 4
+    assert {path.name for path in predictions.iterdir()} == {"clip.mp4", "clip.json"}
+    copied.run("predict", clip, "--live", "--refine").refused(2, "--live", "--refine")
 
 
 def test_sample_shows_several_samples(copied) -> None:
