@@ -448,6 +448,11 @@ def load_predictor(config: RiverConfig, run_context: RunContext, clips: int | No
         clips: predicted at once; None: `evaluation.batch_size`.
     """
     predictor = VideoPredictor(**vars(load_run(config.run_path, run_context.device, sampling=config.sampling)))
-    if run_context.threads is None and "OMP_NUM_THREADS" not in os.environ:
-        predictor.choose_threads(clips or config.evaluation.batch_size)
+    choose_threads(predictor, run_context, clips or config.evaluation.batch_size)
     return predictor
+
+
+def choose_threads(predictor: VideoPredictor, run_context: RunContext, clips: int) -> None:
+    """See `VideoPredictor.choose_threads`; but the user's choice is respected."""
+    if run_context.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        predictor.choose_threads(clips)

@@ -11,6 +11,7 @@ import torch
 
 from pipelines.bench.autoencoder_speed import autoencoder_measurements
 from pipelines.bench.flow_speed import flow_measurements, sampling_measurements
+from pipelines.bench.frame_speed import frame_measurements
 from pipelines.bench.measurement import Benchmark, Measurement
 from pipelines.bench.video_speed import decode_measurements, encode_measurements
 from pipelines.bench.workbench import Workbench
@@ -23,6 +24,7 @@ from pipelines.runtime.run_folder import software_versions
 SUBJECTS = (
     flow_measurements,
     sampling_measurements,
+    frame_measurements,
     autoencoder_measurements,
     decode_measurements,
     encode_measurements,

@@ -340,7 +340,7 @@ def play(config: RiverConfig, run_context: RunContext, host: str, port: int, ope
         StoppedBySignal: the way it ends.
     """
     name = config.dataset.name if config.run is None else f"{config.dataset.name}/{config.run}"
-    player = Player(name, load_predictor(config, run_context), Clips(config, run_context))
+    player = Player(name, load_predictor(config, run_context, clips=1), Clips(config, run_context))
     if player.clips.missing:
         say(f"play: no test clips, uploads only: {player.clips.missing}")
     if host not in LOOPBACK:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -28,12 +29,21 @@ def forward_flops(config: VectorFieldConfig, latent_shape: tuple[int, int, int])
         config: sizes of the field.
         latent_shape: (c, h, w).
     """
-    # The counter knows plain attention on every device; the other kernels compute the same products.
-    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+
+    def evaluate() -> None:
         field = VectorField(config, latent_shape[0]).eval()
         latents = torch.empty(1, *latent_shape)
         reference = latents.repeat(1, config.recent_frames, 1, 1)
         field(latents, reference, latents, torch.ones(1, dtype=torch.int64), torch.empty(1))
+
+    return counted_flops(evaluate)
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations as in `forward_flops` of work that builds its network and inputs; none is done."""
+    # The counter knows plain attention on every device; the other kernels compute the same products.
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
     return counter.get_total_flops()
 
 

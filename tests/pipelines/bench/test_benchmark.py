@@ -38,6 +38,7 @@ from stage1_autoencoder.views import ViewTransform
 from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.loss import draw_flow, flow_matching_loss
+from stage2_flow.packed_trunk import PackedTrunk
 from stage2_flow.vector_field import TransformerBlock, VectorField
 
 CPU = torch.device("cpu")
@@ -48,7 +49,10 @@ AUTOENCODER = {
     "codes": 64, "norm_groups": 4,
 }  # fmt: skip
 VIDEO = VideoKind("mpeg4", 64, 48, frames=20, copies=2, image_size=SIDE, frame_step=3, bit_rate=400_000)
-TINY = {"seconds": 0, "store_bytes": 400_000, "encoded_seconds": 0, "rollouts": ((1, 2), (3, 1)), "videos": (VIDEO,)}
+TINY = {
+    "seconds": 0, "store_bytes": 400_000, "encoded_seconds": 0, "rollouts": ((1, 2), (3, 1)), "frames": ((2, 1),),
+    "videos": (VIDEO,),
+}  # fmt: skip
 
 
 def config_of(runs: Path, autoencoder: dict[str, object] = AUTOENCODER) -> RiverConfig:
@@ -74,7 +78,7 @@ def test_everything_is_measured_and_written(tmp_path):
     benchmark = run_benchmark(config, RunContext(CPU), **TINY)
     rows = benchmark.measurements
     assert [row.name.partition(":")[0].split()[0] for row in rows] == [
-        "load", *["flow"] * 4, *["sampling"] * 2, *["autoencoder"] * 3, "decode", "encode",
+        "load", *["flow"] * 4, *["sampling"] * 2, "frames", *["autoencoder"] * 3, "decode", "encode",
     ]  # fmt: skip
     for row in rows:
         assert 0 < row.value < math.inf, row
@@ -221,8 +225,14 @@ def test_pytorchs_layers_drop_as_much():
 
 def test_both_predictions_evaluate_the_field_equally_often(bench, monkeypatch):
     evaluations = []
-    trunk = VectorField.trunk
-    monkeypatch.setattr(VectorField, "trunk", lambda field, *rest: evaluations.append(field) or trunk(field, *rest))
+    for network, name in ((VectorField, "trunk"), (PackedTrunk, "__call__")):
+        trunk = getattr(network, name)
+
+        def counted(field, *rest, trunk=trunk):
+            evaluations.append(field)
+            return trunk(field, *rest)
+
+        monkeypatch.setattr(network, name, counted)
     rows = list(sampling_measurements(bench))
     assert len(rows) == len(bench.rollouts)
     ours, plain = (sum(1 for field in evaluations if field is one) for one in dict.fromkeys(evaluations))
