@@ -242,12 +242,12 @@ def test_loss_that_is_not_finite(trained, tmp_path: Path, story: ModuleType, mon
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
 def test_predictions_that_are_not_finite(copied, story: ModuleType, monkeypatch, command: str) -> None:
     """No number and no picture is made of them, and the earlier results stay."""
-    before, calls, trunk = story.stamps(copied.runs), itertools.count(), VectorField.trunk
+    before, calls, head = story.stamps(copied.runs), itertools.count(), VectorField.to_velocity
 
     def overflows(field: VectorField, *inputs: object) -> torch.Tensor:
-        return trunk(field, *inputs) * (float("inf") if next(calls) == 5 else 1)  # two evaluations per frame
+        return head(field, *inputs) * (float("inf") if next(calls) == 5 else 1)  # two evaluations per frame
 
-    monkeypatch.setattr(VectorField, "trunk", overflows)
+    monkeypatch.setattr(VectorField, "to_velocity", overflows)
     copied.run(command).refused(2, "predicted latents: NaN or inf in frame 4 of video 0")
     assert story.stamps(copied.runs) == before
 
