@@ -189,7 +189,7 @@ class DistillationConfig(BaseModel):
         json_schema_extra=NO_EFFECT,
     )
     learning_rate_share: float = Field(
-        0.4,
+        0.2,
         gt=0,
         le=10,
         description="learning rates of a new student, as a share of its teacher's; flow.training sets other ones",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from pipelines.runtime.run_folder import describe_run, is_student
 from pipelines.training.fine_tuning import takes_raw_latents
 from pipelines.training.flow_trainer import FlowTrainer, student_plan, train_field, with_precision
 from pipelines.training.flow_validation import FlowValidation, open_flow_validation
-from pipelines.training.training_run import training_status
 from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
 from stage2_flow.distillation import (
     DistillationDraws,
@@ -36,6 +35,8 @@ from stage2_flow.distillation import (
 from stage2_flow.path import PathSample
 from stage2_flow.rollout import evaluation_mode
 from stage2_flow.sampling_plan import SamplingPlan
+from stage2_flow.standardization import Standardization
+from stage2_flow.vector_field import VectorField
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,6 @@ def distill(config: RiverConfig, teacher: Teacher, run_context: RunContext) -> C
     _check_latents(config, teacher)
     wanted_precision = config.flow.training.precision
     config = with_precision(config, run_context.device, anew=run_context.restart)
-    if run_context.training_minutes is not None:
-        training = config.flow.training.model_copy(update={"steps": None})
-        config = config.model_copy(update={"flow": config.flow.model_copy(update={"training": training})})
     config = student_config(config, teacher)
     device, plan = run_context.device, student_plan(config)
     cost = forward_passes(segments, config.distillation.own_past * (1 + config.distillation.own_frames) / 2) / 3
@@ -185,26 +183,28 @@ def distill(config: RiverConfig, teacher: Teacher, run_context: RunContext) -> C
         f"distill: {describe_run(teacher.run)}, step {teacher.flow.step}, {segments.teacher.describe()} -> "
         f"{segments.student.describe()}; a step costs {cost:.1f} times that of `train-flow`"
     )
-    if training_status(plan).is_done and not run_context.restart:
-        return train_field(plan, config, run_context, wanted_precision)
-    field = load_trained_field(teacher.flow, device, teacher.sampling.weights)
+    standardization = standardization_in(teacher.flow)
+
+    @cache
+    def field() -> VectorField:
+        return load_trained_field(teacher.flow, device, teacher.sampling.weights)
+
+    def open_validation(*where: Any) -> StudentValidation | None:
+        return open_student_validation(*where, field(), segments, standardization.to(device))
+
+    def build(*arguments: Any, **options: Any) -> StudentTrainer:
+        return StudentTrainer(*arguments, teacher=field(), segments=segments, **options)
+
+    sampler = config.sampling.model_dump(mode="json", include=set(SAMPLER_KEYS))
     return train_field(
         plan,
         config,
         run_context,
         wanted_precision,
-        standardization=standardization_in(teacher.flow),
-        state={
-            "teacher": teacher.state,
-            "sampler": config.sampling.model_dump(mode="json", include=set(SAMPLER_KEYS)),
-        },
-        build=partial(StudentTrainer, teacher=field, segments=segments),
-        open_validation=partial(
-            open_student_validation,
-            teacher=field,
-            segments=segments,
-            standardize=standardization_in(teacher.flow).to(device).to_final,
-        ),
+        standardization=standardization,
+        state={"teacher": teacher.state, "sampler": sampler},
+        build=build,
+        open_validation=open_validation,
     )
 
 
@@ -290,15 +290,14 @@ def open_student_validation(
     config: RiverConfig,
     cache_url: str | Path,
     device: torch.device,
-    *,
     teacher: nn.Module,
     segments: Segments,
-    standardize: Callable[[Tensor], Tensor],
+    standardization: Standardization,
 ) -> StudentValidation | None:
     """As `open_flow_validation`; the teacher's solutions are computed here, once.
 
     Args:
-        standardize: raw latents on the device -> those that teacher and student work on.
+        standardization: on the device, of teacher and student.
     """
     of_flow = open_flow_validation(config, cache_url, device)
     if of_flow is None:
@@ -309,7 +308,9 @@ def open_student_validation(
     with computing_in("fp32", device):
         for first in range(0, len(noise), of_flow.pairs_at_once):
             rows = slice(first, first + of_flow.pairs_at_once)
-            frames = (standardize(x[rows].to(device)) for x in (batch.target, batch.reference, batch.condition))
+            frames = (
+                standardization.to_final(x[rows].to(device)) for x in (batch.target, batch.reference, batch.condition)
+            )
             part = FlowBatch(*frames, batch.distance[rows].to(device))
             parts.append(distillation_sample(teacher, part, noise[rows].to(device), segment[rows].to(device), segments))
     x_t, velocity, t = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("x_t", "velocity", "t"))

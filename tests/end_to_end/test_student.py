@@ -53,6 +53,8 @@ def test_interrupted_and_resumed_it_is_the_same_student(distilled, trained, tmp_
         place.run("distill", sets=LONG).refused(143, "step 3")
     place.run("sample", *STUDENT).refused(2, "distill --run student")
     place.run("distill").ok()
+    assert "done" in place.run("distill").ok().out
+    place.run("distill", "--resume", "3").ok()  # trains its last step again, as a student
     for name in ("model", "optimizer"):
         file = f"{name}.safetensors"
         whole, resumed = (each.checkpoint("student/flow") / file for each in (distilled, place))
