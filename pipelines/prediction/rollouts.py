@@ -29,7 +29,7 @@ MEMORY_SHARE = 0.6
 # Activations of a block that are alive together, as multiples of its tokens: qkv, attention, feed-forward, skips.
 LIVE_ACTIVATIONS = 24
 # Frames, or solver steps, that run eagerly before one is recorded: they compile, tune kernels and allocate workspaces.
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 # Evaluations per call from which compilation, which takes a minute, pays.
 MIN_EVALUATIONS_TO_COMPILE = 10_000
 
@@ -121,7 +121,10 @@ class FieldRollouts:
                         frame = rollout.predict(draw.noise, draw.condition_indices)
                     yield frame
         except torch.OutOfMemoryError:
-            raise UserError(f"out of memory predicting {len(context)} videos at once: predict fewer") from None
+            raise UserError(
+                f"out of memory predicting {len(context)} rows at once: predict fewer videos or samples, or use "
+                "sampling.precision=bf16"
+            ) from None
 
     def _prepare(
         self, frame: Tensor, farthest: int, options: SamplingConfig, precision: str, num_frames: int

@@ -180,6 +180,8 @@ def test_a_batch_that_does_not_fit_is_made_smaller(tiny, capsys):
     assert "5 clips" in said
     with pytest.raises(UserError, match=r"sampling\.batch_size 4"):
         limited.generate_latents(context, 2, sampling={"batch_size": 4})
+    with pytest.raises(UserError, match="3 rows"):
+        next(limited.stream(images(3, 2)))
 
 
 def test_precision_of_a_rollout_is_its_own(tiny):
