@@ -29,6 +29,7 @@ from pipelines.training.student_trainer import (
     distill,
     find_student,
     find_teacher,
+    segments_of,
     settings_of_student,
     student_config,
 )
@@ -129,6 +130,8 @@ def run_to_student(config: RiverConfig, teacher: RiverConfig, begin: BeginStuden
     _check_names(config, teacher)
     found = None if run_context.restart else find_student(config)
     if found is None:
+        if not teacher.sampling.leaves_sampler_open:
+            segments_of(config, teacher.sampling)  # refuses, before the teacher is trained
         for name in ("flow", "sampler"):
             run_to(name, teacher, run_context.for_prerequisites())
         known = find_teacher(teacher)

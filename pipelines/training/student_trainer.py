@@ -120,13 +120,32 @@ def settings_of_student(config: RiverConfig, teacher: RiverConfig, flow: Checkpo
     return {"flow": {"model": flow.state["model"], "training": training.model_dump(mode="json") | changed}}
 
 
+def segments_of(config: RiverConfig, sampling: SamplingConfig) -> Segments:
+    """The steps of a teacher's sampler, divided by the evaluations of the student.
+
+    Args:
+        config: of the student's run.
+        sampling: of the teacher.
+    Raises:
+        UserError: they can't be divided.
+    """
+    evaluations = config.distillation.evaluations
+    try:
+        return Segments(SamplingPlan.from_config(sampling), evaluations)
+    except ValueError as error:
+        raise UserError(
+            f"distillation.evaluations: {evaluations}: {error}: use fewer evaluations, or another sampler of the "
+            "teacher (for example --set sampling.solver=euler --set sampling.nfe=8)"
+        ) from None
+
+
 def student_config(config: RiverConfig, teacher: Teacher) -> RiverConfig:
     """The configuration with the one sampler that a student of this teacher learns.
 
     Raises:
         UserError: the teacher's steps can't be divided.
     """
-    student = _segments(config, teacher).student
+    student = segments_of(config, teacher.sampling).student
     sampler = {
         "preset": "default", "solver": student.solver.name, "steps": None, "nfe": student.steps,
         "warm_start": student.warm_start, "condition": teacher.sampling.condition,
@@ -172,7 +191,7 @@ def distill(config: RiverConfig, teacher: Teacher, run_context: RunContext) -> C
         StoreError: no complete store.
         StoppedBySignal: after a signal, with a checkpoint saved.
     """
-    segments = _segments(config, teacher)
+    segments = segments_of(config, teacher.sampling)
     _check_latents(config, teacher)
     wanted_precision = config.flow.training.precision
     config = with_precision(config, run_context.device, anew=run_context.restart)
@@ -206,17 +225,6 @@ def distill(config: RiverConfig, teacher: Teacher, run_context: RunContext) -> C
         build=build,
         open_validation=open_validation,
     )
-
-
-def _segments(config: RiverConfig, teacher: Teacher) -> Segments:
-    evaluations = config.distillation.evaluations
-    try:
-        return Segments(teacher.plan, evaluations)
-    except ValueError as error:
-        raise UserError(
-            f"distillation.evaluations: {evaluations}: {error}: use fewer evaluations, or another sampler of the "
-            "teacher (for example --set sampling.solver=euler --set sampling.nfe=8)"
-        ) from None
 
 
 def _check_latents(config: RiverConfig, teacher: Teacher) -> None:
