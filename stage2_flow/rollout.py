@@ -1,5 +1,6 @@
 """Predict latents frame by frame: each is integrated from noise, and becomes context for the next."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -118,10 +119,11 @@ class Rollout:
             if isinstance(field, VectorField):
                 evaluation_times = plan.evaluation_times(dtype).to(device)
                 self.evaluator = CachedEvaluator(field, evaluation_times, farthest, self.y, trunk)
+        this = weakref.proxy(self)  # a cycle would keep the memory of a graph until the garbage collector comes
         if record is not None and plan.evaluations <= MOST_RECORDED_EVALUATIONS:
-            self._compute_frame = record(self._compute_frame)
+            self._compute_frame = record(partial(Rollout._compute_frame, this))
         elif record is not None:
-            self._advance = record(self._advance)
+            self._advance = record(partial(Rollout._advance, this))
 
     def run(
         self,

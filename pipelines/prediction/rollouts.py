@@ -229,7 +229,7 @@ def clips_that_fit(field: nn.Module, context: Tensor, num_frames: int, device: t
 def clip_bytes(field: VectorField, context: Tensor, num_frames: int) -> int:
     """Upper bound of the memory of one clip in a batch, in fp32: its frames, and the activations of an evaluation."""
     _, given, channels, height, width = context.shape
-    frames = 3 * (given + 1 + num_frames) * channels * height * width
+    frames = 4 * (given + 1 + num_frames) * channels * height * width
     tokens = (height * width + 1) * field.config.width * (LIVE_ACTIVATIONS + field.config.depth)
     return 4 * (frames + tokens)
 

@@ -1,5 +1,6 @@
 """Rollouts: the official one replayed, sampling plans, cached embeddings, and what a rollout leaves unchanged."""
 
+import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -367,6 +368,9 @@ def test_a_frame_or_a_step_can_be_recorded_and_batches_follow_one_another(option
         assert torch.equal(results[-1], generate_latents(field, context, 3, resolved, draws))
     assert not torch.equal(*results)  # what was returned first has not been overwritten
     assert calls == ["step"] * (2 * 3 * calls_per_frame)
+    gone = weakref.ref(rollout)
+    del rollout
+    assert gone() is None  # at once, with a graph's memory
     assert frames == [1, 2, 3, 1, 2, 3]
 
 
