@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -91,6 +91,10 @@ train-flow: setup  ## stage 2: train the flow from the store alone (NUM_GPUS=4; 
 distill: setup  ## a student of the flow that needs one evaluation per frame, as a run called student (RUN=, NUM_GPUS=4)
 	$(remember)
 	@$(TRAIN) distill $(CONFIG) $(OPTIONS)
+
+train-decoder: setup  ## optional: train a small, fast decoder from the store alone, for make sample ARGS="--set sampling.decoder=fast"
+	$(remember)
+	@$(TRAIN) train-decoder $(CONFIG) $(OPTIONS)
 
 train-refiner: setup  ## optional: train the network that refines decoded frames, for make sample ARGS=--refine
 	$(remember)

@@ -17,8 +17,15 @@ from pipelines.runtime.progress import say, warn
 from pipelines.runtime.results import Study, StudyPoint
 from pipelines.runtime.run_folder import chosen_checkpoint, is_student, read_run_config
 from stage1_autoencoder.autoencoder import Autoencoder
-from stage1_autoencoder.config import RefinerModelConfig, parse_model_config
+from stage1_autoencoder.config import (
+    DecoderModelConfig,
+    RefinerModelConfig,
+    VQGANConfig,
+    VQVAEConfig,
+    parse_model_config,
+)
 from stage1_autoencoder.families import build_autoencoder
+from stage1_autoencoder.fast_decoder import FastDecoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.sampling_plan import SamplingPlan
@@ -45,6 +52,8 @@ class PredictorParts:
         trained_grid: height and width of the latents in the field's training; None: unknown, as in official files.
         refiner: used on request only; None: the run has none.
         no_refiner: why the refiner is missing, and the way out.
+        fast_decoder: used with `sampling.decoder: fast` only; None: the run has none.
+        no_fast_decoder: why it is missing, and the way out.
     """
 
     autoencoder: Autoencoder
@@ -58,6 +67,8 @@ class PredictorParts:
     trained_grid: tuple[int, int] | None = None
     refiner: RCAN | None = None
     no_refiner: str = "this predictor was built without a refiner: pass refiner=..., or train one for a run"
+    fast_decoder: FastDecoder | None = None
+    no_fast_decoder: str = "this predictor was built without a fast decoder: use sampling.decoder=full, or a run"
 
 
 def load_run(
@@ -107,6 +118,7 @@ def load_run(
         if (plan := SamplingPlan.from_config(sampling)) != learned:
             warn(f"{flow.path} is a student that learned {learned.describe()}, and is used with {plan.describe()}")
     refiner, no_refiner = _find_refiner(run, here, device)
+    fast_decoder, no_fast_decoder = _find_fast_decoder(shared, autoencoder.config, here, device)
     return PredictorParts(
         autoencoder=autoencoder,
         vector_field=load_trained_field(flow, device, sampling.weights),
@@ -119,6 +131,8 @@ def load_run(
         trained_grid=tuple(flow.state["latent_shape"][1:]),
         refiner=refiner,
         no_refiner=no_refiner,
+        fast_decoder=fast_decoder,
+        no_fast_decoder=no_fast_decoder,
     )
 
 
@@ -165,6 +179,25 @@ def _find_refiner(run: Path, autoencoder_digest: str, device: torch.device) -> t
             f"{autoencoder_digest[:12]}...: train it again (`train-refiner --restart`), or restore the old autoencoder"
         )
     return load_trained_refiner(found, device), ""
+
+
+def _find_fast_decoder(
+    shared: Path, sizes: VQGANConfig | VQVAEConfig, autoencoder_digest: str, device: torch.device
+) -> tuple[FastDecoder | None, str]:
+    """The fast decoder of an autoencoder with these sizes, or None and why it cannot be used."""
+    found = find_decoder(shared)
+    if found is None:
+        return None, (
+            f"{shared}/decoder/checkpoints holds no checkpoint: train one with `river train-decoder`, or use "
+            "sampling.decoder=full"
+        )
+    trained_for = found.state["autoencoder"]
+    if trained_for != autoencoder_digest:
+        return None, (
+            f"{found.path} was trained for autoencoder {trained_for[:12]}..., but the run has "
+            f"{autoencoder_digest[:12]}...: train it again (`train-decoder --restart`), or use sampling.decoder=full"
+        )
+    return load_trained_decoder(found, sizes, device), ""
 
 
 def load_trained_autoencoder(checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
@@ -287,3 +320,18 @@ def load_trained_refiner(checkpoint: Checkpoint, device: torch.device) -> RCAN:
     name = "ema" if checkpoint.has("ema") else "model"
     refiner = _trained(checkpoint, name, lambda: RCAN(RefinerModelConfig.model_validate(checkpoint.state["model"])))
     return refiner.to(device, memory_format=image_memory_format(device))
+
+
+def find_decoder(run_path: Path) -> Checkpoint | None:
+    """The fast decoder's checkpoint to use: the best if one was measured, else the newest."""
+    return chosen_checkpoint(run_path / "decoder")
+
+
+def load_trained_decoder(checkpoint: Checkpoint, sizes: VQGANConfig | VQVAEConfig, device: torch.device) -> FastDecoder:
+    """The fast decoder of a checkpoint, for an autoencoder of these sizes, in eval mode; averaged weights as above."""
+    name = "ema" if checkpoint.has("ema") else "model"
+
+    def build() -> FastDecoder:
+        return FastDecoder(DecoderModelConfig.model_validate(checkpoint.state["model"]), sizes)
+
+    return _trained(checkpoint, name, build).to(device, memory_format=torch.channels_last)

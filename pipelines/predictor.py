@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -19,11 +19,12 @@ from pipelines.loading import PredictorParts, load_run
 from pipelines.official.official_networks import OFFICIAL_HEADS
 from pipelines.official.parts import OfficialFiles, load_official
 from pipelines.prediction.detail import restore_detail
-from pipelines.prediction.frame_coding import DIVERGED, FrameCoding, check_finite
+from pipelines.prediction.frame_coding import DIVERGED, FrameCoding, check_finite, packed_for
 from pipelines.prediction.pictures import to_video as to_video  # of this API
 from pipelines.prediction.rollouts import FieldRollouts, overlapped, refine_frames
 from pipelines.runtime.context import RunContext, fastest_threads, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
+from stage1_autoencoder.fast_decoder import FastDecoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import FrameDraws, draw_frames, known_frames, make_draws, past_window
 from stage2_flow.config import SAMPLER_KEYS, SamplingConfig
@@ -140,11 +141,13 @@ class VideoPredictor(FrameCoding, PredictorParts):
             [b samples, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then
             the prediction.
         Raises:
-            UserError: images of another shape or range; `refine` without a refiner; NaN or inf, as `check_finite` says,
-                in what is given or computed.
+            UserError: images of another shape or range; `refine` without a refiner; decoder fast without one; NaN or
+                inf, as `check_finite` says, in what is given or computed.
         """
         if refine:
             self.check_refiner()
+        else:
+            self._decoder_of(self.sampling_with(sampling))
         context = self._encode_context(images)
         latents = self.generate_latents(
             context, num_frames, sampling=sampling, keys=keys, samples=samples, verbose=verbose
@@ -177,6 +180,7 @@ class VideoPredictor(FrameCoding, PredictorParts):
         context = self._encode_context(images)
         rows, given = self._check_rows(context, keys, samples), images.shape[1]
         options = self.resolved_sampling(self.sampling_with(sampling), given, None)
+        self._decoder_of(options)
         try:
             nfe, shape = SamplingPlan.from_config(options).evaluations, tuple(context.shape[2:])
             draws = draw_frames(
@@ -190,14 +194,15 @@ class VideoPredictor(FrameCoding, PredictorParts):
     def _stream(
         self, given: Tensor, context: Tensor, options: SamplingConfig, draws: Iterable[FrameDraws], samples: int
     ) -> Iterator[Tensor]:
-        reconstructed = self.decode_videos(context) if options.restore_detail else None
+        decoder = self._decoder_of(options)
+        reconstructed = self._decode_by(options, context) if options.restore_detail else None
 
         @torch.inference_mode()
         def decode(numbered: tuple[int, Tensor]) -> Tensor:
             number, final = numbered
             raw = self.standardization.to_raw(final)[:, None]
             self._check_predicted(raw, samples, number)
-            frame = self._decode(raw).clamp(-1, 1)
+            frame = self._decode(raw, decoder).clamp(-1, 1)
             return (frame if reconstructed is None else restore_detail(frame, given, reconstructed))[:, 0]
 
         with closing(self._rollouts.stream(self.standardization.to_final(context), options, draws)) as latents:
@@ -399,24 +404,43 @@ class VideoPredictor(FrameCoding, PredictorParts):
         Args:
             latents: [b, k + n, c, h, w] raw latents, those of the given frames first.
             given: [b, k, 3, h f, w f] float in [-1, 1], the real first frames of the videos, k >= 1.
-            sampling: options that differ from the run's; `restore_detail` is used.
-            refine: apply the refiner. Detail is not restored then: that is what the refiner is trained for.
+            sampling: options that differ from the run's; `decoder` and `restore_detail` are used.
+            refine: apply the refiner to what the full decoder returns. Detail is not restored then: that is what the
+                refiner is trained for.
         Returns:
             [b, n, 3, h f, w f] images in [-1, 1].
         Raises:
-            UserError: `refine` without a refiner; NaN or inf in latents or pixels.
+            UserError: `refine` without a refiner; decoder fast without one; NaN or inf in latents or pixels.
         """
-        refiner = self.check_refiner() if refine else None
-        context = given.shape[1]
-        given, decoded = given.to(self.device), self._decode(latents[:, context:])
-        if refiner is not None:
-            refined = refine_frames(refiner, given[:, -1], decoded)
+        context, given = given.shape[1], given.to(self.device)
+        if refine:
+            refiner = self.check_refiner()
+            refined = refine_frames(refiner, given[:, -1], self._decode(latents[:, context:]))
             check_finite("pixels of the refiner", refined, way_out=DIVERGED)
             return refined
-        shown = decoded.clamp(-1, 1)
-        if self.sampling_with(sampling).restore_detail:
-            return restore_detail(shown, given, self.decode_videos(latents[:, :context]))
+        options = self.sampling_with(sampling)
+        shown = self._decode_by(options, latents[:, context:])
+        if options.restore_detail:
+            return restore_detail(shown, given, self._decode_by(options, latents[:, :context]))
         return shown
+
+    @torch.inference_mode()
+    @in_full_precision
+    def _decode_by(self, options: SamplingConfig, latents: Tensor) -> Tensor:
+        """As `decode_videos`, by the decoder of these options."""
+        return self._decode(latents, self._decoder_of(options)).clamp(-1, 1)
+
+    def _decoder_of(self, options: SamplingConfig) -> Callable[[Tensor], Tensor] | None:
+        """The fast decoder, on a CPU packed; None: these options have the autoencoder's.
+
+        Raises:
+            UserError: there is none; the message has the reason.
+        """
+        return None if options.decoder == "full" else self._fast_decoding
+
+    @cached_property
+    def _fast_decoding(self) -> Callable[[Tensor], Tensor]:
+        return packed_for(self.check_fast_decoder(), self.device)
 
     def check_refiner(self) -> RCAN:
         """The refiner.
@@ -428,6 +452,16 @@ class VideoPredictor(FrameCoding, PredictorParts):
             raise UserError(self.no_refiner)
         return self.refiner
 
+    def check_fast_decoder(self) -> FastDecoder:
+        """The fast decoder.
+
+        Raises:
+            UserError: there is none; the message has the reason.
+        """
+        if self.fast_decoder is None:
+            raise UserError(self.no_fast_decoder)
+        return self.fast_decoder
+
     def describe_sampling(self, refine: bool = False) -> str:
         """How frames are predicted, in a few words."""
         options, plan = self.sampling, SamplingPlan.from_config(self.sampling)
@@ -435,6 +469,7 @@ class VideoPredictor(FrameCoding, PredictorParts):
         words += ["one condition per frame"] if options.condition == "per-frame" else []
         words += [f"past horizon {options.past_horizon}"] if options.past_horizon is not None else []
         words += ["raw weights"] if options.weights == "raw" else []
+        words += ["fast decoder"] if options.decoder == "fast" and not refine else []
         words += ["refined"] if refine else ["detail of the given frames"] if options.restore_detail else []
         return ", ".join(words)
 

@@ -21,6 +21,7 @@ from pipelines.runtime.progress import say
 from pipelines.runtime.run_folder import describe_progress, describe_run
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status, train_autoencoder
+from pipelines.training.decoder_trainer import decoder_status, train_decoder
 from pipelines.training.flow_trainer import check_flow, flow_status, train_flow, with_precision
 from pipelines.training.refiner_trainer import refiner_status, train_refiner
 from pipelines.training.step_memory import autoencoder_costs, flow_costs, refiner_costs
@@ -34,6 +35,7 @@ from pipelines.training.student_trainer import (
     student_config,
 )
 from stage1_autoencoder.families import build_autoencoder
+from stage1_autoencoder.fast_decoder import FastDecoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.vector_field import VectorField
 
@@ -61,7 +63,8 @@ def _check_shared(config: RiverConfig, run_context: RunContext) -> None:
     """Refuse to replace, in the name of one run, what all runs of the data set are made from."""
     if config.run is not None and run_context.asks_for_more:
         raise UserError(
-            f"--run {config.run}: all runs of {config.dataset.name} share one autoencoder and one store: leave out "
+            f"--run {config.run}: all runs of {config.dataset.name} share one autoencoder, its "
+            "fast decoder, and one store: leave out "
             "--run to replace these for all of them, or use others with --set dataset.name=..."
         )
 
@@ -81,6 +84,7 @@ STAGES = {
         Stage("store", ("autoencoder",), store_status, _encode, _check_shared),
         Stage("flow", ("store",), flow_status, train_flow, check_flow),
         Stage("sampler", ("flow",), sampler_status, choose_sampler),
+        Stage("decoder", ("store",), decoder_status, train_decoder, _check_shared),
         Stage("refiner", ("store",), refiner_status, train_refiner),
     )
 }
@@ -192,6 +196,8 @@ def run_to_prediction(
     if of_clips and not made[1].is_done and run_context.mirror is None:  # with a mirror the videos come later
         check_clips(config)
     run_to("flow", config, run_context)
+    if config.sampling.decoder == "fast" and not refine:
+        run_to("decoder", config, run_context)
     if choose:
         run_to("sampler", config, run_context)
     if refine:
@@ -203,6 +209,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
     with torch.device("meta"):
         autoencoder = build_autoencoder(config.autoencoder.model)
         field = VectorField(config.flow.model, config.autoencoder.model.latent_channels)
+        decoder = FastDecoder(config.decoder.model, config.autoencoder.model)
         refiner = RCAN(config.refiner.model)
     h, w = config.dataset.frame_size
     latent_shape = config.autoencoder.model.latent_shape((h, w))
@@ -213,6 +220,7 @@ def describe(config: RiverConfig, device: torch.device) -> str:
         "store": str(config.store_path),
         "flow": f"{field.parameter_count / 1e6:.1f} M parameters, {prod(latent_shape[1:]) + 1} tokens",
         "sampler": "solver and evaluations per frame",
+        "decoder": f"{decoder.parameter_count / 1e6:.2f} M parameters, optional",
         "refiner": f"{refiner.parameter_count / 1e6:.2f} M parameters, optional",
     }
     costs = {

@@ -1,4 +1,4 @@
-"""Settings of the autoencoder and the refiner: sizes and training."""
+"""Settings of the autoencoder, its fast decoder and the refiner: sizes and training."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
@@ -282,6 +282,63 @@ class AutoencoderTrainingConfig(_Settings):
         description="metric of the checkpoint that `encode` uses; auto: the last one with adversarial training, else "
         "the perceptual loss if there is one, else psnr",
         json_schema_extra=NO_EFFECT,
+    )
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, when the number of steps is known."""
+        return min(self.warmup_steps, (self.steps + 1) // 2)
+
+
+class DecoderModelConfig(_Settings):
+    """Sizes of the fast decoder: by default it takes at most a fifth of the arithmetic of the autoencoder's own."""
+
+    features: Width | None = Field(
+        None,
+        ge=4,
+        description="channels at the latents' resolution, twice those at higher ones; null: half of the VQGAN's or a "
+        "quarter of the VQ-VAE's, at most 256",
+    )
+    blocks: Depth = Field(
+        1, description="residual blocks per resolution; those at the highest have half of the channels inside"
+    )
+
+    def widths(self, autoencoder: VQGANConfig | VQVAEConfig) -> tuple[int, ...]:
+        """Channels by resolution, from the latents' to half of the image's."""
+        share = 4 if isinstance(autoencoder, VQVAEConfig) else 2
+        # By default multiples of 16 everywhere, for which CPUs have fast kernels.
+        features = self.features or max(32, min(256, autoencoder.widths[-1] // share) // 32 * 32)
+        return features, *[features // 2] * (autoencoder.downsampling.bit_length() - 2)
+
+
+class DecoderTrainingConfig(_Settings):
+    """Training of the fast decoder, on stored latents and what the full decoder makes of them."""
+
+    steps: PositiveInt | None = Field(None, description="null: 2000", json_schema_extra=NO_EFFECT)
+    batch_size: Size = Field(8, description="frames per update, over all processes")
+    learning_rate: PositiveFloat = 2e-3
+    warmup_steps: NonNegativeInt = Field(20, description="of linear warm-up, at most half of the steps")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "muon", description="muon: Muon on the convolutions between first and last, AdamW on the rest"
+    )
+    muon_learning_rate: PositiveFloat = Field(1e-2, description="learning rate of the matrices with optimizer: muon")
+    betas: Betas = (0.9, 0.99)
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: PositiveFloat | None = Field(1.0, description="largest gradient norm; null: no clipping")
+    l2_weight: NonNegativeFloat = Field(4.0, description="weight of the mean squared error beside the L1 error")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights; null: none")
+    max_bad_steps: PositiveInt = Field(
+        10,
+        description="stop after this many consecutive steps whose loss or gradients are not finite; such steps change "
+        "nothing",
+        json_schema_extra=NO_EFFECT,
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    checkpoint_every: PositiveInt = Field(1000, json_schema_extra=NO_EFFECT)
+    keep_checkpoints: PositiveInt = Field(2, json_schema_extra=NO_EFFECT)
+    validate_every: PositiveInt = Field(500, json_schema_extra=NO_EFFECT)
+    validation_frames: PositiveInt = Field(
+        128, description="frames of the validation split, the same in each validation", json_schema_extra=NO_EFFECT
     )
 
     @property

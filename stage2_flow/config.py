@@ -237,6 +237,11 @@ class SamplingConfig(BaseModel):
         False,
         description="add to predicted frames what the autoencoder loses of the given ones, where they show the same",
     )
+    decoder: Literal["full", "fast"] = Field(
+        "full",
+        description="decoder of predicted frames: the autoencoder's, or the small one of `train-decoder`; refined "
+        "frames are always those of the full one",
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1)
     weights: Literal["ema", "raw"] = Field(
         "ema", description="ema: averaged weights, if there are any; raw: weights of the last step"

@@ -12,6 +12,7 @@ COMMANDS = (
     "encode",
     "train-flow",
     "distill",
+    "train-decoder",
     "train-refiner",
     "sample",
     "predict",

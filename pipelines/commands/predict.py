@@ -30,7 +30,7 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
     from pipelines import stages
     from pipelines.errors import UserError
     from pipelines.evaluation.sampler_study import choose_sampler
-    from pipelines.loading import find_flow, find_refiner
+    from pipelines.loading import find_decoder, find_flow, find_refiner
     from pipelines.prediction.clips import read_video
     from pipelines.sampling.continuation import continue_live, continue_video
 
@@ -41,6 +41,9 @@ def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespac
         stages.run_to_prediction(config, run_context)
     else:
         choose_sampler(config, run_context)
+    fast = config.sampling.decoder == "fast" and not options.refine
+    if fast and find_decoder(config.shared.run_path) is None:
+        stages.run_to("decoder", config, run_context)
     if options.refine and find_refiner(config.run_path) is None:
         stages.run_to("refiner", config, run_context)
     if options.live:

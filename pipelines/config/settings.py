@@ -20,6 +20,8 @@ from pipelines.errors import UserError
 from stage1_autoencoder.config import (
     AutoencoderModelConfig,
     AutoencoderTrainingConfig,
+    DecoderModelConfig,
+    DecoderTrainingConfig,
     RefinerModelConfig,
     RefinerTrainingConfig,
     VQGANConfig,
@@ -109,7 +111,7 @@ class _Section(BaseModel):
 
 
 # Folders of a run. Its files, and backups of its folders, have a dot in their names, which names of runs have not.
-_RUN_FOLDERS = ("autoencoder", "flow", "refiner", "samples", "predictions", "evaluation_records")
+_RUN_FOLDERS = ("autoencoder", "decoder", "flow", "refiner", "samples", "predictions", "evaluation_records")
 
 
 class PathsConfig(_Section):
@@ -182,6 +184,13 @@ class RefinerConfig(_Section):
     training: RefinerTrainingConfig = Field(default_factory=RefinerTrainingConfig)
 
 
+class DecoderConfig(_Section):
+    """The optional fast decoder, for `sampling.decoder: fast`."""
+
+    model: DecoderModelConfig = Field(default_factory=DecoderModelConfig)
+    training: DecoderTrainingConfig = Field(default_factory=DecoderTrainingConfig)
+
+
 class LoggingConfig(_Section):
     every: PositiveInt = Field(50, description="steps between lines of log.jsonl")
     wandb: Literal["off", "offline", "online"] = Field("off", description="only online uses the network")
@@ -212,6 +221,7 @@ class RiverConfig(_Section):
     flow: FlowConfig = Field(default_factory=FlowConfig)
     distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     refiner: RefinerConfig = Field(default_factory=RefinerConfig)
+    decoder: DecoderConfig = Field(default_factory=DecoderConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -281,9 +291,9 @@ class RiverConfig(_Section):
 
     @property
     def shared(self) -> "RiverConfig":
-        """This configuration for the default run, whose folder has what all runs share: the store's autoencoder."""
+        """This configuration for the default run, whose folder has what all runs share: autoencoder, fast decoder."""
         return self.model_copy(update={"run": None})
 
     def training_folder(self, name: str) -> Path:
-        """The folder of a training: `autoencoder`, `flow` or `refiner`."""
-        return (self.shared if name == "autoencoder" else self).run_path / name
+        """The folder of a training: `autoencoder`, `decoder`, `flow` or `refiner`."""
+        return (self.shared if name in ("autoencoder", "decoder") else self).run_path / name

@@ -56,10 +56,11 @@ def _describe_run(run: Path, predictor: VideoPredictor, evaluation: EvaluationCo
         predictor: its networks.
         refine: predicted frames are refined.
     Raises:
-        UserError: `refine` without a refiner.
+        UserError: `refine` without a refiner; decoder fast without one.
     """
     flow, refiner, sampling = find_flow(run), find_refiner(run) if refine else None, predictor.sampling
     assert flow is not None
+    fast = sampling.decoder == "fast" and not refine
     resolved = predictor.resolved_sampling(sampling, evaluation.context, evaluation.horizon)
     return RunPredictor(
         flow_step=flow.step,
@@ -70,6 +71,7 @@ def _describe_run(run: Path, predictor: VideoPredictor, evaluation: EvaluationCo
         refine=refine,
         refiner_step=None if refiner is None else refiner.step,
         refiner_sha256=weights_digest(predictor.check_refiner()) if refine else None,
+        decoder_sha256=weights_digest(predictor.check_fast_decoder()) if fast else None,
         sampling=resolved.model_dump(mode="json"),
         seed=sampling.seed,
         nfe=SamplingPlan.from_config(sampling).evaluations,

@@ -24,7 +24,9 @@ from stage2_flow.sampling_plan import SamplingPlan
 
 def point_key(options: SamplingConfig) -> str:
     """What a point's result depends on."""
-    return json.dumps(options.model_dump(mode="json", exclude={"batch_size", "compile", "cuda_graphs"}), sort_keys=True)
+    return json.dumps(
+        options.model_dump(mode="json", exclude={"batch_size", "compile", "cuda_graphs", "decoder"}), sort_keys=True
+    )
 
 
 class StudyClips:
@@ -79,7 +81,9 @@ class StudyClips:
         seconds = time.perf_counter() - started
         if not torch.isfinite(latents).all():
             raise UserError(f"predictions with {SamplingPlan.from_config(options).describe()} are not finite")
-        videos = self.predictor.decode_predictions(latents, self.given_frames, sampling=options)
+        # What is chosen is how latents are predicted: frames are compared as the full decoder shows them.
+        full = options.model_copy(update={"decoder": "full"})
+        videos = self.predictor.decode_predictions(latents, self.given_frames, sampling=full)
         truth = self.truth.to(videos.device)
         clips = {
             metric.name: Tally.of_values(measure_frames(metric, videos, truth).double().mean(1))

@@ -302,6 +302,7 @@ def _facts(protocol: EvaluationProtocol) -> dict[str, str]:
     predictor, weights, sampling = protocol.predictor, {"autoencoder": protocol.autoencoder_sha256}, None
     if isinstance(predictor, RunPredictor):
         weights |= {f"flow (step {predictor.flow_step})": predictor.flow_sha256, "refiner": predictor.refiner_sha256}
+        weights["fast decoder"] = predictor.decoder_sha256
         sampling = f"{predictor.description}, {predictor.precision}, seed {predictor.seed}"
     else:
         weights["predictions"] = predictor.sha256

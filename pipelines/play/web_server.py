@@ -225,6 +225,7 @@ class Tab(WebSocketHandler, Guarded):
         self._prediction: Prediction | None = None
         self.player.tabs.add(self)
         predictor, clips = self.player.predictor, self.player.clips
+        decoders = [] if predictor.fast_decoder is None else ["full", "fast"]
         self.tell(
             {
                 "name": self.player.name,
@@ -232,7 +233,7 @@ class Tab(WebSocketHandler, Guarded):
                 "missing": clips.missing,
                 "sampler": SamplingPlan.from_config(predictor.sampling).describe(),
                 "seed": predictor.sampling.seed,
-                "decoders": [],
+                "decoders": sorted(decoders, key=lambda name: name != predictor.sampling.decoder),
                 "most_bytes": MOST_BYTES,
                 "most_text": size_text(MOST_BYTES),
             }

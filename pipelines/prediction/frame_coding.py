@@ -1,16 +1,20 @@
 """The autoencoder between frames and latents, and the check that both are finite."""
 
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.runtime.context import in_full_precision
 from stage1_autoencoder.autoencoder import Autoencoder
 from stage1_autoencoder.packing import can_pack, with_packed_convolutions
 from stage2_flow.standardization import Standardization
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Frames per call of the autoencoder.
 FRAMES_AT_ONCE = 64
@@ -58,10 +62,12 @@ class FrameCoding:
         """
         return self._decode(latents).clamp(-1, 1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor, decoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """As `decode_videos`, not clamped; by another decoder of quantized latents, if one is given."""
         check_finite("latents", latents)
         frames = rearrange(latents, "b n c h w -> (b n) c h w")
-        images = [self._decoding.decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
+        decode = self._decoding.decode if decoder is None else lambda part: decoder(self.autoencoder.quantize(part)[0])
+        images = [decode(part.to(self.device)) for part in frames.split(FRAMES_AT_ONCE)]
         decoded = rearrange(torch.cat(images), "(b n) c h w -> b n c h w", b=len(latents))
         check_finite("pixels of the autoencoder", decoded, way_out=DIVERGED)
         return decoded
@@ -69,11 +75,16 @@ class FrameCoding:
     @cached_property
     def _decoding(self) -> Autoencoder:
         """The autoencoder, or on a CPU a copy that decodes in less time."""
-        dtype = self.autoencoder.last_layer.weight.dtype
-        if self.device.type != "cpu" or dtype != torch.float32 or not can_pack(dtype):
-            return self.autoencoder
         shared = (self.autoencoder.encoder, self.autoencoder.quantizer)
-        return with_packed_convolutions(self.autoencoder, dtype, shared)
+        return packed_for(self.autoencoder, self.device, shared)
+
+
+def packed_for(network: Network, device: torch.device, shared: Iterable[nn.Module] = ()) -> Network:
+    """A network, or on a CPU a copy that takes less time, with packed convolutions; `shared` parts are not copied."""
+    dtype = next(network.parameters()).dtype
+    if device.type != "cpu" or dtype != torch.float32 or not can_pack(dtype):
+        return network
+    return with_packed_convolutions(network, dtype, shared)
 
 
 def check_finite(what: str, videos: Tensor, samples: int = 1, way_out: str = "", first: int = 0) -> None:

@@ -20,11 +20,18 @@ from pipelines.runtime.results import Evaluation, Study
 from pipelines.runtime.run_folder import Environment, chosen_checkpoint
 from pipelines.runtime.status import Status
 from pipelines.training.autoencoder_trainer import autoencoder_status
+from pipelines.training.decoder_trainer import decoder_status
 from pipelines.training.flow_trainer import flow_status
 from pipelines.training.refiner_trainer import refiner_status
 
-TRAININGS = ("autoencoder", "flow", "refiner")
-STATUS = {"autoencoder": autoencoder_status, "store": store_status, "flow": flow_status, "refiner": refiner_status}
+TRAININGS = ("autoencoder", "flow", "decoder", "refiner")
+STATUS = {
+    "autoencoder": autoencoder_status,
+    "store": store_status,
+    "flow": flow_status,
+    "decoder": decoder_status,
+    "refiner": refiner_status,
+}
 # Class -> file and the command that writes it.
 FILES: dict[type[BaseModel], tuple[str, str]] = {
     Evaluation: ("evaluation.json", "evaluate"),

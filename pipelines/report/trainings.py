@@ -12,6 +12,7 @@ from pipelines.runtime.run_folder import describe_progress
 TITLES = {
     "flow": "Stage 2: the flow",
     "autoencoder": "Stage 1: the autoencoder",
+    "decoder": "The fast decoder (optional)",
     "refiner": "The refiner (optional)",
 }
 # Logged at every line: shown as means over parts of the training, with a band between their extremes.
@@ -69,6 +70,7 @@ PANELS = {
         Panel("Discriminator", "logit", LOGITS),
         GRADIENTS,
     ],
+    "decoder": [LOSS, Panel("PSNR to the full decoder", "PSNR [dB]", {"validation_psnr": "PSNR"}, "higher"), GRADIENTS],
     "refiner": [LOSS, *IMAGE_METRICS, GRADIENTS],
 }  # fmt: skip
 
@@ -84,8 +86,9 @@ SPEEDS = {
 
 
 def training_section(run: Run) -> dict[str, Any]:
-    """Progress and charts per training; the refiner's only where there is one."""
-    shown = [name for name in TITLES if name != "refiner" or run.logs[name] or run.stages[name].state != "missing"]
+    """Progress and charts per training; those of optional networks only where there are any."""
+    optional = ("decoder", "refiner")
+    shown = [name for name in TITLES if name not in optional or run.logs[name] or run.stages[name].state != "missing"]
     return {"trainings": [_training(run, name) for name in shown]}
 
 

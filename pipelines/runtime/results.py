@@ -183,6 +183,7 @@ class RunPredictor(Result):
     """A run as what predicts: its weights and its sampler.
 
     Attributes:
+        decoder_sha256: of the fast decoder; None: predicted frames are decoded by the autoencoder.
         nfe: evaluations of the vector field per predicted frame.
         description: of the sampler, in words.
     """
@@ -195,6 +196,7 @@ class RunPredictor(Result):
     refine: bool
     refiner_step: int | None
     refiner_sha256: str | None
+    decoder_sha256: str | None = None
     sampling: dict[str, Any]
     seed: int
     nfe: int

@@ -20,7 +20,7 @@ from pipelines.runtime.progress import say, warn
 from stage1_autoencoder.videos import dataset_root
 
 # Sections of the configuration that a checkpoint of the training of this name records.
-TRAININGS = ("autoencoder", "flow", "refiner")
+TRAININGS = ("autoencoder", "decoder", "flow", "refiner")
 # Values by which a configuration leaves a setting to its training, which records what it chose.
 LEFT_OPEN = {"steps": None, "precision": "auto"}
 
@@ -123,7 +123,7 @@ def trained_settings(config: RiverConfig) -> dict[str, Any]:
     checkpoints that cannot be read, which the stages report; a `config.yaml` that cannot be read is a warning.
     """
     settings: dict[str, Any] = {}
-    for name in ("autoencoder", "refiner", "flow"):  # a run's seed is that of its flow
+    for name in ("autoencoder", "decoder", "refiner", "flow"):  # a run's seed is that of its flow
         newest = CheckpointFolder(config.training_folder(name) / "checkpoints").latest(warns=False)
         recorded = {} if newest is None else newest.state.get("settings", {})
         if name in recorded:
@@ -173,8 +173,8 @@ def only_training_of(folder: Path) -> Iterator[None]:
 
 def another_name(folder: Path) -> str:
     """How to train beside the training of a folder, as the end of a sentence."""
-    # All runs of a data set share the autoencoder.
-    option = "--set dataset.name=..." if folder.name == "autoencoder" else "--run <name>"
+    # All runs of a data set share the autoencoder and its fast decoder.
+    option = "--set dataset.name=..." if folder.name in ("autoencoder", "decoder") else "--run <name>"
     return f"give the run another name with {option}"
 
 

@@ -18,14 +18,14 @@ from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.evaluation.networks import NO_ST_LPIPS, NO_VGG16, find_st_lpips, load_lpips, load_st_lpips
 from pipelines.prediction.pictures import reconstruction_sheet, save_picture
-from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
+from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, in_full_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
 from pipelines.runtime.status import Status
 from pipelines.runtime.train_state import TrainState
 from pipelines.training.training_loop import LoopSettings, StepResult, Trainer, TrainingAmount
-from pipelines.training.training_run import TrainingPlan, plan_training, train, training_status
+from pipelines.training.training_run import TrainingPlan, of_all_runs, plan_training, train, training_status
 from stage1_autoencoder.augmentation import augment
 from stage1_autoencoder.autoencoder import image_to_unit
 from stage1_autoencoder.codebook import CodebookCare, forget
@@ -56,7 +56,7 @@ def train_autoencoder(config: RiverConfig, run_context: RunContext) -> Checkpoin
         UserError: no videos; a checkpoint that conflicts with the configuration; gradients that are not finite.
         StoppedBySignal: after a signal, with a checkpoint saved.
     """
-    config = _of_all_runs(config)
+    config = of_all_runs("autoencoder", config)
     processes, plan = run_context.processes, autoencoder_plan(config)
 
     def open_trainer(
@@ -107,15 +107,7 @@ def autoencoder_status(config: RiverConfig) -> Status:
 
 def autoencoder_plan(config: RiverConfig) -> TrainingPlan:
     """The training of this configuration, for all its runs."""
-    return plan_training("autoencoder", _of_all_runs(config), also=("dataset",))
-
-
-def _of_all_runs(config: RiverConfig) -> RiverConfig:
-    """The configuration of the autoencoder that a run shares with others, whatever seed its flow has."""
-    newest = CheckpointFolder(config.training_folder("autoencoder") / "checkpoints").latest(warns=False)
-    if config.run is None or newest is None:
-        return config.shared
-    return config.shared.model_copy(update={"seed": newest.state.get("identity", {}).get("seed", config.seed)})
+    return plan_training("autoencoder", of_all_runs("autoencoder", config), also=("dataset",))
 
 
 def best_by(training: AutoencoderTrainingConfig, perceptual: bool) -> str | None:

@@ -120,7 +120,7 @@ class LoopSettings:
     """Settings of the loop.
 
     Attributes:
-        name: `autoencoder`, `flow`, `refiner`.
+        name: `autoencoder`, `decoder`, `flow`, `refiner`.
         steps: of the whole training; None in the plan of one whose number is not known yet.
         checkpoint_every, validate_every, log_every: in steps.
         best: name of the validated value that selects the best checkpoint; None: no best checkpoint.

@@ -42,7 +42,7 @@ from pipelines.training.training_loop import (
 # of the paper's sizes do.
 PASSES = 20
 LEAST_STEPS = 5000
-MOST_STEPS = {"autoencoder": 100_000, "flow": 300_000, "refiner": 20_000}
+MOST_STEPS = {"autoencoder": 100_000, "flow": 300_000, "refiner": 20_000, "decoder": 2000}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TrainingPlan:
 
     @property
     def name(self) -> str:
-        """`autoencoder`, `flow`, `refiner`: a section of the configuration, and a folder of the run."""
+        """`autoencoder`, `decoder`, `flow`, `refiner`: a section of the configuration, and a folder of the run."""
         return self.loop.name
 
     @property
@@ -146,6 +146,14 @@ def plan_training(
     )
 
 
+def of_all_runs(name: str, config: RiverConfig) -> RiverConfig:
+    """The configuration of a training that a run shares with others, whatever seed its flow has."""
+    newest = CheckpointFolder(config.training_folder(name) / "checkpoints").latest(warns=False)
+    if config.run is None or newest is None:
+        return config.shared
+    return config.shared.model_copy(update={"seed": newest.state.get("identity", {}).get("seed", config.seed)})
+
+
 # Configuration with a number of steps, checkpoint to resume from, resources to close -> trainer, the plan's loop with
 # `best`, a line about the training.
 OpenTrainer = Callable[[RiverConfig, Checkpoint | None, ExitStack], tuple[Trainer, LoopSettings, str]]
@@ -212,7 +220,9 @@ def train(plan: TrainingPlan, config: RiverConfig, run_context: RunContext, open
         if minutes is not None:
             trainer.checkpoint_state["minutes"] = minutes
         if processes.is_first:
-            write_run_files(config, run_context.device)
+            # The fast decoder is added to a run, perhaps by another one that shares it: what that samples with stays.
+            if plan.name != "decoder" or not (config.run_path / "config.yaml").exists():
+                write_run_files(config, run_context.device)
             if run_context.resume != "auto" and (backup := checkpoints.move_later_to_backup(first_step)) is not None:
                 say(f"{plan.name}: --resume {run_context.resume}; later checkpoints are kept in {backup}")
         many = f" x {processes.count}" if processes.count > 1 else ""

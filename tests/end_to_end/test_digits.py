@@ -88,6 +88,7 @@ SETTINGS = {
     "flow": (),
     "refiner": ("refiner.model={groups: 1, blocks: 1, features: 4, reduction: 2}", "refiner.training.clip_frames=3",
                 "refiner.training.batch_size=2", "refiner.training.validation_clips=2"),
+    "decoder": ("decoder.training.batch_size=2", "decoder.training.validation_frames=2"),
 }  # fmt: skip
 
 

@@ -318,13 +318,28 @@ def test_samples_are_refined_with_the_context_of_their_video(tiny):
     torch.testing.assert_close(refiner.given[0][0], clips[[0, 0, 1, 1], -1])
 
 
+class Darker(torch.nn.Module):
+    """A fast decoder that returns half of what the autoencoder's does."""
+
+    def __init__(self, autoencoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.decode_quantized(quantized).clamp(-1, 1) / 2
+
+
+@pytest.mark.parametrize("decoder", ["full", "fast"])
 @pytest.mark.parametrize("detail", [False, True])
-def test_predictions_are_decoded_with_the_given_frames(detail, tiny):
-    predicting, given = dataclasses.replace(tiny, refiner=Brighter()), images(2, 3)
-    sampling = {"restore_detail": detail}
+def test_predictions_are_decoded_with_the_given_frames(detail, decoder, tiny):
+    predicting = dataclasses.replace(tiny, refiner=Brighter(), fast_decoder=Darker(tiny.autoencoder))
+    given = images(2, 3)
+    sampling = {"restore_detail": detail, "decoder": decoder}
     latents = predicting.generate_latents(predicting.encode_videos(given), 2, sampling=sampling)
     decoded = predicting.decode_videos(latents)
-    expected = restore_detail(decoded[:, 3:], given, decoded[:, :3]) if detail else decoded[:, 3:]
+    shown = decoded if decoder == "full" else decoded / 2
+    # What is lost of the given frames is what this decoder loses.
+    expected = restore_detail(shown[:, 3:], given, shown[:, :3]) if detail else shown[:, 3:]
     torch.testing.assert_close(predicting.decode_predictions(latents, given, sampling=sampling), expected)
     whole = predicting.generate_frames(given, 2, sampling=sampling)
     torch.testing.assert_close(whole, torch.cat([decoded[:, :3], expected], 1))
@@ -336,6 +351,8 @@ def test_refining_without_a_refiner_is_refused_before_anything_is_predicted(tiny
     uncallable = dataclasses.replace(tiny, refiner=None, autoencoder=None)
     with pytest.raises(UserError, match="refiner"):
         uncallable.generate_frames(images(1, 2), 1, refine=True)
+    with pytest.raises(UserError, match="fast decoder"):
+        uncallable.generate_frames(images(1, 2), 1, sampling={"decoder": "fast"})
 
 
 def test_recorded_draws_can_be_replayed(tiny):

@@ -306,8 +306,9 @@ def test_a_dry_run_tells_costs(tmp_path, monkeypatch):
     assert "latents" in found[flow + 3]  # whose size only a store tells
     assert "cache.residency auto" in found[flow + 4]
     assert found[flow + 5].startswith("sampler ")
-    assert found[flow + 6].startswith("refiner ")
-    assert " 2 clips of 3 frames on cpu, fp32, not compiled: " in found[flow + 7]
+    assert found[flow + 6].startswith("decoder ")
+    assert found[flow + 7].startswith("refiner ")
+    assert " 2 clips of 3 frames on cpu, fp32, not compiled: " in found[flow + 8]
 
     plan = SplitPlan(["a"], ["identity"], [10], (4, 12, 20), 10)
     metadata = StoreMetadata("none", 25.0, {}, {"sha256": "0"}, {})
