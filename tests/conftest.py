@@ -25,7 +25,9 @@ def _one_thread() -> Iterator[None]:
     """These tensors are tiny: threads would only wait for each other, the more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # predictions measure nothing
+        yield
     torch.set_num_threads(threads)
 
 
