@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -25,6 +26,8 @@ from pipelines.play.playing import MOST_BYTES, Clips
 from pipelines.play.web_server import Player, serve
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext
+from stage1_autoencoder.config import DecoderModelConfig
+from stage1_autoencoder.fast_decoder import FastDecoder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Counts the different pictures of the first future until this many frames were shown.
@@ -132,7 +135,11 @@ def test_a_port_in_use_is_refused(copied):
 
 @pytest.fixture(scope="module")
 def player(trained) -> Player:
-    return player_of(trained.runs, trained.folder / "tiny.yaml")
+    """Its run has a fast decoder, which was not trained."""
+    player = player_of(trained.runs, trained.folder / "tiny.yaml")
+    decoder = FastDecoder(DecoderModelConfig(), player.predictor.autoencoder.config).eval()
+    player.predictor = dataclasses.replace(player.predictor, fast_decoder=decoder)
+    return player
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +200,7 @@ def test_several_futures_begin_at_the_shown_frame_of_one(tab):
     after = tab.evaluate(CANVASES)
     assert len({before, *after}) == 4
     tab.select_option("#nfe", "1")
+    tab.select_option("#decoder", "fast")
     tab.click("#pause")
     tab.evaluate(WATCH, 40)
 
