@@ -57,7 +57,7 @@ class Workbench:
     store_bytes: int = 150_000_000
     encoded_seconds: float = 10.0
     rollouts: tuple[tuple[int, int], ...] = ((1, 8), (64, 1))
-    frames: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 4), (1, 8), (64, 1), (64, 8))
+    frames: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 4), (1, 8), (64, 1))
     videos: tuple[VideoKind, ...] = (
         VideoKind("mpeg4", 160, 120, 480, 4, 64, noise=6.0, bit_rate=800_000),  # KTH: 4 kB per frame
         VideoKind("h264", 480, 320, 128, 4, 128, frame_step=5),  # CLEVRER, as its preset reads it

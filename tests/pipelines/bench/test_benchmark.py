@@ -77,7 +77,7 @@ def test_everything_is_measured_and_written(tmp_path):
     benchmark = run_benchmark(config, RunContext(CPU), **TINY)
     rows = benchmark.measurements
     assert [row.name.partition(":")[0].split()[0] for row in rows] == [
-        "load", *["flow"] * 4, *["sampling"] * 2, "frames", *["autoencoder"] * 3, "decode", "encode",
+        "load", *["flow"] * 4, *["sampling"] * 2, *["frames"] * 2, *["autoencoder"] * 3, "decode", "encode",
     ]  # fmt: skip
     for row in rows:
         assert 0 < row.value < math.inf, row
