@@ -207,7 +207,8 @@ class VideoPredictor(FrameCoding, PredictorParts):
 
         with closing(self._rollouts.stream(self.standardization.to_final(context), options, draws)) as latents:
             numbered = enumerate(latents, start=context.shape[1])
-            for frame in overlapped(decode, numbered, self.device, options.precision, self.threads):
+            light = decoder is not None
+            for frame in overlapped(decode, numbered, self.device, options.precision, self.threads, light):
                 yield frame.clone()  # unlike inference tensors, it can be changed
 
     def _encode_context(self, images: Tensor) -> Tensor:

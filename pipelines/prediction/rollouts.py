@@ -254,20 +254,23 @@ def overlapped(
     device: torch.device,
     precision: str,
     threads: int | None = None,
+    light: bool = False,
 ) -> Iterator[Tensor]:
     """The work on each item, in fp32, while the next item is computed.
 
-    On a CPU another thread does the work, and both have at most half of the process's threads. If that has a single
-    one, or items are computed in another precision, which is a setting of the whole process, the work is done before
-    the next item. On a GPU it is done in another stream.
+    On a GPU it is done in another stream; on a CPU by another thread, and both have at most half of the process's
+    threads. But there the work is done before the next item if the process has a single thread, if light work would
+    cost the items threads that they use, or if items are computed in another precision, a setting of the whole process.
 
     Args:
         items: without an end.
         precision: of what computes the items.
-        threads: that the work has at most; None: those of the process.
+        threads: that each of both can use; None: those of the process.
+        light: the work takes far less time than an item.
     """
-    all_threads = torch.get_num_threads()
-    if device.type != "cuda" and (all_threads == 1 or precision != "fp32"):
+    share = torch.get_num_threads() // 2
+    threads = threads or torch.get_num_threads()
+    if device.type != "cuda" and (share == 0 or precision != "fp32" or (light and threads > share)):
         for item in items:
             with computing_in("fp32", device, threads):
                 result = work(item)
@@ -276,7 +279,7 @@ def overlapped(
     with _beside(device) as begin:
         item = next(items)
         while True:
-            with computing_in("fp32", device, min(threads or all_threads, max(1, all_threads // 2))):
+            with computing_in("fp32", device, max(1, min(threads, share))):
                 finish = begin(work, item)
                 item = next(items)
                 result = finish()

@@ -134,9 +134,13 @@ def test_recorded_steps_are_the_steps(field, monkeypatch, played, options):
     assert len(made) == 1
 
 
-@pytest.mark.parametrize(("threads", "precision", "beside"), [(4, "fp32", 1), (4, "bf16", 0), (1, "fp32", 0)])
-def test_work_is_done_beside_the_next_item(threads, precision, beside):
-    """On a CPU in another thread; without one, or where items change settings of the process, before the next item."""
+@pytest.mark.parametrize(
+    ("threads", "precision", "used", "light", "beside"),
+    [(4, "fp32", None, False, 2), (4, "fp32", 1, True, 1), (4, "fp32", 3, True, 0), (4, "bf16", None, False, 0),
+     (1, "fp32", None, False, 0)],
+)  # fmt: skip
+def test_work_is_done_beside_the_next_item(threads, precision, used, light, beside):
+    """On a CPU in another thread; before the next item where that costs more, or items change the whole process."""
     meeting, computed = threading.Barrier(2), []
 
     def items() -> Iterator[int]:
@@ -156,10 +160,10 @@ def test_work_is_done_beside_the_next_item(threads, precision, beside):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        results = overlapped(work, items(), CPU, precision)
+        results = overlapped(work, items(), CPU, precision, used, light)
         for number in range(2):
-            assert next(results).tolist() == [number, threads // 2 if beside else threads]
-            assert len(computed) == number + 1 + beside
+            assert next(results).tolist() == [number, beside or used or threads]
+            assert len(computed) == number + 1 + (beside > 0)
             assert torch.get_num_threads() == threads
         with pytest.raises(ValueError, match="work 2"):
             next(results)
