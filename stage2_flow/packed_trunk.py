@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from stage2_flow.vector_field import TransformerBlock, VectorField, rms_normalize
@@ -99,10 +98,11 @@ class _PackedMixing:
     def __call__(self, x: Tensor, height: int, width: int) -> None:
         """Add the convolution of a map to it, in place; the first token has no place in the map."""
         tokens = x[:, 1:]
-        image = rearrange(tokens.contiguous(), "b (h w) d -> b d h w", h=height, w=width)  # channels_last, no copy
+        # [b, d, h, w] in channels_last. Not by `rearrange`, which takes as long as the convolution of a single map.
+        image = tokens.contiguous().unflatten(1, (height, width)).permute(0, 3, 1, 2)
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.arguments, list(image.shape))
         mixed = torch.ops.mkldnn._convolution_pointwise(
             image, self.packed, self.bias, *self.arguments, "none", [], ""
         )  # fmt: skip
-        tokens += rearrange(mixed, "b d h w -> b (h w) d")
+        tokens += mixed.permute(0, 2, 3, 1).flatten(1, 2)
