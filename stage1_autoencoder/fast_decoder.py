@@ -28,6 +28,7 @@ class FastDecoder(nn.Module):
         self.config = config
         widths = config.widths(autoencoder)
         self.conv_in = _convolution(autoencoder.latent_channels, widths[0])
+        self.context = nn.Conv2d(widths[0], widths[0], 1)
         inside = (*widths[:-1], widths[-1] // 2)  # at the highest resolution a layer costs most
         self.levels = nn.ModuleList(
             nn.Sequential(*(_Block(*both) for _ in range(config.blocks))) for both in zip(widths, inside, strict=True)
@@ -44,7 +45,8 @@ class FastDecoder(nn.Module):
     def forward(self, quantized: Tensor) -> Tensor:
         """Map the vectors of codes [b, c, h, w] to images [b, 3, h f, w f], about [-1, 1], not clamped."""
         x = F.relu(self.conv_in(quantized.contiguous(memory_format=torch.channels_last)))
-        x = self.levels[0](x)
+        # The autoencoder's norms see the whole image: so do brightness and contrast here.
+        x = self.levels[0](F.relu(x + self.context(x.mean((2, 3), keepdim=True))))
         for upsampling, level in zip(self.upsamplings, self.levels[1:], strict=True):
             x = level(F.relu(upsampling(F.interpolate(x, scale_factor=2.0, mode="nearest"))))
         return F.pixel_shuffle(self.conv_out(x), self.block)

@@ -151,7 +151,7 @@ class DecoderTrainer(Trainer):
     def train_step(self, step: int) -> StepResult:
         """One update on this process's rows of the step's frames."""
         training, rows = self.training, self.processes.rows(self.training.batch_size)
-        quantized, wanted = self._examples(self.frames.read(self._draw(step)[rows]))
+        quantized, wanted = self._examples(self._shifted(self.frames.read(self._draw(step)), step)[rows])
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             decoded = self.network(quantized)
@@ -163,6 +163,15 @@ class DecoderTrainer(Trainer):
         factor = learning_rate_factor(step, warmup=training.warmup, total=training.steps)
         self.train_state.update(step, factor, norm, finite)
         return StepResult({"loss": loss, **terms, "gradient_norm": norm}, finite)
+
+    def _shifted(self, latents: Tensor, step: int) -> Tensor:
+        """Latents [b, c, y, x], each shifted by a vector of its own, of at most about a channel's deviation.
+
+        Predictions, and videos in another light, have codes side by side that no training frame has.
+        """
+        generator = step_generator(self.config.seed, step, stream="decoder shifts")
+        most = torch.rand(len(latents), 1, 1, 1, generator=generator) * latents.std((0, 2, 3), keepdim=True)
+        return latents + most * torch.randn(most.shape, generator=generator)
 
     def _draw(self, step: int) -> Tensor:
         generator = step_generator(self.config.seed, step, stream="decoder frames")
