@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import RiverConfig
-from pipelines.errors import StoppedBySignal
+from pipelines.errors import StoppedBySignal, UserError
 from pipelines.prediction.clips import GivenVideo, open_clips
 from pipelines.prediction.pictures import to_video
 from pipelines.prediction.samples import SHEET_CLIPS, Samples, write_continuation, write_live, write_samples
@@ -127,8 +127,9 @@ def continue_live(
         The MP4 of the first sample.
     Raises:
         StoppedBySignal: after the MP4 was written.
+        UserError: after it was written, too: the prediction is not finite.
     """
-    context, done = config.evaluation.context, 0
+    context, done, broken = config.evaluation.context, 0, None
     plan = "predicted until Ctrl-C" if frames is None else f"{frames} predicted"
     predictor, given = _begin(config, run_context, video, plan, samples)
     with (
@@ -138,16 +139,23 @@ def continue_live(
     ):
 
         def predicted() -> Iterator[np.ndarray]:
-            nonlocal done
-            for frame in itertools.islice(stream, frames):
-                yield to_video(frame)
-                done += 1
-                bar.update()
-                if stop:
-                    return
+            nonlocal done, broken
+            try:
+                for frame in itertools.islice(stream, frames):
+                    yield to_video(frame)
+                    done += 1
+                    bar.update()
+                    if stop:
+                        return
+            except UserError as error:
+                if not done:
+                    raise
+                broken = error
 
         mp4 = write_live(config.run_path / "predictions", video, predicted(), context, samples, marked)
     written = f"{mp4}: {video.length} + {done} frames"
+    if broken is not None:
+        raise UserError(f"{broken}; written before: {written}")
     if stop:
         raise StoppedBySignal(stop.signal_number, written)
     say(f"predict: {written}")

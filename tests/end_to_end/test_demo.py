@@ -1,5 +1,6 @@
 """`demo` on tiny shapes: all that it leaves behind, and that a second run finds it done."""
 
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 import latent_cache
 from pipelines.config import load_config
+from pipelines.errors import UserError
 from pipelines.predictor import VideoPredictor
 
 
@@ -314,6 +316,14 @@ def test_predict_live_writes_its_frames_whenever_it_is_stopped(
     assert json.loads((predictions / "clip.json").read_text())["horizon"] == 4
     assert {path.name for path in predictions.iterdir()} == {"clip.mp4", "clip.json"}
     copied.run("predict", clip, "--live", "--refine").refused(2, "--live", "--refine")
+
+    def diverges_at_the_third(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        yield from itertools.islice(original(*arguments, **options), 2)
+        raise UserError("NaN")
+
+    monkeypatch.setattr(VideoPredictor, "stream", diverges_at_the_third)
+    copied.run("predict", clip, "--live").refused(2, "NaN", "clip.mp4", "5 + 2 frames")
+    assert len(frames()) == 5 + 2
 
 
 def test_sample_shows_several_samples(copied) -> None:
