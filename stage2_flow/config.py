@@ -175,7 +175,7 @@ class DistillationConfig(BaseModel):
     )
     evaluations: int = Field(1, ge=1, le=64, description="Euler steps per frame, of which the student learns each")
     own_past: float = Field(
-        0.0,
+        0.5,
         ge=0,
         le=1,
         description="share of the samples whose newest past frames are the student's own predictions, as in a rollout",

@@ -25,7 +25,7 @@ def test_a_named_run_is_beside_the_default_one(copied) -> None:
     assert {path.name for path in wide.iterdir()} >= {"config.yaml", "samples", "evaluation.json", "report.html"}
     assert not (wide / "autoencoder").exists()
     page = (wide / "report.html").read_text()
-    assert "RUN=wide" in page
+    assert "--run wide" in page
     assert "Stage autoencoder" not in page  # which has a seed of its own
     assert {name: content for name, content in tree(copied.runs).items() if name in before} == before
     predictor = VideoPredictor.from_run(wide, device="cpu")

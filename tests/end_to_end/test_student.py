@@ -10,7 +10,7 @@ from pipelines.predictor import VideoPredictor
 from stage2_flow.rollout import CachedEvaluator
 
 STUDENT = ("--run", "student")
-LONG = ("distillation.steps_share=0.5", "distillation.own_past=0.5")
+LONG = ("distillation.steps_share=0.5",)
 
 
 @pytest.fixture(scope="module")
