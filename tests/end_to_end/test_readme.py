@@ -124,6 +124,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, story: Any) -> Path:
     }
     tiny = copy.deepcopy(story.TINY) | {"refiner": refiner, "evaluation": {"context": 2, "horizon": 2, "videos": 2}}
     tiny["autoencoder"]["training"] |= {"steps": 3, "checkpoint_every": 3}
+    tiny["decoder"] = {"training": {"steps": 2}}
     tiny["flow"]["training"] |= {"steps": 2, "checkpoint_every": 2, "validate_every": 2, "validation_samples": 1}
     shapes = tiny | {"dataset": story.TINY["dataset"] | {"name": "shapes", "image_size": 64}}
     videos = tiny | {
