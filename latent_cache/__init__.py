@@ -28,6 +28,8 @@ from latent_cache.reading.reader import (
     splits,
 )
 from latent_cache.reading.reader import open_cache as open
+from latent_cache.sampling.clip_dataset import ClipDataset
+from latent_cache.sampling.clip_dataset import ClipDataset as torch_dataset
 from latent_cache.sampling.draws import longest_distance, step_generator
 from latent_cache.sampling.residency import Residency, choose_residency, open_sampler
 from latent_cache.sampling.resident import FlowIndices, ResidentSampler, first_batch
@@ -42,6 +44,7 @@ from latent_cache.writing.writer import StoreWriter, seal, unseal
 __all__ = [
     "ChunkPlan",
     "ChunkWriter",
+    "ClipDataset",
     "CorruptStoreError",
     "DamagedFramesError",
     "FlowBatch",
@@ -84,5 +87,6 @@ __all__ = [
     "seal",
     "splits",
     "step_generator",
+    "torch_dataset",
     "unseal",
 ]

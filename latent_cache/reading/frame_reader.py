@@ -5,7 +5,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,10 +72,24 @@ class FrameReader:
         Raises:
             DamagedFramesError: one of their chunks is missing or damaged.
         """
+        return self._read_parts(start, stop, self._read_within_chunk)
+
+    def read_window(self, start: int, stop: int) -> np.ndarray:
+        """As `read`, for many short reads in any order.
+
+        A chunk of a local store is read and checked as a whole when it is first used, and again when its file has
+        changed. Afterwards only the frames themselves are read, from the operating system's cache if they are in it,
+        which all processes share.
+        """
+        plain = self._plain_folder is not None
+        return self._read_parts(start, stop, self._read_of_checked_file if plain else self._read_within_chunk)
+
+    def _read_parts(self, start: int, stop: int, read: Callable[[int, int, int, np.ndarray], None]) -> np.ndarray:
+        """Frames `start` to `stop` (excluded); `read` reads those of one chunk: its index, start, stop, output."""
         out = np.empty((stop - start, *self.array.shape[1:]), self.array.dtype)
         for index in range(start // self.chunk_frames, -(-stop // self.chunk_frames)):
             first, last = max(start, index * self.chunk_frames), min(stop, (index + 1) * self.chunk_frames)
-            self._read_within_chunk(index, first, last, out[first - start : last - start])
+            read(index, first, last, out[first - start : last - start])
         return out
 
     def read_chunk(self, index: int, out: np.ndarray) -> None:
@@ -88,16 +102,37 @@ class FrameReader:
             start = index * self.chunk_frames
             self._read_within_chunk(index, start, min(start + self.chunk_frames, self.array.shape[0]), out)
             return
+        with self._open_plain(index, self._plain_folder / self.chunk_key(index)) as file:
+            self._read_plain(index, file, out)
+
+    def _open_plain(self, index: int, path: str | Path) -> FileIO:
+        """The file of a chunk, whose path was made before."""
         try:
-            with open(self._plain_folder / self.chunk_key(index), "rb", buffering=0) as file:
-                start = 0 if self.array.shards is None else file.seek(self._place_in_shard(index, file))
-                checksum = self._read_plain(index, file, out)
+            return open(path, "rb", buffering=0)
         except FileNotFoundError as error:
             raise self._corrupt(index, "is missing") from error
-        self._check_identity(index, start, checksum)
+
+    def _read_of_checked_file(self, index: int, start: int, stop: int, out: np.ndarray) -> None:
+        path, checked, place = self._checked.get(index) or (self._plain_folder / self.chunk_key(index), None, 0)
+        with self._open_plain(index, path) as file:
+            state = os.fstat(file.fileno())
+            found = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+            if found != checked:
+                frames = min(self.chunk_frames, self.array.shape[0] - index * self.chunk_frames)
+                place = self._read_plain(index, file, np.empty((frames, *self.array.shape[1:]), self.array.dtype))
+                self._checked[index] = (str(path), found, place)
+            file.seek(place + (start - index * self.chunk_frames) * out[0].nbytes)
+            if file.readinto(memoryview(out).cast("B")) != out.nbytes:
+                raise self._corrupt(index, sync(self._file_state(index)) or "is truncated")
+
+    @cached_property
+    def _checked(self) -> dict[int, tuple[str, tuple[int, ...], int]]:
+        """Of each chunk that `read_window` has checked: its file's path and identity, and its first byte there."""
+        return {}
 
     def _read_plain(self, index: int, file: FileIO, out: np.ndarray) -> int:
-        """Read a chunk, and return its checksum."""
+        """Read and check a chunk, and return its first byte in the file."""
+        begin = 0 if self.array.shards is None else file.seek(self._place_in_shard(index, file))
         flat = out.reshape(-1)
         checksum, finite = 0, True
         for start in range(0, len(flat), BLOCK_BYTES // flat.itemsize):
@@ -114,7 +149,8 @@ class FrameReader:
             raise self._corrupt(index, sync(self._file_state(index)) or "is damaged: its checksum does not match")
         if not finite:
             raise self._corrupt(index, NOT_FINITE)
-        return checksum
+        self._check_identity(index, begin, checksum)
+        return begin
 
     def _check_identity(self, index: int, start: int, checksum: int) -> None:
         """Compare the part of a chunk's file that begins at byte `start` with the manifest, by its checksum."""

@@ -38,6 +38,7 @@ READINGS = {
     "load": lambda cache, index: cache.load(),  # looks at sizes first
     "chunk": read_chunk,
     "video": lambda cache, index: cache.video(VIDEO_IN[index]),  # by zarr
+    "window": lambda cache, index: cache.latent_reader.read_window(4 * index, 4 * index + 1),
     "damages": lambda cache, index: first_damage(cache),
 }
 
