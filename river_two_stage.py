@@ -10,15 +10,17 @@ from pipelines import __version__
 
 if TYPE_CHECKING:
     from latent_cache import open as open_store
+    from latent_cache import torch_dataset
     from pipelines.predictor import VideoPredictor, to_video
 
-__all__ = ["VideoPredictor", "__version__", "open_store", "to_video"]
+__all__ = ["VideoPredictor", "__version__", "open_store", "to_video", "torch_dataset"]
 
 # Name -> its module, and its name there.
 _PLACES = {
     "VideoPredictor": ("pipelines.predictor", "VideoPredictor"),
     "to_video": ("pipelines.predictor", "to_video"),
     "open_store": ("latent_cache", "open"),
+    "torch_dataset": ("latent_cache", "torch_dataset"),
 }
 
 

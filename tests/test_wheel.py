@@ -111,6 +111,7 @@ def test_the_wheel_works_in_an_empty_folder(installed: Path, capsys: pytest.Capt
     assert "</html>" in Path("runs", "tiny", "report.html").read_text()
     predictor = public.VideoPredictor.from_run("runs/tiny", device="cpu")
     store = public.open_store("latents/tiny.zarr", split="test")
+    assert len(public.torch_dataset("latents/tiny.zarr", "test", 2)[0]) == 2
     frames = predictor.decode_videos(torch.from_numpy(store.video(0)[None, :2]).float())
     assert public.to_video(predictor.generate_frames(frames, 2)).shape == (1, 4, 32, 32, 3)
     assert not [name for name, module in ours().items() if not Path(module.__file__).is_relative_to(installed)]

@@ -56,7 +56,7 @@ class FrameReader:
     video_ids: Sequence[str]
     offsets: np.ndarray
 
-    @property
+    @cached_property
     def chunk_frames(self) -> int:
         """Frames per chunk."""
         return self.array.chunks[0]

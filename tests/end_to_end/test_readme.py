@@ -348,8 +348,8 @@ def test_every_picture_is_shown() -> None:
 
 
 def test_readers_of_the_store_agree(inside: Path) -> None:
-    """zarr, xarray, dask and latent_cache read the same."""
-    plain, named, chunked, looked_up, checked = run_python(REPOSITORY / "docs" / "store_format.md")
+    """zarr, xarray, dask and latent_cache read the same; a training reads clips."""
+    plain, named, chunked, looked_up, checked, trained = run_python(REPOSITORY / "docs" / "store_format.md")
     train, test = (latent_cache.open("latents/shapes.zarr", split) for split in ("train", "test"))
     np.testing.assert_array_equal(plain["first_video"], train.video(0))
     assert str(plain["names"][0]) == train.video_ids[0]
@@ -360,6 +360,8 @@ def test_readers_of_the_store_agree(inside: Path) -> None:
     np.testing.assert_array_equal(looked_up["quantized"], train.codebook[train.video_codes(0)].transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(checked["video"], test.video(3))
     assert len(checked["everything"]) == test.frames
+    assert trained["clips"].clip_frames == 4
+    assert trained["loss"].isfinite()
 
 
 def test_drawn_layout(inside: Path) -> None:
