@@ -24,10 +24,12 @@ import pytest
 
 from tests.forked_commands import Ended, Fault, ForkedCommands
 
-REFINER = (
+OPTIONAL_NETWORKS = (
     "refiner.model={groups: 1, blocks: 1, features: 4, reduction: 2}", "refiner.training.steps=4",
     "refiner.training.batch_size=4", "refiner.training.clip_frames=5", "refiner.training.checkpoint_every=2",
     "refiner.training.validate_every=2", "refiner.training.validation_clips=3",
+    "decoder.training.steps=4", "decoder.training.checkpoint_every=2", "decoder.training.validate_every=2",
+    "decoder.training.validation_frames=8",
 )  # fmt: skip
 # Words and settings of each command. The second `encode`, `sample` and `evaluate` replace what the first ones left.
 STORY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -43,6 +45,9 @@ STORY: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("evaluate",), ("evaluation.videos=3",)),
     (("predict", "{place}/clip.avi"), ()),
     (("train-refiner",), ()),
+    (("distill",), ()),
+    (("train-decoder",), ()),
+    (("sample", "--run", "student"), ("sampling.decoder=fast",)),
     (("report",), ()),
     (("convert", "--out", "{place}/pictures", "--videos", "2"), ()),
     (("inspect", "--gif", "{place}/inspected.gif"), ()),
@@ -53,6 +58,11 @@ READERS: tuple[tuple[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]], 
     ("runs/tiny/autoencoder/", ((("sample",), ()), (("train-autoencoder",), ("autoencoder.training.steps=8",)))),
     ("runs/tiny/flow/", ((("evaluate",), ()), (("train-flow",), ("flow.training.steps=10",)))),
     ("runs/tiny/refiner/", ((("sample", "--refine"), ()), (("train-refiner",), ("refiner.training.steps=6",)))),
+    (
+        "runs/tiny/decoder/",
+        ((("sample",), ("sampling.decoder=fast",)), (("train-decoder",), ("decoder.training.steps=6",))),
+    ),
+    ("runs/tiny/student/", ((("sample", "--run", "student"), ()), (("distill",), ("flow.training.steps=4",)))),
     ("", ((("sample",), ()), (("report",), ()))),
 )
 # What these commands import when they run.
@@ -75,7 +85,7 @@ class Lab:
     """One folder in which every command runs, and copies of what it held before and after each."""
 
     def __init__(self, folder: Path, commands: ForkedCommands, story: ModuleType) -> None:
-        self.place, self.commands, self.story = story.Place(folder / "place", REFINER), commands, story
+        self.place, self.commands, self.story = story.Place(folder / "place", OPTIONAL_NETWORKS), commands, story
         self.folder, self.journal = folder, folder / "journal.txt"
         story.write_video(self.place.folder / "clip.avi", story.moving_square(8, 1))
         self.place.arguments("data")  # writes the configuration
