@@ -74,10 +74,12 @@ MODULES = (
 CLOCKED = re.compile(r"report\.html$")
 # Files for people: the pointers, and the number of the process that had a lock last.
 FOR_PEOPLE = re.compile(r"checkpoints/(latest|best)$|\.pid$")
-# What is replaced as a whole: the old file or the new one, never anything else.
+# What is replaced as a whole: the old file or the new one, never anything else; lists of clips may be missing while
+# these are replaced.
 RESULTS = re.compile(
     r"runs/tiny/([\w.]+\.(yaml|json|tsv|png)|(samples|predictions)/[\w.]+\.(json|safetensors|png|gif|mp4))$"
 )
+LISTS = re.compile(r"samples/samples\.json$|predictions/[\w.]+\.json$")
 TRIALS = {"kill": 100, "error": 40, "full": 20, "power": 60, "bit": 200}
 
 
@@ -139,7 +141,8 @@ class Lab:
         found = content(self.place.folder, self.story)
         before, after = self.after[number], self.after[number + 1]
         for name in sorted({**before, **after}):
-            if RESULTS.search(name) and name in before and found.get(name) not in (before[name], after.get(name)):
+            allowed = (before.get(name), after.get(name), *([None] if LISTS.search(name) else []))
+            if RESULTS.search(name) and name in before and found.get(name) not in allowed:
                 return f"{name} is neither the old nor the new one"
         return None
 
