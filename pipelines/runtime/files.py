@@ -142,7 +142,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_files(folder: Path, index: str, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder whose files take their places in `folder` when the block ends; on an error in it nothing changes.
+    """A temporary folder whose files take their places in `folder` when the block ends; an error in it changes nothing.
 
     Args:
         index: name of the file that lists the others. It is replaced last, and is missing while the others are.
