@@ -258,13 +258,13 @@ def test_the_picture_of_the_docs(browser, repository):
     run = Path(os.environ["PLAY_PICTURE"])
     with (
         served(player_of(run, run / "config.yaml")) as url,
-        contextlib.closing(browser.new_page(viewport={"width": 1060, "height": 700})) as page,
+        contextlib.closing(browser.new_page(viewport={"width": 1060, "height": 740})) as page,
     ):
         page.goto(url)
         page.locator("#clips button").nth(3).click()
         page.select_option("#speed", "fast")
         page.evaluate(WATCH, 10)
         page.click("#branch")
-        page.evaluate(WATCH, 40)
+        page.evaluate(WATCH, 30)
         page.wait_for_selector("#rate:text('frames/s')")
         page.screenshot(path=repository / "docs" / "play.png")
