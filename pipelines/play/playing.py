@@ -26,7 +26,7 @@ from stage1_autoencoder.videos import VideoError
 
 # Frames that a prediction may be ahead of the page: it waits there, so its memory is bounded.
 AHEAD = 8
-# Frames that a prediction is given which goes on from a predicted frame: this one and those before it.
+# Frames given to a prediction that continues from a predicted frame: that one and those before it.
 PAST = 16
 SPLIT_CLIPS = 8
 # Of an upload, and how many are kept.
@@ -36,7 +36,7 @@ THUMBNAIL_SIDE = 96
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """Frames to go on from.
+    """Frames to continue.
 
     Attributes:
         name: for people.

@@ -70,7 +70,7 @@ class Start(Message):
     Attributes:
         play: its number, which its frames carry.
         clip: to start from.
-        origin: the frame to go on from instead; None: the clip.
+        origin: the frame to continue from instead; None: the clip.
         samples: futures side by side.
         nfe: evaluations per frame, with Euler steps; None: the run's sampler.
     """

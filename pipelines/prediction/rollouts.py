@@ -263,7 +263,7 @@ def overlapped(
     cost the items threads that they use, or if items are computed in another precision, a setting of the whole process.
 
     Args:
-        items: without an end.
+        items: endless.
         precision: of what computes the items.
         threads: that each of both can use; None: those of the process.
         light: the work takes far less time than an item.

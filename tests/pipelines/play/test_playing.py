@@ -89,7 +89,7 @@ def test_a_shown_frame_and_those_before_it_are_the_next_past_however_long_it_wen
     for frame, sample in ((50, 0), (10**6, 0), (98, 2)):
         with pytest.raises(UserError, match=str(frame)):
             played.prediction.past(frame, sample)
-    # What goes on from there sends no given frames, counts on, and remembers its past.
+    # A prediction that continues there sends no given frames, counts on, and remembers its past.
     onward = Prediction(past, 1, {}, 99, is_new=False)
     assert onward.past(98, 0).frames.tolist() == past.frames.tolist()
 
