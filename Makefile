@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-faults lint data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-all test-faults lint data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -60,6 +60,13 @@ demo: setup  ## the whole story on procedural videos, minutes on two CPU cores
 
 test: setup  ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+
+test-all: $(BIN)/.ready-long  ## run all tests and the long ones: clusters, servers, the site, the notebook, the wheel
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not faults' $(OPTIONS)
+
+$(BIN)/.ready-long: $(BIN)/.ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,long]'
+	@touch $@
 
 test-faults: setup  ## kill, cut off and damage the commands at random, see docs/reliability.md (TRIALS=20 of each kind, SEED=100)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults $(call option,--trials=,$(TRIALS)) $(call option,--seed=,$(SEED)) $(OPTIONS)

@@ -17,6 +17,8 @@ import yaml
 
 from pipelines import __version__
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("latent_cache", "pipelines", "stage1_autoencoder", "stage2_flow")
 SOURCES = (*PACKAGES, "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE", "river_two_stage.py")
