@@ -195,6 +195,7 @@ class LoggingConfig(_Section):
     every: PositiveInt = Field(50, description="steps between lines of log.jsonl")
     wandb: Literal["off", "offline", "online"] = Field("off", description="only online uses the network")
     wandb_project: str = "river"
+    tensorboard: bool = Field(False, description="write event files too, for `tensorboard --logdir runs`")
 
     @field_validator("wandb", mode="before")
     @classmethod

@@ -1,8 +1,10 @@
-"""The log of a training: one JSON object per line, and wandb if configured."""
+"""The log of a training: one JSON object per line, and wandb and TensorBoard if configured."""
 
 import json
 import math
+import os
 import re
+import textwrap
 import time
 import uuid
 import zlib
@@ -10,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipelines.config import RiverConfig
+from pipelines.config import RiverConfig, dump_config
+from pipelines.errors import UserError
 from pipelines.runtime.files import flush, write_text
 from pipelines.runtime.progress import say, warn
 
@@ -73,13 +77,20 @@ def read_log(path: Path) -> Log | None:
     except OSError as error:
         return Log({}, [f"{path}: cannot be read: {error}"])
     records: dict[float, dict[str, Any]] = {}
-    problems = []
-    for number, (_, read) in enumerate(_read_lines(text), start=1):
+    problems: list[str] = []
+    _collect(path, text, 0, records, problems)
+    return Log(dict(sorted(records.items())), problems)
+
+
+def _collect(path: Path, text: str, before: int, records: dict[float, dict[str, Any]], problems: list[str]) -> int:
+    """Add the lines of a text, before which a log has `before` ones, to its records and problems; their number."""
+    number = before
+    for number, (_, read) in enumerate(_read_lines(text), start=before + 1):
         if isinstance(read, LogLine):
             records.setdefault(read.step, {}).update(read.model_extra or {})
         else:
             problems.append(f"{path}, line {number}: ignored: {read}")
-    return Log(dict(sorted(records.items())), problems)
+    return number - before
 
 
 def _with_checksum(line: str) -> str:
@@ -105,8 +116,62 @@ def _read_lines(text: str) -> Iterator[tuple[str, LogLine | str]]:
             yield line, error.errors()[0]["msg"]
 
 
+class GrowingLog:
+    """A log that a training may be writing: each reading takes only what was added since the one before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begin(None)
+
+    def _begin(self, file: int | None) -> None:
+        self._file, self._bytes, self._lines = file, 0, 0
+        self._records: dict[float, dict[str, Any]] = {}
+        self._problems: list[str] = []
+
+    def read(self) -> Log | None:
+        """The log up to its last whole line; None if it does not exist."""
+        try:
+            with self.path.open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                if status.st_ino != self._file or status.st_size < self._bytes:  # a resume replaces the file
+                    self._begin(status.st_ino)
+                stream.seek(self._bytes)
+                added = stream.read()
+        except FileNotFoundError:
+            self._begin(None)
+            return None
+        except OSError as error:
+            return Log({}, [f"{self.path}: cannot be read: {error}"])
+        whole = added[: added.rfind(b"\n") + 1]
+        self._bytes += len(whole)
+        self._lines += _collect(self.path, whole.decode(errors="replace"), self._lines, self._records, self._problems)
+        return Log(dict(sorted(self._records.items())), [*self._problems])
+
+
+def validation_picture(folder: Path, step: int | None = None) -> Path | None:
+    """The picture of a training's newest validation, or of that after `step` steps; None: there is none.
+
+    Args:
+        folder: of the training, which has them as `samples/step_00005000.png` or `reconstructions/step_...`.
+    """
+    name = "step_*" if step is None else f"step_{step:08d}"
+    return max(folder.glob(f"*/{name}.png"), key=lambda path: path.name, default=None)
+
+
+class Sink(Protocol):
+    """Where the quantities and pictures of a training go."""
+
+    def write(self, step: int, values: dict[str, Any], picture: Path | None) -> None:
+        """Take what was logged after `step` steps, and the picture of a validation, if there was one."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
 class TrainingLog:
-    """Appends to `log.jsonl`. On resume, lines of steps that will be trained again are dropped first.
+    """A training's log: `log.jsonl`, and wandb and TensorBoard if configured.
+
+    On resume, what was logged of steps that will be trained again is dropped first.
 
     Attributes:
         state: JSON for the checkpoints: the training's run of wandb, if it has one.
@@ -119,27 +184,26 @@ class TrainingLog:
 
         Args:
             state: of the checkpoint that it resumes from.
+        Raises:
+            UserError: wandb or TensorBoard can't be used.
         """
-        self.path = folder / "log.jsonl"
+        self.folder, self.path = folder, folder / "log.jsonl"
         self.state = {"wandb_run": state["wandb_run"]} if state and "wandb_run" in state else {}
         folder.mkdir(parents=True, exist_ok=True)
-        self._keep_until(resumed_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = None
+        self._sinks: list[Sink] = []
+        if config.logging.tensorboard:
+            self._sinks.append(_TensorBoard(config, folder, resumed_step))
         if config.logging.wandb != "off":
             self.state.setdefault("wandb_run", uuid.uuid4().hex)
-            self._wandb = _start_wandb(config, folder, name, self.state["wandb_run"])
+            self._sinks.append(_Wandb(config, folder, name, self.state["wandb_run"]))
+        self._sinks.insert(0, _JsonLines(self.path, resumed_step))  # opened last: what is refused changes no file
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one line; non-finite numbers become strings, so that every line is valid JSON."""
-        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
-        try:
-            self._file.write(_with_checksum(json.dumps(clean)) + "\n")
-            self._file.flush()
-        except OSError as error:  # which does not say of which file
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-        if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        """Log the quantities of a step, `record["step"]`, and the picture of its validation, if there is one."""
+        values = {name: value for name, value in record.items() if name != "step"}
+        picture = validation_picture(self.folder, record["step"])
+        for sink in self._sinks:
+            sink.write(record["step"], values, picture)
 
     def flush(self) -> None:
         """Wait until all lines and the file's name are on disk: a checkpoint must not outlive the lines before it."""
@@ -147,38 +211,105 @@ class TrainingLog:
         flush(self.path.parent)
 
     def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class _JsonLines:
+    """Appends to `log.jsonl`; on resume, lines of steps that will be trained again are dropped first."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self._path = path
+        self._keep_until(resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any], picture: Path | None) -> None:
+        """Write one line; non-finite numbers become strings, so that every line is valid JSON."""
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
+        try:
+            self._file.write(_with_checksum(json.dumps({"step": step} | clean)) + "\n")
+            self._file.flush()
+        except OSError as error:  # which does not say of which file
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+    def close(self) -> None:
         with suppress(OSError):  # a line that did not fit on the disk, which was reported
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
     def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
+        if not self._path.exists():
             return
-        text = self.path.read_text(encoding="utf-8", errors="replace")
+        text = self._path.read_text(encoding="utf-8", errors="replace")
         lines = list(_read_lines(text))
         kept = [line for line, read in lines if isinstance(read, LogLine) and read.step <= step]
         # A crash cuts the last line short, and only that.
         damaged = [read for _, read in lines[: None if text.endswith("\n") else -1] if isinstance(read, str)]
         if damaged:
-            warn(f"{self.path}: {len(damaged)} damaged line(s) are removed")
-        write_text(self.path, "".join(_with_checksum(line) + "\n" for line in kept))
+            warn(f"{self._path}: {len(damaged)} damaged line(s) are removed")
+        write_text(self._path, "".join(_with_checksum(line) + "\n" for line in kept))
 
 
-def _start_wandb(config: RiverConfig, folder: Path, name: str, run_id: str) -> Any:
-    import wandb
+class _Wandb:
+    """A run of wandb: named after the run and the training, in a group per data set."""
 
-    logging = config.logging
-    say(f"wandb: {logging.wandb}, project {logging.wandb_project}, run {run_id}, files in {folder}/wandb")
-    return wandb.init(
-        project=logging.wandb_project,
-        name="-".join(filter(None, (config.dataset.name, config.run, name))),
-        id=run_id,
-        resume="allow",
-        dir=str(folder),
-        mode=logging.wandb,
-        config=config.model_dump(mode="json"),
-    )
+    def __init__(self, config: RiverConfig, folder: Path, name: str, run_id: str) -> None:
+        import wandb
+
+        self._wandb, logging = wandb, config.logging
+        say(f"wandb: {logging.wandb}, project {logging.wandb_project}, run {run_id}, files in {folder}/wandb")
+        try:
+            self._run = wandb.init(
+                project=logging.wandb_project,
+                name="-".join(filter(None, (config.dataset.name, config.run, name))),
+                group=config.dataset.name,
+                job_type=name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                mode=logging.wandb,
+                config=config.model_dump(mode="json"),
+            )
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"logging.wandb: {logging.wandb}: {reason}; offline needs no account (`wandb sync` uploads it later)"
+            ) from None
+
+    def write(self, step: int, values: dict[str, Any], picture: Path | None) -> None:
+        shown = {} if picture is None else {picture.parent.name: self._wandb.Image(str(picture))}
+        self._run.log(values | shown, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    """Event files in `tensorboard`, a folder of the training."""
+
+    def __init__(self, config: RiverConfig, folder: Path, resumed_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "logging.tensorboard: true needs a package: pip install tensorboard (or "
+                "'river-two-stage[tensorboard]'), or set it to false"
+            ) from None
+        say(f"tensorboard: files in {folder}/tensorboard; `tensorboard --logdir {config.paths.runs}` shows all runs")
+        # What is logged of later steps is hidden: they are trained again.
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=resumed_step + 1)
+        self._writer.add_text("config", textwrap.indent(dump_config(config), "    "), resumed_step)  # as code
+
+    def write(self, step: int, values: dict[str, Any], picture: Path | None) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        if picture is not None:
+            with Image.open(picture) as image:
+                self._writer.add_image(picture.parent.name, np.asarray(image), step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class StepTimer:
