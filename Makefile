@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-all test-faults lint data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -73,6 +73,13 @@ test-faults: setup  ## kill, cut off and damage the commands at random, see docs
 
 lint: setup  ## run ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: $(BIN)/.ready-docs  ## build the documentation as a site in site/, without a network (ARGS=serve shows it while you write)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(OPTIONS),build --strict)
+
+$(BIN)/.ready-docs: $(BIN)/.ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 data: setup  ## download (MIRROR=folder or URL), check, unpack and index the raw videos
 	$(remember)

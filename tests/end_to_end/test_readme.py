@@ -36,7 +36,7 @@ README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 LANGUAGES = {"bash", "python", "yaml", "text"}
 # Targets that are no call of the command line: they exist, and that is all that is checked.
-OTHER_TARGETS = {"setup", "test", "test-all", "test-faults", "lint"}
+OTHER_TARGETS = {"setup", "test", "test-all", "test-faults", "lint", "docs"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
