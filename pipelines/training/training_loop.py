@@ -23,6 +23,9 @@ from pipelines.runtime.train_state import TrainState
 
 # Report the first rate after this many seconds, however far the first line of the log is.
 FIRST_WORD_SECONDS = 10.0
+# Without a progress bar a line follows after this pause, and further ones after pauses that double up to the last one:
+# a batch job's output tells how far it is, and stays short.
+FIRST_PAUSE, LONGEST_PAUSE = 60.0, 600.0
 # More steps than any training has: of one whose number of steps is not known yet.
 UNKNOWN_STEPS = 10**9
 # A training by the clock measures its rate in this share of its time, and in no more than these seconds, after its
@@ -213,7 +216,7 @@ def run_training(
     first_step, logged = (0, None) if found is None else (found.step, found.state.get("logged"))
     means = RunningMeans(logged, trainer.device)
     timer, guard = StepTimer(), _FiniteGuard(trainer, settings, processes)
-    announced = False
+    announced, pause = None, FIRST_PAUSE
     bar = progress(total=settings.steps, initial=first_step, description=settings.name, unit="step")
     with StopRequest() as stop, explain_out_of_memory(settings), bar:
         for step in range(first_step, settings.steps):
@@ -234,10 +237,11 @@ def run_training(
                 means.share(processes)
             if step == first_step and not logs:
                 timer.rate()  # the first step compiles, allocates and warms up
-            rate = timer.rate() if logs else None if announced else timer.rate_after(FIRST_WORD_SECONDS)
-            if rate and not announced:
-                say(f"{settings.name}: {rate:.2f} steps/s, about {duration((settings.steps - done) / rate)} left")
-                announced = True
+            rate = timer.rate() if logs else timer.rate_after(FIRST_WORD_SECONDS) if announced is None else None
+            speed = f"{rate:.2f} steps/s, about {duration((settings.steps - done) / rate)} left" if rate else ""
+            if rate and announced is None:
+                say(f"{settings.name}: {speed}")
+                announced = time.perf_counter()
             measured: dict[str, float] = {}
             if logs:
                 terms = means.read()
@@ -249,6 +253,9 @@ def run_training(
                 if log is not None:
                     log.write(record | measured)
                 bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+                if bar.disable and not last and time.perf_counter() - announced >= pause:
+                    say(f"{settings.name}: step {done} of {settings.steps}, loss {record['loss']:.4f}, {speed}")
+                    announced, pause = time.perf_counter(), min(2 * pause, LONGEST_PAUSE)
             if processes.is_first:
                 best = settings.best in measured and checkpoints.is_best(
                     settings.best, measured[settings.best], lowest=settings.lowest

@@ -246,6 +246,28 @@ def test_speed_is_that_of_steps_alone(train, monkeypatch, capsys):
     assert "counter: 2.00 steps/s, about 4 s " in capsys.readouterr().out  # 7 steps, after the third
 
 
+@pytest.mark.parametrize("has_terminal", [False, True])
+def test_without_a_bar_lines_say_how_far_it_is_less_and_less_often(train, monkeypatch, capsys, has_terminal):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: has_terminal)
+
+    class Slow(Counter):
+        def train_step(self, step: int) -> StepResult:
+            now[0] += 20.0
+            return super().train_step(step)
+
+    train(Slow(), steps=300, log_every=1, validate_every=1000, checkpoint_every=1000)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("counter: ")]
+    steps = [int(line.split()[2]) for line in told[1:]]
+    if has_terminal:
+        assert steps == []
+    else:
+        # A minute after the first word, then after twice the time before, and in the end every ten minutes.
+        assert steps == [4, 10, 22, 46, *range(76, 300, 30)]
+        assert all(word in told[2] for word in ("of 300", "loss 9.0000", "0.05 steps/s", "1.6 h left"))
+
+
 class ByTheClock(Counter):
     """Takes its time on a clock of its own: 2 s a step, 30 s more for the first, 5 s a validation, 3 s a checkpoint."""
 
