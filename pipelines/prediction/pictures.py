@@ -27,6 +27,8 @@ LABEL_HEIGHT = 16
 MIN_SIDE, LEGIBLE_SIDE = 96, 256
 # At most, on contact sheets, on sheets of reconstructions, and in animations.
 FRAMES_PER_ROW, IMAGES_PER_ROW, CLIPS_PER_ROW = 16, 8, 4
+# On a sheet of reconstructions.
+SHEET_IMAGES = 16
 # How long a GIF rests on its last frame.
 LAST_FRAME_MS = 1000
 # GIF counts time in hundredths of a second, in 16 bits. Viewers slow down frames that are shorter than two of them.
@@ -119,23 +121,29 @@ def contact_sheet(clips: Sequence[tuple[str, Sequence[Strip]]], title: str) -> I
     return page
 
 
-def reconstruction_sheet(truth: Tensor, reconstructed: Tensor, title: str) -> Image.Image:
-    """Images, their reconstruction by an autoencoder, and four times the difference, below each other.
+def save_reconstructions(
+    path: Path, truth: Tensor, reconstructed: Tensor, title: str, names: tuple[str, str] = ("image", "reconstruction")
+) -> None:
+    """Write a sheet of images, what a network made of them, and four times the difference, below each other.
 
     Args:
-        truth, reconstructed: [n, 3, h, w] in [-1, 1].
+        truth, reconstructed: [n, 3, h, w] in [-1, 1]; `SHEET_IMAGES` of them are shown, evenly spaced.
         title: what the page shows.
+        names: of both rows.
     """
+    # Frames of one video are neighbors: evenly spaced ones show most videos.
+    shown = torch.linspace(0, len(truth) - 1, SHEET_IMAGES).round().long().unique()
+    truth, reconstructed = (images[shown.to(images.device)].cpu() for images in (truth, reconstructed))
     # A difference of 0 is -1, which is black.
     difference = 4 * (reconstructed - truth).abs() - 1
-    rows = {"image": truth, "reconstruction": reconstructed, "4 x difference": difference}
     scale = enlargement(truth.shape[3])
-    cells = [(label, _enlarged(to_video(images), scale)) for label, images in rows.items()]
+    rows = zip((*names, "4 x difference"), (truth, reconstructed, difference), strict=True)
+    cells = [(label, _enlarged(to_video(images), scale)) for label, images in rows]
     blocks = [
         [(label, images[start : start + IMAGES_PER_ROW]) for label, images in cells]
         for start in range(0, len(truth), IMAGES_PER_ROW)
     ]
-    return _sheet(title, blocks, head=LABEL_HEIGHT + 14)[0]
+    save_picture(path, _sheet(title, blocks, head=LABEL_HEIGHT + 14)[0])
 
 
 def animation(clips: Sequence[tuple[str, Sequence[Strip]]]) -> np.ndarray:

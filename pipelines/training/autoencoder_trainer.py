@@ -17,7 +17,7 @@ from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr, ssim
 from pipelines.evaluation.networks import NO_ST_LPIPS, NO_VGG16, find_st_lpips, load_lpips, load_st_lpips
-from pipelines.prediction.pictures import reconstruction_sheet, save_picture
+from pipelines.prediction.pictures import save_reconstructions
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, in_full_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
@@ -42,8 +42,7 @@ from stage1_autoencoder.videos.source import BrokenVideoError, VideoSource
 VECTORS_A_CODE = 4
 # Share of the training, at its end, in which unused codes stay where they are: a moved one has to be trained.
 UNTOUCHED_AT_THE_END = 0.1
-# Frames on a sheet, and batch size in validation.
-SHEET_FRAMES = 16
+# Batch size in validation.
 FRAMES_AT_ONCE = 32
 
 
@@ -259,11 +258,9 @@ class AutoencoderTrainer(Trainer):
         measured = self._distances(torch.cat(reconstructed))
         measured["validation_codes"] = len(frequencies)
         measured["validation_perplexity"] = float((-(frequencies * frequencies.log()).sum()).exp())
-        # Frames of one video are neighbors: evenly spaced ones show most videos.
-        shown = torch.linspace(0, len(self.validation.images) - 1, SHEET_FRAMES).round().long().unique()
         title = f"{self.config.dataset.name}, step {step}: {_in_words(measured)}"
-        sheet = reconstruction_sheet(self.validation.images[shown], torch.cat(reconstructed)[shown], title)
-        save_picture(self.validation.folder / f"step_{step:08d}.png", sheet)
+        path = self.validation.folder / f"step_{step:08d}.png"
+        save_reconstructions(path, self.validation.images, torch.cat(reconstructed), title)
         say(f"autoencoder: step {step}: validation {_in_words(measured)}")
         return measured
 

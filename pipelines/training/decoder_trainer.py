@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pipelines.config import RiverConfig
 from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.loading import autoencoder_digest, find_autoencoder, load_trained_autoencoder
+from pipelines.prediction.pictures import save_reconstructions
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext, computing_in, in_full_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
@@ -62,6 +64,7 @@ def train_decoder(config: RiverConfig, run_context: RunContext) -> Checkpoint:
             load_trained_autoencoder(checkpoint, run_context.device),
             latent_cache.open(config.store_path, "train"),
             validation=latent_cache.open(config.store_path, "val") if validated else None,
+            pictures=plan.folder / "reconstructions",
             state=plan.state,
             processes=processes,
         )
@@ -116,6 +119,7 @@ class DecoderTrainer(Trainer):
         latents: LatentCache,
         *,
         validation: LatentCache | None = None,
+        pictures: Path | None = None,
         state: dict[str, Any] | None = None,
         processes: Processes = ALONE,
     ) -> None:
@@ -125,10 +129,12 @@ class DecoderTrainer(Trainer):
             autoencoder: to imitate, in eval mode on the device.
             latents: the training split.
             validation: the validation split, in rank 0.
+            pictures: folder for its frames, decoded both ways.
             state: further JSON of the checkpoints.
         """
         self.config, self.training, self.device = config, config.decoder.training, device
         self.autoencoder, self.checkpoint_state, self.processes = autoencoder, state or {}, processes
+        self.pictures = pictures
         self.frames = StoredFrames(latents, config.cache.memory_budget_bytes)
         self.validation = None
         if validation is not None:
@@ -195,11 +201,15 @@ class DecoderTrainer(Trainer):
         if self.validation is None:
             return {}
         model = self.train_state.best_model.eval()
-        parts = zip(*(part.split(FRAMES_AT_ONCE) for part in self.validation), strict=True)
-        values = [psnr(model(quantized), wanted.clamp(-1, 1)) for quantized, wanted in parts]
-        measured = {"validation_psnr": torch.cat(values).mean().item()}
-        say(f"decoder: step {step}: validation PSNR {measured['validation_psnr']:.2f} dB, to the full decoder")
-        return measured
+        quantized, wanted = self.validation
+        decoded, wanted = torch.cat([model(part) for part in quantized.split(FRAMES_AT_ONCE)]), wanted.clamp(-1, 1)
+        value = psnr(decoded, wanted).mean().item()
+        words = f"PSNR {value:.2f} dB, to the full decoder"
+        if self.pictures is not None:
+            path, title = self.pictures / f"step_{step:08d}.png", f"{self.config.dataset.name}, step {step}: {words}"
+            save_reconstructions(path, wanted, decoded, title, ("full decoder", "fast decoder"))
+        say(f"decoder: step {step}: validation {words}")
+        return {"validation_psnr": value}
 
     def state(self) -> dict[str, Any]:
         return self.checkpoint_state | {"model": self.config.decoder.model.model_dump(mode="json")}

@@ -24,6 +24,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.metrics import psnr
 from pipelines.evaluation.networks import VideoNetwork
 from pipelines.loading import autoencoder_digest, find_autoencoder, load_trained_autoencoder
+from pipelines.prediction.pictures import save_reconstructions
 from pipelines.prediction.rollouts import refine_frames
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext, computing_in, image_memory_format, in_full_precision, training_in
@@ -87,6 +88,7 @@ def train_refiner(config: RiverConfig, run_context: RunContext) -> Checkpoint:
             clips,
             perceptual=perceptual,
             validation=validation,
+            pictures=plan.folder / "reconstructions",
             state=plan.state,
             processes=processes,
         )
@@ -298,6 +300,7 @@ class RefinerTrainer(Trainer):
         *,
         perceptual: VideoNetwork | None = None,
         validation: ClipBatch | None = None,
+        pictures: Path | None = None,
         state: dict[str, Any] | None = None,
         processes: Processes = ALONE,
     ) -> None:
@@ -308,11 +311,13 @@ class RefinerTrainer(Trainer):
             clips: source of the training clips.
             perceptual: network of the perceptual loss term, if any.
             validation: clips to validate on, in rank 0.
+            pictures: folder for their frames, refined.
             state: further JSON of the checkpoints.
         """
         self.config, self.training, self.device = config, config.refiner.training, device
         self.autoencoder, self.clips, self.perceptual = autoencoder, clips, perceptual
-        self.validation, self.checkpoint_state, self.processes = validation, state or {}, processes
+        self.validation, self.pictures = validation, pictures
+        self.checkpoint_state, self.processes = state or {}, processes
         torch.manual_seed(config.seed)
         self.model = RCAN(config.refiner.model)
         if self.training.start == "copy":
@@ -376,23 +381,28 @@ class RefinerTrainer(Trainer):
         if self.validation is None:
             return {}
         model = self.train_state.best_model.eval()
-        refined, unrefined = [], []
+        refined, unrefined, shown = [], [], []
         clips = zip(self.validation.pixels.split(CLIPS_AT_ONCE), self.validation.latents.split(CLIPS_AT_ONCE),
                     strict=True)  # fmt: skip
         for pixels, latents in clips:
             example = make_example(self.autoencoder, pixels.to(self.device), latents.to(self.device))
             truth = example.truth.flatten(0, 1)
-            frames = refine_frames(model, example.previous[:, 0], example.decoded)
-            refined.append(psnr(frames.flatten(0, 1), truth))
+            frames = refine_frames(model, example.previous[:, 0], example.decoded).flatten(0, 1)
+            refined.append(psnr(frames, truth))
+            shown.append((truth.cpu(), frames.cpu()))
             unrefined.append(psnr(example.decoded.flatten(0, 1), truth))
         measured = {
             "validation_psnr": torch.cat(refined).mean().item(),
             "validation_psnr_unrefined": torch.cat(unrefined).mean().item(),
         }
-        say(
-            f"refiner: step {step}: validation PSNR {measured['validation_psnr']:.2f} dB refined, "
+        words = (
+            f"PSNR {measured['validation_psnr']:.2f} dB refined, "
             f"{measured['validation_psnr_unrefined']:.2f} dB unrefined"
         )
+        if self.pictures is not None:
+            path, title = self.pictures / f"step_{step:08d}.png", f"{self.config.dataset.name}, step {step}: {words}"
+            save_reconstructions(path, *(torch.cat(x) for x in zip(*shown, strict=True)), title, ("image", "refined"))
+        say(f"refiner: step {step}: validation {words}")
         return measured
 
     def state(self) -> dict[str, Any]:

@@ -270,6 +270,15 @@ def read_log(place: Place, what: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (place.runs / what / "log.jsonl").read_text().splitlines()]
 
 
+def pictures(place: Place, what: str) -> list[int]:
+    """The steps of a training's validation pictures, each of which can be opened."""
+    paths = sorted((place.runs / what).glob("*/step_*.png"))
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+    return [int(path.stem.removeprefix("step_")) for path in paths]
+
+
 def timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Log lines without what the clock decides."""
     clocked = ("per_second", "data_wait", "mfu", "peak_memory", "crc32")

@@ -36,6 +36,7 @@ def test_sample_trains_it_first_and_leaves_the_rest_as_it_was(decoded, trained, 
     assert re.search("sample: 4 clips.*fast decoder", said)
     records = story.read_log(decoded, "decoder")
     assert records[-1]["validation_psnr"] > records[2]["validation_psnr"] > 0
+    assert story.pictures(decoded, "decoder") == [6, 12]
     predicted, before = (load_file(place.runs / "samples" / "predictions.safetensors") for place in (decoded, trained))
     assert torch.equal(predicted["latents"], before["latents"])
     # A later command without the option has the full decoder again.

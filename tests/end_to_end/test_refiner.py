@@ -57,6 +57,7 @@ def test_training_says_what_it_does_and_is_done_once(refined, story: ModuleType)
     assert "validation_psnr" not in records[0]
     assert records[-1].keys() >= {"validation_psnr", "validation_psnr_unrefined"}
     assert records[1]["validation_psnr_unrefined"] == records[3]["validation_psnr_unrefined"]
+    assert story.pictures(refined, "refiner") == [4, 8]
     before = story.stamps(refined.runs, refined.store)
     assert "refiner: done, 8 steps" in refined.run("train-refiner").ok().out
     assert story.stamps(refined.runs, refined.store) == before
