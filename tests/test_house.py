@@ -24,7 +24,7 @@ ALLOWED = {
 # Rooms of `pipelines`, from the top: each imports from those below it.
 LAYERS = (
     "__main__", "commands", "stages", "upkeep", "play", "report", "bench", "training", "evaluation", "sampling",
-    "predictor", "encoding", "official", "prediction", "loading", "data", "runtime", "config", "errors",
+    "predictor", "sharing", "encoding", "official", "prediction", "loading", "data", "runtime", "config", "errors",
 )  # fmt: skip
 FILES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}

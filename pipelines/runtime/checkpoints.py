@@ -66,6 +66,8 @@ class Checkpoint:
     def tensors(self, name: str, device: str | torch.device = "cpu") -> Tensors:
         """The tensors of one file (`model`, `ema`, `optimizer`...), which is compared with its digest.
 
+        Those of fp16, in which released weights may be stored, are returned in fp32.
+
         Raises:
             UserError: the file is missing, damaged, or not the one that was saved.
         """
@@ -77,11 +79,12 @@ class Checkpoint:
                 raise ValueError("not in state.json")
             elif file_sha256(file) != recorded[name]["sha256"]:
                 raise ValueError("it differs from its sha256 in state.json")
-            return load_file(file, device=str(device))
+            tensors = load_file(file, device=str(device))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{file}: missing or damaged ({error}); remove {self.path} to use the previous checkpoint"
             ) from None
+        return {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}
 
     def has(self, name: str) -> bool:
         """Whether a file of this name was saved."""

@@ -166,6 +166,28 @@ def replacing_files(folder: Path, index: str, stale: Iterable[str] = ()) -> Iter
     flush(folder)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its place, flushed, when the block ends; an error changes nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    temporary, descriptor = _new_temporary(path, os.mkdir)
+    try:
+        yield temporary
+        flush_tree(temporary)
+        if path.exists():
+            remove(path)
+        temporary.rename(path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
 def _create(path: Path) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 

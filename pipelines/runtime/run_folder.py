@@ -53,9 +53,7 @@ def software_versions() -> dict[str, str]:
 
 def write_run_files(config: RiverConfig, device: torch.device) -> None:
     """Write `config.yaml` and `environment.json` of the run."""
-    config.run_path.mkdir(parents=True, exist_ok=True)
-    text = dump_config(config)
-    write_text(config.run_path / "config.yaml", f"{text}{DIGEST_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
+    write_run_config(config.run_path / "config.yaml", config)
     environment = Environment(
         software=software_versions(),
         platform=platform.platform(),
@@ -63,6 +61,12 @@ def write_run_files(config: RiverConfig, device: torch.device) -> None:
         threads=torch.get_num_threads(),
     )
     write_json(config.run_path / "environment.json", environment)
+
+
+def write_run_config(path: Path, config: RiverConfig) -> None:
+    """Write a run's `config.yaml`, with a digest of itself."""
+    text = dump_config(config)
+    write_text(path, f"{text}{DIGEST_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
 
 
 def read_run_config(path: Path) -> RiverConfig:
@@ -181,6 +185,11 @@ def another_name(folder: Path) -> str:
 def is_imported(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's weights were imported from a file. Its identity then holds only what these depend on."""
     return "imported" in checkpoint.state
+
+
+def has_only_weights(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint, as imported and released ones, has no state of the optimizer to resume from."""
+    return not checkpoint.has("optimizer")
 
 
 def is_fine_tuned(checkpoint: Checkpoint) -> bool:

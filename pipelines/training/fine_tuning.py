@@ -16,7 +16,13 @@ from pipelines.loading import standardization_in, weights_digest
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.run_folder import chosen_checkpoint, is_fine_tuned, is_imported, move_to_backup, only_training_of
+from pipelines.runtime.run_folder import (
+    chosen_checkpoint,
+    has_only_weights,
+    is_fine_tuned,
+    move_to_backup,
+    only_training_of,
+)
 from stage2_flow.config import VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
@@ -87,7 +93,7 @@ def check_fine_tuning(config: RiverConfig, run_context: RunContext) -> Checkpoin
     if not run_context.restart and not _is_start(newest):
         if is_fine_tuned(newest):
             return None
-        steps = None if is_imported(newest) else newest.state["settings"]["flow"]["training"]["steps"]
+        steps = None if has_only_weights(newest) else newest.state["settings"]["flow"]["training"]["steps"]
         if steps is not None and newest.step < steps:
             raise UserError(
                 f"{newest.path} is at step {newest.step} of {steps} of an ordinary training: finish it with "

@@ -20,7 +20,7 @@ from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from pipelines.runtime.context import RunContext, resolve_precision, training_in
 from pipelines.runtime.distributed import ALONE, Processes
 from pipelines.runtime.progress import say, warn
-from pipelines.runtime.run_folder import describe_progress, is_fine_tuned, is_imported, is_student
+from pipelines.runtime.run_folder import describe_progress, has_only_weights, is_fine_tuned, is_student
 from pipelines.runtime.status import Status
 from pipelines.runtime.throughput import matmul_rate, peak_memory, step_flops
 from pipelines.runtime.train_state import TrainState
@@ -60,7 +60,7 @@ def train_flow(config: RiverConfig, run_context: RunContext) -> Checkpoint:
     if asked:
         run_context = fine_tune(with_precision(config, device, anew=True), run_context, flow_state)
         newest = CheckpointFolder(folder / "checkpoints").latest()
-    if newest is not None and is_imported(newest):
+    if newest is not None and has_only_weights(newest):
         _warn_of_another_store(newest, config.store_path)
     resolved = with_precision(config, device, anew=run_context.restart)
     plan = flow_plan(resolved, anew=run_context.restart)
@@ -502,14 +502,14 @@ def check_data(config: RiverConfig, cache: LatentCache, sampler: Sampler, found:
         )
 
 
-def _warn_of_another_store(imported: Checkpoint, store: Path) -> None:
-    """Warn if the store was not encoded by the autoencoder of an imported flow."""
+def _warn_of_another_store(flow: Checkpoint, store: Path) -> None:
+    """Warn if the store was not encoded by the autoencoder of an imported or released flow."""
     if not latent_cache.is_complete(store):
         return
-    theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], imported.state["store"]["autoencoder"]
+    theirs, ours = latent_cache.open_metadata(store).autoencoder["sha256"], flow.state["store"]["autoencoder"]
     if theirs != ours:
         warn(
-            f"flow: {store} was encoded by autoencoder {theirs[:12]}..., and {imported.path} was trained on "
-            f"latents of {ours[:12]}...: encode again with the imported autoencoder (`encode --overwrite`), or train a "
-            "flow on this store (`train-flow --restart`; the imported one is moved to a backup)"
+            f"flow: {store} was encoded by autoencoder {theirs[:12]}..., and {flow.path} was trained on "
+            f"latents of {ours[:12]}...: encode again with that autoencoder (`encode --overwrite`), or train a "
+            "flow on this store (`train-flow --restart`; the existing one is moved to a backup)"
         )

@@ -21,6 +21,7 @@ from pipelines.runtime.run_folder import (
     another_name,
     chosen_checkpoint,
     describe_progress,
+    has_only_weights,
     is_imported,
     move_to_backup,
     only_training_of,
@@ -270,6 +271,8 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
         raise UserError(status.detail)
     if found is None:
         return checkpoints, None
+    if name != "auto" and has_only_weights(found):
+        raise UserError(_not_resumable(plan, found))
     if run_context.training_minutes not in (None, found.state.get("minutes")) and (found.step or is_imported(found)):
         raise UserError(_too_late(plan, found, run_context.training_minutes))
     if harmless := _changed_settings(plan, found):
@@ -314,12 +317,25 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
     if is_imported(found):
         return Status("done", describe_progress(found), plan.folder, standalone=True)
+    if has_only_weights(found):
+        if plan.steps is not None and plan.steps > (_recorded_steps(found, plan.name) or found.step):
+            return Status("conflicting", _not_resumable(plan, found), plan.folder)
+        return Status("done", describe_progress(found), plan.folder, standalone=True)
     if changed := differences(plan.inputs, _shared_part(found.state, plan.inputs)):
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
     if plan.steps is not None and found.step >= plan.steps:
         return Status("done", describe_progress(found), plan.folder)
     total = "" if plan.steps is None else f" of {plan.steps}"
     return Status("partial", f"{found.step}{total} steps", plan.folder)
+
+
+def _not_resumable(plan: TrainingPlan, found: Checkpoint) -> str:
+    tunes = "train the weights further with `train-flow --fine-tune`, " if plan.command == "train-flow" else ""
+    return (
+        f"{found.path} has only weights, as released runs do, and no state of the optimizer to resume from: {tunes}"
+        f"train again with `{plan.command} --restart` (the existing training is moved to a backup), or "
+        f"{another_name(plan.folder)}"
+    )
 
 
 def _none_whole(plan: TrainingPlan) -> str:

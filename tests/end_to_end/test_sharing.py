@@ -1,0 +1,170 @@
+"""Runs that travel: a released run predicts as its run does, and is pushed and pulled byte by byte or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.errors import UserError
+from pipelines.loading import autoencoder_digest, find_autoencoder, find_flow
+from pipelines.predictor import VideoPredictor
+from pipelines.runtime.results import Evaluation
+from pipelines.sharing.released_run import check_released_run, write_released_run
+
+
+@pytest.fixture(scope="session")
+def released(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A released run of the trained place. Tests must not change it."""
+    return write_released_run(trained.runs, tmp_path_factory.mktemp("released") / "tiny", data_license="CC0")
+
+
+@pytest.fixture
+def elsewhere(released: Path, trained: Any, tmp_path: Path, story: ModuleType) -> Any:
+    """A place that has nothing but the released run."""
+    shutil.copytree(released, tmp_path / "elsewhere" / "runs" / "tiny")
+    return story.Place(tmp_path / "elsewhere", trained.sets)
+
+
+def frames_of(run: Path) -> torch.Tensor:
+    images = torch.rand(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return VideoPredictor.from_run(run, "cpu").generate_frames(images, 2)
+
+
+def test_a_released_run_predicts_the_same_and_has_nothing_else(released, trained):
+    assert torch.equal(frames_of(released), frames_of(trained.runs))
+    files = {path.relative_to(released).as_posix() for path in released.rglob("*") if path.is_file()}
+    release = check_released_run(released)
+    assert files == {*release.files, "release.json"}
+    assert sum(name.endswith(".safetensors") for name in files) == 2  # one for each network
+    assert {"config.yaml", "evaluation.json", "README.md", "overview.gif"} <= files
+    assert not [name for name in files if name.endswith((".jsonl", ".html", ".mp4"))]
+    everything = b"".join((released / name).read_bytes() for name in files)
+    assert os.fsencode(trained.folder) not in everything
+
+
+def test_the_model_card_has_the_evaluation_s_numbers(released):
+    card = (released / "README.md").read_text()
+    psnr = Evaluation.model_validate_json((released / "evaluation.json").read_bytes()).metrics["psnr"]
+    for number in (psnr.prediction, psnr.copy_last, psnr.reconstruction):
+        assert f"{number:.2f}" in card
+    assert card.startswith("---\n")
+    assert "CC0" in card
+    assert "overview.gif" in card
+
+
+def test_a_release_is_the_same_every_time(released, trained, tmp_path, story):
+    for run in (released, trained.runs):
+        again = write_released_run(run, tmp_path / "again", data_license="CC0" if run == trained.runs else None)
+        assert story.tree(again) == story.tree(released)
+
+
+def test_weights_in_half_precision_are_read_in_full(trained, released, tmp_path):
+    half = write_released_run(trained.runs, tmp_path / "half", half=True)
+    stored = load_file(find_flow(half).path / "model.safetensors")
+    loaded, full = find_flow(half).tensors("model"), find_flow(released).tensors("model")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for name, tensor in full.items():
+        assert loaded[name].dtype == torch.float32
+        torch.testing.assert_close(loaded[name], tensor, rtol=2**-11, atol=2**-24)  # half of the last bit
+    assert find_flow(half).state["store"]["autoencoder"] == autoencoder_digest(find_autoencoder(half))
+    assert (frames_of(half) - frames_of(trained.runs)).abs().max() < 0.05
+
+
+def test_a_named_run_is_released_with_its_autoencoder(copied, tmp_path):
+    wide = copied.runs / "wide"
+    shutil.copytree(copied.runs / "flow", wide / "flow")
+    config = (copied.runs / "config.yaml").read_text().rpartition("# sha256")[0]
+    (wide / "config.yaml").write_text(config.replace("run: null", "run: wide"))
+    assert torch.equal(frames_of(write_released_run(wide, tmp_path / "wide")), frames_of(copied.runs))
+
+
+def test_commands_read_a_released_run(elsewhere, story):
+    elsewhere.run("sample", "--videos", "1").ok()
+    assert (elsewhere.runs / "samples" / "overview.gif").exists()
+    assert "8 steps" in elsewhere.run("train-flow").ok().out
+    assert "8 steps" in elsewhere.run("runs").ok().out
+
+
+@pytest.mark.long
+def test_all_commands_read_a_released_run(elsewhere, story):
+    elsewhere.run("evaluate").ok()
+    elsewhere.run("report").ok()
+    clip = elsewhere.folder / "clip.mp4"
+    story.write_video(clip, story.moving_square(4, 0, 32, 32))
+    elsewhere.run("predict", "--frames", "2", str(clip)).ok()
+
+
+@pytest.mark.parametrize("words", [["--set", "flow.training.steps=20"], ["--resume", "8"]])
+def test_training_from_a_released_run_is_fine_tuning(elsewhere, trained, words, story):
+    shutil.copytree(trained.store, elsewhere.store)
+    before = story.stamps(elsewhere.runs)
+    elsewhere.run("train-flow", *words).refused(2, "--fine-tune", "step_00000008")
+    assert story.stamps(elsewhere.runs) == before
+    if "--resume" in words:
+        elsewhere.run("train-flow", "--fine-tune").ok()
+        assert find_flow(elsewhere.runs).state["fine_tuned_from"]["step"] == 8
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    path = folder / "release.json"
+    content = json.loads(path.read_text())
+    del content["content_sha256"]
+    path.write_text(json.dumps(content | changes))
+
+
+BREAKAGES = {
+    "shorter": lambda folder: os.truncate(next(folder.rglob("model.safetensors")), 100),
+    "flipped": lambda folder: (folder / "config.yaml").write_bytes((folder / "config.yaml").read_bytes()[:-2] + b"x\n"),
+    "missing": lambda folder: (folder / "README.md").unlink(),
+    "unlisted": lambda folder: (folder / "release.json").unlink(),
+    "cut off": lambda folder: os.truncate(folder / "release.json", 50),
+    "newer": lambda folder: edited(folder, format_version=2, more=[1]),
+    "foreign": lambda folder: edited(folder, format="other"),
+    **{
+        name: lambda folder, name=name: edited(folder, files={name: {"size": 1, "sha256": "0" * 64}})
+        for name in (
+            "../up.json",
+            "/etc/up.json",
+            "a/../../up.json",
+            "a\\up.json",
+            ".hidden.json",
+            "up.pkl",
+            "release.json",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_what_is_not_whole_is_no_released_run(released, tmp_path, breakage):
+    folder = tmp_path / "broken"
+    shutil.copytree(released, folder)
+    BREAKAGES[breakage](folder)
+    with pytest.raises(UserError, match=str(folder)) as refused:
+        check_released_run(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_release_replaces_no_other_folder(trained, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="mine"):
+        write_released_run(trained.runs, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_an_evaluation_of_other_weights_is_left_out(copied, tmp_path, capsys):
+    path = copied.runs / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["protocol"]["predictor"]["flow_sha256"] = "0" * 64
+    del content["content_sha256"]
+    path.write_text(json.dumps(content))
+    release = write_released_run(copied.runs, tmp_path / "release")
+    assert not (release / "evaluation.json").exists()
+    assert "evaluation.json" in capsys.readouterr().err
