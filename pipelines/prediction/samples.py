@@ -141,7 +141,8 @@ def write_samples(
             video = animation([row])
             save_gif(new / f"{stem}.gif", video, fps)
             save_mp4(new / f"{stem}.mp4", video, fps)
-        tensors = {"latents": latents[:, 0].cpu().contiguous()}
+        # Of one clip, `contiguous` alone would leave a view into `samples`, which safetensors refuses.
+        tensors = {"latents": latents[:, 0].cpu().contiguous().clone()}
         if samples.samples > 1:
             tensors["samples"] = latents.cpu().contiguous()
         write_bytes(new / "predictions.safetensors", save(tensors))

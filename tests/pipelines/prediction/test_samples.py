@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from safetensors.torch import load_file
 
 from pipelines.prediction.clips import Clip, GivenVideo
 from pipelines.prediction.samples import Samples, write_continuation, write_samples
@@ -22,13 +23,14 @@ def clip(name: str, number: int, fps: float = 10.0) -> Clip:
     return Clip(name, number, Recording(name), fps, frames)
 
 
-def write(folder: Path, clips: list[Clip]) -> Samples:
+def write(folder: Path, clips: list[Clip], number: int = 1) -> Samples:
     samples = Samples(
         clips=[one.name for one in clips], fps=[one.fps for one in clips], context=CONTEXT, horizon=HORIZON,
-        sampling={}, samples=1, refine=False,
+        sampling={}, samples=number, refine=False,
     )  # fmt: skip
-    predicted = np.zeros((len(clips), 1, CONTEXT + HORIZON, 8, 8, 3), np.uint8)
-    write_samples(folder, samples, clips, predicted, torch.zeros(len(clips), 1, CONTEXT + HORIZON, 4, 1, 1), "title")
+    predicted = np.zeros((len(clips), number, CONTEXT + HORIZON, 8, 8, 3), np.uint8)
+    latents = torch.arange(len(clips) * number).view(-1, number, 1, 1, 1, 1).expand(-1, -1, CONTEXT + HORIZON, 4, 1, 1)
+    write_samples(folder, samples, clips, predicted, latents.float().contiguous(), "title")
     return samples
 
 
@@ -61,6 +63,14 @@ def test_no_clip_takes_the_files_of_another(tmp_path: Path):
         assert image.size[0] > 4 * 100  # of all clips
     write(tmp_path, [clip("clip", 0)])
     assert {file.stem for file in tmp_path.glob("*.[gm][ip][f4]")} == {"overview", "clip"}
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_latents_of_several_samples(tmp_path: Path, clips: int):
+    write(tmp_path, [clip(str(number), number) for number in range(clips)], number=3)
+    stored = load_file(tmp_path / "predictions.safetensors")
+    assert stored["samples"][:, :, 0, 0, 0, 0].flatten().tolist() == list(range(3 * clips))
+    assert stored["latents"].equal(stored["samples"][:, 0])
 
 
 def test_a_full_disk_leaves_the_clips_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
