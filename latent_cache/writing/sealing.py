@@ -18,6 +18,29 @@ from latent_cache.schema import StoreMetadata
 from latent_cache.writing.disk import write_file
 
 
+def document(node: zarr.Group | zarr.Array, **changes: Any) -> bytes:
+    """The metadata document of a group or an array.
+
+    Args:
+        changes: fields of its metadata that change.
+    """
+    return replace(node.metadata, **changes).to_buffer_dict(default_buffer_prototype())[ROOT_KEY].to_bytes()
+
+
+def rewrite_document(folder: Path, node: zarr.Group | zarr.Array, **changes: Any) -> None:
+    """Change the document of a group or an array of a store, and wait until it is on disk.
+
+    Zarr gives a document its name before its content is on disk: a loss of power would leave it cut off.
+
+    Args:
+        folder: of the store.
+        changes: fields of its metadata that change; `attributes` are added to those that it has.
+    """
+    if "attributes" in changes:
+        changes["attributes"] = {**node.attrs, **changes["attributes"]}
+    write_file(folder / node.path / ROOT_KEY, document(node, **changes))
+
+
 def root_document(group: zarr.Group, *, promised: bool, **attributes: Any) -> bytes:
     """The document of the root group of a complete store.
 
@@ -29,8 +52,7 @@ def root_document(group: zarr.Group, *, promised: bool, **attributes: Any) -> by
     attrs.pop(MANIFEST, None)
     if promised:
         attrs[MANIFEST] = True
-    documents = replace(group.metadata, attributes=attrs).to_buffer_dict(default_buffer_prototype())
-    return documents[ROOT_KEY].to_bytes()
+    return document(group, attributes=attrs)
 
 
 def make_manifest(folder: Path, group: zarr.Group, root: bytes, known: Mapping[str, StoredFile]) -> Manifest:

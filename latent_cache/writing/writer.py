@@ -34,7 +34,7 @@ from latent_cache.writing.chunk_plan import ChunkPlan, SplitPlan
 from latent_cache.writing.chunk_writer import ChunkWriter, file_path, session_path
 from latent_cache.writing.disk import LOCK_FILE, PARTIAL, WriterLock, flush_tree, is_full, write_file
 from latent_cache.writing.markers import ChunkMarker, channel_statistics
-from latent_cache.writing.sealing import make_manifest, root_document, write_manifest
+from latent_cache.writing.sealing import make_manifest, rewrite_document, root_document, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -272,8 +272,8 @@ class StoreWriter:
         for split, plan in self.plans.items():
             group = self._group[split]
             assert isinstance(group, zarr.Group)
-            group.update_attributes(dict(notes.get(split, {})))
-            group[LATENTS].update_attributes(statistics)
+            rewrite_document(self.path, group, attributes=dict(notes.get(split, {})))
+            rewrite_document(self.path, group[LATENTS], attributes=statistics)
             videos = len(plan.video_ids)
             fps = np.full(videos, self.metadata.fps) if plan.fps is None else plan.fps
             sizes = np.zeros((videos, 2)) if plan.sizes is None else plan.sizes
@@ -341,7 +341,8 @@ class StoreWriter:
         attrs = self.metadata.to_attrs(list(self.plans), complete=False)
         self._group = zarr.open_group(LocalStore(self.path), mode="a", zarr_format=3, attributes=attrs)
         if dict(self._group.attrs) != attrs:  # other software: the last writer's is recorded
-            self._group.update_attributes(attrs)
+            rewrite_document(self.path, self._group, attributes=attrs)
+            self._group = zarr.open_group(LocalStore(self.path), mode="r+", zarr_format=3)
         for split, plan in self.plans.items():
             group = self._group.require_group(split)
             channels, height, width = plan.latent_shape
@@ -355,8 +356,11 @@ class StoreWriter:
                     shutil.rmtree(self.path / PROGRESS_FOLDER / split, ignore_errors=True)
                     schema.create_array(group, name, size, chunk, dtype, shard)
                 elif array.shape != size:
-                    array.resize(size)
+                    rewrite_document(self.path, array, shape=size)
                 (self.path / split / name / "c").mkdir(exist_ok=True)
+                for place in (self.path / split / name / "c").iterdir():
+                    if int(place.name) >= len(plan.chunks):  # of a plan with more frames
+                        shutil.rmtree(place)
             if not self.codes and CODES in group:
                 del group[CODES]
             (self.path / PROGRESS_FOLDER / split).mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,42 @@ def test_documents_that_a_loss_of_power_left_empty_are_written_again(kit, tmp_pa
     assert all_files(path) == all_files(kit.build(tmp_path / "whole.zarr"))
 
 
+def test_documents_of_small_arrays_that_a_loss_of_power_cut_off_are_written_again(kit, tmp_path, path, all_files):
+    kit.build(path, stop_after=0)
+    begun = {*path.rglob("zarr.json")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latent_cache.writing.writer.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            kit.build(path)
+    made = {*path.rglob("zarr.json")} - begun
+    assert len(made) > 3
+    for document in made:
+        document.write_bytes(document.read_bytes()[:50])
+    kit.build(path)
+    assert all_files(path) == all_files(kit.build(tmp_path / "whole.zarr"))
+
+
+def test_documents_are_rewritten_on_disk_before_they_have_their_names(kit, path, monkeypatch):
+    """Else a loss of power while a store is finished leaves one that is cut off."""
+    kit.build(path, stop_after=0)
+    begun = {file: file.stat().st_ino for file in path.rglob("zarr.json")}
+    flushed, rewritten, rename = set(), [], os.replace
+
+    def name(source, target):
+        if Path(target) in begun:
+            rewritten.append(os.stat(source).st_ino in flushed)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+        patch.setattr(os, "replace", name)
+        patch.setattr(Path, "replace", lambda source, target: name(source, target))
+        kit.build(path)
+    assert [file for file, inode in begun.items() if file.stat().st_ino != inode]
+    assert rewritten
+    assert all(rewritten)
+
+
 def test_each_chunk_is_on_disk_before_its_marker_and_all_before_complete(kit, path, monkeypatch):
     """A file counts as on disk once its content was flushed, and its name in its folder, and so on up to the store."""
     flushed, named = {}, set()
