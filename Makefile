@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official release-run inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -146,6 +146,10 @@ runs: setup  ## list the runs of a data set; RUN=wide on other targets names a f
 import-official: setup  ## official weights as a run: MODEL=model.pth AUTOENCODER=vqvae.ckpt REFINER=refiner.pth, or ARGS=--download
 	$(remember)
 	@$(RIVER) import-official $(CONFIG) $(call option,--model=,$(MODEL)) $(call option,--autoencoder=,$(AUTOENCODER)) $(call option,--refiner=,$(REFINER)) $(OPTIONS)
+
+release-run: setup  ## a copy of a run with only what predictions need: OUT=folder, default models/<name> (ARGS=--half: fp16)
+	$(remember)
+	@$(RIVER) release-run $(CONFIG) $(call option,--out=,$(OUT)) $(OPTIONS)
 
 inspect: setup  ## show what is in the store; ARGS="--video ID --gif out.gif" decodes a video, ARGS=--verify checks all
 	$(remember)

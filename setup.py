@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the presets of `configs/` are the wheel's `pipelines/presets`."""
+"""What pyproject.toml cannot say: in the wheel `configs` is `pipelines/presets`, and `models` is `pipelines/models`."""
 
 from setuptools import find_packages, setup
 
@@ -9,6 +9,7 @@ setup(
         *find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
         "pipelines.presets",
         "pipelines.presets.protocols",
+        "pipelines.models",
     ],
-    package_dir={"pipelines.presets": "configs"},
+    package_dir={"pipelines.presets": "configs", "pipelines.models": "models"},
 )

@@ -114,6 +114,7 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     from pipelines.runtime.distributed import leave_processes
     from pipelines.runtime.progress import say, say_error, set_quiet
     from pipelines.runtime.run_folder import load_run_config
+    from pipelines.sharing.bundled_models import with_bundled_run
 
     run_context = RunContext.from_options(options)
     processes = run_context.processes
@@ -124,7 +125,10 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
             say(f"configuration: {find_preset('shapes')} (--config NAME takes another preset or file)")
             options.config = "shapes"
         anew = getattr(command, "BEGINS_ANEW", ()) if run_context.begins_anew else ()
-        config = load_run_config(options.config, overrides(options), anew)
+        copies = not (options.dry_run or getattr(command, "LISTS_BY_DEFAULT", False))
+        with processes.sharing_failures(), processes.first_before_others():
+            changes = with_bundled_run(options.config, overrides(options), copies=copies)
+        config = load_run_config(options.config, changes, anew)
     if options.dry_run and config is not None and not getattr(command, "LISTS_BY_DEFAULT", False):
         if hasattr(command, "dry_run"):
             command.dry_run(config, run_context, options)

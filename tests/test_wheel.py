@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("latent_cache", "pipelines", "stage1_autoencoder", "stage2_flow")
-SOURCES = (*PACKAGES, "configs", "pyproject.toml", "setup.py", "README.md", "LICENSE", "river_two_stage.py")
+SOURCES = (*PACKAGES, "configs", "models", "pyproject.toml", "setup.py", "README.md", "LICENSE", "river_two_stage.py")
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -73,7 +73,9 @@ def test_the_wheel_has_everything(wheel: Path) -> None:
     assert {f"{name}/py.typed" for name in PACKAGES} <= names
     presets = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name.removeprefix("pipelines/presets/") for name in names if "/presets/" in name} == presets
-    assert not [name for name in names if name.startswith(("tests", "configs"))]
+    models = {str(path.relative_to(ROOT)) for path in (ROOT / "models").rglob("*") if path.is_file()}
+    assert {name.removeprefix("pipelines/") for name in names if name.startswith("pipelines/models/")} == models
+    assert not [name for name in names if name.startswith(("tests", "configs", "models"))]
 
 
 def test_the_version_is_the_same_everywhere() -> None:
@@ -108,6 +110,8 @@ def test_the_wheel_works_in_an_empty_folder(installed: Path, capsys: pytest.Capt
     assert river(["protocols"]) == 0
     assert river(["data", "--device", "cpu"]) == 0
     assert str(installed / "pipelines" / "presets" / "shapes.yaml") in capsys.readouterr().out
+    assert river(["sample", "--run", "shapes-small", "--videos", "1", "--device", "cpu"]) == 0
+    assert Path("runs", "shapes-small", "samples", "overview.gif").stat().st_size > 0
     Path("tiny.yaml").write_text(TINY)
     assert river(["demo", "--config", "tiny", "--device", "cpu"]) == 0
     assert "</html>" in Path("runs", "tiny", "report.html").read_text()

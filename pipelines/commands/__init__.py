@@ -24,6 +24,7 @@ COMMANDS = (
     "runs",
     "inspect",
     "import-official",
+    "release-run",
     "bench",
     "gpu-check",
     "clean",

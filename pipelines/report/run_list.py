@@ -9,6 +9,7 @@ from pipelines.runtime.files import read_json
 from pipelines.runtime.progress import warn
 from pipelines.runtime.results import Evaluation, RunPredictor
 from pipelines.runtime.run_folder import chosen_checkpoint, describe_progress, run_names, trained_settings
+from pipelines.sharing.bundled_models import bundled_runs
 
 DEFAULT = "default"
 HEAD = ("run", "flow", "PSNR", "saved", "other settings")
@@ -17,14 +18,13 @@ _MEASURED = ("split", "window", "context", "horizon", "samples")
 
 
 def format_runs(config: RiverConfig) -> str:
-    """A table of the default run and the named ones; a sentence if no flow is trained.
+    """A table of the default run, the named ones and bundled models; a sentence if no flow is trained.
 
     Args:
         config: with the settings of the default run. Those in which another run differs are named.
     """
-    rows = [
-        row for name in (None, *run_names(config)) if (row := _row(config.model_copy(update={"run": name}), config))
-    ]
+    runs = {name or DEFAULT: config.model_copy(update={"run": name}) for name in (None, *run_names(config))}
+    rows = [row for name, run in (bundled_runs(config) | runs).items() if (row := _row(name, run, config))]
     if not rows:
         return (
             f"{config.shared.run_path}: no run has a flow yet: `train-flow` trains one, with --run NAME a further one"
@@ -34,7 +34,7 @@ def format_runs(config: RiverConfig) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
+def _row(name: str, config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
     """A run's line; None if it has no flow."""
     newest = CheckpointFolder(config.training_folder("flow") / "checkpoints").latest(warns=False)
     if newest is None:
@@ -58,7 +58,7 @@ def _row(config: RiverConfig, default: RiverConfig) -> tuple[str, ...] | None:
         theirs["evaluation"] = {name: ours["evaluation"][name] for name in _MEASURED}
     saved = datetime.fromtimestamp((newest.path / "state.json").stat().st_mtime)
     return (
-        config.run or DEFAULT,
+        name,
         describe_progress(newest) + of_all,
         psnr,
         f"{saved:%Y-%m-%d %H:%M}",

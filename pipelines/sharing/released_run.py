@@ -205,7 +205,10 @@ def _write_run(run: Path, folder: Path, half: bool, released: Path | None = None
     study = _read(run / "quality.json", Study)
     if study is not None and study.protocol.flow_sha256 == before:
         protocol = study.protocol.model_copy(update={"flow_sha256": now})  # its choice is that of rounded weights, too
-        write_json(folder / "quality.json", study.model_copy(update={"protocol": protocol}))
+        points = [study.points[study.reference], *([] if study.choice is None else [study.choice])]
+        chosen = None if study.choice is None else 1
+        update = {"protocol": protocol, "points": points, "reference": 0, "chosen": chosen}
+        write_json(folder / "quality.json", study.model_copy(update=update))
     return settings
 
 

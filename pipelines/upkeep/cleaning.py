@@ -18,6 +18,7 @@ from pipelines.runtime.files import leftovers, remove, size_text, stored_bytes
 from pipelines.runtime.logs import read_log
 from pipelines.runtime.progress import duration, say
 from pipelines.runtime.run_folder import only_training_of, run_names
+from pipelines.sharing.bundled_models import BUNDLED
 
 Kind = Literal["leftovers", "backups", "run", "latents"]
 # As `backup_folder` names them.
@@ -86,7 +87,7 @@ def _backups(config: RiverConfig) -> Iterator[Removable]:
 
 def _run(config: RiverConfig) -> Iterator[Removable]:
     known = run_names(config)
-    if config.run not in known:
+    if config.run not in known and not (config.dataset.name in BUNDLED and config.run_path.exists()):
         raise UserError(f"{config.run_path}: no such run; those of this data set are: {', '.join(known) or 'none'}")
     yield _removable(config.run_path, f"the run with all its results; {_training_text(config.run_path)}")
 

@@ -1,0 +1,119 @@
+"""A model that comes with the program predicts what it says, wherever it is named; `release-run` makes one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.config import load_config
+from pipelines.errors import UserError
+from pipelines.evaluation.metrics import psnr
+from pipelines.prediction.clips import open_clips
+from pipelines.predictor import VideoPredictor
+from pipelines.runtime.context import RunContext
+from pipelines.sharing.bundled_models import BUNDLED, MODELS, with_bundled_run
+from pipelines.sharing.released_run import check_released_run
+
+NAME = "shapes-small"
+NAMED = ["--run", NAME, "--device", "cpu"]
+# dB per clip: fp16 rounds weights by 2^-12, which changes the worst of 16 clips by 0.033; fp32 arithmetic by far less.
+ROUNDING = 0.1
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_they_are_whole_and_small() -> None:
+    assert MODELS is not None
+    assert {folder.name for folder in MODELS.iterdir()} == set(BUNDLED)
+    for name in BUNDLED:
+        release = check_released_run(MODELS / name)
+        assert release.dataset == name
+        assert sum(file.size for file in release.files.values()) <= 8e6
+
+
+def test_it_predicts_what_it_states() -> None:
+    predictor, config = VideoPredictor.from_run(MODELS / NAME, device="cpu"), load_config("shapes")
+    context, horizon, samples = 2, 10, 3
+    assert (context, horizon, samples) == tuple(
+        getattr(config.evaluation, key) for key in ("context", "horizon", "samples")
+    )
+    stated, gains = json.loads((MODELS / NAME / "evaluation.json").read_text())["clips"], {}
+    for clip in open_clips(config, RunContext(torch.device("cpu")), 3):
+        given, truth = clip.frames[None, :context], clip.frames[context:]
+        keys = [(clip.key, 0)]
+        predicted = predictor.generate_frames(given, horizon, samples=samples, keys=keys)[:, context:]
+        copied = given[0, -1:].expand_as(truth)
+        better = [psnr(frames, truth) - psnr(copied, truth) for frames in predicted]
+        gains[clip.name] = float(torch.stack(better).mean())
+    assert len(gains) == 3
+    assert gains == pytest.approx({name: stated[name] for name in gains}, abs=ROUNDING)
+
+
+def test_naming_it_makes_an_ordinary_run_of_it(empty: Path, command: Any, story: Any) -> None:
+    before = story.tree(MODELS)
+    assert NAME in command(["runs"]).ok().out
+    assert not list(empty.iterdir())
+    story.write_video(empty / "mine.mp4", story.moving_square(6, 0))
+    outcome = command(["predict", "mine.mp4", *NAMED, "--frames", "2"]).ok()
+    assert BUNDLED[NAME] in outcome.out
+    assert {path.name for path in empty.iterdir()} == {"mine.mp4", "runs"}  # nothing was encoded, nothing trained
+    copied = story.stamps(empty / "runs" / NAME / "flow")
+    command(["sample", *NAMED, "--videos", "1", "--set", "sampling.decoder=fast"]).ok()
+    assert story.stamps(empty / "runs" / NAME / "flow") == copied
+    for name in ("samples/overview.gif", "predictions/mine.gif", "predictions/mine.mp4"):
+        assert (empty / "runs" / NAME / name).stat().st_size > 0
+    assert VideoPredictor.from_run(f"runs/{NAME}", device="cpu").sampler_is_chosen
+    command(["clean", *NAMED, "--yes"]).ok()
+    assert not (empty / "runs" / NAME).exists()
+    command(["clean", *NAMED, "--yes"]).refused(2, NAME)
+    assert story.tree(MODELS) == before
+
+
+def test_names_that_are_looked_up(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def resolved(run: str, config: str = "shapes") -> list[str]:
+        return with_bundled_run(config, [f"run={run}"], copies=False)
+
+    config = load_config("shapes", resolved(NAME))
+    assert (config.run, config.dataset.name) == (None, NAME)
+    with pytest.raises(UserError, match=rf"{NAME}.*kth_small.*--config shapes"):
+        resolved(NAME, "kth_small")
+    assert resolved("wide") == ["run=wide"]
+    assert not capsys.readouterr().err
+    assert resolved("shapes_small") == ["run=shapes_small"]
+    assert NAME in capsys.readouterr().err
+    (empty / "runs" / "shapes" / NAME).mkdir(parents=True)  # a run of one's own comes first
+    assert resolved(NAME) == [f"run={NAME}"]
+
+
+def test_a_damaged_model_is_refused(empty: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(MODELS, empty / "models")
+    monkeypatch.setattr("pipelines.sharing.bundled_models.MODELS", empty / "models")
+    (weights,) = (empty / "models" / NAME / "flow").rglob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    command(["sample", *NAMED]).refused(2, str(weights))
+    assert not (empty / "runs").exists()
+
+
+def test_a_run_is_released(copied: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "given"
+    outcome = copied.run("release-run", "--out", str(folder), "--half").ok()
+    assert str(folder) in outcome.out
+    release = check_released_run(folder)
+    assert release.dataset == "tiny"
+    whole = sum(path.stat().st_size for path in (copied.runs / "autoencoder").rglob("model.safetensors"))
+    assert release.files[next(name for name in release.files if name.startswith("autoencoder/"))].size < whole
+    assert VideoPredictor.from_run(folder, device="cpu").trained_grid == (4, 4)
+    copied.run("release-run", "--out", str(copied.runs)).refused(2, str(copied.runs))
+    copied.run("release-run", "--out", str(folder), "--run", "none").refused(2, "none")
