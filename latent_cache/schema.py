@@ -35,13 +35,17 @@ MOST_VIDEOS, MOST_CHUNKS, MOST_FPS = 10**8, 10**7, 10**6
 # Names and offsets per chunk, so that one name is read without all the others.
 NAME_CHUNK, OFFSET_CHUNK = 2**14, 2**20
 
-LATENTS, CODES, CODEBOOK = "latents", "codes", "codebook"
+LATENTS, CODES, CODEBOOK, PREVIEW, ACTIONS = "latents", "codes", "codebook", "preview", "actions"
 VIDEO_OFFSET, VIDEO_ID, VIDEO_VIEW, VIDEO_FINGERPRINT = "video_offset", "video_id", "video_view", "video_fingerprint"
 VIDEO_FPS, VIDEO_SIZE = "video_fps", "video_size"
+# Arrays beside the latents with a value per frame, none of which every store has, and their types.
+FRAME_TYPES = {CODES: np.dtype(np.uint16), PREVIEW: np.dtype(np.uint8), ACTIONS: np.dtype(np.float32)}
 # Stores that were written before these arrays existed have none of them.
 DIMENSIONS = {
     LATENTS: ("frame", "channel", "y", "x"),
     CODES: ("frame", "y", "x"),
+    PREVIEW: ("frame", "preview_y", "preview_x", "color"),  # xarray needs one size for each name
+    ACTIONS: ("frame", "action"),
     VIDEO_OFFSET: ("video_boundary",),
     VIDEO_ID: ("video",),
     VIDEO_VIEW: ("video",),
@@ -55,6 +59,8 @@ DESCRIPTIONS = {
     "attributes mean and std are those of each channel over the training split, in every split: (latents - mean) / std "
     "is what a flow with flow.training.standardize sees. To decode: nearest code of each position, then the decoder.",
     CODES: "Row of the nearest vector in /codebook for each position of the latents.",
+    PREVIEW: "The frames as the autoencoder saw them, made small: RGB, 0 to 255.",
+    ACTIONS: "What the robot was told to do at each frame; a mirrored view has the actions of its video.",
     VIDEO_OFFSET: "Video i is frames video_offset[i] to video_offset[i + 1], the latter excluded.",
     VIDEO_ID: "Name of each video.",
     VIDEO_VIEW: "View of each video: identity is the video itself, others are augmented copies.",
@@ -255,7 +261,11 @@ def create_array(
         # Latents compress by 10 % at most. The other arrays are protected by zstd's own checksum.
         compressors=[Crc32cCodec() if is_latents else ZstdCodec(level=3, checksum=True)],
         filters=None,
-        fill_value=float("nan") if is_latents else "" if dtype.kind == "T" else 0,
+        fill_value=float("nan")
+        if dtype.kind == "f" and DIMENSIONS[name][0] == "frame"
+        else ""
+        if dtype.kind == "T"
+        else 0,
         attributes={"description": DESCRIPTIONS[name]},
         dimension_names=DIMENSIONS[name],
         config={"write_empty_chunks": True},

@@ -130,6 +130,12 @@ class FrameEncoder:
         return self.autoencoder.quantizer.rounded(encoded.latents, encoded.codes, dtype)
 
     @torch.inference_mode()
+    def preview(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Images [b, 3, h, w] in [-1, 1] made small by averaging areas: [b, y, x, 3] uint8 of size (y, x)."""
+        small = torch.nn.functional.adaptive_avg_pool2d(images.clamp(-1, 1), size)
+        return ((small + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    @torch.inference_mode()
     def round_trip_psnr(self, image: Tensor, latent: Tensor) -> float:
         """PSNR in dB of the decoded latent [c, h, w] against its image [3, h, w] in [-1, 1]; at most 100."""
         decoded = self.autoencoder.decode(latent[None])[0].clamp(-1, 1)

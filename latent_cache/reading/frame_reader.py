@@ -40,7 +40,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class FrameReader:
-    """Checked reading of `latents` or `codes`.
+    """Checked reading of `latents`, `codes` or another array with a value per frame.
 
     zarr silently returns the fill value for a missing chunk, and its codec errors name no file; here every such case
     becomes a DamagedFramesError that names the chunk's file and its videos.

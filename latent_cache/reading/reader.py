@@ -24,7 +24,7 @@ from latent_cache import schema
 from latent_cache.errors import RESTORE, CorruptStoreError, IncompleteStoreError, StoreError
 from latent_cache.manifest import CHANGED
 from latent_cache.reading.frame_reader import FrameReader
-from latent_cache.schema import CODES, IDENTITY_VIEW, LATENTS, StoreMetadata
+from latent_cache.schema import ACTIONS, CODES, FRAME_TYPES, IDENTITY_VIEW, LATENTS, PREVIEW, StoreMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class LatentCache:
     Attributes:
         latents: [frame, c, y, x] zarr array, all videos one after another; access through zarr has none of our checks.
         codes: [frame, y, x] uint16 zarr array, or None.
+        preview: [frame, y, x, 3] uint8 zarr array of small RGB pictures, or None.
+        actions: [frame, action] float32 zarr array, or None.
         video_ids, video_views: [videos], read on demand.
         offsets: [videos + 1] int64, first frame of each video.
         mean, std: [c] float32 of the training split, in every split. std may be 0 (a constant channel).
@@ -46,6 +48,8 @@ class LatentCache:
     metadata: StoreMetadata
     latents: zarr.Array
     codes: zarr.Array | None
+    preview: zarr.Array | None
+    actions: zarr.Array | None
     video_ids: "Names"
     video_views: "Names"
     offsets: np.ndarray
@@ -96,14 +100,24 @@ class LatentCache:
         return digest.hexdigest()
 
     @cached_property
+    def frame_readers(self) -> dict[str, FrameReader]:
+        """Checked reading of latents, and of codes, preview and actions where there are any, by name of the array."""
+        arrays = {LATENTS: self.latents, CODES: self.codes, PREVIEW: self.preview, ACTIONS: self.actions}
+        return {
+            name: FrameReader(array, self.url, self.video_ids, self.offsets)
+            for name, array in arrays.items()
+            if array is not None
+        }
+
+    @property
     def latent_reader(self) -> FrameReader:
         """Checked reading of latents by frame or by chunk."""
-        return FrameReader(self.latents, self.url, self.video_ids, self.offsets)
+        return self.frame_readers[LATENTS]
 
-    @cached_property
+    @property
     def code_reader(self) -> FrameReader | None:
         """Checked reading of codes; None in a store without codes."""
-        return None if self.codes is None else FrameReader(self.codes, self.url, self.video_ids, self.offsets)
+        return self.frame_readers.get(CODES)
 
     def load(self) -> torch.Tensor:
         """All latents of the split.
@@ -131,15 +145,25 @@ class LatentCache:
             StoreError: no such video.
             CorruptStoreError: one of its chunks is missing or damaged.
         """
-        row = self.row(video, view)
-        return self.latent_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return self._video_frames(LATENTS, video, view)
 
     def video_codes(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
         """Codes of one video, [n, y, x] uint16. As `video`; also StoreError for a store without codes."""
-        if self.codes is None:
-            raise StoreError(f"{self.url}: the store has no codes: encode again with cache.codes=true and --overwrite")
+        return self._video_frames(CODES, video, view, "encode again with cache.codes=true and --overwrite")
+
+    def video_preview(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
+        """Small frames of one video, [n, y, x, 3] uint8. As `video`; also StoreError for a store without them."""
+        return self._video_frames(PREVIEW, video, view, "encode again with cache.preview=32 and --overwrite")
+
+    def video_actions(self, video: str | int, view: str = IDENTITY_VIEW) -> np.ndarray:
+        """Actions of one video, [n, action] float32. As `video`; also StoreError for a store without actions."""
+        return self._video_frames(ACTIONS, video, view, "only data sets with dataset.source: lerobot have some")
+
+    def _video_frames(self, name: str, video: str | int, view: str, way_out: str = "") -> np.ndarray:
+        if name not in self.frame_readers:
+            raise StoreError(f"{self.url}: the store has no {name}: {way_out}")
         row = self.row(video, view)
-        return self.code_reader.read(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return self.frame_readers[name].read(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     def row(self, video: str | int, view: str = IDENTITY_VIEW) -> int:
         """The row of a video, given by its id and view or by the row itself."""
@@ -229,7 +253,8 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         arrays = group.get(split)
         if not isinstance(arrays, zarr.Group):
             raise StoreError(f"{url}: no split {split!r}: its splits are {split_names(group)}")
-        latents, codes = arrays[LATENTS], arrays.get(CODES)
+        latents = arrays[LATENTS]
+        codes, preview, actions = beside = [arrays.get(name) for name in (CODES, PREVIEW, ACTIONS)]
         videos = arrays[schema.VIDEO_OFFSET].shape[0] - 1
         if latents.nchunks > schema.MOST_CHUNKS or videos > schema.MOST_VIDEOS:
             raise ValueError(f"{latents.nchunks} chunks and {videos} videos are more than any store has")
@@ -252,7 +277,13 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         and mean.shape == std.shape == latents.shape[1:2]
         and bool(np.isfinite([mean, std]).all() and (std >= 0).all())
         and latents.dtype.name in ("float16", "float32")
-        and (codes is None or codes.shape == (latents.shape[0], *latents.shape[2:]))
+        and all(
+            array is None or (array.shape[0], array.chunks[1:]) == (latents.shape[0], array.shape[1:])
+            for array in beside
+        )
+        and (codes is None or codes.shape[1:] == latents.shape[2:])
+        and (preview is None or (preview.ndim, preview.shape[-1], preview.dtype) == (4, 3, FRAME_TYPES[PREVIEW]))
+        and (actions is None or (actions.ndim, actions.dtype) == (2, FRAME_TYPES[ACTIONS]))
     )
     if not consistent:
         raise CorruptStoreError(
@@ -267,6 +298,8 @@ def open_cache(url: str | Path, split: str = schema.TRAIN) -> LatentCache:
         metadata=metadata,
         latents=latents,
         codes=codes,
+        preview=preview,
+        actions=actions,
         video_ids=video_ids,
         video_views=video_views,
         offsets=offsets,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from latent_cache.errors import NoSpaceError, StaleWriterError, StoreError
 from latent_cache.manifest import StoredFile
 from latent_cache.reading.frame_reader import all_finite, chunks_per_file, some_names
 from latent_cache.reading.reader import open_cache
-from latent_cache.schema import CODES, LATENTS, PROGRESS_FOLDER
+from latent_cache.schema import CODES, FRAME_TYPES, LATENTS, PROGRESS_FOLDER
 from latent_cache.writing.chunk_plan import ChunkPlan
 from latent_cache.writing.disk import is_full, write_file
 from latent_cache.writing.markers import ChunkMarker
@@ -47,6 +48,7 @@ class ChunkWriter:
         latents: np.ndarray,
         codes: np.ndarray | None,
         measured: Mapping[str, Any] | None = None,
+        extras: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> ChunkMarker:
         """Write a chunk and wait until it is on disk.
 
@@ -55,6 +57,8 @@ class ChunkWriter:
             latents: [chunk.frames, c, h, w] float, pre-quantization.
             codes: [chunk.frames, h, w] integer in 0..65535, or None for a store without codes.
             measured: JSON values to store in the marker.
+            extras: `preview` [chunk.frames, y, x, 3] integer in 0..255, `actions` [chunk.frames, action] float, where
+                the store has them.
         Raises:
             StoreError: NaN or infinity in the latents, or values out of the dtype's range; names the videos.
             NoSpaceError: the disk is full.
@@ -63,21 +67,19 @@ class ChunkWriter:
             ValueError: arrays that do not fit the store.
         """
         group = self.path / split
-        arrays = {LATENTS: _open(group / LATENTS)}
-        has_codes = (group / CODES).exists()
-        if (codes is None) == has_codes:
-            raise ValueError(f"codes are {'missing' if has_codes else 'given'}, but the store has codes={has_codes}")
+        beside = dict(extras) if codes is None else {CODES: codes, **extras}
+        for name in FRAME_TYPES:
+            if (name in beside) != (has_it := (group / name).exists()):
+                raise ValueError(f"{name} are {'missing' if has_it else 'given'}, but the store has {name}={has_it}")
+        arrays = {name: _open(group / name) for name in (LATENTS, *beside)}
         shape = arrays[LATENTS].shape[1:]
         values = {LATENTS: stored_latents(latents, arrays[LATENTS].dtype, shape, chunk, str(group))}
-        if codes is not None:
-            arrays[CODES] = _open(group / CODES)
-            values[CODES] = checked_codes(codes, shape[1:], chunk)
+        values |= {name: checked_values(name, beside[name], arrays[name].shape[1:], chunk) for name in beside}
 
         if head := chunk.start % (arrays[LATENTS].shards or arrays[LATENTS].chunks)[0]:
             cache = open_cache(self.before, split)
-            for name, reader in ((LATENTS, cache.latent_reader), (CODES, cache.code_reader)):
-                if name in values:
-                    values[name] = np.concatenate([reader.read(chunk.start - head, chunk.start), values[name]])
+            for name, reader in cache.frame_readers.items():
+                values[name] = np.concatenate([reader.read(chunk.start - head, chunk.start), values[name]])
 
         files = {name: file_content(array, values[name]) for name, array in arrays.items()}
         stored = {name: StoredFile.of(content, chunks_per_file(arrays[name])) for name, content in files.items()}
@@ -155,22 +157,24 @@ def stored_latents(
     )
 
 
-def checked_codes(codes: np.ndarray, shape: tuple[int, ...], chunk: ChunkPlan) -> np.ndarray:
-    """Convert codes to uint16.
+def checked_values(name: str, values: np.ndarray, shape: tuple[int, ...], chunk: ChunkPlan) -> np.ndarray:
+    """Convert values beside the latents, such as codes, to the type of their array.
 
     Args:
-        codes: [chunk.frames, h, w] integer in 0..65535.
-        shape: (h, w) of the store.
+        values: [chunk.frames, ...] integer in the type's range, or finite float.
+        shape: of a frame in the store.
     Raises:
         ValueError: a wrong shape or type, or values out of range.
     """
-    expected = (chunk.frames, *shape)
-    if codes.shape != expected or codes.dtype.kind not in "iu":
-        raise ValueError(f"codes are {codes.dtype}{list(codes.shape)}, expected integers {list(expected)}")
-    largest = np.iinfo(np.uint16).max
-    if codes.dtype != np.uint16 and (codes.min() < 0 or codes.max() > largest):
-        raise ValueError(f"codes range from {codes.min()} to {codes.max()}, expected 0 to {largest}")
-    return codes.astype(np.uint16, copy=False)
+    expected, dtype = (chunk.frames, *shape), FRAME_TYPES[name]
+    kinds, what = ("f", "floats") if dtype.kind == "f" else ("iu", "integers")
+    if values.shape != expected or values.dtype.kind not in kinds:
+        raise ValueError(f"{name} are {values.dtype}{list(values.shape)}, expected {what} {list(expected)}")
+    limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    low, high = limits.min, limits.max
+    if (values.dtype != dtype or dtype.kind == "f") and not (values.min() >= low and values.max() <= high):  # nor NaN
+        raise ValueError(f"{name} range from {values.min()} to {values.max()}, expected {low} to {high}")
+    return np.ascontiguousarray(values, dtype)
 
 
 def file_content(array: zarr.Array, values: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -55,6 +55,7 @@ class StoreWriter:
         plans: Mapping[str, SplitPlan],
         *,
         codes: bool,
+        extras: Mapping[str, tuple[int, ...]],
         dtype: str,
         lock: WriterLock,
         before: Path | None,
@@ -70,7 +71,9 @@ class StoreWriter:
         self._before = None if before is None else schema.open_group(before)
         self._frames_before = {split: self._count_before(split) for split in plans}
         self._session = uuid.uuid4().hex
-        self._frame_arrays = (LATENTS, CODES) if codes else (LATENTS,)
+        shape = next(iter(self.plans.values())).latent_shape
+        # Of each array with a value per frame, the shape of one.
+        self._frame_shapes = {LATENTS: shape} | ({CODES: shape[1:]} if codes else {}) | dict(extras)
         self._group: zarr.Group
         self._finished: dict[str, dict[int, ChunkMarker]] = {split: {} for split in plans}
 
@@ -82,6 +85,7 @@ class StoreWriter:
         plans: Mapping[str, SplitPlan],
         *,
         codes: bool,
+        extras: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         dtype: Literal["float16", "float32"] = "float16",
         overwrite: bool = False,
         before: Path | None = None,
@@ -96,6 +100,7 @@ class StoreWriter:
             metadata: origin of the latents; must agree with that of an incomplete store.
             plans: by split; `train` is required, since its statistics standardize all splits.
             codes: whether codes are stored in addition to latents.
+            extras: further arrays, with the shape of a frame: `preview` (y, x, 3), `actions` (n,).
             dtype: dtype of the stored latents.
             overwrite: delete an existing store of latents.
             before: another store, complete and with a manifest, that this one continues: each of its splits is planned,
@@ -119,7 +124,7 @@ class StoreWriter:
         begun = (folder / PROGRESS_FOLDER).exists()
         lock = WriterLock(folder / PROGRESS_FOLDER / LOCK_FILE)
         try:
-            writer = cls(folder, metadata, plans, codes=codes, dtype=dtype, lock=lock, before=before)
+            writer = cls(folder, metadata, plans, codes=codes, extras=extras, dtype=dtype, lock=lock, before=before)
             fresh = overwrite or schema.has_only_begun(folder) or not writer._continues()
             if not fresh:
                 writer._check_agreement(schema.open_group(folder))
@@ -172,6 +177,7 @@ class StoreWriter:
         latents: np.ndarray,
         codes: np.ndarray | None,
         measured: Mapping[str, Any] | None = None,
+        extras: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """Write one whole chunk and wait until it is on disk. Writing a chunk again replaces it.
 
@@ -180,7 +186,7 @@ class StoreWriter:
         if chunk != self._task(split, chunk.index):
             raise ValueError(f"chunk {chunk.index} of {split!r} is not in the plan: take chunks from `pending`")
         self._finished[split].pop(chunk.index, None)
-        self.accept(split, chunk, self.chunk_writer.write(split, chunk, latents, codes, measured))
+        self.accept(split, chunk, self.chunk_writer.write(split, chunk, latents, codes, measured, extras))
 
     def accept(self, split: str, chunk: ChunkPlan, marker: ChunkMarker) -> None:
         """Register a chunk that another process has written through `chunk_writer`."""
@@ -196,7 +202,7 @@ class StoreWriter:
         return ChunkWriter(self.path, self._session, self._before_path)
 
     def bytes_needed(self) -> int:
-        """Bytes of the latents of all pending chunks, without codes, which are compressed."""
+        """Bytes of the latents of all pending chunks, without codes and the like, which are compressed."""
         total = 0
         for split, plan in self.plans.items():
             frames = (len(plan.chunks) - self._linked(split) - len(self._finished[split])) * plan.file_frames
@@ -233,7 +239,7 @@ class StoreWriter:
         if any(missing.values()):
             raise IncompleteStoreError(f"{self.path}: pending chunks: {missing}: write them, then call finish")
         for split in self.plans:
-            for name in self._frame_arrays:
+            for name in self._frame_shapes:
                 self._frame_reader(split, name).check_files()
         try:
             self._write_index(notes or {})
@@ -253,10 +259,10 @@ class StoreWriter:
         self.close()
 
     def _stored_files(self) -> dict[str, StoredFile]:
-        """Files of latents and codes, by key."""
+        """Files of latents, codes and the like, by key."""
         files = {}
         for split, plan in self.plans.items():
-            for name in self._frame_arrays:
+            for name in self._frame_shapes:
                 reader = self._frame_reader(split, name)
                 keys = [reader.chunk_key(index * plan.shard_chunks) for index in range(len(plan.chunks))]
                 files |= {key: self._before.store.manifest.files[key] for key in keys[: self._linked(split)]}
@@ -327,8 +333,10 @@ class StoreWriter:
         pairs = {
             "dtype": (self.dtype, latents.dtype.name),
             "latent shape": (plan.latent_shape, latents.shape[1:]),
-            "codes": (self.codes, f"{split}/{CODES}" in group),
         }
+        for name in schema.FRAME_TYPES:
+            array = group.get(f"{split}/{name}")
+            pairs[name] = (self._frame_shapes.get(name), None if array is None else array.shape[1:])
         return [f"{split} {name}: {here} here, {there} there" for name, (here, there) in pairs.items() if here != there]
 
     def _prepare(self) -> None:
@@ -345,13 +353,11 @@ class StoreWriter:
             self._group = zarr.open_group(LocalStore(self.path), mode="r+", zarr_format=3)
         for split, plan in self.plans.items():
             group = self._group.require_group(split)
-            channels, height, width = plan.latent_shape
-            shapes = {LATENTS: (channels, height, width)} | ({CODES: (height, width)} if self.codes else {})
-            for name, shape in shapes.items():
+            for name, shape in self._frame_shapes.items():
                 array = group.get(name)
                 size, chunk = (plan.frames, *shape), (plan.chunk_frames, *shape)
                 shard = (plan.file_frames, *shape) if plan.shard_chunks > 1 else None
-                dtype = np.dtype(self.dtype if name == LATENTS else np.uint16)
+                dtype = np.dtype(self.dtype) if name == LATENTS else schema.FRAME_TYPES[name]
                 if array is None or (array.chunks, array.shards, array.dtype) != (chunk, shard, dtype):
                     shutil.rmtree(self.path / PROGRESS_FOLDER / split, ignore_errors=True)
                     schema.create_array(group, name, size, chunk, dtype, shard)
@@ -361,8 +367,9 @@ class StoreWriter:
                 for place in (self.path / split / name / "c").iterdir():
                     if int(place.name) >= len(plan.chunks):  # of a plan with more frames
                         shutil.rmtree(place)
-            if not self.codes and CODES in group:
-                del group[CODES]
+            for name in schema.FRAME_TYPES.keys() - self._frame_shapes.keys():
+                if name in group:
+                    del group[name]
             (self.path / PROGRESS_FOLDER / split).mkdir(parents=True, exist_ok=True)
             self._link(split)
             self._find_finished(split)
@@ -379,7 +386,7 @@ class StoreWriter:
     def _link(self, split: str) -> None:
         """Take over the files of the store before."""
         for index in range(self._linked(split)):
-            for name in self._frame_arrays:
+            for name in self._frame_shapes:
                 array = self._group[f"{split}/{name}"]
                 ours, theirs = (file_path(root / split / name, array, index) for root in (self.path, self._before_path))
                 if not (ours.exists() and ours.samefile(theirs)):
@@ -389,7 +396,7 @@ class StoreWriter:
 
     def _find_finished(self, split: str) -> None:
         plan, linked = self.plans[split], self._linked(split)
-        arrays = {name: self._group[f"{split}/{name}"] for name in self._frame_arrays}
+        arrays = {name: self._group[f"{split}/{name}"] for name in self._frame_shapes}
 
         def check(file: Path) -> None:
             try:

@@ -143,6 +143,11 @@ class CacheConfig(_Section):
         "(color, constant over a video); the other splits have identity only",
     )
     codes: bool = Field(True, description="store the nearest codes beside the latents")
+    preview: NonNegativeInt = Field(
+        0,
+        description="shorter side in pixels of small frames that are stored beside the latents, so that a store can be "
+        "looked at without an autoencoder; 0: none",
+    )
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
         description="of the encoder: on a GPU tf32 (convolutions) adds an error about as large as that of fp16 "

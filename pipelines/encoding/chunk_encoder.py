@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from latent_cache import ChunkPlan, ChunkWriter
+from latent_cache.schema import FRAME_TYPES, PREVIEW
 from latent_cache.writing.markers import ChunkMarker
 from pipelines.config import CacheConfig
 from pipelines.errors import UserError
@@ -44,6 +45,7 @@ class EncodeJob:
         digest: of the autoencoder's weights.
         device: auto, cpu, cuda or cuda:1; each worker resolves it.
         latent_shape: (channels, height, width) of a frame's latent.
+        extras: shape per frame of the arrays beside latents and codes.
         psnr_stride: by split, stride of the frames that are decoded again to measure round-trip PSNR.
         chunk_frames: frames of the largest chunk.
         code: fingerprint of the program that gives the job.
@@ -55,6 +57,7 @@ class EncodeJob:
     digest: str
     device: str
     latent_shape: tuple[int, int, int]
+    extras: dict[str, tuple[int, ...]]
     psnr_stride: dict[str, int]
     chunk_frames: int
     code: str
@@ -173,6 +176,12 @@ class ChunkEncoder:
         # Bytes per value of a chunk: float32 from the network, the store's type, and two copies as bytes of the file.
         value = 4 + 3 * np.dtype(self.job.cache.dtype).itemsize
         chunk = value * math.prod(self.job.latent_shape) * self.job.chunk_frames
+        # Of other values the array, a padded copy of it, and two of the file.
+        chunk += (
+            4
+            * self.job.chunk_frames
+            * sum(math.prod(shape) * FRAME_TYPES[name].itemsize for name, shape in self.job.extras.items())
+        )
         most = cores if self.device.type == "cpu" else GPU_ENCODERS
         encoders = min(most, max(1, min(budget // 2, budget - chunk - decoder) // encoder))
         left = budget - encoders * encoder - chunk
@@ -228,6 +237,9 @@ class ChunkTask:
         self.encoder, self.split, self.chunk = encoder, split, chunk
         self.latents = np.empty((chunk.frames, *encoder.job.latent_shape), np.float32)
         self.codes = np.empty((chunk.frames, *encoder.job.latent_shape[1:]), np.int32)
+        self.extras = {
+            name: np.empty((chunk.frames, *shape), FRAME_TYPES[name]) for name, shape in encoder.job.extras.items()
+        }
         self.codes_held, self.codes_changed = 0, 0
         self.psnr: dict[int, float] = {}
         self.broken: dict[str, str] = {}
@@ -267,7 +279,7 @@ class ChunkTask:
             "psnr": [self.psnr[position] for position in sorted(self.psnr)],
         }
         codes = self.codes if self.encoder.job.cache.codes else None
-        return writer.write(self.split, self.chunk, self.latents, codes, measured)
+        return writer.write(self.split, self.chunk, self.latents, codes, measured, self.extras)
 
     def targets(self) -> dict[str, list[Target]]:
         """Where the frames of each video go. Its views are adjacent, so that one pass over it serves them all."""
@@ -361,6 +373,9 @@ class ChunkTask:
         pulled, changed = (int(where[:count].sum()) for where in (rounded.pulled, rounded.changed))
         self.latents[place : place + count] = stored.cpu().numpy()
         self.codes[place : place + count] = encoded.codes[:count].to(torch.int32).cpu().numpy()
+        if (pictures := self.extras.get(PREVIEW)) is not None:
+            small = frame_encoder.preview(encoded.images[:count], pictures.shape[1:3])
+            pictures[place : place + count] = small.cpu().numpy()
         psnr = {
             place + row: frame_encoder.round_trip_psnr(encoded.images[row], stored[row])
             for row in range(count)

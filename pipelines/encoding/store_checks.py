@@ -107,13 +107,23 @@ def store_preprocessing(config: RiverConfig) -> dict[str, Any]:
     return preprocessing_description(config.dataset) | {"views": views} | views_description(views)
 
 
+def preview_size(config: RiverConfig) -> tuple[int, int] | None:
+    """Height and width of the small frames in the store, at most those of the frames; None if there are none."""
+    if not config.cache.preview:
+        return None
+    height, width = config.dataset.frame_size
+    scale = min(1, config.cache.preview / min(height, width))
+    return round(height * scale), round(width * scale)
+
+
 def check_layout(config: RiverConfig) -> None:
-    """Refuse a complete store of another dtype, precision or chunk size, or that differs in having codes.
+    """Refuse a complete store of another dtype, precision or chunk size, or that differs in having codes or a preview.
 
     Raises:
         UserError: shows both sides.
     """
     cache, store = config.cache, latent_cache.open(config.store_path)
+    small = preview_size(config)
     _refuse(
         f"{config.store_path} has another layout",
         [
@@ -121,6 +131,7 @@ def check_layout(config: RiverConfig) -> None:
             for key, there, wanted in (
                 ("dtype", store.latents.dtype.name, cache.dtype),
                 ("codes", store.codes is not None, cache.codes),
+                ("preview", 0 if store.preview is None else min(store.preview.shape[1:3]), min(small) if small else 0),
                 ("precision", stored_precision(store.metadata), cache.precision),
                 ("chunk_frames", store.latents.chunks[0], cache.chunk_frames or store.latents.chunks[0]),
             )

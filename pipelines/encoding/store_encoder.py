@@ -16,13 +16,13 @@ from pydantic import RootModel
 
 import latent_cache
 from latent_cache import LatentCache, NoSpaceError, SplitPlan, StoreWriter
-from latent_cache.schema import IDENTITY_VIEW, PROGRESS_FOLDER
+from latent_cache.schema import IDENTITY_VIEW, PREVIEW, PROGRESS_FOLDER
 from latent_cache.writing.appending import next_generation
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import division_note, open_raw_splits, open_videos
 from pipelines.encoding.chunk_encoder import BrokenVideosError, ChunkEncoder, EncodeJob, EncodingStopped
 from pipelines.encoding.cluster import code_fingerprint, connect, run_here, run_on_cluster
-from pipelines.encoding.store_checks import added_videos, check_layout, store_metadata, store_status
+from pipelines.encoding.store_checks import added_videos, check_layout, preview_size, store_metadata, store_status
 from pipelines.encoding.store_summary import perplexity
 from pipelines.errors import InputUnreadable, StoppedBySignal, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder
@@ -228,6 +228,8 @@ class StoreEncoder:
         self.broken: dict[str, dict[str, str]] = {split: {} for split in splits}  # split -> id -> reason
         self.unreadable: dict[str, str] = {}  # id -> reason
         self.latent_shape = autoencoder.config.latent_shape(config.dataset.frame_size)
+        small = preview_size(config)
+        self.extras: dict[str, tuple[int, ...]] = {} if small is None else {PREVIEW: (*small, 3)}
 
     def run(self) -> list[SplitSummary]:
         """Encode all pending chunks; with `run_context.overwrite` all chunks."""
@@ -249,7 +251,8 @@ class StoreEncoder:
         plans = {split: self._plan(split) for split in self.splits if self._videos(split) or split in self.before}
         if "train" not in plans:
             raise UserError(f"{self.config.data_root}: no training video of {self.config.dataset.name} can be decoded")
-        options = {"codes": self.config.cache.codes, "dtype": self.config.cache.dtype, "overwrite": overwrite}
+        cache = self.config.cache
+        options = {"codes": cache.codes, "extras": self.extras, "dtype": cache.dtype, "overwrite": overwrite}
         scheduler = self.run_context.scheduler
         if self.before:
             options["before"] = self.config.store_path.absolute()
@@ -409,6 +412,7 @@ class StoreEncoder:
             # Each worker finds its own device, unless the user named one.
             device=str(run_context.device) if run_context.scheduler is None else run_context.asked_device,
             latent_shape=self.latent_shape,
+            extras=self.extras,
             psnr_stride={split: self._psnr_stride(split) for split in plans},
             chunk_frames=max(plan.file_frames for plan in plans.values()),
             code=code_fingerprint(),

@@ -15,6 +15,7 @@ from pipelines.encoding.verification import WAY_OUT, check_checksums
 from pipelines.errors import CheckFailed, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.pictures import LEGIBLE_SIDE, enlargement, save_gif, to_video
+from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext, computing_in
 from pipelines.runtime.files import stored_bytes
 from pipelines.runtime.progress import duration, say
@@ -166,6 +167,8 @@ def _summary_of_split(cache: LatentCache) -> Iterator[str]:
         + (f" (views: {', '.join(views)})" if views != [IDENTITY_VIEW] else "")
         + f"; latents {'x'.join(map(str, latents.shape))} {latents.dtype}, {reader.chunk_count} chunks of "
         f"{chunk} frames{shards}, {cache.nbytes / 1e6:.1f} MB"
+        + ("" if cache.preview is None else f"; preview {'x'.join(map(str, cache.preview.shape[1:3]))}")
+        + ("" if cache.actions is None else f"; actions of {cache.actions.shape[1]} values")
     )
     notes = cache.notes
     if "appended_videos" in notes:
@@ -202,16 +205,8 @@ def perplexity(counts: np.ndarray) -> float:
 def _save_video(
     config: RiverConfig | None, run_context: RunContext, store: str, video: str | None, view: str, gif: Path
 ) -> None:
-    """Decode one video of a store to a GIF."""
-    if config is None:
-        raise UserError("--gif needs the autoencoder: name the configuration of its run with --config")
-    checkpoint = find_autoencoder(config.shared.run_path)
-    if checkpoint is None:
-        raise UserError(f"{config.training_folder('autoencoder')} has no checkpoint, which is needed to decode {store}")
-    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
-    wanted = latent_cache.open_metadata(store).autoencoder["sha256"]
-    if weights_digest(autoencoder) != wanted:
-        raise UserError(f"{store} was encoded by autoencoder {wanted[:12]}..., but {checkpoint.path} is another")
+    """Write one video of a store as a GIF: decoded, or without an autoencoder here as its preview shows it."""
+    checkpoint = None if config is None else find_autoencoder(config.shared.run_path)
     caches = [latent_cache.open(store, split) for split in reversed(latent_cache.splits(store))]
     cache = next((c for c in caches if video is None or video in c.video_ids), None)
     if cache is None:
@@ -219,13 +214,36 @@ def _save_video(
         raise UserError(f"{store} has no video {video!r}; some that it has: {examples}")
     name = cache.video_ids[0] if video is None else video
     row = cache.row(name, view)
+    if checkpoint is None:
+        video, how = _preview(config, cache, row), "copied from its preview"
+    else:
+        video, how = _decode(checkpoint, run_context, cache, row), "decoded"
+    save_gif(gif, video, float(cache.video_fps[row]), enlargement(video.shape[2], LEGIBLE_SIDE))
+    of_view = "" if view == IDENTITY_VIEW else f", view {view},"
+    say(f"inspect: {name}{of_view} of {cache.split} {how} to {gif}")
+
+
+def _preview(config: RiverConfig | None, cache: LatentCache, row: int) -> np.ndarray:
+    """The small frames [n, y, x, 3] of a video. Raises UserError for a store without them: it has to be decoded."""
+    if cache.preview is not None:
+        return cache.video_preview(row)
+    if config is None:
+        raise UserError(
+            f"{cache.url} has no preview, so --gif needs the autoencoder: name its run's configuration with --config"
+        )
+    raise UserError(f"{config.training_folder('autoencoder')} has no checkpoint, which is needed to decode {cache.url}")
+
+
+def _decode(checkpoint: Checkpoint, run_context: RunContext, cache: LatentCache, row: int) -> np.ndarray:
+    """The decoded frames [n, h, w, 3] of a video."""
+    autoencoder = load_trained_autoencoder(checkpoint, run_context.device)
+    wanted = cache.metadata.autoencoder["sha256"]
+    if weights_digest(autoencoder) != wanted:
+        raise UserError(f"{cache.url} was encoded by autoencoder {wanted[:12]}..., but {checkpoint.path} is another")
     with torch.inference_mode(), computing_in("fp32", run_context.device):
         latents = torch.from_numpy(cache.video(row).astype(np.float32)).to(run_context.device)
         frames = torch.cat([autoencoder.decode(part) for part in latents.split(DECODE_FRAMES)])
-    scale = enlargement(frames.shape[3], LEGIBLE_SIDE)
-    save_gif(gif, to_video(frames), float(cache.video_fps[row]), scale)
-    of_view = "" if view == IDENTITY_VIEW else f", view {view},"
-    say(f"inspect: {name}{of_view} of {cache.split} decoded to {gif}")
+    return to_video(frames)
 
 
 def _ago(moment: float) -> str:

@@ -84,7 +84,7 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
             tell(f"{error}. The other files of {split} were not checked")
     for error in latent_cache.codebook_damages(store):
         tell(str(error))
-    readers = {cache: [reader for reader in (cache.latent_reader, cache.code_reader) if reader] for cache in caches}
+    readers = {cache: cache.frame_readers.values() for cache in caches}
     chunks = sum(reader.chunk_count for group in readers.values() for reader in group)
     size = sum(reader.array.nbytes for group in readers.values() for reader in group)
     with progress(total=chunks, description="checksums", unit="chunk") as bar:
@@ -113,8 +113,8 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
         return f"{len(findings)} damaged file(s) or chunk(s), listed above", caches if names_are_sound else []
     manifest = "checksums and the manifest" if latent_cache.is_sealed(store) else "checksums"
     say(
-        f"verify: {store}: all {chunks} chunks of latents and codes, {size_text(size)}, and the names and offsets of "
-        f"all videos match their {manifest}"
+        f"verify: {store}: all {chunks} chunks of {' and '.join(caches[0].frame_readers)}, {size_text(size)}, and the "
+        f"names and offsets of all videos match their {manifest}"
     )
     return "", caches
 

@@ -12,12 +12,15 @@ import pytest
 import latent_cache
 from latent_cache import ChunkPlan, LatentCache, SplitPlan, StoreMetadata, StoreWriter
 
+TYPES = {"preview": np.uint8, "actions": np.float32}
+
 
 @dataclass
 class StoreKit:
     """Plans of ragged videos, and latents that are a function of (video id, view, frame): any order writes the same."""
 
     shape: tuple[int, int, int] = (2, 3, 4)
+    extras: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of further arrays, per frame
     metadata: StoreMetadata = field(
         default_factory=lambda: StoreMetadata(
             dataset="toys",
@@ -48,9 +51,16 @@ class StoreKit:
         """[n, h, w] int64, a function of the latents."""
         return (np.abs(latents.sum(axis=1)) * 1000).astype(np.int64)
 
+    def further(self, latents: np.ndarray) -> dict[str, np.ndarray]:
+        """[n, ...] of each further array, a function of the latents."""
+        values = np.abs(latents.sum(axis=(1, 2, 3)) * 1000) % 256
+        each = {name: np.broadcast_to(values, (*shape, len(values))) for name, shape in self.extras.items()}
+        return {name: np.moveaxis(values, -1, 0).astype(TYPES[name]) for name, values in each.items()}
+
     def write(self, writer: StoreWriter, split: str, chunk: ChunkPlan) -> None:
         latents = self.latents(writer.plans[split], chunk)
-        writer.write_chunk(split, chunk, latents, self.codes(latents) if writer.codes else None)
+        codes = self.codes(latents) if writer.codes else None
+        writer.write_chunk(split, chunk, latents, codes, extras=self.further(latents))
 
     def build(
         self,
@@ -63,7 +73,7 @@ class StoreKit:
     ) -> Path:
         """Write a store, complete unless the writer stops after some chunks."""
         plans = {"train": self.plan([3, 7, 2, 1, 9]), "test": self.plan([5])} if plans is None else plans
-        with StoreWriter.open(path, self.metadata, plans, codes=codes, **options) as writer:
+        with StoreWriter.open(path, self.metadata, plans, codes=codes, extras=self.extras, **options) as writer:
             todo = [(split, chunk) for split in plans for chunk in writer.pending(split)]
             for split, chunk in todo[:stop_after]:
                 self.write(writer, split, chunk)

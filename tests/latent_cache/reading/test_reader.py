@@ -131,6 +131,30 @@ def test_damage_of_the_new_arrays_is_found(toys, damage):
     assert latent_cache.open(toys, "test").video_fps.tolist() == [25.0]
 
 
+def test_what_lies_beside_latents_and_codes(kit, toys, tmp_path, damage):
+    """Small pictures and actions, per frame: read by video, checked as codes are, and not part of the fingerprint."""
+    kit.extras = {"preview": (3, 4, 3), "actions": (2,)}
+    path = kit.build(tmp_path / "beside.zarr")
+    cache, without = latent_cache.open(path), latent_cache.open(toys)
+    expected = kit.further(kit.expected(kit.plan([3, 7, 2, 1, 9])))
+    np.testing.assert_array_equal(cache.video_preview("clip-01"), expected["preview"][3:10])
+    np.testing.assert_array_equal(cache.video_actions("clip-01"), expected["actions"][3:10])
+    frames = xarray.open_zarr(path, group="train", consolidated=False)
+    assert frames.preview.dims == ("frame", "preview_y", "preview_x", "color")
+    np.testing.assert_array_equal(frames.preview, expected["preview"])
+    np.testing.assert_array_equal(frames.actions, expected["actions"])
+    assert cache.fingerprint == without.fingerprint
+    assert (without.preview, without.actions) == (None, None)
+    for read in (without.video_preview, without.video_actions):
+        with pytest.raises(StoreError, match=r"has no (preview|actions)"):
+            read("clip-01")
+    damage(path / "train/preview/c/1/0/0/0")
+    damage(path / "train/actions/c/1/0")
+    for read, name in ((cache.video_preview, "preview"), (cache.video_actions, "actions")):
+        with pytest.raises(CorruptStoreError, match=rf"train/{name}/c/1/0.*'clip-01'"):
+            read("clip-01")
+
+
 def test_a_store_without_the_later_arrays_is_the_same_store(first_store):
     """It was written before `video_fps`, `video_size` and `codebook` existed: digests are those of then."""
     fingerprints = {

@@ -32,7 +32,8 @@ def plans_with(kit: StoreKit, new: Mapping[str, list[int]], **options: object) -
 def append(kit: StoreKit, path: Path, plans: Mapping[str, SplitPlan], stop_after: int | None = None) -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(latent_cache.replacing_store(path))
-        writer = stack.enter_context(StoreWriter.open(folder, kit.metadata, plans, codes=True, before=path))
+        options = {"codes": True, "before": path, "extras": kit.extras}
+        writer = stack.enter_context(StoreWriter.open(folder, kit.metadata, plans, **options))
         for split, chunk in [(name, chunk) for name in plans for chunk in writer.pending(name)][:stop_after]:
             kit.write(writer, split, chunk)
         if stop_after is not None:
@@ -41,14 +42,15 @@ def append(kit: StoreKit, path: Path, plans: Mapping[str, SplitPlan], stop_after
 
 
 @pytest.mark.parametrize(
-    ("new", "shards"),
+    ("new", "shards", "extras"),
     [
-        ({"train": [2, 6], "val": [6]}, 1),  # into a partial last chunk of 2 frames, and beyond it
-        ({"test": [1, 1]}, 1),  # into a partial one alone
-        ({"train": [5, 9], "test": [8]}, 3),
+        ({"train": [2, 6], "val": [6]}, 1, {}),  # into a partial last chunk of 2 frames, and beyond it
+        ({"test": [1, 1]}, 1, {}),  # into a partial one alone
+        ({"train": [5, 9], "test": [8]}, 3, {"preview": (3, 4, 3), "actions": (2,)}),
     ],
 )
-def test_it_holds_what_a_store_of_all_videos_holds(kit, tmp_path, all_files, new, shards) -> None:
+def test_it_holds_what_a_store_of_all_videos_holds(kit, tmp_path, all_files, new, shards, extras) -> None:
+    kit.extras = extras
     path = kit.build(tmp_path / "toys.zarr", plans_with(kit, {}, shard_chunks=shards))
     old = {split: latent_cache.open(path, split) for split in OLD}
     files = {file: file.stat().st_ino for file in path.glob("*/latents/c/*/0/0/0")}

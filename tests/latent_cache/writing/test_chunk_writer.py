@@ -192,6 +192,7 @@ def test_arrays_that_do_not_fit_the_plan(kit, path):
             ((latents, codes + 0.5), "codes .*integers"),
             ((latents, codes + 65536), "codes .* 65535"),
             ((latents, codes - 65536), "codes .* 65535"),
+            ((latents, codes, None, {"preview": np.zeros((4, 1, 1, 3), np.uint8)}), "preview"),
         ]:
             with pytest.raises(ValueError, match=message):
                 writer.write_chunk("train", chunk, *given)

@@ -241,12 +241,16 @@ def test_another_rate_is_no_other_origin(kit, tmp_path, path, all_files):
 def test_other_arrays_or_splits_are_refused(kit, path):
     kit.build(path, stop_after=7)
     for options, message in [
-        ({"codes": False}, "train codes: False .*True"),
+        ({"codes": False}, r"train codes: None .*\(3, 4\)"),
         ({"dtype": "float32"}, "train dtype: float32 .*float16"),
         ({"plans": {"train": kit.plan([3, 7, 2, 1, 9])}}, r"splits: \['train'\] .*\['test'\]"),
     ]:
         with pytest.raises(StoreMismatchError, match=message):
             kit.build(path, **options)
+    kit.extras = {"preview": (3, 4, 3)}
+    with pytest.raises(StoreMismatchError, match=r"train preview: \(3, 4, 3\) .*None"):
+        kit.build(path)
+    kit.extras = {}
     kit.shape = (2, 5, 4)
     with pytest.raises(StoreMismatchError, match=r"latent shape: \(2, 5, 4\) .*\(2, 3, 4\)"):
         kit.build(path)

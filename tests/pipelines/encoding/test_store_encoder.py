@@ -189,7 +189,8 @@ def test_memory_does_not_grow_with_the_videos(kit, network_batch, monkeypatch, i
 
 def encoder_with(kit, chunk_frames: int = 10, **cache: object) -> ChunkEncoder:
     settings = kit.config(**cache).cache
-    job = EncodeJob(kit.splits, settings, None, "", "cpu", (4, 4, 4), {}, chunk_frames, "")
+    extras = {"preview": (settings.preview, settings.preview, 3)} if settings.preview else {}
+    job = EncodeJob(kit.splits, settings, None, "", "cpu", (4, 4, 4), extras, {}, chunk_frames, "")
     return ChunkEncoder(job, kit.model, torch.device("cpu"))
 
 
@@ -241,6 +242,9 @@ def test_the_budget_counts_what_a_chunk_takes_and_no_second_encoder(kit, dtype: 
     frames = 10**5
     difference = needed_bytes(kit, dtype=dtype, chunk_frames=frames + 10) - needed_bytes(kit, dtype=dtype)
     assert difference == value * frames * 4 * 4 * 4
+    assert (
+        needed_bytes(kit, preview=8, chunk_frames=frames) > needed_bytes(kit, chunk_frames=frames) + 8 * 8 * 3 * frames
+    )
 
 
 # Views
@@ -266,6 +270,21 @@ def test_views_are_adjacent_and_each_is_what_its_name_says(kit) -> None:
                 latents = kit.model.encode(apply_views(image_to_unit(torch.from_numpy(frames)), jitter))
             np.testing.assert_allclose(cache.video(video, "jitter-1"), latents.numpy(), rtol=2e-3, atol=2e-3)
             assert not np.array_equal(cache.video(video, "jitter-1"), cache.video(video))
+
+
+def test_a_preview_shows_what_the_autoencoder_saw(kit) -> None:
+    """Means over areas of the frames of each view, here over 4x4 pixels of one color, which are that color."""
+    kit.interrupt(after=3, views=VIEWS, preview=4)
+    kit.encode(views=VIEWS, preview=4)
+    cache = latent_cache.open(kit.store)
+    frames = frames_of(kit.splits["train"], "d")
+    np.testing.assert_array_equal(cache.video_preview("d"), frames[:, ::4, ::4])
+    np.testing.assert_array_equal(cache.video_preview("d", "hflip"), frames[:, ::4, ::-4])
+    assert not np.array_equal(cache.video_preview("d", "jitter-1"), cache.video_preview("d"))
+    larger = kit.another("larger")
+    larger.encode(preview=99)  # than the frames, which stay as they are
+    cache = latent_cache.open(larger.store, "val")
+    np.testing.assert_array_equal(cache.video_preview("v"), frames_of(kit.splits["val"], "v"))
 
 
 @pytest.mark.parametrize("chunk_frames", [4, 29, 1000])

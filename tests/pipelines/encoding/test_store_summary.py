@@ -39,6 +39,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         notes: bool = True,
         shard_chunks: int = 1,
         fps: list[float] | None = None,
+        preview: bool = False,
     ) -> Path:
         metadata = StoreMetadata(
             dataset="toys",
@@ -52,13 +53,15 @@ def write(tmp_path: Path) -> Callable[..., Path]:
             "test": SplitPlan(["wave"], ["identity"], [3], (2, 3, 4), 3),
         }
         path = tmp_path / name
-        with StoreWriter.open(path, metadata, plans, codes=True) as writer:
+        extras = {"preview": (6, 8, 3)} if preview else {}
+        with StoreWriter.open(path, metadata, plans, codes=True, extras=extras) as writer:
             todo = [(split, chunk) for split in plans for chunk in writer.pending(split)]
             for split, chunk in todo[:stop_after]:
                 numbers = np.arange(chunk.start, chunk.stop)[:, None, None, None]
                 latents = np.broadcast_to(numbers, (chunk.frames, 2, 3, 4)).astype(np.float32)
                 codes = np.broadcast_to(numbers[:, 0] % 4, (chunk.frames, 3, 4))
-                writer.write_chunk(split, chunk, latents, codes)
+                pictures = {"preview": np.broadcast_to(20 * numbers % 256, (chunk.frames, 6, 8, 3)).astype(np.uint8)}
+                writer.write_chunk(split, chunk, latents, codes, extras=pictures if preview else {})
             if stop_after is None:
                 measured = {"codes_used": 7, "code_perplexity": 5.4, "round_trip_psnr": 31.25, "codes_changed": 0.00125}
                 skipped = {"skipped": {"train": {f"torn{number}": "f" for number in range(7)}}}
@@ -155,6 +158,22 @@ def test_verify(write, inspect) -> None:
     (path / "train/video_id/c/0").unlink()
     inspect(path).refused(2, str(path))
     inspect(path, "--verify").refused(1, f"{path}/train/video_id/c/0 is missing", f"{second} is missing")
+
+
+def test_a_store_with_previews_is_looked_at_without_an_autoencoder(write, inspect, tmp_path: Path) -> None:
+    path, gif = write(preview=True), tmp_path / "jump.gif"
+    assert "preview 6x8" in inspect(path).ok().out
+    assert "preview" in inspect(path, "--video", "jump", "--gif", gif).ok().out
+    with Image.open(gif) as animation:
+        assert animation.n_frames == 10
+        animation.seek(2)
+        picture = np.asarray(animation.convert("RGB"))
+        assert picture.shape[0] * 8 == picture.shape[1] * 6
+        assert (abs(picture.astype(int) - 20 * 12) < 9).all()  # frame 12 of the split, in the colors of the palette
+    assert "all 27 chunks" in inspect(path, "--verify").ok().out
+    (path / "test/preview/c/0/0/0/0").unlink()
+    inspect(path, "--verify").refused(1, f"{path}/test/preview/c/0/0/0/0 is missing", "'wave'")
+    inspect(write("bare.zarr"), "--gif", gif).refused(2, "--config", "preview")
 
 
 def test_an_old_store_is_sealed_if_it_is_sound(write, inspect) -> None:

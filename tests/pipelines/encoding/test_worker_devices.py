@@ -58,7 +58,7 @@ def test_a_named_device_is_taken_as_it_is(gpus) -> None:
 def test_all_cores_decode_for_a_gpu_whatever_its_network_needs(kit, monkeypatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(48)))
     monkeypatch.setattr("stage1_autoencoder.frame_encoder.LIVE_FEATURE_MAPS", 10**6)  # far beyond the host's memory
-    job = EncodeJob(kit.splits, kit.config(memory_budget="1 GiB").cache, None, "", "cuda", (4, 4, 4), {}, 10, "")
+    job = EncodeJob(kit.splits, kit.config(memory_budget="1 GiB").cache, None, "", "cuda", (4, 4, 4), {}, {}, 10, "")
     encoder = ChunkEncoder(job, kit.model, torch.device("cuda"))
     assert (encoder.threads.decoders, encoder.threads.encoders) == (48, 2)
     encoder.close()
