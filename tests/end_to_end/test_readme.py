@@ -126,7 +126,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, story: Any) -> Path:
     tiny["autoencoder"]["training"] |= {"steps": 3, "checkpoint_every": 3}
     tiny["decoder"] = {"training": {"steps": 2}}
     tiny["flow"]["training"] |= {"steps": 2, "checkpoint_every": 2, "validate_every": 2, "validation_samples": 1}
-    shapes = tiny | {"dataset": story.TINY["dataset"] | {"name": "shapes", "image_size": 64}}
+    shapes = tiny | {"dataset": story.TINY["dataset"] | {"name": "shapes", "image_size": 64}, "cache": {"preview": 16}}
     videos = tiny | {
         "dataset": {"name": "videos", "source": "videos", "image_size": 32, "splits": {"val": 0.2, "test": 0.2}}
     }
@@ -349,12 +349,13 @@ def test_every_picture_is_shown() -> None:
 
 def test_readers_of_the_store_agree(inside: Path) -> None:
     """zarr, xarray, dask and latent_cache read the same; a training reads clips."""
-    plain, named, chunked, looked_up, checked, trained = run_python(REPOSITORY / "docs" / "store_format.md")
+    plain, named, shown, chunked, looked_up, checked, trained = run_python(REPOSITORY / "docs" / "store_format.md")
     train, test = (latent_cache.open("latents/shapes.zarr", split) for split in ("train", "test"))
     np.testing.assert_array_equal(plain["first_video"], train.video(0))
     assert str(plain["names"][0]) == train.video_ids[0]
     np.testing.assert_array_equal(named["video"].values, train.video("train_00003"))
     assert named["video"].dims == ("frame", "channel", "y", "x")
+    np.testing.assert_array_equal(shown["pictures"].values, train.video_preview("train_00003"))
     named["split"].close()
     np.testing.assert_allclose([chunked["mean"], chunked["std"]], [train.mean, train.std], rtol=1e-5)
     np.testing.assert_array_equal(looked_up["quantized"], train.codebook[train.video_codes(0)].transpose(0, 3, 1, 2))
@@ -369,8 +370,8 @@ def test_drawn_layout(inside: Path) -> None:
     (drawn,) = (b.code for b in blocks(REPOSITORY / "docs" / "store_format.md") if b.code.startswith("latents/"))
     store = zarr.open_group("latents/shapes.zarr", mode="r")
     arrays = dict(re.findall(r"│   [├└]── (\w+) +\[([^]]*)\]", drawn))
-    assert arrays.keys() == dict(store["train"].arrays()).keys()
-    for name in ("latents", "codes"):
+    assert arrays.keys() - {"actions"} == dict(store["train"].arrays()).keys()  # nobody acts in it
+    for name in ("latents", "codes", "preview"):
         assert ", ".join(store[f"train/{name}"].metadata.dimension_names) == arrays[name]
     assert set(re.findall(r"^[├└]── (\w+)", drawn, re.MULTILINE)) == {*store.group_keys(), *store.array_keys()}
     for attribute in re.findall(r"\w+", re.sub(r"\(.*?\)", "", drawn.splitlines()[0].partition("attributes:")[2])):

@@ -167,6 +167,7 @@ def test_defaults_leave_no_mark_in_the_metadata(kit) -> None:
         ({"precision": "fp32"}, {"precision": "bf16"}, "precision"),
         ({"dtype": "float32"}, {"dtype": "float16"}, "dtype"),
         ({"codes": False}, {"codes": True}, "codes"),
+        ({"preview": 4}, {"preview": 0}, "preview"),
         ({"chunk_frames": 7}, {"chunk_frames": 8}, "chunk_frames"),
     ],
 )
