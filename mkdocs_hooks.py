@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -41,3 +42,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Code that the tests do not run says so, and why."""
     markdown = re.sub(r"^<!-- (not run: .+) -->\n```(\w+)$", r'```\2 title="\1"', markdown, flags=re.MULTILINE)
     return re.sub(r"(\]\([\w/]+)\.ipynb", r"\1.md", markdown)
+
+
+class SpacedSections(Extension):
+    """Our docstrings have no blank line before `Returns:`, which griffe wants to see a section there."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"\n+(Returns|Raises|Yields):\n", r"\n\n\1:\n", obj.docstring.value)

@@ -138,7 +138,7 @@ class VideoPredictor(FrameCoding, PredictorParts):
             refine: apply the refiner to the predicted frames; predicted latents stay the same.
             verbose: show a progress bar.
         Returns:
-            [b samples, n + num_frames, 3, h, w] float in [-1, 1] on the device: reconstructions of the context, then
+            [b samples, n + num_frames, 3, h, w] float in [-1, 1] on the device, reconstructions of the context and then
             the prediction.
         Raises:
             UserError: images of another shape or range; `refine` without a refiner; decoder fast without one; NaN or

@@ -343,8 +343,8 @@ def test_a_page_says_who_needs_it(page: Path) -> None:
 
 def test_every_picture_is_shown() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for picture in (REPOSITORY / "docs").iterdir():
-        assert picture.suffix == ".md" or picture.name in text, picture
+    for file in (REPOSITORY / "docs").iterdir():
+        assert file.suffix in {".md", ".css", ".ipynb"} or file.name in text, file
 
 
 def test_readers_of_the_store_agree(inside: Path) -> None:
