@@ -13,7 +13,7 @@ from pipelines.data.datasets import prepare_data, videos_status
 from pipelines.encoding.store_checks import store_status
 from pipelines.encoding.store_encoder import encode
 from pipelines.errors import UserError
-from pipelines.evaluation.sampler_study import choose_sampler, sampler_status
+from pipelines.evaluation.study.sampler_study import choose_sampler, sampler_status
 from pipelines.loading import find_autoencoder
 from pipelines.prediction.clips import check_clips
 from pipelines.runtime.context import RunContext

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.evaluation.sampler_study import choose_sampler
+    from pipelines.evaluation.study.sampler_study import choose_sampler
     from pipelines.loading import find_flow
     from pipelines.play.web_server import play
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
     from pipelines.errors import UserError
-    from pipelines.evaluation.sampler_study import choose_sampler
+    from pipelines.evaluation.study.sampler_study import choose_sampler
     from pipelines.loading import find_decoder, find_flow, find_refiner
     from pipelines.prediction.clips import read_video
     from pipelines.sampling.continuation import continue_live, continue_video

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
-    from pipelines.evaluation.sampler_study import open_study_clips, study
+    from pipelines.evaluation.study.sampler_study import open_study_clips, study
 
     clips = open_study_clips(config, run_context, options.videos)  # errors are reported before a training
     stages.run_to_prediction(config, run_context, choose=False)

@@ -1,1 +1,1 @@
-"""Numbers about quality: metrics, Fréchet distances, protocols, results, studies."""
+"""Numbers about quality: baselines, protocols, other models, results; folders of measures and of studies."""

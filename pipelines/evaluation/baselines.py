@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.config import RiverConfig
-from pipelines.evaluation.measures import ClipBatch, Measure
+from pipelines.evaluation.measures.measure import ClipBatch, Measure
 from pipelines.evaluation.nearest_clips import MemorizationMeasure, TrainingClips
 from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.prediction.pictures import to_video

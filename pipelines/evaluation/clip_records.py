@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from pipelines.evaluation.measures import Records
+from pipelines.evaluation.measures.measure import Records
 from pipelines.runtime.files import write_bytes
 
 # Of the folder in a run with the records of its evaluation.

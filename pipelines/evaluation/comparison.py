@@ -12,7 +12,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.clip_records import RECORDS_NAME
 from pipelines.evaluation.evaluator import Evaluator, find_coding
 from pipelines.evaluation.forecasts import FileForecast, Forecast, RunForecast
-from pipelines.evaluation.intervals import half_width, percentile_interval
+from pipelines.evaluation.measures.intervals import half_width, percentile_interval
 from pipelines.evaluation.prediction_files import PredictionFiles
 from pipelines.evaluation.table import format_comparison
 from pipelines.predictor import VideoPredictor, load_predictor

@@ -17,12 +17,12 @@ import pipelines
 from pipelines.config import RiverConfig
 from pipelines.evaluation.baselines import choose_baselines
 from pipelines.evaluation.clip_records import RECORDS_NAME, RecordFolder
-from pipelines.evaluation.feature_cache import FeatureCache, feature_file
 from pipelines.evaluation.forecasts import FileForecast, Forecast, RunCoding, RunForecast
-from pipelines.evaluation.frechet import LatentDistances, Segments, VideoDistances
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import NO_AUTOENCODER, ClipBatch, Measure, Records
-from pipelines.evaluation.metrics import (
+from pipelines.evaluation.measures.feature_cache import FeatureCache, feature_file
+from pipelines.evaluation.measures.frechet import LatentDistances, Segments, VideoDistances
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.measure import NO_AUTOENCODER, ClipBatch, Measure, Records
+from pipelines.evaluation.measures.metrics import (
     PSNR,
     SSIM,
     SSIM_8BIT,
@@ -31,7 +31,7 @@ from pipelines.evaluation.metrics import (
     SharpnessMeasure,
     load_frame_metrics,
 )
-from pipelines.evaluation.networks import (
+from pipelines.evaluation.measures.networks import (
     I3D,
     NO_ST_LPIPS,
     VGG16,
@@ -40,12 +40,12 @@ from pipelines.evaluation.networks import (
     find_st_lpips,
     load_st_lpips,
 )
-from pipelines.evaluation.object_audit import ObjectAudit
-from pipelines.evaluation.perception import FeatureDistances, FeatureReader, PerceptualMeasure
+from pipelines.evaluation.measures.object_audit import ObjectAudit
+from pipelines.evaluation.measures.perception import FeatureDistances, FeatureReader, PerceptualMeasure
+from pipelines.evaluation.measures.sample_scores import sample_scores
+from pipelines.evaluation.measures.silhouette_audit import SilhouetteAudit
 from pipelines.evaluation.prediction_files import PredictionFiles
 from pipelines.evaluation.protocol import describe_protocol
-from pipelines.evaluation.sample_scores import sample_scores
-from pipelines.evaluation.silhouette_audit import SilhouetteAudit
 from pipelines.evaluation.table import format_table
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips

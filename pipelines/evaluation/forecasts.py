@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig, RiverConfig
-from pipelines.evaluation.measures import ClipBatch
+from pipelines.evaluation.measures.measure import ClipBatch
 from pipelines.evaluation.prediction_files import PredictionFiles
 from pipelines.loading import (
     find_autoencoder,

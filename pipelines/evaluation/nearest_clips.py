@@ -12,8 +12,8 @@ from torch import Tensor
 import latent_cache
 from latent_cache import LatentCache, StoreError
 from pipelines.config import RiverConfig
-from pipelines.evaluation.intervals import Tally, percentile_interval
-from pipelines.evaluation.measures import NO_AUTOENCODER, ClipBatch, Measure, Records
+from pipelines.evaluation.measures.intervals import Tally, percentile_interval
+from pipelines.evaluation.measures.measure import NO_AUTOENCODER, ClipBatch, Measure, Records
 from pipelines.loading import weights_digest
 from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.runtime.context import computing_in

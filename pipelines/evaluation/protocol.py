@@ -8,11 +8,11 @@ import torch
 from pipelines.config import RiverConfig, find_protocol
 from pipelines.config.literature import PITFALLS
 from pipelines.evaluation.forecasts import Forecast
-from pipelines.evaluation.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
-from pipelines.evaluation.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
-from pipelines.evaluation.perception import FEATURES_DEFINITION
+from pipelines.evaluation.measures.frechet import LATENT_DEFINITION, MAX_RESAMPLES, Segments
+from pipelines.evaluation.measures.metrics import SHARPNESS_DEFINITION, SSIM_DEFINITION
+from pipelines.evaluation.measures.perception import FEATURES_DEFINITION
+from pipelines.evaluation.measures.sample_scores import SCORES_DEFINITION
 from pipelines.evaluation.published import describe_preset
-from pipelines.evaluation.sample_scores import SCORES_DEFINITION
 from pipelines.loading import weights_digest
 from pipelines.prediction.frame_coding import FrameCoding
 from pipelines.runtime.files import file_sha256

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pipelines.bench.measurement import Benchmark
-from pipelines.evaluation.intervals import MIN_RECORDINGS
+from pipelines.evaluation.measures.intervals import MIN_RECORDINGS
 from pipelines.report.charts import number_text
 from pipelines.report.quality import METRICS
 from pipelines.report.run_files import Run

@@ -15,8 +15,8 @@ from latent_cache import step_generator
 from pipelines.config import SSIM_WINDOW, RiverConfig, parse_size
 from pipelines.data.datasets import open_videos
 from pipelines.errors import UserError
-from pipelines.evaluation.metrics import psnr, ssim
-from pipelines.evaluation.networks import NO_ST_LPIPS, NO_VGG16, find_st_lpips, load_lpips, load_st_lpips
+from pipelines.evaluation.measures.metrics import psnr, ssim
+from pipelines.evaluation.measures.networks import NO_ST_LPIPS, NO_VGG16, find_st_lpips, load_lpips, load_st_lpips
 from pipelines.prediction.pictures import save_reconstructions
 from pipelines.runtime.checkpoints import Checkpoint, Tensors
 from pipelines.runtime.context import RunContext, image_memory_format, in_full_precision, training_in

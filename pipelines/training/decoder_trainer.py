@@ -13,7 +13,7 @@ import latent_cache
 from latent_cache import LatentCache, step_generator
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.measures.metrics import psnr
 from pipelines.loading import autoencoder_digest, find_autoencoder, load_trained_autoencoder
 from pipelines.prediction.pictures import save_reconstructions
 from pipelines.runtime.checkpoints import Checkpoint

@@ -14,7 +14,7 @@ from latent_cache import FlowBatch, LatentCache, first_batch, longest_distance, 
 from latent_cache.schema import IDENTITY_VIEW
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.measures.metrics import psnr
 from pipelines.loading import find_autoencoder, load_trained_autoencoder, weights_digest
 from pipelines.prediction.pictures import animation, clip_strips, contact_sheet, save_gif, save_picture, to_video
 from pipelines.runtime.context import computing_in, in_full_precision

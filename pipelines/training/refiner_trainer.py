@@ -21,8 +21,8 @@ from pipelines.config import RiverConfig
 from pipelines.data.datasets import open_videos
 from pipelines.encoding.store_checks import check_sources
 from pipelines.errors import UserError
-from pipelines.evaluation.metrics import psnr
-from pipelines.evaluation.networks import VideoNetwork
+from pipelines.evaluation.measures.metrics import psnr
+from pipelines.evaluation.measures.networks import VideoNetwork
 from pipelines.loading import autoencoder_digest, find_autoencoder, load_trained_autoencoder
 from pipelines.prediction.pictures import save_reconstructions
 from pipelines.prediction.rollouts import refine_frames

@@ -12,7 +12,7 @@ from pipelines.config import RiverConfig
 from pipelines.data.datasets import videos_status
 from pipelines.errors import UserError
 from pipelines.evaluation.clip_records import RECORDS_NAME
-from pipelines.evaluation.feature_cache import feature_file
+from pipelines.evaluation.measures.feature_cache import feature_file
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.files import leftovers, remove, size_text, stored_bytes
 from pipelines.runtime.logs import read_log

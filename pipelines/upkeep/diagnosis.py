@@ -17,7 +17,7 @@ from pipelines.bench.benchmark import hardware
 from pipelines.bench.device_check import commit, gpu_versions
 from pipelines.config import PathsConfig
 from pipelines.errors import UserError
-from pipelines.evaluation.networks import I3D, VGG16
+from pipelines.evaluation.measures.networks import I3D, VGG16
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.files import free_bytes, size_text, stored_bytes
 from pipelines.runtime.run_folder import describe_progress, software_versions

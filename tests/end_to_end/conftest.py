@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 from pipelines.__main__ import main
-from pipelines.evaluation import networks
+from pipelines.evaluation.measures import networks
 from stage1_autoencoder.lpips import STAGES
 from stage2_flow.vector_field import VectorField
 

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.config import load_config
 from pipelines.errors import UserError
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.measures.metrics import psnr
 from pipelines.prediction.clips import open_clips
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.context import RunContext

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pipelines.config import load_config
 from pipelines.evaluation.baselines import continue_motion
-from pipelines.evaluation.frechet import fit_gaussian, frechet_distance, latent_features
-from pipelines.evaluation.metrics import gradient_energy, psnr, ssim
-from pipelines.evaluation.networks import load_lpips, load_st_lpips
+from pipelines.evaluation.measures.frechet import fit_gaussian, frechet_distance, latent_features
+from pipelines.evaluation.measures.metrics import gradient_energy, psnr, ssim
+from pipelines.evaluation.measures.networks import load_lpips, load_st_lpips
 from pipelines.loading import weights_digest
 from pipelines.prediction.clips import open_clips
 from pipelines.predictor import VideoPredictor

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.metrics import psnr
 from stage1_autoencoder.autoencoder import image_to_unit
 
 HORIZON, CLIPS = 6, 12

@@ -4,8 +4,8 @@ import json
 
 from pipelines.config import load_config
 from pipelines.errors import UserError
-from pipelines.evaluation import sampler_study
-from pipelines.evaluation.study_points import StudyClips
+from pipelines.evaluation.study import sampler_study
+from pipelines.evaluation.study.study_points import StudyClips
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.files import SEAL
 from pipelines.runtime.status import Status

@@ -27,7 +27,7 @@ from stage1_autoencoder.vqgan import VQGAN
 from stage2_flow.config import SamplingConfig, VectorFieldConfig
 from stage2_flow.standardization import Standardization
 from stage2_flow.vector_field import VectorField
-from tests.pipelines.evaluation.test_sampler_study import point, study
+from tests.pipelines.evaluation.study.test_sampler_study import point, study
 
 AUTOENCODER = VQGANConfig(
     channels=8,

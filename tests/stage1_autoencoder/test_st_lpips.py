@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.networks import find_st_lpips, load_st_lpips
+from pipelines.evaluation.measures.networks import find_st_lpips, load_st_lpips
 from stage1_autoencoder.st_lpips import STLPIPS
 
 CONVOLUTIONS = {"slice1.0": (64, 3, 11), "slice2.5": (192, 64, 5), "slice3.9": (384, 192, 3),

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.evaluation.baselines import continue_motion, motion_fields
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.measures.metrics import psnr
 
 # Pixels to the right and down per frame.
 MOTIONS = ((2, 0), (-1, 3), (0, 0))

@@ -10,9 +10,9 @@ from torch import Tensor
 from pipelines.config import parse_config
 from pipelines.evaluation.clip_records import RecordFolder
 from pipelines.evaluation.evaluator import measure_clips
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
-from pipelines.evaluation.metrics import PSNR, Metric, summarize_metric
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.metrics import PSNR, Metric, summarize_metric
 from pipelines.prediction.clips import Clip, open_clips
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.results import SUBJECTS, MetricValues

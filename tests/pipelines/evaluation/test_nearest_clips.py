@@ -12,8 +12,8 @@ from torch import Tensor
 import latent_cache
 from latent_cache import SplitPlan, StoreMetadata, StoreWriter
 from pipelines.evaluation import nearest_clips
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.measure import ClipBatch
 from pipelines.evaluation.nearest_clips import MemorizationMeasure, TrainingClips
 from pipelines.runtime.results import Memorization
 from stage2_flow.standardization import Standardization

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import PSNR, summarize_metric
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.metrics import PSNR, summarize_metric
 from pipelines.evaluation.table import format_table
 from pipelines.runtime.results import (
     SUBJECTS,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latent_cache import step_generator
 from pipelines.config import parse_config
-from pipelines.evaluation.metrics import psnr, ssim
+from pipelines.evaluation.measures.metrics import psnr, ssim
 from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.distributed import Processes

@@ -12,7 +12,7 @@ from torch import Tensor
 import latent_cache
 from pipelines.config import RiverConfig, parse_config
 from pipelines.errors import UserError
-from pipelines.evaluation.metrics import psnr
+from pipelines.evaluation.measures.metrics import psnr
 from pipelines.loading import load_trained_refiner
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
 from pipelines.runtime.distributed import Processes

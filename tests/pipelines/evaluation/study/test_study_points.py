@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import PSNR, SSIM, gradient_energy, lpips_metric
-from pipelines.evaluation.study_points import StudyClips, point_key
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.metrics import PSNR, SSIM, gradient_energy, lpips_metric
+from pipelines.evaluation.study.study_points import StudyClips, point_key
 from pipelines.prediction.clips import Clip
 from pipelines.runtime.results import StudyPoint
 from stage1_autoencoder.videos.source import Recording

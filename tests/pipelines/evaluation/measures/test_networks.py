@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipelines.data.fetch import FetchError
 from pipelines.errors import UserError
-from pipelines.evaluation.networks import I3D, VGG16, PublicFile, VideoNetwork, load_lpips, load_st_lpips
+from pipelines.evaluation.measures.networks import I3D, VGG16, PublicFile, VideoNetwork, load_lpips, load_st_lpips
 from stage1_autoencoder.lpips import HEADS_FILE, STAGES
 from tests.file_server import FileServer, serving
 

@@ -10,9 +10,9 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from pipelines.evaluation.intervals import half_width, normal_interval
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
-from pipelines.evaluation.metrics import PIXELS_AT_ONCE, FrameMeasure, Metric
+from pipelines.evaluation.measures.intervals import half_width, normal_interval
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.metrics import PIXELS_AT_ONCE, FrameMeasure, Metric
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.results import MetricValues
 from stage1_autoencoder.st_lpips import STLPIPS

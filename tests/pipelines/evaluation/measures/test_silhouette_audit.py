@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.measures import ClipBatch
-from pipelines.evaluation.silhouette_audit import SilhouetteAudit
+from pipelines.evaluation.measures.measure import ClipBatch
+from pipelines.evaluation.measures.silhouette_audit import SilhouetteAudit
 from pipelines.prediction.clips import Clip
 from stage1_autoencoder.videos.source import Recording
 

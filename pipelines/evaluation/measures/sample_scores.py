@@ -7,8 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pipelines.evaluation.intervals import Tally, percentile_interval, summarize
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.intervals import Tally, percentile_interval, summarize
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
 from pipelines.runtime.results import MetricValues
 
 SCORES_DEFINITION = (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.evaluation.sampler_choice import SCORE_MARGIN
+from pipelines.evaluation.study.sampler_choice import SCORE_MARGIN
 from pipelines.runtime.files import replacing
 from pipelines.runtime.results import Study
 

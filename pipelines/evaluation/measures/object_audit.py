@@ -13,9 +13,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from pipelines.evaluation.bounces import find_meetings
-from pipelines.evaluation.intervals import Tally, summarize
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.bounces import find_meetings
+from pipelines.evaluation.measures.intervals import Tally, summarize
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
 from pipelines.prediction.clips import Clip
 from pipelines.prediction.pictures import clip_strips, contact_sheet, to_video
 from pipelines.runtime.results import MetricValues

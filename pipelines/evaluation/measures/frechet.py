@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from pipelines.config import EvaluationConfig
 from pipelines.config.literature import Pitfall
-from pipelines.evaluation.feature_cache import FeatureCache
-from pipelines.evaluation.intervals import normal_interval
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
-from pipelines.evaluation.networks import VideoNetwork
+from pipelines.evaluation.measures.feature_cache import FeatureCache
+from pipelines.evaluation.measures.intervals import normal_interval
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.networks import VideoNetwork
 from pipelines.runtime.context import computing_in
 from pipelines.runtime.progress import progress, warn
 from pipelines.runtime.results import Distances, MetricValues

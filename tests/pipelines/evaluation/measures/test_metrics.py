@@ -11,8 +11,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
-from pipelines.evaluation.measures import ClipBatch
-from pipelines.evaluation.metrics import (
+from pipelines.evaluation.measures.measure import ClipBatch
+from pipelines.evaluation.measures.metrics import (
     PSNR,
     Metric,
     PooledErrorMeasure,
@@ -27,7 +27,7 @@ from pipelines.evaluation.metrics import (
 )
 from pipelines.runtime.context import RunContext
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURES = Path(__file__).parents[3] / "fixtures"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.evaluation.intervals import Tally, draw_counts, normal_interval, percentile_interval, summarize
+from pipelines.evaluation.measures.intervals import Tally, draw_counts, normal_interval, percentile_interval, summarize
 from stage1_autoencoder.videos.source import Recording
 
 # Twelve clips of ten recordings: the first of three clips, and one of each other.

@@ -10,10 +10,10 @@ from einops import rearrange
 from torch import Tensor
 
 from pipelines.errors import UserError
-from pipelines.evaluation.frechet import MAX_RESAMPLES, fit_gaussian, frechet_distance, latent_features
-from pipelines.evaluation.intervals import Tally, half_width, normal_interval, percentile_interval
-from pipelines.evaluation.metrics import Metric, gradient_energy, measure_frames
-from pipelines.evaluation.object_audit import audit_objects, match_shapes
+from pipelines.evaluation.measures.frechet import MAX_RESAMPLES, fit_gaussian, frechet_distance, latent_features
+from pipelines.evaluation.measures.intervals import Tally, half_width, normal_interval, percentile_interval
+from pipelines.evaluation.measures.metrics import Metric, gradient_energy, measure_frames
+from pipelines.evaluation.measures.object_audit import audit_objects, match_shapes
 from pipelines.prediction.clips import Clip
 from pipelines.predictor import VideoPredictor
 from pipelines.runtime.results import Interval, StudyPoint

@@ -5,9 +5,9 @@ import math
 import pytest
 from PIL import Image
 
-from pipelines.evaluation.sampler_choice import choose, score_points
-from pipelines.evaluation.sampler_study import few_settings, sampler_settings
-from pipelines.evaluation.study_table import format_study, plot_study
+from pipelines.evaluation.study.sampler_choice import choose, score_points
+from pipelines.evaluation.study.sampler_study import few_settings, sampler_settings
+from pipelines.evaluation.study.study_table import format_study, plot_study
 from pipelines.runtime.results import Study, StudyPoint, StudyProtocol
 from stage2_flow.config import SamplingConfig
 from stage2_flow.sampling_plan import SamplingPlan

@@ -9,9 +9,9 @@ import scoringrules
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch, Records
-from pipelines.evaluation.sample_scores import (
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.measure import ClipBatch, Records
+from pipelines.evaluation.measures.sample_scores import (
     CalibrationMeasure,
     count_ranks,
     crps,

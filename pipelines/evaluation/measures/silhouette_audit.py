@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from pipelines.evaluation.intervals import Tally, summarize
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.intervals import Tally, summarize
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
 from pipelines.prediction.clips import Clip
 from pipelines.runtime.results import MetricValues
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from pipelines.config import SSIM_WINDOW, RiverConfig
-from pipelines.evaluation.intervals import Tally, summarize
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
-from pipelines.evaluation.networks import NO_VGG16, load_lpips
+from pipelines.evaluation.measures.intervals import Tally, summarize
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.networks import NO_VGG16, load_lpips
 from pipelines.runtime.context import RunContext, computing_in
 from pipelines.runtime.results import BestOf, Gain, MetricValues
 from stage1_autoencoder.lpips import LPIPS, SMALLEST_SIDE

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.evaluation import frechet, perception
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch
-from pipelines.evaluation.networks import find_st_lpips, load_st_lpips
-from pipelines.evaluation.perception import (
+from pipelines.evaluation.measures import frechet, perception
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.measure import ClipBatch
+from pipelines.evaluation.measures.networks import find_st_lpips, load_st_lpips
+from pipelines.evaluation.measures.perception import (
     FeatureDistances,
     FeatureReader,
     PerceptualMeasure,

@@ -10,8 +10,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig
-from pipelines.evaluation.feature_cache import FeatureCache
-from pipelines.evaluation.frechet import (
+from pipelines.evaluation.measures.feature_cache import FeatureCache
+from pipelines.evaluation.measures.frechet import (
     LatentDistances,
     Segments,
     VideoDistances,
@@ -19,8 +19,8 @@ from pipelines.evaluation.frechet import (
     frechet_distance,
     latent_features,
 )
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.measures import ClipBatch, Measure, Records
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.measure import ClipBatch, Measure, Records
 from pipelines.runtime.results import MetricValues
 
 

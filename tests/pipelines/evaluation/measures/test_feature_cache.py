@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_cache import FeatureCache
+from pipelines.evaluation.measures.feature_cache import FeatureCache
 
 VIDEOS = torch.rand(5, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 

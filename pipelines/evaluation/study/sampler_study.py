@@ -15,14 +15,14 @@ import numpy as np
 
 from pipelines.config import RiverConfig
 from pipelines.errors import UserError
-from pipelines.evaluation.frechet import LATENT_DEFINITION
-from pipelines.evaluation.intervals import draw_counts
-from pipelines.evaluation.metrics import PSNR, SHARPNESS_DEFINITION, Metric, load_frame_metrics
-from pipelines.evaluation.object_audit import check_shapes, true_shapes
+from pipelines.evaluation.measures.frechet import LATENT_DEFINITION
+from pipelines.evaluation.measures.intervals import draw_counts
+from pipelines.evaluation.measures.metrics import PSNR, SHARPNESS_DEFINITION, Metric, load_frame_metrics
+from pipelines.evaluation.measures.object_audit import check_shapes, true_shapes
 from pipelines.evaluation.protocol import common_protocol
-from pipelines.evaluation.sampler_choice import choose, score_points
-from pipelines.evaluation.study_points import StudyClips, point_key
-from pipelines.evaluation.study_table import format_study, plot_study
+from pipelines.evaluation.study.sampler_choice import choose, score_points
+from pipelines.evaluation.study.study_points import StudyClips, point_key
+from pipelines.evaluation.study.study_table import format_study, plot_study
 from pipelines.loading import find_autoencoder, find_flow, flow_digest, weights_digest
 from pipelines.prediction.clips import Clip, ClipReader, open_clips
 from pipelines.predictor import load_predictor

@@ -8,10 +8,10 @@ import torch
 from scipy.ndimage import gaussian_filter, label
 from torch import Tensor
 
-from pipelines.evaluation.bounces import find_meetings
-from pipelines.evaluation.intervals import Tally, draw_counts
-from pipelines.evaluation.measures import ClipBatch
-from pipelines.evaluation.object_audit import (
+from pipelines.evaluation.measures.bounces import find_meetings
+from pipelines.evaluation.measures.intervals import Tally, draw_counts
+from pipelines.evaluation.measures.measure import ClipBatch
+from pipelines.evaluation.measures.object_audit import (
     ObjectAudit,
     audit_bounces,
     audit_objects,
