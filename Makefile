@@ -14,7 +14,7 @@ DATASET := $(or $(shell cat .last_dataset 2>/dev/null),shapes)
 endif
 
 # What users type is passed on as it is: neither make nor a shell runs or replaces anything in it.
-$(foreach name,DATASET RUN ARGS VIDEO OUT MODEL AUTOENCODER REFINER N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TRIALS SEED TORCH_INDEX,\
+$(foreach name,DATASET RUN ARGS VIDEO OUT MODEL AUTOENCODER REFINER DEST SOURCE N NUM_GPUS DEVICE MIRROR SCHEDULER DOWNLOAD TRIALS SEED TORCH_INDEX,\
 	$(eval override $(name) := $$(value $(name))))
 export DEVICE MIRROR SCHEDULER DOWNLOAD
 define newline
@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official release-run inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official release-run push pull inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -150,6 +150,15 @@ import-official: setup  ## official weights as a run: MODEL=model.pth AUTOENCODE
 release-run: setup  ## a copy of a run with only what predictions need: OUT=folder, default models/<name> (ARGS=--half: fp16)
 	$(remember)
 	@$(RIVER) release-run $(CONFIG) $(call option,--out=,$(OUT)) $(OPTIONS)
+
+push: setup  ## share the run: make push DEST=folder, s3://bucket/prefix or hf://user/name (ARGS=--store: the latents, too)
+	$(remember)
+	@test -n $(call quoted,$(DEST)) || { echo "expected a destination: make push DEST=folder" >&2; exit 2; }
+	@$(RIVER) push $(OPTIONS) -- runs/$(call quoted,$(DATASET))$(if $(RUN),/$(call quoted,$(RUN))) $(call quoted,$(DEST))
+
+pull: setup  ## get a shared run: make pull SOURCE=hf://user/name (OUT=folder, default runs/<data set>; ARGS=--store)
+	@test -n $(call quoted,$(SOURCE)) || { echo "expected where it is: make pull SOURCE=hf://user/name" >&2; exit 2; }
+	@$(RIVER) pull $(OPTIONS) -- $(call quoted,$(SOURCE)) $(if $(OUT),$(call quoted,$(OUT)))
 
 inspect: setup  ## show what is in the store; ARGS="--video ID --gif out.gif" decodes a video, ARGS=--verify checks all
 	$(remember)

@@ -24,6 +24,7 @@ from pipelines.prediction.pictures import to_video as to_video  # of this API
 from pipelines.prediction.rollouts import FieldRollouts, overlapped, refine_frames
 from pipelines.runtime.context import RunContext, fastest_threads, in_full_precision, resolve_device, sampling_precision
 from pipelines.runtime.progress import progress, say
+from pipelines.sharing.transfer import cached_run
 from stage1_autoencoder.fast_decoder import FastDecoder
 from stage1_autoencoder.rcan import RCAN
 from stage2_flow.conditioning import FrameDraws, draw_frames, known_frames, make_draws, past_window
@@ -85,6 +86,24 @@ class VideoPredictor(FrameCoding, PredictorParts):
         """
         files = OfficialFiles(Path(model), *(path and Path(path) for path in (autoencoder, refiner)))
         return cls(**vars(load_official(files, resolve_device(str(device)), heads=heads)))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, device: str | torch.device = "auto", cache: str | Path | None = None
+    ) -> "VideoPredictor":
+        """Load a released run, as `river push` makes them, from wherever it is. It is compared with its digests.
+
+        Args:
+            source: a folder, `s3://bucket/prefix`, `hf://user/name`, a version of it, `hf://user/name@revision`, or the
+                name of a model that comes with the program, `shapes-small`.
+            device: `auto`, `cpu`, `cuda`.
+            cache: folder of copies of what is not local; None: `river-two-stage` in the user's folder of caches.
+                Without a connection the last copy is used.
+        Raises:
+            UserError: no released run is there, or a damaged, foreign or newer one; a package is missing.
+            OSError: it cannot be reached, and there is no copy.
+        """
+        return cls.from_run(cached_run(str(source), None if cache is None else Path(cache)), device)
 
     def sampling_with(self, changes: Mapping[str, Any] | SamplingConfig | None) -> SamplingConfig:
         """The run's sampling options with some of them changed.

@@ -25,6 +25,8 @@ COMMANDS = (
     "inspect",
     "import-official",
     "release-run",
+    "push",
+    "pull",
     "bench",
     "gpu-check",
     "clean",

@@ -91,9 +91,23 @@ def read_json(path: Path, model: type[Model], way_out: str) -> Model:
             and the first field that is wrong.
     """
     try:
-        return model.model_validate_json(unsealed(read_bounded(path, MOST_JSON_BYTES)))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; {way_out}") from None
+        content = read_bounded(path, MOST_JSON_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; {way_out}") from None
+    return parse_json(content, path, model, way_out)
+
+
+def parse_json(content: bytes, path: Path | str, model: type[Model], way_out: str) -> Model:
+    """The content of a JSON file through the class that it is written with.
+
+    Args:
+        path: where it comes from, for messages.
+        way_out: as of `read_json`.
+    Raises:
+        UserError: as `read_json`.
+    """
+    try:
+        return model.model_validate_json(unsealed(content))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "content"
@@ -167,24 +181,66 @@ def replacing_files(folder: Path, index: str, stale: Iterable[str] = ()) -> Iter
 
 
 @contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """An empty folder beside a path, which is removed when the block ends. Those of killed processes are removed, too.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(beside.parent)
+    temporary, descriptor = _new_temporary(beside, os.mkdir)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which takes its place, flushed, when the block ends; an error changes nothing.
 
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    temporary, descriptor = _new_temporary(path, os.mkdir)
-    try:
+    with temporary_folder(path) as temporary:
         yield temporary
         flush_tree(temporary)
         if path.exists():
             remove(path)
         temporary.rename(path)
         flush(path.parent)
+
+
+@contextmanager
+def completing_folder(path: Path, busy: str) -> Iterator[Path]:
+    """A hidden folder beside `path`, which becomes `path`, flushed, when the block ends. After an error it stays.
+
+    The next call of the same path gets it with what is there.
+
+    Args:
+        busy: message when another process has it.
+    Raises:
+        UserError: another process has it.
+        OSError: it cannot be written, or `path` is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.incomplete")
+    hidden.mkdir(exist_ok=True)
+    descriptor = os.open(hidden, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:  # a file system without locks
+            pass
+        yield hidden
+        flush_tree(hidden)
+        hidden.rename(path)
+        flush(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         os.close(descriptor)
 
 

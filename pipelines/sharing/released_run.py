@@ -9,10 +9,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator
 
 from pipelines.config import RiverConfig
+from pipelines.config.bounded_files import read_bounded
 from pipelines.errors import UserError
 from pipelines.loading import autoencoder_digest, flow_digest, load_run
 from pipelines.runtime.checkpoints import Checkpoint, CheckpointFolder
-from pipelines.runtime.files import file_sha256, read_json, replacing_folder, write_json, write_text
+from pipelines.runtime.files import file_sha256, parse_json, read_json, replacing_folder, write_json, write_text
 from pipelines.runtime.progress import warn
 from pipelines.runtime.results import Evaluation, RunPredictor, Study
 from pipelines.runtime.run_folder import Environment, chosen_checkpoint, read_run_config, write_run_config
@@ -26,7 +27,9 @@ _NAME = re.compile(rf"{_PART}(/{_PART}){{0,9}}")
 _SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".png", ".gif")
 _MOST_FILES = 1000
 _SHA256 = r"^[0-9a-f]{64}$"
+MOST_RELEASE_BYTES = 2**20
 PULL_AGAIN = "pull it again, or ask whoever gave it to you"
+_EXPECTED = f"expected a released run of format_version 1 (a newer one needs an update); {PULL_AGAIN}"
 
 
 def is_safe_name(name: str) -> bool:
@@ -85,15 +88,15 @@ class Release(BaseModel):
         return files
 
 
-def read_release(path: Path) -> Release:
-    """Read a `release.json`.
+def parse_release(content: bytes, where: Path | str) -> Release:
+    """The content of a `release.json`, which may come from anybody.
 
     Raises:
-        UserError: missing, damaged, of another program or a newer version, or with paths that leave the folder.
+        UserError: damaged, of another program or a newer version, or with paths that leave the folder.
     """
-    return read_json(
-        path, Release, f"expected a released run of format_version 1 (a newer one needs an update); {PULL_AGAIN}"
-    )
+    if len(content) > MOST_RELEASE_BYTES:
+        raise UserError(f"{where}: more than {MOST_RELEASE_BYTES} bytes; {_EXPECTED}")
+    return parse_json(content, where, Release, _EXPECTED)
 
 
 def check_released_run(folder: Path) -> Release:
@@ -102,7 +105,7 @@ def check_released_run(folder: Path) -> Release:
     Raises:
         UserError: it is no released run, or one of its files is missing or damaged.
     """
-    release = read_release(folder / RELEASE_NAME)
+    release = _read_release(folder)
     for name, expected in release.files.items():
         check_file(folder / name, expected)
     return release
@@ -146,7 +149,7 @@ def write_released_run(run: Path, destination: Path, *, half: bool = False, data
         if not destination.is_dir() or any(destination.iterdir()):
             raise UserError(f"{destination}: is there and no released run: name a new folder")
     if data_license is None and (run / RELEASE_NAME).is_file():
-        data_license = read_release(run / RELEASE_NAME).data_license
+        data_license = _read_release(run).data_license
     with replacing_folder(destination) as folder:
         config = _write_run(run, folder, half)
         student = run / "student"
@@ -246,6 +249,15 @@ def _chosen(run: Path, name: str) -> Checkpoint:
     checkpoint = chosen_checkpoint(run / name)
     assert checkpoint is not None
     return checkpoint
+
+
+def _read_release(folder: Path) -> Release:
+    path = folder / RELEASE_NAME
+    try:
+        content = read_bounded(path, MOST_RELEASE_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {_EXPECTED}") from None
+    return parse_release(content, path)
 
 
 def _read(path: Path, model: type[BaseModel]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 from pipelines.errors import UserError
@@ -168,3 +169,129 @@ def test_an_evaluation_of_other_weights_is_left_out(copied, tmp_path, capsys):
     release = write_released_run(copied.runs, tmp_path / "release")
     assert not (release / "evaluation.json").exists()
     assert "evaluation.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pushed(released: Path, tmp_path: Path, command: Any) -> Path:
+    """A folder to which the released run was pushed."""
+    command(["push", str(released), str(tmp_path / "pushed")]).ok()
+    return tmp_path / "pushed"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_a_run_goes_to_a_folder_and_back(trained, released, pushed, here, story, command):
+    destination = here / "to"
+    command(["push", str(trained.runs), str(destination), "--data-license", "CC0"]).ok()
+    assert story.tree(destination) == story.tree(released) == story.tree(pushed)
+    command(["pull", str(destination)]).ok()
+    assert story.tree(here / "runs" / "tiny") == story.tree(released)
+    assert not list((here / "runs").glob(".*"))
+    before = story.stamps(here)
+    command(["push", str(here / "runs" / "tiny"), str(destination)]).ok()
+    command(["pull", str(destination)]).ok()
+    assert story.stamps(here) == before
+    assert VideoPredictor.from_pretrained("shapes-small", device="cpu").fps == 10  # comes with the program
+    images = torch.zeros(1, 2, 3, 32, 32)
+    predictor = VideoPredictor.from_pretrained(destination, device="cpu")
+    expected = VideoPredictor.from_run(trained.runs, "cpu").generate_frames(images, 1)
+    assert torch.equal(predictor.generate_frames(images, 1), expected)
+
+
+def whole_store(store: Path, story: ModuleType) -> dict[str, bytes]:
+    return {name: content for name, content in story.tree(store).items() if not name.startswith(".")}
+
+
+def test_a_store_travels_on_request(trained, here, story, command):
+    release = ["push", str(trained.runs), "to"]
+    command([*release, "--store"]).ok()
+    assert story.tree(here / "to" / "latents" / "tiny.zarr") == whole_store(trained.store, story)
+    command(["pull", "to", "other", "--store"]).ok()
+    assert story.tree(here / "latents" / "tiny.zarr") == whole_store(trained.store, story)
+    command(["inspect", "--verify", "--config", "other/config.yaml"]).ok()
+    command(release).ok()  # without it: it is removed there
+    assert not [name for name in story.tree(here / "to") if "zarr" in name]
+    command(["pull", "to", "again", "--store"]).refused(2, "to", "--store")
+
+
+def test_what_was_interrupted_resumes_and_never_looks_whole(released, here, story, command, monkeypatch):
+    with monkeypatch.context() as patch:
+        story.send_at(patch, LocalFileSystem, "put_file", 4)
+        assert command(["push", str(released), "to"]).code == 143
+    assert not (here / "to" / "release.json").exists()
+    command(["pull", "to"]).refused(2, "to", "release.json")
+    sent = story.stamps(here / "to")
+    assert sent
+    calls = story.count_calls(monkeypatch, LocalFileSystem, "put_file")
+    command(["push", str(released), "to"]).ok()
+    assert calls[0] == len(check_released_run(here / "to").files) - len(sent)
+    assert sent.items() <= story.stamps(here / "to").items()
+    with monkeypatch.context() as patch:
+        story.send_at(patch, LocalFileSystem, "get_file", 4)
+        assert command(["pull", "to"]).code == 143
+    assert not (here / "runs" / "tiny").exists()
+    fetched = story.count_calls(monkeypatch, LocalFileSystem, "get_file")
+    command(["pull", "to"]).ok()
+    assert story.tree(here / "runs" / "tiny") == story.tree(released)
+    assert fetched[0] <= len(check_released_run(here / "to").files) - 3
+
+
+def test_a_new_release_replaces_the_old_one(trained, released, pushed, tmp_path, here, story, command):
+    half = write_released_run(trained.runs, tmp_path / "half", half=True)
+    command(["pull", str(pushed)]).ok()
+    (pushed / "README.md").unlink()
+    command(["push", str(half), str(pushed)]).ok()
+    assert story.tree(pushed) == story.tree(half)
+    before = story.stamps(here)
+    command(["pull", str(pushed)]).refused(2, "runs/tiny")  # another version is there
+    assert story.stamps(here) == before
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_what_is_not_whole_is_not_pulled(pushed, here, command, breakage):
+    BREAKAGES[breakage](pushed)
+    outcome = command(["pull", str(pushed)]).refused(2, str(pushed))
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not (here / "runs" / "tiny").exists()
+
+
+def test_a_pulled_run_that_is_there_is_checked(pushed, here, command):
+    command(["pull", str(pushed)]).ok()
+    weights = next(here.rglob("model.safetensors"))
+    weights.write_bytes(bytes(len(weights.read_bytes())))
+    command(["pull", str(pushed)]).refused(2, "model.safetensors")
+
+
+WRONG = {
+    "ftp://host/run": (2, "ftp://host/run"),
+    "s3:/bucket": (2, "s3:/bucket"),
+    "s3://": (2, "s3://"),
+    "hf://name": (2, "hf://name"),
+    "file.txt": (2, "file.txt"),
+    "file.txt/run": (1, "file.txt"),
+    "mine": (2, "thesis.tex"),
+    "/sys/river": (1, "/sys/river"),  # where even root has no rights
+}
+
+
+@pytest.mark.parametrize("destination", WRONG)
+def test_a_wrong_destination_is_one_line_and_changes_nothing(released, here, story, command, destination):
+    (here / "file.txt").write_text("text")
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.tex").write_text("years of work")
+    before = story.stamps(here)
+    code, named = WRONG[destination]
+    outcome = command(["push", str(released), destination]).refused(code, named)
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert story.stamps(here) == before
+
+
+@pytest.mark.parametrize("folder", ["nothing", "latents"])
+def test_only_runs_are_pushed(trained, here, command, folder):
+    command(["push", str(trained.folder / folder), "to"]).refused(2, folder, "config.yaml")
