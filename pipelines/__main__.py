@@ -89,7 +89,8 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="river",
         description="Video prediction by latent flow matching, in two stages around a Zarr store of latents.",
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 videos were skipped or unreadable, "
+        epilog="Begin with `river sample --run shapes-small`, with a trained model, or with `river demo`, which trains "
+        "one. Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 videos were skipped or unreadable, "
         "129/130/143 stopped by a signal after saving.",
     )
     parser.add_argument("--version", action="version", version=f"river {__version__}")
@@ -100,6 +101,9 @@ def _parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
         parsers[name] = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         add_common_options(parsers[name])
         module.add_arguments(parsers[name])
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(EXIT_USAGE)
     refuse_unknown_words(arguments, parser, parsers)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

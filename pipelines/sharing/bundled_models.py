@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.config import RiverConfig, load_config
 from pipelines.errors import UserError
 from pipelines.runtime.files import replacing_folder, size_text, stored_bytes
-from pipelines.runtime.progress import say, warn
+from pipelines.runtime.progress import say
 from pipelines.runtime.run_folder import read_run_config
 from pipelines.sharing.released_run import check_released_run
 
@@ -17,8 +17,8 @@ BUNDLED = {
     "shapes-small": "predicts discs, squares and triangles that bounce in frames of 64x64, as the demo's do; it knows "
     "nothing else, and turns a real video into such shapes"
 }
-# From this likeness on, a name is taken for a misspelt one.
-MISSPELT = 0.75
+# From this likeness on, a name is taken for a misspelt one: one letter of ten is wrong.
+MISSPELT = 0.9
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel they are in the package, see setup.py; in the repository beside it.
@@ -40,9 +40,11 @@ def with_bundled_run(path: str | Path, overrides: Sequence[str], *, copies: bool
         path, overrides: see `load_config`.
         copies: whether it is copied, or only said that it would be.
     Raises:
-        UserError: see `load_config`; the model is of another data set than the configuration; it is damaged.
+        UserError: see `load_config`; the model is of another data set than the configuration, damaged, or misspelt.
         OSError: it cannot be copied.
     """
+    if find_bundled(str(path)) is not None and not Path(path).exists():
+        raise UserError(f"--config {path}: this is a trained model and no configuration: use --run {path}")
     if not any(override.partition("=")[0].strip() == "run" for override in overrides):
         return [*overrides]
     config = load_config(path, overrides)
@@ -51,7 +53,10 @@ def with_bundled_run(path: str | Path, overrides: Sequence[str], *, copies: bool
     model = find_bundled(config.run)
     if model is None:
         if near := difflib.get_close_matches(config.run, BUNDLED, n=1, cutoff=MISSPELT):
-            warn(f"run {config.run} is a new one; did you mean {near[0]}, which comes with this program?")
+            raise UserError(
+                f"--run {config.run}: there is no such run; did you mean {near[0]}, which comes with this program? "
+                "A run of your own needs a name less like it"
+            )
         return [*overrides]
     if (known := _preset(model)) != config.dataset.name:
         raise UserError(

@@ -79,7 +79,7 @@ def test_naming_it_makes_an_ordinary_run_of_it(empty: Path, command: Any, story:
     assert story.tree(MODELS) == before
 
 
-def test_names_that_are_looked_up(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_looked_up(empty: Path) -> None:
     def resolved(run: str, config: str = "shapes") -> list[str]:
         return with_bundled_run(config, [f"run={run}"], copies=False)
 
@@ -87,10 +87,13 @@ def test_names_that_are_looked_up(empty: Path, capsys: pytest.CaptureFixture[str
     assert (config.run, config.dataset.name) == (None, NAME)
     with pytest.raises(UserError, match=rf"{NAME}.*kth_small.*--config shapes"):
         resolved(NAME, "kth_small")
-    assert resolved("wide") == ["run=wide"]
-    assert not capsys.readouterr().err
-    assert resolved("shapes_small") == ["run=shapes_small"]
-    assert NAME in capsys.readouterr().err
+    for name in ("wide", "shapes-large"):
+        assert resolved(name) == [f"run={name}"]
+    for name in ("shapes_small", "Shapes-small", "shapes-smal"):  # rather than minutes of training
+        with pytest.raises(UserError, match=rf"{name}.*{NAME}"):
+            resolved(name)
+    with pytest.raises(UserError, match=f"--run {NAME}"):
+        with_bundled_run(NAME, [], copies=False)
     (empty / "runs" / "shapes" / NAME).mkdir(parents=True)  # a run of one's own comes first
     assert resolved(NAME) == [f"run={NAME}"]
 

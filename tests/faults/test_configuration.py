@@ -41,7 +41,7 @@ def test_wrong_config_file(command, tmp_path: Path, content: str | None, needed:
 
 @pytest.mark.parametrize(("words", "needed"), [
     (["trian-flow"], "invalid choice: 'trian-flow'"),
-    ([], "required: COMMAND"),
+    ([], "train-flow"),
     (["demo", "--fast"], "unrecognized arguments: --fast"),
     (["sample", "--videos", "0"], "'0'"),
     (["predict"], "required: video"),
