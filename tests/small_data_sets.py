@@ -8,6 +8,7 @@ and `video_test.zip` with H.264 videos of 480x320. So the folder is a mirror: `m
 
 import argparse
 import io
+import json
 import struct
 import tarfile
 import zipfile
@@ -103,6 +104,71 @@ def write_bair_archive(folder: Path, **sizes: int) -> None:
     write_bair(folder, **sizes)
     with tarfile.open(folder / BAIR_ARCHIVE, "w") as archive:
         archive.add(folder / "softmotion30_44k", "softmotion30_44k")
+
+
+def write_lerobot(
+    root: Path,
+    version: str,
+    episodes: Sequence[bytes],
+    actions: Sequence[np.ndarray],
+    fps: float = 10,
+    cameras: Sequence[str] = ("observation.images.top",),
+) -> Path:
+    """A robot data set as LeRobot of version v2.1 or v3.0 stores it.
+
+    Args:
+        episodes: MP4 of each; in version 3 one MP4 with all of them.
+        actions: of each episode [frames, n] float32; without values (n = 0) the data set has none.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    def write_table(path: Path, columns: Mapping[str, object]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table(dict(columns)), path)
+
+    def data(numbers: Sequence[int]) -> dict[str, object]:
+        index = np.concatenate([np.full(len(actions[number]), number) for number in numbers])
+        told = np.concatenate([actions[number] for number in numbers])
+        values, size = pyarrow.array(told.ravel()), told.shape[1]
+        if size == 0:
+            return {"episode_index": index}
+        column = values if size == 1 else pyarrow.FixedSizeListArray.from_arrays(values, size)
+        return {"action": column, "episode_index": index}
+
+    size = actions[0].shape[1]
+    info = {
+        "codebase_version": version, "robot_type": "toy", "total_episodes": len(actions), "fps": fps, "chunks_size": 2,
+        "features": {camera: {"dtype": "video", "shape": [48, 64, 3]} for camera in cameras}
+        | ({"action": {"dtype": "float32", "shape": [size]}} if size else {}),
+    }  # fmt: skip
+    lengths = [len(those) for those in actions]
+    (root / "meta").mkdir(parents=True)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    if version == "v3.0":
+        ends = np.cumsum(lengths)
+        columns = {"episode_index": np.arange(len(lengths)), "length": lengths}
+        columns |= {f"data/{name}_index": [0] * len(lengths) for name in ("chunk", "file")}
+        for camera in cameras:
+            columns |= {f"videos/{camera}/{name}_index": [0] * len(lengths) for name in ("chunk", "file")}
+            columns |= {f"videos/{camera}/from_timestamp": (ends - lengths) / fps}
+            columns |= {f"videos/{camera}/to_timestamp": ends / fps}
+            place = root / "videos" / camera / "chunk-000"
+            place.mkdir(parents=True)
+            (place / "file-000.mp4").write_bytes(episodes[0])
+        write_table(root / "meta/episodes/chunk-000/file-000.parquet", columns)
+        write_table(root / "data/chunk-000/file-000.parquet", data(range(len(lengths))))
+        return root
+    lines = [{"episode_index": number, "length": length, "tasks": ["go"]} for number, length in enumerate(lengths)]
+    (root / "meta/episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number, video in enumerate(episodes):
+        chunk, name = f"chunk-{number // 2:03d}", f"episode_{number:06d}"
+        for camera in cameras:
+            place = root / "videos" / chunk / camera
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{name}.mp4").write_bytes(video)
+        write_table(root / "data" / chunk / f"{name}.parquet", data([number]))
+    return root
 
 
 def clevrer_video(video: np.ndarray) -> bytes:

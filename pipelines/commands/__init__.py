@@ -23,6 +23,7 @@ COMMANDS = (
     "report",
     "runs",
     "inspect",
+    "import-lerobot",
     "import-official",
     "release-run",
     "push",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from latent_cache import ChunkPlan, ChunkWriter
-from latent_cache.schema import FRAME_TYPES, PREVIEW
+from latent_cache.schema import ACTIONS, FRAME_TYPES, PREVIEW
 from latent_cache.writing.markers import ChunkMarker
 from pipelines.config import CacheConfig
 from pipelines.errors import UserError
@@ -303,6 +303,11 @@ class ChunkTask:
         number, end = min(target.start for target in targets), max(target.stop for target in targets)
         for attempt in range(1 + len(RETRY_SECONDS)):
             try:
+                if ACTIONS in self.extras:
+                    told = source.actions(index)
+                    for target in targets:
+                        stop = target.place + target.stop - target.start
+                        self.extras[ACTIONS][target.place : stop] = told[target.start : target.stop]
                 for frame in source.iterate(index, number, end):
                     self.check()
                     for target in targets:

@@ -16,7 +16,7 @@ from pydantic import RootModel
 
 import latent_cache
 from latent_cache import LatentCache, NoSpaceError, SplitPlan, StoreWriter
-from latent_cache.schema import IDENTITY_VIEW, PREVIEW, PROGRESS_FOLDER
+from latent_cache.schema import ACTIONS, IDENTITY_VIEW, PREVIEW, PROGRESS_FOLDER
 from latent_cache.writing.appending import next_generation
 from pipelines.config import RiverConfig
 from pipelines.data.datasets import division_note, open_raw_splits, open_videos
@@ -230,6 +230,8 @@ class StoreEncoder:
         self.latent_shape = autoencoder.config.latent_shape(config.dataset.frame_size)
         small = preview_size(config)
         self.extras: dict[str, tuple[int, ...]] = {} if small is None else {PREVIEW: (*small, 3)}
+        if size := max(source.action_size for source in splits.values()):
+            self.extras[ACTIONS] = (size,)
 
     def run(self) -> list[SplitSummary]:
         """Encode all pending chunks; with `run_context.overwrite` all chunks."""

@@ -69,6 +69,10 @@ def open_splits(
             from stage1_autoencoder.videos.hdf5 import open_hdf5
 
             return dict(open_hdf5(dataset, root, remember, stored))
+        case "lerobot":
+            from stage1_autoencoder.videos.lerobot import open_lerobot
+
+            return dict(open_lerobot(dataset, root, remember, stored))
         case "videos":
             from stage1_autoencoder.videos.folders import open_folder
 

@@ -47,9 +47,10 @@ class DatasetConfig(BaseModel):
         description="names latents/<name>.zarr and runs/<name>",
         json_schema_extra={"changes_results": False},
     )
-    source: Literal["shapes", "videos", "kth", "bair", "clevrer", "hdf5"] = Field(
+    source: Literal["shapes", "videos", "kth", "bair", "clevrer", "hdf5", "lerobot"] = Field(
         description="shapes: procedural; videos: a folder of video files or frame folders; kth, bair, clevrer: the "
-        "unpacked archives of these data sets; hdf5: shards of the official code"
+        "unpacked archives of these data sets; hdf5: shards of the official code; lerobot: robot episodes as LeRobot "
+        "stores them, with actions"
     )
     root: FilePath | None = Field(
         None,
@@ -66,17 +67,20 @@ class DatasetConfig(BaseModel):
         None,
         gt=0,
         le=1000,
-        description="videos, kth, clevrer: resample videos by time to this many frames per second, so that videos of "
-        "different rates move equally fast; default: the frames as they are",
+        description="videos, kth, clevrer, lerobot: resample videos by time to this many frames per second, so that "
+        "videos of different rates move equally fast; default: the frames as they are",
     )
     frame_step: PositiveInt = Field(1, description="use every frame_step-th frame (of the resampled ones, with fps)")
     splits: dict[Split, int | float | str] = Field(
         default_factory=dict,
-        description="shapes: number of videos per split; videos, hdf5: fractions for val and test, where root has no "
-        "train/val/test folders; kth: persons per split, e.g. '1-19'; clevrer: numbers of videos per split, e.g. "
-        "'0-9999'; bair: val, the fraction of training videos that is held out",
+        description="shapes: number of videos per split; videos, hdf5, lerobot: fractions for val and test, where root "
+        "has no train/val/test folders; kth: persons per split, e.g. '1-19'; clevrer: numbers of videos per split, "
+        "e.g. '0-9999'; bair: val, the fraction of training videos that is held out",
     )
     split_seed: Seed = Field(0, description="seed of the split by fractions")
+    camera: str | None = Field(
+        None, description="lerobot: the camera, such as observation.images.top; null: the only one"
+    )
     sequences: bool = Field(False, description="kth: cut videos into the frame ranges of 00sequences.txt")
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of source: shapes")
 
@@ -95,7 +99,7 @@ class DatasetConfig(BaseModel):
     @property
     def is_divided(self) -> bool:
         """Whether fractions may divide the videos among the splits, rather than the data set itself."""
-        return self.source in ("videos", "hdf5", "bair")
+        return self.source in ("videos", "hdf5", "bair", "lerobot")
 
     @field_validator("image_size")
     @classmethod
@@ -104,7 +108,7 @@ class DatasetConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_rates(self) -> "DatasetConfig":
-        if self.fps is not None and self.source not in ("videos", "kth", "clevrer"):
+        if self.fps is not None and self.source not in ("videos", "kth", "clevrer", "lerobot"):
             raise ValueError(f"fps: {self.fps:g}, but videos of source: {self.source} have one rate: use frame_step")
         return self
 
@@ -117,7 +121,7 @@ class DatasetConfig(BaseModel):
                         f"splits.{split}: {value!r} is not a number of videos from 1 to {MOST_SHAPES_VIDEOS} "
                         "(source: shapes)"
                     )
-                case "videos" | "hdf5" | "bair" if not isinstance(value, int | float) or not 0 <= value < 1:
+                case "videos" | "hdf5" | "bair" | "lerobot" if not isinstance(value, int | float) or not 0 <= value < 1:
                     raise ValueError(f"splits.{split}: {value!r} is not a fraction in [0, 1) (source: {self.source})")
                 case "bair" if split != "val":
                     raise ValueError(f"splits.{split}: BAIR has train and test folders; only val can be set")
@@ -129,6 +133,9 @@ class DatasetConfig(BaseModel):
                     raise ValueError(
                         f"splits.{split}: {value!r} is not a range of videos such as '0-9999' (source: clevrer)"
                     )
-        if self.source in ("videos", "hdf5") and sum(float(v) for k, v in self.splits.items() if k != "train") >= 1:
+        if (
+            self.source in ("videos", "hdf5", "lerobot")
+            and sum(float(v) for k, v in self.splits.items() if k != "train") >= 1
+        ):
             raise ValueError(f"splits {self.splits} leave nothing to train on")
         return self

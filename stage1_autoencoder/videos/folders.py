@@ -155,8 +155,7 @@ class FolderSource(DivisibleSource):
         if start == stop:
             return
         video, path, probe = self.videos[index], self.root / self._names[index], self.probe(index)
-        stride = frame_stride(self.dataset, probe.fps)
-        wanted = int(self._ends[index, 0]) + np.floor(np.arange(start, stop) * stride + ROUNDING).astype(np.int64)
+        wanted, stride = self.positions(index, start, stop), frame_stride(self.dataset, probe.fps)
         first, last, step = int(wanted[0]), int(wanted[-1]), int(stride) if stride == int(stride) else 1
         # How often each decoded frame is used: once, unless videos are resampled.
         uses = np.bincount((wanted - first) // step).tolist()
@@ -177,6 +176,11 @@ class FolderSource(DivisibleSource):
                             video.id, f"its frames cannot be converted ({error.strerror})"
                         ) from error
                     yield pixels
+
+    def positions(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Numbers [n] int64 in the file of frames `start` to `stop` (excluded) of a video."""
+        stride = frame_stride(self.dataset, float(self._rates[index]))
+        return int(self._ends[index, 0]) + np.floor(np.arange(start, stop) * stride + ROUNDING).astype(np.int64)
 
     def recording(self, index: int) -> Recording:
         """The file or frame folder, of which a video may be a cut."""
@@ -266,7 +270,7 @@ def index_listings(
     listings: Mapping[Split, Listing],
     remember: bool = True,
     cut: CutVideo | None = None,
-    kind: type[FolderSource] = FolderSource,
+    kind: Callable[..., FolderSource] = FolderSource,
 ) -> dict[Split, FolderSource]:
     """Index the videos of all splits as one, since one file in `root` stores the index.
 
@@ -274,7 +278,7 @@ def index_listings(
         listings: their names are relative to `root`.
         remember: see `index_videos`.
         cut: maps a video's id and number of frames to its cuts; without it, videos are used as a whole.
-        kind: class of the sources.
+        kind: makes a source, as the class does.
     """
     indexed = index_videos(root, [name for listing in listings.values() for name in listing.names], remember)
 

@@ -140,12 +140,14 @@ class VideoSource(abc.ABC):
         videos: the usable videos, in natural order of their ids; a `VideoTable` if there may be many.
         skipped: the unusable ones.
         passed_over: number of files that are not videos, by extension; counted once, in the first split.
+        action_size: values of an action of a robot, of which each frame has one; 0: there are none.
     """
 
     dataset: DatasetConfig
     videos: Sequence[VideoInfo]
     skipped: Sequence[SkippedVideo]
     passed_over: Mapping[str, int] = MappingProxyType({})
+    action_size: int = 0
 
     @abc.abstractmethod
     def iterate(self, index: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -188,6 +190,10 @@ class VideoSource(abc.ABC):
                 for row in wanted.get(position, ()):
                     frames[row] = frame
         return frames
+
+    def actions(self, index: int) -> np.ndarray:
+        """Actions [frames, action_size] float32 of the frames of a video. Raises BrokenVideoError."""
+        return np.empty((self.videos[index].frames, self.action_size), np.float32)
 
     def restarts(self, index: int) -> np.ndarray:
         """Frames [n] int64 of a video, ascending, before which nothing is decoded if reading starts there."""

@@ -287,6 +287,26 @@ def test_a_preview_shows_what_the_autoencoder_saw(kit) -> None:
     np.testing.assert_array_equal(cache.video_preview("v"), frames_of(kit.splits["val"], "v"))
 
 
+def test_actions_are_stored_beside_the_latents_of_their_frames(kit) -> None:
+    class Robot(kit.Source):
+        action_size = 2
+
+        def actions(self, index: int) -> np.ndarray:
+            frames = np.arange(self.videos[index].frames, dtype=np.float32)
+            return np.stack([np.full_like(frames, index + 0.5), frames], axis=1)
+
+    kit.splits = {
+        split: Robot({video.id: video.frames for video in source.videos}) for split, source in kit.splits.items()
+    }
+    kit.encode(views=["identity", "hflip"])
+    cache = latent_cache.open(kit.store)
+    for row, video in enumerate("abcde"):
+        for view in ("identity", "hflip"):
+            actions = cache.video_actions(video, view)
+            np.testing.assert_array_equal(actions[:, 0], row + 0.5)
+            np.testing.assert_array_equal(actions[:, 1], np.arange(kit.splits["train"].videos[row].frames))
+
+
 @pytest.mark.parametrize("chunk_frames", [4, 29, 1000])
 def test_a_video_is_decoded_once_for_all_its_views_in_a_chunk(kit, chunk_frames: int) -> None:
     kit.encode(views=VIEWS, chunk_frames=chunk_frames)
