@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner sample predict play evaluate study report runs import-official release-run push pull inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner watch sample predict play evaluate study report runs import-official release-run push pull inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -113,6 +113,10 @@ train-decoder: setup  ## optional: train a small, fast decoder from the store al
 train-refiner: setup  ## optional: train the network that refines decoded frames, for make sample ARGS=--refine
 	$(remember)
 	@$(TRAIN) train-refiner $(CONFIG) $(OPTIONS)
+
+watch: setup  ## a page in the browser: a run's trainings live, also from another terminal (ARGS="--port 8000 --no-browser")
+	$(remember)
+	@$(RIVER) watch $(CONFIG) $(OPTIONS)
 
 sample: setup  ## predict videos of the test split: GIF, MP4, contact sheet, latents
 	$(remember)

@@ -14,6 +14,7 @@ COMMANDS = (
     "distill",
     "train-decoder",
     "train-refiner",
+    "watch",
     "sample",
     "predict",
     "play",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pipelines.runtime.arguments import add_prerequisite_options, count
+from pipelines.runtime.arguments import add_prerequisite_options, add_server_options
 
 if TYPE_CHECKING:
     from pipelines.config import RiverConfig
@@ -16,9 +16,7 @@ HELP = "a page in the browser: predictions that go on live from a clip"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prerequisite_options(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
-    parser.add_argument("--port", type=count, default=0, help="port to listen on; default: any free one")
-    parser.add_argument("--no-browser", action="store_true", help="print the page's address, open no browser")
+    add_server_options(parser)
 
 
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:

@@ -1,50 +1,32 @@
 """The page's server: it sends the page and predicted frames, and takes uploads, for this machine alone by default."""
 
 import asyncio
-import os
 import struct
-import sys
-import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
-from tornado.web import Application, HTTPError, RequestHandler, stream_request_body
+from tornado.web import HTTPError, stream_request_body
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from pipelines.config import RiverConfig
-from pipelines.errors import StoppedBySignal, UserError
+from pipelines.errors import UserError
 from pipelines.play.playing import MOST_BYTES, Clips, Past, Prediction
 from pipelines.prediction.pictures import file_name
 from pipelines.predictor import VideoPredictor, load_predictor
 from pipelines.runtime.context import RunContext
 from pipelines.runtime.files import size_text
-from pipelines.runtime.progress import say, warn
-from pipelines.runtime.signals import CallOnSignal
+from pipelines.runtime.local_server import MOST_WORDS, Guarded, Texts, serve_pages, serve_until_signal
+from pipelines.runtime.progress import say
 from stage2_flow.sampling_plan import SamplingPlan
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PAGE = {"": ("play.html", "text/html"), "play.css": ("play.css", "text/css"), "play.js": ("play.js", "text/javascript")}
-# No other site's script, frame or request, and no address but this one, whatever a video's name may contain.
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
-# Bytes of a message from the page, and of a request that is no upload.
-MOST_WORDS = 4096
+PAGE = {"": "text/html", "play.css": "text/css", "play.js": "text/javascript"}
 # The head of a message of frames, little-endian: number of the prediction, of the frame, and whether it was given.
 FRAME_HEAD = struct.Struct("<III")
 # Seconds in which tabs close at the end.
@@ -150,34 +132,15 @@ class Player:
         self.reader.shutdown(cancel_futures=True)
 
 
-class Guarded(RequestHandler):
-    """A handler for this server's own pages: other sites cannot use it, under whatever name they reach it."""
+class OfPlayer(Guarded):
+    """A handler that uses the player."""
 
-    def initialize(self, player: Player, hosts: tuple[str, ...]) -> None:
-        self.player, self.hosts = player, hosts
-
-    def prepare(self) -> None:
-        # Another site's name may lead to this address (DNS rebinding).
-        if self.hosts and urlsplit(f"//{self.request.host}").hostname not in self.hosts:
-            raise HTTPError(403, reason="Unknown host name")
-
-    def set_default_headers(self) -> None:
-        for name, value in HEADERS.items():
-            self.set_header(name, value)
-
-    def write_error(self, status_code: int, **details: Any) -> None:
-        self.finish({"error": self._reason})
-
-
-class Page(Guarded):
-    def get(self, name: str) -> None:
-        template, kind = PAGE[name]
-        self.set_header("Content-Type", f"{kind}; charset=utf-8")
-        self.finish(_read(template))
+    def initialize(self, player: Player) -> None:
+        self.player = player
 
 
 @stream_request_body
-class Upload(Guarded):
+class Upload(OfPlayer):
     """A video file, the body of a request, which never is in memory as a whole."""
 
     def prepare(self) -> None:
@@ -217,7 +180,7 @@ class Upload(Guarded):
         self.on_finish()
 
 
-class Tab(WebSocketHandler, Guarded):
+class Tab(WebSocketHandler, OfPlayer):
     """An open page: it asks for predictions, and gets their frames."""
 
     def open(self) -> None:
@@ -298,71 +261,34 @@ def described(number: int, clip: Past) -> dict[str, Any]:
 
 
 async def serve(player: Player, host: str, port: int, ready: Callable[[str], object], stop: asyncio.Event) -> None:
-    """Serve the page until `stop` is set.
-
-    Args:
-        host: address to listen on. On other addresses than those of this machine alone, any name of it is accepted.
-        port: to listen on; 0: any free one.
-        ready: called with the page's address.
-    Raises:
-        UserError: the address or port is not to be had.
-    """
-    try:
-        sockets = bind_sockets(port, host)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; without --port any free one is used") from None
-    hosts = {"player": player, "hosts": LOOPBACK if host in LOOPBACK else ()}
-    handlers: list[tuple[str, type, Mapping[str, Any]]] = [
-        (f"/({'|'.join(PAGE)})", Page, hosts),
-        ("/clips", Upload, hosts),
-        ("/play", Tab, hosts),
+    """Serve the page until `stop` is set. Arguments and errors as of `serve_pages`."""
+    texts = {name: (kind, _read(name or "play.html")) for name, kind in PAGE.items()}
+    handlers: list[tuple[str, type, dict[str, Any]]] = [
+        (f"/({'|'.join(PAGE)})", Texts, {"texts": texts}),
+        ("/clips", Upload, {"player": player}),
+        ("/play", Tab, {"player": player}),
     ]
-    application = Application(handlers, websocket_max_message_size=MOST_WORDS, websocket_ping_interval=20)
-    server = HTTPServer(application, max_body_size=MOST_WORDS)
-    server.add_sockets(sockets)
-    address, own_port = sockets[0].getsockname()[:2]
-    try:
-        ready(f"http://{f'[{address}]' if ':' in address else address}:{own_port}/")
-        await stop.wait()
-    finally:
-        server.stop()
-        await player.close()
-        await server.close_all_connections()
+    limits = {"websocket_max_message_size": MOST_WORDS, "websocket_ping_interval": 20}
+    await serve_pages(handlers, host, port, ready, stop, player.close, **limits)
 
 
-def play(config: RiverConfig, run_context: RunContext, host: str, port: int, opens_browser: bool) -> None:
+def play(config: RiverConfig, run_context: RunContext, host: str, port: int, opens_browser: bool) -> NoReturn:
     """Serve the page of a run until a signal ends it.
 
     Args:
-        host, port: see `serve`.
+        host, port: see `serve_pages`.
         opens_browser: open the page in this machine's browser, if there is a display.
     Raises:
-        UserError: the run cannot predict; as `serve`.
+        UserError: the run cannot predict; as `serve_pages`.
         StoppedBySignal: the way it ends.
     """
     name = config.dataset.name if config.run is None else f"{config.dataset.name}/{config.run}"
     player = Player(name, load_predictor(config, run_context, clips=1), Clips(config, run_context))
     if player.clips.missing:
         say(f"play: no test clips, uploads only: {player.clips.missing}")
-    if host not in LOOPBACK:
-        warn(f"--host {host}: everybody who reaches this address can use the page")
-
-    def ready(url: str) -> None:
-        say(f"play: {config.run_path} at {url}; Ctrl-C ends it")
-        if opens_browser and _has_display():
-            webbrowser.open(url)
-
-    async def main() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        with CallOnSignal(lambda: loop.call_soon_threadsafe(stop.set)) as signals:
-            await serve(player, host, port, ready, stop)
-        raise StoppedBySignal(signals.signal_number, "the page is closed")
-
-    asyncio.run(main())
-
-
-def _has_display() -> bool:
-    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    serve_until_signal(
+        lambda ready, stop: serve(player, host, port, ready, stop), f"play: {config.run_path}", host, opens_browser
+    )
 
 
 def _read(name: str) -> str:

@@ -57,11 +57,11 @@ def write_report(config: RiverConfig) -> Path:
             "makes one in minutes, and --set paths.runs=<folder> reads another place"
         )
     environment = template_environment()
-    style, script = _read("house.css") + _read("page.css"), _read("page.js")
+    style, script = read_template("house.css") + read_template("page.css"), read_template("page.js")
     text = environment.get_template("page.html").render(
         name=run.name,
-        summary=_render(environment, run, "summary", lambda run: headline(run) | {"warnings": [*run_warnings(run)]}),
-        sections=[(key, title, _render(environment, run, key, build)) for key, (title, build) in SECTIONS.items()],
+        summary=render_section(run, "summary", lambda run: headline(run) | {"warnings": [*run_warnings(run)]}),
+        sections=[(key, title, render_section(run, key, build)) for key, (title, build) in SECTIONS.items()],
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {run.path}",
         style=Markup(style),
         script=Markup(script),
@@ -80,7 +80,7 @@ def write_report(config: RiverConfig) -> Path:
 def template_environment() -> jinja2.Environment:
     """Templates of this package. Every value is escaped, and a name that is not defined is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read),
+        loader=jinja2.FunctionLoader(read_template),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -92,8 +92,9 @@ def template_environment() -> jinja2.Environment:
     return environment
 
 
-def _render(environment: jinja2.Environment, run: Run, key: str, build: Callable[[Run], dict[str, Any]]) -> Markup:
+def render_section(run: Run, key: str, build: Callable[[Run], dict[str, Any]]) -> Markup:
     """A section, or why there is none: a damaged file must not hide the others."""
+    environment = template_environment()
     try:
         return Markup(environment.get_template(f"{key}.html").render(run=run, **build(run)))
     except Missing as missing:
@@ -131,7 +132,8 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
     return pairs
 
 
-def _read(name: str) -> str:
+def read_template(name: str) -> str:
+    """A template of this package, or another text of its page."""
     return files("pipelines.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 

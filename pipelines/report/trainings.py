@@ -100,7 +100,7 @@ def _training(run: Run, training: str) -> dict[str, Any]:
         "problems": run.damaged_checkpoints(training) + ([] if log is None else log.problems),
         "progress": _progress(run, training),
         "log": log,
-        "charts": [] if log is None else [_chart(log, panel) for panel in PANELS[training]],
+        "charts": [] if log is None else training_charts(log, training),
     }
 
 
@@ -117,6 +117,11 @@ def _progress(run: Run, training: str) -> str | None:
     words += [f"best by {key.replace('_', ' ')} ({number_text(value)})" for key, value in best.items()]
     rate = None if log is None else log.median("steps_per_second")
     return ", ".join(words + ([] if rate is None else [f"{number_text(rate)} steps/s"])) + "."
+
+
+def training_charts(log: Log, training: str) -> list[Chart]:
+    """The charts of a training's log; those without a value have no lines."""
+    return [_chart(log, panel) for panel in PANELS[training]]
 
 
 def _chart(log: Log, panel: Panel) -> Chart:

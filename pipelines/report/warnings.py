@@ -36,13 +36,18 @@ def run_warnings(run: Run) -> Iterator[str]:
         elif status.state == "partial":
             target = "encode" if name == "store" else f"train-{name}"
             yield f"Stage {name} is not finished ({status.detail}): `{run.command(target)}` resumes it."
+    yield from training_warnings(run)
+    missed = [] if benchmark is None else [line.name for line in benchmark.measurements if line.reached is False]
+    if missed:
+        yield f"The benchmark is below its targets in: {'; '.join(missed)}."
+
+
+def training_warnings(run: Run) -> Iterator[str]:
+    """Those that can be given while a training runs."""
     for training, log in run.logs.items():
         if log is not None:
             yield from _getting_worse(training, log)
     yield from _codebook(run)
-    missed = [] if benchmark is None else [line.name for line in benchmark.measurements if line.reached is False]
-    if missed:
-        yield f"The benchmark is below its targets in: {'; '.join(missed)}."
 
 
 def _no_better_than_copying(evaluation: Evaluation) -> Iterator[str]:

@@ -175,6 +175,13 @@ def overrides(options: argparse.Namespace) -> list[str]:
     return [*options.set, f"{key}=null"]
 
 
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that serve a page."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--port", type=count, default=0, help="port to listen on; default: any free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the page's address, open no browser")
+
+
 def add_refine_option(parser: argparse.ArgumentParser) -> None:
     """Options of commands that predict frames."""
     parser.add_argument(

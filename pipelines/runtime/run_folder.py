@@ -208,6 +208,11 @@ def chosen_checkpoint(folder: Path) -> Checkpoint | None:
     return checkpoints.best() or checkpoints.latest(warns=False)
 
 
+def recorded_steps(checkpoint: Checkpoint, training: str) -> int | None:
+    """The number of steps of the training that made a checkpoint; None: imported, or not known when it was made."""
+    return checkpoint.state.get("settings", {}).get(training, {}).get("training", {}).get("steps")
+
+
 def describe_progress(checkpoint: Checkpoint) -> str:
     """Progress of a checkpoint for people: `3000 steps`, or where it was imported, fine-tuned or distilled from."""
     if is_imported(checkpoint):

@@ -25,6 +25,7 @@ from pipelines.runtime.run_folder import (
     is_imported,
     move_to_backup,
     only_training_of,
+    recorded_steps,
     write_run_files,
 )
 from pipelines.runtime.status import Status
@@ -94,7 +95,7 @@ class TrainingPlan:
         """The plan with the steps of a checkpoint's training, unless it has some or that training has not begun."""
         if self.steps is not None or found is None or not found.step:
             return self
-        steps = _recorded_steps(found, self.name)
+        steps = recorded_steps(found, self.name)
         return self if steps is None else self.with_steps(steps)
 
     @property
@@ -277,7 +278,7 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
         raise UserError(_too_late(plan, found, run_context.training_minutes))
     if harmless := _changed_settings(plan, found):
         say(f"{plan.name}: resuming from {found.path.name} with changed settings: {'; '.join(harmless)}")
-    planned = _recorded_steps(found, plan.name)
+    planned = recorded_steps(found, plan.name)
     if found.step and planned is not None and planned < plan.steps:
         say(
             f"{plan.name}: its learning rate was to end at step {planned}: it rises again, and falls until step "
@@ -286,13 +287,8 @@ def resume(plan: TrainingPlan, run_context: RunContext) -> tuple[CheckpointFolde
     return checkpoints, found
 
 
-def _recorded_steps(found: Checkpoint, name: str) -> int | None:
-    """The number of steps of the training that made a checkpoint; None: imported, or not known when it was made."""
-    return found.state.get("settings", {}).get(name, {}).get("training", {}).get("steps")
-
-
 def _too_late(plan: TrainingPlan, found: Checkpoint, minutes: float) -> str:
-    before, steps = found.state.get("minutes"), _recorded_steps(found, plan.name)
+    before, steps = found.state.get("minutes"), recorded_steps(found, plan.name)
     begun = describe_progress(found) + ("" if steps is None else f", to end at step {steps}")
     tunes = plan.command == "train-flow"
     further = " or, when it is done, `train-flow --fine-tune` to train its weights further" if tunes else ""

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +32,7 @@ from stage1_autoencoder.lpips import STAGES
 from stage2_flow.vector_field import VectorField
 
 REPOSITORY = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 TINY: dict[str, Any] = {
     "dataset": {
@@ -223,6 +224,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def copied(trained: Place, tmp_path: Path) -> Place:
     """A copy of the trained place that a test may change."""
     return trained.copy(tmp_path / "copied", "latents", "runs")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium. While it is open no event loop can be run in this thread."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with (
+        playwright.sync_playwright() as driver,
+        contextlib.closing(driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])) as browser,
+    ):
+        yield browser
 
 
 @pytest.fixture(scope="session")

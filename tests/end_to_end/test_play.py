@@ -29,7 +29,6 @@ from pipelines.runtime.context import RunContext
 from stage1_autoencoder.config import DecoderModelConfig
 from stage1_autoencoder.fast_decoder import FastDecoder
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Counts the different pictures of the first future until this many frames were shown.
 WATCH = """async (wanted) => {
   const pictures = new Set(), number = () => Number((find("where").textContent.match(/[0-9]+/) || [0])[0]);
@@ -146,18 +145,6 @@ def player(trained) -> Player:
 def url(player: Player) -> Iterator[str]:
     with served(player) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with (
-        playwright.sync_playwright() as driver,
-        contextlib.closing(driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])) as browser,
-    ):
-        yield browser
 
 
 @pytest.fixture
