@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from pipelines.report.trainings import TITLES, training_charts
 from pipelines.report.warnings import training_warnings
 from pipelines.runtime.checkpoints import CheckpointFolder
 from pipelines.runtime.local_server import Guarded, Texts, serve_pages, serve_until_signal
-from pipelines.runtime.logs import GrowingLog, Log, validation_picture
+from pipelines.runtime.logs import GrowingLog, Log, validation_pictures
 from pipelines.runtime.progress import duration
 from pipelines.runtime.run_folder import read_run_config, recorded_steps
 
@@ -40,21 +41,18 @@ class Watcher:
         self._text = ""
 
     def text(self) -> str:
-        """The page's content as HTML; drawn again if a log, a checkpoint or a picture is new."""
+        """The page's content as HTML; drawn again if a log or a checkpoint is new."""
         seen = [(str(path), status.st_mtime_ns, status.st_size) for path, status in self._files()]
         if seen != self._seen:
             self._text, self._seen = render_section(Run(self.config), "live", self._content), seen
         return self._text
 
     def _files(self) -> list[tuple[Path, Any]]:
+        """What is there of the logs and the folders of checkpoints; a picture comes with a line of its log."""
         found = []
-        for log in self._logs.values():
-            folder = log.path.parent
-            for path in (log.path, folder / "checkpoints", validation_picture(folder)):
-                try:
-                    found += [] if path is None else [(path, path.stat())]
-                except OSError:  # not there, or not any more
-                    continue
+        for path in (path for log in self._logs.values() for path in (log.path, log.path.with_name("checkpoints"))):
+            with suppress(FileNotFoundError):
+                found.append((path, path.stat()))
         return found
 
     def _content(self, run: Run) -> dict[str, Any]:
@@ -71,9 +69,8 @@ class Watcher:
         rates = [rate for rate, _ in log.finite("steps_per_second")[-NEWEST_RATES:]]
         rate = float(np.median(rates)) if rates else None
         left = None if total is None or not rate else max(0.0, total - log.step) / rate
-        picture = validation_picture(folder)
-        if picture is not None and (plays := picture.with_suffix(".gif")).exists():
-            picture = plays
+        # Later ones are of a training that was resumed before them.
+        validated = max((step for step in validation_pictures(folder) if step <= log.step), default=None)
         return {
             "name": name,
             "title": TITLES[name],
@@ -85,12 +82,14 @@ class Watcher:
             "rate": rate,
             "left": None if left is None else duration(left),
             "problems": log.problems,
-            "picture": picture and {"address": self._address(name, picture), "step": _step(picture)},
+            "validated": validated,
+            "picture": None if validated is None else self._address(name, validation_pictures(folder)[validated]),
             "charts": training_charts(log, name),
         }
 
     def _address(self, name: str, picture: Path) -> str:
-        """Another one if a new training writes a picture of the same step."""
+        """The address of a picture, of its animation if it has one; another one if it is written again."""
+        picture = plays if (plays := picture.with_suffix(".gif")).exists() else picture
         address = f"{name}/{picture.stat().st_mtime_ns}-{picture.name}"
         self.pictures[address] = picture
         return f"pictures/{address}"
@@ -98,10 +97,6 @@ class Watcher:
 
 # Key in the log -> words.
 VALUES = {"loss": "Loss", "validation_loss": "Validation loss", "validation_psnr": "Validation PSNR [dB]"}
-
-
-def _step(picture: Path) -> int:
-    return int(picture.stem.removeprefix("step_"))
 
 
 def _total_steps(config: RiverConfig, name: str) -> int | None:
@@ -124,7 +119,11 @@ class OfWatcher(Guarded):
 
 class Live(OfWatcher):
     def get(self) -> None:
-        self.finish(self.watcher.text())
+        try:
+            text = self.watcher.text()
+        except OSError as error:  # a folder that is being moved
+            raise HTTPError(503, reason="Some files cannot be read now") from error
+        self.finish(text)
 
 
 class Picture(OfWatcher):

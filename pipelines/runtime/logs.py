@@ -148,14 +148,14 @@ class GrowingLog:
         return Log(dict(sorted(self._records.items())), [*self._problems])
 
 
-def validation_picture(folder: Path, step: int | None = None) -> Path | None:
-    """The picture of a training's newest validation, or of that after `step` steps; None: there is none.
+def validation_pictures(folder: Path) -> dict[int, Path]:
+    """The pictures that a training's validations left, by step, ascending.
 
     Args:
         folder: of the training, which has them as `samples/step_00005000.png` or `reconstructions/step_...`.
     """
-    name = "step_*" if step is None else f"step_{step:08d}"
-    return max(folder.glob(f"*/{name}.png"), key=lambda path: path.name, default=None)
+    pictures = {int(path.stem.removeprefix("step_")): path for path in folder.glob("*/step_*[0-9].png")}
+    return dict(sorted(pictures.items()))
 
 
 class Sink(Protocol):
@@ -201,7 +201,7 @@ class TrainingLog:
     def write(self, record: dict[str, Any]) -> None:
         """Log the quantities of a step, `record["step"]`, and the picture of its validation, if there is one."""
         values = {name: value for name, value in record.items() if name != "step"}
-        picture = validation_picture(self.folder, record["step"])
+        picture = validation_pictures(self.folder).get(record["step"])
         for sink in self._sinks:
             sink.write(record["step"], values, picture)
 

@@ -40,8 +40,7 @@ async function update() {
   // Neither in a tab that nobody sees nor under a pointer that reads values.
   if (!document.hidden && !document.querySelector(".tip")) {
     try {
-      const answer = await fetch("live"), text = await answer.text();
-      if (!answer.ok) throw new Error(text);
+      const answer = await fetch("live"), text = answer.ok ? await answer.text() : shown;
       if (text !== shown) await draw(text);
       shown = text;
       document.getElementById("ended").hidden = true;

@@ -104,14 +104,16 @@ def test_nothing_is_drawn_again_until_something_is_new(run):
 
 
 def test_the_newest_validation_is_shown_playing_if_it_plays_and_no_other_file_is_served(run):
-    run.log("flow", 50)
     run.picture("flow", 50)
     run.picture("flow", 100)
     plays = run.picture("flow", 100, ".gif")
+    run.picture("flow", 200)  # of before the training was resumed
+    run.log("flow", 100)
     text = run.watcher.text()
     (address,) = re.findall('<img src="pictures/(.*?)"', text)
     assert run.watcher.pictures == {address: plays}
     new = run.picture("flow", 150)
+    run.log("flow", 150)
     run.watcher.text()
     assert [*run.watcher.pictures.values()] == [new]
 

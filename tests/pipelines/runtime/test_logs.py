@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.config import parse_config
 from pipelines.errors import UserError
-from pipelines.runtime.logs import GrowingLog, StepTimer, TrainingLog, read_log, validation_picture
+from pipelines.runtime.logs import GrowingLog, StepTimer, TrainingLog, read_log, validation_pictures
 
 
 def config(**logging):
@@ -293,10 +293,9 @@ def test_a_growing_log_that_was_cut_at_a_resume_is_read_again(tmp_path):
     assert log.read() is None
 
 
-def test_the_newest_picture_of_a_training_is_shown(tmp_path):
-    assert validation_picture(tmp_path) is None
-    pictures = [picture_of(tmp_path, step) for step in (500, 1000, 1500)]
+def test_pictures_of_a_training_are_found_by_their_step(tmp_path):
+    assert validation_pictures(tmp_path) == {}
+    pictures = {step: picture_of(tmp_path, step) for step in (500, 1000)}
     (tmp_path / "checkpoints" / "step_00002000").mkdir(parents=True)
-    assert validation_picture(tmp_path) == pictures[-1]
-    assert validation_picture(tmp_path, 1000) == pictures[1]
-    assert validation_picture(tmp_path, 700) is None
+    (tmp_path / "samples" / "step_.png").touch()
+    assert validation_pictures(tmp_path) == pictures
