@@ -314,7 +314,7 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
     if is_imported(found):
         return Status("done", describe_progress(found), plan.folder, standalone=True)
     if has_only_weights(found):
-        if plan.steps is not None and plan.steps > (_recorded_steps(found, plan.name) or found.step):
+        if plan.steps is not None and plan.steps > (recorded_steps(found, plan.name) or found.step):
             return Status("conflicting", _not_resumable(plan, found), plan.folder)
         return Status("done", describe_progress(found), plan.folder, standalone=True)
     if changed := differences(plan.inputs, _shared_part(found.state, plan.inputs)):
