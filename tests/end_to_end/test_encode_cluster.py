@@ -4,8 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import re
-import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -66,16 +66,12 @@ def whole(trained, tmp_path_factory: pytest.TempPathFactory, story: ModuleType) 
     return files
 
 
-def watch(log: Path, seconds: float = 0.0, die: Path | None = None) -> None:
-    """On a worker: note each chunk that is written, take some time over it, and die over one if that file is there."""
+def watch(log: Path, seconds: float = 0.0) -> None:
+    """On a worker: note each chunk that is written, and take some time over it."""
     original = getattr(ChunkWriter.write, "original", ChunkWriter.write)
 
     def write(*arguments: Any) -> Any:
         time.sleep(seconds)
-        if die is not None:
-            with contextlib.suppress(FileNotFoundError):  # one worker alone finds it
-                die.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
         marker = original(*arguments)
         with log.open("a") as file:
             file.write(f"{os.getpid()} {arguments[1]} {arguments[2].index}\n")
@@ -111,19 +107,71 @@ def test_two_workers_make_the_bytes_of_one_process(place, cluster, whole, watche
     assert "store: done" in place.run("encode", "--scheduler", "tcp://127.0.0.1:1").ok().out
 
 
-def test_a_worker_that_is_killed_over_a_chunk(place, cluster, whole, watched, tmp_path, story: ModuleType) -> None:
-    die = tmp_path / "die"
-    die.touch()
-    before = set(cluster.client.run(os.getpid).values())
-    lines = watched(seconds=0.02, die=die)
-    place.run("encode", "--scheduler", cluster.address).ok()
-    assert not die.exists()
+# Before a worker starts: "late" joins when one has died and the slow one has begun. "dying" is killed over its second
+# chunk, and "slow" waits over its second one until "late" has written some.
+PRELOAD = """
+import os, pathlib, signal, time
+from latent_cache import ChunkWriter
+
+folder, name = pathlib.Path({folder!r}), {name!r}
+
+def written(who):
+    return len((folder / who).read_text().splitlines()) if (folder / who).exists() else 0
+
+def dask_setup(worker):
+    write = ChunkWriter.write
+
+    def watched(*arguments):
+        if name == "dying" and written(name) == 1:
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while name == "slow" and written(name) == 1 and not written("late"):
+            time.sleep(0.1)
+        marker = write(*arguments)
+        with (folder / name).open("a") as file:
+            file.write(f"{{arguments[1]}} {{arguments[2].index}}\\n")
+        return marker
+
+    ChunkWriter.write = watched
+    while name == "late" and not ((folder / "died").exists() and written("slow")):
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.long
+def test_workers_that_die_lag_and_come_late(place, whole, tmp_path: Path, story: ModuleType) -> None:
+    """A cluster as docs/cluster.md starts it, of four programs over TCP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "tcp://{}:{}".format(*free.getsockname())
+    programs = [["scheduler", "--host", address, "--no-dashboard"]]
+    for name in ("dying", "slow", "late"):
+        preload = tmp_path / f"{name}.py"
+        preload.write_text(PRELOAD.format(folder=str(tmp_path), name=name))
+        programs.append(["worker", address, "--no-nanny", "--nthreads=1", "--no-dashboard", f"--preload={preload}"])
+    environment = os.environ | {"PYTHONPATH": str(story.REPOSITORY)}
+    with contextlib.ExitStack() as stack:
+        for words in programs:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "dask", *words], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+            )
+            stack.callback(started.wait)
+            stack.callback(started.kill)
+        wait_until_it_listens(address)
+        place.run("encode", "--scheduler", address).ok()
+    assert (tmp_path / "died").exists()
+    assert len((tmp_path / "dying").read_text().splitlines()) == 1
+    assert (tmp_path / "late").read_text()
     assert story.tree(place.store) == whole
-    assert {(split, chunk) for _, split, chunk in lines()} <= {
-        (split, str(index)) for split in ("train", "val", "test") for index in range(15)
-    }
-    cluster.client.wait_for_workers(2, timeout=60)
-    assert set(cluster.client.run(os.getpid).values()) != before
+
+
+def wait_until_it_listens(address: str) -> None:
+    host, port = address.removeprefix("tcp://").split(":")
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.1)
 
 
 def test_a_signal_keeps_what_is_finished(place, cluster, whole, watched, story: ModuleType, monkeypatch) -> None:

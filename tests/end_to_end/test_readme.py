@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gzip
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -52,8 +53,9 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """Lines of a bash block without comments."""
-        return [line for line in (line.split(" #")[0].strip() for line in self.code.splitlines()) if line]
+        """Lines of a bash block without comments; those that go on are joined."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
 
 
 def blocks(page: Path) -> list[Block]:
@@ -88,9 +90,10 @@ class Shell:
 
     def arguments(self, line: str) -> tuple[list[str], dict[str, str]] | None:
         """Arguments and environment of the `river` that a line calls; None: it calls something else."""
-        words = shlex.split(line)
-        if words[0].rpartition("/")[2] == "river":
-            return words[1:], {}
+        words = list(itertools.takewhile(lambda word: word not in ("&", "|"), shlex.split(line)))
+        for place, word in enumerate(words):  # after srun, torchrun or apptainer
+            if word.rpartition("/")[2] == "river" or words[max(0, place - 1) : place + 1] == ["--", "pipelines"]:
+                return words[place + 1 :], {}
         if "make" not in words:
             return None
         variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
@@ -157,7 +160,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     for page in PAGES:
         for block in blocks(page):
-            if block.language == "yaml":
+            if block.language == "yaml" and block.is_run:
                 name = yaml.safe_load(block.code)["dataset"]["name"]
                 (tmp_path / "configs" / f"{name}.yaml").write_text(block.code)
     monkeypatch.chdir(tmp_path)
@@ -219,6 +222,25 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def test_bash_is_valid() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash":
+                subprocess.run(["bash", "-n"], input=block.code, text=True, check=True)
+
+
+def test_a_kubernetes_job_calls_the_command_line(elsewhere: Path) -> None:
+    (code,) = (block.code for block in blocks(REPOSITORY / "docs" / "cluster.md") if block.language == "yaml")
+    job = yaml.safe_load(code)
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    pod = job["spec"]["template"]["spec"]
+    ((program, name, *arguments),) = (container["command"] for container in pod["containers"])
+    assert program == "river"
+    load_config(parser_of(name).parse_args(arguments).config)
+    mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
 @each_page
 def test_python_runs(page: Path, inside: Path) -> None:
     run_python(page)
@@ -234,7 +256,7 @@ def test_blocks_have_a_language(page: Path) -> None:
 @each_page
 def test_yaml_is_a_configuration(page: Path, elsewhere: Path) -> None:
     for block in blocks(page):
-        if block.language == "yaml":
+        if block.language == "yaml" and block.is_run:
             load_config(f"configs/{yaml.safe_load(block.code)['dataset']['name']}.yaml")
 
 
