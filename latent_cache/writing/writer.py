@@ -145,6 +145,9 @@ class StoreWriter:
         indices = range(linked, len(self.plans[split].chunks))
         return [self._task(split, index) for index in indices if index not in finished]
 
+    def _count_pending(self, split: str) -> int:
+        return len(self.plans[split].chunks) - self._linked(split) - len(self._finished[split])
+
     def _task(self, split: str, index: int) -> ChunkPlan:
         """The part of a chunk that must be encoded: without the frames that the store before has."""
         plan, frames = self.plans[split], self._frames_before[split]
@@ -205,7 +208,7 @@ class StoreWriter:
         """Bytes of the latents of all pending chunks, without codes and the like, which are compressed."""
         total = 0
         for split, plan in self.plans.items():
-            frames = (len(plan.chunks) - self._linked(split) - len(self._finished[split])) * plan.file_frames
+            frames = self._count_pending(split) * plan.file_frames
             total += frames * math.prod(plan.latent_shape) * np.dtype(self.dtype).itemsize
         return total
 
@@ -235,7 +238,7 @@ class StoreWriter:
             CorruptStoreError: written chunks have been removed.
             NoSpaceError: the disk is full.
         """
-        missing = {split: len(self.pending(split)) for split in self.plans}
+        missing = {split: self._count_pending(split) for split in self.plans}
         if any(missing.values()):
             raise IncompleteStoreError(f"{self.path}: pending chunks: {missing}: write them, then call finish")
         for split in self.plans:

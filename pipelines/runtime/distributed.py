@@ -3,6 +3,7 @@
 import datetime
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -240,13 +241,39 @@ def join_processes() -> Processes:
         return ALONE
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=START))
+        store = own_part(dist.PrefixStore("river", store), rank, count)
     except dist.DistError as error:
         raise TimeoutError(
             f"not all of {os.environ['WORLD_SIZE']} processes started within {START}, or their store can't be reached: "
             f"{error}"
         ) from error
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    return Processes(rank, count, here, dist.PrefixStore("river", store))
+    return Processes(rank, count, here, store)
+
+
+def own_part(store: "dist.Store", rank: int, count: int) -> "dist.Store":
+    """A part of a store in which nobody but the processes that start now has written, the same for all of them.
+
+    torchrun keeps its store when it starts processes again (`--max-restarts`, nodes that come or go), with all that
+    earlier ones wrote, and tells no process that it is not the first of its rank.
+
+    Raises:
+        DistError: not all of them are there within `START`.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + START.total_seconds()
+    if rank == 0:  # names the part, and says in it whose answers it has seen
+        answers = [f"{mine}/{other}" for other in range(1, count)]
+        store.set("part", mine)
+        store.wait(answers, START)
+        store.set(f"{mine}/seen", " ".join(store.get(answer).decode() for answer in answers))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < end:
+        part = store.get("part").decode()  # perhaps still that of earlier processes, which have not seen this one
+        store.set(f"{part}/{rank}", mine)
+        if store.check([f"{part}/seen"]) and mine in store.get(f"{part}/seen").decode().split():
+            return dist.PrefixStore(part, store)
+        time.sleep(0.05)
+    raise dist.DistStoreError(f"process 0 has not seen process {rank}")
 
 
 def leave_processes() -> None:

@@ -3,6 +3,7 @@
 import datetime
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from pipelines.errors import UserError
 from pipelines.runtime import distributed
-from pipelines.runtime.distributed import Processes
+from pipelines.runtime.distributed import Processes, own_part
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -101,3 +102,19 @@ def test_the_first_failure_is_told_and_a_lost_connection_is_none() -> None:
             raise ZeroDivisionError(f"of {rank}")
     with pytest.raises(ConnectionError, match="process 2 of 4 failed: of 2"), processes[0].sharing_failures():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
+
+
+def joined(store: dist.Store, count: int) -> list[dist.Store]:
+    """What each of some processes that start at once gets of a store."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda rank: own_part(store, rank, count), range(count)))
+
+
+def test_processes_that_are_started_again_see_nothing_of_the_earlier_ones() -> None:
+    """torchrun keeps its store when it starts them again, perhaps fewer of them."""
+    store = dist.HashStore()
+    for count in (2, 4, 3, 2):
+        first, *others = joined(store, count)
+        assert not first.check(["failure"])
+        first.set("failure", f"of {count}")
+        assert {part.get("failure") for part in others} == {f"of {count}".encode()}
