@@ -19,7 +19,10 @@ from pipelines.sharing.released_run import check_released_run
 
 NAME = "shapes-small"
 NAMED = ["--run", NAME, "--device", "cpu"]
-# dB per clip: fp16 rounds weights by 2^-12, which changes the worst of 16 clips by 0.033; fp32 arithmetic by far less.
+# dB above copying the last frame. Weights changed at random by 1e-6, or 2 threads, or no AVX, change none by 0.0001.
+MEASURED = {"test_00000": 7.5870, "test_00032": 10.5276, "test_00063": 8.5905}
+ARITHMETIC = 0.002
+# fp16 rounds weights by up to 2^-12: evaluated before and after that, the worst of 16 clips differs by 0.033 dB.
 ROUNDING = 0.1
 
 
@@ -55,7 +58,7 @@ def test_it_predicts_what_it_states() -> None:
         copied = given[0, -1:].expand_as(truth)
         better = [psnr(frames, truth) - psnr(copied, truth) for frames in predicted]
         gains[clip.name] = float(torch.stack(better).mean())
-    assert len(gains) == 3
+    assert gains == pytest.approx(MEASURED, abs=ARITHMETIC)
     assert gains == pytest.approx({name: stated[name] for name in gains}, abs=ROUNDING)
 
 
