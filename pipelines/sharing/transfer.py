@@ -7,6 +7,7 @@ at once): what was interrupted resumes, and never looks whole.
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ def _reporting(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        while not isinstance(error, OSError) and error.__cause__ is not None:
+            error = error.__cause__
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         raise OSError(f"{url}: {type(error).__name__}: {reason}{where}; {_KEPT}") from None
@@ -303,7 +306,7 @@ def _push_to_hub(place: Place, release: Release, files: Files, content: bytes) -
 
     from pipelines.runtime.progress import is_quiet
 
-    if is_quiet():
+    if is_quiet() or not sys.stderr.isatty():
         disable_progress_bars()
     api, repository = HfApi(), place.root
     api.create_repo(repository, exist_ok=True)
