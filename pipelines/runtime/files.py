@@ -213,6 +213,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         flush(path.parent)
 
 
+def incomplete_folder(path: Path) -> Path:
+    """The hidden folder of `completing_folder`."""
+    return path.with_name(f".{path.name}.incomplete")
+
+
 @contextmanager
 def completing_folder(path: Path, busy: str) -> Iterator[Path]:
     """A hidden folder beside `path`, which becomes `path`, flushed, when the block ends. After an error it stays.
@@ -226,7 +231,7 @@ def completing_folder(path: Path, busy: str) -> Iterator[Path]:
         OSError: it cannot be written, or `path` is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.incomplete")
+    hidden = incomplete_folder(path)
     hidden.mkdir(exist_ok=True)
     descriptor = os.open(hidden, os.O_RDONLY)
     try:

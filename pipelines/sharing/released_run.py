@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator
 
-from pipelines.config import RiverConfig
+from pipelines.config import RiverConfig, model_sizes
 from pipelines.config.bounded_files import read_bounded
 from pipelines.errors import UserError
 from pipelines.loading import autoencoder_digest, flow_digest, load_run
@@ -28,6 +28,7 @@ _SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".png", ".gif")
 _MOST_FILES = 1000
 _SHA256 = r"^[0-9a-f]{64}$"
 MOST_RELEASE_BYTES = 2**20
+MOST_DOCUMENT_BYTES = 2**26  # of every file but weights
 PULL_AGAIN = "pull it again, or ask whoever gave it to you"
 _EXPECTED = f"expected a released run of format_version 1 (a newer one needs an update); {PULL_AGAIN}"
 
@@ -82,9 +83,11 @@ class Release(BaseModel):
     @field_validator("files")
     @classmethod
     def _names_are_safe(cls, files: dict[str, ReleasedFile]) -> dict[str, ReleasedFile]:
-        for name in files:
+        for name, file in files.items():
             if not is_safe_name(name) or PurePosixPath(name).suffix not in _SUFFIXES or name == RELEASE_NAME:
                 raise ValueError(f"{name[:100]!r} is no path of a released run (files of {' '.join(_SUFFIXES)} in it)")
+            if file.size > MOST_DOCUMENT_BYTES and not name.endswith(".safetensors"):
+                raise ValueError(f"{name} has {file.size} bytes, at most {MOST_DOCUMENT_BYTES} are expected")
         return files
 
 
@@ -189,7 +192,11 @@ def _write_run(run: Path, folder: Path, half: bool, released: Path | None = None
         del sources["refiner"]
     digest = None if released is None else autoencoder_digest(_chosen(released, "autoencoder"))
     for name, source in sources.items():
-        _write_weights(_chosen(source, name), folder / name / "checkpoints", half, digest)
+        # As of imported weights, what their use depends on: they may be trained further on other videos.
+        identity = {name: {"model": model_sizes(getattr(config, name).model)}}
+        if name == "autoencoder":
+            identity["dataset"] = {"image_size": config.dataset.image_size}
+        _write_weights(_chosen(source, name), folder / name / "checkpoints", half, digest, identity)
         if name == "autoencoder":  # rounded, it has another identity, to which the others belong
             digest = autoencoder_digest(_chosen(folder, name))
     kept = config.run if released is not None else None
@@ -201,7 +208,8 @@ def _write_run(run: Path, folder: Path, half: bool, released: Path | None = None
     evaluation = _read(run / "evaluation.json", Evaluation)
     if evaluation is not None:
         predictor = evaluation.protocol.predictor
-        if isinstance(predictor, RunPredictor) and predictor.flow_sha256 == before:
+        is_right = isinstance(predictor, RunPredictor) and predictor.flow_sha256 == before
+        if is_right or _is_of_release(run):
             write_json(folder / "evaluation.json", evaluation)
         else:
             warn(f"{run}/evaluation.json: left out, it measures other weights; `evaluate` measures these")
@@ -215,17 +223,31 @@ def _write_run(run: Path, folder: Path, half: bool, released: Path | None = None
     return settings
 
 
-def _write_weights(source: Checkpoint, checkpoints: Path, half: bool, autoencoder: str | None) -> None:
+def _is_of_release(run: Path) -> bool:
+    """Whether a run has the evaluation and the flow of its release, which may be rounded since they were measured."""
+    try:
+        files = _read_release(run).files
+        for path in (run / "evaluation.json", _chosen(run, "flow").path / "model.safetensors"):
+            check_file(path, files[path.relative_to(run).as_posix()])
+    except (KeyError, UserError):
+        return False
+    return True
+
+
+def _write_weights(
+    source: Checkpoint, checkpoints: Path, half: bool, autoencoder: str | None, identity: dict[str, Any]
+) -> None:
     """Write the weights of a checkpoint that predictions use.
 
     Args:
         autoencoder: digest of the one that the network belongs to.
+        identity: settings that a configuration must share to use them.
     """
     tensors = source.tensors("ema" if source.has("ema") else "model")
     if half:
         tensors = {key: _rounded(value, f"{source.path}: {key}") for key, value in tensors.items()}
     state = {key: value for key, value in source.state.items() if key not in ("step", "files", "best")}
-    state = _without_places(state)
+    state = _without_places(state) | {"identity": identity}
     if "autoencoder" in state and isinstance(state["autoencoder"], str):
         state["autoencoder"] = autoencoder
     if "autoencoder" in state.get("store", {}):

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 # Protocol -> package, extra of ours.
 _PROTOCOLS = {"s3": ("s3fs", "s3"), "hf": ("huggingface_hub", "hub")}
-_KEPT = "what was transferred is kept, and the same command resumes"
+_KEPT = "check the address, your rights and the connection; what arrived is kept, and the same command resumes"
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,7 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
         open_ = "0 steps; how many it takes follows from --minutes, or from the amount of data"
         return Status("missing", open_ if plan.steps is None else f"0 of {plan.steps} steps", plan.folder)
     before, ours = found.state.get("identity", {}), plan.identity
-    if is_imported(found):
+    if has_only_weights(found):
         ours = _shared_part(ours, before)
     if changed := differences(ours, _with_defaults(before, ours, plan)):
         return Status("conflicting", _refusal(plan, found, changed), plan.folder)
@@ -354,7 +354,7 @@ def _refusal(plan: TrainingPlan, found: Checkpoint, changed: list[str]) -> str:
 
 
 def _changed_settings(plan: TrainingPlan, found: Checkpoint) -> list[str]:
-    before = found.state.get("settings")
+    before = None if has_only_weights(found) else found.state.get("settings")
     return [] if before is None else differences(plan.settings, _with_defaults(before, plan.settings, plan))
 
 

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.clip_records import RECORDS_NAME
 from pipelines.evaluation.measures.feature_cache import feature_file
 from pipelines.runtime.checkpoints import CheckpointFolder
-from pipelines.runtime.files import leftovers, remove, size_text, stored_bytes
+from pipelines.runtime.files import incomplete_folder, leftovers, remove, size_text, stored_bytes
 from pipelines.runtime.logs import read_log
 from pipelines.runtime.progress import duration, say
 from pipelines.runtime.run_folder import only_training_of, run_names
@@ -70,6 +70,9 @@ def _leftovers(config: RiverConfig) -> Iterator[Removable]:
     runs = config.shared.run_path
     for folder in [runs, *sorted(path for path in runs.rglob("*") if path.is_dir()), config.store_path.parent]:
         yield from (_removable(path, _UNNEEDED) for path in leftovers(folder))
+    for path in (runs, config.store_path):
+        if (pulled := incomplete_folder(path)).is_dir():
+            yield _removable(pulled, "of a pull that was stopped; it would begin again")
     for path in sorted(runs.rglob("checkpoints/.step_*.tmp")):
         if not _is_training(path.parents[1]):
             yield _removable(path, _UNNEEDED)

@@ -1,8 +1,11 @@
 """Runs that travel: a released run predicts as its run does, and is pushed and pulled byte by byte or not at all."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,10 +62,10 @@ def test_the_model_card_has_the_evaluation_s_numbers(released):
     assert "overview.gif" in card
 
 
-def test_a_release_is_the_same_every_time(released, trained, tmp_path, story):
-    for run in (released, trained.runs):
-        again = write_released_run(run, tmp_path / "again", data_license="CC0" if run == trained.runs else None)
-        assert story.tree(again) == story.tree(released)
+@pytest.mark.parametrize("half", [False, True])
+def test_a_release_of_a_release_is_the_same(trained, tmp_path, story, half):
+    release = write_released_run(trained.runs, tmp_path / "release", half=half, data_license="CC0")
+    assert story.tree(write_released_run(release, tmp_path / "again", half=half)) == story.tree(release)
 
 
 def test_weights_in_half_precision_are_read_in_full(trained, released, tmp_path):
@@ -107,9 +110,17 @@ def test_training_from_a_released_run_is_fine_tuning(elsewhere, trained, words, 
     before = story.stamps(elsewhere.runs)
     elsewhere.run("train-flow", *words).refused(2, "--fine-tune", "step_00000008")
     assert story.stamps(elsewhere.runs) == before
-    if "--resume" in words:
-        elsewhere.run("train-flow", "--fine-tune").ok()
-        assert find_flow(elsewhere.runs).state["fine_tuned_from"]["step"] == 8
+
+
+@pytest.mark.long
+def test_a_released_run_is_trained_further_on_ones_own_videos(elsewhere, story):
+    story.write_videos(elsewhere.folder / "own", story.OWN_NAMES)
+    root = f"dataset.root={elsewhere.folder / 'own'}"
+    sets = ("--set", root, *(word for change in story.OWN_VIDEOS for word in ("--set", change)))
+    elsewhere.run("encode", *sets).ok()
+    elsewhere.run("train-flow", "--fine-tune", *sets).ok()
+    assert find_flow(elsewhere.runs).state["fine_tuned_from"]["step"] == 8
+    assert elsewhere.run("sample", "--videos", "1").ok()
 
 
 def edited(folder: Path, **changes: Any) -> None:
@@ -125,6 +136,7 @@ BREAKAGES = {
     "missing": lambda folder: (folder / "README.md").unlink(),
     "unlisted": lambda folder: (folder / "release.json").unlink(),
     "cut off": lambda folder: os.truncate(folder / "release.json", 50),
+    "huge": lambda folder: edited(folder, files={"config.yaml": {"size": 2**40, "sha256": "0" * 64}}),
     "newer": lambda folder: edited(folder, format_version=2, more=[1]),
     "foreign": lambda folder: edited(folder, format="other"),
     **{
@@ -240,6 +252,26 @@ def test_what_was_interrupted_resumes_and_never_looks_whole(released, here, stor
     command(["pull", "to"]).ok()
     assert story.tree(here / "runs" / "tiny") == story.tree(released)
     assert fetched[0] <= len(check_released_run(here / "to").files) - 3
+
+
+def test_what_another_process_pulls_is_left_to_it(pushed, here, command):
+    (here / "runs" / ".tiny.incomplete").mkdir(parents=True)
+    with locked_folder(here / "runs" / ".tiny.incomplete"):
+        command(["pull", str(pushed)]).refused(2, "runs/tiny")
+    outcome = command(["clean", "--set", "dataset.name=tiny"]).ok()
+    assert ".tiny.incomplete" in outcome.out
+    command(["pull", str(pushed)]).ok()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """As a process has it that pulls into it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def test_a_new_release_replaces_the_old_one(trained, released, pushed, tmp_path, here, story, command):
