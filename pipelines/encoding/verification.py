@@ -112,8 +112,10 @@ def check_checksums(store: str) -> tuple[str, list[LatentCache]]:
     if findings:
         return f"{len(findings)} damaged file(s) or chunk(s), listed above", caches if names_are_sound else []
     manifest = "checksums and the manifest" if latent_cache.is_sealed(store) else "checksums"
+    *names, last = caches[0].frame_readers
+    arrays = f"{', '.join(names)} and {last}" if names else last
     say(
-        f"verify: {store}: all {chunks} chunks of {' and '.join(caches[0].frame_readers)}, {size_text(size)}, and the "
+        f"verify: {store}: all {chunks} chunks of {arrays}, {size_text(size)}, and the "
         f"names and offsets of all videos match their {manifest}"
     )
     return "", caches
