@@ -60,6 +60,7 @@ class Workbench:
     frames: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (1, 4), (1, 8), (64, 1))
     videos: tuple[VideoKind, ...] = (
         VideoKind("mpeg4", 160, 120, 480, 4, 64, noise=6.0, bit_rate=800_000),  # KTH: 4 kB per frame
+        VideoKind("h264", 320, 240, 256, 4, 64),
         VideoKind("h264", 480, 320, 128, 4, 128, frame_step=5),  # CLEVRER, as its preset reads it
         VideoKind("h264", 1280, 720, 40, 2, 128),
     )

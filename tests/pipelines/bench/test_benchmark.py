@@ -179,9 +179,16 @@ def test_encode_is_compared_at_equal_work(bench, monkeypatch):
     assert count == 2 * VIDEO.frames
     assert sum(whole) == 2 * count  # two turns
     assert alone == 2 * at_once + 2 * at_once * -(-count // at_once)  # to find out the rate, then the same frames
-    # Every measurement took one tick.
+    # Every measurement took one tick: the whole as long as PyAV alone, and as the network alone.
     assert row.value == count
-    assert row.ratio == 0.5
+    assert row.ratio == 2.0
+
+
+def test_encode_is_measured_for_two_kinds_of_videos(bench):
+    other = replace(VIDEO, width=80, height=60)
+    rows = list(encode_measurements(replace(bench, videos=(VIDEO, other, VIDEO))))
+    assert ["64x48" in row.name for row in rows] == [True, False]
+    assert ["80x60" in row.name for row in rows] == [False, True]
 
 
 def test_no_plain_twin_of_another_family(tmp_path):
