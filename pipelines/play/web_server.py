@@ -1,6 +1,7 @@
 """The page's server: it sends the page and predicted frames, and takes uploads, for this machine alone by default."""
 
 import asyncio
+import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -264,7 +265,7 @@ async def serve(player: Player, host: str, port: int, ready: Callable[[str], obj
     """Serve the page until `stop` is set. Arguments and errors as of `serve_pages`."""
     texts = {name: (kind, _read(name or "play.html")) for name, kind in PAGE.items()}
     handlers: list[tuple[str, type, dict[str, Any]]] = [
-        (f"/({'|'.join(PAGE)})", Texts, {"texts": texts}),
+        (f"/({'|'.join(map(re.escape, PAGE))})", Texts, {"texts": texts}),
         ("/clips", Upload, {"player": player}),
         ("/play", Tab, {"player": player}),
     ]

@@ -1,6 +1,7 @@
 """The page that shows trainings while they run: what the run's folder has now, drawn again whenever it changes."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipelines.runtime.logs import GrowingLog, Log, validation_pictures
 from pipelines.runtime.progress import duration
 from pipelines.runtime.run_folder import read_run_config, recorded_steps
 
+# Seconds, and lines, without a new line after which a training may have stopped.
+LATE, LATE_LINES = 300.0, 3
 # Lines of the log whose rates say how long the rest takes.
 NEWEST_RATES = 5
 KINDS = {".png": "image/png", ".gif": "image/gif"}
@@ -69,6 +72,7 @@ class Watcher:
         rates = [rate for rate, _ in log.finite("steps_per_second")[-NEWEST_RATES:]]
         rate = float(np.median(rates)) if rates else None
         left = None if total is None or not rate else max(0.0, total - log.step) / rate
+        line_steps = np.diff([0.0, *log.records][-2:]).sum()
         # Later ones are of a training that was resumed before them.
         validated = max((step for step in validation_pictures(folder) if step <= log.step), default=None)
         return {
@@ -78,6 +82,7 @@ class Watcher:
             "total": total,
             "done": total is not None and log.step >= total,
             "written": (folder / "log.jsonl").stat().st_mtime,
+            "late": max(LATE, LATE_LINES * line_steps / rate) if rate else LATE,
             "values": [(words, *log.finite(key)[-1]) for key, words in VALUES.items() if log.finite(key)],
             "rate": rate,
             "left": None if left is None else duration(left),
@@ -147,7 +152,7 @@ async def serve_watcher(
     texts = {"": ("text/html", page), "watch.css": ("text/css", style), "watch.js": ("text/javascript", script)}
     watcher = {"watcher": Watcher(config)}
     handlers: list[tuple[str, type, dict[str, Any]]] = [
-        (f"/({'|'.join(texts)})", Texts, {"texts": texts}),
+        (f"/({'|'.join(map(re.escape, texts))})", Texts, {"texts": texts}),
         ("/live", Live, watcher),
         ("/pictures/(.+)", Picture, watcher),
     ]

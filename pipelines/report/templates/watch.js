@@ -1,7 +1,5 @@
 
 const REFRESH = 2000;
-// Seconds without a new line of the log after which a training may have stopped.
-const LATE = 300;
 const main = document.querySelector("main"), run = document.title;
 let shown = null;
 
@@ -30,7 +28,7 @@ function tellAge() {
   for (const line of main.querySelectorAll("[data-written]")) {
     const seconds = Math.max(0, Math.round(Date.now() / 1000 - line.dataset.written));
     line.textContent = `last line ${seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`} ago`;
-    line.classList.toggle("late", seconds > LATE);
+    line.classList.toggle("late", seconds > line.dataset.late);
   }
   const bar = main.querySelector("progress");
   document.title = bar ? `${Math.floor(100 * bar.position)} % ${run}` : run;

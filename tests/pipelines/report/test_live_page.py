@@ -95,6 +95,12 @@ def test_a_number_of_steps_that_is_not_known_yet_is_left_out(run):
     assert (told["Step"], "Left" in told) == ("50", False)
 
 
+@pytest.mark.parametrize(("every", "late"), [(50, 300), (1000, 1500)])  # seconds
+def test_a_training_is_late_when_lines_that_were_due_are_missing(run, every, late):
+    run.log("flow", every, 2 * every)
+    assert f'data-late="{late}.0"' in run.watcher.text()
+
+
 def test_nothing_is_drawn_again_until_something_is_new(run):
     run.log("flow", 50)
     before = run.watcher.text()

@@ -135,7 +135,7 @@ class Toys:
 
     def save_flow(self, step: int, **state: Any) -> None:
         whole = flow_plan(self.config).state | state
-        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, {"model": {"a": torch.zeros(1)}}, whole)
+        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, {"model": {"a": torch.zeros(1)}, "optimizer": {}}, whole)
 
     def page(self) -> str:
         return page.write_report(self.config).read_text(encoding="utf-8")
