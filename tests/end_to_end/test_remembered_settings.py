@@ -125,6 +125,7 @@ def test_a_training_has_one_run_of_wandb_from_its_first_step_to_its_last(copied,
     begun, package = [], ModuleType("wandb")
     run = SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
     package.init = lambda **options: begun.append(options["id"]) or run
+    package.Image = str
     monkeypatch.setitem(sys.modules, "wandb", package)
     stories = (([], "offline"), ([], "off"), ([], "offline"), (["--resume", "10"], "offline"))
     for steps, (words, wandb) in enumerate(stories, start=9):

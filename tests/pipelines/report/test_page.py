@@ -135,7 +135,8 @@ class Toys:
 
     def save_flow(self, step: int, **state: Any) -> None:
         whole = flow_plan(self.config).state | state
-        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, {"model": {"a": torch.zeros(1)}, "optimizer": {}}, whole)
+        tensors = {"model": {"a": torch.zeros(1)}, "optimizer": {}}
+        CheckpointFolder(self.run / "flow" / "checkpoints").save(step, tensors, whole)
 
     def page(self) -> str:
         return page.write_report(self.config).read_text(encoding="utf-8")
