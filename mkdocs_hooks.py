@@ -39,9 +39,9 @@ def parts(cell: dict[str, Any]) -> list[str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Code that the tests do not run says so, and why."""
+    """Code that the tests do not run says so, and why; links lead to the pages above."""
     markdown = re.sub(r"^<!-- (not run: .+) -->\n```(\w+)$", r'```\2 title="\1"', markdown, flags=re.MULTILINE)
-    return re.sub(r"(\]\([\w/]+)\.ipynb", r"\1.md", markdown)
+    return re.sub(r"(\]\(\w+)\.ipynb", r"\1.md", markdown.replace("](../README.md", "](index.md"))
 
 
 class SpacedSections(Extension):

@@ -68,7 +68,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
 
 def test_every_page_is_in_the_navigation(site: Path) -> None:
     home = (site / "index.html").read_text(encoding="utf-8")
-    for page in (REPOSITORY / "docs").glob("*.md"):
+    for page in (path for path in (REPOSITORY / "docs").iterdir() if path.suffix in {".md", ".ipynb"}):
         assert f'href="{page.stem}.html" class="md-nav__link"' in home, page.name
 
 
