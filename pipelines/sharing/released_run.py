@@ -114,9 +114,28 @@ def check_released_run(folder: Path) -> Release:
     return release
 
 
-def check_file(path: Path, expected: ReleasedFile) -> None:
+def check_settings(folder: Path) -> None:
+    """Refuse settings of a released run by which commands would write outside of the working folder.
+
+    Raises:
+        UserError: names the file and the path; no settings that this version knows.
+    """
+    for file in (folder / "config.yaml", folder / "student" / "config.yaml"):
+        if file.parent == folder or file.exists():
+            try:
+                config = read_run_config(file)
+            except OSError as error:
+                raise UserError(f"{file}: {error.strerror}: no whole released run; {PULL_AGAIN}") from None
+            for place in (*config.paths.model_dump().values(), config.dataset.root or ""):
+                if Path(place).is_absolute() or place.startswith("~") or ".." in Path(place).parts:
+                    raise UserError(f"{file}: {place} is outside of the working folder, which no released run may name")
+
+
+def check_file(path: Path, expected: ReleasedFile, way_out: str = PULL_AGAIN) -> None:
     """Compare a file with what it should be.
 
+    Args:
+        way_out: ends the error message.
     Raises:
         UserError: it is missing or another one.
     """
@@ -128,7 +147,7 @@ def check_file(path: Path, expected: ReleasedFile) -> None:
             raise ValueError("differs from its sha256")
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: damaged, changed or missing: {problem}, see {RELEASE_NAME}; {PULL_AGAIN}") from None
+        raise UserError(f"{path}: damaged, changed or missing: {problem}; {way_out}") from None
 
 
 def write_released_run(run: Path, destination: Path, *, half: bool = False, data_license: str | None = None) -> Path:
@@ -200,7 +219,8 @@ def _write_run(run: Path, folder: Path, half: bool, released: Path | None = None
         if name == "autoencoder":  # rounded, it has another identity, to which the others belong
             digest = autoencoder_digest(_chosen(folder, name))
     kept = config.run if released is not None else None
-    settings = RiverConfig.model_validate(_without_places(config.model_dump(mode="json")) | {"run": kept})
+    values = _without_places(config.model_dump(mode="json")) | {"run": kept, "paths": {}}
+    settings = RiverConfig.model_validate(values)
     write_run_config(folder / "config.yaml", settings)
     if (environment := _read(run / "environment.json", Environment)) is not None:
         write_json(folder / "environment.json", environment)
@@ -294,11 +314,11 @@ def _read(path: Path, model: type[BaseModel]) -> Any:
 
 
 def _without_places(value: Any) -> Any:
-    """A JSON value whose absolute paths and URLs are only their last names."""
+    """A JSON value whose URLs and paths out of the working folder are only their last names."""
     if isinstance(value, dict):
         return {key: _without_places(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_places(part) for part in value]
-    if isinstance(value, str) and (value.startswith(("/", "~")) or "://" in value):
+    if isinstance(value, str) and (value.startswith(("/", "~", "..")) or "://" in value):
         return Path(value).name
     return value

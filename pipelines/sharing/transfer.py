@@ -43,6 +43,7 @@ from pipelines.sharing.released_run import (
     ReleasedStore,
     check_file,
     check_released_run,
+    check_settings,
     is_safe_name,
     parse_release,
     write_released_run,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 # Protocol -> package, extra of ours.
 _PROTOCOLS = {"s3": ("s3fs", "s3"), "hf": ("huggingface_hub", "hub")}
+_DAMAGED_HERE = "restore it; `river inspect --verify` names all damage of a store"
 _KEPT = "check the address, your rights and the connection; what arrived is kept, and the same command resumes"
 
 
@@ -290,6 +292,7 @@ def _push_files(place: Place, release: Release, files: Files, content: bytes) ->
         with _begin("push", f"to {place.url}", listed, missing) as bar:
             for name in missing:
                 source, expected = files[name]
+                check_file(source, expected, _DAMAGED_HERE)
                 place.send(source, name, expected)
                 bar.update(expected.size)
         if place.protocol == "file":
@@ -315,7 +318,9 @@ def _push_to_hub(place: Place, release: Release, files: Files, content: bytes) -
     stale = _stale(place, files.keys(), there, before)
     say(f"push: {counted(len(files), 'file')} to {place.url}")
     operations = [CommitOperationDelete(name) for name in stale]
-    operations += [CommitOperationAdd(name, str(source)) for name, (source, _) in files.items()]
+    for name, (source, expected) in files.items():
+        check_file(source, expected, _DAMAGED_HERE)
+        operations.append(CommitOperationAdd(name, str(source)))
     operations.append(CommitOperationAdd(RELEASE_NAME, content))
     api.create_commit(repository, operations, commit_message=f"river push: {release.dataset}")
 
@@ -350,6 +355,7 @@ def pull(source: str, folder: Path | None = None, *, store: bool = False, dry_ru
         if not _is_there(folder, content):
             with completing_folder(folder, f"{folder}: another process is pulling it: wait for it") as hidden:
                 _fetch(place, "", release.files, hidden)
+                check_settings(hidden)
                 write_bytes(hidden / RELEASE_NAME, content)
         if store:
             _pull_store(place, release, root)
@@ -471,7 +477,8 @@ def cached_run(source: str, cache: Path | None = None) -> Path:
             raise
         warn(f"{error}; the last copy is used, {found[-1].parent}")
         return found[-1].parent
-    return pull(source, copies / _short_digest(content))
+    copy = copies / _short_digest(content)
+    return copy if copy.exists() else pull(source, copy)
 
 
 def _short_digest(content: bytes) -> str:

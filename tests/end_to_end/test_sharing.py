@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -227,6 +228,10 @@ def test_a_store_travels_on_request(trained, here, story, command):
     command(["pull", "to", "other", "--store"]).ok()
     assert story.tree(here / "latents" / "tiny.zarr") == whole_store(trained.store, story)
     command(["inspect", "--verify", "--config", "other/config.yaml"]).ok()
+    chunk = max((here / "latents").glob("*/train/latents/c/*/*/*/*"), key=os.path.getsize)
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    command(["push", "other", "more", "--store"]).refused(2, str(chunk.relative_to(here)), "inspect --verify")
+    assert not (here / "more" / "release.json").exists()
     command(release).ok()  # without it: it is removed there
     assert not [name for name in story.tree(here / "to") if "zarr" in name]
     command(["pull", "to", "again", "--store"]).refused(2, "to", "--store")
@@ -290,6 +295,18 @@ def test_what_is_not_whole_is_not_pulled(pushed, here, command, breakage):
     BREAKAGES[breakage](pushed)
     outcome = command(["pull", str(pushed)]).refused(2, str(pushed))
     assert len(outcome.err.strip().splitlines()) == 1
+    assert not (here / "runs" / "tiny").exists()
+
+
+@pytest.mark.parametrize("place", ["/etc/river", "../up", "~/river"])
+def test_settings_that_write_elsewhere_are_not_pulled(pushed, here, command, place):
+    config = (pushed / "config.yaml").read_text().rpartition("# sha256")[0]
+    (pushed / "config.yaml").write_text(config.replace("runs: runs", f"runs: {place}"))
+    content = (pushed / "config.yaml").read_bytes()
+    listed = json.loads((pushed / "release.json").read_text())["files"]
+    listed["config.yaml"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edited(pushed, files=listed)
+    command(["pull", str(pushed)]).refused(2, "config.yaml", place.strip("~"))
     assert not (here / "runs" / "tiny").exists()
 
 
