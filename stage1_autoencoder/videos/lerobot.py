@@ -41,8 +41,8 @@ from stage1_autoencoder.videos.source import (
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INFO, EPISODES, EPISODE_TABLES, ACTION = "meta/info.json", "meta/episodes.jsonl", "meta/episodes", "action"
 WAY_OUT = "dataset.root is the folder of a LeRobot data set, which has meta, data and videos"
-# Of a file with metadata in bytes, of a table in rows, and of the values of one of its columns.
-MOST_BYTES, MOST_ROWS, MOST_VALUES = 2**28, 2**27, 2**29
+# Bytes of a file with metadata, and values that are read of a table.
+MOST_BYTES, MOST_VALUES = 2**28, 2**29
 MOST_NUMBER = 10**9
 
 
@@ -183,8 +183,8 @@ def read_info(root: Path) -> Info:
         info = Info.model_validate_json(_read_text(path))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise VideoError(f"{path}: {escaped(where)}: {first['msg']}: copy the data set again") from error
+        where = escaped(".".join(map(str, first["loc"]))) or "its text"
+        raise VideoError(f"{path}: {where}: {first['msg']}: copy the data set again") from error
     if info.codebase_version not in VERSIONS:
         raise VideoError(
             f"{path}: codebase_version {info.codebase_version!r}, but {', '.join(VERSIONS)} can be read: convert the "
@@ -331,7 +331,7 @@ def _read_table(path: Path, columns: list[str]) -> Any:
     """Some columns of a parquet file, as a pyarrow table.
 
     Raises:
-        VideoError: another kind of file, a column is missing, or too many rows.
+        VideoError: another kind of file, a column is missing, or too many values.
         OSError: the file system does not give it.
     """
     parquet = _parquet()
@@ -343,8 +343,10 @@ def _read_table(path: Path, columns: list[str]) -> Any:
         with parquet.ParquetFile(path) as file:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise VideoError(f"{path}: has no column {join_names(missing)}: copy the data set again")
-            if file.metadata.num_rows > MOST_ROWS:
-                raise VideoError(f"{path}: has more than {MOST_ROWS} rows")
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            parts = (group.column(number) for group in groups for number in range(group.num_columns))
+            if sum(part.num_values for part in parts if part.path_in_schema.startswith(tuple(columns))) > MOST_VALUES:
+                raise VideoError(f"{path}: has more than {MOST_VALUES} values in {join_names(columns)}")
             return file.read(columns, use_threads=False)
     except (ArrowException, OSError, ValueError) as error:
         if is_of_the_system(error):
@@ -372,8 +374,6 @@ def _read_actions(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.n
     from pyarrow import ArrowException, compute, types
 
     numbers, actions = _numbers(table, "episode_index", path), table[ACTION].combine_chunks()
-    if len(numbers) * size > MOST_VALUES:
-        raise VideoError(f"{path}: has more than {MOST_VALUES} values of actions")
     try:
         if size > 1 or types.is_nested(actions.type):  # single values need no lists
             if compute.list_value_length(actions).unique().to_pylist() != [size]:
@@ -383,4 +383,6 @@ def _read_actions(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.n
             raise VideoError(f"{path}: has actions that are not numbers")
     except ArrowException as error:
         raise VideoError(f"{path}: has actions that are no lists of numbers") from error
-    return numbers, actions.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(numbers), size)
+    with np.errstate(over="ignore"):  # to infinity, which is refused
+        values = actions.to_numpy(zero_copy_only=False).astype(np.float32)
+    return numbers, values.reshape(len(numbers), size)
