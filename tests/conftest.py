@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--trials", type=int, help="of each kind of random fault (-m faults); default: see test_random_faults"
     )
+    parser.addoption("--videos", type=int, default=20_000, help="in the large folder of test_many_videos (-m long)")
     parser.addoption("--seed", type=int, default=0, help="of the first random fault of each kind")
 
 
