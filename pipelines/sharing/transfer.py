@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import fsspec
+from fsspec.callbacks import Callback
 from tqdm import tqdm
 
 import latent_cache
@@ -49,9 +51,6 @@ from pipelines.sharing.released_run import (
     write_released_run,
 )
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
 # Protocol -> package, extra of ours.
 _PROTOCOLS = {"s3": ("s3fs", "s3"), "hf": ("huggingface_hub", "hub")}
 _DAMAGED_HERE = "restore it; `river inspect --verify` names all damage of a store"
@@ -70,7 +69,7 @@ class Place:
 
     url: str
     protocol: str
-    file_system: "AbstractFileSystem"
+    file_system: fsspec.AbstractFileSystem
     root: str
 
     def path(self, name: str) -> str:
@@ -89,10 +88,17 @@ class Place:
             return file_sha256(Path(self.path(name))) == expected.sha256
         return self.file_system.metadata(self.path(name)).get("sha256") == expected.sha256
 
-    def send(self, source: Path, name: str, expected: ReleasedFile) -> None:
+    def send(self, source: Path, name: str, expected: ReleasedFile, bar: tqdm) -> None:
         """Write a file; on S3, with its digest, and it appears when it is whole."""
         options = {} if self.protocol == "file" else {"Metadata": {"sha256": expected.sha256}}
-        self.file_system.put_file(str(source), self.path(name), **options)
+        with _moving(bar, expected.size) as callback:
+            self.file_system.put_file(str(source), self.path(name), callback=callback, **options)
+
+    def fetch(self, name: str, path: Path, size: int, bar: tqdm) -> None:
+        """Copy a file from there."""
+        with _moving(bar, size) as callback:  # the hub's file system has bars of its own, and is slow with others
+            options: dict[str, Any] = {} if self.protocol == "hf" else {"callback": callback}
+            self.file_system.get_file(self.path(name), str(path), **options)
 
     def size(self, name: str) -> int:
         """The size of a file in bytes.
@@ -116,6 +122,23 @@ class Place:
         return self.file_system.cat_file(self.path(name))
 
 
+class _BarCallback(Callback):
+    def __init__(self, bar: tqdm) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.bar.update(inc)
+
+
+@contextmanager
+def _moving(bar: tqdm, size: int) -> Iterator[_BarCallback]:
+    """Move a bar by the bytes of a file, at the latest when it is moved."""
+    end = bar.n + size
+    yield _BarCallback(bar)
+    bar.update(end - bar.n)
+
+
 def open_place(url: str) -> Place:
     """A folder, `s3://bucket/prefix` or `hf://user/name`. Nothing is read yet.
 
@@ -127,8 +150,6 @@ def open_place(url: str) -> Place:
     known = separator and form is not None and re.fullmatch(form, rest)
     if not known and (separator or url.startswith(tuple(f"{name}:" for name in _PROTOCOLS))):
         raise UserError(f"{url}: expected a folder, s3://bucket/prefix or hf://user/name")
-    import fsspec  # here, so that nothing else waits for it
-
     if not separator:
         root = str(Path(url).expanduser().absolute())
         return Place(url, "file", fsspec.filesystem("file", auto_mkdir=True), root)
@@ -293,8 +314,7 @@ def _push_files(place: Place, release: Release, files: Files, content: bytes) ->
             for name in missing:
                 source, expected = files[name]
                 check_file(source, expected, _DAMAGED_HERE)
-                place.send(source, name, expected)
-                bar.update(expected.size)
+                place.send(source, name, expected, bar)
         if place.protocol == "file":
             flush_tree(Path(place.root))
             write_bytes(Path(place.path(RELEASE_NAME)), content)
@@ -420,14 +440,14 @@ def _fetch(place: Place, prefix: str, files: dict[str, ReleasedFile], folder: Pa
         raise UserError(f"{folder}: {size_text(needed)} are needed and {size_text(free)} free: make room")
     with _begin("pull", f"from {place.url}", files, missing) as bar:
         for name in missing:
-            path, there = folder / name, place.path(prefix + name)
+            path = folder / name
             size = place.size(prefix + name)
             if size != files[name].size:  # before it fills the disk
                 raise UserError(
                     f"{place.url}/{prefix}{name}: has {size} bytes instead of {files[name].size}; {PULL_AGAIN}"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            place.file_system.get_file(there, str(path))
+            place.fetch(prefix + name, path, size, bar)
             try:
                 check_file(path, files[name])
             except UserError:
@@ -436,7 +456,6 @@ def _fetch(place: Place, prefix: str, files: dict[str, ReleasedFile], folder: Pa
                     f"{place.url}/{prefix}{name}: damaged there or on the way: it differs from its sha256 in "
                     f"{RELEASE_NAME if alone and not prefix else MANIFEST_KEY}; {PULL_AGAIN}"
                 ) from None
-            bar.update(files[name].size)
 
 
 def _begin(what: str, where: str, files: dict[str, ReleasedFile], missing: list[str]) -> tqdm:
