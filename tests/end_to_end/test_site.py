@@ -72,6 +72,13 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
         assert f'href="{page.stem}.html" class="md-nav__link"' in home, page.name
 
 
+def test_code_that_is_not_run_says_so(site: Path) -> None:
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        marked = re.findall(r"^<!-- not run: .+ -->\n```", page.read_text(encoding="utf-8"), re.MULTILINE)
+        shown = (site / f"{page.stem}.html").read_text(encoding="utf-8").count(">not run: ")
+        assert shown == len(marked), page.name
+
+
 def test_the_reference_has_the_public_names(site: Path) -> None:
     import river_two_stage
 
