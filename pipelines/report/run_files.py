@@ -19,6 +19,7 @@ from pipelines.runtime.logs import Log, read_log
 from pipelines.runtime.results import Evaluation, Study
 from pipelines.runtime.run_folder import Environment, chosen_checkpoint
 from pipelines.runtime.status import Status
+from pipelines.sharing.bundled_models import BUNDLED
 from pipelines.training.autoencoder_trainer import autoencoder_status
 from pipelines.training.decoder_trainer import decoder_status
 from pipelines.training.flow_trainer import flow_status
@@ -102,8 +103,10 @@ class Run:
 
     def command(self, target: str) -> str:
         """The command that makes a missing part."""
-        of_run = f" --run {self.config.run}" if self.config.run else ""
-        return f"river {target} --config {self.config.dataset.name}{of_run}"
+        name, run = self.config.dataset.name, self.config.run
+        if name in BUNDLED and run is None:
+            return f"river {target} --run {name}"
+        return f"river {target} --config {name}" + (f" --run {run}" if run else "")
 
     def is_empty(self) -> bool:
         """Whether there is nothing to report on."""

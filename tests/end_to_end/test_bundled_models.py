@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation.measures.metrics import psnr
 from pipelines.prediction.clips import open_clips
 from pipelines.predictor import VideoPredictor
+from pipelines.report.run_files import Run
 from pipelines.runtime.context import RunContext
 from pipelines.sharing.bundled_models import BUNDLED, MODELS, with_bundled_run
 from pipelines.sharing.released_run import check_released_run
@@ -88,6 +89,7 @@ def test_names_that_are_looked_up(empty: Path) -> None:
 
     config = load_config("shapes", resolved(NAME))
     assert (config.run, config.dataset.name) == (None, NAME)
+    assert Run(config).command("evaluate") == f"river evaluate --run {NAME}"
     with pytest.raises(UserError, match=rf"{NAME}.*kth_small.*--config shapes"):
         resolved(NAME, "kth_small")
     for name in ("wide", "shapes-large"):
