@@ -9,7 +9,7 @@ import pytest
     ("flow.training.stesp=3", ["flow.training.stesp", "unknown key", 'did you mean "steps"?']),
     ("flow.training.steps=-1", ["flow.training.steps", "-1"]),
     ("flow.training.precision=fp8", ["flow.training.precision", "'fp8'", "'auto', 'fp32', 'tf32' or 'bf16'"]),
-    ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos', 'kth', 'bair'", "or 'hdf5'"]),
+    ("dataset.source=youtube", ["dataset.source", "'youtube'", "'shapes', 'videos', 'kth', 'bair'", "'hdf5'"]),
     ("dataset.splits={train: many}", ["splits.train", "'many'"]),
     ("dataset.shapes.radius=40", ["dataset.shapes", "radius 40"]),
     ("sampling.past_horizon=1", ["sampling.past_horizon", "1"]),

@@ -15,13 +15,13 @@ from pipelines.training import training_run
 from pipelines.training.training_loop import LoopSettings
 from pipelines.training.training_run import TrainingPlan, training_status
 
+TENSORS = {"model": {"a": torch.zeros(1)}, "optimizer": {"a": torch.zeros(1)}}
+
 
 @pytest.fixture
 def trained(tmp_path):
     folder = tmp_path / "flow"
-    CheckpointFolder(folder / "checkpoints").save(
-        7, {"model": {"a": torch.zeros(1)}}, {"identity": {"seed": 0, "b": {"c": 1}}}
-    )
+    CheckpointFolder(folder / "checkpoints").save(7, TENSORS, {"identity": {"seed": 0, "b": {"c": 1}}})
     return folder
 
 
@@ -61,7 +61,7 @@ def test_restart_resumes_nothing_and_moves_nothing_before_the_training_begins(tr
 
 def test_a_second_process_moves_nothing(trained):
     second = Processes(1, 2)
-    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
+    CheckpointFolder(trained / "checkpoints").save(9, TENSORS, {"identity": {"seed": 0}})
     assert resume(trained, {"seed": 0, "b": {"c": 1}}, resume="7", processes=second)[1].step == 7
     assert resume(trained, {"seed": 1}, restart=True, processes=second)[1] is None
     assert [path.name for path in trained.parent.glob("flow*")] == ["flow"]
@@ -70,7 +70,7 @@ def test_a_second_process_moves_nothing(trained):
 
 
 def test_a_resume_from_a_name_is_checked_and_moves_nothing(trained):
-    CheckpointFolder(trained / "checkpoints").save(9, {}, {"identity": {"seed": 0}})
+    CheckpointFolder(trained / "checkpoints").save(9, TENSORS, {"identity": {"seed": 0}})
     with pytest.raises(UserError, match=r"b\.c: 1 -> 2"):
         resume(trained, {"seed": 0, "b": {"c": 2}}, resume="7")
     assert [path.name for path in trained.glob("checkpoints*")] == ["checkpoints"]
@@ -101,7 +101,7 @@ def test_a_number_of_steps_that_is_open_is_that_of_the_checkpoints(tmp_path):
     assert training_status(asked).state == "missing"
     assert "--minutes" in training_status(asked).detail
     settings = {"flow": {"training": {"steps": 9}}}
-    CheckpointFolder(tmp_path / "checkpoints").save(7, {}, {"identity": {"seed": 0}, "settings": settings})
+    CheckpointFolder(tmp_path / "checkpoints").save(7, TENSORS, {"identity": {"seed": 0}, "settings": settings})
     assert (training_status(asked).state, training_status(asked).detail) == ("partial", "7 of 9 steps")
     assert training_status(plan(tmp_path, {"seed": 0}, steps=7)).is_done
 
@@ -122,6 +122,6 @@ def test_how_far_a_training_is(tmp_path, identity, inputs, steps, state, needed)
 
     assert (status().state, status().path) == ("missing", tmp_path)
     recorded = {"identity": {"seed": 0, "b": {"c": 1}}, "store": {"path": "somewhere", "fingerprint": "x"}}
-    CheckpointFolder(tmp_path / "checkpoints").save(7, {"model": {"a": torch.zeros(1)}}, recorded)
+    CheckpointFolder(tmp_path / "checkpoints").save(7, TENSORS, recorded)
     assert status().state == state
     assert needed in status().detail
