@@ -50,7 +50,7 @@ def test_bair_from_a_site_to_predictions(place, site: FileServer, story: ModuleT
     assert len(lines) == 13
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_clevrer_from_a_site_to_predictions(place, site: FileServer, story: ModuleType) -> None:
     small_data_sets.write_clevrer_archives(site.folder, train=4, validation=2, test=2, frames=60)
     place = place.with_sets(*CLEVRER)

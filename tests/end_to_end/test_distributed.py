@@ -201,7 +201,7 @@ flow_trainer.check_data = failed
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_fails_while_it_starts_ends_the_others_with_its_reason(trained, tmp_path: Path) -> None:
     """Without torchrun, which would end them."""
     place = trained.copy(tmp_path / "failed", "latents")

@@ -129,7 +129,7 @@ def test_memory_is_reused_only_without_gradients(kind):
     assert torch.equal(x, before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_compiled_encoder_changes_only_roundings(frames):
     torch.manual_seed(0)

@@ -497,7 +497,7 @@ print(time.time(), flush=True)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_program_that_forgets_to_close_ends(numbered):
     """It does not wait for the window that is being read: 90 reads of a second by at most four threads."""
     cache = numbered([300] * 10, 4)
