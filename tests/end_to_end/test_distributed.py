@@ -148,7 +148,7 @@ FlowTrainer.train_step = step_or_die
 
 @pytest.mark.long
 def test_a_node_that_is_lost_leaves_the_training_to_the_other(trained, tmp_path: Path, story) -> None:
-    """Two nodes of two processes each; the first one goes on from the checkpoint with two. Losses stay those of one."""
+    """Two nodes of two processes; one is lost, and the other goes on alone. The losses are those of one process."""
     place = trained.copy(tmp_path / "nodes", "latents")
     port = free_port()
     options = (
