@@ -131,7 +131,7 @@ play: setup  ## a page in the browser: predictions that go on live from a clip (
 	$(remember)
 	@$(RIVER) play $(CONFIG) $(OPTIONS)
 
-evaluate: setup  ## measure quality beside two baselines (DOWNLOAD=1 fetches VGG16 and the I3D)
+evaluate: setup  ## measure quality beside four baselines (DOWNLOAD=1 fetches VGG16 and the I3D)
 	$(remember)
 	@$(RIVER) evaluate $(CONFIG) $(OPTIONS)
 

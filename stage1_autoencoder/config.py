@@ -279,8 +279,8 @@ class AutoencoderTrainingConfig(_Settings):
     validation_frames: PositiveInt = Field(128, json_schema_extra=NO_EFFECT)
     best_by: Literal["auto", "psnr", "ssim", "lpips", "last"] = Field(
         "auto",
-        description="metric of the checkpoint that `encode` uses; auto: the last one with adversarial training, else "
-        "the perceptual loss if there is one, else psnr",
+        description="metric of the checkpoint that `encode` uses; auto: the perceptual loss if there is one, else the "
+        "last checkpoint with adversarial training, else psnr",
         json_schema_extra=NO_EFFECT,
     )
 

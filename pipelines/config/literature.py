@@ -42,7 +42,7 @@ class ProtocolSettings(BaseModel):
     window: Window = Field(
         "first",
         description="where a clip starts: at frame 0, at a random frame, or where the given frames move most; srvp, "
-        "mcvd, extdm, stdiff: as these papers' code chooses videos and starts, see docs/evaluation.md",
+        "mcvd, extdm, stdiff: as these papers' code chooses videos and starts, see docs/comparing.md",
     )
     seed: Seed = Field(0, description="of random windows and of the bootstrap")
     fvd_context: bool = Field(
@@ -59,7 +59,7 @@ class ProtocolSettings(BaseModel):
     pitfalls: tuple[Pitfall, ...] = Field(
         (),
         description="numbers as published code computes them, beside the usual ones: psnr_of_mean_mse, ssim_8bit, "
-        "fvd_pooled, fvd_first_sample, see docs/evaluation.md",
+        "fvd_pooled, fvd_first_sample, see docs/comparing.md",
     )
 
 

@@ -88,7 +88,7 @@ class EvaluationConfig(ProtocolSettings):
         1000,
         le=100_000,
         description="bootstrap resamples over recordings for 95 % intervals; 0: no intervals. At most 200 are used for "
-        "the Fréchet video distance",
+        "the Fréchet distances of videos and of latents",
     )
 
     @model_validator(mode="before")
