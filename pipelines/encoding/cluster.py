@@ -6,15 +6,18 @@ import getpass
 import hashlib
 import itertools
 import logging
+import pickle
 import socket
 import tempfile
+import textwrap
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import dask.threaded
 import numpy as np
@@ -23,10 +26,16 @@ import torch
 import latent_cache
 import pipelines
 import stage1_autoencoder
-from latent_cache import ChunkPlan, ChunkWriter, StoreWriter
+from latent_cache import ChunkPlan, ChunkWriter, StoreError, StoreWriter
 from latent_cache.writing.chunk_writer import session_path
 from latent_cache.writing.markers import ChunkMarker
-from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped, UnreadableVideosError
+from pipelines.encoding.chunk_encoder import (
+    BrokenVideosError,
+    ChunkEncoder,
+    EncodeJob,
+    EncodingStopped,
+    UnreadableVideosError,
+)
 from pipelines.errors import UserError
 from pipelines.loading import load_trained_autoencoder, weights_digest
 from pipelines.runtime.context import resolve_device
@@ -40,6 +49,11 @@ Task = tuple[str, ChunkPlan]  # (split, chunk)
 CONNECT_SECONDS = 10
 # A dask server begins with the length of a greeting, which is some hundred bytes.
 LONGEST_GREETING = 1 << 20
+# Errors of tasks that commands report as what they are.
+EXPECTED_ERRORS = (
+    BrokenVideosError, UnreadableVideosError, EncodingStopped, UserError, StoreError, VideoError, OSError,
+)  # fmt: skip
+LONGEST_ERROR = 500  # characters of an unexpected one
 
 
 def _build_graph(call: tuple[Any, ...], tasks: Sequence[Task], session: str) -> tuple[dict[Any, Any], list[Any]]:
@@ -156,7 +170,7 @@ def run_on_cluster(
         on_frames, on_unreadable: as of `run_here`.
     Raises:
         UserError: workers see other files, have other libraries, or run another version of this program.
-        ConnectionError: the scheduler is lost, or workers die over one chunk.
+        ConnectionError: the scheduler is lost, workers die over one chunk, or a task ends in an unexpected error.
         EncodingStopped: `stop_asked` became true.
         As `encode_chunk`, but for unreadable videos.
     """
@@ -167,14 +181,17 @@ def run_on_cluster(
     _wait_for_workers(client, address, stop_asked)
     check_workers(client, writer.path, job.splits)
     job_key = f"encode-job-{session}"  # in the graph as a node of its own, so that it is sent only once
-    graph, keys = _build_graph((encode_chunk, job_key, writer.chunk_writer), tasks, session)
+    graph, keys = _build_graph((answer_task, job_key, writer.chunk_writer), tasks, session)
     pending = dict(enumerate(client.get({job_key: job} | graph, keys, sync=False)))
     try:
         while pending:
             for number in [number for number, future in pending.items() if future.done()]:
                 split, chunk = tasks[number]
                 try:
-                    writer.accept(split, chunk, pending.pop(number).result())
+                    answer = pending.pop(number).result()
+                    if isinstance(answer, Failure):
+                        raise answer.error(f"--scheduler {address}: chunk {chunk.index} of {split}")
+                    writer.accept(split, chunk, answer)
                     on_frames(chunk.frames)
                 except UnreadableVideosError as error:
                     on_unreadable(error.reasons)
@@ -295,6 +312,46 @@ def code_fingerprint() -> str:
 _encoders: dict[ChunkWriter, ChunkEncoder] = {}  # of this process, by the encoding they belong to
 _running: Counter[ChunkWriter] = Counter()
 _encoders_lock = threading.RLock()
+
+
+class Failure(NamedTuple):
+    """How a task failed, in a form that can always be sent.
+
+    Attributes:
+        pickled: an error that `run_on_cluster` may raise; empty for an unexpected one.
+        text: type, message and place of an unexpected one.
+    """
+
+    pickled: bytes
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        if isinstance(error, EXPECTED_ERRORS):
+            with contextlib.suppress(Exception):
+                pickled = pickle.dumps(error)
+                if type(pickle.loads(pickled)) is type(error):
+                    return cls(pickled, "")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        words = textwrap.shorten("".join(traceback.format_exception_only(error)), LONGEST_ERROR, placeholder="...")
+        return cls(b"", f"{words} (line {place.lineno} of {place.filename})")
+
+    def error(self, task: str) -> Exception:
+        """The error to raise; `task` begins the message of an unexpected one."""
+        if self.pickled:
+            return pickle.loads(self.pickled)
+        return ConnectionError(f"{task} failed on a worker, whose log has the traceback: {self.text}")
+
+
+def answer_task(job: EncodeJob, writer: ChunkWriter, split: str, chunk: ChunkPlan) -> ChunkMarker | Failure:
+    """`encode_chunk`, with errors as results. Dask's client waits for ever for an error that it cannot unpickle."""
+    try:
+        return encode_chunk(job, writer, split, chunk)
+    except Exception as error:
+        failure = Failure.of(error)
+        if not failure.pickled:
+            logging.getLogger("distributed.worker").exception("chunk %d of %s failed", chunk.index, split)
+        return failure
 
 
 def encode_chunk(job: EncodeJob, writer: ChunkWriter, split: str, chunk: ChunkPlan) -> ChunkMarker:

@@ -23,7 +23,7 @@ import pytest
 import latent_cache
 from latent_cache import ChunkWriter, StaleWriterError, StoreWriter
 from pipelines.encoding import cluster as cluster_module
-from pipelines.encoding.chunk_encoder import EncodeJob, EncodingStopped
+from pipelines.encoding.chunk_encoder import ChunkEncoder, EncodeJob, EncodingStopped
 from pipelines.encoding.cluster import Introduction, check_workers, close_idle_encoders, encode_chunk, introduce
 from pipelines.errors import UserError
 from pipelines.runtime.run_folder import software_versions
@@ -259,6 +259,49 @@ def test_a_broken_video_that_a_worker_meets(place, cluster, story: ModuleType) -
     }
     assert found == {"a", "c", "d"}
     latent_cache.open(place.store).load()
+
+
+class ForeignError(Exception):
+    """Of a library: it takes other arguments than it keeps."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+
+
+def recurse(number: int) -> int:
+    return 1 + recurse(number + 1)
+
+
+def fail(how: str) -> None:
+    """On a worker: each task ends in an error."""
+
+    def encode(*_: Any) -> None:
+        if how == "recursion":
+            recurse(0)
+        raise ForeignError(7, "the library\nis tired")
+
+    ChunkEncoder.original = getattr(ChunkEncoder, "original", ChunkEncoder.encode)
+    ChunkEncoder.encode = encode if how else ChunkEncoder.original
+
+
+@pytest.mark.parametrize(
+    ("how", "needed"),
+    [
+        ("recursion", "RecursionError: maximum recursion depth exceeded"),
+        ("foreign", "ForeignError: the library is tired (7)"),
+    ],
+)
+def test_an_error_of_a_library_on_a_worker(place, cluster, whole, story: ModuleType, how: str, needed: str) -> None:
+    """Dask's client cannot read some of them, and then waits for the task for ever."""
+    cluster.client.run(fail, how)
+    try:
+        outcome = place.run("encode", "--scheduler", cluster.address)
+    finally:
+        cluster.client.run(fail, "")
+    outcome.refused(1, f"--scheduler {cluster.address}: chunk ", Path(__file__).name, needed)
+    assert outcome.err.count("\n") == 1
+    place.run("encode").ok()
+    assert story.tree(place.store) == whole
 
 
 @pytest.mark.parametrize(
