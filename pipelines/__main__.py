@@ -124,7 +124,8 @@ def _run(command: ModuleType, options: argparse.Namespace) -> int:
     processes = run_context.processes
     set_quiet(options.quiet or not processes.is_first)
     config = None
-    if options.config is not None or not getattr(command, "CONFIG_IS_OPTIONAL", False):
+    is_optional = getattr(command, "config_is_optional", lambda _: getattr(command, "CONFIG_IS_OPTIONAL", False))
+    if options.config is not None or not is_optional(options):
         if options.config is None:
             say(f"configuration: {find_preset('shapes')} (--config NAME takes another preset or file)")
             options.config = "shapes"

@@ -77,10 +77,30 @@ def test_naming_it_makes_an_ordinary_run_of_it(empty: Path, command: Any, story:
     for name in ("samples/overview.gif", "predictions/mine.gif", "predictions/mine.mp4"):
         assert (empty / "runs" / NAME / name).stat().st_size > 0
     assert VideoPredictor.from_run(f"runs/{NAME}", device="cpu").sampler_is_chosen
+    command(["report", *NAMED]).ok()
     command(["clean", *NAMED, "--yes"]).ok()
     assert not (empty / "runs" / NAME).exists()
     command(["clean", *NAMED, "--yes"]).refused(2, NAME)
     assert story.tree(MODELS) == before
+
+
+def test_it_has_no_store_to_inspect(empty: Path, command: Any) -> None:
+    store = f"latents/{NAME}.zarr"
+    told = command(["inspect", *NAMED]).refused(
+        2, f"{store}: no store", f"river encode --run {NAME}", f"river report --run {NAME}"
+    )
+    assert told.err.count("\n") == 1
+    command(["encode", "--verify", *NAMED]).refused(2, f"{store}: no store", "--verify")
+    command(["inspect"]).refused(2, "latents/shapes.zarr: no store", "river encode --config shapes")
+    command(["inspect", "--run", "none"]).refused(2, "latents/shapes.zarr: no store")
+
+
+def test_its_store_is_inspected_by_its_name(empty: Path, command: Any) -> None:
+    few = ["--set", "dataset.splits={train: 2, val: 1, test: 1}"]
+    command(["encode", *NAMED, *few]).ok()
+    assert f"latents of {NAME}" in command(["inspect", *NAMED]).ok().out
+    command(["inspect", f"latents/{NAME}.zarr", *NAMED, "--gif", "a.gif"]).ok()
+    assert Path("a.gif").stat().st_size > 0
 
 
 def test_names_that_are_looked_up(empty: Path) -> None:

@@ -45,7 +45,6 @@ def test_wrong_config_file(command, tmp_path: Path, content: str | None, needed:
     (["demo", "--fast"], "unrecognized arguments: --fast"),
     (["sample", "--videos", "0"], "'0'"),
     (["predict"], "required: video"),
-    (["inspect"], "name a store"),
 ])  # fmt: skip
 def test_wrong_words(command, words: list[str], needed: str) -> None:
     command(words).refused(2, needed)
