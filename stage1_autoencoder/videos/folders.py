@@ -4,10 +4,11 @@ import contextlib
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import av
@@ -90,7 +91,7 @@ def make_clip(
         id=video_id,
         frames=math.ceil((stop - first - ROUNDING) / stride),
         fps=(probe.fps if dataset.fps is None else dataset.fps) / dataset.frame_step,
-        fingerprint=fingerprint if cut is None else f"{fingerprint} {first}:{stop}",
+        fingerprint=fingerprint if cut is None else f"{indexed.cuts.get(stop, fingerprint)} {first}:{stop}",
         size=probe.display.size(probe.width, probe.height),
     )
     return Clip(info, name, first, stop, probe)
@@ -271,6 +272,7 @@ def index_listings(
     remember: bool = True,
     cut: CutVideo | None = None,
     kind: Callable[..., FolderSource] = FolderSource,
+    stops: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> dict[Split, FolderSource]:
     """Index the videos of all splits as one, since one file in `root` stores the index.
 
@@ -279,8 +281,9 @@ def index_listings(
         remember: see `index_videos`.
         cut: maps a video's id and number of frames to its cuts; without it, videos are used as a whole.
         kind: makes a source, as the class does.
+        stops: by name, ends of cuts, whose fingerprints then do not change with what comes behind them in the file.
     """
-    indexed = index_videos(root, [name for listing in listings.values() for name in listing.names], remember)
+    indexed = index_videos(root, [name for listing in listings.values() for name in listing.names], remember, stops)
 
     def clips(listing: Listing, skipped: list[SkippedVideo]) -> Iterator[Clip]:
         for video_id, name, entry in zip(listing.ids, listing.names, indexed, strict=False):

@@ -11,12 +11,12 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Json
@@ -34,7 +34,7 @@ from stage1_autoencoder.videos.source import (
     UnreadableVideoError,
 )
 from stage1_autoencoder.videos.splits import SPLITS
-from stage1_autoencoder.videos.video_files import Keyframe, Probe, probe_video
+from stage1_autoencoder.videos.video_files import Keyframe, Probe, digest_cuts, probe_video
 
 CACHE_NAME = ".river_index.sqlite"
 CACHE_VERSION = 4
@@ -86,33 +86,47 @@ class _Row(BaseModel):
     keyframes: Json[list[tuple[_Int64, _Int64]]]
     orientation: int = Field(ge=1, le=8)
     aspect: Annotated[str, Field(pattern=r"^\d{1,9}(/[1-9]\d{0,8})?$"), AfterValidator(_plausible_aspect)]
-    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}( \d{1,10}:[0-9a-f]{64})*$")  # of the file, and of cuts by their stop
 
     def entry(self) -> "Entry":
         chosen = tuple(Keyframe(*pair) for pair in self.keyframes)
         display = Display(self.orientation, Fraction(self.aspect))
-        return Entry(self.stamp, Probe(self.frames, self.fps, self.width, self.height, chosen, display), self.digest)
+        probe = Probe(self.frames, self.fps, self.width, self.height, chosen, display)
+        digest, *cuts = self.digest.split()
+        parts = (cut.split(":") for cut in cuts)
+        return Entry(self.stamp, probe, digest, {int(stop): of_cut for stop, of_cut in parts})
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """A video in the index: its probe and the digest of its content, or the reason why it cannot be used."""
+    """A video in the index: its probe and the digest of its content, or the reason why it cannot be used.
+
+    Attributes:
+        cuts: digests of its content up to the stops that were asked for.
+    """
 
     probe: Probe | None = None
     digest: str | None = None
     reason: str | None = None
+    cuts: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A usable video: its stamp when it was probed, the probe, and the digest of its content."""
+    """A usable video: its stamp when it was probed, the probe, and the digests of its content."""
 
     stamp: str
     probe: Probe
     digest: str
+    cuts: Mapping[int, str] = field(default_factory=dict)
 
 
-def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Iterator[Indexed]:
+def index_videos(
+    root: Path,
+    names: Sequence[str],
+    remember: bool = True,
+    stops: Mapping[str, Collection[int]] = MappingProxyType({}),
+) -> Iterator[Indexed]:
     """Probe videos below `root`, except those that an earlier call has probed.
 
     Results are kept in the folder (see `IndexCache`) and hold as long as a video's `stamp` does; so an interrupted
@@ -121,22 +135,23 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
     Args:
         names: paths relative to `root`.
         remember: False writes nothing.
+        stops: by name, one-past-last frames of the cuts whose digests are wanted.
     Yields:
         one result per name, in order.
     """
 
     def examine(name: str, known: Entry | None) -> tuple[str, Indexed, bool]:
         """The stamp, the result, and whether it is new."""
-        path, seen = root / name, ""
+        path, seen, cuts = root / name, "", stops.get(name, ())
         for pause in (*RETRY_SECONDS, None):
             try:
                 try:
                     seen = stamp(path)
                 except OSError as error:
                     raise UnreadableVideoError.of(name, error) from error
-                if known is not None and known.stamp == seen:
-                    return seen, Indexed(known.probe, known.digest), False
-                return seen, examine_video(path, name), True
+                if known is not None and known.stamp == seen and known.cuts.keys() >= set(cuts):
+                    return seen, Indexed(known.probe, known.digest, cuts=known.cuts), False
+                return seen, examine_video(path, name, cuts), True
             except BrokenVideoError as error:
                 reason = error.reason
                 if pause is None or not (isinstance(error, UnreadableVideoError) and error.may_pass):
@@ -165,21 +180,25 @@ def index_videos(root: Path, names: Sequence[str], remember: bool = True) -> Ite
             name, future = running.popleft()
             seen, indexed, new = future.result()
             if new and indexed.probe is not None and indexed.digest is not None:
-                cache.put(name, Entry(seen, indexed.probe, indexed.digest))
+                cache.put(name, Entry(seen, indexed.probe, indexed.digest, indexed.cuts))
             bar.update()
             yield indexed
 
 
-def examine_video(path: Path, video_id: str) -> Indexed:
+def examine_video(path: Path, video_id: str, stops: Collection[int] = ()) -> Indexed:
     """Probe and digest a video file or frame folder.
 
+    Args:
+        stops: see `index_videos`; a stop whose digest is unknown gets that of the whole file.
     Raises:
         BrokenVideoError: it cannot be used.
     """
     try:
         probe_kind = probe_folder if path.is_dir() else probe_webp if is_webp(path) else probe_video
         probe = probe_kind(path, video_id)
-        return Indexed(probe, digest(path))
+        whole = digest(path)
+        cuts = digest_cuts(path, video_id, stops, probe) if stops else {}
+        return Indexed(probe, whole, cuts=dict.fromkeys(stops, whole) | cuts)
     except OSError as error:
         raise UnreadableVideoError.of(video_id, error) from error
 
@@ -261,9 +280,9 @@ class IndexCache:
         """Store the entry of a video."""
         if self._database is None or not self._writes:
             return
-        probe = entry.probe
+        probe, digests = entry.probe, " ".join([entry.digest, *(f"{stop}:{cut}" for stop, cut in entry.cuts.items())])
         row = (os.fsencode(name), entry.stamp, probe.frames, probe.fps, probe.width, probe.height)
-        row += (json.dumps(probe.keyframes), probe.display.orientation, str(probe.display.aspect), entry.digest)
+        row += (json.dumps(probe.keyframes), probe.display.orientation, str(probe.display.aspect), digests)
         try:
             self._database.execute(f"INSERT OR REPLACE INTO video VALUES ({', '.join('?' * len(row))})", row)
         except sqlite3.Error as error:

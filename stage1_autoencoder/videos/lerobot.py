@@ -256,8 +256,10 @@ def open_lerobot(
             yield SkippedVideo(episode.id, f"has {episode.frames} frames by the metadata, but {there}")
 
     listing = Listing(root, list(of_file), list(of_file))
+    # Recording goes on at the end of the last file.
+    stops = {file: [episode.stop for episode in those if episode.stop] for file, those in of_file.items()}
     kind = partial(LerobotSource, episodes=episodes, action_size=info.action_size)
-    sources = index_listings(dataset, root, {"train": listing}, remember, cut, kind)
+    sources = index_listings(dataset, root, {"train": listing}, remember, cut, kind, stops)
     if not sources["train"].videos:
         reasons = join_names(f"{video.id} {video.reason}" for video in sources["train"].skipped)
         raise VideoError(f"{root}: none of its {len(episodes)} episodes can be used: {reasons}")

@@ -98,7 +98,8 @@ class VideoInfo:
         frames: number of frames after resampling and `frame_step`, at least 1.
         fps: frames per second after resampling and `frame_step`.
         fingerprint: changes with the content, but not with path or time stamps: a digest of the file's bytes (of a
-            frame folder see `index.digest`), with start and stop if it is cut; of a drawn video, its settings.
+            frame folder see `index.digest`), with start and stop if it is cut (see `index_videos` for `stops`); of a
+            drawn video, its settings.
         size: native (width, height) in pixels; None if frames are drawn at the requested size.
     """
 

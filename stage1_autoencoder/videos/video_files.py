@@ -9,15 +9,17 @@ seeking leads elsewhere, decoding begins at the start of the file.
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
@@ -192,6 +194,40 @@ def probe_video(path: Path, video_id: str, keyframe_spacing: int = KEYFRAME_SPAC
     if frames is None:
         frames = _count_decoded(path, video_id)
     return Probe(frames, rate, first.width, first.height, keyframes, display)
+
+
+def digest_cuts(path: Path, video_id: str, stops: Collection[int], probe: Probe) -> dict[int, str]:
+    """sha256 (hexadecimal), by stop, of all that the frames before it are decoded from.
+
+    These are the packets up to that of the last such frame. What LeRobot appends to a file comes behind them, and so
+    changes no earlier cut.
+
+    Returns:
+        nothing for stops behind the end, and none at all if it is unknown which packet gives which frame.
+    Raises:
+        BrokenVideoError: as `probe_video`.
+    """
+    with _open(path, video_id) as container:
+        stream = _video_stream(container, video_id)
+        codec, packets = stream.codec_context, list[tuple[int | None, bytes]]()
+        try:
+            for packet in container.demux(stream):
+                if packet.size > 0:
+                    packets.append((packet.pts, hashlib.sha256(packet).digest()))
+        except av.error.FFmpegError as error:
+            reason = f"is damaged after {len(packets)} frames ({error.strerror})"
+            raise _failure(path, video_id, reason, error) from error
+        shown = (codec.name, codec.colorspace, codec.color_range, probe.display, codec.extradata)
+    times = [pts for pts, _ in packets if pts is not None]
+    if len(set(times)) != probe.frames or len(packets) != probe.frames:
+        return {}
+    running, done, digests = hashlib.sha256(repr(shown).encode()), 0, dict[int, str]()
+    # Packets, counted from the first one in the file, that the first 1, 2, 3 ... shown frames take.
+    needed = (1 + np.maximum.accumulate(np.argsort(times))).tolist()
+    for stop in sorted(stop for stop in stops if 1 <= stop <= probe.frames):
+        running.update(b"".join(digest for _, digest in packets[done : needed[stop - 1]]))
+        done, digests[stop] = needed[stop - 1], running.copy().hexdigest()
+    return digests
 
 
 def gives_frames(codec: av.Codec, extradata: bytes, packet: av.Packet, first: bool) -> int | None:

@@ -245,7 +245,7 @@ def walk(folder, onerror, followlinks):
     for number in range(int(sys.argv[2]) // 1000):
         yield f"{folder}/folder{number:04d}", [], [f"a_video_with_a_long_name_{i:04d}.mp4" for i in range(1000)]
 
-def examine(path, name):
+def examine(path, name, stops):
     return index.Indexed(Probe(100, 25.0, 160, 120), hashlib.sha256(name.encode()).hexdigest())
 
 def peak():

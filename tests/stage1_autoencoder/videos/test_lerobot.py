@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -54,10 +55,10 @@ def robot(_folders: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def open_robot(root: Path, **settings: object) -> VideoSource:
+def open_robot(root: Path, remember: bool = False, **settings: object) -> VideoSource:
     options = {"splits": {"val": 0, "test": 0}, "image_size": 16} | settings
     dataset = DatasetConfig(name="robot", source="lerobot", root=str(root), **options)
-    return open_splits(dataset, root.parent, remember=False)["train"]
+    return open_splits(dataset, root.parent, remember=remember)["train"]
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
@@ -96,6 +97,59 @@ def test_other_actions_are_another_video(robot) -> None:
     parquet.write_table(table, root / DATA["v2.1"])
     changed = [one != other.fingerprint for one, other in zip(before, open_robot(root).videos, strict=True)]
     assert changed == [False, True, False]
+
+
+def joined(path: Path, parts: list[Path]) -> Path:
+    """One file of several, packet by packet, as LeRobot adds an episode to its last file."""
+    listed = path.with_suffix(".ffconcat")
+    listed.write_text("ffconcat version 1.0\n" + "".join(f"file '{part}'\n" for part in parts))
+    with (
+        av.open(str(listed), format="concat", options={"safe": "0"}) as source,
+        av.open(str(path), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libsvtav1", {"g": "2"}), ("libx264", {"g": "2", "bf": "2"})])
+def test_episodes_added_to_the_last_file_are_new_and_the_others_the_same(tmp_path, monkeypatch, codec, options) -> None:
+    """AV1 is LeRobot's own choice. Of H.264, the first file has two episodes: adding to a single one changes it."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"{codec} is missing here")
+    pictures = brightening(16)
+    kinds = {"0": pictures[:5], "1": pictures[5:9], "2": pictures[9:15], "other": pictures[10:16]}
+    parts = {name: encode(tmp_path / f"{name}.mp4", frames, codec, **options) for name, frames in kinds.items()}
+    videos = {"01": joined(tmp_path / "01.mp4", [parts["0"], parts["1"]])}
+    videos["012"] = joined(tmp_path / "012.mp4", [videos["01"], parts["2"]])
+    videos["01other"] = joined(tmp_path / "01other.mp4", [videos["01"], parts["other"]])
+    videos["other12"] = joined(tmp_path / "other12.mp4", [parts[name] for name in ("other", "1", "2")])
+
+    def fingerprints(name: str, episodes: int = 3, swapped: bool = False) -> list[str]:
+        root = tmp_path / "robot"
+        shutil.rmtree(root, ignore_errors=True)
+        actions = [told(episode) for episode in range(episodes)]
+        if swapped:
+            actions[0] = np.concatenate([actions[0], actions[0][-1:]])
+        write_lerobot(root, "v3.0", [videos[name].read_bytes()], actions)
+        source = open_robot(root, remember=True)
+        assert not source.skipped
+        with monkeypatch.context() as patch:  # as the index has them
+            patch.setattr("stage1_autoencoder.videos.index.examine_video", None)
+            assert open_robot(root, remember=True).videos.fingerprints == source.videos.fingerprints
+        return source.videos.fingerprints
+
+    before = fingerprints("01", 2)
+    after = fingerprints("012")
+    assert after[:2] == before
+    assert len(set(after)) == 3
+    replaced = fingerprints("01other")
+    assert replaced[:2] == before
+    assert replaced[2] != after[2]
+    assert not set(fingerprints("other12", swapped=True)) & set(after)
 
 
 def rewrite(root: Path, version: str, change: Callable[[dict], object]) -> None:
