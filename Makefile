@@ -37,7 +37,7 @@ FILE = $(call quoted,configs/$(DATASET).yaml)
 CONFIG = --config $(FILE)$(call option, --run=,$(RUN))
 remember = $(if $(NAMED),@! test -f $(FILE) || printf '%s\n' $(call quoted,$(DATASET)) > .last_dataset)
 
-.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner watch sample predict play evaluate study report runs import-official release-run push pull inspect verify bench gpu-check clean doctor
+.PHONY: help setup demo test test-all test-faults lint docs data convert train-autoencoder encode train-flow distill train-decoder train-refiner watch sample predict play evaluate study report runs import-official push pull inspect verify bench gpu-check clean doctor
 
 help:  ## list all targets
 	@printf 'usage: make TARGET [DATASET=%s] [RUN=wide] [ARGS="--set flow.training.steps=1000"] [DEVICE=cpu|cuda]\n\n' $(call quoted,$(DATASET))
@@ -151,11 +151,7 @@ import-official: setup  ## official weights as a run: MODEL=model.pth AUTOENCODE
 	$(remember)
 	@$(RIVER) import-official $(CONFIG) $(call option,--model=,$(MODEL)) $(call option,--autoencoder=,$(AUTOENCODER)) $(call option,--refiner=,$(REFINER)) $(OPTIONS)
 
-release-run: setup  ## a copy of a run with only what predictions need: OUT=folder, default models/<name> (ARGS=--half: fp16)
-	$(remember)
-	@$(RIVER) release-run $(CONFIG) $(call option,--out=,$(OUT)) $(OPTIONS)
-
-push: setup  ## share the run: make push DEST=folder, s3://bucket/prefix or hf://user/name (ARGS=--store: the latents, too)
+push: setup  ## share the run: make push DEST=folder, s3://bucket/prefix or hf://user/name (ARGS=--store: the latents, too; --half: fp16)
 	$(remember)
 	@test -n $(call quoted,$(DEST)) || { echo "expected a destination: make push DEST=folder" >&2; exit 2; }
 	@$(RIVER) push $(OPTIONS) -- runs/$(call quoted,$(DATASET))$(if $(RUN),/$(call quoted,$(RUN))) $(call quoted,$(DEST))

@@ -60,7 +60,6 @@ def test_names_of_files_arrive_as_they_are(folder, name):
     assert called(folder, "predict", f"VIDEO={name}")[0] == ["predict", *config, "--", name]
     assert called(folder, "predict", VIDEO=name)[0] == ["predict", *config, "--", name]
     assert called(folder, "convert", f"OUT={name}")[0] == ["convert", f"--out={name}", *config]
-    assert called(folder, "release-run", f"OUT={name}")[0] == ["release-run", *config, f"--out={name}"]
     files = ("MODEL", "AUTOENCODER", "REFINER")
     arguments, _ = called(folder, "import-official", *(f"{file}={name}" for file in files))
     assert arguments == ["import-official", *config, *(f"--{file.lower()}={name}" for file in files)]

@@ -26,7 +26,6 @@ COMMANDS = (
     "inspect",
     "import-lerobot",
     "import-official",
-    "release-run",
     "push",
     "pull",
     "bench",

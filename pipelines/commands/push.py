@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=path, metavar="RUN_FOLDER", help="of the run, such as runs/shapes")
     parser.add_argument("destination", metavar="DEST", help="a folder, s3://bucket/prefix or hf://user/name")
     parser.add_argument("--store", action="store_true", help="send the store of latents, too")
+    parser.add_argument("--half", action="store_true", help="round the weights to fp16: half the size")
     parser.add_argument("--data-license", metavar="TEXT", help="of the training videos, for the model card")
 
 
@@ -29,6 +30,7 @@ def run(config: RiverConfig | None, run_context: RunContext, options: argparse.N
         options.folder,
         options.destination,
         store=options.store,
+        half=options.half,
         data_license=options.data_license,
         dry_run=options.dry_run,
     )

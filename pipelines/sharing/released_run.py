@@ -283,7 +283,7 @@ def _rounded(tensor: torch.Tensor, what: str) -> torch.Tensor:
         return tensor
     rounded = tensor.half()
     if not rounded.isfinite().all():
-        raise UserError(f"{what} is too large for fp16: release the run in fp32")
+        raise UserError(f"{what} is too large for fp16: leave out --half")
     return rounded
 
 

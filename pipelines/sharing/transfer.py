@@ -181,7 +181,13 @@ def _reporting(url: str) -> Iterator[None]:
 
 
 def push(
-    run: Path, destination: str, *, store: bool = False, data_license: str | None = None, dry_run: bool = False
+    run: Path,
+    destination: str,
+    *,
+    store: bool = False,
+    half: bool = False,
+    data_license: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Send a run as a released run, see `write_released_run`. A released run that is unchanged is sent as it is.
 
@@ -189,22 +195,25 @@ def push(
         run: its folder.
         destination: a folder, `s3://bucket/prefix` or `hf://user/name`.
         store: send the store of latents, too.
+        half: round the weights to fp16.
         data_license: of the training videos, in words.
         dry_run: only say what would be sent.
     Raises:
-        UserError: no run, or not a whole one; a wrong destination, or one that holds other files.
+        UserError: no run, or not a whole one; a wrong destination, or one that holds other files; `half` with `store`;
+            weights that fp16 can't hold.
         StoreError: no complete store.
         OSError: it cannot be reached or written.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: expected the folder of a run, with config.yaml, such as runs/shapes")
+    if half and store:
+        raise UserError("--half: the store is of the autoencoder before it is rounded: leave out --half or --store")
     place = open_place(destination)
     with ExitStack() as held:
         folder, release = run, _intact(run)
-        if release is None or data_license is not None:
-            folder = write_released_run(
-                run, held.enter_context(temporary_folder(run.absolute())) / "release", data_license=data_license
-            )
+        if release is None or half or data_license is not None:
+            new = held.enter_context(temporary_folder(run.absolute())) / "release"
+            folder = write_released_run(run, new, half=half, data_license=data_license)
             release = check_released_run(folder)
         files = {name: (folder / name, expected) for name, expected in release.files.items()}
         if store:

@@ -1,4 +1,4 @@
-"""A model that comes with the program predicts what it says, wherever it is named; `release-run` makes one."""
+"""A model that comes with the program predicts what it says, wherever it is named."""
 
 import json
 import shutil
@@ -132,16 +132,3 @@ def test_a_damaged_model_is_refused(empty: Path, command: Any, monkeypatch: pyte
     weights.write_bytes(content)
     command(["sample", *NAMED]).refused(2, str(weights))
     assert not (empty / "runs").exists()
-
-
-def test_a_run_is_released(copied: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "given"
-    outcome = copied.run("release-run", "--out", str(folder), "--half").ok()
-    assert str(folder) in outcome.out
-    release = check_released_run(folder)
-    assert release.dataset == "tiny"
-    whole = sum(path.stat().st_size for path in (copied.runs / "autoencoder").rglob("model.safetensors"))
-    assert release.files[next(name for name in release.files if name.startswith("autoencoder/"))].size < whole
-    assert VideoPredictor.from_run(folder, device="cpu").trained_grid == (4, 4)
-    copied.run("release-run", "--out", str(copied.runs)).refused(2, str(copied.runs))
-    copied.run("release-run", "--out", str(folder), "--run", "none").refused(2, "none")

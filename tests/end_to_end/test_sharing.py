@@ -217,6 +217,18 @@ def test_a_run_goes_to_a_folder_and_back(trained, released, pushed, here, story,
     assert torch.equal(predictor.generate_frames(images, 1), expected)
 
 
+def test_a_run_goes_with_half_of_the_bytes(trained, here, tmp_path, story, command):
+    """As the bundled model was made."""
+    half = story.tree(write_released_run(trained.runs, tmp_path / "half", half=True, data_license="CC0"))
+    command(["push", str(trained.runs), "whole", "--data-license", "CC0"]).ok()
+    for run in (str(trained.runs), "whole", "to"):
+        command(["push", run, "to", "--half", "--data-license", "CC0"]).ok()
+        assert story.tree(here / "to") == half
+    command(["push", str(trained.runs), "with", "--half", "--store"]).refused(2, "--half", "--store")
+    command(["push", str(trained.runs), str(trained.runs), "--half"]).refused(2, str(trained.runs))
+    command(["push", "none", "to", "--half"]).refused(2, "none")
+
+
 def whole_store(store: Path, story: ModuleType) -> dict[str, bytes]:
     return {name: content for name, content in story.tree(store).items() if not name.startswith(".")}
 
