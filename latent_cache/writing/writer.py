@@ -204,16 +204,15 @@ class StoreWriter:
         """Writes this store's chunks, in this or other processes, until `close`."""
         return ChunkWriter(self.path, self._session, self._before_path)
 
-    def bytes_needed(self) -> int:
-        """Bytes of the latents of all pending chunks, without codes and the like, which are compressed."""
-        total = 0
-        for split, plan in self.plans.items():
-            frames = self._count_pending(split) * plan.file_frames
-            total += frames * math.prod(plan.latent_shape) * np.dtype(self.dtype).itemsize
-        return total
+    def bytes_needed(self, name: str = LATENTS) -> int:
+        """Bytes of all pending chunks of an array; of other arrays than the latents at most, as they are compressed."""
+        if name not in self._frame_shapes:
+            return 0
+        frames = sum(self._count_pending(split) * plan.file_frames for split, plan in self.plans.items())
+        return frames * math.prod(self._frame_shapes[name]) * self._frame_type(name).itemsize
 
     def check_space(self) -> None:
-        """Raise NoSpaceError if the pending chunks do not fit on the disk."""
+        """Raise NoSpaceError if the latents of the pending chunks do not fit on the disk."""
         free, needed = shutil.disk_usage(self.path).free, self.bytes_needed()
         if needed > free:
             raise NoSpaceError(
@@ -342,6 +341,9 @@ class StoreWriter:
             pairs[name] = (self._frame_shapes.get(name), None if array is None else array.shape[1:])
         return [f"{split} {name}: {here} here, {there} there" for name, (here, there) in pairs.items() if here != there]
 
+    def _frame_type(self, name: str) -> np.dtype[Any]:
+        return np.dtype(self.dtype) if name == LATENTS else schema.FRAME_TYPES[name]
+
     def _prepare(self) -> None:
         """Create or resize the arrays as planned, and find the finished chunks."""
         for stray in self.path.rglob(f"*{PARTIAL}"):  # of a writer that was killed before renaming it
@@ -360,7 +362,7 @@ class StoreWriter:
                 array = group.get(name)
                 size, chunk = (plan.frames, *shape), (plan.chunk_frames, *shape)
                 shard = (plan.file_frames, *shape) if plan.shard_chunks > 1 else None
-                dtype = np.dtype(self.dtype) if name == LATENTS else schema.FRAME_TYPES[name]
+                dtype = self._frame_type(name)
                 if array is None or (array.chunks, array.shards, array.dtype) != (chunk, shard, dtype):
                     shutil.rmtree(self.path / PROGRESS_FOLDER / split, ignore_errors=True)
                     schema.create_array(group, name, size, chunk, dtype, shard)

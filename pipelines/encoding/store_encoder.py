@@ -28,7 +28,7 @@ from pipelines.errors import InputUnreadable, StoppedBySignal, UserError
 from pipelines.loading import find_autoencoder, load_trained_autoencoder
 from pipelines.runtime.checkpoints import Checkpoint
 from pipelines.runtime.context import RunContext
-from pipelines.runtime.files import read_json, size_text, write_json
+from pipelines.runtime.files import free_bytes, read_json, size_text, write_json
 from pipelines.runtime.progress import counted, duration, progress, say, warn
 from pipelines.runtime.run_folder import write_run_files
 from pipelines.runtime.signals import StopRequest
@@ -274,6 +274,11 @@ class StoreEncoder:
                 stack.enter_context(latent_cache.replacing_store(options["before"]))
             writer = stack.enter_context(StoreWriter.open(self.path.absolute(), self.metadata, plans, **options))
             writer.check_space()
+            if writer.bytes_needed() + writer.bytes_needed(PREVIEW) > (free := free_bytes(self.path)):
+                warn(
+                    f"store: {_unwritten(writer)} are to be written, and the disk of {self.path} has {size_text(free)} "
+                    "left: free some, or lower cache.preview; if it becomes full, finished chunks are kept"
+                )
             try:
                 self._encode_pending(writer, encode_chunks)
                 self._check_unreadable(at_most=0)
@@ -285,7 +290,7 @@ class StoreEncoder:
                 ) from None
             except NoSpaceError as error:
                 raise NoSpaceError(
-                    f"{error}; {size_text(writer.bytes_needed())} of latents are not written yet: free that much, then "
+                    f"{error}; {_unwritten(writer)} are not written yet: free that much, then "
                     "`encode` resumes after the finished chunks"
                 ) from error
         if stop:
@@ -477,6 +482,13 @@ class StoreEncoder:
                 "codes_held": sum(measured["codes_held"] for measured in markers) / latents,
             },
         )
+
+
+def _unwritten(writer: StoreWriter) -> str:
+    """Size of the pending chunks, without what is small."""
+    previews = writer.bytes_needed(PREVIEW)
+    more = f" and, before compression, {size_text(previews)} of previews" if previews else ""
+    return f"{size_text(writer.bytes_needed())} of latents{more}"
 
 
 def _joined(before: np.ndarray | None, new: np.ndarray) -> np.ndarray:

@@ -377,6 +377,20 @@ def test_a_disk_that_is_too_small_is_told_at_once(encoder_place, monkeypatch) ->
     assert not latent_cache.is_complete(place.store)
 
 
+def test_a_disk_that_may_be_too_small_for_the_previews(encoder_place, monkeypatch) -> None:
+    """Their compression is unknown: they may fit."""
+    usage = shutil.disk_usage(encoder_place("small").folder.parent)
+    place = encoder_place("smaller")
+    with monkeypatch.context() as patch:
+        latents, previews = 8 * 50 * 4 * 4 * 4 * 2, 8 * 50 * 16 * 16 * 3  # of 8 chunks of 50 frames
+        patch.setattr("shutil.disk_usage", lambda path: usage._replace(free=latents + previews - 1))
+        assert "preview" not in place.run("encode").ok().err
+        told = place.run("encode", "--overwrite", sets=["cache.preview=16"]).ok().err
+    for text in (size_text(latents), size_text(previews), str(place.store), "cache.preview"):
+        assert text in told
+    assert "preview" not in place.run("encode", "--overwrite", sets=["cache.preview=16"]).ok().err
+
+
 KILL_WHILE_MARKING = """
 import os, signal, torch; torch.set_num_threads(1)
 from latent_cache.writing.markers import ChunkMarker
