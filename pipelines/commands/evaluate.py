@@ -53,6 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def dry_run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
+    """Print the configuration and what would be done; refuse settings that are not those of --protocol."""
+    from pipelines.config import dump_config
+    from pipelines.evaluation.published import check_settings
+    from pipelines.runtime.progress import say
+    from pipelines.stages import describe
+
+    if options.protocol:
+        check_settings(config)
+    say(dump_config(config))
+    say(describe(config, run_context.device))
+
+
 def run(config: RiverConfig, run_context: RunContext, options: argparse.Namespace) -> None:
     from pipelines import stages
     from pipelines.errors import UserError

@@ -62,6 +62,20 @@ def describe_preset(config: RiverConfig, test_videos: int | None = None) -> str 
     return protocol.name + (f", with {', '.join(changes)}" if changes else "")
 
 
+def check_settings(config: RiverConfig) -> PublishedProtocol:
+    """Refuse settings that are not exactly those of `evaluation.protocol`; no video is needed.
+
+    Raises:
+        UserError: names all that differs.
+    """
+    name = config.evaluation.protocol
+    assert name is not None
+    protocol = find_protocol(name)
+    found = differences(config, protocol)
+    _refuse(name, [f"{key} is {_show(ours)}, expected {_show(theirs)}" for key, (ours, theirs) in found.items()])
+    return protocol
+
+
 def check_protocol(config: RiverConfig) -> PublishedProtocol:
     """Refuse an evaluation that is not exactly `evaluation.protocol`, before anything is trained or predicted.
 
@@ -69,11 +83,7 @@ def check_protocol(config: RiverConfig) -> PublishedProtocol:
         UserError: names all that differs; no videos, or too short ones.
         VideoError: no videos.
     """
-    name = config.evaluation.protocol
-    assert name is not None
-    protocol = find_protocol(name)
-    found = differences(config, protocol)
-    _refuse(name, [f"{key} is {_show(ours)}, expected {_show(theirs)}" for key, (ours, theirs) in found.items()])
+    protocol, name = check_settings(config), str(config.evaluation.protocol)
     wanted = config.evaluation.videos
     source, windows = open_windows(config, wanted)
     counts = {f"videos in split {config.evaluation.split}": (len(source.videos), protocol.test_videos),

@@ -304,7 +304,9 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
     if found is None and CheckpointFolder(plan.folder / "checkpoints").has_any():
         return Status("conflicting", _none_whole(plan), plan.folder)
     if found is None:
-        open_ = "0 steps; how many it takes follows from --minutes, or from the amount of data"
+        most = MOST_STEPS[plan.name]
+        amount = f"is {most}" if most <= LEAST_STEPS else "follows from the amount of data"
+        open_ = f"0 steps; their number {amount}, or follows from --minutes"
         return Status("missing", open_ if plan.steps is None else f"0 of {plan.steps} steps", plan.folder)
     before, ours = found.state.get("identity", {}), plan.identity
     if has_only_weights(found):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.__main__ import main
 from pipelines.config import EvaluationConfig, RiverConfig, find_protocol, load_config, parse_config, protocol_files
 from pipelines.errors import UserError
 from pipelines.evaluation.published import check_protocol, describe_preset, format_protocol, format_protocols
@@ -216,3 +217,10 @@ def test_a_protocol_over_another(mine):
     long, short = find_protocol("mine_long"), find_protocol(mine)
     assert long.settings == short.settings | {"horizon": 9}
     assert (long.title, long.source, long.name) == ("long", "my own", "mine_long")
+
+
+def test_a_dry_run_refuses_the_same_settings(capsys):
+    assert main(["evaluate", "--config", "kth", "--protocol", "kth_mcvd_10_30", "--dry-run", "--device", "cpu"]) == 2
+    refusal = capsys.readouterr().err
+    assert "dataset.fit is crop, expected stretch" in refusal
+    assert "\n" not in refusal.strip()
