@@ -304,10 +304,11 @@ def _status_of(plan: TrainingPlan, found: Checkpoint | None) -> Status:
     if found is None and CheckpointFolder(plan.folder / "checkpoints").has_any():
         return Status("conflicting", _none_whole(plan), plan.folder)
     if found is None:
+        if plan.steps is not None:
+            return Status("missing", f"0 of {plan.steps} steps", plan.folder)
         most = MOST_STEPS[plan.name]
-        amount = f"is {most}" if most <= LEAST_STEPS else "follows from the amount of data"
-        open_ = f"0 steps; their number {amount}, or follows from --minutes"
-        return Status("missing", open_ if plan.steps is None else f"0 of {plan.steps} steps", plan.folder)
+        amount = f"0 of {most} steps" if most <= LEAST_STEPS else "0 steps; as many as suit the amount of data"
+        return Status("missing", f"{amount}, or as --minutes says", plan.folder)
     before, ours = found.state.get("identity", {}), plan.identity
     if has_only_weights(found):
         ours = _shared_part(ours, before)
