@@ -44,7 +44,7 @@ def verify_store(config: RiverConfig, run_context: RunContext, count: int) -> No
     if status.state == "conflicting":
         raise UserError(status.detail)
     if not status.is_done:
-        raise UserError(f"{path}: {status.detail}: run the same `encode` without --verify first")
+        raise UserError(f"{path}: {status.detail}: run the same `river encode` without --verify first")
     if count:
         autoencoder, splits = _load_autoencoder(config, run_context), _open_videos(config)
         with contextlib.suppress(CorruptStoreError):  # damaged names are listed below, with all other damage
