@@ -318,28 +318,28 @@ class Failure(NamedTuple):
     """How a task failed, in a form that can always be sent.
 
     Attributes:
-        pickled: an error that `run_on_cluster` may raise; empty for an unexpected one.
+        expected: an error that `run_on_cluster` may raise, as dask sends it; None for an unexpected one.
         text: type, message and place of an unexpected one.
     """
 
-    pickled: bytes
+    expected: Exception | None
     text: str
 
     @classmethod
     def of(cls, error: Exception) -> Self:
         if isinstance(error, EXPECTED_ERRORS):
             with contextlib.suppress(Exception):
-                pickled = pickle.dumps(error)
-                if type(pickle.loads(pickled)) is type(error):
-                    return cls(pickled, "")
+                # Only what this process made is loaded here: whether the client can load it.
+                if type(pickle.loads(pickle.dumps(error))) is type(error):
+                    return cls(error, "")
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = textwrap.shorten("".join(traceback.format_exception_only(error)), LONGEST_ERROR, placeholder="...")
-        return cls(b"", f"{words} (line {place.lineno} of {place.filename})")
+        return cls(None, f"{words} (line {place.lineno} of {place.filename})")
 
     def error(self, task: str) -> Exception:
         """The error to raise; `task` begins the message of an unexpected one."""
-        if self.pickled:
-            return pickle.loads(self.pickled)
+        if self.expected is not None:
+            return self.expected
         return ConnectionError(f"{task} failed on a worker, whose log has the traceback: {self.text}")
 
 
@@ -349,7 +349,7 @@ def answer_task(job: EncodeJob, writer: ChunkWriter, split: str, chunk: ChunkPla
         return encode_chunk(job, writer, split, chunk)
     except Exception as error:
         failure = Failure.of(error)
-        if not failure.pickled:
+        if failure.expected is None:
             logging.getLogger("distributed.worker").exception("chunk %d of %s failed", chunk.index, split)
         return failure
 
